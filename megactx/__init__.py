@@ -1,0 +1,20 @@
+"""MegaContext: a fixed-size working context over a tree of gists.
+
+The public names are imported on first use, so that ``import megactx`` costs nothing.
+"""
+
+_EXPORTS = {"BaseLM": "megactx.lm", "GistNet": "megactx.gist"}
+
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'megactx' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_EXPORTS])

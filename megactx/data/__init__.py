@@ -1,0 +1,1 @@
+"""Corpora -> long documents -> batches. Knows nothing of models."""

@@ -1,0 +1,73 @@
+"""DataModule of the stage ``base_lm``."""
+
+import lightning
+from torch.utils.data import DataLoader
+
+from .documents import VALIDATION, tokenised
+from .pretraining import PretrainingBatches
+
+
+class PretrainingData(lightning.LightningDataModule):
+    """Training and validation batches for a base LM, resumed to the exact batch.
+
+    Args:
+        source: a document source (``Files``, ``Embedded``, ``Hub``).
+        tokenizer: a Hugging Face tokenizer.
+        phases, weights, repeat, skip, max_position, seed: see ``PretrainingBatches``.
+        validation_batches: fixed batches per validation, each of the last phase's shape, all with a passage
+            that returns.
+    """
+
+    def __init__(
+        self, source, tokenizer, phases, weights, repeat, skip, max_position, seed=0, validation_batches=8, workers=0
+    ):
+        super().__init__()
+        self.source, self.tokenizer, self.workers = source, tokenizer, workers
+        self.settings = dict(
+            phases=list(phases), weights=dict(weights), skip=skip, max_position=max_position, seed=seed
+        )
+        self.repeat, self.validation_batches = repeat, validation_batches
+        self.served = 0
+
+    def setup(self, stage=None):
+        if not hasattr(self, "training"):
+            self.rows = rows = tokenised(self.source, self.tokenizer)
+            self.training = PretrainingBatches(rows, self.tokenizer, **self.settings, repeat=self.repeat)
+            fixed = self.settings | dict(phases=self.settings["phases"][:1], skip=0.0)
+            self.validation = PretrainingBatches(rows, self.tokenizer, **fixed, repeat=1.0, split=VALIDATION)
+
+    @property
+    def phases(self) -> list[dict]:
+        return self.settings["phases"]
+
+    def tokens(self, steps: int) -> int:
+        """Tokens served in the first ``steps`` batches."""
+        total = 0
+        for phase in self.phases[:-1]:
+            total += min(steps, phase["steps"]) * phase["tokens"] * phase["batch"]
+            steps -= min(steps, phase["steps"])
+        return total + steps * self.phases[-1]["tokens"] * self.phases[-1]["batch"]
+
+    def train_dataloader(self):
+        # Batch i is a function of (seed, i): going on where a run stopped is counting on.
+        return DataLoader(self.training, batch_size=None, sampler=_CountFrom(self.served), num_workers=self.workers)
+
+    def val_dataloader(self):
+        return DataLoader(self.validation, batch_size=None, sampler=range(self.validation_batches))
+
+    def state_dict(self):
+        return {"served": self.trainer.fit_loop.epoch_loop.batch_progress.total.ready}
+
+    def load_state_dict(self, state):
+        self.served = state["served"]
+
+
+class _CountFrom:
+    def __init__(self, start: int):
+        self.start = start
+
+    def __iter__(self):
+        return iter(range(self.start, 2**31))
+
+    def __len__(self):
+        return 2**31

@@ -1,0 +1,135 @@
+"""Batches for a gist stage: documents, and in each of them the starts of blocks to replace (SPEC 3).
+
+Batch ``i`` is a function of (seed, i) alone: that is what makes resuming exact.
+"""
+
+import logging
+from collections import Counter
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+
+def eligible_starts(length: int, block: int, horizon: int) -> np.ndarray:
+    """Starts s of the blocks that can be replaced and scored: block <= s, s % block = 0, s + block + horizon <= length.
+
+    Block 0 holds the attention sink and is never replaced. -> int64 [n], ascending; empty where nothing fits.
+    """
+    return np.arange(block, length - block - horizon + 1, block, dtype=np.int64)
+
+
+def evenly(starts: np.ndarray, count: int) -> np.ndarray:
+    """``count`` of the starts, evenly spaced from the first to the last; all of them where they are no more."""
+    if len(starts) <= count:
+        return starts
+    return starts[np.linspace(0, len(starts) - 1, count).round().astype(int)]
+
+
+def single(document: dict, starts: np.ndarray) -> dict:
+    """A batch of one document: the form of ``SpanBatches`` items, with [1, n] ``starts``."""
+    ids = document["input_ids"]
+    return {
+        "ids": ids[None],
+        "lengths": np.asarray([len(ids)]),
+        "starts": starts[None],
+        "domain": [document["domain"]],
+        "document": np.asarray([document["text"]]),
+    }
+
+
+class SpanBatches:
+    """Map-style dataset of whole batches without end.
+
+    Args:
+        documents: as ``documents.cut`` returns them; each must have an eligible block.
+        weights: domain -> share of documents; ``None`` takes a domain as often as it occurs, 0 or no entry never.
+        batch: documents B per batch.
+        spans: blocks N per document. A document that has fewer gives all it has, then some of them again.
+        block: tokens K of a block.
+        horizon: tokens H that are scored after a block.
+        seed: the batches are a function of it.
+
+    Each item is a dict: ``ids`` int64 [B, T], padded with 0; ``lengths`` int64 [B]; ``starts`` int64 [B, N];
+    ``domain``, a list of B strings; ``document`` int64 [B], the index of the source text.
+
+    Raises:
+        ValueError: a weight above 0 for a domain without documents, or no weight above 0.
+    """
+
+    def __init__(self, documents, weights, batch: int, spans: int, block: int, horizon: int, seed: int):
+        self.batch, self.spans, self.block, self.horizon, self.seed = batch, spans, block, horizon, seed
+        for name, value in (("batch", batch), ("spans", spans)):
+            if value < 1:
+                raise ValueError(f"preset.{name}={value} is not allowed: it must be 1 or more")
+        weights = check_weights(weights, documents)
+        self.domains = list(weights)
+        self.shares = np.asarray(list(weights.values()))
+        self.pools = {domain: [] for domain in self.domains}
+        # By length: documents that are drawn together are then about equally long, and little is padding.
+        for document in sorted(documents, key=lambda document: len(document["input_ids"])):
+            if document["domain"] in self.pools:
+                self.pools[document["domain"]].append(document)
+        few = sum(
+            len(eligible_starts(len(document["input_ids"]), block, horizon)) < spans
+            for pool in self.pools.values()
+            for document in pool
+        )
+        if few:
+            log.info("%d documents have fewer than %d eligible blocks: they give some blocks twice", few, spans)
+
+    def __len__(self) -> int:
+        return 2**31  # without an end Lightning never prefetches past one
+
+    def __getitem__(self, index: int) -> dict:
+        rng = np.random.default_rng([self.seed, index])
+        near = rng.random()
+        documents = [self._document(rng, near) for _ in range(self.batch)]
+        lengths = np.asarray([len(document["input_ids"]) for document in documents])
+        ids = np.zeros((self.batch, lengths.max()), dtype=np.int64)
+        for row, document in zip(ids, documents, strict=True):
+            row[: len(document["input_ids"])] = document["input_ids"]
+        return {
+            "ids": ids,
+            "lengths": lengths,
+            "starts": np.stack([self._starts(rng, length) for length in lengths]),
+            "domain": [document["domain"] for document in documents],
+            "document": np.asarray([document["text"] for document in documents]),
+        }
+
+    def _document(self, rng, near: float) -> dict:
+        pool = self.pools[self.domains[rng.choice(len(self.domains), p=self.shares)]]
+        # A rank near the batch's own; reflected at both ends, so that every document is as likely as any other.
+        rank = abs(near + rng.uniform(-0.1, 0.1))
+        rank = 2 - rank if rank > 1 else rank
+        return pool[min(int(rank * len(pool)), len(pool) - 1)]
+
+    def _starts(self, rng, length: int) -> np.ndarray:
+        starts = rng.permutation(eligible_starts(length, self.block, self.horizon))
+        if len(starts) < self.spans:
+            starts = np.concatenate([starts, rng.choice(starts, self.spans - len(starts))])
+        return starts[: self.spans]
+
+
+def check_weights(weights, documents) -> dict[str, float]:
+    """-> domain -> share, above 0 and with sum 1. A weight of ``None`` is the domain's share of the documents.
+
+    Raises:
+        ValueError: names the weight that is not allowed.
+    """
+    count = Counter(document["domain"] for document in documents)
+    shares = {}
+    for domain, weight in dict(weights).items():
+        weight = count[domain] / max(1, count.total()) if weight is None else float(weight)
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"data.weights.{domain}={weight} is not allowed: it must be 0 or more")
+        if weight > 0 and not count[domain]:
+            raise ValueError(
+                f"data.weights.{domain}={weight}: there is no document of that domain, only of"
+                f" {', '.join(sorted(count))}; set it to 0"
+            )
+        shares[domain] = weight
+    total = sum(shares.values())
+    if total <= 0:
+        raise ValueError(f"data.weights={dict(weights)}: at least one weight must be above 0")
+    return {domain: share / total for domain, share in shares.items() if share > 0}

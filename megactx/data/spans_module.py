@@ -1,0 +1,201 @@
+"""DataModule of the gist stages: training batches, fixed held-out documents, documents for the evaluation."""
+
+import hashlib
+import logging
+from itertools import zip_longest
+
+import lightning
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, default_convert
+
+from .documents import TRAIN, VALIDATION, cut, tokenised
+from .pretraining_module import _CountFrom
+from .spans import SpanBatches, eligible_starts, evenly, single
+from .tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+LONGEST_DOCUMENT = 16_384
+
+
+class SpanData(lightning.LightningDataModule):
+    """Documents with block starts for training, validation and evaluation, resumed to the exact batch.
+
+    Args:
+        source: a document source (``Files``, ``Embedded``, ``Hub``, ``Mixture``).
+        tokenizer: a Hugging Face tokenizer, or its name or folder.
+        block, horizon: K and H in tokens.
+        min_tokens: shorter texts are dropped; at least 2 K + H, so that every document has an eligible block.
+        max_tokens: documents are cut to it; ``None`` takes the smaller of 16,384 and what ``limit_to`` said.
+        batch, spans: documents per batch, blocks per document.
+        weights: domain -> share of training documents, see ``SpanBatches``.
+        validation_documents: held-out documents per validation, in equal parts of every domain that has a weight.
+        validation_blocks: blocks per validation document, evenly spaced.
+
+    Raises:
+        ValueError: a length that does not fit, or nothing left that is long enough; it names the setting.
+    """
+
+    def __init__(
+        self,
+        source,
+        tokenizer,
+        block: int,
+        horizon: int,
+        min_tokens: int,
+        max_tokens: int | None,
+        batch: int,
+        spans: int,
+        weights: dict,
+        seed: int = 0,
+        workers: int = 0,
+        validation_documents: int = 100,
+        validation_blocks: int = 8,
+    ):
+        super().__init__()
+        self.source, self.workers, self.seed = source, workers, seed
+        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self.block, self.horizon, self.min_tokens = block, horizon, min_tokens
+        self.batch, self.spans, self.weights = batch, spans, dict(weights)
+        self.validation_documents, self.validation_blocks = validation_documents, validation_blocks
+        self.asked_tokens = max_tokens
+        self.served = 0
+        for name, value in (("validation_documents", validation_documents), ("validation_blocks", validation_blocks)):
+            if value < 1:
+                raise ValueError(f"preset.{name}={value} is not allowed: it must be 1 or more")
+        self.limit_to(LONGEST_DOCUMENT)
+
+    def limit_to(self, tokens: int) -> None:
+        """Say how long a document the base LM takes; called before ``setup``.
+
+        Raises:
+            ValueError: ``max_tokens`` is longer.
+        """
+        self.max_tokens = _longest(self.asked_tokens, tokens)
+        self._check_lengths()
+
+    def setup(self, stage=None):
+        if hasattr(self, "training"):
+            return
+        rows = tokenised(self.source, self.tokenizer)
+        documents = self._cut(rows, TRAIN)
+        self.training = SpanBatches(
+            documents, self.weights, self.batch, self.spans, self.block, self.horizon, self.seed
+        )
+        held = self._cut(rows, VALIDATION)
+        self.held = _in_turn([document for document in held if document["domain"] in self.training.domains])
+        for domain in set(self.training.domains) - {document["domain"] for document in self.held}:
+            log.warning("no document of the domain %s is held out: it is trained on, but not validated", domain)
+        if not self.held:
+            raise ValueError(f"data.weights={self.weights}: no held-out document is of these domains; give more texts")
+
+    def train_dataloader(self):
+        # Batch i is a function of (seed, i): going on where a run stopped is counting on.
+        return DataLoader(
+            self.training,
+            batch_size=None,
+            sampler=_CountFrom(self.served),
+            num_workers=self.workers,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def val_dataloader(self):
+        documents = self.held[: self.validation_documents]
+        # A generator of its own: a validation must not draw from the RNG that training goes on with.
+        return DataLoader(
+            [single(document, evenly(self._starts(document), self.validation_blocks)) for document in documents],
+            batch_size=None,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def evaluation_documents(self, blocks: int | None = None) -> list[dict]:
+        """Every held-out document as a batch of one, with tensors.
+
+        Args:
+            blocks: about so many blocks in all, evenly spaced, from as many documents as possible; ``None`` takes every
+                eligible block.
+        """
+        self.setup()
+        return self._batches(self.held, blocks)
+
+    def held_out(self, source, blocks: int | None = None) -> list[dict]:
+        """Every text of another source, in the same form: nothing of it was trained on, so there is no split."""
+        return self._batches(_in_turn(self._cut(tokenised(source, self.tokenizer), None)), blocks)
+
+    def state_dict(self):
+        trainer = self.trainer
+        return {"served": trainer.fit_loop.epoch_loop.batch_progress.total.ready if trainer else self.served}
+
+    def load_state_dict(self, state):
+        self.served = int(state["served"])
+
+    def _batches(self, documents, blocks) -> list[dict]:
+        starts = [self._starts(document) for document in documents]
+        if blocks is not None:
+            if blocks < 1:
+                raise ValueError(f"blocks={blocks} is not allowed: it must be 1 or more")
+            documents, starts = documents[:blocks], starts[:blocks]
+            counts = np.asarray([len(s) for s in starts])
+            each = next((n for n in range(1, counts.max() + 1) if np.minimum(counts, n).sum() >= blocks), counts.max())
+            starts = [evenly(s, int(each)) for s in starts]
+        return [default_convert(single(document, s)) for document, s in zip(documents, starts, strict=True)]
+
+    def _starts(self, document) -> np.ndarray:
+        return eligible_starts(len(document["input_ids"]), self.block, self.horizon)
+
+    def _cut(self, rows, split) -> list[dict]:
+        documents, dropped = cut(rows, split, self.tokenizer, self.min_tokens, self.max_tokens)
+        what = {TRAIN: "training", VALIDATION: "held-out", None: "other"}[split]
+        if dropped:
+            log.info("%d %s texts are shorter than data.min_tokens=%d: dropped", dropped, what, self.min_tokens)
+        log.info("%d %s documents of at most %d tokens", len(documents), what, self.max_tokens)
+        if not documents and not dropped:
+            raise ValueError(
+                f"data: there is no {what} text; one in ten is held out by a hash of the text, so give more texts"
+            )
+        if not documents:
+            raise ValueError(
+                f"data.min_tokens={self.min_tokens}: none of the {dropped} {what} texts is that long; lower it, or give"
+                f" more or longer texts"
+            )
+        return documents
+
+    def _check_lengths(self) -> None:
+        for name, value in (("gistnet.block_size", self.block), ("horizon.tokens", self.horizon)):
+            if value < 1:
+                raise ValueError(f"{name}={value} is not allowed: it must be 1 or more")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"data.min_tokens={self.min_tokens} is not allowed: documents have at most {self.max_tokens} tokens"
+                f" (data.max_tokens, or what the base takes)"
+            )
+        needed = 2 * self.block + self.horizon
+        if self.min_tokens < needed:
+            raise ValueError(
+                f"horizon.tokens={self.horizon} does not fit into data.min_tokens={self.min_tokens}: a document needs"
+                f" the sink block, a block and the horizon, 2 x {self.block} + {self.horizon} = {needed} tokens"
+            )
+
+
+def _longest(max_tokens: int | None, limit: int) -> int:
+    longest = min(LONGEST_DOCUMENT, limit)
+    if max_tokens is None:
+        return longest
+    if max_tokens > longest:
+        raise ValueError(
+            f"data.max_tokens={max_tokens} is not allowed: {longest} at most, the smaller of {LONGEST_DOCUMENT} and"
+            f" what the base takes ({limit})"
+        )
+    return max_tokens
+
+
+def _in_turn(documents: list[dict]) -> list[dict]:
+    """A fixed order in which every beginning is balanced: domains in turn, first the first document of every text."""
+    seen, by_domain = {}, {}
+    for document in documents:
+        piece = seen[document["text"]] = seen.get(document["text"], -1) + 1
+        key = hashlib.sha256(document["input_ids"].tobytes()).digest()
+        by_domain.setdefault(document["domain"], []).append((piece, key, document))
+    columns = [sorted(by_domain[domain], key=lambda entry: entry[:2]) for domain in sorted(by_domain)]
+    return [entry[2] for row in zip_longest(*columns) for entry in row if entry is not None]

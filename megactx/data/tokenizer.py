@@ -1,0 +1,92 @@
+"""The tokenizer: trained here as byte-level BPE, loaded from any Hugging Face folder.
+
+Text of a user is always encoded as text: a special-token string such as ``<|bos|>`` inside a document becomes
+ordinary bytes, never the special token.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+BOS, PAD = "<|bos|>", "<|pad|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = True):
+    """Train a byte-level BPE tokenizer (Sennrich et al. 2016; byte level as in GPT-2) with single-digit numbers.
+
+    Args:
+        texts: the training documents.
+        vocab_size: number of ids, special tokens included; at least 258 (256 bytes, BOS, PAD).
+        progress: show the trainer's own progress bar.
+
+    Returns:
+        A ``transformers.PreTrainedTokenizerFast`` whose id 0 is BOS and id 1 is PAD.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 258:
+        raise ValueError(f"vocab_size is {vocab_size}, allowed is 258 or more (256 bytes and two special tokens)")
+    bpe = Tokenizer(models.BPE())
+    # One digit per token: a small model that sees "1987" as one id cannot copy or compare numbers.
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[BOS, PAD],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=progress,
+        ),
+    )
+    return _fast(bpe)
+
+
+def load_tokenizer(folder: str | Path):
+    """Load the tokenizer of a Hugging Face name, of a folder, or of an asset of the package (``asset:NAME``).
+
+    Raises:
+        ValueError: the folder holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    from megactx.assets import resolve
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"tokenizer={folder}: no tokenizer could be loaded from there ({error})") from error
+    return _as_text(tokenizer)
+
+
+def _fast(bpe):
+    from transformers import PreTrainedTokenizerFast
+
+    return _as_text(PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, pad_token=PAD))
+
+
+def _as_text(tokenizer):
+    tokenizer.split_special_tokens = True  # read at every call, and overrides the backend's own flag
+    return tokenizer
+
+
+def bos_id(tokenizer) -> int:
+    """The id that opens every document: BOS, or EOS where the tokenizer has no BOS (GPT-2 style)."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ValueError(
+        f"tokenizer={tokenizer.name_or_path}: it has neither a BOS nor an EOS token to open a document with"
+    )
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """Identity of a tokenizer: a hash of its vocabulary and of how it encodes a fixed probe text (16 hex digits)."""
+    probe = "The probe: naïve 1987 <|bos|>\n\tdef f(x): return {'a': x}  # ok 你好"
+    digest = hashlib.sha256()
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
+        digest.update(f"{index}\0{token}\n".encode("utf-8", "surrogatepass"))
+    digest.update(repr(tokenizer(probe, add_special_tokens=False)["input_ids"]).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,103 @@
+"""The model card of a base LM: what it was trained on, and that it uses its context (Mitchell et al. 2019)."""
+
+import math
+from pathlib import Path
+
+from .context_use import BEFORE, BLOCK, PASSAGE, SEGMENT
+from .files import replacing
+
+FACTS = ("name", "data", "steps", "tokens", "parameters", "validation")
+
+
+def model_card(facts: dict, use: dict) -> str:
+    """Markdown with the header that the Hugging Face hub reads.
+
+    Args:
+        facts: ``name``, ``data`` (a sentence), ``steps``, ``tokens``, ``parameters``, ``validation`` (domain -> NLL in
+            nats per token), and optionally ``license``, ``training`` (setting -> value) and ``notes`` (sentences).
+        use: what ``context_use`` returned.
+
+    Raises:
+        ValueError: a fact is missing.
+    """
+    if missing := [name for name in FACTS if name not in facts]:
+        raise ValueError(f"model card: the facts lack {', '.join(missing)}")
+    lines = ["---", *([f"license: {facts['license']}"] if "license" in facts else [])]
+    lines += ["pipeline_tag: text-generation", "library_name: transformers", "tags: [megactx]", "---", ""]
+    lines += [f"# {facts['name']}", ""]
+    lines += [
+        f"A causal language model of {facts['parameters']:,} parameters, trained from random weights. It is small: its "
+        "use is to be the frozen base on which gists are trained and measured, not to write text.",
+        "",
+        "## Training",
+        "",
+        f"- data: {facts['data']}",
+        f"- steps: {facts['steps']:,}",
+        f"- tokens seen: {facts['tokens']:,}",
+        *[f"- {name}: {value}" for name, value in facts.get("training", {}).items()],
+        *[f"- {note}" for note in facts.get("notes", [])],
+        "",
+        "## Validation loss",
+        "",
+        "| domain | NLL, nats per token | perplexity per token |",
+        "| --- | ---: | ---: |",
+        *[f"| {domain} | {nll:.3f} | {math.exp(nll):.1f} |" for domain, nll in facts["validation"].items()],
+        "",
+        "## How it uses its context",
+        "",
+        "Means over held-out documents, nats per token, with 95 % intervals (bootstrap over texts).",
+        "",
+        *_section(
+            "Loss by position",
+            f"NLL by position of the predicted token, in windows of {use['length']:,} tokens; the same documents in "
+            "every row. A base that uses its context falls.",
+            "positions",
+            use["loss_by_position"],
+        ),
+        *_section(
+            "A passage the second time",
+            f"Gain on a real passage of {PASSAGE} tokens that came before, by distance between the end of the first "
+            "and the start of the second occurrence. Control: the same passage at the same position, the first "
+            f"occurrence replaced by other text of the document. {BEFORE} tokens stand in front of it.",
+            "distance, tokens",
+            use["copy_gain"],
+        ),
+        *_section(
+            "A block is missing",
+            f"Cost of hiding a block of {BLOCK} tokens, by offset behind it; all other tokens keep their positions.",
+            "offset, tokens",
+            use["drop_cost"],
+        ),
+        *_section(
+            "The far context is missing",
+            f"Cost of a context of the first {BLOCK} tokens and only the last so many (up to {SEGMENT - 1} more).",
+            "last tokens kept",
+            use["cut_cost"],
+        ),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write_model_card(folder: str | Path, facts: dict, use: dict) -> None:
+    """Write ``README.md`` into the model's folder."""
+    with replacing(Path(folder) / "README.md") as part:
+        part.write_text(model_card(facts, use))
+
+
+def _section(title: str, text: str, what: str, measured: dict) -> list[str]:
+    domains = [domain for domain, values in measured.items() if values]
+    asked = list(dict.fromkeys(name for domain in domains for name in measured[domain]))
+    counts = {domain: max(value["documents"] for value in measured[domain].values()) for domain in domains}
+    head = [what, *[f"{domain} ({counts[domain]} documents)" for domain in domains]]
+    lines = [f"### {title}", "", text, "", f"| {' | '.join(head)} |", f"| --- |{' ---: |' * len(domains)}"]
+    for name in asked:
+        cells = [_cell(measured[domain].get(name)) for domain in domains]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _cell(value: dict | None) -> str:
+    if value is None:
+        return "-"
+    interval = "" if value["low"] != value["low"] else f" [{value['low']:.2f}, {value['high']:.2f}]"
+    return f"{value['mean']:.3f}{interval}"

@@ -1,0 +1,1 @@
+"""What serves every stage: search path, validation of configs, exact resume, callbacks, the run folder."""

@@ -1,0 +1,87 @@
+"""What stops a run: a loss that is no number, and Ctrl-C."""
+
+import logging
+import signal
+from pathlib import Path
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from .errors import Interrupted, RunFailed
+
+log = logging.getLogger(__name__)
+
+
+class StopOnBadLoss(Callback):
+    """Ends a run before a NaN or infinite loss or gradient reaches the weights."""
+
+    def __init__(self):
+        self.good = None
+
+    def on_before_backward(self, trainer, pl_module, loss) -> None:
+        finite = torch.isfinite(loss.detach()).all()
+        self.good = finite if self.good is None else self.good & finite
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        # With a gradient scaler (16-mixed) an infinite gradient is an ordinary event that it skips.
+        if grads and trainer.scaler is None:
+            self.good = self.good & torch.isfinite(torch.nn.utils.get_total_norm(grads)).to(self.good.device)
+        good, self.good = bool(self.good), None  # the one host sync of a step
+        if not good:
+            rates = [f"stage.{name}" for name in pl_module.hparams if name.split("_")[-1] == "lr" and "min" not in name]
+            raise RunFailed(
+                f"the loss or its gradient is NaN or infinite at step {trainer.global_step}; the step was not taken."
+                f" Lower {', '.join(rates) or 'the learning rate'} or raise preset.warmup. The last checkpoint is kept:"
+                f" {_last(trainer) or 'none was saved yet'}"
+            )
+
+
+class StopOnInterrupt(Callback):
+    """Ctrl-C ends a run after the step that is under way, with a checkpoint from which it goes on exactly.
+
+    A second Ctrl-C stops at once.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = Path(folder) / "checkpoints" / "last.ckpt"
+        self.asked = False
+        self._before = None
+
+    def on_train_start(self, trainer, pl_module) -> None:  # by then Lightning has noted the handlers that it restores
+        try:
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        except ValueError:  # not in the main thread: then there is no Ctrl-C either
+            self._before = None
+
+    def _ask(self, number, frame) -> None:
+        self.asked = True
+        log.info("Stopping after this step. Ctrl-C again stops at once.")
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        between = (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches
+        if self.asked and not between:
+            if trainer.checkpoint_callback is not None and not trainer.fast_dev_run:
+                trainer.save_checkpoint(self.path)
+            raise Interrupted(f"interrupted at step {trainer.global_step}")
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if self.asked:  # the checkpoint of this step was written before the validation
+            raise Interrupted(f"interrupted at step {trainer.global_step}, while validating")
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self._restore()
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        self._restore()
+
+
+def _last(trainer) -> str:
+    callback = trainer.checkpoint_callback
+    return getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")

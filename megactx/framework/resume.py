@@ -1,0 +1,145 @@
+"""Where a run goes on: ``resume=never | auto | PATH``. Never a silent fresh start, never another run's weights.
+
+``auto`` goes on in the folder of the newest unfinished run of the same settings. ``PATH`` (a checkpoint, or a run
+folder, of which the last one counts) starts a new folder from there. Checkpoints are read with ``weights_only``.
+"""
+
+import logging
+import pickle
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from .runfolder import hide_secrets
+
+log = logging.getLogger(__name__)
+
+# A run may be lengthened: these, and whatever is derived from them, may differ.
+LENGTH = ("preset.steps", "trainer.max_steps", "trainer.max_time", "trainer.max_epochs")
+FREE = ("resume", "logger", "name", "folder", "callbacks.progress")
+
+
+def plain(cfg: DictConfig) -> dict:
+    """The resolved config as plain dicts and lists, secrets hidden."""
+    return hide_secrets(OmegaConf.to_container(cfg, resolve=True))
+
+
+def find(cfg: DictConfig, folder: Path) -> tuple[Path | None, Path]:
+    """The checkpoint to go on from, if any, and the folder to write to.
+
+    Args:
+        folder: the folder that this run would have as a new one.
+
+    Raises:
+        ValueError: ``resume`` names nothing that exists, or ``auto`` finds only runs with other settings.
+    """
+    wanted = str(cfg.resume)
+    if wanted == "never":
+        return None, folder
+    if wanted == "auto":
+        return _newest(cfg, folder)
+    path = Path(wanted).expanduser()
+    if path.is_dir():
+        path = next(
+            (p for p in (path / "checkpoints" / "last.ckpt", path / "last.ckpt") if p.exists()), path / "last.ckpt"
+        )
+    if not path.is_file():
+        raise ValueError(f"resume={wanted}: there is no checkpoint {path}; allowed is never, auto, or an existing PATH")
+    return path, folder
+
+
+def _newest(cfg: DictConfig, folder: Path) -> tuple[Path | None, Path]:
+    found = [
+        p.parents[1] for p in folder.parent.glob("*/checkpoints/last.ckpt") if (p.parents[1] / "config.yaml").exists()
+    ]
+    found = [run for run in found if not (run / "done").exists()]
+    found.sort(key=lambda run: (run / "checkpoints" / "last.ckpt").stat().st_mtime, reverse=True)
+    if not found:
+        log.info("resume=auto: no unfinished run in %s; starting fresh", folder.parent)
+        return None, folder
+    for run in found:
+        if not differing(cfg, run):
+            return run / "checkpoints" / "last.ckpt", run
+    raise ValueError(
+        f"resume=auto: the newest unfinished run {found[0]} has other settings: {'; '.join(differing(cfg, found[0]))}."
+        f" Set them alike, or resume={found[0]} to start from it all the same, or resume=never to start fresh"
+    )
+
+
+def differing(cfg: DictConfig, run: Path) -> list[str]:
+    """``key: then -> now`` of each setting in which ``cfg`` differs from the run in a folder, its length apart."""
+    before = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
+    trial = cfg.copy()
+    OmegaConf.set_struct(trial, False)
+    for key in (*LENGTH, *FREE):  # taken over from there, so that whatever interpolates them agrees too
+        value = OmegaConf.select(OmegaConf.create(before), key)
+        if value is not None and OmegaConf.select(trial, key) is not None:
+            OmegaConf.update(trial, key, value, merge=False)
+    return differences(before, plain(trial))
+
+
+def differences(before, now, key: str = "") -> list[str]:
+    """Leaf by leaf ``key: before -> now`` of two nested dicts, free keys left out."""
+    if key in FREE:
+        return []
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = sorted({*before, *now}, key=str)
+        return [
+            line
+            for name in names
+            for line in differences(
+                before.get(name, "(unset)"), now.get(name, "(unset)"), f"{key}.{name}" if key else str(name)
+            )
+        ]
+    return [] if before == now else [f"{key}: {before} -> {now}"]
+
+
+def read(path: Path) -> dict:
+    """A checkpoint's content.
+
+    Raises:
+        ValueError: it is no checkpoint of plain dicts and tensors. Nothing in it is executed.
+    """
+    import torch
+
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"resume={path}: refused, it holds more than plain dicts and tensors; nothing was executed"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(
+            f"resume={path}: it is no checkpoint, or a damaged one ({str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
+        raise ValueError(f"resume={path}: it is no checkpoint of a training run")
+    return checkpoint
+
+
+def check_fits(stage, path: Path) -> dict:
+    """Refuse a checkpoint of another architecture; -> its content.
+
+    Raises:
+        ValueError: names the settings that differ, and one tensor that shows it.
+    """
+    checkpoint = read(path)
+    probe = {**checkpoint, "state_dict": dict(checkpoint["state_dict"])}
+    try:
+        stage.on_load_checkpoint(probe)  # a stage may leave frozen weights out of its checkpoints
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"resume={path}: it is a checkpoint of another stage ({error})") from error
+    saved = {name: tuple(value.shape) for name, value in probe["state_dict"].items()}
+    mine = {name: tuple(value.shape) for name, value in stage.state_dict().items()}
+    if saved != mine:
+        there, here = {*checkpoint["hyper_parameters"]}, {*stage.hparams}
+        if there != here:
+            gone, new = (", ".join(sorted(names)) or "nothing" for names in (there - here, here - there))
+            raise ValueError(f"resume={path}: it is a checkpoint of another stage: only there {gone}; only here {new}")
+        odd = next(name for name in sorted({*saved, *mine}) if saved.get(name) != mine.get(name))
+        keys = differences(checkpoint["hyper_parameters"], dict(stage.hparams), "stage")
+        raise ValueError(
+            f"resume={path}: it has another architecture: {'; '.join(keys) or 'see the tensor'}"
+            f" ({odd}: {saved.get(odd, 'absent')} there, {mine.get(odd, 'absent')} here)"
+        )
+    return checkpoint

@@ -1,0 +1,74 @@
+"""Where the configs are: ``configs`` holds the parts, ``conf`` the experiments. Registered here, once, for everybody.
+
+``hydra.searchpath`` would break ``-m 'experiment=glob(*)'`` and depend on the working directory; a plugin does not.
+"""
+
+import hashlib
+from pathlib import Path
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+
+VERSION_BASE = "1.3"
+
+
+def root(name: str) -> Path:
+    """The folder of a config root, ``configs`` or ``conf``: in the wheel below ``_conf``, else beside the package."""
+    package = Path(__file__).resolve().parents[1]
+    packed = package / "_conf" / name
+    return packed if packed.is_dir() else package.parent / name
+
+
+class ExperimentsSearchPath(SearchPathPlugin):
+    """Adds ``conf`` behind the primary root."""
+
+    def manipulate_search_path(self, search_path) -> None:
+        search_path.append("megactx", f"file://{root('conf')}")
+
+
+def register() -> None:
+    """Make the second root and the resolvers of the configs known to Hydra. Safe to call again."""
+    if ExperimentsSearchPath not in Plugins.instance().discover(SearchPathPlugin):
+        Plugins.instance().register(ExperimentsSearchPath)
+    OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)
+    OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
+    OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
+
+
+def compose(overrides=(), with_hydra: bool = False) -> DictConfig:
+    """Compose a config as ``train.py`` would, for tests and notebooks: ``compose(["experiment=base_lm"])``.
+
+    Args:
+        overrides: as on the command line.
+        with_hydra: keep the ``hydra`` node.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    register()
+    asked = dict(config_name="config", overrides=list(overrides), return_hydra_config=with_hydra)
+    if GlobalHydra.instance().is_initialized():  # within a job: its search path, with what --config-dir added
+        return hydra.compose(**asked)
+    with hydra.initialize_config_dir(str(root("configs")), version_base=VERSION_BASE):
+        return hydra.compose(**asked)
+
+
+def _run_name() -> str:
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return "run"
+    choices = HydraConfig.get().runtime.choices
+    return str(choices.get("experiment") or choices.get("stage") or "run").replace("/", "_")
+
+
+def _folder_name(overrides: str) -> str:
+    """The overrides of a sweep's job as one folder name of bounded length."""
+    name = overrides.replace("/", "_").replace(" ", "") or "defaults"
+    if len(name) > 120:
+        name = f"{name[:100]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return name
+
+
+register()

@@ -1,0 +1,154 @@
+"""GistNet: a block of K embeddings (or gists of the level below) -> one vector that the base LM reads instead."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import heads, poolings
+from .backbone import Backbone
+from .parts import find
+
+TYPES, SKIPS, POSITIONS = ("transformer", "mean"), ("none", "last", "mean"), ("centre", "end")
+
+
+class GistNet(nn.Module):
+    """32 -> 1 compressor (SPEC 2).
+
+    The gist is ``skip + head(pool(backbone(block)))``, at the scale of the base LM's token embeddings.
+
+    Args:
+        width: D of the base LM.
+        embedding_rms: root mean square of the base LM's token embeddings; a fresh gist has the same.
+        block_size: K.
+        type: ``transformer``, or ``mean``: no backbone, the control ``blockmean_linear`` / ``blockmean_mlp``.
+        layers: blocks of the backbone, 1..16.
+        num_heads: attention heads; divides ``width``.
+        pooling: a file of ``megactx/gist/poolings``.
+        head: a file of ``megactx/gist/heads``.
+        skip: ``none`` | ``last`` (last token's embedding plus a correction that starts at zero) | ``mean`` (the same
+            with the block's mean, at token scale). The correction is the head plus a linear shortcut, and both see the
+            last token's embedding and the block's mean beside the pooled vector.
+        position: ``centre`` (start + K // 2) | ``end`` (start + K - 1): where the gist sits in the base LM.
+        dropout: in the backbone.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        embedding_rms: float,
+        block_size: int = 32,
+        type: str = "transformer",
+        layers: int = 2,
+        num_heads: int = 8,
+        pooling: str = "mean",
+        head: str = "mlp",
+        skip: str = "last",
+        position: str = "end",
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        for name, value, allowed in (("type", type, TYPES), ("skip", skip, SKIPS), ("position", position, POSITIONS)):
+            if value not in allowed:
+                raise ValueError(f"gistnet.{name}={value} is not known, allowed are {', '.join(allowed)}")
+        if block_size < 1:
+            raise ValueError(f"gistnet.block_size={block_size} is not allowed: at least 1")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"gistnet.dropout={dropout} is not allowed: 0 <= dropout < 1")
+        self.width, self.block_size, self.skip, self.position = width, block_size, skip, position
+        self.embedding_rms = embedding_rms
+        if type == "transformer":
+            if not 1 <= layers <= 16:
+                raise ValueError(f"gistnet.layers={layers} is not allowed: 1 to 16")
+            if num_heads < 1 or width % num_heads or width // num_heads % 2:
+                fits = [n for n in range(1, width // 2 + 1) if width % n == 0 and width // n % 2 == 0]
+                raise ValueError(
+                    f"gistnet.num_heads={num_heads} does not divide the base LM's width {width} into even heads; "
+                    f"allowed are {', '.join(map(str, fits))}"
+                )
+            self.pooling = find(poolings, pooling, "gistnet.pooling")(width)
+            self.backbone = Backbone(width, layers, num_heads, dropout, self.pooling.needs_cls)
+        else:
+            self.pooling, self.backbone = find(poolings, "mean", "gistnet.pooling")(width), None
+        inputs = width if skip == "none" else 3 * width
+        self.head = find(heads, head, "gistnet.head")(inputs, width)
+        self.shortcut = nn.Linear(inputs, width, bias=False) if skip != "none" else None
+        self.gain = nn.Parameter(torch.ones(width))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.backbone is not None:
+            for block in self.backbone.blocks:
+                for last in (block.out, block.down):
+                    # Keeps the residual stream's scale independent of depth (Radford et al. 2019).
+                    last.weight.data /= (2 * len(self.backbone.blocks)) ** 0.5
+        if self.skip != "none":
+            nn.init.zeros_(self.head.last.weight)
+            nn.init.zeros_(self.shortcut.weight)
+
+    @property
+    def offset(self) -> int:
+        """Position of the gist relative to its block's start."""
+        return self.block_size // 2 if self.position == "centre" else self.block_size - 1
+
+    def encode_span(self, embeddings: Tensor) -> Tensor:
+        """embeddings [B, K, D] -> gists [B, D], in fp32.
+
+        Raises:
+            ValueError: K or D are not those that the net was built for.
+        """
+        if embeddings.ndim != 3 or embeddings.shape[1:] != (self.block_size, self.width):
+            raise ValueError(
+                f"embeddings have shape {tuple(embeddings.shape)}, expected [B, {self.block_size}, {self.width}] "
+                "(gistnet.block_size, width of the base LM)"
+            )
+        if not embeddings.is_floating_point():
+            raise ValueError(f"embeddings have dtype {embeddings.dtype}, expected a floating type")
+        x = embeddings.float() / self.embedding_rms
+        pooled = self.pooling(x if self.backbone is None else self.backbone(x))
+        if self.skip == "none":
+            # Normalised, so that a fresh gist has exactly the scale of a token; the gain is learned.
+            gist = F.rms_norm(self.head(pooled).float(), (self.width,)) * self.gain
+        else:
+            # Nearly all of the loss is at h = 0; without the plain mean and the shortcut the far offsets, which a
+            # linear map of the mean serves well, are learned so slowly that blockmean_linear catches up on them.
+            mean = F.rms_norm(x.mean(dim=1), (self.width,))
+            kept = x[:, -1] if self.skip == "last" else mean
+            seen = torch.cat([pooled.to(kept.dtype), x[:, -1], mean], dim=-1)
+            gist = kept + (self.head(seen) + self.shortcut(seen)).float() * self.gain
+        return gist * self.embedding_rms
+
+    def forward(self, embeddings: Tensor, neighbours: Tensor | None = None, margin: float = 0.2):
+        """Gists, and the loss terms that need no base LM.
+
+        Args:
+            embeddings: [B, K, D].
+            neighbours: right neighbours' embeddings [P, K, D] of the first P blocks, for the contrastive term.
+
+        Returns:
+            ``(gists [B, D], terms)`` with ``terms["contrastive"]`` where neighbours are given.
+        """
+        from .losses import contrastive
+
+        gists = self.encode_span(embeddings)
+        terms = {}
+        if neighbours is not None:
+            terms["contrastive"] = contrastive(gists[: len(neighbours)], self.encode_span(neighbours), margin)
+        return gists, terms
+
+    @torch.no_grad()
+    def flops_per_block(self) -> int:
+        """Measured floating-point operations of one forward pass over one block (``torch.utils.flop_counter``)."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        device = self.gain.device
+        with FlopCounterMode(display=False) as counter:
+            self.encode_span(torch.zeros(1, self.block_size, self.width, device=device))
+        return counter.get_total_flops()

@@ -1,0 +1,22 @@
+"""Finding poolings and heads by name: a new file in the folder is all it takes."""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+
+def names(package: ModuleType) -> list[str]:
+    """The parts that a package offers: one per file."""
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def find(package: ModuleType, name: str, setting: str) -> type:
+    """The class of part ``name``: the one class that the file defines, called as the file in CamelCase.
+
+    Raises:
+        ValueError: there is no such file; ``setting`` and the allowed names are in the message.
+    """
+    if name not in names(package):
+        raise ValueError(f"{setting}={name} is not known, allowed are {', '.join(names(package))}")
+    module = importlib.import_module(f"{package.__name__}.{name}")
+    return getattr(module, "".join(word.capitalize() for word in name.split("_")))

@@ -1,0 +1,5 @@
+"""Poolings: the states of a block [B, K, D] -> one vector [B, D]. One file each; the file's name is the setting.
+
+A pooling is an ``nn.Module`` with ``__init__(width)``, ``forward(states) -> pooled`` and ``needs_cls``: with it the
+backbone prepends one learned vector, and the states are [B, 1 + K, D].
+"""

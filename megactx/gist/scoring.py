@@ -1,0 +1,84 @@
+"""The LM head on scored rows only, in chunks: no [rows, vocabulary] tensor outlives its chunk (SPEC 3).
+
+C students (branches of several carriers), M rows, D width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megactx.lm import BaseLM
+
+# fp32 logits of one chunk, rows x V x 4 bytes: on a CPU near the size of its last cache, on a GPU enough to fill it.
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+OBJECTIVES = ("kl", "delta_nll")
+
+
+def score(base: BaseLM, students: Tensor, teacher: Tensor, targets: Tensor, objective: str = "kl"):
+    """Compare students with the teacher on the same rows.
+
+    Args:
+        students: hidden states [C, M, D].
+        teacher: hidden states [M, D] of the full context.
+        targets: the true next tokens [M].
+        objective: what the returned loss is: ``kl``, KL(P_full || P_student), or ``delta_nll``.
+
+    Returns:
+        ``(loss [C, M] with gradient, numbers)``; ``numbers`` is a dict without gradient: ``full`` [M] (teacher NLL),
+        ``nll``, ``kl`` [C, M], ``agree`` bool [C, M] (same argmax). All in nats, fp32.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"stage.objective={objective} is not known, allowed are {', '.join(OBJECTIVES)}")
+    if any(p.requires_grad for p in base.model.get_output_embeddings().parameters()):
+        raise ValueError("the LM head must be frozen: its gradient is not computed by the packed pass")
+    loss, full, nll, kl, agree = _Score.apply(students, teacher, targets, base, objective)
+    return loss, {"full": full, "nll": nll, "kl": kl, "agree": agree}
+
+
+class _Score(torch.autograd.Function):
+    """Computes each row's gradient while its logits exist, so that backward needs neither logits nor a second pass.
+
+    That is exact because a row's loss depends on that row's hidden state only: d(sum_i w_i l_i)/dh_i = w_i dl_i/dh_i.
+    """
+
+    @staticmethod
+    def forward(ctx, students, teacher, targets, base, objective):
+        c, m, d = students.shape
+        needs_grad = students.requires_grad
+        gradient = torch.empty_like(students) if needs_grad else None
+        full = students.new_empty(m, dtype=torch.float32)
+        nll, kl = (students.new_empty(c, m, dtype=torch.float32) for _ in range(2))
+        agree = torch.empty(c, m, dtype=torch.bool, device=students.device)
+        size = max(1, CHUNK_ELEMENTS.get(students.device.type, 2**21) // base.vocab_size)
+        for start in range(0, m, size):
+            part = slice(start, start + size)
+            target = targets[part]
+            log_p = F.log_softmax(base.logits(teacher[part]).float(), dim=-1)  # [m, V]
+            p = log_p.exp()
+            full[part] = -log_p.gather(1, target[:, None])[:, 0]
+            best = log_p.argmax(dim=-1, keepdim=True)
+            for i in range(c):
+                with torch.set_grad_enabled(needs_grad):
+                    row = students[i, part].detach().requires_grad_(needs_grad)
+                    logits = base.logits(row)
+                log_q = F.log_softmax(logits.detach().float(), dim=-1)
+                nll[i, part] = -log_q.gather(1, target[:, None])[:, 0]
+                kl[i, part] = (log_p - log_q).mul_(p).sum(dim=-1)  # 7 times faster than F.kl_div on a CPU
+                agree[i, part] = log_q.gather(1, best)[:, 0] == log_q.amax(dim=-1)
+                if needs_grad:
+                    # dKL/dlogits = q - p, dNLL/dlogits = q - onehot; autograd takes it through the model's own head.
+                    slope = log_q.exp_()
+                    if objective == "kl":
+                        slope -= p
+                    else:
+                        slope.scatter_add_(1, target[:, None], slope.new_full((len(target), 1), -1.0))
+                    gradient[i, part] = torch.autograd.grad(logits, row, slope.to(logits.dtype))[0]
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(full, nll, kl, agree)
+        loss = kl.clone() if objective == "kl" else nll - full
+        return loss, full, nll, kl, agree
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_loss[..., None]).to(gradient.dtype), None, None, None, None

@@ -1,0 +1,214 @@
+"""The base LM: one thin class over any Hugging Face causal LM.
+
+It is a function of embeddings, positions, a 4-D mask and a cache. Nothing of a modelling file is copied: it calls
+the model's own backbone and head, and refuses a model for which that does not give the model's own logits.
+
+Shapes: B batch, Q query rows, S visible columns (cache + Q), D width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from megactx.assets import resolve
+
+from . import masks
+from .branches import NAME, Branches
+
+
+class BaseLM(nn.Module):
+    """A causal LM that reads embeddings. Frozen on request: eval mode, no grad.
+
+    Args:
+        model: a Hugging Face ``...ForCausalLM`` with SDPA attention.
+        tokenizer: its tokenizer, or ``None``.
+
+    Raises:
+        ValueError: the tokenizer has more ids than the model has rows; or the model keeps sliding-window caches, takes
+            no ``inputs_embeds``, or its logits are not those of its own head on its own hidden states.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer=None):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        if tokenizer is not None and len(tokenizer) > self.vocab_size:
+            raise ValueError(
+                f"base.name: the tokenizer has {len(tokenizer)} ids, but the model only {self.vocab_size} embedding "
+                "rows; they do not belong together"
+            )
+        self._refuse_unsupported()
+
+    @classmethod
+    def from_pretrained(cls, name: str, dtype: str | None = None) -> "BaseLM":
+        """Load a Hugging Face name or a local folder, with its tokenizer.
+
+        Raises:
+            ValueError: nothing can be loaded from there.
+        """
+        from transformers import AutoModelForCausalLM
+
+        from megactx.data.tokenizer import load_tokenizer
+
+        folder = resolve(name)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype) if dtype else "auto",
+                attn_implementation="sdpa",
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"base.name={name}: no causal LM could be loaded from there ({error})") from error
+        return cls(model, load_tokenizer(folder))
+
+    @classmethod
+    def from_config(cls, config: dict, tokenizer=None) -> "BaseLM":
+        """Random weights from a Hugging Face config given as a dict with its ``model_type``.
+
+        Raises:
+            ValueError: an unknown ``model_type``, or a head count that does not divide what it splits.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = dict(config)
+        kind = config.pop("model_type", None)
+        heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+        if heads and width and width % heads:
+            raise ValueError(f"base.config: num_attention_heads={heads} does not divide hidden_size={width}")
+        shared = config.get("num_key_value_heads")
+        if heads and shared and heads % shared:
+            raise ValueError(f"base.config: num_key_value_heads={shared} does not divide num_attention_heads={heads}")
+        try:
+            settings = AutoConfig.for_model(kind, **config)
+        except ValueError as error:
+            raise ValueError(f"base.config.model_type={kind}: {error}") from error
+        return cls(AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa"), tokenizer)
+
+    @property
+    def config(self):
+        return self.model.config
+
+    @property
+    def width(self) -> int:
+        """D, the width of an embedding."""
+        return self.model.get_input_embeddings().embedding_dim
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of embedding rows."""
+        return self.model.get_input_embeddings().num_embeddings
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence that the config says the model takes."""
+        return int(self.config.max_position_embeddings)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [B, T] -> embeddings [B, T, D]."""
+        return self.model.get_input_embeddings()(ids)
+
+    def forward(self, embeddings: Tensor, positions: Tensor | None, mask: Tensor | None = None, cache=None) -> Tensor:
+        """embeddings [B, Q, D], positions [B, Q], mask bool [B or 1, 1, Q, S] (True = sees) -> hidden [B, Q, D].
+
+        Without a mask the pass is plain causal from position 0 on, and an empty cache may be handed over to be filled.
+        A jump in positions without a mask would be read by transformers as a border between packed sequences, and
+        attention would be cut there, silently; so positions and a mask come together or not at all.
+        """
+        assert (mask is None) == (positions is None), "positions and an explicit 4-D mask come together"
+        if mask is None:
+            assert cache is None or cache.get_seq_length() == 0, "a pass over a filled cache needs an explicit 4-D mask"
+        else:
+            assert mask.ndim == 4 and mask.dtype == torch.bool, "the mask is bool [B, 1, Q, S]"
+            mask = masks.additive(mask, self._pass_dtype(embeddings))
+        output = self.model.get_decoder()(
+            inputs_embeds=embeddings,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state
+
+    def forward_branches(self, embeddings: Tensor, positions: Tensor, kept, prefix: Tensor) -> Tensor:
+        """The packed pass: N branches of R rows per document, each over its own share of one cached prefix.
+
+        Args:
+            embeddings: [B, N, R, D].
+            positions: [B, N, R].
+            kept: keys and values of a pass over the documents, per layer.
+            prefix: cached columns that each branch sees, [B, N].
+
+        Returns:
+            Final hidden states [B, N, R, D]; row (k, r) saw columns t < prefix[k] and rows r' <= r of its own branch.
+
+        Raises:
+            ValueError: the model's attention does not go through transformers' attention interface.
+        """
+        b, n, r, d = embeddings.shape
+        branches = Branches(kept, prefix, r, self._pass_dtype(embeddings))
+        decoder = self.model.get_decoder()
+        usual = decoder.config._attn_implementation
+        decoder.config._attn_implementation = NAME
+        try:
+            output = decoder(
+                inputs_embeds=embeddings.reshape(b, n * r, d),
+                position_ids=positions.reshape(b, n * r),
+                # Any 4-D mask keeps the jumps in position from being read as borders; the groups hold the real ones.
+                attention_mask=masks.causal(1, embeddings.device),
+                use_cache=False,
+                branches=branches,
+            )
+        finally:
+            decoder.config._attn_implementation = usual
+        if branches.layers != len(kept):
+            raise ValueError(f"base: {self.config.model_type} does not use transformers' attention interface")
+        return output.last_hidden_state.view(b, n, r, d)
+
+    @staticmethod
+    def _pass_dtype(embeddings: Tensor) -> torch.dtype:
+        kind = embeddings.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeddings.dtype
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [..., D] -> logits [..., V], with the model's own scaling and soft cap."""
+        logits = self.model.get_output_embeddings()(hidden)
+        if scale := getattr(self.config, "logits_scaling", None):
+            logits = logits / scale
+        if cap := getattr(self.config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def freeze(self) -> "BaseLM":
+        """Eval mode for good, no parameter takes a gradient."""
+        self.requires_grad_(False)
+        self._frozen = True
+        return self.eval()
+
+    def train(self, mode: bool = True) -> "BaseLM":
+        # Lightning calls train() on the whole stage: a frozen base must not wake up.
+        return super().train(mode and not getattr(self, "_frozen", False))
+
+    @torch.no_grad()
+    def embedding_rms(self) -> float:
+        """Root mean square of the embedding table: the scale that a gist must have."""
+        return self.model.get_input_embeddings().weight.float().pow(2).mean().sqrt().item()
+
+    @torch.no_grad()
+    def _refuse_unsupported(self) -> None:
+        name = self.config.model_type
+        kinds = getattr(self.config, "layer_types", None)
+        if "sliding_attention" in kinds if kinds else getattr(self.config, "sliding_window", None):
+            raise ValueError(f"base: {name} uses sliding-window attention, whose cut cache the packed pass cannot read")
+        if self.model.device.type == "meta":
+            return
+        training = self.model.training
+        self.model.eval()
+        ids = torch.arange(min(4, self.vocab_size), device=self.model.device)[None]
+        try:
+            mine = self.logits(self(self.embed(ids), None))
+        except TypeError as error:
+            raise ValueError(f"base: {name} does not take inputs_embeds ({error})") from error
+        theirs = self.model(input_ids=ids, use_cache=False).logits
+        self.model.train(training)
+        if not torch.allclose(mine, theirs, rtol=1e-2, atol=1e-3):
+            raise ValueError(f"base: {name} scales its embeddings or logits in a way that is not supported")

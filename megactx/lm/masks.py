@@ -1,0 +1,37 @@
+"""Every attention mask of the project is built here. bool, True = sees: [B, 1, Q, S] with S = cache columns + Q."""
+
+import torch
+from torch import Tensor
+
+
+def causal(length: int, device=None) -> Tensor:
+    """Plain causal mask [1, 1, T, T]; handed over whenever positions jump."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+
+
+def branches(prefix: Tensor, rows: int, columns: int) -> Tensor:
+    """Mask of the packed pass: N independent branches over one cached prefix.
+
+    Row (k, r) sees cache columns t < prefix[k] and rows r' <= r of its own branch, nothing else.
+
+    Args:
+        prefix: visible cache columns of each branch, [B, N].
+        rows: rows R of each branch.
+        columns: cache columns C.
+
+    Returns:
+        [B, 1, N * R, C + N * R].
+    """
+    b, n = prefix.shape
+    device = prefix.device
+    cached = torch.arange(columns, device=device) < prefix[:, :, None]  # [B, N, C]
+    cached = cached[:, :, None].expand(b, n, rows, columns).reshape(b, n * rows, columns)
+    branch = torch.arange(n * rows, device=device) // rows
+    row = torch.arange(n * rows, device=device) % rows
+    own = (branch[:, None] == branch) & (row[:, None] >= row)  # [N * R, N * R]
+    return torch.cat([cached, own.expand(b, -1, -1)], dim=-1)[:, None]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as what SDPA adds to the scores: 0 or -inf. Made once, where SDPA would make it in every layer."""
+    return torch.where(mask, 0.0, -torch.inf).to(dtype)

@@ -1,0 +1,1 @@
+"""One LightningModule per stage; a stage is a recipe."""

@@ -1,0 +1,154 @@
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from megactx.data.embedded import Embedded
+from megactx.data.files import DOMAINS, Files
+from megactx.data.hub import Hub
+from megactx.data.mixture import Mixture
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "data"
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return Embedded()
+
+
+def test_the_embedded_corpus_has_enough_long_documents_of_every_domain(embedded):
+    rows = embedded.load()
+    assert set(rows.column_names) == {"text", "domain", "source"}
+    for domain in DOMAINS:
+        lengths = [len(text) for text, d in zip(rows["text"], rows["domain"], strict=True) if d == domain]
+        assert sum(length > 3500 for length in lengths) >= 150, domain  # about 1,000 tokens
+        assert 3e6 < sum(lengths) < 9.5e6, domain
+
+
+def test_the_embedded_corpus_has_no_tests_and_no_text_in_two_domains(embedded):
+    rows = embedded.load()
+    for package in ("torch", "transformers"):
+        sources = [
+            {s for s, d in zip(rows["source"], rows["domain"], strict=True) if d == domain and s.startswith(package)}
+            for domain in DOMAINS
+        ]
+        assert len(set.union(*sources)) == sum(map(len, sources))
+    paths = [path for path, _ in embedded.files()]
+    assert len(paths) == len(set(paths))
+    for path in paths:
+        assert not {"test", "tests", "testing", "idle_test", "site-packages"} & set(path.split("/")), path
+        assert not Path(path).name.startswith("test_"), path
+
+
+def test_the_embedded_corpus_is_the_same_every_time(embedded):
+    small = [Embedded(megabytes=0.2) for _ in range(2)]
+    assert small[0].load()[:] == small[1].load()[:]
+    assert small[0].files() == small[1].files()
+    assert small[0].fingerprint() == small[1].fingerprint() != embedded.fingerprint()
+
+
+def test_the_file_list_holds_the_hash_of_every_file(embedded, tmp_path):
+    embedded.write_list(tmp_path / "files.sha256")
+    listed = dict(line.split("  ", 1)[::-1] for line in (tmp_path / "files.sha256").read_text().splitlines())
+    assert listed == dict(embedded.files())
+    path = Path(json.__file__).parent / "decoder.py"
+    listed_json = [name for name in listed if name.startswith("python/")]
+    assert listed_json
+    if "python/json/decoder.py" in listed:
+        assert listed["python/json/decoder.py"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_file_list_needs_no_second_walk(embedded, monkeypatch):
+    embedded.load()
+    monkeypatch.setattr("megactx.data.embedded._candidates", None)
+    assert Embedded().files() == embedded.files()
+
+
+def test_a_size_that_is_not_above_zero_is_refused():
+    with pytest.raises(ValueError, match="megabytes=0"):
+        Embedded(megabytes=0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = [{"content": f"text {i} " * 20} for i in range(10)] + [{"content": "short"}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "hub" / "train.parquet")
+    return str(tmp_path / "hub")
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_hub_source_reads_a_local_folder(folder, streaming):
+    rows = Hub(folder, text_column="content", domain="code", streaming=streaming, max_documents=4).load()
+    assert rows["domain"] == ["code"] * 4
+    assert rows["text"][3] == "text 3 " * 20
+    assert rows["source"][3] == f"{folder}#3"
+
+
+def test_short_rows_of_a_hub_source_are_dropped_or_joined(folder):
+    assert len(Hub(folder, text_column="content", min_characters=50).load()) == 10
+    joined = Hub(folder, text_column="content", min_characters=300, short_rows="join").load()
+    assert len(joined) == 3 and all(len(text) >= 300 for text in joined["text"])
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (dict(text_column="text"), "data.text_column=text.*content"),
+        (dict(text_column="content", split="nowhere"), "split=nowhere.*cannot be reached or read"),
+        (dict(text_column="content", min_characters=10**6), "data.min_characters=1000000"),
+        (dict(text_column="content", domain="poetry"), "data.domain=poetry is not allowed"),
+        (dict(text_column="content", max_documents=0), "data.max_documents=0"),
+        (dict(text_column="content", short_rows="keep"), "data.short_rows=keep is not allowed: drop or join"),
+    ],
+)
+def test_a_hub_source_refuses_a_bad_setting_by_name(folder, settings, said):
+    with pytest.raises(ValueError, match=said):
+        Hub(folder, **settings).load()
+
+
+def test_a_data_set_that_cannot_be_reached_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="data.name=.*cannot be reached"):
+        Hub(str(tmp_path / "nothing")).load()
+    with pytest.raises(ValueError, match="data.name is not set"):
+        Hub(None)
+
+
+def test_a_mixture_labels_each_source_with_its_domain(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    sources = {"code": Files(str(tmp_path / "a.txt")), "structured": Files(str(tmp_path / "b.txt"))}
+    mixture = Mixture(sources)
+    rows = mixture.load()
+    assert sorted(zip(rows["text"], rows["domain"], strict=True)) == [("a.txt", "code"), ("b.txt", "structured")]
+    assert mixture.fingerprint() != Mixture({"code": sources["structured"]}).fingerprint()
+
+
+@pytest.mark.parametrize("sources, said", [({}, "sources is empty"), ({"poetry": None}, "domain=poetry")])
+def test_a_mixture_refuses_unknown_domains_and_nothing(sources, said):
+    with pytest.raises(ValueError, match=said):
+        Mixture(sources)
+
+
+@pytest.mark.parametrize("name", ["embedded", "files", "hub", "wiki_code_json"])
+def test_every_data_config_builds_its_source_and_explains_every_key(name, tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    config = OmegaConf.create({"data": OmegaConf.load(CONFIGS / f"{name}.yaml")})
+    for key in {"path", "name"} & set(config.data):
+        config.data[key] = str(tmp_path)
+    source = instantiate(config.data.source)
+    assert len(source.fingerprint()) == 16
+    assert set(config.data.weights) == set(DOMAINS)
+    assert {"min_tokens", "max_tokens", "workers"} <= set(config.data)
+    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+    assert all("  # " in line or line.startswith("# ") or line.rstrip().endswith(":") for line in lines)
+
+
+@pytest.mark.parametrize("name, said", [("files", "data.path is not set"), ("hub", "data.name is not set")])
+def test_a_data_config_without_its_place_names_the_setting(name, said):
+    config = OmegaConf.create({"data": OmegaConf.load(CONFIGS / f"{name}.yaml")})
+    with pytest.raises(Exception, match=said):
+        instantiate(config.data.source)

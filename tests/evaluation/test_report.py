@@ -1,0 +1,135 @@
+import json
+
+import pytest
+import torch
+from block_scores import synthetic
+
+from megactx.evaluation.report import markdown, print_report, write_report
+from megactx.evaluation.summary import summarise
+
+
+def status(numbers):
+    return {target["target"]: target["status"] for target in numbers["targets"]}
+
+
+def test_a_target_that_dropping_also_meets_does_not_count_as_passed():
+    weak = synthetic(cost=0.2)
+    numbers = summarise(weak, targets={"dnll": 0.5, "recovery": 0.3, "recovery_body": 0.9, "structured/dnll": 1})
+    assert status(numbers) == {
+        "dnll": "not informative",
+        "recovery": "passed",
+        "recovery_body": "missed",
+        "structured/dnll": "no blocks",
+    }
+    text = markdown(numbers)
+    assert "targets: 1 of 4 passed" in text and "not informative" in text
+    dropped = numbers["targets"][0]["dropped"]
+    assert dropped == pytest.approx((weak.drop - weak.full).mean().item(), rel=1e-5) and f"{dropped:.3f}" in text
+
+
+def test_targets_per_domain_and_of_the_gist_space():
+    numbers = summarise(
+        synthetic(cost=3.0),
+        targets={"code/substitutability": 0.1, "adjacent_distance": 0.3},
+        geometry={"diversity": 0.2, "adjacent_distance": 0.4},
+    )
+    assert status(numbers) == {
+        "code/substitutability": "missed",
+        "adjacent_distance": "passed",
+        "diversity": "missed",
+    }
+    assert any("collapse" in note for note in numbers["notes"])
+
+
+def test_a_target_that_is_not_measured_is_refused():
+    with pytest.raises(ValueError, match="targets.dNLL: not measured; measured are dnll"):
+        summarise(synthetic(), targets={"dNLL": 0.5})
+
+
+def test_an_unknown_subject_is_refused():
+    with pytest.raises(ValueError, match="'gist' was not scored"):
+        summarise(synthetic(), subject="gist")
+
+
+def test_full_context_and_dropped_block_stand_at_one_and_zero():
+    rows = summarise(synthetic())["groups"]["overall"]["rows"]
+    assert rows["full"]["recovery"] == 1 and rows["full"]["kl"] == 0 and rows["full"]["top1"] == 1
+    assert rows["dropped"]["recovery"] == 0 and rows["dropped"]["recovery_body"] == 0
+
+
+def test_the_better_form_of_the_untrained_mean_is_quoted_for_each_range():
+    scores = synthetic(blocks=200)
+    # raw is worse at the seam, better behind it
+    raw, rescaled = scores.carriers["untrained mean (raw)"], scores.carriers["untrained mean (rescaled)"]
+    raw.copy_(rescaled)
+    raw[:, 0] += 10
+    raw[:, 4:] -= 0.2
+    numbers = summarise(scores)
+    group = numbers["groups"]["overall"]
+    assert group["rows"]["untrained mean"]["quoted"] == "untrained mean (rescaled)"
+    assert group["against"]["untrained mean"]["all"] == group["against"]["untrained mean (rescaled)"]["all"]
+    assert group["against"]["untrained mean"]["body"] == group["against"]["untrained mean (raw)"]["body"]
+    table = markdown(numbers)
+    assert "untrained mean (rescaled) *" in table and "untrained mean (raw)" not in table
+
+
+def test_verdicts_stand_for_all_h_and_for_the_body():
+    against = summarise(synthetic(blocks=200))["groups"]["overall"]["against"]
+    assert against["last token"]["all"]["verdict"] == "above"
+    assert against["last token"]["body"]["verdict"] == "above"
+    swapped = synthetic(blocks=200, recovery={"gistnet": 0.3, "last token": 0.6, "twin": 0.3})
+    swapped.carriers["twin"] = swapped.carriers["gistnet"].clone()
+    against = summarise(swapped)["groups"]["overall"]["against"]
+    assert against["last token"]["all"]["verdict"] == "below"
+    assert against["twin"]["body"]["verdict"] == "within the interval"
+
+
+def test_a_weak_base_is_named():
+    scores = synthetic(cost=0.5)
+    scores.drop[:, 4:16] = scores.full[:, 4:16]
+    numbers = summarise(scores)
+    assert any("base too weak" in note and "4-15" in note for note in numbers["notes"])
+    assert "undef." in markdown(numbers) and "undefined" in markdown(numbers)
+    assert any("recovery is undefined" in note for note in summarise(synthetic(cost=0.001))["notes"])
+
+
+def test_few_blocks_and_a_high_perplexity_ratio_are_said():
+    notes = " ".join(summarise(synthetic(cost=5.0))["notes"])
+    assert "40 blocks of 8 documents" in notes and "ALARM: perplexity ratio" in notes
+
+
+def test_report_files_hold_every_row_the_hash_and_no_nan(tmp_path):
+    scores = synthetic(cost=0.001)
+    numbers = summarise(scores, targets={"recovery": 0.5})
+    write_report(tmp_path / "run", numbers)
+    text, data = (
+        (tmp_path / "run" / "report.md").read_text(),
+        json.loads((tmp_path / "run" / "report.json").read_text()),
+    )
+    assert scores.block_hash() in text and data["block_hash"] == scores.block_hash()
+    assert "40 blocks of 8 documents" in text
+    for row in ("full", "dropped", "last token", "gistnet"):
+        assert f"{row} " in text and row in data["groups"]["code"]["rows"]
+    assert data["groups"]["overall"]["rows"]["gistnet"]["recovery"] is None
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["report.json", "report.md"]
+
+
+def test_tables_fit_in_120_columns_without_a_terminal():
+    import io
+
+    from rich.console import Console
+
+    out = io.StringIO()
+    print_report(summarise(synthetic(blocks=100), geometry={"diversity": 0.6}), Console(file=out))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 120
+    assert any("untrained mean (rescaled) *" in line and "%" in line for line in lines)
+
+
+def test_a_horizon_of_one_and_missing_kl_still_make_a_report():
+    scores = synthetic(horizon=1)
+    scores.kl.clear()
+    scores.agree.pop("last token")
+    text = markdown(summarise(scores))
+    assert "undefined" in text and "gistnet" in text
+    assert torch.isfinite(scores.full).all()

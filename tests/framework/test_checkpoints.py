@@ -1,0 +1,157 @@
+import resource
+import signal
+
+import lightning
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from megactx.framework.checkpoints import AtomicCheckpointIO, Best, RandomState
+from megactx.framework.errors import FAILED, Interrupted, RunFailed, verdict
+from megactx.framework.guards import StopOnBadLoss, StopOnInterrupt
+from megactx.framework.progress import Progress
+
+
+class Net(lightning.LightningModule):
+    """One weight and dropout, so that the random state matters; ``bad`` is the step of a NaN loss."""
+
+    monitor = "val/loss"
+
+    def __init__(self, bad: int = -1, adamw_lr: float = 0.1):
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = torch.nn.Linear(8, 1)
+        self.losses, self.val = [], [3.0, 1.0, 2.0, 4.0]
+
+    def training_step(self, batch, batch_index):
+        loss = torch.nn.functional.dropout(self.layer(batch.float()), 0.5).pow(2).mean()
+        self.losses.append(loss.item())
+        self.log("train/loss", loss, prog_bar=True)
+        return loss * (float("nan") if self.global_step == self.hparams.bad else 1.0)
+
+    def validation_step(self, batch, batch_index):
+        self.log("val/loss", self.val[self.global_step // 2 - 1])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams.adamw_lr)
+
+
+class PressCtrlC(lightning.Callback):
+    def __init__(self, batch: int):
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.batch:
+            signal.raise_signal(signal.SIGINT)
+
+
+def fit(folder, net, *callbacks, steps=8, resume=None, **settings):
+    last = lightning.pytorch.callbacks.ModelCheckpoint(
+        folder / "checkpoints", every_n_train_steps=2, save_last=True, enable_version_counter=False
+    )
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        val_check_interval=2 * settings.get("accumulate_grad_batches", 1),
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_model_summary=False,
+        enable_progress_bar=any(isinstance(c, Progress) for c in callbacks),
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[StopOnBadLoss(), RandomState(), StopOnInterrupt(folder), last, *callbacks],
+        default_root_dir=folder,
+        **settings,
+    )
+    data = torch.linspace(-1, 1, 8).repeat(64, 1)  # every batch alike: what differs between steps is the dropout
+    loaders = DataLoader(data, batch_size=2), DataLoader(data[:2])
+    trainer.fit(net, *loaders, ckpt_path=resume, weights_only=True)
+    return trainer
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 4 kB: writing fails as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_while_saving_keeps_what_was_saved_and_names_the_setting(tmp_path, request):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"x": torch.ones(4)}, path)
+    request.getfixturevalue("small_files")
+    with pytest.raises(RunFailed, match=r"the disk is full.*folder=") as error:
+        AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(100_000)}, path)
+    assert verdict(error.value)[0] == FAILED
+    assert torch.equal(load(path)["x"], torch.ones(4))
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFailed, match="could not be saved"):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "file" / "last.ckpt")
+
+
+def test_a_nan_loss_stops_before_the_step_and_names_learning_rate_and_last_checkpoint(tmp_path):
+    net = Net(bad=5)
+    with pytest.raises(RunFailed, match=r"step 5;.*stage.adamw_lr.*last.ckpt"):
+        fit(tmp_path, net)
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+    assert load(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 4
+
+
+def test_ctrl_c_saves_after_the_whole_step_and_the_run_goes_on_to_the_same_weights(tmp_path):
+    def start() -> Net:
+        torch.manual_seed(0)
+        return Net()
+
+    straight = start()
+    fit(tmp_path / "a", straight, accumulate_grad_batches=2)
+    before = signal.getsignal(signal.SIGINT)
+    first = start()
+    with pytest.raises(Interrupted, match="step 3"):
+        fit(tmp_path / "b", first, PressCtrlC(batch=4), accumulate_grad_batches=2)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert first.losses == straight.losses[:6]  # the step that was under way was finished
+    second = Net()
+    torch.manual_seed(99)
+    last = tmp_path / "b" / "checkpoints" / "last.ckpt"
+    fit(tmp_path / "b", second, resume=last, accumulate_grad_batches=2)
+    assert second.losses == straight.losses[6:]
+    assert torch.equal(second.layer.weight, straight.layer.weight)
+
+
+def test_best_is_the_checkpoint_of_the_lowest_monitored_value(tmp_path):
+    fit(tmp_path, Net(), Best(tmp_path / "checkpoints"))
+    assert load(tmp_path / "checkpoints" / "best.ckpt")["global_step"] == 4
+
+
+def test_a_stage_without_a_monitor_has_no_best(tmp_path):
+    net = Net()
+    net.monitor = None
+    fit(tmp_path, net, Best(tmp_path / "checkpoints"))
+    assert not (tmp_path / "checkpoints" / "best.ckpt").exists()
+
+
+def test_without_a_terminal_progress_is_a_line_every_few_percent_with_the_metrics(tmp_path, capsys):
+    fit(tmp_path, Net(), Progress(every=50))
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["step 4/8 (50 %)", "step 8/8 (100 %)"]
+    assert "train/loss" in lines[0]
+
+
+def test_in_a_terminal_progress_is_a_bar(tmp_path, capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    fit(tmp_path, Net(), Progress())
+    assert "8/8" in capsys.readouterr().out

@@ -1,0 +1,161 @@
+"""Every pooling x head x depth: a gist that depends on its whole block, at the scale of a token."""
+
+import pytest
+import torch
+
+from megactx.gist import GistNet, heads, poolings
+from megactx.gist.losses import contrastive
+from megactx.gist.parts import names
+
+WIDTH, K, RMS = 32, 8, 0.05
+POOLINGS, HEADS = names(poolings), names(heads)
+
+
+def net(**settings) -> GistNet:
+    torch.manual_seed(0)
+    return GistNet(WIDTH, RMS, block_size=K, **{"num_heads": 4, **settings})
+
+
+def embeddings(blocks: int = 6) -> torch.Tensor:
+    return torch.randn(blocks, K, WIDTH, generator=torch.Generator().manual_seed(1)) * RMS
+
+
+def test_the_designs_six_heads_are_there():
+    assert {"mean", "query", "cls"} <= set(POOLINGS) and {"linear", "mlp"} <= set(HEADS)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_fresh_gist_depends_on_every_token_of_its_block_and_has_the_scale_of_a_token(pooling, head, layers):
+    gistnet = net(pooling=pooling, head=head, layers=layers, skip="none").eval()
+    x = embeddings()
+    gist = gistnet.encode_span(x)
+    assert gist.shape == (6, WIDTH) and gist.dtype == torch.float32
+    assert gist.pow(2).mean().sqrt().item() == pytest.approx(RMS, rel=0.05)
+    assert gist.std(dim=0).max() > 0.1 * RMS, "the gist is a constant"
+    for token in range(K):
+        changed = x.clone()
+        changed[:, token] = embeddings(12)[6:, token]
+        moved = (gistnet.encode_span(changed) - gist).abs().amax(dim=1)
+        assert (moved > 1e-6).all(), f"token {token} does not reach the gist"
+
+
+@pytest.mark.parametrize("type", ["transformer", "mean"])
+@pytest.mark.parametrize("skip", ["last", "mean"])
+def test_a_skip_starts_at_what_it_skips_and_sees_every_token_once_its_correction_moves(type, skip):
+    gistnet = net(type=type, skip=skip)
+    x = embeddings()
+    start = gistnet.encode_span(x)
+    if skip == "last":
+        torch.testing.assert_close(start, x[:, -1])
+    else:
+        assert start.pow(2).mean().sqrt().item() == pytest.approx(RMS, rel=0.05)
+    start.pow(3).sum().backward()
+    assert gistnet.head.last.weight.grad.abs().max() > 0
+    torch.nn.init.normal_(gistnet.head.last.weight, std=0.1)
+    gist = gistnet.encode_span(x)
+    for token in range(K):
+        changed = x.clone()
+        changed[:, token] *= -1
+        assert ((gistnet.encode_span(changed) - gist).abs().amax(dim=1) > 1e-6).all()
+
+
+def test_every_parameter_gets_a_gradient():
+    for pooling in POOLINGS:
+        for head in HEADS:
+            gistnet = net(pooling=pooling, head=head, skip="none")
+            gistnet.encode_span(embeddings()).pow(3).sum().backward()
+            dead = [name for name, p in gistnet.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+            assert not dead, f"{pooling} x {head}: no gradient reaches {dead}"
+
+
+def test_cls_is_prepended_exactly_once():
+    gistnet = net(pooling="cls")
+    assert gistnet.backbone(embeddings()).shape == (6, K + 1, WIDTH)
+    assert net(pooling="mean").backbone(embeddings()).shape == (6, K, WIDTH)
+
+
+def test_blocks_are_encoded_independently_of_their_batch():
+    gistnet = net(skip="none").eval()
+    x = embeddings()
+    torch.testing.assert_close(gistnet.encode_span(x)[2:3], gistnet.encode_span(x[2:3]), rtol=1e-5, atol=1e-7)
+
+
+def test_a_block_of_one_token_and_gists_of_gists_are_encoded():
+    torch.manual_seed(0)
+    one = GistNet(WIDTH, RMS, block_size=1, num_heads=4)
+    assert one.encode_span(embeddings()[:, :1]).shape == (6, WIDTH)
+    gistnet = net(skip="none")
+    level1 = gistnet.encode_span(embeddings(K))
+    assert gistnet.encode_span(level1[None]).shape == (1, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_heads": 5}, r"gistnet.num_heads=5 .* allowed are 1, 2, 4, 8, 16"),
+        ({"num_heads": 32}, "gistnet.num_heads=32"),
+        ({"pooling": "max"}, "gistnet.pooling=max is not known, allowed are cls, mean, query"),
+        ({"head": "conv"}, "gistnet.head=conv"),
+        ({"skip": "first"}, "gistnet.skip=first"),
+        ({"position": "start"}, "gistnet.position=start"),
+        ({"type": "rnn"}, "gistnet.type=rnn"),
+        ({"layers": 0}, "gistnet.layers=0"),
+        ({"dropout": 1.0}, "gistnet.dropout=1.0"),
+    ],
+)
+def test_a_setting_that_is_not_allowed_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        net(**settings)
+
+
+@pytest.mark.parametrize("shape", [(2, K + 1, WIDTH), (2, K, WIDTH + 1), (K, WIDTH)])
+def test_embeddings_of_a_wrong_shape_are_refused(shape):
+    with pytest.raises(ValueError, match="expected"):
+        net().encode_span(torch.zeros(shape))
+
+
+def test_token_ids_in_place_of_embeddings_are_refused():
+    with pytest.raises(ValueError, match="dtype"):
+        net().encode_span(torch.zeros(2, K, WIDTH, dtype=torch.long))
+
+
+def test_position_is_the_centre_or_the_end_of_the_block():
+    assert (net(position="centre").offset, net(position="end").offset) == (K // 2, K - 1)
+
+
+def test_flops_grow_with_depth_and_match_the_formula():
+    # Linear layers alone: 2 x K x 12 D^2 per block of the backbone; a wide net is nearly all linear.
+    wide = GistNet(640, RMS, layers=2)
+    assert wide.flops_per_block() == pytest.approx(0.63e9, rel=0.05)
+    one, two, four = (net(layers=n).flops_per_block() for n in (1, 2, 4))
+    assert two - one == pytest.approx((four - two) / 2) and two > one
+    assert net(type="mean").flops_per_block() < one
+
+
+def test_contrastive_pushes_near_neighbours_apart_and_leaves_far_ones_alone():
+    gist = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)
+    near, far = torch.tensor([[1.0, 0.1]]), torch.tensor([[-1.0, 0.0]])
+    loss = contrastive(gist, torch.cat([near, far]), margin=0.2)
+    loss.backward()
+    moved = gist.detach() - 0.1 * gist.grad
+    cosine = torch.nn.functional.cosine_similarity
+    assert cosine(moved[:1], near) < cosine(gist.detach()[:1], near)
+    assert torch.equal(gist.grad[1], torch.zeros(2))
+    expected = max(0.0, 0.2 - (1 - cosine(gist[:1], near).item())) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_contrastive_without_pairs_is_an_error():
+    with pytest.raises(ValueError, match="contrastive.weight"):
+        contrastive(torch.zeros(0, 4), torch.zeros(0, 4), 0.2)
+
+
+def test_forward_gives_gradient_to_both_sides_of_a_pair():
+    gistnet = net(skip="none")
+    x, y = embeddings().requires_grad_(), (embeddings() * 1.01).requires_grad_()
+    gists, terms = gistnet(x, y, margin=0.2)
+    torch.testing.assert_close(gists, gistnet.encode_span(x))
+    terms["contrastive"].backward()
+    assert x.grad.abs().max() > 0 and y.grad.abs().max() > 0

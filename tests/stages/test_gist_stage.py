@@ -1,0 +1,165 @@
+"""The stage trains its GistNet and nothing else, and what it trained is what it saves and reports."""
+
+import json
+
+import pytest
+import torch
+
+from megactx.framework.app import run
+from megactx.framework.search_path import compose
+from megactx.stages.gist import GistStage
+
+
+def stage_of(overrides: list[str]) -> GistStage:
+    from hydra.utils import instantiate
+
+    return instantiate(compose([o for o in overrides if not o.startswith("folder=")]).stage, _convert_="all")
+
+
+def data_of(overrides: list[str], stage: GistStage):
+    from hydra.utils import instantiate
+
+    module = instantiate(compose([o for o in overrides if not o.startswith("folder=")]).datamodule, _convert_="all")
+    stage.prepare(module)
+    module.setup()
+    return module
+
+
+def batch_of(module, index: int = 0) -> dict:
+    from torch.utils.data import default_convert
+
+    return default_convert(module.training[index])
+
+
+def test_a_run_ends_with_tables_a_picture_the_controls_and_the_next_command(gist_run, texts, tmp_path, capsys):
+    assert run([*gist_run, f"stage.evaluate.path={texts}"]) == 0
+    shown = capsys.readouterr().out
+    folder = tmp_path / "run"
+    for row in (
+        "full",
+        "dropped",
+        "last token",
+        "random gist",
+        "another block's gist",
+        "untrained mean",
+        "blockmean_linear",
+    ):
+        assert row in shown
+    assert "Next: python train.py" in shown and "MFLOP per block of 32 tokens" in shown and "block hash" in shown
+    for part in (folder, folder / "other"):
+        numbers = json.loads((part / "report.json").read_text())
+        assert numbers["horizon"] == 32 and numbers["blocks"] >= 24
+        assert numbers["groups"]["overall"]["rows"]["full"]["dnll"] == 0
+        assert numbers["flops_per_block"]["gistnet"] > numbers["flops_per_block"]["blockmean_linear"] > 0
+        assert (part / "report.md").exists() and (part / "report.png").stat().st_size > 10_000
+    assert {"val/dnll", "val/recovery"} <= set((folder / "metrics.csv").read_text().split("\n")[0].split(","))
+
+    loaded = GistStage.load_from_checkpoint(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert saved and not any(name.startswith("base.") for name in saved)
+    assert {f"nets.{name}" for name, _ in loaded.nets.named_parameters()} <= set(saved)
+    for name, p in loaded.nets.state_dict().items():
+        torch.testing.assert_close(p, saved[f"nets.{name}"])
+
+
+@pytest.mark.parametrize("experiment", ["gist_stage1", "gist_stage2", "gist_stage3"])
+def test_every_stage_of_the_curriculum_runs_with_its_horizon_and_loss(experiment, gist_run, tmp_path):
+    weights = {
+        "gist_stage1": "{narrative: 1, code: 0, structured: 0}",
+        "gist_stage2": "{narrative: 0, code: 1, structured: 0}",
+    }
+    overrides = [o for o in gist_run if not o.startswith(("experiment=", "data.weights"))]
+    overrides += [f"experiment={experiment}", "preset=demo", "preset.steps=2", "preset.min_tokens=200"]
+    overrides += [f"data.weights={weights.get(experiment, '{narrative: 0.6, code: 0.4, structured: 0}')}"]
+    assert run(overrides) == 0
+    horizon = {"gist_stage1": 32, "gist_stage2": 64, "gist_stage3": 128}[experiment]
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["horizon"] == horizon
+    head = (tmp_path / "run" / "metrics.csv").read_text().split("\n")[0]
+    assert ("train/contrastive" in head) == (experiment != "gist_stage1")
+
+
+@pytest.mark.parametrize("muon_lr", ["null", "0.01"])
+def test_every_trained_parameter_is_in_the_optimizer_and_no_parameter_of_the_frozen_base_is(gist_run, muon_lr):
+    stage = stage_of([*gist_run, f"stage.muon_lr={muon_lr}"])
+    optimizer = stage.configure_optimizers()["optimizer"]
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in stage.nets.parameters()}
+    assert not held & {id(p) for p in stage.base.parameters()}
+    assert all(p.requires_grad for p in stage.nets.parameters())
+    stage.train()
+    assert not stage.base.training and stage.gistnet.training
+
+
+def test_training_lowers_the_loss_of_the_gistnet_and_of_its_control_and_leaves_the_base_alone(gist_run):
+    torch.manual_seed(0)
+    stage = stage_of([*gist_run, "stage.lr=0.003", "stage.muon_lr=null"])
+    module = data_of(gist_run, stage)
+    before = {name: p.clone() for name, p in stage.base.state_dict().items()}
+    optimizer = stage.configure_optimizers()["optimizer"]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.003
+    batch, losses = batch_of(module), []
+    for _ in range(25):
+        loss, _, _ = stage.substitution_loss(batch)
+        losses.append(loss.detach())
+        optimizer.zero_grad()
+        loss.sum().backward()
+        optimizer.step()
+    assert (losses[-1] < 0.8 * losses[0]).all(), torch.stack([losses[0], losses[-1]])
+    assert all(torch.equal(p, before[name]) for name, p in stage.base.state_dict().items())
+
+
+def test_a_control_does_not_change_the_gistnets_gradient_even_through_clipping(gist_run):
+    gradients = []
+    for extra in ([], ["stage.controls={}"]):
+        torch.manual_seed(0)
+        stage = stage_of([*gist_run, *extra])
+        module = data_of(gist_run, stage)
+        loss, _, _ = stage.substitution_loss(batch_of(module))
+        (loss.sum() * 100).backward()
+        stage.configure_gradient_clipping(None, 1.0)
+        gradients.append([p.grad.clone() for p in stage.gistnet.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_contrastive_term_takes_only_blocks_that_have_a_right_neighbour(gist_run):
+    stage = stage_of([*gist_run, "horizon.tokens=4", "contrastive.weight=1.0"])
+    ids, block = torch.randint(2, 500, (1, 3 * 32 + 4)), 32
+    batch = {"ids": ids, "starts": torch.tensor([[32, 64]]), "lengths": torch.tensor([100])}
+    gists = stage.gistnet.encode_span(stage.base.embed(ids[0, 32:96].view(2, block))).view(1, 2, -1)
+    right = stage.gistnet.encode_span(stage.base.embed(ids[:, 64:96]))
+    expected = torch.relu(0.2 - (1 - torch.cosine_similarity(gists[0, :1], right))).mean()
+    torch.testing.assert_close(stage._contrastive(batch, gists), expected)
+    lonely = batch | {"starts": torch.tensor([[64, 64]])}
+    with pytest.raises(ValueError, match="no sampled block has a right neighbour"):
+        stage._contrastive(lonely, gists)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["gistnet.num_heads=5"], "gistnet.num_heads=5"),
+        (["gistnet.pooling=max"], "gistnet.pooling=max"),
+        (["horizon.tokens=240"], "horizon.tokens=240"),
+        (["data.path=/no/such/file"], "data.path=/no/such/file"),
+        (["base.name=/no/such/folder"], "base.name=/no/such/folder"),
+        (["stage.objective=mse"], "stage.objective=mse"),
+        (["data.max_tokens=9999"], "data.max_tokens=9999"),
+        (["data.min_tokens=250", "data.max_tokens=240"], "data.min_tokens=250"),
+        (["resume=/no/such/checkpoint"], "resume=/no/such/checkpoint"),
+        (["trainer=cuda_bf16"], "trainer=cuda_bf16"),
+    ],
+)
+def test_a_users_mistake_exits_2_with_one_line_that_names_the_setting(gist_run, overrides, said, capsys):
+    if said.startswith("trainer") and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert (
+        run(
+            [o for o in gist_run if not o.startswith(("trainer=", "trainer.precision")) or said[:7] != "trainer"]
+            + overrides
+        )
+        == 2
+    )
+    lines = capsys.readouterr().err.strip().split("\n")
+    assert said in " ".join(lines) and "Traceback" not in " ".join(lines)

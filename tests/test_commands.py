@@ -1,0 +1,80 @@
+"""Every command that the README and the experiments show can be run as written."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from megactx.framework.search_path import VERSION_BASE, compose, register, root
+from megactx.framework.validate import validate
+
+REPOSITORY = Path(__file__).parents[1]
+EXPERIMENTS = sorted((REPOSITORY / "conf" / "experiment").glob("*.yaml"))
+COMMAND = re.compile(r"^[#$>\s`]*(?:\S*/)?python train\.py(.*?)`*$")
+
+
+def commands(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    text = path.read_text().replace("\\\n", " ")
+    return [match[1].strip() for line in text.splitlines() if (match := COMMAND.match(line))]
+
+
+FOUND = [(path.name, command) for path in (REPOSITORY / "README.md", *EXPERIMENTS) for command in commands(path)]
+
+
+def jobs(arguments: list[str]) -> list[list[str]]:
+    """The override lists of the jobs of a command line: one, or with -m as many as it sweeps over."""
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    if not {"-m", "--multirun"} & {*flags}:
+        return [overrides]
+    import hydra
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    register()
+    with hydra.initialize_config_dir(str(root("configs")), version_base=VERSION_BASE):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        (batch,) = BasicSweeper.split_arguments(parser.parse_overrides(overrides), max_batch_size=None)
+    return batch
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_says_at_its_head_how_to_run_it(path):
+    package, how = path.read_text().splitlines()[:2]
+    assert package == "# @package _global_"  # Hydra reads it only from the first line
+    assert how.startswith(f"# python train.py experiment={path.stem}")
+
+
+def test_the_readme_shows_commands():
+    assert commands(REPOSITORY / "README.md")
+
+
+@pytest.mark.parametrize(("source", "command"), FOUND, ids=[" ".join(pair) for pair in FOUND])
+def test_a_command_composes_and_is_valid(source, command):
+    for overrides in jobs(shlex.split(command, comments=True)):
+        cfg = compose(overrides, with_hydra=True)
+        choices = {group: choice for group, choice in cfg.hydra.runtime.choices.items() if choice is not None}
+        parts = [f"{g}={c}" for g, c in choices.items() if not g.startswith("hydra/") and g != "experiment"]
+        OmegaConf.set_struct(cfg, False)
+        del cfg["hydra"]
+        cfg.name, cfg.folder = "run", "runs/run"
+        validate(cfg, compose(parts))
+
+
+def test_a_sweep_over_all_experiments_finds_them_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = jobs(["-m", "experiment=glob(*)", "seed=0,1"])
+    assert len(found) == 2 * len(EXPERIMENTS)
+    assert ["experiment=base_lm", "seed=1"] in found
+
+
+def test_the_python_of_the_readme_runs_as_written(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    (block,) = [block for block in blocks if "from megactx import" in block]
+    exec(compile(block, "README.md", "exec"), {})
+    assert "torch.Size([1, 1, 2, 32, 8192])" in capsys.readouterr().out
