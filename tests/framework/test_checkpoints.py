@@ -1,3 +1,4 @@
+import contextlib
 import resource
 import signal
 
@@ -74,21 +75,25 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """No file may grow beyond 4 kB: writing fails as it does on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    """No file may grow beyond 4 kB: writing fails as it does on a full disk.
+
+    It holds for the whole process, so for the file that the tests' own output may go to: only around what must fail.
+    """
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_while_saving_keeps_what_was_saved_and_names_the_setting(tmp_path, request):
+def test_a_full_disk_while_saving_keeps_what_was_saved_and_names_the_setting(tmp_path):
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"x": torch.ones(4)}, path)
-    request.getfixturevalue("small_files")
-    with pytest.raises(RunFailed, match=r"the disk is full.*folder=") as error:
+    with pytest.raises(RunFailed, match=r"the disk is full.*folder=") as error, small_files():
         AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(100_000)}, path)
     assert verdict(error.value)[0] == FAILED
     assert torch.equal(load(path)["x"], torch.ones(4))
