@@ -50,8 +50,7 @@ def run(argv: list[str] | None = None) -> int:
         GlobalHydra.instance().clear()
     if _shows_config(arguments):
         sys.stdout.write(_without_secrets(shown.getvalue()))
-    if {"-m", "--multirun"} & {*arguments}:
-        _code = sweep.summary() or _code
+    _code = sweep.summary() or _code
     return _code
 
 

@@ -31,6 +31,9 @@ def register() -> None:
     """Make the second root and the resolvers of the configs known to Hydra. Safe to call again."""
     if ExperimentsSearchPath not in Plugins.instance().discover(SearchPathPlugin):
         Plugins.instance().register(ExperimentsSearchPath)
+    from . import grids  # only now: looking for plugins, Hydra loads the sweeper that it is made of once more
+
+    grids.register()
     OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)

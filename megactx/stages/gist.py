@@ -37,7 +37,7 @@ class GistStage(lightning.LightningModule):
     Args:
         base: ``name`` of a Hugging Face model, folder or ``asset:NAME``.
         gistnet: keyword arguments of ``GistNet`` other than width and scale.
-        controls: name -> keyword arguments of a GistNet that is trained beside the main one.
+        controls: name -> keyword arguments of a GistNet that is trained beside the main one; ``None`` leaves it out.
         horizon: H, tokens.
         objective: ``kl`` or ``delta_nll``.
         contrastive: ``weight`` (lambda) and ``margin``.
@@ -76,6 +76,8 @@ class GistStage(lightning.LightningModule):
         width, rms = self.base.width, self.base.embedding_rms()
         self.nets = nn.ModuleDict({"gistnet": GistNet(width, rms, **gistnet)})
         for name, settings in controls.items():
+            if settings is None:
+                continue
             self.nets[name] = GistNet(width, rms, **settings)
             if self.nets[name].block_size != self.gistnet.block_size:
                 raise ValueError(
