@@ -45,8 +45,8 @@ class GistStage(lightning.LightningModule):
         muon_lr: learning rate of Muon for the GistNet's matrices; ``None`` leaves all to AdamW. Controls keep AdamW,
             which measured better for them.
         targets: metric name -> number, printed beside the result.
-        evaluate: ``blocks``, about how many the end-of-run report measures, and ``path``, files to report on besides
-            the held-out documents (``None``: only those).
+        evaluate: ``blocks``, about how many the end-of-run report measures; ``controls``, whether it measures the untrained
+            controls too; ``path``, files to report on besides the held-out documents (``None``: only those).
     """
 
     monitor = "val/dnll"  # of which a new minimum is worth a checkpoint
@@ -207,6 +207,7 @@ class GistStage(lightning.LightningModule):
                 self.nets,
                 batches,
                 self.hparams.horizon,
+                with_controls=self.hparams.evaluate["controls"],
                 progress=partial(track, description=f"measuring {what}", disable=not sys.stdout.isatty()),
             )
             geometry = self._geometry(batches)
