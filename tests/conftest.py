@@ -1,4 +1,4 @@
-"""What every room's tests share: a cache of their own, and a tokenizer that trains in a second."""
+"""What every room's tests share: a cache of their own, a tokenizer that trains in a second, a gist run in miniature."""
 
 import os
 import sysconfig
@@ -28,3 +28,67 @@ def tiny_tokenizer():
     library = Path(sysconfig.get_path("stdlib"))
     texts = [(library / name).read_text(encoding="utf-8") for name in ("argparse.py", "ast.py", "textwrap.py")]
     return train_tokenizer(texts, vocab_size=512, progress=False)
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory, tiny_tokenizer):
+    import torch
+
+    from megactx.lm import BaseLM
+
+    torch.manual_seed(0)
+    config = dict(model_type="llama", vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    config |= dict(
+        num_attention_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=None, pad_token_id=1
+    )
+    folder = tmp_path_factory.mktemp("base")
+    base = BaseLM.from_config(config)
+    # A random base is indifferent to what it reads: sharpen it, so that a gist makes a difference.
+    for p in base.parameters():
+        p.data *= 3
+    base.model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    library, folder = Path(sysconfig.get_path("stdlib")), tmp_path_factory.mktemp("texts")
+    for path in sorted(library.glob("*.py"))[:60]:
+        text = path.read_text(encoding="utf-8")[:6000]
+        if len(text) > 3000:
+            (folder / path.name).write_text(text)
+            (folder / path.with_suffix(".md").name).write_text(text[::-1])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gist_settings(base_folder, texts):
+    """Overrides of a short gist run; a test adds ``folder=...``."""
+    return [
+        "experiment=demo",
+        "data=files",
+        f"data.path={texts}",
+        f"base.name={base_folder}",
+        "data.weights={narrative: 0.5, code: 0.5, structured: 0}",
+        "gistnet.num_heads=4",
+        "preset.steps=4",
+        "preset.warmup=1",
+        "preset.batch=2",
+        "preset.spans=3",
+        "preset.validate_every=2",
+        "preset.validation_documents=2",
+        "preset.min_tokens=200",
+        "preset.max_tokens=256",
+        "stage.evaluate.blocks=24",
+        "stage.evaluate.copies=4",
+        "trainer=cpu",
+        "trainer.precision=32-true",
+        "trainer.log_every_n_steps=1",
+    ]
+
+
+@pytest.fixture
+def gist_run(gist_settings, tmp_path):
+    """Overrides of a short gist run in a folder of the test's own."""
+    return [*gist_settings, f"folder={tmp_path / 'run'}"]

@@ -5,6 +5,7 @@ import glob
 import gzip
 import hashlib
 import logging
+import re
 import zlib
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from .documents import cache_folder
 log = logging.getLogger(__name__)
 
 NARRATIVE, CODE, STRUCTURED = "narrative", "code", "structured"
-DOMAINS = (NARRATIVE, CODE, STRUCTURED)
+DOMAINS = (NARRATIVE, CODE, STRUCTURED)  # of a user's text
+MIXED, ADVERSARIAL = "mixed", "adversarial"  # of documents that are made from such text, see ``Composed``
+ALL_DOMAINS = (*DOMAINS, MIXED, ADVERSARIAL)
 
 # Rows of these hold one document each, with a text column; every other file is one document.
 ROW_FORMATS = {".jsonl": "json", ".parquet": "parquet"}
@@ -22,6 +25,14 @@ DOMAIN_OF = {
     **dict.fromkeys((".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp", ".rs", ".go", ".java", ".sh"), CODE),
     **dict.fromkeys((".json", ".csv", ".tsv", ".toml", ".yaml", ".yml", ".xml", ".ini"), STRUCTURED),
 }
+MARKUP = (".md", ".rst")
+MUCH_CODE = 1 / 3  # share of the lines in code blocks from which on such a text is structured
+RULES = 2  # of the domain by ending; part of every fingerprint, so that other rules are another corpus
+FENCE = re.compile(r" *(```+|~~~+)")
+# A literal block of reST: a line that ends with "::", but of the directives only those that hold code.
+LITERAL = re.compile(
+    r"( *)(?:\.\. (?:code|code-block|sourcecode|parsed-literal|testcode|doctest)::.*|(?!\.\. ).*::)\s*"
+)
 
 
 class Files:
@@ -29,7 +40,8 @@ class Files:
 
     Args:
         path: a file, a folder (searched recursively) or a glob.
-        domain: the domain of every document; ``None`` takes a ``domain`` column, or else the file's ending.
+        domain: the domain of every document; ``None`` takes a ``domain`` column, or else the file's ending. Markdown
+            and reST of which a third of the lines is code are ``structured``, else ``narrative``.
         text_column: the column of jsonl and parquet rows that holds the text.
         max_bytes: size limit of one file, after decompression.
 
@@ -49,7 +61,7 @@ class Files:
 
     def fingerprint(self) -> str:
         """Identity of the files by name, size and time of change, and of the settings."""
-        digest = hashlib.sha256(repr((self.domain, self.text_column)).encode())
+        digest = hashlib.sha256(repr((self.domain, self.text_column, RULES)).encode())
         for path in self.paths:
             stat = path.stat()
             digest.update(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
@@ -113,7 +125,7 @@ class Files:
         documents = []
         for path in paths:
             if text := self._read(path):
-                domain = self.domain or DOMAIN_OF.get(_ending(path), NARRATIVE)
+                domain = self.domain or _domain(_ending(path), text)
                 documents.append({"text": text, "domain": domain, "source": str(path)})
             elif len(self.paths) == 1:
                 raise ValueError(f"data.path={path}: the file is empty")
@@ -161,6 +173,32 @@ def check_domain(domain, setting: str = "data.domain") -> None:
     """Refuse a domain that does not exist, by name."""
     if domain not in DOMAINS:
         raise ValueError(f"{setting}={domain} is not allowed: one of {', '.join(DOMAINS)}")
+
+
+def code_share(text: str) -> float:
+    """Share of the lines with text that are in code blocks: fenced (Markdown), or indented under ``::`` (reST)."""
+    lines = [line.expandtabs() for line in text.splitlines() if line.strip()]
+    code, fence, indent = 0, None, None  # the fence that is open; the column of the line that ended with "::"
+    for line in lines:
+        if indent is not None and len(line) - len(line.lstrip()) <= indent:
+            indent = None
+        code += fence is not None or indent is not None
+        if fence is not None:
+            if line.strip().startswith(fence) and not line.strip().strip(fence[0]):
+                fence = None
+        elif indent is None:
+            if found := FENCE.match(line):
+                code += 1
+                fence = found[1]
+            elif found := LITERAL.fullmatch(line):
+                indent = len(found[1])
+    return code / max(1, len(lines))
+
+
+def _domain(ending: str, text: str) -> str:
+    if ending in MARKUP and code_share(text) >= MUCH_CODE:
+        return STRUCTURED
+    return DOMAIN_OF.get(ending, NARRATIVE)
 
 
 def _chunks(path: Path):

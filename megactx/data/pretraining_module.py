@@ -1,13 +1,13 @@
 """DataModule of the stage ``base_lm``."""
 
-import lightning
 from torch.utils.data import DataLoader
 
 from .documents import VALIDATION, tokenised
 from .pretraining import PretrainingBatches
+from .shares import Shares
 
 
-class PretrainingData(lightning.LightningDataModule):
+class PretrainingData(Shares):
     """Training and validation batches for a base LM, resumed to the exact batch.
 
     Args:
@@ -27,7 +27,6 @@ class PretrainingData(lightning.LightningDataModule):
             phases=list(phases), weights=dict(weights), skip=skip, max_position=max_position, seed=seed
         )
         self.repeat, self.validation_batches = repeat, validation_batches
-        self.served = 0
 
     def setup(self, stage=None):
         if not hasattr(self, "training"):
@@ -49,25 +48,8 @@ class PretrainingData(lightning.LightningDataModule):
         return total + steps * self.phases[-1]["tokens"] * self.phases[-1]["batch"]
 
     def train_dataloader(self):
-        # Batch i is a function of (seed, i): going on where a run stopped is counting on.
-        return DataLoader(self.training, batch_size=None, sampler=_CountFrom(self.served), num_workers=self.workers)
+        return DataLoader(self.training, batch_size=None, sampler=self.indices(), num_workers=self.workers)
 
     def val_dataloader(self):
-        return DataLoader(self.validation, batch_size=None, sampler=range(self.validation_batches))
-
-    def state_dict(self):
-        return {"served": self.trainer.fit_loop.epoch_loop.batch_progress.total.ready}
-
-    def load_state_dict(self, state):
-        self.served = state["served"]
-
-
-class _CountFrom:
-    def __init__(self, start: int):
-        self.start = start
-
-    def __iter__(self):
-        return iter(range(self.start, 2**31))
-
-    def __len__(self):
-        return 2**31
+        mine = self.share(self.validation_batches, f"datamodule.validation_batches={self.validation_batches}")
+        return DataLoader(self.validation, batch_size=None, sampler=mine)

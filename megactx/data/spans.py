@@ -49,6 +49,7 @@ class SpanBatches:
         block: tokens K of a block.
         horizon: tokens H that are scored after a block.
         seed: the batches are a function of it.
+        compose: ``(document, rng) -> document``, applied to every document that is drawn, see ``Composed``.
 
     Each item is a dict: ``ids`` int64 [B, T], padded with 0; ``lengths`` int64 [B]; ``starts`` int64 [B, N];
     ``domain``, a list of B strings; ``document`` int64 [B], the index of the source text.
@@ -57,8 +58,9 @@ class SpanBatches:
         ValueError: a weight above 0 for a domain without documents, or no weight above 0.
     """
 
-    def __init__(self, documents, weights, batch: int, spans: int, block: int, horizon: int, seed: int):
+    def __init__(self, documents, weights, batch: int, spans: int, block: int, horizon: int, seed: int, compose=None):
         self.batch, self.spans, self.block, self.horizon, self.seed = batch, spans, block, horizon, seed
+        self.compose = compose
         for name, value in (("batch", batch), ("spans", spans)):
             if value < 1:
                 raise ValueError(f"preset.{name}={value} is not allowed: it must be 1 or more")
@@ -102,7 +104,8 @@ class SpanBatches:
         # A rank near the batch's own; reflected at both ends, so that every document is as likely as any other.
         rank = abs(near + rng.uniform(-0.1, 0.1))
         rank = 2 - rank if rank > 1 else rank
-        return pool[min(int(rank * len(pool)), len(pool) - 1)]
+        document = pool[min(int(rank * len(pool)), len(pool) - 1)]
+        return self.compose(document, rng) if self.compose else document
 
     def _starts(self, rng, length: int) -> np.ndarray:
         starts = rng.permutation(eligible_starts(length, self.block, self.horizon))
@@ -126,7 +129,8 @@ def check_weights(weights, documents) -> dict[str, float]:
         if weight > 0 and not count[domain]:
             raise ValueError(
                 f"data.weights.{domain}={weight}: there is no document of that domain, only of"
-                f" {', '.join(sorted(count))}; set it to 0"
+                f" {', '.join(sorted(count))}; set it to 0 and give one of those a weight, or, with data=files, set"
+                f" data.domain={domain}"
             )
         shares[domain] = weight
     total = sum(shares.values())

@@ -4,14 +4,15 @@ import hashlib
 import logging
 from itertools import zip_longest
 
-import lightning
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_convert
 
+from .adversarial import Vocabulary
+from .composed import Composed
 from .documents import TRAIN, VALIDATION, cut, tokenised
-from .pretraining_module import _CountFrom
-from .spans import SpanBatches, eligible_starts, evenly, single
+from .shares import Shares
+from .spans import SpanBatches, check_weights, eligible_starts, evenly, single
 from .tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 LONGEST_DOCUMENT = 16_384
 
 
-class SpanData(lightning.LightningDataModule):
+class SpanData(Shares):
     """Documents with block starts for training, validation and evaluation, resumed to the exact batch.
 
     Args:
@@ -32,6 +33,8 @@ class SpanData(lightning.LightningDataModule):
         weights: domain -> share of training documents, see ``SpanBatches``.
         validation_documents: held-out documents per validation, in equal parts of every domain that has a weight.
         validation_blocks: blocks per validation document, evenly spaced.
+        interleave, adversarial: shares of the training documents that are ``mixed`` and ``adversarial``, see
+            ``Composed``; the rest is plain. Where a share is above 0, held-out documents of that label exist too.
 
     Raises:
         ValueError: a length that does not fit, or nothing left that is long enough; it names the setting.
@@ -52,6 +55,8 @@ class SpanData(lightning.LightningDataModule):
         workers: int = 0,
         validation_documents: int = 100,
         validation_blocks: int = 8,
+        interleave: float = 0.0,
+        adversarial: float = 0.0,
     ):
         super().__init__()
         self.source, self.workers, self.seed = source, workers, seed
@@ -60,10 +65,11 @@ class SpanData(lightning.LightningDataModule):
         self.batch, self.spans, self.weights = batch, spans, dict(weights)
         self.validation_documents, self.validation_blocks = validation_documents, validation_blocks
         self.asked_tokens = max_tokens
-        self.served = 0
         for name, value in (("validation_documents", validation_documents), ("validation_blocks", validation_blocks)):
             if value < 1:
                 raise ValueError(f"preset.{name}={value} is not allowed: it must be 1 or more")
+        self.interleave, self.adversarial = interleave, adversarial
+        _check_shares(interleave, adversarial)
         self.limit_to(LONGEST_DOCUMENT)
 
     def limit_to(self, tokens: int) -> None:
@@ -80,28 +86,31 @@ class SpanData(lightning.LightningDataModule):
             return
         rows = tokenised(self.source, self.tokenizer)
         documents = self._cut(rows, TRAIN)
-        self.training = SpanBatches(
-            documents, self.weights, self.batch, self.spans, self.block, self.horizon, self.seed
-        )
+        make = self._composed(check_weights(self.weights, documents))
+        sizes = (self.batch, self.spans, self.block, self.horizon, self.seed)
+        self.training = SpanBatches(documents, self.weights, *sizes, compose=make and make(documents))
         held = self._cut(rows, VALIDATION)
         self.held = _in_turn([document for document in held if document["domain"] in self.training.domains])
         for domain in set(self.training.domains) - {document["domain"] for document in self.held}:
             log.warning("no document of the domain %s is held out: it is trained on, but not validated", domain)
         if not self.held:
             raise ValueError(f"data.weights={self.weights}: no held-out document is of these domains; give more texts")
+        if make:
+            self.held = _in_turn(self.held + make(self.held).held_out(self.held))
 
     def train_dataloader(self):
-        # Batch i is a function of (seed, i): going on where a run stopped is counting on.
         return DataLoader(
             self.training,
             batch_size=None,
-            sampler=_CountFrom(self.served),
+            sampler=self.indices(),
             num_workers=self.workers,
             generator=torch.Generator().manual_seed(self.seed),
         )
 
     def val_dataloader(self):
         documents = self.held[: self.validation_documents]
+        setting = f"preset.validation_documents={self.validation_documents}"
+        documents = [documents[index] for index in self.share(len(documents), setting)]
         # A generator of its own: a validation must not draw from the RNG that training goes on with.
         return DataLoader(
             [single(document, evenly(self._starts(document), self.validation_blocks)) for document in documents],
@@ -123,12 +132,12 @@ class SpanData(lightning.LightningDataModule):
         """Every text of another source, in the same form: nothing of it was trained on, so there is no split."""
         return self._batches(_in_turn(self._cut(tokenised(source, self.tokenizer), None)), blocks)
 
-    def state_dict(self):
-        trainer = self.trainer
-        return {"served": trainer.fit_loop.epoch_loop.batch_progress.total.ready if trainer else self.served}
-
-    def load_state_dict(self, state):
-        self.served = int(state["served"])
+    def _composed(self, weights):
+        if not (self.interleave or self.adversarial):
+            return None
+        vocabulary = Vocabulary(self.tokenizer) if self.adversarial else None
+        shares = (self.interleave, self.adversarial)
+        return lambda documents: Composed(documents, weights, *shares, self.block, vocabulary)
 
     def _batches(self, documents, blocks) -> list[dict]:
         starts = [self._starts(document) for document in documents]
@@ -152,7 +161,8 @@ class SpanData(lightning.LightningDataModule):
         log.info("%d %s documents of at most %d tokens", len(documents), what, self.max_tokens)
         if not documents and not dropped:
             raise ValueError(
-                f"data: there is no {what} text; one in ten is held out by a hash of the text, so give more texts"
+                f"data: there is no {what} text; one in ten is held out by a hash of the text, so give more texts, or"
+                " cut long ones into several files"
             )
         if not documents:
             raise ValueError(
@@ -178,6 +188,17 @@ class SpanData(lightning.LightningDataModule):
             )
 
 
+def _check_shares(interleave: float, adversarial: float) -> None:
+    for name, share in (("interleave", interleave), ("adversarial", adversarial)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"datamodule.{name}={share} is not allowed: a share of the documents is from 0 to 1")
+    if interleave + adversarial > 1:
+        raise ValueError(
+            f"datamodule.interleave={interleave} and datamodule.adversarial={adversarial} are not allowed together:"
+            f" their sum is at most 1"
+        )
+
+
 def _longest(max_tokens: int | None, limit: int) -> int:
     longest = min(LONGEST_DOCUMENT, limit)
     if max_tokens is None:
@@ -194,7 +215,8 @@ def _in_turn(documents: list[dict]) -> list[dict]:
     """A fixed order in which every beginning is balanced: domains in turn, first the first document of every text."""
     seen, by_domain = {}, {}
     for document in documents:
-        piece = seen[document["text"]] = seen.get(document["text"], -1) + 1
+        text = document["domain"], document["text"]
+        piece = seen[text] = seen.get(text, -1) + 1
         key = hashlib.sha256(document["input_ids"].tobytes()).digest()
         by_domain.setdefault(document["domain"], []).append((piece, key, document))
     columns = [sorted(by_domain[domain], key=lambda entry: entry[:2]) for domain in sorted(by_domain)]

@@ -58,6 +58,8 @@ def load_tokenizer(folder: str | Path):
         tokenizer = AutoTokenizer.from_pretrained(resolve(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"tokenizer={folder}: no tokenizer could be loaded from there ({error})") from error
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # some classes load without any file, empty
+        raise ValueError(f"tokenizer={folder}: it has no vocabulary; is tokenizer.json missing?")
     return _as_text(tokenizer)
 
 
@@ -78,7 +80,8 @@ def bos_id(tokenizer) -> int:
         if token is not None:
             return int(token)
     raise ValueError(
-        f"tokenizer={tokenizer.name_or_path}: it has neither a BOS nor an EOS token to open a document with"
+        f"tokenizer={tokenizer.name_or_path}: it has neither a BOS nor an EOS token to open a document with; set"
+        " bos_token in its tokenizer_config.json"
     )
 
 

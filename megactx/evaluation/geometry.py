@@ -3,10 +3,15 @@
 Cosine distance is 1 - cosine. N gists, D width.
 """
 
+from collections.abc import Iterable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
+
+from megactx.data.files import ALL_DOMAINS
+
+from .sums import DomainSums
 
 LIMIT = 1000  # gists whose pairs are compared
 
@@ -37,12 +42,12 @@ def contrastive_gap(gists: Tensor, left: Tensor, right: Tensor, seed: int = 0) -
 
 
 def attention_entropy(weights: Tensor) -> Tensor:
-    """Attention weights [..., K] that sum to 1 -> mean entropy in bits; log2(K) is flat, 0 is one token."""
+    """Attention weights [..., K] that sum to 1 -> entropy in bits [...]; log2(K) is flat, 0 is one token."""
     weights = weights.double()
-    return -torch.special.xlogy(weights, weights).sum(-1).mean() / torch.log(torch.tensor(2.0))
+    return -torch.special.xlogy(weights, weights).sum(-1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
 
 
-class GistGeometry(Metric):
+class GistGeometry(DomainSums):
     """Diversity, spread and neighbour distance of all gists, over all batches and processes.
 
     Needs no sample of pairs: with unit vectors u_i the mean cosine of all pairs follows from sum u_i, and its second
@@ -50,40 +55,59 @@ class GistGeometry(Metric):
 
     Args:
         width: D.
+        domains: every domain that can occur.
 
-    ``compute`` returns ``diversity``, ``cosine_std`` (std of pairwise cosine), ``adjacent_distance`` and
-    ``contrastive_gap``; NaN with fewer than two gists.
+    ``compute`` returns ``diversity``, ``adjacent_distance`` and ``contrastive_gap``, overall and per domain, and
+    ``cosine_std`` (std of pairwise cosine), overall only: its matrix is D x D. NaN with fewer than two gists.
     """
 
-    full_state_update = False
-    higher_is_better = None
-
-    def __init__(self, width: int, **kwargs):
-        super().__init__(**kwargs)
-        self.add_state("total", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
+    def __init__(self, width: int, domains: Iterable[str] = ALL_DOMAINS, **kwargs):
+        super().__init__({"total": (width,), "adjacent": (), "neighbours": ()}, domains, **kwargs)
         self.add_state("gram", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("adjacent", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("neighbours", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, gists: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> None:
-        """Gists [N, D]; pairs of neighbours left, right [P, D]."""
+    def update(self, gists: Tensor, domain: Sequence[str], paired: Tensor, right: Tensor) -> None:
+        """Gists [M, D] and the domains of their blocks; bool [M], who has a right neighbour; its gist, [pairs, D]."""
         unit = F.normalize(gists.double(), dim=-1)
-        self.total += unit.sum(0)
-        self.gram += unit.T @ unit
-        self.count += len(unit)
-        if left is not None:
-            self.adjacent += adjacent_distance(left, right) * len(left) if len(left) else 0.0
-            self.neighbours += len(left)
+        distance = unit.new_zeros(len(unit))
+        distance[paired] = 1 - F.cosine_similarity(gists[paired].double(), right.double(), dim=-1)
+        self.add(domain, total=unit, adjacent=distance, neighbours=paired)
+        self.gram = self.gram + unit.T @ unit
+
+    def figures(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        diversity = 1 - self._mean_cosine(sums)
+        adjacent = sums["adjacent"] / sums["neighbours"]
+        return {"diversity": diversity, "adjacent_distance": adjacent, "contrastive_gap": diversity - adjacent}
 
     def compute(self) -> dict[str, Tensor]:
-        pairs = torch.where(self.count > 1, self.count * (self.count - 1), torch.nan)
-        mean = (self.total.square().sum() - self.count) / pairs
-        square = (self.gram.square().sum() - self.count) / pairs
-        adjacent = self.adjacent / self.neighbours
-        return {
-            "diversity": 1 - mean,
-            "cosine_std": (square - mean.square()).clamp(min=0).sqrt(),
-            "adjacent_distance": adjacent,
-            "contrastive_gap": 1 - mean - adjacent,
-        }
+        everything = {name: getattr(self, name).sum(0) for name in ("blocks", "total")}
+        mean = self._mean_cosine(everything)
+        square = (self.gram.square().sum() - everything["blocks"]) / _pairs(everything["blocks"])
+        return super().compute() | {"cosine_std": (square - mean.square()).clamp(min=0).sqrt()}
+
+    @staticmethod
+    def _mean_cosine(sums: dict[str, Tensor]) -> Tensor:
+        return (sums["total"].square().sum() - sums["blocks"]) / _pairs(sums["blocks"])
+
+
+class AttentionEntropy(DomainSums):
+    """Entropy of the attention by which a GistNet reads its blocks, in bits: mean over heads and rows, then blocks.
+
+    ``compute`` returns ``attention_entropy``, overall and per domain; 2.0-4.0 is healthy. NaN where the net attends
+    nowhere.
+    """
+
+    def __init__(self, domains: Iterable[str] = ALL_DOMAINS, **kwargs):
+        super().__init__({"entropy": ()}, domains, **kwargs)
+
+    def update(self, weights: Tensor | None, domain: Sequence[str]) -> None:
+        """What ``GistNet.attention`` gives, [M, A, Q, K] or nothing, and the domains of the M blocks."""
+        if weights is not None:
+            self.add(domain, entropy=attention_entropy(weights).flatten(1).mean(1))
+
+    def figures(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"attention_entropy": sums["entropy"] / sums["blocks"]}
+
+
+def _pairs(blocks: Tensor) -> Tensor:
+    """Ordered pairs of so many gists; NaN where there is none."""
+    return torch.where(blocks > 1, blocks * (blocks - 1), torch.nan)

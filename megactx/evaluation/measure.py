@@ -1,6 +1,7 @@
 """Measure carriers and every control on the same blocks, through the packed pass (SPEC 5)."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,55 +23,71 @@ def measure(
     seed: int = 0,
     with_controls: bool = True,
     progress: Callable[[Iterable], Iterable] = iter,
+    first: int = 0,
+    level: int = 1,
 ) -> BlockScores:
     """Score every block of the batches with each net and, on the same blocks, each untrained control.
 
     Args:
         base: the frozen base LM.
-        nets: name -> GistNet, all of one block size; the untrained controls sit at the first net's position.
+        nets: name -> GistNet, all of one block size; the untrained controls sit at the first net's position. They are
+            measured in eval mode, without dropout.
         batches: dicts ``ids`` [B, T], ``lengths`` [B], ``starts`` [B, N], ``domain`` (B strings), ``document`` [B].
         horizon: H.
         seed: of the random gist and of the choice of another document's block.
         with_controls: measure the untrained controls too.
         progress: wraps the batches, to show a bar.
+        first: only offsets h = first..H-1 are scored, where the rest of the horizon is not asked for.
+        level: what is replaced is a block of K^level tokens, by a gist of that level.
 
     Returns:
-        ``BlockScores`` with a row per block.
+        ``BlockScores`` with a row per block and a column per scored offset.
     """
     batches = list(batches)
-    first = next(iter(nets.values()))
-    block, device = first.block_size, base.model.device
-    gists = [_encode(base, nets, batch, device) for batch in batches]
+    leader = next(iter(nets.values()))
+    tokens, at, device = leader.block_size**level, leader.offset_in(leader.block_size**level), base.model.device
+    with in_eval_mode(*nets.values()):
+        gists = [_encode(base, nets, batch, tokens, level) for batch in batches]
     others = (
         _other_documents(batches, [g["gistnet"] for g in gists], seed) if with_controls and "gistnet" in nets else None
     )
     parts = []
     for index, batch in enumerate(progress(batches)):
         ids, starts = batch["ids"].to(device), batch["starts"].to(device)
-        check_blocks(starts, batch["lengths"].to(device), block, horizon)
-        carriers = {name: (vectors, nets[name].offset) for name, vectors in gists[index].items()}
+        check_blocks(starts, batch["lengths"].to(device), tokens, horizon)
+        carriers = {name: (vectors, nets[name].offset_in(tokens)) for name, vectors in gists[index].items()}
         if with_controls:
-            embedded = base.embed(blocks(ids, starts, block))
-            rms, at = first.embedding_rms, first.offset
+            embedded = base.embed(blocks(ids, starts, tokens))
+            rms = leader.embedding_rms
             carriers |= {
-                "last token": (controls.last_token(embedded), block - 1),
+                "last token": (controls.last_token(embedded), tokens - 1),
                 "random gist": (controls.random_gist(embedded, rms, seed + index), at),
                 "untrained mean (raw)": (controls.mean_raw(embedded), at),
                 "untrained mean (rescaled)": (controls.mean_rescaled(embedded, rms), at),
             }
             if others is not None:
                 carriers["another block's gist"] = (others[index].to(device), at)
-        parts.append(_score_batch(base, batch, ids, starts, carriers, block, horizon))
+        parts.append(_score_batch(base, batch, ids, starts, carriers, tokens, horizon, first))
     return BlockScores.concatenate(parts)
 
 
-def _encode(base, nets, batch, device) -> dict[str, Tensor]:
-    ids, starts = batch["ids"].to(device), batch["starts"].to(device)
-    out = {}
-    for name, net in nets.items():
-        embedded = base.embed(blocks(ids, starts, net.block_size))
-        out[name] = net.encode_span(embedded.flatten(0, 1)).view(*starts.shape, -1)
-    return out
+@contextmanager
+def in_eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
+    """Without dropout inside, as they were afterwards."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.train()
+
+
+def _encode(base, nets, batch, tokens, level) -> dict[str, Tensor]:
+    ids, starts = (batch[name].to(base.model.device) for name in ("ids", "starts"))
+    embedded = base.embed(blocks(ids, starts, tokens)).flatten(0, 1)
+    return {name: net.encode_level(embedded, level).view(*starts.shape, -1) for name, net in nets.items()}
 
 
 def _other_documents(batches, gists, seed) -> list[Tensor]:
@@ -93,29 +110,22 @@ def _other_documents(batches, gists, seed) -> list[Tensor]:
     return out
 
 
-def _score_batch(base, batch, ids, starts, carriers, block, horizon) -> BlockScores:
+def _score_batch(base, batch, ids, starts, carriers, tokens, horizon, first) -> BlockScores:
     teacher = teach(base, ids)
     b, n = starts.shape
-    hidden = substituted(
-        base,
-        teacher,
-        starts,
-        torch.stack([v for v, _ in carriers.values()]),
-        [o for _, o in carriers.values()],
-        block,
-        horizon,
-    )
-    hidden = torch.cat([hidden, dropped(base, teacher, starts, block, horizon)[None]])
+    vectors, offsets = zip(*carriers.values(), strict=True)
+    hidden = substituted(base, teacher, starts, torch.stack(vectors), offsets, tokens, horizon)
+    hidden = torch.cat([hidden, dropped(base, teacher, starts, tokens, horizon)[None]])
     _, numbers = score(
         base,
-        hidden.flatten(1, 3),
-        rows_at(teacher.hidden, starts + block - 1, horizon).flatten(0, 2),
-        blocks(ids, starts + block, horizon).flatten(),
+        hidden[..., first:, :].flatten(1, 3),
+        rows_at(teacher.hidden, starts + tokens - 1 + first, horizon - first).flatten(0, 2),
+        blocks(ids, starts + tokens + first, horizon - first).flatten(),
     )
 
     def table(name, row=None):
         values = numbers[name] if row is None else numbers[name][row]
-        return values.view(b * n, horizon).cpu()
+        return values.view(b * n, horizon - first).cpu()
 
     names = list(carriers)
     return BlockScores(

@@ -8,35 +8,38 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from megactx.data.files import DOMAINS
+from megactx.data.files import ALL_DOMAINS
 
 from .scores import BlockScores
+from .sums import WEAK, DomainSums
 
-WEAK = 0.01  # nats: where dropping costs less than that, recovery would be a ratio of noise
 BODY = 4  # first offset behind the seam, where most of the cost of a missing block sits
 SUBSTITUTABLE = 1.0  # nats of mean dNLL below which a block counts as replaceable
 BANDS = {"h0": (0, 1), "h1_3": (1, 4), "h4_15": (4, 16), "h16_up": (16, None)}
 LOWER_IS_BETTER = ("dnll", "kl", "ppl_ratio")
 
 
+def block_rows(
+    full: Tensor, drop: Tensor, carrier: Tensor, kl: Tensor | None = None, agree: Tensor | None = None
+) -> dict[str, Tensor]:
+    """NLL, KL and agreement [M, H] -> per block what ``figures`` needs the sums of, float64."""
+    dnll = carrier.double() - full.double()
+    rows = {
+        "dnll": dnll,  # [M, H]
+        "dnll_drop": drop.double() - full.double(),  # [M, H]
+        "below": (dnll.mean(1) < SUBSTITUTABLE).double(),  # [M]
+    }
+    return rows | {name: x.double() for name, x in (("kl", kl), ("agree", agree)) if x is not None}  # [M, H]
+
+
 def block_sums(
     full: Tensor, drop: Tensor, carrier: Tensor, kl: Tensor | None = None, agree: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """NLL, KL and agreement [M, H] -> sums over blocks, float64: what ``figures`` needs, and all that it needs."""
-    dnll = carrier.double() - full.double()
-    sums = {
-        "blocks": torch.tensor(float(len(full)), dtype=torch.float64, device=full.device),
-        "dnll": dnll.sum(0),  # [H]
-        "dnll_drop": (drop.double() - full.double()).sum(0),  # [H]
-        "below": (dnll.mean(1) < SUBSTITUTABLE).double().sum(),
-    }
-    if kl is not None:
-        sums["kl"] = kl.double().sum(0)  # [H]
-    if agree is not None:
-        sums["agree"] = agree.double().sum(0)  # [H]
-    return sums
+    """NLL, KL and agreement [M, H] -> sums over blocks: what ``figures`` needs, and all that it needs."""
+    rows = block_rows(full, drop, carrier, kl, agree)
+    blocks = torch.tensor(float(len(full)), dtype=torch.float64, device=full.device)
+    return {"blocks": blocks} | {name: values.sum(0) for name, values in rows.items()}
 
 
 def figures(sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,27 +101,21 @@ def dnll_by_offset(full: Tensor, carrier: Tensor) -> Tensor:
     return (carrier.double() - full.double()).mean(0)
 
 
-class GistMetrics(Metric):
+class GistMetrics(DomainSums):
     """The figures of one carrier, overall and per domain, over all batches and processes.
 
     Args:
         horizon: H.
-        domains: every domain that can occur: all processes must hold the same sums.
+        domains: every domain that can occur.
 
-    ``compute`` returns ``dnll``, ``recovery``, ... of all blocks, and ``narrative/dnll``, ... of each domain with any.
+    ``compute`` returns what ``figures`` does, and ``dnll_by_offset`` and ``dnll_drop_by_offset`` [H] in nats, for all
+    blocks, and as ``narrative/dnll``, ... for each domain with any.
     """
 
-    full_state_update = False
-    higher_is_better = None
-
-    def __init__(self, horizon: int, domains: Iterable[str] = DOMAINS, **kwargs):
-        super().__init__(**kwargs)
-        self.horizon, self.domains = horizon, list(domains)
-        for name in ("dnll", "dnll_drop", "kl", "agree"):
-            empty = torch.zeros(len(self.domains), horizon, dtype=torch.float64)
-            self.add_state(name, empty, dist_reduce_fx="sum")
-        for name in ("blocks", "below"):
-            self.add_state(name, torch.zeros(len(self.domains), dtype=torch.float64), dist_reduce_fx="sum")
+    def __init__(self, horizon: int, domains: Iterable[str] = ALL_DOMAINS, **kwargs):
+        by_offset = dict.fromkeys(("dnll", "dnll_drop", "kl", "agree"), (horizon,))
+        super().__init__(by_offset | {"below": ()}, domains, **kwargs)
+        self.horizon = horizon
 
     def update(self, scores: BlockScores, carrier: str = "gistnet") -> None:
         """One batch, with KL and agreement of the carrier.
@@ -128,19 +125,10 @@ class GistMetrics(Metric):
         """
         if scores.horizon != self.horizon:
             raise ValueError(f"validation: a batch has horizon {scores.horizon}, expected is {self.horizon}")
-        if unknown := set(scores.domain) - set(self.domains):
-            raise ValueError(f"validation: blocks of the domains {sorted(unknown)}, announced were {self.domains}")
-        for domain in scores.domains:
-            rows, index = scores.rows(domain), self.domains.index(domain)
-            tables = (scores.full, scores.drop, scores.carriers[carrier], scores.kl[carrier], scores.agree[carrier])
-            for name, value in block_sums(*(table[rows] for table in tables)).items():
-                getattr(self, name)[index] += value.to(self.device)
+        tables = (scores.full, scores.drop, scores.carriers[carrier], scores.kl[carrier], scores.agree[carrier])
+        self.add(scores.domain, **block_rows(*tables))
 
-    def compute(self) -> dict[str, Tensor]:
-        sums = {name: getattr(self, name) for name in ("blocks", "dnll", "dnll_drop", "below", "kl", "agree")}
-        out = figures({name: values.sum(0) for name, values in sums.items()})
-        for index, domain in enumerate(self.domains):
-            if self.blocks[index] > 0:
-                part = figures({name: values[index] for name, values in sums.items()})
-                out |= {f"{domain}/{name}": value for name, value in part.items()}
-        return out
+    def figures(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        blocks = sums["blocks"]
+        by_offset = {f"{name}_by_offset": sums[name] / blocks for name in ("dnll", "dnll_drop")}
+        return figures(sums) | by_offset

@@ -42,6 +42,25 @@ def plot_run(
             figure.savefig(part, format="png")
 
 
+def plot_stages(path: str | Path, curves: dict[str, str | Path]) -> None:
+    """Draw the validation curves of the stages of a curriculum, side by side, to ``path`` (PNG).
+
+    Args:
+        curves: stage -> its metrics.csv.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(6 * max(1, len(curves)), 5), dpi=100, layout="constrained")
+        every = figure.subplots(1, max(1, len(curves)), squeeze=False)[0]
+        for axes, (name, curve) in zip(every, curves.items(), strict=False):
+            _training(axes, _rows(curve), "step", "val/")
+            axes.set_title(name)
+        with replacing(Path(path)) as part:
+            figure.savefig(part, format="png")
+
+
 def offset_bins(horizon: int) -> list[tuple[int, int]]:
     """Offsets by powers of two, each octave halved: (0, 1), (1, 2), (2, 3), (3, 4), (4, 6), (6, 8), (8, 12), ..."""
     edges = [0, 1, 2, 3, 4]

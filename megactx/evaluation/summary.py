@@ -12,12 +12,14 @@ from .metrics import BODY, LOWER_IS_BETTER, WEAK, block_sums, figures
 from .scores import DROP, BlockScores
 
 OVERALL = "overall"
+WEIGHTED = "weighted"  # in front of a target: over the domains by their share of the training documents
 FULL, DROPPED = "full", "dropped"  # rows of the report that are no carriers
 SPANS = {"all": 0, "body": BODY}  # first offset of each
 # Tried raw and rescaled to the token RMS, and quoted with whichever does better: a control gets its best form.
 BEST_OF = "untrained mean"
 ENOUGH_BLOCKS, ENOUGH_DOCUMENTS = 2000, 50
-GEOMETRY_TARGETS = {"diversity": 0.5, "contrastive_gap": 0.1}
+GEOMETRY_TARGETS = {"diversity": 0.5, "contrastive_gap": 0.1, "attention_entropy": (2.0, 4.0)}
+LEVEL2_TARGET = 2.0  # nats: dNLL of a gist of gists
 
 
 def summarise(
@@ -25,6 +27,9 @@ def summarise(
     subject: str = "gistnet",
     targets: dict[str, float] | None = None,
     geometry: dict[str, float] | None = None,
+    copies: dict[int, BlockScores] | None = None,
+    level2: BlockScores | None = None,
+    weights: dict[str, float] | None = None,
 ) -> dict:
     """Scores -> plain nested dicts of floats and strings; NaN stands for undefined.
 
@@ -32,7 +37,11 @@ def summarise(
         subject: the carrier that the report is about; all others are its controls.
         targets: metric -> value to reach, with ``domain/`` in front where it is for one domain, such as
             ``{"dnll": 0.5, "code/substitutability": 0.7, "adjacent_distance": 0.3}``.
-        geometry: what ``GistGeometry`` computed, and ``attention_entropy`` in bits.
+        geometry: name and ``domain/name`` -> value: what ``SpaceMetrics`` computed, and ``reconstruction`` if asked.
+        copies: what ``measure_copies`` gave: distance -> scores of second occurrences.
+        weights: domain -> share of the training documents, for targets of ``weighted/`` figures: the mean of the
+            domains' own figures by these shares, domains without a share left out.
+        level2: what ``measure_level`` gave: scores behind spans that gists of gists replace.
 
     Raises:
         ValueError: no such subject, or a target for something that is not measured.
@@ -50,9 +59,16 @@ def summarise(
         "block_hash": scores.block_hash(),
         "groups": groups,
         "geometry": geometry,
+        "copies": {str(distance): _copies(part) for distance, part in (copies or {}).items()},
+        "level2": level2 and _group(level2, subject, None),
     }
-    goals = {name: goal for name, goal in GEOMETRY_TARGETS.items() if name in geometry} | dict(targets or {})
-    numbers["targets"] = [_target(numbers, name, float(goal)) for name, goal in goals.items()]
+    goals = {name: goal for name, goal in GEOMETRY_TARGETS.items() if name in geometry}
+    goals |= {name: float(goal) for name, goal in (targets or {}).items()}
+    numbers["targets"] = [_target(numbers, name, goal, weights or {}) for name, goal in goals.items()]
+    if level2:
+        rows = numbers["level2"]["rows"]
+        reached = {"value": rows[subject]["dnll"], DROPPED: rows[DROPPED]["dnll"]}
+        numbers["targets"].append(_judged({"target": "level2/dnll", "goal": LEVEL2_TARGET, "below": True} | reached))
     numbers["notes"] = _notes(numbers)
     return numbers
 
@@ -100,30 +116,61 @@ def _point(difference: dict) -> float:
     return float("inf") if difference["point"] != difference["point"] else difference["point"]
 
 
-def _target(numbers: dict, name: str, goal: float) -> dict:
+def _copies(scores: BlockScores) -> dict:
+    """Cost of dropping the first occurrence, in nats per token of the second, and recovery of each carrier."""
+    out = {"blocks": len(scores), "cost": {}, "recovery": {}}
+    for domain in (None, *scores.domains):
+        rows, name = scores.rows(domain), domain or OVERALL
+        out["cost"][name] = (scores.drop[rows].double() - scores.full[rows].double()).mean().item()
+        intervals = recovery_intervals(scores, list(scores.carriers), domain=domain)
+        out["recovery"][name] = {carrier: interval._asdict() for carrier, interval in intervals.items()}
+    return out
+
+
+def _target(numbers: dict, name: str, goal: float | tuple[float, float], weights: dict[str, float]) -> dict:
     """A target with the value reached, the dropped block's own value, and what came of it."""
     group, _, metric = name.rpartition("/")
     group = group or OVERALL
     out = {"target": name, "goal": goal, "below": metric in LOWER_IS_BETTER, "value": None, DROPPED: None}
-    if metric in numbers["geometry"]:
-        out["value"] = numbers["geometry"][metric]
+    if name in numbers["geometry"]:
+        out["value"] = numbers["geometry"][name]
+    elif group == WEIGHTED:
+        for row, key in ((numbers["subject"], "value"), (DROPPED, DROPPED)):
+            out[key] = _weighted(numbers["groups"], row, metric, weights)
     elif group not in numbers["groups"]:
         return out | {"status": "no blocks"}
     else:
         rows = numbers["groups"][group]["rows"]
         if metric not in rows[numbers["subject"]]:
-            known = sorted({*rows[numbers["subject"]], *numbers["geometry"]})
+            known = sorted({*rows[numbers["subject"]], *(key for key in numbers["geometry"] if "/" not in key)})
             raise ValueError(f"targets.{name}: not measured; measured are {', '.join(known)}")
         out["value"], out[DROPPED] = rows[numbers["subject"]][metric], rows[DROPPED].get(metric)
+    return _judged(out)
+
+
+def _weighted(groups: dict, row: str, metric: str, weights: dict[str, float]) -> float:
+    shares = {name: share for name, share in weights.items() if share and name in groups}
+    if not shares:
+        return float("nan")
+    total = sum(share * groups[name]["rows"][row][metric] for name, share in shares.items())
+    return total / sum(shares.values())
+
+
+def _judged(target: dict) -> dict:
+    goal = target["goal"]
 
     def met(value):
-        return value is not None and (value < goal if out["below"] else value > goal)
+        if value is None:
+            return False
+        if isinstance(goal, tuple):
+            return goal[0] <= value <= goal[1]
+        return value < goal if target["below"] else value > goal
 
-    if out["value"] != out["value"]:
-        return out | {"status": "undefined"}
-    if met(out[DROPPED]):
-        return out | {"status": "not informative"}
-    return out | {"status": "passed" if met(out["value"]) else "missed"}
+    if target["value"] != target["value"]:
+        return target | {"status": "undefined"}
+    if met(target[DROPPED]):
+        return target | {"status": "not informative"}
+    return target | {"status": "passed" if met(target["value"]) else "missed"}
 
 
 def _notes(numbers: dict) -> list[str]:
@@ -147,6 +194,19 @@ def _notes(numbers: dict) -> list[str]:
         ratio = group["rows"][numbers["subject"]]["ppl_ratio"]
         if ratio > 2:
             notes.append(f"{name}: ALARM: perplexity ratio {ratio:.2f} is above 2.0.")
+    for distance, copied in numbers["copies"].items():
+        if (cost := copied["cost"][OVERALL]) < WEAK:
+            notes.append(
+                f"copies at a distance of {distance} tokens: dropping the first occurrence costs {cost:.3f} nat "
+                f"(< {WEAK}): the base does not copy from there, so copy recovery is undefined."
+            )
+    if not numbers["copies"]:
+        notes.append("copy recovery was not measured: evaluate.copies is 0, or no document has 3 K + distance tokens.")
+    if not numbers["level2"]:
+        notes.append(
+            "hierarchical consistency (dNLL of a gist of gists) was not measured: evaluate.level2 is 0, or no document "
+            "has 2 K^2 + H tokens, 2,048 + H where K = 32."
+        )
     geometry = numbers["geometry"]
     if geometry.get("diversity", 1) < 0.3:
         notes.append(f"ALARM: gist diversity {geometry['diversity']:.2f} is below 0.3: the gists collapse.")

@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import hydra
@@ -15,8 +16,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from . import sweep
-from .errors import DONE, INTERRUPTED, MISTAKE, Interrupted, composition_message, verdict
+from . import processes, sweep
+from .errors import DONE, FAILED, INTERRUPTED, MISTAKE, Interrupted, RunFailed, composition_message, verdict
+from .options import help_text
 from .runfolder import HIDDEN, hide_in_command, hide_secrets, write_error
 from .search_path import VERSION_BASE, compose, register, root
 
@@ -28,10 +30,16 @@ def run(argv: list[str] | None = None) -> int:
     global _code
     before = sys.argv
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if {"-h", "--help"} & {*arguments}:
+        print(help_text())
+        return DONE
     sys.argv = [before[0] if argv is None else "train.py", *arguments]
     overrides = [a for a in arguments if not a.startswith("-")]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here instead of being printed and exited
     register()
+    # Our launchers' files have the names of the plugins' own, on purpose: the values in them suit training.
+    warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
+    processes.hush()
     _code = DONE
     shown = io.StringIO()
     try:
@@ -40,59 +48,76 @@ def run(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # --help, or Hydra's own argument parser
         _code = stop.code if isinstance(stop.code, int) else (DONE if stop.code is None else MISTAKE)
     except KeyboardInterrupt:
-        _say("interrupted before anything was saved")
+        _say("interrupted; the same command goes on" if sweep.begun() else "interrupted before anything was saved")
         _code = INTERRUPTED
     except Exception as error:
         _say(composition_message(error, overrides))
-        _code = MISTAKE
+        _code = FAILED if sweep.jobs_begun() else MISTAKE
     finally:
         sys.argv = before
         GlobalHydra.instance().clear()
     if _shows_config(arguments):
         sys.stdout.write(_without_secrets(shown.getvalue()))
-    _code = sweep.summary() or _code
+    told = sweep.summary()
+    _code = _code if _code == INTERRUPTED else told or _code
     return _code
 
 
 @hydra.main(config_path=str(root("configs")), config_name="config", version_base=VERSION_BASE)
-def main(cfg: DictConfig) -> None:
-    """The task that Hydra calls, once per job. It never raises an ``Exception``: a sweep goes on with the next job."""
-    global _code
+def main(cfg: DictConfig) -> float | None:
+    """The task that Hydra calls, once per job. It never raises an ``Exception``: a sweep goes on with the next job.
+
+    Returns:
+        the lowest value of what the stage monitors, which a sweeper such as Optuna's may minimise.
+    """
     here = HydraConfig.get()
-    overrides = list(here.overrides.task)
     folder = Path(here.runtime.output_dir)
-    multirun = here.mode == RunMode.MULTIRUN
+    if here.mode != RunMode.MULTIRUN:
+        return _run_job(cfg, here, folder, multirun=False)
+    with sweep.alone(folder):
+        if not (folder / "done").exists():
+            sweep.note(folder, "running")
+            return _run_job(cfg, here, folder, multirun=True)
+        value = sweep.value_before(folder)
+        sweep.note(folder, "done before", DONE, value=value)
+        return value
+
+
+def _run_job(cfg: DictConfig, here, folder: Path, multirun: bool) -> float | None:
+    global _code
+    overrides = list(here.overrides.task)
     kept: list[Path] = []  # the run folder, once there is one
-    if multirun and (folder / "done").exists():
-        sweep.note(folder, overrides, "done before", DONE)
-        return
-    if multirun:
-        sweep.note(folder, overrides, "running")
+    value = None
     try:
-        _train(cfg, here, folder, kept)
+        with processes.own_environment():
+            value = _train(cfg, here, folder, kept)
         _code, state, message = DONE, "done", ""
     except (KeyboardInterrupt, Interrupted, SystemExit) as stop:  # Lightning exits where Ctrl-C comes a second time
         message = _how_to_go_on(str(stop) if isinstance(stop, Interrupted) else "interrupted", kept, overrides)
-        _code, state = INTERRUPTED, "interrupted"
+        _code, state = DONE if processes.rank() else INTERRUPTED, "interrupted"
         _say(message)
     except Exception as error:
         _code, message = verdict(error)
-        _say(message + write_error(kept[0] if kept else None))
+        _say(message + write_error(kept[-1] if kept else None))
         state = "failed"
+        if processes.rank() and isinstance(error, RunFailed):
+            _code = DONE  # all processes stopped for it, and the first one says so
     finally:
         _finish_loggers()
         if not multirun:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only where nothing was written: Hydra makes it before the config is checked
     if multirun:
-        sweep.note(folder, overrides, state, _code, message)
+        sweep.note(folder, state, _code, message, value)
         if _code == INTERRUPTED:
             raise KeyboardInterrupt
+    return value
 
 
-def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> None:
+def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | None:
+    from .curriculum import find_curriculum
     from .device import choose
-    from .resume import find, plain
+    from .resume import find, last_of, plain
     from .runfolder import close_folder, logs, open_folder, quiet_bars, show
     from .validate import validate
 
@@ -101,29 +126,90 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> None:
     cfg.folder = _short(folder)
     validate(cfg, _reference(here.runtime.choices))
     device = choose(
-        cfg.trainer.accelerator, cfg.trainer.precision, cfg.trainer.devices, here.runtime.choices["trainer"]
+        cfg.trainer.accelerator,
+        cfg.trainer.precision,
+        cfg.trainer.devices,
+        here.runtime.choices["trainer"],
+        cfg.trainer.get("strategy"),
     )
-    with _early_logs():
+
+    def decide() -> tuple[Path | None, Path]:
+        if cfg.curriculum:
+            return None, find_curriculum(cfg, folder, here.mode == RunMode.MULTIRUN)
         if here.mode == RunMode.MULTIRUN:
-            checkpoint, target = _own_checkpoint(cfg, folder)
-        else:
-            checkpoint, target = find(cfg, folder)
-    if checkpoint is None or checkpoint.parent != target / "checkpoints":
+            processes.refuse_sweep(device.count)
+            return last_of(cfg, folder), folder
+        return find(cfg, folder)
+
+    with _early_logs():
+        checkpoint, target = processes.agreed(decide)
+    if not cfg.curriculum and (checkpoint is None or checkpoint.parent != target / "checkpoints"):
         _refuse_used(target)
+    stages = _stages(cfg, here, target, device)
     cfg.folder = _short(target)
     config = plain(cfg)
     open_folder(target, config, list(here.overrides.task), device.why)
     kept.append(target)
+    value = None
     with logs(target):
-        show(config, device.why, cfg.folder)
-        _build_and_run(cfg, config, target, device, checkpoint)
+        if stages:
+            _run_in_turn(stages, list(here.overrides.task), target, device, kept)
+        else:
+            show(config, device.why, cfg.folder)
+            value = _build_and_run(cfg, config, target, device, checkpoint)
     close_folder(target)
     print(f"Everything is in {cfg.folder}")
+    return value
 
 
-def _build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoint: Path | None) -> None:
+def _stages(cfg: DictConfig, here, folder: Path, device) -> dict[str, DictConfig]:
+    """The configs of a curriculum's stages: a mistake in the last one is told before the first one runs."""
+    from .curriculum import stage_config
+    from .validate import validate
+
+    if cfg.curriculum and device.count > 1:
+        raise ValueError(
+            f"trainer.devices={cfg.trainer.devices}: a curriculum runs on 1 device, as its processes would start anew in"
+            " each stage; run its stages one by one, each with stage.init=FOLDER of the one before"
+        )
+    overrides, reference = list(here.overrides.task), _reference(here.runtime.choices)
+    stages = {name: stage_config(name, overrides, folder) for name in cfg.curriculum}
+    for stage in stages.values():
+        validate(stage, reference)
+    return stages
+
+
+def _run_in_turn(stages: dict[str, DictConfig], overrides: list[str], folder: Path, device, kept: list[Path]) -> None:
+    """A curriculum: a stage that is done is passed by, one that was begun goes on, a new one starts from the last."""
+    from .resume import best, last_of, plain
+    from .runfolder import close_folder, open_folder, show
+    from .validate import locate
+
+    before = None
+    for index, (name, stage) in enumerate(stages.items()):
+        own = folder / name
+        if before is not None:
+            stage.stage.init = _short(best(before))
+        if not (own / "done").exists():
+            checkpoint = last_of(stage, own)
+            print(f"\nStage {index + 1} of {len(stages)}: {name}", flush=True)
+            config = plain(stage)
+            open_folder(own, config, overrides, device.why)
+            kept.append(own)
+            show(config, device.why, stage.folder)
+            _build_and_run(stage, config, own, device, checkpoint)
+            _finish_loggers()
+            close_folder(own)
+        before = own
+    if not processes.rank():
+        locate(stage.stage["_target_"]).conclude(folder, list(stages))
+
+
+def _build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoint: Path | None) -> float | None:
     import lightning
     from hydra.utils import instantiate
+
+    from .checkpoints import clear_parts
 
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     stage = instantiate(cfg.stage, _convert_="all")
@@ -131,31 +217,66 @@ def _build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoi
         if checkpoint is not None:
             raise ValueError(f"resume={cfg.resume}: this stage does not train in steps; use resume=never")
         stage.run(folder)
-        return
+        return None
     datamodule = instantiate(cfg.datamodule, _convert_="all")
     if hasattr(stage, "prepare"):
         stage.prepare(datamodule)
     source = getattr(datamodule, "source", None)
-    if hasattr(source, "write_list"):  # what the text was, where nobody else can tell
+    if hasattr(source, "write_list") and not processes.rank():  # what the text was, where nobody else can tell
         source.write_list(folder / "files.sha256")
     if hasattr(stage, "prepare"):
         stage.prepare(datamodule)
     trainer = _trainer(cfg, config, folder, device)
+    if checkpoint is None and config["stage"].get("init"):
+        print(stage.start_from(config["stage"]["init"]), flush=True)
+    if not processes.rank():
+        clear_parts(folder)
     if checkpoint is not None:
-        from .resume import check_fits, differences
+        from .resume import check_accumulation, check_fits, differences
 
         saved = check_fits(stage, checkpoint)
+        check_accumulation(saved, config)
         print(f"Going on from {checkpoint}, step {saved['global_step']}", flush=True)
         for line in differences(saved.get("config", config), config):
             print(f"  changed: {line}", flush=True)
+        for logger in trainer.loggers:
+            if hasattr(logger, "rewind"):  # what was logged behind the checkpoint will be logged again
+                logger.rewind(saved["global_step"])
         del saved
-    trainer.fit(stage, datamodule, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(stage, datamodule, ckpt_path=checkpoint, weights_only=True)
+    except BaseException:
+        processes.stop_others(trainer)
+        raise
     if trainer.checkpoint_callbacks and not trainer.fast_dev_run:
         # The last step need not be one at which a checkpoint is due; what is reported is what is saved.
         trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
-    if hasattr(stage, "finish") and not trainer.fast_dev_run:
+    if processes.leave(trainer) and hasattr(stage, "finish") and not trainer.fast_dev_run:
+        _take_best(stage, folder / "checkpoints" / "best.ckpt", trainer.global_step)
         stage.to(trainer.strategy.root_device)  # Lightning moves it to the CPU at the end
         stage.finish(folder, datamodule)
+    return _lowest(trainer)
+
+
+def _lowest(trainer) -> float | None:
+    """The lowest value of what the stage monitors, where ``best.ckpt`` is kept."""
+    from .checkpoints import Best
+
+    scores = [callback.best_model_score for callback in trainer.checkpoint_callbacks if isinstance(callback, Best)]
+    return next((float(score) for score in scores if score is not None), None)
+
+
+def _take_best(stage, path: Path, step: int) -> None:
+    """What is reported is the best checkpoint: after a stop on a plateau the last one need not be it."""
+    if not path.exists():
+        return
+    from .resume import read
+
+    checkpoint = read(path)
+    if checkpoint["global_step"] != step:
+        stage.on_load_checkpoint(checkpoint)
+        stage.load_state_dict(checkpoint["state_dict"])
+        print(f"The report is of the best checkpoint, step {checkpoint['global_step']} of {step}", flush=True)
 
 
 def _trainer(cfg: DictConfig, config: dict, folder: Path, device):
@@ -165,13 +286,13 @@ def _trainer(cfg: DictConfig, config: dict, folder: Path, device):
     from .checkpoints import AtomicCheckpointIO, RandomState, Record
     from .guards import StopOnBadLoss, StopOnInterrupt
 
-    chosen = [instantiate(node, _convert_="all") for node in cfg.callbacks.values()]
+    chosen = [instantiate(node, _convert_="all") for node in cfg.callbacks.values() if node]
     # Lightning adds a bar and a checkpoint of its own where it is not told otherwise.
     return instantiate(cfg.trainer, _partial_=True, _convert_="all")(
         accelerator=device.accelerator,
         precision=device.precision,
-        callbacks=[StopOnBadLoss(), RandomState(), Record(config), StopOnInterrupt(folder), *chosen],
-        logger=[instantiate(node, _convert_="all") for node in cfg.logger.values()] or False,
+        callbacks=[StopOnBadLoss(), RandomState(), Record(config), *chosen, StopOnInterrupt(folder)],
+        logger=[instantiate(node, _convert_="all") for node in cfg.logger.values() if node] or False,
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in chosen),
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in chosen),
@@ -182,18 +303,6 @@ def _reference(choices) -> DictConfig:
     """The chosen parts without the values of the experiment and of the command line."""
     groups = {g: c for g, c in choices.items() if not g.startswith("hydra/") and g != "experiment" and c is not None}
     return compose([f"{group}={choice}" for group, choice in groups.items()])
-
-
-def _own_checkpoint(cfg: DictConfig, folder: Path) -> tuple[Path | None, Path]:
-    """A job of a sweep has a fixed folder: what it left there is where it goes on."""
-    from .resume import differing
-
-    last = folder / "checkpoints" / "last.ckpt"
-    if not last.exists():
-        return None, folder
-    if changes := differing(cfg, folder):
-        raise ValueError(f"{folder} was begun with other settings: {'; '.join(changes)}. Remove it to start afresh")
-    return last, folder
 
 
 @contextlib.contextmanager
@@ -221,7 +330,7 @@ def _finish_loggers() -> None:
 
 
 def _how_to_go_on(what: str, kept: list[Path], overrides: list[str]) -> str:
-    if not kept or not (kept[0] / "checkpoints" / "last.ckpt").exists():
+    if not kept or not any(kept[0].rglob("last.ckpt")):
         return f"{what}; no checkpoint was saved yet"
     again = [override for override in hide_in_command(overrides) if not override.startswith("resume=")]
     return f"{what}. Go on with: python train.py {' '.join([*again, 'resume=auto'])}"
@@ -251,4 +360,5 @@ def _without_secrets(text: str) -> str:
 
 
 def _say(message: str) -> None:
-    print(f"megactx: {message}", file=sys.stderr, flush=True)
+    who = f"megactx, process {processes.rank()}" if processes.rank() else "megactx"
+    print(f"{who}: {message}", file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -41,6 +42,48 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
 
+def clear_parts(folder: Path) -> None:
+    """Remove what a run that was killed while it saved has left beside the checkpoints of its folder."""
+    for part in (folder / "checkpoints").glob("*.part"):
+        part.unlink(missing_ok=True)
+
+
+class Newest(ModelCheckpoint):
+    """``step_NNNNNN.ckpt``, the newest, and ``last.ckpt``.
+
+    Where a validation is due after the step, they are written behind it: so a run that goes on from them has the
+    validation's row in its log, its new minimum in ``best.ckpt`` and what its callbacks concluded, and repeats none of
+    it. It stands behind ``Best``, so that ``last.ckpt`` knows which minimum ``best.ckpt`` holds.
+
+    Args:
+        every_n_train_steps: steps between two checkpoints.
+        save_top_k: 1 keeps the newest one, -1 all of them.
+    """
+
+    def __init__(self, dirpath: str, every_n_train_steps: int, save_top_k: int = 1):
+        super().__init__(
+            dirpath=dirpath,
+            filename="step_{step:06d}",  # no `=` in names: Hydra would read it
+            auto_insert_metric_name=False,
+            every_n_train_steps=every_n_train_steps,
+            save_top_k=save_top_k,
+            save_last=True,  # last.ckpt, which resume=auto reads
+            enable_version_counter=False,  # a resumed run writes last.ckpt, not last-v1.ckpt
+        )
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if not validation_is_due(trainer):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        super().on_train_batch_end(trainer, pl_module, None, None, 0)
+
+
+def validation_is_due(trainer) -> bool:
+    """Whether a validation follows the batch that was just trained on."""
+    return trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+
+
 class Best(ModelCheckpoint):
     """``best.ckpt``: a checkpoint at every new minimum of the stage's own ``monitor``; a stage without one has none."""
 
@@ -63,36 +106,62 @@ class Best(ModelCheckpoint):
 
 
 class Record(Callback):
-    """Puts the resolved config of the run into its checkpoints, as a plain dict."""
+    """Puts the resolved config of the run into its checkpoints, as a plain dict, and that the run had ended itself.
+
+    A run that ended before its last step (a plateau) and was killed while it reported does not train on when resumed;
+    another run that starts from its checkpoint does.
+    """
 
     def __init__(self, config: dict):
-        self.config = config
+        self.config, self.ended = config, False
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint: dict) -> None:
-        checkpoint["config"] = self.config
+        checkpoint["config"], checkpoint["ended"] = self.config, trainer.should_stop
+
+    def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict) -> None:
+        mine = Path(self.config["folder"]).absolute() / "checkpoints"
+        self.ended = checkpoint.get("ended", False) and Path(trainer.ckpt_path).absolute().parent == mine
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        trainer.should_stop = trainer.should_stop or self.ended
 
 
 class RandomState(Callback):
-    """Saves torch's random state and restores it on the first batch of a resumed run.
+    """Saves torch's random state, of every process, and restores it on the first batch of a resumed run.
 
     On the first batch, not earlier: building loaders draws numbers. Validation draws too (each new loader iterator
-    does), and a resumed run does not repeat it: so training goes on after it with the state from before it.
+    does): so training goes on after it with the state from before it. Processes start with states of their own, for
+    else they would all drop out the same channels.
     """
 
     def __init__(self):
-        self.now = self.pending = None
+        self.now = self.pending = self.saved = None
 
     def state_dict(self) -> dict:
-        return self.now or _random_state()
+        if self.now is None and self.saved:  # resumed behind its last step: nothing was drawn
+            return {"processes": self.saved}
+        mine = self.now or _random_state()
+        if not (dist.is_available() and dist.is_initialized()):
+            return {"processes": [mine]}
+        states = [None] * dist.get_world_size()
+        dist.all_gather_object(states, mine)
+        return {"processes": states}
 
     def load_state_dict(self, state: dict) -> None:
-        self.pending = state
+        self.saved = state.get("processes", [state])
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        if self.saved and len(self.saved) == trainer.world_size:
+            self.pending = self.saved[trainer.global_rank]
+        elif trainer.world_size > 1:
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank + trainer.global_step)
+        self.saved = None
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if self.pending is not None:
             torch.set_rng_state(self.pending["cpu"].cpu())
-            if torch.cuda.is_available() and len(self.pending["cuda"]) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all([state.cpu() for state in self.pending["cuda"]])
+            if torch.cuda.is_available() and self.pending["cuda"]:
+                torch.cuda.set_rng_state(self.pending["cuda"][0].cpu())
             self.pending = None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
@@ -103,5 +172,6 @@ class RandomState(Callback):
 
 
 def _random_state() -> dict:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    """Of this process: the CPU's, and in a list the current card's where there is one."""
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}

@@ -48,6 +48,8 @@ def verdict(error: BaseException) -> tuple[int, str]:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return FAILED, f"the disk is full or a file may not grow: set folder=... to a place with room ({text})"
+    if type(error).__module__.startswith("wandb.") and type(error).__name__ in ("UsageError", "AuthenticationError"):
+        return MISTAKE, f"logger=wandb: {text}. logger.wandb.offline=true needs no account; `wandb login` sets a key"
     if isinstance(error, ValueError) or type(error).__name__ == "MisconfigurationException":
         return MISTAKE, text
     return FAILED, f"the run failed: {type(error).__name__}: {text}"
@@ -75,6 +77,8 @@ def composition_message(error: Exception, overrides: list[str]) -> str:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         meant = did_you_mean(option, options).replace("Did you mean ", f"Did you mean {group}=")
         return f"{group}={option}: no such option.{meant} There is {', '.join(options)}."
+    if "hydra_plugins." in text and ("Unknown plugin" in text or "Could not instantiate plugin" in text):
+        return f"a Hydra plugin is not installed: pip install 'megactx[sweep,optuna]' ({text.splitlines()[0]})"
     if "group override must be a string" in text:
         wrong = next((o for o in overrides if _is_group(o) and not re.match(r"[A-Za-z_]", o.partition("=")[2])), "")
         options = _options(wrong.partition("=")[0])

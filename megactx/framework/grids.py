@@ -11,10 +11,12 @@ What the command line gives holds for every grid, and wins over a grid's own val
 
 import sys
 import types
+from collections.abc import Mapping
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.errors import OverrideParseException
 from hydra.plugins.sweeper import Sweeper
 
 
@@ -32,13 +34,27 @@ class Grids(BasicSweeper):
         self.grids = list(grids) or [{}]
 
     def split_arguments(self, overrides, max_batch_size):
+        """Parsed overrides of the command line -> chunks of jobs, each a list of overrides; no job twice.
+
+        Raises:
+            ValueError: a grid that is no mapping of settings to choices, or of which the choices cannot be read.
+        """
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         jobs = []
-        for grid in self.grids:
-            own = parser.parse_overrides([f"{key}={choices}" for key, choices in grid.items()])
+        for index, grid in enumerate(self.grids):
+            if not isinstance(grid, Mapping):
+                raise ValueError(f"hydra.sweeper.grids[{index}]={grid}: it must be a mapping of settings to choices")
+            try:
+                own = parser.parse_overrides([f"{key}={_choices(choices)}" for key, choices in grid.items()])
+            except OverrideParseException as error:
+                raise ValueError(f"hydra.sweeper.grids[{index}]: {error.override} cannot be read") from error
             jobs += BasicSweeper.split_arguments([*own, *overrides], None)[0]
         jobs = list(dict.fromkeys(map(tuple, jobs)))
         return [list(chunk) for chunk in self.split_overrides_to_chunks([list(job) for job in jobs], max_batch_size)]
+
+
+def _choices(value) -> str:
+    return "null" if value is None else str(value)
 
 
 def register() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from .checkpoints import validation_is_due
 from .errors import Interrupted, RunFailed
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class StopOnBadLoss(Callback):
         if grads and trainer.scaler is None:
             self.good = self.good & torch.isfinite(torch.nn.utils.get_total_norm(grads)).to(self.good.device)
         good, self.good = bool(self.good), None  # the one host sync of a step
-        if not good:
+        if not trainer.strategy.reduce_boolean_decision(good, all=True):  # all processes stop, or none does
             rates = [f"stage.{name}" for name in pl_module.hparams if name.split("_")[-1] == "lr" and "min" not in name]
             raise RunFailed(
                 f"the loss or its gradient is NaN or infinite at step {trainer.global_step}; the step was not taken."
@@ -40,12 +41,13 @@ class StopOnBadLoss(Callback):
 class StopOnInterrupt(Callback):
     """Ctrl-C ends a run after the step that is under way, with a checkpoint from which it goes on exactly.
 
-    A second Ctrl-C stops at once.
+    Where that step's validation is due or under way, it is finished first. A second Ctrl-C stops at once. It stands
+    behind the callbacks whose conclusions the checkpoint must hold.
     """
 
     def __init__(self, folder: Path):
         self.path = Path(folder) / "checkpoints" / "last.ckpt"
-        self.asked = False
+        self.asked = self.saved = False
         self._before = None
 
     def on_train_start(self, trainer, pl_module) -> None:  # by then Lightning has noted the handlers that it restores
@@ -66,22 +68,33 @@ class StopOnInterrupt(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         between = (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches
-        if self.asked and not between:
+        if not between and not validation_is_due(trainer):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer) -> None:
+        if trainer.strategy.reduce_boolean_decision(self.asked, all=False):  # any process may have been asked
             if trainer.checkpoint_callback is not None and not trainer.fast_dev_run:
                 trainer.save_checkpoint(self.path)
-            raise Interrupted(f"interrupted at step {trainer.global_step}")
+            self.saved = True
 
-    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        if self.asked:  # the checkpoint of this step was written before the validation
-            raise Interrupted(f"interrupted at step {trainer.global_step}, while validating")
+    # Not where it was saved: only now is the step's row in the log.
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if self.saved:
+            raise Interrupted(f"interrupted at step {trainer.global_step}")
 
     def on_train_end(self, trainer, pl_module) -> None:
         self._restore()
+        if self.saved:
+            raise Interrupted(f"interrupted at step {trainer.global_step}, the last one")
 
     def on_exception(self, trainer, pl_module, exception) -> None:
         self._restore()
 
 
 def _last(trainer) -> str:
-    callback = trainer.checkpoint_callback
-    return getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+    saved = [callback for callback in trainer.checkpoint_callbacks if hasattr(callback, "last_model_path")]
+    paths = [callback.last_model_path for callback in saved] + [callback.best_model_path for callback in saved]
+    return next(filter(None, paths), "")

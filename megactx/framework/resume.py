@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 
 # A run may be lengthened: these, and whatever is derived from them, may differ.
 LENGTH = ("preset.steps", "trainer.max_steps", "trainer.max_time", "trainer.max_epochs")
-FREE = ("resume", "logger", "name", "folder", "callbacks.progress")
+WATCHERS = ("progress", "summary", "learning_rate", "grad_norm", "speed", "device")  # callbacks that change nothing
+FREE = ("resume", "logger", "name", "folder", *(f"callbacks.{name}" for name in WATCHERS))
 
 
 def plain(cfg: DictConfig) -> dict:
@@ -64,6 +65,33 @@ def _newest(cfg: DictConfig, folder: Path) -> tuple[Path | None, Path]:
         f"resume=auto: the newest unfinished run {found[0]} has other settings: {'; '.join(differing(cfg, found[0]))}."
         f" Set them alike, or resume={found[0]} to start from it all the same, or resume=never to start fresh"
     )
+
+
+def last_of(cfg: DictConfig, folder: Path) -> Path | None:
+    """The last checkpoint of a run that always has this folder: a job of a sweep, a stage of a curriculum.
+
+    Raises:
+        ValueError: it was begun with other settings.
+    """
+    last = folder / "checkpoints" / "last.ckpt"
+    if not last.exists():
+        return None
+    if changes := differing(cfg, folder):
+        raise ValueError(f"{folder} was begun with other settings: {'; '.join(changes)}. Remove it to start afresh")
+    return last
+
+
+def best(run: Path) -> Path:
+    """The best checkpoint of a run folder, or the last one where its stage monitors nothing.
+
+    Raises:
+        ValueError: it has none.
+    """
+    for name in ("best.ckpt", "last.ckpt"):
+        for path in (run / "checkpoints" / name, run / name):
+            if path.exists():
+                return path
+    raise ValueError(f"{run}: there is no checkpoint in it, neither best.ckpt nor last.ckpt")
 
 
 def differing(cfg: DictConfig, run: Path) -> list[str]:
@@ -143,3 +171,15 @@ def check_fits(stage, path: Path) -> dict:
             f" ({odd}: {saved.get(odd, 'absent')} there, {mine.get(odd, 'absent')} here)"
         )
     return checkpoint
+
+
+def check_accumulation(checkpoint: dict, config: dict) -> None:
+    """Refuse to go on with another accumulation: Lightning counts batches, and would end the steps elsewhere.
+
+    Raises:
+        ValueError: says what the checkpoint was written with.
+    """
+    key = "trainer.accumulate_grad_batches"
+    then, now = (OmegaConf.select(OmegaConf.create(c), key) for c in (checkpoint.get("config", config), config))
+    if then != now:
+        raise ValueError(f"preset.accumulate={now}: the checkpoint was written with {then}; set preset.accumulate={then}")

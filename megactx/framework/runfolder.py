@@ -1,7 +1,8 @@
 """The run folder: what was run, with what, on what; and its log.
 
 ``config.yaml`` the resolved config without secrets, ``run.yaml`` command, commit, versions, device, ``run.log`` what
-was said, ``error.txt`` the traceback of a failure, ``done`` at the end.
+was said, ``error.txt`` the traceback of a failure, ``done`` at the end. Of several processes only the first one writes
+and speaks; another one leaves no more than the traceback of a failure of its own.
 """
 
 import contextlib
@@ -16,6 +17,8 @@ import traceback
 from pathlib import Path
 
 from omegaconf import OmegaConf
+
+from .processes import rank
 
 PACKAGES = ("megactx", "torch", "lightning", "transformers", "tokenizers", "datasets", "torchmetrics", "peft", "numpy")
 SECRET = re.compile(r"(key|token|password|secret)$", re.IGNORECASE)
@@ -69,6 +72,8 @@ def open_folder(folder: Path, config: dict, overrides: list[str], why: str) -> N
         config: the resolved config, without secrets.
         why: device and precision.
     """
+    if rank():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
     record = {
@@ -86,18 +91,20 @@ def open_folder(folder: Path, config: dict, overrides: list[str], why: str) -> N
 
 def close_folder(folder: Path) -> None:
     """Mark the run as finished: ``resume=auto`` and sweeps pass it by."""
-    write(folder / "done", time.strftime("%Y-%m-%d %H:%M:%S\n"))
+    if not rank():
+        write(folder / "done", time.strftime("%Y-%m-%d %H:%M:%S\n"))
 
 
 def write_error(folder: Path | None) -> str:
     """Keep the traceback of the error at hand; -> a hint where it is."""
     if folder is None or not folder.is_dir():
         return ""
+    path = folder / (f"error_{rank()}.txt" if rank() else "error.txt")
     try:
-        write(folder / "error.txt", traceback.format_exc())
+        write(path, traceback.format_exc())
     except OSError:  # the disk may be what failed
         return ""
-    return f"\nThe traceback is in {folder / 'error.txt'}"
+    return f"\nThe traceback is in {path}"
 
 
 def git_commit() -> str | None:
@@ -129,6 +136,8 @@ def versions() -> dict[str, str]:
 
 def show(config: dict, why: str, folder: Path) -> None:
     """Print the resolved config once, with the device and why."""
+    if rank():
+        return
     from rich.console import Console
     from rich.syntax import Syntax
 
@@ -154,7 +163,7 @@ def logs(folder: Path):
 
     root = logging.getLogger()
     level = root.level
-    to_file = logging.FileHandler(folder / "run.log", encoding="utf-8")
+    to_file = logging.FileHandler(os.devnull if rank() else folder / "run.log", encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_screen = logging.StreamHandler(sys.stdout)
     to_screen.addFilter(lambda record: record.name.startswith("megactx") or record.levelno >= logging.WARNING)

@@ -10,6 +10,8 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
+from .options import listing
+
 VERSION_BASE = "1.3"
 
 
@@ -37,6 +39,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
+    OmegaConf.register_new_resolver("listing", listing, replace=True)
 
 
 def compose(overrides=(), with_hydra: bool = False) -> DictConfig:

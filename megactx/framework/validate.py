@@ -4,19 +4,32 @@ Hydra catches ``gistnet.haed=mlp`` by itself, but ``+gistnet.haed=mlp``, ``+lrr=
 misspells pass it silently. So every key must be known to the parts, or be an argument of its ``_target_``.
 """
 
+import glob
 import importlib
 import inspect
 import math
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import did_you_mean, flatten
+from .kinds import allowed, fits, hints, like, word
 
 ALLOWED = ("megactx", "torch", "lightning", "torchmetrics")
 MAPPINGS = ("callbacks", "logger")  # name -> {_target_}: names are free
-HYDRA_WORDS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+NAMES_ARE_FREE = ("stage.config", "stage.controls", "stage.targets")  # arguments whose keys nobody here knows
+RESERVED = {  # arguments of the Trainer that are set from elsewhere, and would silently say nothing
+    "trainer.callbacks": "the group callbacks",
+    "trainer.logger": "the group logger",
+    "trainer.enable_progress_bar": "callbacks.progress",
+    "trainer.enable_checkpointing": "callbacks.checkpoint",
+    "trainer.plugins": "the program itself",
+}
+OWN_WORDS = ("trainer.accelerator", "trainer.precision", "trainer.devices", "trainer.strategy")  # "auto" and more
+HYDRA_WORDS = {"_target_", "_recursive_", "_convert_"}
 
+MISSING = object()
 WHOLE, REAL = int, (int, float)
 # What can be judged without the object that takes it: kind, least, most.
 RANGES = {
@@ -30,6 +43,15 @@ RANGES = {
     "preset.warmup": (WHOLE, 0, math.inf),
     "horizon.tokens": (WHOLE, 1, math.inf),
     "contrastive.weight": (REAL, 0, math.inf),
+    "stage.lr": (REAL, 0, math.inf),
+    "stage.min_lr": (REAL, 0, math.inf),
+    "stage.muon_lr": (REAL, 0, math.inf),
+    "stage.adamw_lr": (REAL, 0, math.inf),
+    "stage.weight_decay": (REAL, 0, math.inf),
+    "stage.decay": (REAL, 0, 1),
+    "stage.evaluate.blocks": (WHOLE, 1, math.inf),
+    "trainer.gradient_clip_val": (REAL, 0, math.inf),
+    "trainer.log_every_n_steps": (WHOLE, 0, math.inf),
     "contrastive.margin": (REAL, 0, 2),
     "gistnet.layers": (WHOLE, 0, math.inf),
     "gistnet.num_heads": (WHOLE, 1, math.inf),
@@ -41,7 +63,11 @@ RANGES = {
     "data.weights.narrative": (REAL, 0, math.inf),
     "data.weights.code": (REAL, 0, math.inf),
     "data.weights.structured": (REAL, 0, math.inf),
+    "datamodule.interleave": (REAL, 0, 1),
+    "datamodule.adversarial": (REAL, 0, 1),
 }
+NULLABLE = {"data.max_tokens", "preset.max_tokens", "stage.muon_lr", "trainer.gradient_clip_val"}
+NULLABLE |= {key for key in RANGES if key.startswith("data.weights.")}
 
 
 def validate(cfg: DictConfig, reference: DictConfig) -> None:
@@ -64,41 +90,78 @@ def validate(cfg: DictConfig, reference: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise ValueError("\n".join(problems) or str(error).splitlines()[0]) from error
     known = OmegaConf.to_container(reference, resolve=False)
-    _keys(tree, known, "", flatten(known), problems)
-    _targets(tree, "", problems)
+    problems += [f"{name}: it is gone; {name}=none leaves it out" for name in MAPPINGS if name not in raw]
+    _keys(raw, known, "", flatten(known), problems, reference)
+    _targets(tree, raw, "", problems)
     for key, rule in RANGES.items():
         _value(tree, key, *rule, problems)
+    _special(tree, problems)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
 
 
-def _keys(tree: dict, known, prefix: str, all_known: list[str], problems: list[str]) -> None:
-    if "_target_" in tree or not isinstance(known, dict):
-        return  # arguments of a target are checked against its signature
+def _keys(tree: dict, known, prefix: str, all_known: list[str], problems: list[str], reference: DictConfig) -> None:
+    """Unknown keys, and values of another kind than those that they replace; both trees are not resolved."""
+    built = "_target_" in tree  # its own arguments are checked against its signature
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if name not in known:
-            if not (prefix[:-1] in MAPPINGS and isinstance(value, dict) and "_target_" in value):
+            named = prefix[:-1] in MAPPINGS and (value is None or isinstance(value, dict) and "_target_" in value)
+            if not built and not named:
                 problems.append(f"{key}: no such setting.{did_you_mean(key, all_known)}")
-        elif isinstance(value, dict):
-            _keys(value, known[name], f"{key}.", all_known, problems)
+            continue
+        old = known[name]
+        if isinstance(value, dict) and _refers(old) and OmegaConf.is_dict(found := OmegaConf.select(reference, key)):
+            old = OmegaConf.to_container(found, resolve=False)
+        if isinstance(value, dict) and isinstance(old, dict):
+            if key not in NAMES_ARE_FREE:
+                _keys(value, old, f"{key}.", all_known, problems, reference)
+        elif not (built or key in RANGES or prefix[:-1] in MAPPINGS or _refers(value) or _refers(old)):
+            if not like(value, old):
+                example = f", such as {old}" if not isinstance(old, dict | list) else ""
+                problems.append(f"{key}={value}: allowed is {word(old)}{example}")
 
 
-def _targets(tree, key: str, problems: list[str]) -> None:
+def _refers(value) -> bool:
+    """Whether a value stands for another one, or for none yet: it is judged where it is set."""
+    return isinstance(value, str) and ("${" in value or value == "???")
+
+
+def _targets(tree, raw, key: str, problems: list[str]) -> None:
+    """Targets that may not be built or do not exist, and their arguments. ``raw`` is the tree as it was written."""
     if isinstance(tree, list):
         for index, value in enumerate(tree):
-            _targets(value, f"{key}[{index}]", problems)
-    if not isinstance(tree, dict):
+            same = isinstance(raw, list) and index < len(raw)
+            _targets(value, raw[index] if same else None, f"{key}[{index}]", problems)
+    if not isinstance(tree, dict) or _refers(raw):
         return
+    raw = raw if isinstance(raw, dict) else {}
     if "_target_" in tree:
         try:
             target = locate(tree["_target_"])
         except ValueError as error:
             problems.append(f"{key}._target_: {error}")
         else:
-            _arguments(target, tree, key, problems)
+            if kind := _misplaced(target, key):
+                problems.append(f"{key}._target_: {tree['_target_']} is no {kind}")
+            else:
+                _arguments(target, tree, raw, key, problems)
     for name, value in tree.items():
-        _targets(value, f"{key}.{name}" if key else str(name), problems)
+        _targets(value, raw.get(name), f"{key}.{name}" if key else str(name), problems)
+
+
+def _misplaced(target, key: str) -> str:
+    """The kind of object that a place asks for, where the target is none."""
+    import lightning
+    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.profilers import Profiler
+
+    kinds = {"trainer": lightning.Trainer, "trainer.profiler": Profiler, "datamodule": lightning.LightningDataModule}
+    group, _, name = key.partition(".")
+    if group in MAPPINGS and name and "." not in name:
+        kinds[key] = {"callbacks": lightning.Callback, "logger": Logger}[group]
+    kind = kinds.get(key, object)
+    return "" if inspect.isclass(target) and issubclass(target, kind) or kind is object else kind.__name__
 
 
 def locate(path: str):
@@ -151,33 +214,74 @@ def _kinds() -> tuple[type, ...]:
     return (torch.nn.Module, Optimizer, LRScheduler, Callback, Logger, Profiler, Strategy, *data)
 
 
-def _arguments(target, node: dict, key: str, problems: list[str]) -> None:
-    parameters = inspect.signature(target).parameters.values()
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+def _arguments(target, node: dict, raw: dict, key: str, problems: list[str]) -> None:
+    parameters = inspect.signature(target).parameters
+    names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     given = [str(name) for name in node if name not in HYDRA_WORDS]
-    if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+    if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
         for name in given:
             if name not in names:
                 meant = did_you_mean(name, names).replace("Did you mean ", f"Did you mean {key}.")
                 problems.append(f"{key}.{name}: {node['_target_']} takes no such setting.{meant}")
-    if not node.get("_partial_") and "_args_" not in node:
-        required = [p.name for p in parameters if p.default is p.empty and p.name in names]
-        for name in required:
-            if name not in given:
-                problems.append(f"{key}.{name}: {node['_target_']} needs it")
+    for name in names:
+        if parameters[name].default is inspect.Parameter.empty and name not in given:
+            problems.append(f"{key}.{name}: {node['_target_']} needs it")
+    annotations = hints(target)
+    for name in set(given) & set(names) & annotations.keys():
+        where, value, hint = f"{key}.{name}", node[name], annotations[name]
+        built = isinstance(value, dict) and "_target_" in value  # becomes something else
+        if (
+            built
+            or where in OWN_WORDS
+            or where in RANGES
+            or _refers(raw.get(name))
+            or value == parameters[name].default
+        ):
+            continue
+        if not fits(value, hint):
+            problems.append(f"{where}={value}: allowed is {allowed(hint)}")
+
+
+def _special(tree: dict, problems: list[str]) -> None:
+    """What no signature tells."""
+    for key, instead in RESERVED.items():
+        if _at(tree, key) is not MISSING:
+            problems.append(f"{key}: it says nothing here; {instead} decides")
+    problems += [f"{key}=null: it needs a value" for key in ("name", "folder") if tree.get(key, "") is None]
+    for group in MAPPINGS:
+        for name, node in (tree.get(group) or {}).items():
+            if node is not None and not (isinstance(node, dict) and "_target_" in node):
+                problems.append(f"{group}.{name}={node}: allowed is a mapping with a _target_, or null to leave it out")
+    targets = _at(tree, "stage.targets")
+    for name, goal in targets.items() if isinstance(targets, dict) else ():
+        if not fits(goal, float):
+            problems.append(f"stage.targets.{name}={goal}: allowed is a number")
+    controls, known = _at(tree, "stage.controls"), tree.get("gistnet")
+    for name, settings in controls.items() if isinstance(controls, dict) and isinstance(known, dict) else ():
+        if not isinstance(settings, dict | None):
+            problems.append(f"stage.controls.{name}={settings}: allowed is a mapping, or null to leave it out")
+            continue
+        for setting in [setting for setting in settings or {} if setting not in known]:
+            meant = did_you_mean(setting, known)
+            problems.append(f"stage.controls.{name}.{setting}: a GistNet has no such setting.{meant}")
+    path = _at(tree, "stage.evaluate.path")  # read only after the training
+    if isinstance(path, str) and not glob.glob(str(Path(path).expanduser()), recursive=True):
+        problems.append(f"stage.evaluate.path={path}: no such file or folder, and no file matches it as a glob")
 
 
 def _at(tree: dict, key: str):
     for name in key.split("."):
-        tree = tree.get(name) if isinstance(tree, dict) else None
+        tree = tree.get(name, MISSING) if isinstance(tree, dict) else MISSING
     return tree
 
 
 def _value(tree: dict, key: str, kind, least: float, most: float, problems: list[str]) -> None:
     value = _at(tree, key)
-    if value is None or value == "???":
+    if value is MISSING or value == "???" or (value is None and key in NULLABLE):
         return
-    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+    number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not least <= value <= most:
         what = "a whole number" if kind is WHOLE else "a number"
         span = f"from {least}" if most == math.inf else f"from {least} to {most}"
-        problems.append(f"{key}={value}: allowed is {what} {span}")
+        shown = "null" if value is None else value
+        problems.append(f"{key}={shown}: allowed is {what} {span}")

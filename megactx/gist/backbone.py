@@ -33,14 +33,25 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:  # [B, K, D], [K] -> [B, K, D]
+        query, key, value = self._heads(x, positions)
+        dropout = self.dropout if self.training else 0.0
+        return self._residual(x, F.scaled_dot_product_attention(query, key, value, dropout_p=dropout))
+
+    def with_attention(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The same states, and the weights [B, A, K, K] in fp32 that the fast attention never shows."""
+        query, key, value = self._heads(x, positions)
+        weights = torch.softmax((query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5, dim=-1)
+        return self._residual(x, weights.to(value.dtype) @ value), weights
+
+    def _heads(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         b, k, d = x.shape
-        q, key, value = (
+        query, key, value = (
             self.qkv(self.norm1(x)).view(b, k, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
         )
-        attended = F.scaled_dot_product_attention(
-            rotary(q, positions), rotary(key, positions), value, dropout_p=self.dropout if self.training else 0.0
-        )
-        x = x + self._drop(self.out(attended.transpose(1, 2).reshape(b, k, d)))
+        return rotary(query, positions), rotary(key, positions), value
+
+    def _residual(self, x: Tensor, attended: Tensor) -> Tensor:  # [B, K, D], [B, A, K, D/A] -> [B, K, D]
+        x = x + self._drop(self.out(attended.transpose(1, 2).reshape(x.shape)))
         return x + self._drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -57,10 +68,22 @@ class Backbone(nn.Module):
         self.cls = nn.Parameter(torch.randn(width)) if needs_cls else None
 
     def forward(self, x: Tensor) -> Tensor:  # [B, K, D] -> [B, K, D], or [B, 1 + K, D] with CLS
+        x, positions = self._enter(x)
+        for block in self.blocks:
+            x = block(x, positions)
+        return self.norm(x)
+
+    def with_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same states, and the last layer's weights [B, A, K, K] (1 + K with CLS, which comes first)."""
+        x, positions = self._enter(x)
+        for block in self.blocks[:-1]:
+            x = block(x, positions)
+        x, weights = self.blocks[-1].with_attention(x, positions)
+        return self.norm(x), weights
+
+    def _enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
         positions = torch.arange(x.shape[1], device=x.device)
         if self.cls is not None:
             x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
             positions = torch.cat([positions.new_tensor([-1]), positions])
-        for block in self.blocks:
-            x = block(x, positions)
-        return self.norm(x)
+        return x, positions

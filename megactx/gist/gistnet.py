@@ -96,7 +96,11 @@ class GistNet(nn.Module):
     @property
     def offset(self) -> int:
         """Position of the gist relative to its block's start."""
-        return self.block_size // 2 if self.position == "centre" else self.block_size - 1
+        return self.offset_in(self.block_size)
+
+    def offset_in(self, tokens: int) -> int:
+        """Position of a gist relative to the start of the span that it stands for, K tokens or K^n."""
+        return tokens // 2 if self.position == "centre" else tokens - 1
 
     def encode_span(self, embeddings: Tensor) -> Tensor:
         """embeddings [B, K, D] -> gists [B, D], in fp32.
@@ -104,14 +108,7 @@ class GistNet(nn.Module):
         Raises:
             ValueError: K or D are not those that the net was built for.
         """
-        if embeddings.ndim != 3 or embeddings.shape[1:] != (self.block_size, self.width):
-            raise ValueError(
-                f"embeddings have shape {tuple(embeddings.shape)}, expected [B, {self.block_size}, {self.width}] "
-                "(gistnet.block_size, width of the base LM)"
-            )
-        if not embeddings.is_floating_point():
-            raise ValueError(f"embeddings have dtype {embeddings.dtype}, expected a floating type")
-        x = embeddings.float() / self.embedding_rms
+        x = self._scaled(embeddings)
         pooled = self.pooling(x if self.backbone is None else self.backbone(x))
         if self.skip == "none":
             # Normalised, so that a fresh gist has exactly the scale of a token; the gain is learned.
@@ -124,6 +121,47 @@ class GistNet(nn.Module):
             seen = torch.cat([pooled.to(kept.dtype), x[:, -1], mean], dim=-1)
             gist = kept + (self.head(seen) + self.shortcut(seen)).float() * self.gain
         return gist * self.embedding_rms
+
+    def encode_level(self, embeddings: Tensor, level: int) -> Tensor:
+        """embeddings [B, K^level, D] -> their gist of that level [B, D]: a gist of gists of gists.
+
+        Raises:
+            ValueError: there are not K^level embeddings.
+        """
+        if level < 1 or embeddings.shape[1] != self.block_size**level:
+            raise ValueError(
+                f"a gist of level {level} stands for {self.block_size}^{level} embeddings, not {embeddings.shape[1]}"
+            )
+        nodes = embeddings
+        for _ in range(level):
+            nodes = self.encode_span(nodes.reshape(-1, self.block_size, self.width))
+        return nodes
+
+    def attention(self, embeddings: Tensor) -> Tensor | None:
+        """How the gist reads its block: weights that sum to 1 over the last axis, fp32. For looking, not for training.
+
+        Args:
+            embeddings: [B, K, D].
+
+        Returns:
+            ``query``: the learned query's weights [B, 1, 1, K]. ``cls``: the CLS row of the last layer
+            [B, A, 1, 1 + K], CLS first. ``mean``: all rows of the last layer [B, A, K, K]. ``None`` without a backbone
+            (``type: mean``), which attends nowhere.
+        """
+        if self.backbone is None:
+            return None
+        states, last = self.backbone.with_attention(self._scaled(embeddings))
+        return self.pooling.attention(states, last) if hasattr(self.pooling, "attention") else last
+
+    def _scaled(self, embeddings: Tensor) -> Tensor:
+        if embeddings.ndim != 3 or embeddings.shape[1:] != (self.block_size, self.width):
+            raise ValueError(
+                f"embeddings have shape {tuple(embeddings.shape)}, expected [B, {self.block_size}, {self.width}] "
+                "(gistnet.block_size, width of the base LM)"
+            )
+        if not embeddings.is_floating_point():
+            raise ValueError(f"embeddings have dtype {embeddings.dtype}, expected a floating type")
+        return embeddings.float() / self.embedding_rms
 
     def forward(self, embeddings: Tensor, neighbours: Tensor | None = None, margin: float = 0.2):
         """Gists, and the loss terms that need no base LM.

@@ -14,6 +14,8 @@ from megactx.assets import resolve
 from . import masks
 from .branches import NAME, Branches
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 class BaseLM(nn.Module):
     """A causal LM that reads embeddings. Frozen on request: eval mode, no grad.
@@ -41,24 +43,39 @@ class BaseLM(nn.Module):
     def from_pretrained(cls, name: str, dtype: str | None = None) -> "BaseLM":
         """Load a Hugging Face name or a local folder, with its tokenizer.
 
+        Args:
+            name: ``owner/model``, a folder, or ``asset:NAME``.
+            dtype: of ``DTYPES``; ``None`` takes the one that the weights are stored in.
+
         Raises:
-            ValueError: nothing can be loaded from there.
+            ValueError: nothing can be loaded from there, or the weights are not those of the config.
         """
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         from megactx.data.tokenizer import load_tokenizer
 
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"base.dtype={dtype} is not known, allowed are {', '.join(DTYPES)}, or null: as stored")
         folder = resolve(name)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype) if dtype else "auto",
                 attn_implementation="sdpa",
                 trust_remote_code=False,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported below, where a tensor that is missing is refused too
+                output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ValueError(f"base.name={name}: no causal LM could be loaded from there ({error})") from error
+        # transformers would go on with random weights in their place, and with a warning only.
+        if wrong := sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"]):
+            raise ValueError(
+                f"base.name={name}: the weights do not fit config.json, {len(wrong)} tensors are missing or have"
+                f" another shape; the first is {wrong[0]}"
+            )
         return cls(model, load_tokenizer(folder))
 
     @classmethod

@@ -67,17 +67,29 @@ class BaseLMStage(lightning.LightningModule):
     def training_step(self, batch: dict) -> Tensor:
         nll = self.loss_per_token(batch["ids"], batch["positions"])
         copied = batch["copied"][:, 1:]
-        self.log("train/nll", nll.detach()[~copied].mean(), prog_bar=True)
-        if copied.any():
-            self.log("train/nll_copied", nll.detach()[copied].mean(), prog_bar=True)
-        self.log("train/tokens", float((self.global_step + 1) * batch["ids"].numel()))
+        for name, chosen in (("train/nll", ~copied), ("train/nll_copied", copied)):
+            total, count = self._over_processes(nll.detach()[chosen].sum(), chosen.sum())
+            if count:  # not every batch has a passage that comes back
+                self.log(name, total / count, prog_bar=True)
+        self.log("train/tokens", float((self.global_step + 1) * batch["ids"].numel() * self.trainer.world_size))
         return nll.mean()
+
+    def _over_processes(self, *values: Tensor) -> Tensor:
+        """Scalars -> their sums over all processes [n], float64."""
+        return self.trainer.strategy.reduce(torch.stack([value.double() for value in values]), reduce_op="sum")
+
+    def on_validation_epoch_start(self) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # NLL, NLL of copies, batches
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
         nll = self.loss_per_token(batch["ids"], batch["positions"])
         copied = batch["copied"][:, 1:]
-        self.log("val/nll", nll[~copied].mean(), prog_bar=True, batch_size=1)
-        self.log("val/nll_copied", nll[copied].mean(), prog_bar=True, batch_size=1)
+        self.sums += torch.stack([nll[~copied].mean(), nll[copied].mean(), nll.new_ones(())]).double()
+
+    def on_validation_epoch_end(self) -> None:
+        nll, copied, batches = self._over_processes(*self.sums)  # processes may have had different numbers of batches
+        self.log("val/nll", nll / batches, prog_bar=True)
+        self.log("val/nll_copied", copied / batches, prog_bar=True)
 
     def configure_optimizers(self):
         matrices, others = [], []

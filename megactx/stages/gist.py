@@ -13,16 +13,23 @@ import lightning
 import torch
 from rich.progress import track
 from torch import Tensor, nn
+from torch.utils.data import default_convert
 
+from megactx.assets import resolve
 from megactx.data.files import Files
-from megactx.evaluation.geometry import GistGeometry
+from megactx.evaluation.curriculum import write_curriculum
 from megactx.evaluation.measure import measure
-from megactx.evaluation.metrics import GistMetrics
+from megactx.evaluation.passages import measure_copies, measure_level
 from megactx.evaluation.plots import plot_run
+from megactx.evaluation.reconstruction import reconstruction, train_decoder
 from megactx.evaluation.report import print_report, write_report
 from megactx.evaluation.summary import summarise
+from megactx.evaluation.sums import loggable
+from megactx.evaluation.validation import SpaceMetrics, ValidationMetrics
 from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
+from megactx.framework.resume import best, differences, read
 from megactx.gist import GistNet
+from megactx.gist.footprint import footprint, in_words
 from megactx.gist.losses import contrastive
 from megactx.gist.scoring import OBJECTIVES, score
 from megactx.gist.substitution import blocks, check_blocks, rows_at, substituted, teach
@@ -45,8 +52,11 @@ class GistStage(lightning.LightningModule):
         muon_lr: learning rate of Muon for the GistNet's matrices; ``None`` leaves all to AdamW. Controls keep AdamW,
             which measured better for them.
         targets: metric name -> number, printed beside the result.
-        evaluate: ``blocks``, about how many the end-of-run report measures; ``controls``, whether it measures the untrained
-            controls too; ``path``, files to report on besides the held-out documents (``None``: only those).
+        evaluate: what the end-of-run report measures. ``blocks``: about how many; ``controls``: the untrained controls
+            too, or not; ``copies``: blocks per distance for copy recovery; ``level2``: spans of K^2 tokens that gists
+            of gists replace; ``reconstruction``: steps of a decoder trained to tell what gists keep (0: none of it);
+            ``path``: files to report on besides the held-out documents (``None``: only those).
+        init: checkpoint or run folder that ``start_from`` reads before a fresh run; ``None`` starts from nothing.
     """
 
     monitor = "val/dnll"  # of which a new minimum is worth a checkpoint
@@ -67,8 +77,11 @@ class GistStage(lightning.LightningModule):
         max_steps: int,
         targets: dict,
         evaluate: dict,
+        init: str | None = None,
     ):
         super().__init__()
+        if not str(base["name"]).startswith("asset:"):
+            base = base | {"name": resolve(base["name"])}  # absolute, so that a checkpoint loads from any folder
         self.save_hyperparameters()
         if objective not in OBJECTIVES:
             raise ValueError(f"stage.objective={objective} is not known, allowed are {', '.join(OBJECTIVES)}")
@@ -89,6 +102,35 @@ class GistStage(lightning.LightningModule):
     def gistnet(self) -> GistNet:
         return self.nets["gistnet"]
 
+    def start_from(self, path: str) -> str:
+        """Take the weights of another run's GistNet and of the controls that both have; -> what was taken.
+
+        Args:
+            path: a checkpoint, or a run folder, of which the best one counts.
+
+        Raises:
+            ValueError: there is none, or its GistNet has another architecture.
+        """
+        path = Path(path).expanduser()
+        if not path.exists():
+            raise ValueError(f"stage.init={path}: there is no such checkpoint or run folder")
+        checkpoint = read(best(path) if path.is_dir() else path)
+        there = {k.removeprefix("nets."): v for k, v in checkpoint["state_dict"].items() if k.startswith("nets.")}
+        taken = []
+        for name, net in self.nets.items():
+            own = {k.removeprefix(f"{name}."): v for k, v in there.items() if k.startswith(f"{name}.")}
+            shapes = {k: v.shape for k, v in net.state_dict().items()}
+            if {k: v.shape for k, v in own.items()} == shapes:
+                net.load_state_dict(own)
+                taken.append(name)
+            elif name == "gistnet":
+                before = checkpoint["hyper_parameters"].get("gistnet", {})
+                changes = "; ".join(differences(before, self.hparams.gistnet, "gistnet"))
+                raise ValueError(
+                    f"stage.init={path}: its GistNet has another architecture: {changes or 'see the base'}"
+                )
+        return f"Starting from {path}, step {checkpoint['global_step']}: {', '.join(taken)}"
+
     def setup(self, stage: str) -> None:
         # A frozen base needs no fp32 master weights: under bf16 its casts would be repeated at every call.
         mixed = str(self.trainer.precision).startswith("bf16")
@@ -97,6 +139,10 @@ class GistStage(lightning.LightningModule):
     def on_fit_start(self) -> None:
         flops = ", ".join(f"{name} {net.flops_per_block() / 1e6:.1f}" for name, net in self.nets.items())
         log.info("MFLOP per block of %d tokens: %s", self.gistnet.block_size, flops)
+        data = self.trainer.datamodule
+        shape = (data.batch, data.max_tokens, data.spans, self.hparams.horizon)
+        need = in_words(footprint(self.base, self.nets.values(), *shape, self.device.type))
+        log.info("Memory of a step with %d documents of %d tokens: %s", data.batch, data.max_tokens, need)
 
     def substitution_loss(self, batch: dict):
         """-> (loss per net [C], numbers) over the sampled blocks of a batch."""
@@ -120,15 +166,15 @@ class GistStage(lightning.LightningModule):
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
         losses, numbers, gists = self.substitution_loss(batch)
         dnll = (numbers["nll"] - numbers["full"]).mean(dim=1)
-        self.log("train/loss", losses[0].detach())
-        self.log("train/dnll", dnll[0], prog_bar=True)
+        self.log("train/loss", losses[0].detach(), sync_dist=True)
+        self.log("train/dnll", dnll[0], prog_bar=True, sync_dist=True)
         for index, name in enumerate(self.nets):
             if index:
-                self.log(f"train/{name}/dnll", dnll[index])
+                self.log(f"train/{name}/dnll", dnll[index], sync_dist=True)
         total = losses.sum()
         if weight := self.hparams.contrastive["weight"]:
             term = self._contrastive(batch, gists[0])
-            self.log("train/contrastive", term.detach())
+            self.log("train/contrastive", term.detach(), sync_dist=True)
             total = total + weight * term
         return total
 
@@ -146,14 +192,13 @@ class GistStage(lightning.LightningModule):
             nn.utils.clip_grad_norm_(net.parameters(), gradient_clip_val or float("inf"))
 
     def on_validation_epoch_start(self) -> None:
-        self.metrics = GistMetrics(self.hparams.horizon).to(self.device)
+        self.metrics = ValidationMetrics(self.hparams.horizon, self.base.width).to(self.device)
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
-        scores = measure(self.base, {"gistnet": self.gistnet}, [batch], self.hparams.horizon, with_controls=False)
-        self.metrics.update(scores, "gistnet")
+        self.metrics.update(self.base, self.gistnet, batch)
 
     def on_validation_epoch_end(self) -> None:
-        values = self.metrics.compute()
+        values = loggable(self.metrics.compute())
         shown = {"dnll", "recovery"}
         for name, value in values.items():
             self.log(f"val/{name}", value, prog_bar=name in shown)
@@ -191,28 +236,45 @@ class GistStage(lightning.LightningModule):
         """Report on held-out documents and on ``evaluate.path``: tables, pictures, scores; then the next command."""
         asked = self.hparams.evaluate
         curve = folder / "metrics.csv"
-        self._report(folder, datamodule.evaluation_documents(asked["blocks"]), "held-out documents", curve)
+        decoder = None
+        if steps := asked["reconstruction"]:
+            training = (default_convert(datamodule.training[index]) for index in range(steps))
+            decoder = train_decoder(self.base, self.gistnet, training)
+        rest = (curve, decoder, datamodule.weights)
+        self._report(folder, datamodule.evaluation_documents(asked["blocks"]), "held-out documents", *rest)
         if asked["path"]:
             other = folder / "other"
             other.mkdir(exist_ok=True)
-            self._report(other, datamodule.held_out(Files(asked["path"]), asked["blocks"]), asked["path"], curve)
+            given = datamodule.held_out(Files(asked["path"]), asked["blocks"])
+            self._report(other, given, asked["path"], *rest)
         print(
             "Next: python train.py experiment=gist_stage2 preset=demo, or add gistnet.head=linear pooling=cls depth=d4"
         )
 
-    def _report(self, folder: Path, batches: list[dict], what: str, curve: Path) -> None:
+    @staticmethod
+    def conclude(folder: Path, stages: list[str]) -> None:
+        """The end of a curriculum: all its stages in one table and one picture."""
+        write_curriculum(folder, stages)
+
+    def _report(self, folder: Path, batches: list[dict], what: str, curve: Path, decoder, weights: dict) -> None:
+        asked, horizon = self.hparams.evaluate, self.hparams.horizon
+        extra = {"weights": weights}
         with self._autocast():
-            scores = measure(
-                self.base,
-                self.nets,
-                batches,
-                self.hparams.horizon,
-                with_controls=self.hparams.evaluate["controls"],
-                progress=partial(track, description=f"measuring {what}", disable=not sys.stdout.isatty()),
-            )
+            measured = (self.base, self.nets, batches)
+            settings = {
+                "with_controls": asked["controls"],
+                "progress": partial(track, description=f"measuring {what}", disable=not sys.stdout.isatty()),
+            }
+            scores = measure(*measured, horizon, **settings)
+            if asked["copies"]:
+                extra["copies"] = measure_copies(*measured, blocks=asked["copies"], **settings)
+            if asked["level2"]:
+                extra["level2"] = measure_level(*measured, horizon, blocks=asked["level2"], **settings)
             geometry = self._geometry(batches)
+        if decoder:
+            geometry |= reconstruction(self.base, self.gistnet, decoder, batches)
         scores.save(folder / "scores")
-        numbers = summarise(scores, targets=self.hparams.targets, geometry=geometry)
+        numbers = summarise(scores, targets=self.hparams.targets, geometry=geometry, **extra)
         numbers["flops_per_block"] = {name: net.flops_per_block() for name, net in self.nets.items()}
         print(f"\nResult on {what}")
         print_report(numbers)
@@ -221,13 +283,9 @@ class GistStage(lightning.LightningModule):
         print(f"Tables: {folder / 'report.md'}   picture: {folder / 'report.png'}")
 
     def _geometry(self, batches: list[dict]) -> dict:
-        metric, block = GistGeometry(self.base.width).to(self.device), self.gistnet.block_size
+        metric = SpaceMetrics(self.base.width).to(self.device)
         for batch in batches:
-            ids, starts = batch["ids"].to(self.device), batch["starts"].to(self.device)
-            paired = starts + 2 * block <= batch["lengths"].to(self.device)[:, None]
-            own = self.gistnet.encode_span(self.base.embed(blocks(ids, starts, block)).flatten(0, 1))
-            right = blocks(ids, torch.where(paired, starts + block, starts), block)[paired]
-            metric.update(own, own[paired.flatten()], self.gistnet.encode_span(self.base.embed(right)))
+            metric.update(self.base, self.gistnet, batch)
         return {name: value.item() for name, value in metric.compute().items()}
 
     def _autocast(self):

@@ -5,7 +5,7 @@ import logging
 import pytest
 from datasets import Dataset
 
-from megactx.data.files import Files
+from megactx.data.files import ALL_DOMAINS, DOMAINS, Files, code_share
 
 
 def jsonl(rows) -> bytes:
@@ -53,6 +53,54 @@ def test_a_folder_gives_all_its_files_with_domains_by_ending(tmp_path):
         ('{"a": 1}', "structured"),
     ]
     assert "elsewhere" in rows["source"]
+
+
+FENCED = "# How to\n\nRun it.\n\n```python\nx = 1\n\ny = 2\n```\nThat is all.\n"
+LITERAL = "Title\n=====\n\nRun::\n\n    x = 1\n\n    y = 2\n\nThat is all.\n"
+
+
+@pytest.mark.parametrize(
+    "text, share",
+    [
+        (FENCED, 4 / 7),
+        (FENCED.replace("```", "~~~~"), 4 / 7),
+        (FENCED.replace("y = 2\n```\n", "y = 2\n"), 4 / 6),  # never closed: code to the end
+        (FENCED.replace("x = 1", "~~~\n``` py"), 5 / 8),  # neither of them closes the fence
+        (LITERAL, 2 / 6),
+        (LITERAL.replace("Run::", ".. code-block:: python\n   :linenos:"), 3 / 7),
+        (LITERAL.replace("Run::", ".. note::"), 0),  # the content of other directives is prose
+        (LITERAL.replace("    x", "\tx").replace("    y", "\ty"), 2 / 6),
+        ("- a list\n\n    of two paragraphs\n", 0),
+        ("", 0),
+    ],
+)
+def test_the_share_of_code_counts_fenced_lines_and_lines_indented_under_two_colons(text, share):
+    assert code_share(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("name, text", [("a.md", FENCED), ("b.rst", LITERAL), ("c.md.gz", FENCED)])
+def test_a_readme_with_much_code_is_structured_unless_the_setting_says_otherwise(tmp_path, name, text):
+    raw = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    assert Files(str(tmp_path / name)).load()["domain"] == ["structured"]
+    assert Files(str(tmp_path / name), domain="narrative").load()["domain"] == ["narrative"]
+    few = text + "More prose here.\n" * 20
+    (tmp_path / name).write_bytes(gzip.compress(few.encode()) if name.endswith(".gz") else few.encode())
+    assert Files(str(tmp_path / name)).load()["domain"] == ["narrative"]
+
+
+def test_a_plain_text_with_fences_stays_narrative_and_so_do_rows(tmp_path):
+    (tmp_path / "a.txt").write_text(FENCED)
+    (tmp_path / "b.jsonl").write_bytes(jsonl([{"text": FENCED}]))
+    assert set(Files(str(tmp_path)).load()["domain"]) == {"narrative"}
+
+
+def test_a_user_cannot_label_a_text_as_what_is_made_from_texts(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    assert set(ALL_DOMAINS) - set(DOMAINS) == {"mixed", "adversarial"}
+    for domain in ("mixed", "adversarial"):
+        with pytest.raises(ValueError, match=f"data.domain={domain} is not allowed"):
+            Files(str(tmp_path), domain=domain)
 
 
 def test_a_glob_gives_what_it_matches(tmp_path):

@@ -79,7 +79,7 @@ def test_uneven_batches_and_merged_processes_give_the_same_ratio_of_sums():
     two.update(some(scores, range(41, 50)))
     one.merge_state(two)
     for name, value in whole.compute().items():
-        assert one.compute()[name].item() == pytest.approx(value.item(), rel=1e-12), name
+        assert one.compute()[name].tolist() == pytest.approx(value.tolist(), rel=1e-12), name
     assert all(kind is torch.sum or kind.__name__ == "dim_zero_sum" for kind in whole._reductions.values())
 
 
@@ -118,6 +118,19 @@ def test_dnll_by_offset_shows_the_seam():
     by_offset = dnll_by_offset(scores.full, scores.drop)
     assert by_offset.shape == (32,) and by_offset[0] > 3 * by_offset[1]
     assert by_offset[7].item() == pytest.approx((scores.drop[:, 7] - scores.full[:, 7]).mean().item(), rel=1e-5)
+
+
+def test_dnll_by_offset_is_a_vector_of_the_metric_overall_and_per_domain():
+    scores = synthetic()
+    metrics = GistMetrics(32)
+    metrics.update(scores)
+    code = scores.rows("code")
+    for prefix, rows in (("", slice(None)), ("code/", code)):
+        full, got = scores.full[rows], metrics.compute()
+        expected = dnll_by_offset(full, scores.carriers["gistnet"][rows])
+        torch.testing.assert_close(got[f"{prefix}dnll_by_offset"], expected)
+        torch.testing.assert_close(got[f"{prefix}dnll_drop_by_offset"], dnll_by_offset(full, scores.drop[rows]))
+        assert got[f"{prefix}dnll_by_offset"].mean().item() == pytest.approx(got[f"{prefix}dnll"].item())
 
 
 def test_an_unannounced_domain_or_another_horizon_is_refused():

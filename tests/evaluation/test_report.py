@@ -4,6 +4,7 @@ import pytest
 import torch
 from block_scores import synthetic
 
+from megactx.evaluation.metrics import recovery
 from megactx.evaluation.report import markdown, print_report, write_report
 from megactx.evaluation.summary import summarise
 
@@ -27,6 +28,16 @@ def test_a_target_that_dropping_also_meets_does_not_count_as_passed():
     assert dropped == pytest.approx((weak.drop - weak.full).mean().item(), rel=1e-5) and f"{dropped:.3f}" in text
 
 
+def test_a_weighted_target_is_the_mean_of_the_domains_by_their_share_without_those_that_have_none():
+    scores = synthetic(domains=("narrative", "code", "adversarial"))
+    weights = {"narrative": 0.6, "code": 0.3, "structured": 0.1}
+    target = summarise(scores, targets={"weighted/dnll": 0.8}, weights=weights)["targets"][0]
+    for name, nll in (("value", scores.carriers["gistnet"]), ("dropped", scores.drop)):
+        narrative, code = ((nll - scores.full)[scores.rows(d)].double().mean().item() for d in ("narrative", "code"))
+        assert target[name] == pytest.approx((0.6 * narrative + 0.3 * code) / 0.9)
+    assert status(summarise(scores, targets={"weighted/dnll": 0.8})) == {"weighted/dnll": "undefined"}
+
+
 def test_targets_per_domain_and_of_the_gist_space():
     numbers = summarise(
         synthetic(cost=3.0),
@@ -39,6 +50,69 @@ def test_targets_per_domain_and_of_the_gist_space():
         "diversity": "missed",
     }
     assert any("collapse" in note for note in numbers["notes"])
+
+
+def test_geometry_stands_per_domain_and_its_targets_are_found_there():
+    geometry = {"diversity": 0.6, "code/diversity": 0.4, "narrative/diversity": 0.7, "attention_entropy": float("nan")}
+    numbers = summarise(synthetic(), targets={"code/diversity": 0.5, "structured/diversity": 0.5}, geometry=geometry)
+    assert status(numbers) == {
+        "diversity": "passed",
+        "attention_entropy": "undefined",
+        "code/diversity": "missed",
+        "structured/diversity": "no blocks",
+    }
+    text = markdown(numbers)
+    assert "|  | overall | narrative | code | healthy |" in text
+    assert "| diversity | 0.600 | 0.700 | 0.400 | > 0.5; < 0.3 is collapse |" in text
+    assert "| attention_entropy | undef. | - | - | 2.0-4.0 bits |" in text
+
+
+@pytest.mark.parametrize(
+    ("bits", "result"), [(1.99, "missed"), (2.0, "passed"), (3.1, "passed"), (4.0, "passed"), (4.01, "missed")]
+)
+def test_attention_entropy_has_a_target_with_two_ends(bits, result):
+    numbers = summarise(synthetic(), geometry={"attention_entropy": bits})
+    assert status(numbers) == {"attention_entropy": result}
+    assert f"| attention_entropy | 2-4 | {bits:.3f} | - | {result} |" in markdown(numbers)
+
+
+def test_copy_recovery_stands_beside_its_controls_and_the_cost_of_dropping(tmp_path):
+    copied = {64: synthetic(horizon=8), 128: synthetic(horizon=8, domains=("narrative",)), 256: synthetic(cost=0.001)}
+    numbers = summarise(synthetic(), copies=copied)
+    text = markdown(numbers)
+    assert "| in place of the block | 64 tokens on | 128 tokens on | 256 tokens on |" in text
+    near, far = copied[64], numbers["copies"]["256"]
+    cost = (near.drop - near.full).mean().item()
+    assert f"| cost of dropping, nats | {cost:.3f} |" in text
+    own = recovery(near.full, near.drop, near.carriers["gistnet"])
+    assert numbers["copies"]["64"]["recovery"]["overall"]["gistnet"]["point"] == pytest.approx(own)
+    assert f"| **gistnet** | **{own:.2f} [" in text and "| last token | 0.3" in text
+    assert far["recovery"]["overall"]["gistnet"]["point"] != far["recovery"]["overall"]["gistnet"]["point"]
+    code = next(line for line in text.splitlines() if line.startswith("| code: gistnet"))
+    assert "| - |" in code, "no copy of that distance in code"
+    assert any("256 tokens" in note and "copy recovery is undefined" in note for note in numbers["notes"])
+    assert not any("128 tokens" in note for note in numbers["notes"])
+    write_report(tmp_path, numbers)
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["copies"]["256"]["recovery"]["overall"]["gistnet"]["point"] is None
+
+
+@pytest.mark.parametrize(("cost", "result"), [(10.0, "missed"), (4.0, "passed"), (1.0, "not informative")])
+def test_hierarchical_consistency_is_judged_beside_the_dropped_span(cost, result):
+    level2 = synthetic(cost=cost, recovery={"gistnet": 0.75, "last token": 0.1})
+    numbers = summarise(synthetic(), level2=level2)
+    dropped = (level2.drop - level2.full).mean().item()
+    target = numbers["targets"][-1]
+    assert target["target"] == "level2/dnll" and target["dropped"] == pytest.approx(dropped, rel=1e-5)
+    assert target["status"] == result
+    assert "one gist of K gists in place of K^2 tokens: 40 blocks" in markdown(numbers)
+
+
+def test_what_was_not_measured_is_said():
+    notes = " ".join(summarise(synthetic())["notes"])
+    assert "copy recovery was not measured" in notes and "hierarchical consistency" in notes
+    notes = " ".join(summarise(synthetic(), copies={64: synthetic()}, level2=synthetic())["notes"])
+    assert "not measured" not in notes
 
 
 def test_a_target_that_is_not_measured_is_refused():
@@ -120,7 +194,8 @@ def test_tables_fit_in_120_columns_without_a_terminal():
     from rich.console import Console
 
     out = io.StringIO()
-    print_report(summarise(synthetic(blocks=100), geometry={"diversity": 0.6}), Console(file=out))
+    extra = {"copies": {d: synthetic(horizon=8) for d in (64, 128, 256)}, "level2": synthetic()}
+    print_report(summarise(synthetic(blocks=100), geometry={"diversity": 0.6}, **extra), Console(file=out))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 120
     assert any("untrained mean (rescaled) *" in line and "%" in line for line in lines)

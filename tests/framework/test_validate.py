@@ -94,3 +94,98 @@ def test_a_setting_without_a_value_is_told():
 )
 def test_a_value_out_of_range_is_told_with_what_is_allowed(override, allowed):
     assert f"{override}: allowed is {allowed}" in problems(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        # numbers
+        ("stage.lr=abc", "stage.lr=abc: allowed is a number from 0"),
+        ("stage.lr=-1", "stage.lr=-1: allowed is a number from 0"),
+        ("stage.lr=nan", "stage.lr=nan: allowed is a number from 0"),
+        ("contrastive.weight=inf", "contrastive.weight=inf: allowed is a number from 0"),
+        ("preset.steps=null", "preset.steps=null: allowed is a whole number from 1"),
+        ("preset.steps=true", "preset.steps=True: allowed is a whole number from 1"),
+        ("preset.steps=[1]", "preset.steps=[1]: allowed is a whole number from 1"),
+        ("horizon.tokens='32'", "horizon.tokens=32: allowed is a whole number from 1"),
+        ("stage.evaluate.blocks=0", "stage.evaluate.blocks=0: allowed is a whole number from 1"),
+        ("+stage.targets.dnll=low", "stage.targets.dnll=low: allowed is a number"),
+        ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1: allowed is a number from 0"),
+        # by the annotation of the argument
+        ("callbacks.progress.every=often", "callbacks.progress.every=often: allowed is a whole number"),
+        ("+trainer.limit_val_batches=few", "allowed is a whole number or a number or null"),
+        ("stage.objective=5", "stage.objective=5: allowed is text"),
+        ("stage.controls=5", "stage.controls=5: allowed is a mapping"),
+        ("logger.csv.folder=null", "logger.csv.folder=None: allowed is text"),
+        # by the value that is replaced
+        ("gistnet.head=[mlp]", "gistnet.head=['mlp']: allowed is text, such as mlp"),
+        ("data.text_column=7", "data.text_column=7: allowed is text, such as text"),
+        ("data.weights=5", "data.weights=5: allowed is a mapping"),
+        ("name=null", "name=null: it needs a value"),
+        # keys below a target, and below what is taken from elsewhere
+        ("+stage.evaluate.block=3", "stage.evaluate.block: no such setting. Did you mean stage.evaluate.blocks?"),
+        ("+stage.contrastive.wieght=1", "stage.contrastive.wieght: no such setting."),
+        (
+            "+stage.controls.mine={tpye: mean}",
+            "stage.controls.mine.tpye: a GistNet has no such setting. Did you mean type?",
+        ),
+        ("+data.weights.prose=1", "data.weights.prose: no such setting."),
+        ("+callbacks.speed.every=3", "callbacks.speed.every: megactx.framework.throughput.Throughput takes no such"),
+        ("+stage._partial_=true", "stage._partial_: megactx.stages.gist.GistStage takes no such setting."),
+        # places
+        ("+callbacks.x={_target_: torch.nn.ReLU}", "callbacks.x._target_: torch.nn.ReLU is no Callback"),
+        ("+logger.x={_target_: lightning.pytorch.callbacks.Timer}", "callbacks.Timer is no Logger"),
+        ("trainer._target_=torch.nn.ReLU", "trainer._target_: torch.nn.ReLU is no Trainer"),
+        ("callbacks.speed=5", "callbacks.speed=5: allowed is a mapping with a _target_, or null to leave it out"),
+        ("+trainer.logger=false", "trainer.logger: it says nothing here; the group logger decides"),
+        ("logger=[]", "logger: it is gone; logger=none leaves it out"),
+        ("stage.evaluate.path=nowhere.txt", "stage.evaluate.path=nowhere.txt: no such file or folder"),
+    ],
+)
+def test_what_would_fail_later_or_be_ignored_is_told_once(override, told):
+    (line,) = problems(override)
+    assert told in line
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "callbacks.speed=null",
+        "stage.controls={}",
+        "stage.controls.blockmean_linear=null",
+        "+stage.controls.mine={type: mean, head: mlp}",
+        "+stage.targets.dnll=0.5",
+        "stage.muon_lr=null",
+        "stage.lr=1",
+        "data.weights.code=null",
+        "preset.max_tokens=null",
+        "trainer.precision=bf16-true",
+        "+trainer.deterministic=warn",
+        "+trainer.max_time={hours: 1}",
+        "name=5",
+        "callbacks=full",
+        "logger=wandb",
+        "debug=trace",
+    ],
+)
+def test_what_is_right_passes(override):
+    groups = (override,) if override.startswith(("callbacks=", "logger=", "debug=")) else ()
+    assert problems(override, groups=groups) == []
+
+
+def test_an_experiment_file_with_mistakes_is_refused_before_anything_is_built(tmp_path, capsys):
+    from megactx.framework.app import run
+
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\n"
+        "defaults: [demo]\n"
+        "preset: {stepps: 5, batch: many}\n"
+        "gistnet: {haed: mlp}\n"
+        "callbacks: {stop: {_target_: lightning.pytorch.callbacks.EarlyStoping}}\n"
+    )
+    assert run(["--config-dir", str(tmp_path), "experiment=mine", f"folder={tmp_path / 'run'}"]) == 2
+    said = capsys.readouterr().err
+    assert "Did you mean preset.steps?" in said and "preset.batch=many: allowed is a whole number from 1" in said
+    assert "Did you mean gistnet.head?" in said and "Did you mean EarlyStopping?" in said
+    assert len(said.strip().splitlines()) == 4 and not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megactx.gist import GistNet, heads, poolings
+from megactx.gist.backbone import rotary
 from megactx.gist.losses import contrastive
 from megactx.gist.parts import names
 
@@ -82,6 +83,56 @@ def test_blocks_are_encoded_independently_of_their_batch():
     torch.testing.assert_close(gistnet.encode_span(x)[2:3], gistnet.encode_span(x[2:3]), rtol=1e-5, atol=1e-7)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_attention_is_that_of_the_pooling_or_of_the_last_layer(pooling):
+    gistnet = net(pooling=pooling, layers=2).eval()
+    x = embeddings()
+    weights = gistnet.attention(x)
+    shape = {"query": (6, 1, 1, K), "cls": (6, 4, 1, K + 1)}.get(pooling, (6, 4, K, K))
+    assert weights.shape == shape and weights.dtype == torch.float32
+    torch.testing.assert_close(weights.sum(-1), torch.ones(shape[:-1]))
+
+    # Plain: the last layer's input is what the layers before it give; then one score at a time.
+    backbone, scaled = gistnet.backbone, x / RMS
+    if pooling == "query":
+        states, query = backbone(scaled), gistnet.pooling.query
+        plain = torch.stack([states[:, k] @ query for k in range(K)], dim=-1) / WIDTH**0.5
+        torch.testing.assert_close(weights[:, 0, 0], plain.softmax(-1))
+        return
+    seen = []
+    hook = backbone.blocks[-1].qkv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    fast = backbone(scaled)
+    hook.remove()
+    rows = fast.shape[1]
+    positions = torch.arange(rows) - int(pooling == "cls")
+    query, key = (part.view(6, rows, 4, WIDTH // 4).transpose(1, 2) for part in seen[0].split(WIDTH, dim=-1)[:2])
+    query, key = rotary(query, positions), rotary(key, positions)
+    asked = range(1 if pooling == "cls" else rows)
+    for head in range(4):
+        for row in asked:
+            scores = torch.stack([(query[:, head, row] * key[:, head, k]).sum(-1) for k in range(rows)], dim=-1)
+            torch.testing.assert_close(weights[:, head, row], (scores / (WIDTH // 4) ** 0.5).softmax(-1))
+    slow, _ = backbone.with_attention(scaled)
+    torch.testing.assert_close(slow, fast, rtol=1e-4, atol=1e-5)
+
+
+def test_a_net_without_a_backbone_attends_nowhere():
+    assert net(type="mean").attention(embeddings()) is None
+
+
+@torch.no_grad()
+def test_a_gist_of_a_level_is_the_gist_of_the_gists_below():
+    gistnet = net(skip="none")
+    x = torch.randn(3, K * K, WIDTH) * RMS
+    below = torch.stack([gistnet.encode_span(x[:, i * K : (i + 1) * K]) for i in range(K)], dim=1)
+    torch.testing.assert_close(gistnet.encode_level(x, 2), gistnet.encode_span(below))
+    torch.testing.assert_close(gistnet.encode_level(x[:, :K], 1), gistnet.encode_span(x[:, :K]))
+    for tokens, level in ((K, 2), (K * K, 1), (K, 0)):
+        with pytest.raises(ValueError, match=f"stands for {K}.{level} embeddings, not {tokens}"):
+            gistnet.encode_level(x[:, :tokens], level)
+
+
 def test_a_block_of_one_token_and_gists_of_gists_are_encoded():
     torch.manual_seed(0)
     one = GistNet(WIDTH, RMS, block_size=1, num_heads=4)
@@ -123,6 +174,7 @@ def test_token_ids_in_place_of_embeddings_are_refused():
 
 def test_position_is_the_centre_or_the_end_of_the_block():
     assert (net(position="centre").offset, net(position="end").offset) == (K // 2, K - 1)
+    assert (net(position="centre").offset_in(K * K), net(position="end").offset_in(K * K)) == (K * K // 2, K * K - 1)
 
 
 def test_flops_grow_with_depth_and_match_the_formula():

@@ -32,7 +32,7 @@ def batch_of(module, index: int = 0) -> dict:
 
 
 def test_a_run_ends_with_tables_a_picture_the_controls_and_the_next_command(gist_run, texts, tmp_path, capsys):
-    assert run([*gist_run, f"stage.evaluate.path={texts}"]) == 0
+    assert run([*gist_run, f"stage.evaluate.path={texts}", "stage.evaluate.reconstruction=2"]) == 0
     shown = capsys.readouterr().out
     folder = tmp_path / "run"
     for row in (
@@ -51,8 +51,12 @@ def test_a_run_ends_with_tables_a_picture_the_controls_and_the_next_command(gist
         assert numbers["horizon"] == 32 and numbers["blocks"] >= 24
         assert numbers["groups"]["overall"]["rows"]["full"]["dnll"] == 0
         assert numbers["flops_per_block"]["gistnet"] > numbers["flops_per_block"]["blockmean_linear"] > 0
+        assert {"diversity", "code/diversity", "attention_entropy", "reconstruction_nll"} <= set(numbers["geometry"])
+        assert list(numbers["copies"]) == ["64"] and numbers["copies"]["64"]["blocks"] == 4  # no room for 256 tokens
+        assert numbers["level2"] is None and any("hierarchical" in note for note in numbers["notes"])
         assert (part / "report.md").exists() and (part / "report.png").stat().st_size > 10_000
-    assert {"val/dnll", "val/recovery"} <= set((folder / "metrics.csv").read_text().split("\n")[0].split(","))
+    logged = (folder / "metrics.csv").read_text().split("\n")[0].split(",")
+    assert {"val/dnll", "val/code/kl", "val/attention_entropy"} <= set(logged)
 
     loaded = GistStage.load_from_checkpoint(folder / "checkpoints" / "last.ckpt", weights_only=True)
     saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

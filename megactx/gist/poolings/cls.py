@@ -17,3 +17,6 @@ class Cls(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:  # [B, 1 + K, D] -> [B, D]
         return states[:, 0]
+
+    def attention(self, states: Tensor, last: Tensor) -> Tensor:  # the CLS row: [B, A, 1, 1 + K]
+        return last[:, :, :1]

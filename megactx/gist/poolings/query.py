@@ -18,3 +18,6 @@ class Query(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:  # [B, K, D] -> [B, D]
         return (self.weights(states).to(states.dtype)[:, None] @ states)[:, 0]
+
+    def attention(self, states: Tensor, last: Tensor) -> Tensor:  # its own: [B, 1, 1, K]
+        return self.weights(states)[:, None, None]

@@ -1,0 +1,85 @@
+"""What one validation says of a GistNet: every metric of SPEC 5 that needs no documents of its own."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from megactx.data.files import ALL_DOMAINS
+from megactx.gist import GistNet
+from megactx.gist.substitution import blocks
+from megactx.lm import BaseLM
+
+from .geometry import AttentionEntropy, GistGeometry
+from .measure import in_eval_mode, measure
+from .metrics import GistMetrics
+
+
+class SpaceMetrics(nn.Module):
+    """How the gists of some batches lie in their space, and how sharply their net attends.
+
+    Args:
+        width: D.
+        domains: every domain that can occur.
+    """
+
+    def __init__(self, width: int, domains: Iterable[str] = ALL_DOMAINS):
+        super().__init__()
+        self.geometry, self.attention = GistGeometry(width, domains), AttentionEntropy(domains)
+
+    @torch.inference_mode()
+    def update(self, base: BaseLM, net: GistNet, batch: dict) -> None:
+        """Encode the blocks of one batch, as ``measure`` takes it, and their right neighbours where they have any."""
+        device, block = base.model.device, net.block_size
+        ids, starts = batch["ids"].to(device), batch["starts"].to(device)
+        paired = (starts + 2 * block <= batch["lengths"].to(device)[:, None]).flatten()
+        domain = [name for name in batch["domain"] for _ in range(starts.shape[1])]
+        own = base.embed(blocks(ids, starts, block)).flatten(0, 1)
+        # A block without a right neighbour gathers itself, and is then left out.
+        there = torch.where(paired.view_as(starts), starts + block, starts)
+        right = base.embed(blocks(ids, there, block).flatten(0, 1)[paired])
+        with in_eval_mode(net):
+            self.geometry.update(net.encode_span(own), domain, paired, net.encode_span(right))
+            self.attention.update(net.attention(own), domain)
+
+    def compute(self) -> dict[str, Tensor]:
+        """``diversity``, ``cosine_std``, ``adjacent_distance``, ``contrastive_gap`` (cosine distances),
+        ``attention_entropy`` (bits), and ``domain/name`` of each domain with blocks; all but ``cosine_std``."""
+        return self.geometry.compute() | self.attention.compute()
+
+
+class ValidationMetrics(nn.Module):
+    """All metrics of a validation, overall and per domain, over all batches and processes.
+
+    Args:
+        horizon: H.
+        width: D.
+        domains: every domain that can occur.
+
+    After ``update`` with each batch, ``compute`` gives ``name -> value`` and ``domain/name -> value``, float64 scalars
+    but for the two by offset. Undefined values are NaN; ``sums.loggable`` leaves them and the vectors out.
+
+    - ``blocks``: how many. ``dnll``, ``dnll_drop``, ``kl``: nats per token. ``ppl_ratio``: exp(dnll).
+    - ``recovery``, ``recovery_body`` (h >= 4), ``recovery_h0``, ``recovery_h1_3``, ``recovery_h4_15``,
+      ``recovery_h16_up``: 1 is as good as the block, 0 as bad as nothing.
+    - ``substitutability``, ``top1``: shares of blocks, of tokens.
+    - ``dnll_by_offset``, ``dnll_drop_by_offset``: [H] nats.
+    - what ``SpaceMetrics`` gives.
+    """
+
+    def __init__(self, horizon: int, width: int, domains: Iterable[str] = ALL_DOMAINS):
+        super().__init__()
+        self.substitution, self.space = GistMetrics(horizon, domains), SpaceMetrics(width, domains)
+
+    def update(self, base: BaseLM, net: GistNet, batch: dict) -> None:
+        """One batch: dict ``ids`` [B, T], ``lengths`` [B], ``starts`` [B, N], ``domain`` (B strings), ``document`` [B].
+
+        Raises:
+            ValueError: a block that is not eligible, or a domain that was not announced.
+        """
+        scores = measure(base, {"gistnet": net}, [batch], self.substitution.horizon, with_controls=False)
+        self.substitution.update(scores)
+        self.space.update(base, net, batch)
+
+    def compute(self) -> dict[str, Tensor]:
+        return self.substitution.compute() | self.space.compute()

@@ -1,0 +1,155 @@
+"""How fast a run trains: tokens, spans and documents per second, and the share of the card's peak (MFU)."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+# Dense bf16 FLOP/s of NVIDIA's data sheets, with fp32 accumulation. Where a sheet prints the figure with sparsity, half
+# of it (Lightning's own table has the sparse one for the H200). The first name that a card's name contains counts.
+PEAK = {
+    "B200": 2250e12,  # HGX B200 data sheet
+    "H200 NVL": 835.5e12,  # H200 data sheet
+    "H200": 989.5e12,  # H200 data sheet, SXM
+    "H100 NVL": 835.5e12,  # H100 data sheet
+    "H100 PCIe": 756e12,  # H100 data sheet
+    "H100": 989.5e12,  # H100 data sheet, SXM
+    "A100": 312e12,  # A100 data sheet
+    "A10G": 70e12,  # AWS, EC2 G5
+    "A10": 125e12,  # A10 data sheet
+    "A40": 149.7e12,  # A40 data sheet
+    "L40S": 362e12,  # L40S data sheet
+    "L40": 181e12,  # L40 data sheet
+    "L4": 121e12,  # L4 data sheet
+    "RTX 4090": 165.2e12,  # Ada architecture white paper
+    "RTX 3090": 71e12,  # GA102 architecture white paper
+}
+
+
+class Throughput(Callback):
+    """``speed/tokens_per_second``, ``spans_per_second``, ``documents_per_second``, ``step_seconds`` and ``mfu``.
+
+    Means over the steps since the last row of the log, validation left out, all processes together. Tokens are those of
+    the documents, without padding. What is on the device is added up there and read once per row. MFU is shown on a
+    card whose peak is known (``PEAK``), in 16-bit precision, by the formula of ``Work``.
+    """
+
+    def setup(self, trainer, pl_module, stage: str) -> None:  # before a strategy wraps or shards the base
+        device, half = trainer.strategy.root_device, str(trainer.precision).startswith(("bf16", "16"))
+        self.peak = peak(torch.cuda.get_device_name(device)) if half and device.type == "cuda" else None
+        self.work = Work.of(pl_module) if self.peak else None
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.step = trainer.global_step
+        self._restart()
+
+    def _restart(self) -> None:
+        self.begin, self.first = time.monotonic(), self.step
+        self.tokens = self.flops = 0  # become tensors on the device
+        self.spans = self.documents = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if not isinstance(batch, dict) or "ids" not in batch:
+            return
+        self.documents += len(batch["ids"])
+        self.spans += batch["starts"].numel() if "starts" in batch else 0
+        self.tokens = self.tokens + (batch["lengths"].sum() if "lengths" in batch else batch["ids"].numel())
+        if self.work:
+            self.flops = self.flops + self.work(batch)
+        if trainer.global_step == self.step:  # gradients are being accumulated
+            return
+        self.step = trainer.global_step
+        if trainer.log_every_n_steps and self.step % trainer.log_every_n_steps == 0:
+            for name, value in self._values(trainer.world_size).items():
+                pl_module.log(f"speed/{name}", value)
+            self._restart()
+
+    def _values(self, processes: int) -> dict[str, float]:
+        tokens, flops = float(self.tokens), float(self.flops)  # waits for the device, then the time is right
+        seconds = time.monotonic() - self.begin
+        found = {
+            "tokens_per_second": processes * tokens / seconds,
+            "documents_per_second": processes * self.documents / seconds,
+            "step_seconds": seconds / (self.step - self.first),
+        }
+        if self.spans:
+            found["spans_per_second"] = processes * self.spans / seconds
+        if flops:
+            found["mfu"] = flops / seconds / self.peak
+        return found
+
+    def on_validation_start(self, trainer, pl_module) -> None:
+        self.paused = time.monotonic()
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self.begin += time.monotonic() - self.paused
+
+
+def peak(name: str) -> float | None:
+    """The card's dense bf16 FLOP/s, by its name as CUDA gives it; ``None`` where it is not known."""
+    words = name.replace("-", " ").casefold().split()
+    if {"laptop", "ti", "d"} & {*words}:  # other chips than the card of that number
+        return None
+    for card, value in PEAK.items():
+        if all(word in words for word in card.casefold().split()):
+            return value
+    return None
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations that a batch needs, recomputation left out.
+
+    With P parameters of the base's layers, V D of its head, L layers of attention width A, documents of T tokens, N
+    blocks each, C nets, H rows per branch, a branch at start s:
+
+        teacher    2 P T + 2 L A T^2                     per document: forward, causal attention
+        branches   2 (2 P + 4 L A (s + (H + 1) / 2))     per row: forward, and backward for activations alone, for the
+                                                         base is frozen; no gradient enters the cached prefix
+        head       2 V D (1 + 2 C)                       per scored row: the teacher, forward and backward of C students
+        nets       3 FLOPs of a block                    per block: forward and backward (the contrastive term's
+                                                         neighbours are left out)
+
+    A stage that trains its base and has no nets: 6 (P + V D) T + 6 L A T^2 per window.
+    """
+
+    body: int  # P
+    head: int  # V D
+    attention: int  # L A
+    carriers: int = 0  # C
+    horizon: int = 0  # H
+    nets: int = 0  # of all nets for one block, forward
+
+    @classmethod
+    def of(cls, stage) -> "Work | None":
+        """Read off a stage; ``None`` for one that has no base."""
+        base = getattr(stage, "base", None)
+        if base is None:
+            return None
+        config, model = base.config, base.model
+        body = sum(p.numel() for p in model.get_decoder().parameters())
+        body -= model.get_input_embeddings().weight.numel()
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head = model.get_output_embeddings().weight.numel()
+        attention = config.num_hidden_layers * config.num_attention_heads * width
+        if not hasattr(stage, "nets"):
+            return cls(body, head, attention)
+        with torch.random.fork_rng():  # a net's dropout draws numbers
+            nets = sum(net.flops_per_block() for net in stage.nets.values())
+        return cls(body, head, attention, len(stage.nets), stage.hparams["horizon"], nets)
+
+    @torch.no_grad()
+    def __call__(self, batch: dict) -> Tensor | float:
+        """Of one batch, as a number on the batch's device; nothing waits for it."""
+        if not self.carriers:
+            b, t = batch["ids"].shape
+            return float(6 * (self.body + self.head) * b * t + 6 * self.attention * b * t**2)
+        lengths, starts = batch["lengths"].double(), batch["starts"].double()
+        rows = starts.numel() * self.horizon
+        teacher = 2 * self.body * lengths.sum() + 2 * self.attention * lengths.square().sum()
+        seen = self.horizon * (starts + (self.horizon + 1) / 2).sum()  # columns, over the rows of one net
+        branches = 2 * self.carriers * (2 * self.body * rows + 4 * self.attention * seen)
+        scored = 2 * self.head * (1 + 2 * self.carriers) * rows
+        return teacher + branches + scored + 3 * self.nets * starts.numel()

@@ -1,0 +1,67 @@
+"""How much memory a training step of a GistNet takes, computed from the shapes before anything is built.
+
+B documents of T tokens, N blocks each, C nets, H rows per branch; L layers, D width, F width of the MLP, A heads of
+width W, of which G have keys and values of their own; two bytes per number in bf16.
+
+    base       its weights
+    cache      2 L G W B T                the documents' keys and values, kept by the teacher pass
+    attention  2 L A W B (groups T + NCH) what the branches see, repeated to all heads and kept for backward: a mask
+                                          leaves SDPA no kernel that shares keys and values between heads; and the
+                                          mask itself
+    rows       L B N C H (12 D + 6 F)     bytes of the other states that backward reads: fp32 inputs of two norms, query
+                                          and output of attention, three states of the MLP
+    nets       16 per parameter           fp32 weights, gradients, two moments of AdamW
+    head       5 chunks of fp32 logits
+
+The base is frozen, so no linear layer keeps its input. Documents shorter than T take less.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from megactx.lm import BaseLM
+from megactx.lm.branches import ROWS_PER_GROUP
+
+from .scoring import CHUNK_ELEMENTS
+
+
+def footprint(
+    base: BaseLM, nets: Iterable[nn.Module], batch: int, tokens: int, spans: int, horizon: int, device: str = "cuda"
+) -> dict[str, float]:
+    """Bytes of one training step by part, about: base, cache, attention, rows, nets, head.
+
+    Args:
+        base: the base LM in the dtype that it runs in; the meta device will do.
+        nets: everything that is trained on the same blocks.
+        batch, tokens, spans: documents, tokens of the longest, blocks per document.
+        horizon: H.
+        device: ``cuda`` or ``cpu``; the packed pass groups its rows differently.
+    """
+    config, nets = base.config.get_text_config(), list(nets)
+    size = base.model.dtype.itemsize
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or base.width // heads
+    inner = getattr(config, "intermediate_size", None) or 4 * base.width
+    rows = spans * len(nets) * horizon  # of one document
+    groups = -(-spans * len(nets) // max(1, ROWS_PER_GROUP.get(device, 256) // horizon))
+    chunk = min(batch * rows // len(nets) * base.vocab_size, CHUNK_ELEMENTS.get(device, 2**21))
+    per_row = 2 * 4 * base.width + size * (2 * heads * width + 3 * inner)
+    return {
+        "base": sum(p.numel() * p.element_size() for p in base.parameters()),
+        "cache": 2 * layers * shared * width * batch * tokens * size,
+        "attention": 2 * layers * heads * width * batch * (groups * tokens + rows) * size
+        + batch * rows * (tokens + rows // groups) * size,
+        "rows": layers * batch * rows * per_row,
+        "nets": 16 * sum(p.numel() for net in nets for p in net.parameters()),
+        "head": 5 * 4 * chunk,
+    }
+
+
+def in_words(parts: dict[str, float]) -> str:
+    """``footprint`` as one line: the sum, and each part, in GB (1e9 bytes), or MB where that is too coarse."""
+    total = sum(parts.values())
+    unit, size = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6)
+    each = ", ".join(f"{name} {value / size:.1f}" for name, value in parts.items())
+    return f"about {total / size:.1f} {unit} ({each})"

@@ -1,0 +1,39 @@
+"""``python plain_sgd.py OVERRIDE...``: train.py with plain SGD, which writes what it saw to ``seen.pt`` in the run folder.
+
+``gradients``: of the GistNet, per step, before clipping. ``dnll``: of the batches of the first process.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from megactx.framework import app
+from megactx.stages.gist import GistStage
+
+seen = {"gradients": [], "dnll": []}
+loss = GistStage.substitution_loss
+
+
+def configure_optimizers(self):
+    return torch.optim.SGD(self.nets.parameters(), lr=0.05)
+
+
+def on_before_optimizer_step(self, optimizer):
+    seen["gradients"].append({name: p.grad.clone() for name, p in self.gistnet.named_parameters()})
+
+
+def substitution_loss(self, batch):
+    losses, numbers, gists = loss(self, batch)
+    seen["dnll"].append((numbers["nll"] - numbers["full"])[0].mean())
+    return losses, numbers, gists
+
+
+def on_fit_end(self):
+    if self.trainer.is_global_zero:
+        torch.save(seen, Path(self.trainer.default_root_dir) / "seen.pt")
+
+
+for hook in (configure_optimizers, on_before_optimizer_step, substitution_loss, on_fit_end):
+    setattr(GistStage, hook.__name__, hook)
+sys.exit(app.run())

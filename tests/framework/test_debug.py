@@ -1,0 +1,61 @@
+"""Every option of the group ``debug`` does what its first line says."""
+
+import csv
+import json
+
+import pytest
+
+from megactx.framework.app import run
+
+
+def values(folder, name: str) -> list[float]:
+    with (folder / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+@pytest.fixture
+def short(tiny_run, tmp_path):
+    """The tiny run without its own lengths: the debug option sets them."""
+    kept = [o for o in tiny_run if not o.startswith("preset.")]
+    return [*kept, f"folder={tmp_path / 'a'}"]
+
+
+@pytest.mark.slow
+def test_overfit_takes_the_same_batches_over_and_over(short, tmp_path):
+    still = ["stage.muon_lr=0", "stage.adamw_lr=0", "+stage.config.attention_dropout=0", "preset.steps=6"]
+    settings = [o for o in short if "attention_dropout" not in o]
+    assert run([*settings, *still, "debug=overfit"]) == 0
+    losses = values(tmp_path / "a", "train/nll")
+    assert len(losses) == 6 and losses[0] != losses[1]
+    assert losses == losses[:2] * 3
+
+
+@pytest.mark.slow
+def test_overfit_makes_the_loss_fall(short, tmp_path):
+    assert run([*short, "debug=overfit", "preset.steps=40"]) == 0
+    losses = values(tmp_path / "a", "train/nll")
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+
+
+@pytest.mark.slow
+def test_profiler_writes_the_time_of_every_hook_to_the_run_folder(short, tmp_path):
+    assert run([*short, "debug=profiler"]) == 0
+    table = (tmp_path / "a" / "fit-profile.txt").read_text()
+    assert "run_training_batch" in table and "SingleDeviceStrategy.training_step" in table
+
+
+@pytest.mark.slow
+def test_trace_writes_the_operators_to_the_run_folder(short, tmp_path):
+    assert run([*short, "debug=trace"]) == 0
+    (trace,) = (tmp_path / "a").glob("*training_step*.pt.trace.json")
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert "aten::mm" in names
+    assert "aten::mm" in (tmp_path / "a" / "fit-trace.txt").read_text()
+
+
+def test_limit_runs_to_the_end_and_fdr_keeps_nothing(short, tmp_path):
+    assert run([*short, "debug=limit"]) == 0
+    assert (tmp_path / "a" / "checkpoints" / "last.ckpt").exists() and len(values(tmp_path / "a", "val/nll")) == 2
+    rest = [o for o in short if not o.startswith("folder=")]
+    assert run([*rest, "debug=fdr", f"folder={tmp_path / 'b'}"]) == 0
+    assert not (tmp_path / "b" / "checkpoints").exists() and not (tmp_path / "b" / "metrics.csv").exists()

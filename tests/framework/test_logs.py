@@ -1,0 +1,116 @@
+"""Every logger writes in the run folder only, and a resumed run continues what the stopped one began."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megactx.framework.app import run
+from megactx.framework.errors import MISTAKE, verdict
+
+REPOSITORY = Path(__file__).parents[2]
+SECRET = "+stage.config.api_key=hush"
+
+# Runs to step 8, goes back to what was there after step 4, goes on; then a sweep of two jobs.
+WANDB_PROGRAM = """
+import json, pathlib, shutil, sys
+from megactx.framework.app import run
+settings = json.loads(sys.argv[1])
+settings += ["logger=wandb", "folder=a", "preset.steps=8", "callbacks.checkpoint.save_top_k=-1"]
+assert run(settings) == 0
+saved = pathlib.Path("a/checkpoints")
+shutil.copy(saved / "step_000004.ckpt", saved / "last.ckpt")
+pathlib.Path("a/done").unlink()
+assert run([*settings, "resume=auto"]) == 0
+names = [s.partition("=")[0].lstrip("+") for s in settings]
+named = "hydra.job.config.override_dirname.exclude_keys=" + json.dumps(names)
+sweep = [s for s in settings if not s.startswith("folder=")]
+assert run(["-m", *sweep, "preset.steps=2", "hydra.sweep.dir=sweep", named, "seed=0,1"]) == 0
+"""
+
+
+@pytest.mark.slow
+def test_tensorboard_continues_its_curves_in_the_run_folder_and_shows_the_settings(tiny_run, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    settings = [*tiny_run, SECRET, "logger=tensorboard", "folder=a", "callbacks.checkpoint.save_top_k=-1"]
+    assert run(settings) == 0
+    saved = tmp_path / "a" / "checkpoints"
+    shutil.copy(saved / "step_000002.ckpt", saved / "last.ckpt")
+    (tmp_path / "a" / "done").unlink()
+    assert run([*settings, "resume=auto"]) == 0
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard"))
+    events.Reload()
+    assert {e.step for e in events.Scalars("train/nll")} == {0, 1, 2, 3}
+    assert {"val/nll", "lr/muon", "lr/adamw", "grad_norm/base", "speed/tokens_per_second"} <= set(
+        events.Tags()["scalars"]
+    )
+    shown = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "muon_lr: 0.015" in shown and "api_key: (hidden)" in shown
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert not any(b"hush" in p.read_bytes() for p in (tmp_path / "a" / "tensorboard").iterdir())
+
+
+@pytest.mark.slow
+def test_wandb_makes_one_run_per_folder_offline_and_a_resumed_run_keeps_its_id(tiny_run, tmp_path):
+    home, work = tmp_path / "home", tmp_path / "work"
+    home.mkdir(), work.mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "XDG"))}
+    environment |= {"HOME": str(home), "TMPDIR": str(tmp_path), "MPLCONFIGDIR": str(tmp_path / "matplotlib")}
+    environment |= {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", WANDB_PROGRAM, json.dumps([*tiny_run, SECRET])]
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    ids = {}
+    for folder in (work / "a", work / "sweep" / "seed-0", work / "sweep" / "seed-1"):
+        ids[folder.name] = (folder / "wandb_id").read_text()
+        runs = [p.name for p in (folder / "wandb").glob("offline-run-*")]
+        assert len(runs) == (2 if folder.name == "a" else 1), runs
+        assert all(name.endswith(f"-{ids[folder.name]}") for name in runs)
+    assert len(set(ids.values())) == 3
+    assert sorted(p.name for p in work.iterdir()) == ["a", "sweep"]
+    assert not [p for p in home.rglob("*") if "wandb" in p.name]
+    records = [p.read_bytes() for p in work.rglob("*.wandb")]
+    assert len(records) == 4 and all(b"train/nll" in r and b"muon_lr" in r for r in records)
+    assert not any(b"hush" in p.read_bytes() for p in work.glob("**/wandb/**/*") if p.is_file())
+
+
+@pytest.mark.slow
+def test_wandb_that_sends_without_a_key_is_a_users_mistake_that_says_what_to_do(tiny_run, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
+    command = [sys.executable, str(REPOSITORY / "train.py"), *tiny_run, "logger=wandb", "logger.wandb.offline=false"]
+    command.append(f"folder={tmp_path / 'a'}")
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == MISTAKE, done.stderr[-3000:]
+    assert "logger.wandb.offline=true" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_wandbs_own_errors_have_their_codes():
+    from wandb.errors import CommError, UsageError
+
+    assert verdict(UsageError("api_key not configured"))[0] == MISTAKE
+    assert verdict(CommError("no route"))[0] != MISTAKE
+
+
+def test_csv_keeps_its_rows_and_columns_when_a_run_goes_on_with_more_metrics(tmp_path):
+    from megactx.framework.logs import CSV
+
+    first = CSV(str(tmp_path))
+    first.log_metrics({"a": 1.0}, step=0)
+    first.save()
+    second = CSV(str(tmp_path))
+    second.log_metrics({"a": 2.0, "b": 3.0}, step=1)
+    second.save()
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["step"], r["a"], r["b"]) for r in rows] == [("0", "1.0", ""), ("1", "2.0", "3.0")]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]

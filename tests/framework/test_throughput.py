@@ -1,0 +1,202 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megactx.framework import throughput
+from megactx.framework.throughput import Throughput, Work, peak
+from megactx.gist import GistNet
+from megactx.gist.scoring import score
+from megactx.gist.substitution import blocks, rows_at, substituted, teach
+from megactx.lm import BaseLM
+
+
+class Clock:
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(throughput, "time", clock)
+    return clock
+
+
+class Run:
+    """A callback, driven step by step."""
+
+    def __init__(self, clock, processes: int = 1, every: int = 2):
+        self.clock, self.logged = clock, {}
+        self.trainer = SimpleNamespace(
+            global_step=0,
+            log_every_n_steps=every,
+            world_size=processes,
+            precision="32-true",
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        )
+        self.stage = SimpleNamespace(log=self.logged.__setitem__)
+        self.callback = Throughput()
+        self.callback.setup(self.trainer, self.stage, "fit")
+        self.callback.on_train_start(self.trainer, self.stage)
+
+    def batch(self, batch, seconds: float = 1.0, step: bool = True) -> None:
+        self.clock.now += seconds
+        self.trainer.global_step += step
+        self.callback.on_train_batch_end(self.trainer, self.stage, None, batch, 0)
+
+
+def spans(lengths=(10, 6), count=3) -> dict:
+    starts = torch.zeros(len(lengths), count, dtype=torch.long)
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    return {"ids": ids, "lengths": torch.tensor(lengths), "starts": starts}
+
+
+def test_speeds_count_tokens_without_padding_spans_and_documents(clock):
+    run = Run(clock)
+    run.batch(spans())
+    assert run.logged == {}  # a row every second step
+    run.batch(spans(), seconds=3.0)
+    assert run.logged == {
+        "speed/tokens_per_second": 32 / 4,
+        "speed/documents_per_second": 4 / 4,
+        "speed/spans_per_second": 12 / 4,
+        "speed/step_seconds": 2.0,
+    }
+    for _ in range(2):
+        run.batch(spans(), seconds=8.0)
+    assert run.logged["speed/tokens_per_second"] == 32 / 16  # the next row is about the steps since the last one
+
+
+def test_accumulated_batches_belong_to_one_step(clock):
+    run = Run(clock, every=1)
+    run.batch(spans(), step=False)
+    run.batch(spans(), step=False)
+    assert run.logged == {}
+    run.batch(spans(), step=True)
+    assert run.logged["speed/step_seconds"] == 3.0 and run.logged["speed/tokens_per_second"] == 16.0
+
+
+def test_the_time_of_a_validation_is_left_out(clock):
+    run = Run(clock)
+    run.batch(spans())
+    run.callback.on_validation_start(run.trainer, run.stage)
+    clock.now += 1000.0
+    run.callback.on_validation_end(run.trainer, run.stage)
+    run.batch(spans())
+    assert run.logged["speed/step_seconds"] == 1.0
+
+
+def test_several_processes_are_counted_together(clock):
+    run = Run(clock, processes=4, every=1)
+    run.batch(spans())
+    assert run.logged["speed/tokens_per_second"] == 64.0
+
+
+def test_batches_without_spans_or_without_tokens_do_no_harm(clock):
+    run = Run(clock, every=1)
+    run.batch({"ids": torch.zeros(2, 8)})
+    assert run.logged["speed/tokens_per_second"] == 16.0 and "speed/spans_per_second" not in run.logged
+    before = dict(run.logged)
+    run.batch([torch.zeros(2)])
+    assert run.logged == before
+
+
+def test_mfu_is_work_by_time_by_the_peak_and_absent_where_the_card_is_not_known(clock):
+    run = Run(clock, every=1)
+    run.batch(spans(), seconds=2.0)
+    assert "speed/mfu" not in run.logged
+    run.callback.peak, run.callback.work = 1000.0, lambda batch: torch.tensor(500.0)
+    run.batch(spans(), seconds=2.0)
+    assert run.logged["speed/mfu"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA H200", 989.5e12),
+        ("NVIDIA H200 NVL", 835.5e12),
+        ("NVIDIA H100 80GB HBM3", 989.5e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla T4", None),
+        ("", None),
+    ],
+)
+def test_the_peak_is_found_by_the_name_of_the_card(name, flops):
+    assert peak(name) == flops
+
+
+@pytest.fixture(scope="module")
+def base():
+    torch.manual_seed(0)
+    config = dict(model_type="llama", vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=3)
+    config |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
+    return BaseLM.from_config(config)
+
+
+class Products(TorchDispatchMode):
+    """Counts the FLOPs of the matrix products of linear layers; attention has its own. Backward included."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            left, right = args[-2:]
+            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_formula_for_gists_is_what_the_passes_do_apart_from_attention(base):
+    base.requires_grad_(False)
+    nets = nn.ModuleDict({name: GistNet(64, 1.0, type="mean", head="linear", skip="none") for name in ("a", "b")})
+    ids, starts = torch.randint(512, (2, 256)), torch.tensor([[32, 96, 160]]).expand(2, -1)
+    with Products() as counter:
+        teacher = teach(base, ids)
+        vectors = base.embed(blocks(ids, starts, 32)).flatten(0, 1)
+        gists = torch.stack([net.encode_span(vectors).view(2, 3, -1) for net in nets.values()])
+        hidden = substituted(base, teacher, starts, gists, [16, 16], 32, 32)
+        after = rows_at(teacher.hidden, starts + 31, 32).flatten(0, 2)
+        loss, _ = score(base, hidden.flatten(1, 3), after, blocks(ids, starts + 32, 32).flatten())
+        loss.mean().backward()
+    stage = SimpleNamespace(base=base, nets=nets, hparams={"horizon": 32})
+    work = Work.of(stage)
+    batch = {"ids": ids, "lengths": torch.tensor([256, 256]), "starts": starts}
+    linear = Work(work.body, work.head, 0, work.carriers, work.horizon, work.nets)
+    assert float(linear(batch)) == pytest.approx(counter.flops, rel=0.02)
+    # Attention: L A (2 T^2 per document, 8 columns per row of a branch), by a plain loop.
+    columns = sum(int(s) + r + 1 for s in starts.flatten() for r in range(32))
+    attention = 3 * 64 * (2 * 2 * 256**2 + 2 * 8 * columns)
+    assert float(work(batch)) - float(linear(batch)) == pytest.approx(attention)
+
+
+def test_the_formula_for_training_a_base_is_what_the_passes_do_apart_from_attention(base):
+    base.requires_grad_(True)
+    ids = torch.randint(512, (2, 64))
+    with Products() as counter:
+        base.logits(base(base.embed(ids), None)).sum().backward()
+    work = Work.of(SimpleNamespace(base=base))
+    assert Work(work.body, work.head, 0)({"ids": ids}) == pytest.approx(counter.flops, rel=0.02)
+    assert work({"ids": ids}) - Work(work.body, work.head, 0)({"ids": ids}) == 6 * 3 * 64 * 2 * 64**2
+
+
+def test_reading_off_the_work_draws_no_random_numbers(base):
+    nets = nn.ModuleDict({"gistnet": GistNet(64, 1.0, dropout=0.5)}).train()
+    state = torch.get_rng_state()
+    assert Work.of(SimpleNamespace(base=base, nets=nets, hparams={"horizon": 32})).nets > 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_stage_without_a_base_has_no_known_work():
+    assert Work.of(SimpleNamespace()) is None

@@ -1,0 +1,124 @@
+"""The memory that a step is said to take is what it takes."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from megactx.framework.search_path import compose
+from megactx.gist import GistNet
+from megactx.gist.footprint import footprint, in_words
+from megactx.gist.substitution import substituted, teach
+from megactx.lm import BaseLM
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL = dict(vocab_size=512, hidden_size=128, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4)
+SMALL |= dict(num_key_value_heads=2, max_position_embeddings=2048, pad_token_id=1, bos_token_id=0, eos_token_id=None)
+SMOLLM2_135M = dict(
+    model_type="llama",
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    max_position_embeddings=8192,
+    tie_word_embeddings=True,
+)
+
+
+def benchmark():
+    spec = importlib.util.spec_from_file_location("smollm3_shapes", REPOSITORY / "benchmarks" / "smollm3_shapes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def kept_for_backward(base, batch, tokens, spans, horizon, carriers):
+    """Bytes of the storages that the packed pass keeps, other than weights and cache; and bytes of the cache."""
+    ids = torch.randint(2, base.vocab_size, (batch, tokens))
+    last = tokens - 32 - horizon
+    starts = torch.linspace(1, last // 32, spans).long().mul(32).expand(batch, -1)
+    teacher = teach(base, ids)
+    gists = torch.randn(carriers, batch, spans, base.width, requires_grad=True)
+    cache = [tensor for layer in teacher.cache for tensor in layer]
+    known = {t.untyped_storage().data_ptr() for t in [*base.parameters(), *cache]}
+    kept = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        substituted(base, teacher, starts, gists, [31] * carriers, 32, horizon)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    return sum(size for at, size in storages.items() if at not in known), sum(t.nbytes for t in cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["llama", "smollm3"])
+def test_attention_rows_and_cache_are_what_the_packed_pass_really_keeps(kind, dtype):
+    torch.manual_seed(0)
+    base = BaseLM.from_config({**SMALL, "model_type": kind}).freeze().to(dtype)
+    nets = [GistNet(128, 1.0), GistNet(128, 1.0, type="mean", head="linear", skip="none")]
+    parts = footprint(base, nets, batch=2, tokens=1024, spans=4, horizon=32, device="cpu")
+    kept, cache = kept_for_backward(base, 2, 1024, 4, 32, len(nets))
+    assert parts["attention"] + parts["rows"] == pytest.approx(kept, rel=0.1)
+    assert parts["cache"] == cache
+    assert parts["base"] == sum(p.nbytes for p in base.parameters())
+    assert parts["nets"] == 16 * sum(p.numel() for net in nets for p in net.parameters())
+
+
+def test_more_branches_than_one_group_holds_see_the_document_once_per_group():
+    with torch.device("meta"):
+        base = BaseLM.from_config({**SMALL, "model_type": "llama"})
+    one, two = (footprint(base, [torch.nn.Identity()], 1, 4096, spans, 32, "cpu") for spans in (8, 9))
+    assert two["attention"] / one["attention"] > 1.6
+    assert two["rows"] / one["rows"] == pytest.approx(9 / 8)
+
+
+def test_large_and_small_figures_can_be_read():
+    assert in_words({"base": 6.15e9, "nets": 0.5e9}) == "about 6.7 GB (base 6.2, nets 0.5)"
+    assert in_words({"base": 2.5e6}) == "about 2.5 MB (base 2.5)"
+
+
+@pytest.mark.parametrize("name", ["smollm3_3b_stage1", "smollm2_135m_stage1"])
+def test_an_experiment_on_a_public_model_states_the_memory_that_it_needs(name):
+    config = benchmark().CONFIG if "smollm3" in name else SMOLLM2_135M
+    cfg = compose([f"experiment={name}"])
+    with torch.device("meta"):
+        base = BaseLM.from_config(config).to(getattr(torch, cfg.base.dtype))
+        settings = [cfg.gistnet, *cfg.stage.controls.values()]
+        nets = [GistNet(base.width, 1.0, **each) for each in settings]
+    tokens = cfg.data.max_tokens or min(16384, base.max_positions)
+    shape = (cfg.preset.batch, tokens, cfg.preset.spans, cfg.horizon.tokens)
+    parts = footprint(base, nets, *shape)
+    comment = (REPOSITORY / "conf" / "experiment" / f"{name}.yaml").read_text()
+    stated = float(re.search(r"Memory: about ([\d.]+) GB", comment)[1])
+    assert stated == pytest.approx(sum(parts.values()) / 1e9, rel=0.1)
+    rows = {part: float(size) for size, part in re.findall(r"#   ([\d.]+)  (\w+)", comment)}
+    assert rows.pop("weights") == pytest.approx(parts["base"] / 1e9, abs=0.06)
+    assert rows == {part: pytest.approx(parts[part] / 1e9, abs=0.06) for part in parts if part != "base"}
+    # A step sees as many documents as the full preset's: only how many at a time is another.
+    full = compose(["experiment=gist_stage1"]).preset
+    assert cfg.preset.batch * cfg.preset.accumulate == full.batch * full.accumulate
+
+
+def test_the_shapes_of_smollm3_take_training_steps(tmp_path, monkeypatch, capsys):
+    module = benchmark()
+    small = dict(hidden_size=64, vocab_size=512, intermediate_size=128, pad_token_id=1, bos_token_id=0)
+    monkeypatch.setattr(module, "CONFIG", module.CONFIG | small | {"eos_token_id": None})
+    out = tmp_path / "out.json"
+    command = ["--cpu", "--layers", "4", "--tokens", "256", "--spans", "2", "--steps", "2", "--out", str(out)]
+    module.main(command)
+    said = capsys.readouterr().out
+    assert "Memory of a step: about" in said and "tokens/s" in said and out.exists()
+    row = json.loads(out.read_text())
+    assert len(row["seconds"]) == 2 and all(0 < loss < 100 for loss in row["losses"]) and row["peak"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_the_shapes_of_smollm3_without_cuda_are_refused_with_what_runs_instead(capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark().main([])
+    assert stop.value.code == 2
+    assert "no CUDA on this machine; a miniature runs with --cpu" in capsys.readouterr().err

@@ -1,0 +1,98 @@
+"""Three stages from one command, each from the best of the one before, and exactly so after a stop."""
+
+import json
+
+import pytest
+import torch
+
+from megactx.framework.app import run
+from megactx.stages.gist import GistStage
+
+STAGES = ["gist_stage1", "gist_stage2", "gist_stage3"]
+
+
+@pytest.fixture
+def curriculum(gist_run):
+    """Overrides of a short curriculum on texts of two domains; a test adds ``folder=...``."""
+    kept = [o for o in gist_run if not o.startswith(("experiment=", "folder=", "preset."))]
+    short = "steps=4 warmup=1 accumulate=2 batch=2 spans=3 validate_every=2 validation_documents=2"
+    short += " min_tokens=200 max_tokens=256"
+    preset = [f"preset.{setting}" for setting in short.split()]
+    return ["experiment=curriculum", *kept, *preset, "stage.evaluate.blocks=8", "logger=csv"]
+
+
+def last(folder) -> dict:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_a_curriculum_trains_its_stages_in_turn_and_ends_with_all_targets_in_one_table(curriculum, tmp_path, capsys):
+    assert run([*curriculum, f"folder={tmp_path / 'a'}"]) == 0
+    shown = capsys.readouterr().out
+    assert "Stage 3 of 3: gist_stage3" in shown and "not informative" in shown
+    table = (tmp_path / "a" / "curriculum.md").read_text()
+    assert all(name in table for name in STAGES) and "| dropped |" in table
+    assert (tmp_path / "a" / "curriculum.png").stat().st_size > 10_000 and (tmp_path / "a" / "done").exists()
+    horizons = [json.loads((tmp_path / "a" / name / "report.json").read_text())["horizon"] for name in STAGES]
+    assert horizons == [32, 64, 128]
+    for before, name in zip(STAGES, STAGES[1:], strict=False):
+        assert f"Starting from {tmp_path / 'a' / before / 'checkpoints' / 'best.ckpt'}" in shown
+        assert last(tmp_path / "a" / name)["hyper_parameters"]["contrastive"]["weight"] > 0
+
+
+def test_a_curriculum_that_stopped_in_a_stage_goes_on_to_the_same_weights(curriculum, tmp_path, monkeypatch, capsys):
+    curriculum = [*curriculum, "gistnet.dropout=0.2"]
+    assert run([*curriculum, f"folder={tmp_path / 'whole' / 'run'}"]) == 0
+    step, count = GistStage.training_step, []
+
+    def stops(self, batch, index):
+        count.append(index)
+        if len(count) == 4 * 2 + 6:  # in the third step of the second stage, after a checkpoint at the second
+            raise RuntimeError("the power is gone")
+        return step(self, batch, index)
+
+    monkeypatch.setattr(GistStage, "training_step", stops)
+    assert run([*curriculum, f"folder={tmp_path / 'stopped' / 'run'}"]) == 3
+    monkeypatch.setattr(GistStage, "training_step", step)
+    assert (tmp_path / "stopped" / "run" / "gist_stage1" / "done").exists()
+    assert not (tmp_path / "stopped" / "run" / "gist_stage2" / "done").exists()
+    capsys.readouterr()
+    assert run([*curriculum, f"folder={tmp_path / 'stopped' / 'new'}", "resume=auto"]) == 0
+    shown = capsys.readouterr().out
+    assert "Going on from" in shown and "step 2" in shown and "Stage 1 of 3" not in shown
+    for name in STAGES:
+        one, other = (last(tmp_path / side / "run" / name)["state_dict"] for side in ("whole", "stopped"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    assert not (tmp_path / "stopped" / "new").exists()
+
+
+def test_a_stage_alone_starts_from_any_checkpoint_of_the_same_gistnet(curriculum, tmp_path, capsys):
+    alone = [o for o in curriculum if not o.startswith("experiment=")]
+    assert run(["experiment=gist_stage1", *alone, f"folder={tmp_path / 'one'}"]) == 0
+    given = f"stage.init={tmp_path / 'one'}"
+    assert run(["experiment=gist_stage2", *alone, given, f"folder={tmp_path / 'two'}", "debug=fdr"]) == 0
+    assert "gistnet, blockmean_linear" in capsys.readouterr().out
+    other = ["experiment=gist_stage2", *alone, given, f"folder={tmp_path / 'three'}", "depth=d1"]
+    assert run(other) == 2
+    said = capsys.readouterr().err
+    assert "another architecture" in said and "gistnet.layers: 2 -> 1" in said
+    assert run(["experiment=gist_stage2", *alone, "stage.init=/no/such", f"folder={tmp_path / 'four'}"]) == 2
+    assert "stage.init=/no/such" in capsys.readouterr().err
+
+
+def test_a_curriculum_with_other_settings_is_not_gone_on_with(curriculum, tmp_path, capsys):
+    assert run([*curriculum, f"folder={tmp_path / 'a'}"]) == 0
+    (tmp_path / "a" / "done").unlink()
+    assert run([*curriculum, f"folder={tmp_path / 'b'}", "resume=auto", "seed=1"]) == 2
+    assert "seed: 0 -> 1" in capsys.readouterr().err
+    assert run([*curriculum, f"folder={tmp_path / 'b'}", "resume=somewhere"]) == 2
+    assert "resume=auto" in capsys.readouterr().err
+    assert run([*curriculum, f"folder={tmp_path / 'a'}"]) == 2  # a fresh one does not write over it
+    assert "it holds a run" in capsys.readouterr().err
+
+
+def test_a_mistake_in_a_later_stage_is_told_before_the_first_one_runs(curriculum, tmp_path, capsys):
+    wrong = [*curriculum, "curriculum=[gist_stage1,gist_stage9]", f"folder={tmp_path / 'a'}"]
+    assert run(wrong) == 2
+    assert "gist_stage9" in capsys.readouterr().err
+    assert not (tmp_path / "a" / "gist_stage1").exists()

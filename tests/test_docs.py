@@ -1,0 +1,107 @@
+"""The pages of ``docs`` are current, and what they show works as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from megactx.framework.app import run
+from megactx.framework.settings_page import COMMAND, main, page
+
+DOCS = Path(__file__).parents[1] / "docs"
+ADDING = (DOCS / "adding.md").read_text(encoding="utf-8")
+
+
+def shown_files(text: str) -> dict[str, str]:
+    """path -> content of the files that a page shows: a block of code is the file that was named last before it."""
+    parts, found = text.split("```"), {}
+    for prose, code in zip(parts[::2], parts[1::2], strict=False):
+        named = re.findall(r"`(\w+/[\w/]+\.(?:py|yaml))`", prose)
+        found[named[-1]] = code.partition("\n")[2]
+    return found
+
+
+FILES = shown_files(ADDING)
+
+
+@pytest.fixture
+def added(tmp_path, monkeypatch):
+    """Puts files that the page shows where they belong, without touching the package: -> a function of their names."""
+
+    def add(*names: str) -> list[str]:
+        import importlib
+
+        for name in names:
+            path = tmp_path / "added" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(FILES[name])
+            if path.suffix == ".py":
+                package = importlib.import_module(".".join(Path(name).parent.parts))
+                monkeypatch.setattr(package, "__path__", [*package.__path__, str(path.parent)])
+        configs = {name.split("/")[0] for name in names if name.endswith(".yaml")}
+        return [part for root in sorted(configs) for part in ("--config-dir", str(tmp_path / "added" / root))]
+
+    return add
+
+
+def test_the_page_of_settings_is_current(capsys):
+    current = (DOCS / "settings.md").read_text(encoding="utf-8") == page()
+    assert current, f"docs/settings.md is not current; run: {COMMAND}"
+    assert main(["--check"]) == 0
+
+
+def test_every_file_that_the_page_shows_is_found():
+    assert {Path(name).name for name in FILES} >= {
+        "largest.py",
+        "deep.py",
+        "counting.py",
+        "counting.yaml",
+        "unigram.py",
+    }
+
+
+def test_the_pooling_and_the_head_of_the_page_train(added):
+    from megactx.gist import GistNet
+
+    added("megactx/gist/poolings/largest.py", "megactx/gist/heads/deep.py")
+    net = GistNet(64, 1.0, pooling="largest", head="deep", num_heads=4, skip="none")
+    embeddings = torch.randn(3, 32, 64, requires_grad=True)
+    net.encode_span(embeddings).sum().backward()
+    assert embeddings.grad.abs().sum(dim=(1, 2)).min() > 0
+    assert all(p.grad is not None for p in net.head.parameters())
+
+
+def test_the_data_source_of_the_page_can_be_chosen_and_read(added, tmp_path):
+    given = added("megactx/data/counting.py", "configs/data/counting.yaml")
+    short = ["experiment=tokenizer", "stage.vocab_size=300", "+data.source.numbers=50", f"folder={tmp_path / 'run'}"]
+    assert run([*given, "data=counting", *short]) == 0
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").exists()
+
+
+def test_a_misspelt_setting_of_an_added_source_is_told(added, tmp_path, capsys):
+    given = added("megactx/data/counting.py", "configs/data/counting.yaml")
+    assert (
+        run([*given, "experiment=tokenizer", "data=counting", "+data.source.number=5", f"folder={tmp_path / 'r'}"]) == 2
+    )
+    assert "Did you mean data.source.numbers?" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_stage_of_the_page_runs_and_loads_from_its_checkpoint(added, tmp_path):
+    import importlib
+
+    added("megactx/stages/unigram.py", "configs/stage/unigram.yaml", "conf/experiment/unigram.yaml")
+    added("megactx/data/counting.py", "configs/data/counting.yaml")
+    merged = tmp_path / "merged"  # Hydra takes one more folder of configs
+    for name in ("configs/stage/unigram.yaml", "configs/data/counting.yaml", "conf/experiment/unigram.yaml"):
+        path = merged / name.partition("/")[2]
+        path.parent.mkdir(parents=True)
+        path.write_text(FILES[name])
+    folder = tmp_path / "run"
+    settings = ["experiment=unigram", "data=counting", "data.source.texts=40", "preset.steps=20"]
+    settings += ["preset.validate_every=10", "preset.warmup=1", "trainer=cpu", f"folder={folder}"]
+    assert run(["--config-dir", str(merged), *settings]) == 0
+    stage = importlib.import_module("megactx.stages.unigram").UnigramStage
+    assert stage.load_from_checkpoint(folder / "checkpoints" / "best.ckpt", weights_only=True).logits.std() > 0
+    assert float((folder / "entropy.txt").read_text().split()[0]) < 9.0
