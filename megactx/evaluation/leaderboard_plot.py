@@ -2,12 +2,12 @@
 
 import math
 from pathlib import Path
-from textwrap import shorten
 
 from .files import replacing
 from .plots import COLOURS
 from .summary import DROPPED
 
+LONGEST = 40  # letters of a label
 MARKERS = "osD^vP*X"
 NO_BACKBONE = "no backbone"
 LAST = "last token"
@@ -19,7 +19,7 @@ def plot(rows: list, path: str | Path) -> None:
     """Draw the rows of a ``Board`` (best first) to ``path``, PNG: colour by pooling, marker by head.
 
     Bars are the 95 % bootstrap interval of one run, or the standard deviation over seeds. The controls' lines are
-    those of the best row's report.
+    of the best row's blocks, where a report has them.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def plot(rows: list, path: str | Path) -> None:
         figure = Figure(figsize=(15, 13), dpi=100, layout="constrained")  # no pyplot: no global state, no display
         for axes, (name, (span, title)) in zip(figure.subplots(2, 1), PANELS.items(), strict=True):
             _points(axes, rows, name, colours, markers)
-            _controls(axes, rows[0].runs[0].report, span)
+            _controls(axes, rows, span)
             axes.set_xscale("log")
             low, high = axes.get_ylim()
             axes.set_ylim(low, high + 0.25 * (high - low))  # room for the labels
@@ -61,7 +61,8 @@ def _points(axes, rows, name, colours, markers) -> None:
         colour = colours[_pooling(row)]
         axes.errorbar(x, interval.point, bars, fmt=markers[_head(row)], color=colour, capsize=3, markersize=7)
         rest = [f"{key}={value}" for key, value in row.label.items() if key not in ("pooling", "head", "type")]
-        text = shorten(f"#{row.rank} {' '.join(rest)}", 40, placeholder=" ...")
+        text = f"#{row.rank} {' '.join(rest)}".rstrip()
+        text = text if len(text) <= LONGEST else f"#{row.rank}"  # the table has the rest
         at = (x, interval.point + (above if bars else 0))
         turned = dict(textcoords="offset points", rotation=90, ha="center", va="bottom", fontsize=9)
         axes.annotate(text, at, (0, 6), **turned).set_in_layout(False)  # a long one must not squeeze the axes
@@ -85,10 +86,13 @@ def _side_by_side(rows) -> list[float]:
     return x
 
 
-def _controls(axes, report: dict, span: str) -> None:
+def _controls(axes, rows, span: str) -> None:
     axes.axhline(0, color="black", linestyle="--", linewidth=1.2)
     axes.annotate(DROPPED, (1, 0), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
-    last = report["groups"]["overall"]["recovery"].get(LAST, {}).get(span, {}).get("point")
+    blocks = rows[0].runs[0].report["block_hash"]
+    reports = [row.runs[0].report for row in rows if row.runs[0].report["block_hash"] == blocks]
+    told = [report["groups"]["overall"]["recovery"].get(LAST) for report in reports]
+    last = next((recovery[span]["point"] for recovery in told if recovery), None)  # no report need have measured it
     if last is not None:
         axes.axhline(last, color="#666666", linestyle=":", linewidth=1.6)
         axes.annotate(LAST, (1, last), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)

@@ -7,7 +7,6 @@ import contextlib
 import io
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import hydra
@@ -37,8 +36,6 @@ def run(argv: list[str] | None = None) -> int:
     overrides = [a for a in arguments if not a.startswith("-")]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here instead of being printed and exited
     register()
-    # Our launchers' files have the names of the plugins' own, on purpose: the values in them suit training.
-    warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     processes.hush()
     _code = DONE
     shown = io.StringIO()

@@ -31,6 +31,7 @@ NOISE = (
     r".*in eval mode at the start of training.*",  # a frozen base is
     r".*The dirpath has changed from.*",
     r".*`lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",
+    r".*recommended to use `self.log\(.*sync_dist=True.*",  # what is logged there is of all processes already
 )
 
 

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import warnings
 from pathlib import Path
 
 from hydra.core.plugins import Plugins
@@ -36,6 +37,8 @@ def register() -> None:
     from . import grids  # only now: looking for plugins, Hydra loads the sweeper that it is made of once more
 
     grids.register()
+    # Our launchers' files have the names of the plugins' own, on purpose: the values in them suit training.
+    warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)

@@ -1,5 +1,7 @@
 """Several devices that share the layers of a frozen base."""
 
+import copy
+
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -10,7 +12,8 @@ class ShardedBase(DDPStrategy):
 
     So what is trained stays whole on every device: Muon needs matrices, clipping needs whole gradients, and checkpoints
     are those of one device. Lightning's own FSDP strategy shards the trained part too, and writes its own checkpoints.
-    Embeddings and head are not shared: they are used outside of a forward pass of the model. Buffers are not broadcast.
+    Embeddings and head are not shared: they are used outside of a forward pass of the model. A validation has the base
+    whole on every device: there they need not make the same number of passes, which a shared layer would wait for.
 
     Raises:
         ValueError: the stage has no base, or trains it.
@@ -18,15 +21,17 @@ class ShardedBase(DDPStrategy):
 
     def __init__(self, **settings):
         super().__init__(**settings)
-        self.shared = []
+        self.shared, self.plain = [], []
 
     def setup(self, trainer) -> None:
         base = getattr(self.lightning_module, "base", None)
         if base is None or any(p.requires_grad for p in base.parameters()):
             raise ValueError("trainer=fsdp: it shares a frozen base, and this stage has none; use trainer=ddp")
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
-        self.shared = list(base.model.get_decoder().layers)
+        decoder = base.model.get_decoder()
+        self.shared, same = decoder.layers, {id(config): config for config in (base.config, decoder.config)}
         for layer in self.shared:  # before the stage moves to its device: never more than a layer too much is there
+            self.plain.append(copy.deepcopy(layer, dict(same)).to("meta"))
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         super().setup(trainer)
 
@@ -37,8 +42,19 @@ class ShardedBase(DDPStrategy):
         ]
         return super()._setup_model(model)
 
-    def gather(self) -> None:
-        """Make the base whole on every device, for good."""
+    def on_validation_start(self) -> None:
         for layer in self.shared:
             layer.set_reshard_after_forward(False)
             layer.unshard()
+
+    def on_validation_end(self) -> None:
+        for layer in self.shared:
+            layer.set_reshard_after_forward(True)
+            layer.reshard()
+
+    def gather(self) -> None:
+        """Behind the training: every process gets the base back as it was, and no longer needs the others."""
+        for index, layer in enumerate(self.shared):
+            whole = {name: parameter.full_tensor() for name, parameter in layer.named_parameters()}
+            self.plain[index].load_state_dict(whole, assign=True)
+            self.shared[index] = self.plain[index].requires_grad_(False)

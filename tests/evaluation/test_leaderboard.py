@@ -7,7 +7,8 @@ import yaml
 from block_scores import synthetic
 
 from megactx.evaluation.bootstrap import difference_intervals
-from megactx.evaluation.leaderboard import build, main, report, tables
+from megactx.evaluation.leaderboard import build, main, report
+from megactx.evaluation.leaderboard_tables import tables
 from megactx.evaluation.report import write_report
 from megactx.evaluation.runs import find_runs, labels
 from megactx.evaluation.summary import summarise
@@ -250,20 +251,34 @@ def test_the_picture_has_one_labelled_point_per_row_and_the_controls_lines(tmp_p
         seen.append((x, round(y, 3), kwargs["fmt"], kwargs["color"]))
         return original(self, x, y, *args, **kwargs)
 
+    levels = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Axes, "errorbar", watched)
+        patch.setattr(Axes, "axhline", lambda self, y, **kwargs: levels.append(y))
         board = report([tmp_path], tmp_path)
+    last = board.rows[0].runs[0].report["groups"]["overall"]["recovery"]["last token"]
+    assert levels == [0, last["all"]["point"], 0, last["body"]["point"]]
     left = seen[:3]
-    assert left == [
-        (row.flops, round(row.recovery["recovery"].point, 3), *mark[2:])
-        for row, mark in zip(board.rows, left, strict=True)
-    ]
+    for row, (x, y, *_) in zip(board.rows, left, strict=True):
+        assert x == pytest.approx(row.flops) and y == round(row.recovery["recovery"].point, 3)
     marks = {row.name: mark[2:] for row, mark in zip(board.rows, left, strict=True)}
     cls, linear, deep = (
         next(mark for name, mark in marks.items() if part in name) for part in ("cls", "linear", "layers=4")
     )
     assert cls[1] != deep[1] and linear[1] == deep[1]  # colour by pooling
     assert linear[0] != deep[0] and cls[0] == deep[0]  # marker by head
+
+
+def test_points_of_nearly_equal_flops_stand_side_by_side_around_them():
+    from types import SimpleNamespace
+
+    from megactx.evaluation.leaderboard_plot import _side_by_side
+
+    rows = [SimpleNamespace(flops=flops, runs=[SimpleNamespace(settings={})]) for flops in (1e6, 1.1e6, 5e6, 1.05e6)]
+    x = _side_by_side(rows)
+    near = sorted([x[0], x[1], x[3]])
+    assert x[2] == pytest.approx(5e6) and near[1] == pytest.approx(1.05e6, rel=0.01)
+    assert near[1] / near[0] == pytest.approx(near[2] / near[1]) and near[1] / near[0] > 1.05
 
 
 def test_mistakes_end_with_code_2_and_no_result_with_code_3(tmp_path, capsys):

@@ -89,7 +89,7 @@ def test_a_sweep_over_jobs_of_several_devices_is_refused_with_the_reason(gist_se
 def test_the_trainers_of_several_devices_compose_and_are_valid(choice):
     cfg = compose([f"trainer={choice}", "experiment=demo"])
     validate(cfg, compose([f"trainer={choice}"]))
-    assert cfg.trainer.devices == "auto" and cfg.trainer.strategy.broadcast_buffers is False
+    assert cfg.trainer.devices == "auto" and "strategy" in cfg.trainer
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

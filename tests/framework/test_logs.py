@@ -114,3 +114,12 @@ def test_csv_keeps_its_rows_and_columns_when_a_run_goes_on_with_more_metrics(tmp
         rows = list(csv.DictReader(file))
     assert [(r["step"], r["a"], r["b"]) for r in rows] == [("0", "1.0", ""), ("1", "2.0", "3.0")]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_callbacks_full_logs_the_device_too(tiny_run, tmp_path):
+    assert run([*tiny_run, "callbacks=full", "preset.steps=2", f"folder={tmp_path / 'a'}"]) == 0
+    with (tmp_path / "a" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = {name for row in rows for name, value in row.items() if value}
+    assert {"lr/muon", "grad_norm/base", "speed/tokens_per_second"} <= names
+    assert any(name.startswith("DeviceStatsMonitor") and "cpu" in name for name in names)

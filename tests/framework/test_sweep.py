@@ -225,7 +225,7 @@ def test_a_launcher_runs_jobs_at_once_hides_no_failure_and_skips_what_is_done(gi
         told = [json.loads((job / "outcome.json").read_text()) for job in sorted(folder.glob("gistnet*"))]
         assert [one["state"] for one in told] == [state, "failed"]
         assert "gistnet.head=none_such is not known" in ended.stdout.partition("Sweep in")[2]
-        assert "leaderboard: 1 runs" in ended.stdout
+        assert "leaderboard: 1 run," in ended.stdout
     cores = len(os.sched_getaffinity(0))
     threads = os.environ.get("OMP_NUM_THREADS", max(1, cores // 2))
     assert f"CPU ({threads} threads)" in (folder / "gistnet.head-linear" / "run.yaml").read_text()
