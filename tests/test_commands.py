@@ -22,7 +22,11 @@ def commands(path: Path) -> list[str]:
     return [match[1].strip() for line in text.splitlines() if (match := COMMAND.match(line))]
 
 
-FOUND = [(path.name, command) for path in (REPOSITORY / "README.md", REPOSITORY / "docs" / "own_model.md", *EXPERIMENTS) for command in commands(path)]
+FOUND = [
+    (path.name, command)
+    for path in (REPOSITORY / "README.md", REPOSITORY / "docs" / "own_model.md", *EXPERIMENTS)
+    for command in commands(path)
+]
 
 
 def jobs(arguments: list[str]) -> list[list[str]]:

@@ -19,7 +19,14 @@ SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_att
 SMALL |= dict(vocab_size=512, max_position_embeddings=1024, bos_token_id=0, eos_token_id=None, pad_token_id=1)
 FEW = ["preset=demo", "preset.steps=3", "preset.warmup=1", "preset.validate_every=3", "preset.batch=1"]
 FEW += ["preset.spans=4", "preset.validation_documents=2", "preset.max_tokens=512", "preset.min_tokens=256"]
-FEW += ["stage.evaluate.blocks=16", "stage.lr=1e-2", "trainer=cpu", "trainer.precision=32-true"]
+FEW += ["stage.evaluate.blocks=16", "stage.evaluate.copies=2", "stage.lr=1e-2"]
+FEW += ["trainer=cpu", "trainer.precision=32-true"]
+    "stage.evaluate.blocks=16",
+    "stage.evaluate.copies=2",
+    "stage.lr=1e-2",
+    "trainer=cpu",
+    "trainer.precision=32-true",
+]
 TEXT = " ".join(f"Block {number} is one of {number * number} that a gist can stand for." for number in range(40))
 LOAD = """
 import torch
@@ -42,7 +49,8 @@ def texts(tmp_path_factory):
     for number, (name, text) in enumerate(sorted(pydoc_data.topics.topics.items())):
         if len(text) > 2500:
             (folder / f"{name}.{('txt', 'md')[number % 2]}").write_text(text, encoding="utf-8")
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40]:
+    modules = [path for path in Path(sysconfig.get_path("stdlib")).glob("*.py") if 3000 < path.stat().st_size < 9000]
+    for path in sorted(modules)[:30]:
         shutil.copy(path, folder / "deeper" / path.name)
     return folder
 

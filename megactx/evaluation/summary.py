@@ -19,6 +19,7 @@ SPANS = {"all": 0, "body": BODY}  # first offset of each
 BEST_OF = "untrained mean"
 ENOUGH_BLOCKS, ENOUGH_DOCUMENTS = 2000, 50
 GEOMETRY_TARGETS = {"diversity": 0.5, "contrastive_gap": 0.1, "attention_entropy": (2.0, 4.0)}
+SPACE = ("diversity", "cosine_std", "adjacent_distance", "contrastive_gap", "attention_entropy")
 LEVEL2_TARGET = 2.0  # nats: dNLL of a gist of gists
 
 
@@ -71,6 +72,19 @@ def summarise(
         numbers["targets"].append(_judged({"target": "level2/dnll", "goal": LEVEL2_TARGET, "below": True} | reached))
     numbers["notes"] = _notes(numbers)
     return numbers
+
+
+def check_targets(targets: dict[str, float], horizon: int) -> None:
+    """Refuse targets for what is not measured, before a run and not after it.
+
+    Raises:
+        ValueError: names the target and what is measured.
+    """
+    empty = torch.zeros(1, horizon)
+    known = sorted({*figures(block_sums(empty, empty, empty, empty, empty)), *SPACE})
+    for name in targets:
+        if name.rpartition("/")[2] not in known:
+            raise ValueError(f"stage.targets.{name}: it is not measured; measured are {', '.join(known)}")
 
 
 def _group(scores: BlockScores, subject: str, domain: str | None) -> dict:

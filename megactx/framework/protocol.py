@@ -57,7 +57,7 @@ class ValidationProtocol(Callback):
             trainer.should_stop = True
         if before is not None:
             for logger in trainer.loggers:
-                logger.log_metrics({f"{monitor}_ema": before}, step=step)
+                logger.log_metrics({f"{monitor}_ema": before}, step=step - 1)  # where its figures are
 
     def add(self, step: int, value: float) -> str:
         """One more validation; -> why the stage should end, or an empty string."""

@@ -23,7 +23,7 @@ from megactx.evaluation.passages import measure_copies, measure_level
 from megactx.evaluation.plots import plot_run
 from megactx.evaluation.reconstruction import reconstruction, train_decoder
 from megactx.evaluation.report import print_report, write_report
-from megactx.evaluation.summary import summarise
+from megactx.evaluation.summary import check_targets, summarise
 from megactx.evaluation.sums import loggable
 from megactx.evaluation.validation import SpaceMetrics, ValidationMetrics
 from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
@@ -85,6 +85,7 @@ class GistStage(lightning.LightningModule):
         self.save_hyperparameters()
         if objective not in OBJECTIVES:
             raise ValueError(f"stage.objective={objective} is not known, allowed are {', '.join(OBJECTIVES)}")
+        check_targets(targets, horizon)
         self.base = BaseLM.from_pretrained(**base).freeze()
         width, rms = self.base.width, self.base.embedding_rms()
         self.nets = nn.ModuleDict({"gistnet": GistNet(width, rms, **gistnet)})

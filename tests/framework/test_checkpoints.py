@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from megactx.framework.checkpoints import AtomicCheckpointIO, Best, RandomState
+from megactx.framework.checkpoints import AtomicCheckpointIO, Best, Newest, RandomState, Record, clear_parts
 from megactx.framework.errors import FAILED, Interrupted, RunFailed, verdict
 from megactx.framework.guards import StopOnBadLoss, StopOnInterrupt
 from megactx.framework.progress import Progress
@@ -38,18 +38,32 @@ class Net(lightning.LightningModule):
 
 
 class PressCtrlC(lightning.Callback):
-    def __init__(self, batch: int):
-        self.batch = batch
+    """At the start of a training batch, or of the validation behind a step."""
+
+    def __init__(self, batch: int | None = None, validation: int | None = None):
+        self.batch, self.validation = batch, validation
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == self.batch:
             signal.raise_signal(signal.SIGINT)
 
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if trainer.global_step == self.validation and batch_idx == 0:
+            signal.raise_signal(signal.SIGINT)
+
+
+class StopAt(lightning.Callback):
+    """Ends a run at a validation, as a plateau does."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_validation_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
+
 
 def fit(folder, net, *callbacks, steps=8, resume=None, **settings):
-    last = lightning.pytorch.callbacks.ModelCheckpoint(
-        folder / "checkpoints", every_n_train_steps=2, save_last=True, enable_version_counter=False
-    )
+    last = Newest(folder / "checkpoints", every_n_train_steps=2)
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -61,7 +75,7 @@ def fit(folder, net, *callbacks, steps=8, resume=None, **settings):
         enable_model_summary=False,
         enable_progress_bar=any(isinstance(c, Progress) for c in callbacks),
         plugins=[AtomicCheckpointIO()],
-        callbacks=[StopOnBadLoss(), RandomState(), StopOnInterrupt(folder), last, *callbacks],
+        callbacks=[StopOnBadLoss(), RandomState(), *callbacks, last, StopOnInterrupt(folder)],
         default_root_dir=folder,
         **settings,
     )
@@ -133,6 +147,47 @@ def test_ctrl_c_saves_after_the_whole_step_and_the_run_goes_on_to_the_same_weigh
     fit(tmp_path / "b", second, resume=last, accumulate_grad_batches=2)
     assert second.losses == straight.losses[6:]
     assert torch.equal(second.layer.weight, straight.layer.weight)
+
+
+@pytest.mark.parametrize("when", [{"validation": 4}, {"batch": 7}], ids=["while validating", "in the step before"])
+def test_ctrl_c_at_a_validation_finishes_it_and_the_run_goes_on_behind_it(when, tmp_path):
+    straight, first, second = Net(), Net(), Net()
+    second.load_state_dict(straight.state_dict())
+    first.load_state_dict(straight.state_dict())
+    torch.manual_seed(0)
+    fit(tmp_path / "a", straight, Best(tmp_path / "a" / "checkpoints"), accumulate_grad_batches=2)
+    torch.manual_seed(0)
+    settings = dict(accumulate_grad_batches=2)
+    with pytest.raises(Interrupted, match="step 4"):
+        fit(tmp_path / "b", first, PressCtrlC(**when), Best(tmp_path / "b" / "checkpoints"), **settings)
+    assert load(tmp_path / "b" / "checkpoints" / "best.ckpt")["global_step"] == 4  # the validation's new minimum
+    last = tmp_path / "b" / "checkpoints" / "last.ckpt"
+    fit(tmp_path / "b", second, Best(tmp_path / "b" / "checkpoints"), resume=last, **settings)
+    assert first.losses + second.losses == straight.losses
+    assert torch.equal(second.layer.weight, straight.layer.weight)
+    assert load(tmp_path / "b" / "checkpoints" / "best.ckpt")["global_step"] == 4  # later ones are worse, and it knows
+
+
+def test_a_run_that_ended_itself_does_not_train_on_when_resumed_but_another_run_does_from_there(tmp_path):
+    def again(folder, resume=None, *callbacks):
+        net = Net()
+        fit(folder, net, *callbacks, Record({"folder": str(folder)}), resume=resume)
+        return len(net.losses)
+
+    assert again(tmp_path / "a", None, StopAt(4)) == 4
+    last = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    assert load(last)["ended"] is True and load(last)["global_step"] == 4
+    assert again(tmp_path / "a", last) == 0
+    assert again(tmp_path / "b", last) == 4
+
+
+def test_a_file_that_a_kill_left_half_written_is_removed_and_checkpoints_stay(tmp_path):
+    clear_parts(tmp_path)  # a run that has saved nothing yet
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("last.ckpt", "best.ckpt.part", "last.ckpt.part"):
+        (tmp_path / "checkpoints" / name).touch()
+    clear_parts(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
 def test_best_is_the_checkpoint_of_the_lowest_monitored_value(tmp_path):

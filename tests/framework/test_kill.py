@@ -13,7 +13,8 @@ from megactx.framework.app import run
 
 REPOSITORY = Path(__file__).parents[2]
 KILLED = Path(__file__).with_name("killed.py")
-MOMENTS = {"training": 3, "validating": 4, "saving": 4}  # the step in which it is killed
+# The step in which it is killed, and that of its last checkpoint by then.
+MOMENTS = {"training": (5, 4), "validating": (4, 2), "saving": (4, 2)}
 CLOCK = ("speed/",)  # metrics that are never the same twice
 STEPS = 6
 
@@ -78,16 +79,17 @@ def uninterrupted(settings, tmp_path_factory):
 
 
 def kill(moment: str, settings: list[str], folder: Path) -> None:
-    step = MOMENTS[moment]
+    step, last = MOMENTS[moment]
     done = python(KILLED, moment, step, *settings, f"folder={folder}")
     assert done.returncode == -9, done.stderr
     saved = load(folder, "last.ckpt")["global_step"]  # whole, whatever was being written
-    assert saved == 2 and not (folder / "done").exists()
+    assert saved == last and not (folder / "done").exists()
     assert bool(list((folder / "checkpoints").glob("*.part"))) == (moment == "saving")
 
 
-def assert_went_on(folder: Path, said: str) -> None:
-    assert f"Going on from {folder / 'checkpoints' / 'last.ckpt'}, step 2" in said and "changed:" not in said
+def assert_went_on(folder: Path, said: str, moment: str) -> None:
+    step = MOMENTS[moment][1]
+    assert f"Going on from {folder / 'checkpoints' / 'last.ckpt'}, step {step}" in said and "changed:" not in said
 
 
 def assert_ended_alike(folder: Path, uninterrupted: Path) -> None:
@@ -107,10 +109,11 @@ def test_a_run_that_was_killed_while_it_saved_goes_on_to_the_same_end(settings, 
     kill("saving", settings, tmp_path / "run")
     capsys.readouterr()
     assert run([*settings, f"folder={tmp_path / 'new'}", "resume=auto"]) == 0
-    assert_went_on(tmp_path / "run", capsys.readouterr().out)
+    assert_went_on(tmp_path / "run", capsys.readouterr().out, "saving")
     assert_ended_alike(tmp_path / "run", uninterrupted)
     assert len([row for row in rows(uninterrupted) if "train/loss" in row]) == STEPS  # it logs every step
     assert len([row for row in rows(uninterrupted) if "val/dnll" in row]) == STEPS // 2
+    assert len([row for row in rows(uninterrupted) if "val/dnll_ema" in row]) == STEPS // 2 - 1
 
 
 @pytest.mark.slow
@@ -119,5 +122,5 @@ def test_wherever_a_run_is_killed_it_goes_on_to_the_same_end(moment, workers, se
     kill(moment, [*settings, workers], tmp_path / "run")
     done = python(REPOSITORY / "train.py", *settings, workers, f"folder={tmp_path / 'new'}", "resume=auto")
     assert done.returncode == 0, done.stderr
-    assert_went_on(tmp_path / "run", done.stdout)
+    assert_went_on(tmp_path / "run", done.stdout, moment)
     assert_ended_alike(tmp_path / "run", uninterrupted)

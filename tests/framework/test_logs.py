@@ -123,3 +123,29 @@ def test_callbacks_full_logs_the_device_too(tiny_run, tmp_path):
     names = {name for row in rows for name, value in row.items() if value}
     assert {"lr/muon", "grad_norm/base", "speed/tokens_per_second"} <= names
     assert any(name.startswith("DeviceStatsMonitor") and "cpu" in name for name in names)
+
+
+@pytest.mark.parametrize(("torn", "steps", "kept"), [("", 9, [0, 1, 1, 2]), ("", 2, [0, 1, 1]), ("7,1", 9, [0, 1, 1, 2])])
+def test_a_log_is_rewound_to_its_first_steps_without_what_a_kill_has_cut(tmp_path, torn, steps, kept):
+    from megactx.framework.logs import CSV
+
+    first = CSV(tmp_path)
+    for step, metrics in ((0, {"loss": 1.0}), (1, {"loss": 2.0}), (1, {"val": 3.0}), (2, {"loss": 4.0})):
+        first.log_metrics(metrics, step)  # in the file at once: nobody calls save on a run that is killed
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write(torn)
+    second = CSV(tmp_path)
+    second.rewind(steps)
+    second.log_metrics({"loss": 5.0, "other": 6.0}, 8)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [*kept, 8]
+    assert rows[2]["val"] == "3.0" and rows[-1]["other"] == "6.0"
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_there_is_nothing_to_rewind_in_a_new_folder(tmp_path):
+    from megactx.framework.logs import CSV
+
+    CSV(tmp_path).rewind(3)
+    assert not (tmp_path / "metrics.csv").exists()

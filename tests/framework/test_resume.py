@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from megactx.framework.resume import check_fits, differing, find, plain, read
+from megactx.framework.resume import check_accumulation, check_fits, differing, find, plain, read
 from megactx.framework.search_path import compose
 
 
@@ -101,3 +101,11 @@ def test_a_checkpoint_of_another_architecture_is_refused_with_the_settings_named
     torch.save({"state_dict": {}, "hyper_parameters": {"lr": 4}}, path)
     with pytest.raises(ValueError, match="another stage: only there lr; only here width"):
         check_fits(Net(8), path)
+
+
+def test_another_accumulation_is_refused_with_the_one_that_fits():
+    saved = {"config": {"trainer": {"accumulate_grad_batches": 4}}}
+    check_accumulation(saved, {"trainer": {"accumulate_grad_batches": 4}})
+    check_accumulation({}, {"trainer": {"accumulate_grad_batches": 2}})  # it does not say
+    with pytest.raises(ValueError, match="preset.accumulate=2.*written with 4"):
+        check_accumulation(saved, {"trainer": {"accumulate_grad_batches": 2}})

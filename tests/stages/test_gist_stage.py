@@ -149,6 +149,7 @@ def test_the_contrastive_term_takes_only_blocks_that_have_a_right_neighbour(gist
         (["data.path=/no/such/file"], "data.path=/no/such/file"),
         (["base.name=/no/such/folder"], "base.name=/no/such/folder"),
         (["stage.objective=mse"], "stage.objective=mse"),
+        (["+stage.targets.recal=0.5"], "stage.targets.recal"),
         (["data.max_tokens=9999"], "data.max_tokens=9999"),
         (["data.min_tokens=250", "data.max_tokens=240"], "data.min_tokens=250"),
         (["resume=/no/such/checkpoint"], "resume=/no/such/checkpoint"),
