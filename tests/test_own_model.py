@@ -21,12 +21,6 @@ FEW = ["preset=demo", "preset.steps=3", "preset.warmup=1", "preset.validate_ever
 FEW += ["preset.spans=4", "preset.validation_documents=2", "preset.max_tokens=512", "preset.min_tokens=256"]
 FEW += ["stage.evaluate.blocks=16", "stage.evaluate.copies=2", "stage.lr=1e-2"]
 FEW += ["trainer=cpu", "trainer.precision=32-true"]
-    "stage.evaluate.blocks=16",
-    "stage.evaluate.copies=2",
-    "stage.lr=1e-2",
-    "trainer=cpu",
-    "trainer.precision=32-true",
-]
 TEXT = " ".join(f"Block {number} is one of {number * number} that a gist can stand for." for number in range(40))
 LOAD = """
 import torch

@@ -6,9 +6,13 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from .errors import composition_message
-from .resume import differing
-from .search_path import compose
+from . import processes
+from .errors import DONE, composition_message
+from .fit import build_and_run, finish_loggers
+from .resume import best, differing, last_of, plain
+from .runfolder import close_folder, open_folder, short, show
+from .search_path import compose, reference
+from .validate import locate, validate
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +35,58 @@ def stage_config(name: str, overrides: list[str], folder: Path) -> DictConfig:
     except HydraException as error:
         raise ValueError(f"curriculum: {composition_message(error, kept)}") from error
     OmegaConf.set_struct(cfg, False)
-    own = folder / name
-    cfg.folder = str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else str(own)
+    cfg.folder = short(folder / name)
     return cfg
+
+
+def stages_of(cfg: DictConfig, here, folder: Path, device) -> dict[str, DictConfig]:
+    """name -> config of a curriculum's stages; empty for any other run.
+
+    Args:
+        here: Hydra's own config of this run.
+        folder: of the curriculum.
+
+    Raises:
+        ValueError: a mistake in any of them: the last one's is told before the first one runs.
+    """
+    if cfg.curriculum and device.count > 1:
+        raise ValueError(
+            f"trainer.devices={cfg.trainer.devices}: a curriculum runs on 1 device, as its processes would start anew"
+            " in each stage; run its stages one by one, each with stage.init=FOLDER of the one before"
+        )
+    overrides, known = list(here.overrides.task), reference(here.runtime.choices)
+    stages = {name: stage_config(name, overrides, folder) for name in cfg.curriculum}
+    for stage in stages.values():
+        validate(stage, known)
+    return stages
+
+
+def run_in_turn(stages: dict[str, DictConfig], overrides: list[str], folder: Path, device, kept: list[Path]) -> None:
+    """A stage that is done is passed by, one that was begun goes on, a new one starts from the best of the last.
+
+    Args:
+        overrides: of the command line.
+        folder: of the curriculum.
+        kept: the run folders so far; each stage's is added.
+    """
+    before = None
+    for index, (name, stage) in enumerate(stages.items()):
+        own = folder / name
+        if before is not None:
+            stage.stage.init = short(best(before))
+        if not (own / "done").exists():
+            checkpoint = last_of(stage, own)
+            print(f"\nStage {index + 1} of {len(stages)}: {name}", flush=True)
+            config = plain(stage)
+            open_folder(own, config, overrides, device.why)
+            kept.append(own)
+            show(config, device.why, stage.folder)
+            build_and_run(stage, config, own, device, checkpoint)
+            finish_loggers(DONE)
+            close_folder(own)
+        before = own
+    if not processes.rank():
+        locate(stage.stage["_target_"]).conclude(folder, list(stages))
 
 
 def find_curriculum(cfg: DictConfig, folder: Path, fixed: bool) -> Path:

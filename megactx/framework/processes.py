@@ -48,6 +48,14 @@ def agreed(decide: Callable[[], tuple[Path | None, Path]]) -> tuple[Path | None,
     return checkpoint, folder
 
 
+def joint(code: int, done: int) -> int:
+    """The exit code where all processes end for the same reason: the first one's, which also says why; else ``done``.
+
+    One that fails alone ends with its own code: Lightning then ends the others.
+    """
+    return done if rank() else code
+
+
 def refuse_sweep(count: int) -> None:
     """A job of a sweep takes one device.
 

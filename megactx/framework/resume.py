@@ -182,4 +182,6 @@ def check_accumulation(checkpoint: dict, config: dict) -> None:
     key = "trainer.accumulate_grad_batches"
     then, now = (OmegaConf.select(OmegaConf.create(c), key) for c in (checkpoint.get("config", config), config))
     if then != now:
-        raise ValueError(f"preset.accumulate={now}: the checkpoint was written with {then}; set preset.accumulate={then}")
+        raise ValueError(
+            f"preset.accumulate={now}: the checkpoint was written with {then}; set preset.accumulate={then}"
+        )

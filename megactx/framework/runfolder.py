@@ -59,6 +59,11 @@ def hide_in_command(overrides) -> list[str]:
     return hidden
 
 
+def short(folder: Path) -> str:
+    """Relative to the working directory where it is below it."""
+    return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)
+
+
 def write(path: Path, text: str) -> None:
     """Write a small file under a temporary name, then rename."""
     part = path.with_name(f"{path.name}.part")

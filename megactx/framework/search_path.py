@@ -63,6 +63,12 @@ def compose(overrides=(), with_hydra: bool = False) -> DictConfig:
         return hydra.compose(**asked)
 
 
+def reference(choices) -> DictConfig:
+    """The chosen parts without the values of the experiment and of the command line."""
+    groups = {g: c for g, c in choices.items() if not g.startswith("hydra/") and g != "experiment" and c is not None}
+    return compose([f"{group}={choice}" for group, choice in groups.items()])
+
+
 def _run_name() -> str:
     from hydra.core.hydra_config import HydraConfig
 

@@ -60,6 +60,7 @@ class GistStage(lightning.LightningModule):
     """
 
     monitor = "val/dnll"  # of which a new minimum is worth a checkpoint
+    reports_best = True  # that checkpoint is what the report is of, and what the next stage starts from
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""``python plain_sgd.py OVERRIDE...``: train.py with plain SGD, which writes what it saw to ``seen.pt`` in the run folder.
+"""``python plain_sgd.py OVERRIDE...``: train.py with plain SGD; what it saw is in ``seen.pt`` of the run folder.
 
 ``gradients``: of the GistNet, per step, before clipping. ``dnll``: of the batches of the first process.
 """

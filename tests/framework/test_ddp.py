@@ -112,7 +112,9 @@ def python(*arguments) -> str:
 def rows(folder: Path, name: str) -> list[dict]:
     """The rows of the log that have a metric, as numbers, without what a clock said."""
     with (folder / "metrics.csv").open(newline="") as file:
-        found = [{k: float(v) for k, v in row.items() if v and not k.startswith("speed/")} for row in csv.DictReader(file)]
+        found = [
+            {k: float(v) for k, v in row.items() if v and not k.startswith("speed/")} for row in csv.DictReader(file)
+        ]
     return [row for row in found if name in row]
 
 
@@ -176,3 +178,15 @@ def test_a_run_of_two_processes_goes_on_exactly_where_it_stopped(settings, tmp_p
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["run"]
     before, after = (rows(tmp_path / side / "run", "step") for side in "ba")
     assert after == before and len(rows(tmp_path / "a" / "run", "train/dnll")) == 3
+
+
+@pytest.mark.slow
+def test_the_base_lm_stage_logs_the_same_for_two_processes_as_for_one(tiny_run, tmp_path):
+    kept = [setting for setting in tiny_run if not setting.startswith(("trainer=", "+stage.config", "+datamodule"))]
+    kept += ["+datamodule.validation_batches=3", "preset.steps=1", "preset.validate_every=1"]  # 2 and 1 per process
+    assert run([*kept, "trainer=cpu", "preset.accumulate=2", f"folder={tmp_path / 'one'}"]) == 0
+    python(REPOSITORY / "train.py", *kept, "trainer=ddp", *TWO, "preset.accumulate=1", f"folder={tmp_path / 'two'}")
+    (one,), (two,) = (rows(tmp_path / name, "val/nll") for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-6)
+    ((one, *_), (two, *_)) = (rows(tmp_path / name, "train/nll") for name in ("one", "two"))
+    assert two["train/tokens"] == 2 * one["train/tokens"] and two["train/nll"] != one["train/nll"]

@@ -125,7 +125,9 @@ def test_callbacks_full_logs_the_device_too(tiny_run, tmp_path):
     assert any(name.startswith("DeviceStatsMonitor") and "cpu" in name for name in names)
 
 
-@pytest.mark.parametrize(("torn", "steps", "kept"), [("", 9, [0, 1, 1, 2]), ("", 2, [0, 1, 1]), ("7,1", 9, [0, 1, 1, 2])])
+@pytest.mark.parametrize(
+    ("torn", "steps", "kept"), [("", 9, [0, 1, 1, 2]), ("", 2, [0, 1, 1]), ("7,1", 9, [0, 1, 1, 2])]
+)
 def test_a_log_is_rewound_to_its_first_steps_without_what_a_kill_has_cut(tmp_path, torn, steps, kept):
     from megactx.framework.logs import CSV
 
