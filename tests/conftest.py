@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# Small models gain nothing from more threads, and two such programs on the same cores wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
