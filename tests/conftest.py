@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """Caches of this session only: a test never reads what another run has written."""
+    """Caches of these tests only: a test never reads what another run has written."""
     folder = tmp_path_factory.mktemp("cache")
     before = os.environ.get("MEGACTX_CACHE")
     os.environ["MEGACTX_CACHE"] = str(folder)
