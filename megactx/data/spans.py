@@ -50,17 +50,30 @@ class SpanBatches:
         horizon: tokens H that are scored after a block.
         seed: the batches are a function of it.
         compose: ``(document, rng) -> document``, applied to every document that is drawn, see ``Composed``.
+        level2_spans: spans of K^2 tokens per document, in addition; 0 for none.
 
     Each item is a dict: ``ids`` int64 [B, T], padded with 0; ``lengths`` int64 [B]; ``starts`` int64 [B, N];
-    ``domain``, a list of B strings; ``document`` int64 [B], the index of the source text.
+    ``domain``, a list of B strings; ``document`` int64 [B], the index of the source text; and, with ``level2_spans``,
+    ``starts2`` int64 [B, N2], on the grid of K^2.
 
     Raises:
         ValueError: a weight above 0 for a domain without documents, or no weight above 0.
     """
 
-    def __init__(self, documents, weights, batch: int, spans: int, block: int, horizon: int, seed: int, compose=None):
+    def __init__(
+        self,
+        documents,
+        weights,
+        batch: int,
+        spans: int,
+        block: int,
+        horizon: int,
+        seed: int,
+        compose=None,
+        level2_spans: int = 0,
+    ):
         self.batch, self.spans, self.block, self.horizon, self.seed = batch, spans, block, horizon, seed
-        self.compose = compose
+        self.compose, self.level2_spans = compose, level2_spans
         for name, value in (("batch", batch), ("spans", spans)):
             if value < 1:
                 raise ValueError(f"preset.{name}={value} is not allowed: it must be 1 or more")
@@ -91,13 +104,17 @@ class SpanBatches:
         ids = np.zeros((self.batch, lengths.max()), dtype=np.int64)
         for row, document in zip(ids, documents, strict=True):
             row[: len(document["input_ids"])] = document["input_ids"]
-        return {
+        item = {
             "ids": ids,
             "lengths": lengths,
-            "starts": np.stack([self._starts(rng, length) for length in lengths]),
+            "starts": np.stack([self._starts(rng, length, self.block, self.spans) for length in lengths]),
             "domain": [document["domain"] for document in documents],
             "document": np.asarray([document["text"] for document in documents]),
         }
+        if self.level2_spans:  # drawn last, so that without them a batch is the same
+            found = [self._starts(rng, length, self.block**2, self.level2_spans) for length in lengths]
+            item["starts2"] = np.stack(found)
+        return item
 
     def _document(self, rng, near: float) -> dict:
         pool = self.pools[self.domains[rng.choice(len(self.domains), p=self.shares)]]
@@ -107,11 +124,11 @@ class SpanBatches:
         document = pool[min(int(rank * len(pool)), len(pool) - 1)]
         return self.compose(document, rng) if self.compose else document
 
-    def _starts(self, rng, length: int) -> np.ndarray:
-        starts = rng.permutation(eligible_starts(length, self.block, self.horizon))
-        if len(starts) < self.spans:
-            starts = np.concatenate([starts, rng.choice(starts, self.spans - len(starts))])
-        return starts[: self.spans]
+    def _starts(self, rng, length: int, tokens: int, count: int) -> np.ndarray:
+        starts = rng.permutation(eligible_starts(length, tokens, self.horizon))
+        if len(starts) < count:
+            starts = np.concatenate([starts, rng.choice(starts, count - len(starts))])
+        return starts[:count]
 
 
 def check_weights(weights, documents) -> dict[str, float]:

@@ -35,6 +35,8 @@ class SpanData(Shares):
         validation_blocks: blocks per validation document, evenly spaced.
         interleave, adversarial: shares of the training documents that are ``mixed`` and ``adversarial``, see
             ``Composed``; the rest is plain. Where a share is above 0, held-out documents of that label exist too.
+        level2_spans: spans of K^2 tokens per training document, for gists of gists; 0 for none. ``min_tokens`` is then
+            at least 2 K^2 + H.
 
     Raises:
         ValueError: a length that does not fit, or nothing left that is long enough; it names the setting.
@@ -57,6 +59,7 @@ class SpanData(Shares):
         validation_blocks: int = 8,
         interleave: float = 0.0,
         adversarial: float = 0.0,
+        level2_spans: int = 0,
     ):
         super().__init__()
         self.source, self.workers, self.seed = source, workers, seed
@@ -68,7 +71,7 @@ class SpanData(Shares):
         for name, value in (("validation_documents", validation_documents), ("validation_blocks", validation_blocks)):
             if value < 1:
                 raise ValueError(f"preset.{name}={value} is not allowed: it must be 1 or more")
-        self.interleave, self.adversarial = interleave, adversarial
+        self.interleave, self.adversarial, self.level2_spans = interleave, adversarial, level2_spans
         _check_shares(interleave, adversarial)
         self.limit_to(LONGEST_DOCUMENT)
 
@@ -88,7 +91,8 @@ class SpanData(Shares):
         documents = self._cut(rows, TRAIN)
         make = self._composed(check_weights(self.weights, documents))
         sizes = (self.batch, self.spans, self.block, self.horizon, self.seed)
-        self.training = SpanBatches(documents, self.weights, *sizes, compose=make and make(documents))
+        compose = make and make(documents)
+        self.training = SpanBatches(documents, self.weights, *sizes, compose, self.level2_spans)
         held = self._cut(rows, VALIDATION)
         self.held = _in_turn([document for document in held if document["domain"] in self.training.domains])
         for domain in set(self.training.domains) - {document["domain"] for document in self.held}:
@@ -179,6 +183,15 @@ class SpanData(Shares):
             raise ValueError(
                 f"data.min_tokens={self.min_tokens} is not allowed: documents have at most {self.max_tokens} tokens"
                 f" (data.max_tokens, or what the base takes)"
+            )
+        if self.level2_spans < 0:
+            raise ValueError(f"datamodule.level2_spans={self.level2_spans} is not allowed: it must be 0 or more")
+        needed = 2 * self.block**2 + self.horizon
+        if self.level2_spans and self.min_tokens < needed:
+            raise ValueError(
+                f"datamodule.level2_spans={self.level2_spans} does not fit into data.min_tokens={self.min_tokens}: the"
+                f" first {self.block**2} tokens are never replaced, so a document needs 2 x {self.block}^2 +"
+                f" {self.horizon} = {needed} tokens"
             )
         needed = 2 * self.block + self.horizon
         if self.min_tokens < needed:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .files import replacing
 from .plots import plot_stages
-from .report import Sheet, markdown_sheet, print_sheet
+from .sheets import Sheet, markdown_sheet, number, print_sheet, target_cells
 from .summary import DROPPED, OVERALL
 
 LAST_TOKEN = "last token"
@@ -43,26 +43,13 @@ def _result_sheet(reports: dict) -> Sheet:
         own, control = group["rows"][report["subject"]], group["rows"][LAST_TOKEN]
         cells = [own["dnll"], group["rows"][DROPPED]["dnll"]]
         cells += [figures.get(key) for key in ("recovery", "recovery_body") for figures in (own, control)]
-        rows.append([name, str(report["horizon"]), f"{report['blocks']:,}", *[_number(cell) for cell in cells]])
+        rows.append([name, str(report["horizon"]), f"{report['blocks']:,}", *[number(cell) for cell in cells]])
     return Sheet("curriculum: the GistNet after each stage", header, rows)
 
 
 def _target_sheet(reports: dict) -> Sheet:
-    rows = []
-    for name, report in reports.items():
-        for target in report["targets"]:
-            goal = target["goal"]
-            if isinstance(goal, list):
-                wanted = f"{goal[0]:g}-{goal[1]:g}"
-            else:
-                wanted = f"{'<' if target['below'] else '>'} {goal:g}"
-            value, dropped = _number(target["value"]), _number(target[DROPPED])
-            rows.append([name, target["target"], wanted, value, dropped, target["status"]])
+    rows = [[name, *target_cells(target)] for name, report in reports.items() for target in report["targets"]]
     passed = sum(row[-1] == "passed" for row in rows)
     return Sheet(
         f"targets: {passed} of {len(rows)} passed", ["stage", "", "target", "GistNet", DROPPED, "status"], rows
     )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -8,6 +8,7 @@ from .bootstrap import Interval
 from .files import replacing
 from .leaderboard_plot import plot
 from .metrics import BODY
+from .sheets import Sheet, console_of, markdown_sheet, print_sheet
 
 SPANS = {"recovery": ("all", 0), "recovery_body": ("body", BODY)}  # column -> (span of the report, first offset)
 WIDTH = 140  # columns, where the output is no terminal
@@ -19,8 +20,8 @@ LEGEND = (
 )
 
 
-def tables(board) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, header, rows) of each table, as text."""
+def tables(board) -> list[Sheet]:
+    """Rows in order, differences to the best one, and runs without a result."""
     out = []
     if board.rows:
         header = ["#", "run", "recovery, all h", "h >= 4", "vs best", "dNLL", "KL", "subst.", "MFLOP"]
@@ -46,7 +47,8 @@ def tables(board) -> list[tuple[str, list[str], list[list[str]]]]:
         first = board.rows[0].runs[0].report
         blocks = f"{first['blocks']:,} blocks of {first['documents']:,} documents, H = {first['horizon']}, hash"
         title = f"leaderboard: {in_runs(count)}" + (f", {blocks} {first['block_hash']}" if len(hashes) == 1 else "")
-        out.append((title, header, body))
+        strong = tuple(index for index, row in enumerate(board.rows) if row.rank == 1)
+        out.append(Sheet(title, header, body, strong))
     compared = [row for row in board.rows if row.to_best]
     if compared:
         header = ["#", "run", "all h", "", "h >= 4", ""]
@@ -58,10 +60,10 @@ def tables(board) -> list[tuple[str, list[str], list[list[str]]]]:
             ]
             for row in compared
         ]
-        out.append(("recovery minus that of the best row, on the same blocks", header, body))
+        out.append(Sheet("recovery minus that of the best row, on the same blocks", header, body))
     if board.missing:
         body = [[str(run.folder), run.reason] for run in board.missing]
-        out.append((f"without a result: {in_runs(len(body))}", ["run", "reason"], body))
+        out.append(Sheet(f"without a result: {in_runs(len(body))}", ["run", "reason"], body))
     return out
 
 
@@ -95,26 +97,9 @@ def _interval(interval: Interval, sign: str = "") -> str:
 
 def show(board, console=None) -> None:
     """Print the tables, with rich."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, WIDTH)
-    for title, header, body in tables(board):
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-        for name in header:
-            words = name in ("run", "reason", "vs best", "")
-            least = 30 if name == "run" else None
-            table.add_column(
-                name, justify="left" if words else "right", no_wrap=not words, min_width=least, overflow="fold"
-            )
-        for cells in body:
-            table.add_row(*map(escape, cells), style="bold" if cells[0] == "1" else None)
-        console.print(f"\n[bold]{escape(title)}[/bold]", highlight=False)
-        console.print(table)
+    console = console_of(console, WIDTH)
+    for sheet in tables(board):
+        print_sheet(sheet, console, WIDTH)
     if board.rows:
         console.print(LEGEND, style="dim", highlight=False)
     for note in board.notes:
@@ -137,14 +122,9 @@ def write(board, folder: str | Path) -> None:
 
 
 def _markdown(board) -> str:
-    def line(cells):
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
     out = ["# Leaderboard", ""]
     out += [f"- {note}" for note in board.notes] + [""] * bool(board.notes)
-    for title, header, body in tables(board):
-        out += [f"## {title}", "", line(header), line(["---"] * len(header)), *map(line, body), ""]
-    return "\n".join([*out, LEGEND]) + "\n"
+    return "\n".join([*out, *map(markdown_sheet, tables(board)), LEGEND]) + "\n"
 
 
 def _record(row) -> dict:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from megactx.gist.substitution import blocks, check_blocks, dropped, rows_at, su
 from megactx.lm import BaseLM
 
 from .scores import BlockScores
+
+MEAN_BELOW = "mean of its gists"
 
 
 @torch.inference_mode()
@@ -30,7 +33,7 @@ def measure(
 
     Args:
         base: the frozen base LM.
-        nets: name -> GistNet, all of one block size; the untrained controls sit at the first net's position. They are
+        nets: name -> GistNet, all of one block size; the untrained controls sit where the first net's gists do. All are
             measured in eval mode, without dropout.
         batches: dicts ``ids`` [B, T], ``lengths`` [B], ``starts`` [B, N], ``domain`` (B strings), ``document`` [B].
         horizon: H.
@@ -41,11 +44,13 @@ def measure(
         level: what is replaced is a block of K^level tokens, by a gist of that level.
 
     Returns:
-        ``BlockScores`` with a row per block and a column per scored offset.
+        ``BlockScores`` with a row per block and a column per scored offset. From level 2 on, with controls, there are
+        also the first net's K gists of the level below, each at its own position, and their mean.
     """
     batches = list(batches)
     leader = next(iter(nets.values()))
-    tokens, at, device = leader.block_size**level, leader.offset_in(leader.block_size**level), base.model.device
+    tokens, device = leader.block_size**level, base.model.device
+    at = leader.offset_in(tokens), leader.sigma(level)
     with in_eval_mode(*nets.values()):
         gists = [_encode(base, nets, batch, tokens, level) for batch in batches]
     others = (
@@ -55,18 +60,23 @@ def measure(
     for index, batch in enumerate(progress(batches)):
         ids, starts = batch["ids"].to(device), batch["starts"].to(device)
         check_blocks(starts, batch["lengths"].to(device), tokens, horizon)
-        carriers = {name: (vectors, nets[name].offset_in(tokens)) for name, vectors in gists[index].items()}
+        carriers = {
+            name: (vectors, nets[name].offset_in(tokens), nets[name].sigma(level))
+            for name, vectors in gists[index].items()
+        }
         if with_controls:
             embedded = base.embed(blocks(ids, starts, tokens))
             rms = leader.embedding_rms
             carriers |= {
-                "last token": (controls.last_token(embedded), tokens - 1),
-                "random gist": (controls.random_gist(embedded, rms, seed + index), at),
-                "untrained mean (raw)": (controls.mean_raw(embedded), at),
-                "untrained mean (rescaled)": (controls.mean_rescaled(embedded, rms), at),
+                "last token": (controls.last_token(embedded), tokens - 1, None),  # a token: its position is a point
+                "random gist": (controls.random_gist(embedded, rms, seed + index), *at),
+                "untrained mean (raw)": (controls.mean_raw(embedded), *at),
+                "untrained mean (rescaled)": (controls.mean_rescaled(embedded, rms), *at),
             }
             if others is not None:
-                carriers["another block's gist"] = (others[index].to(device), at)
+                carriers["another block's gist"] = (others[index].to(device), *at)
+            if level > 1:
+                carriers |= _below(leader, embedded, level)
         parts.append(_score_batch(base, batch, ids, starts, carriers, tokens, horizon, first))
     return BlockScores.concatenate(parts)
 
@@ -88,6 +98,21 @@ def _encode(base, nets, batch, tokens, level) -> dict[str, Tensor]:
     ids, starts = (batch[name].to(base.model.device) for name in ("ids", "starts"))
     embedded = base.embed(blocks(ids, starts, tokens)).flatten(0, 1)
     return {name: net.encode_level(embedded, level).view(*starts.shape, -1) for name, net in nets.items()}
+
+
+def _below(net: GistNet, embedded: Tensor, level: int) -> dict[str, tuple]:
+    """The K gists that a gist of gists was made of, and their mean at its place: what it has to be better than."""
+    b, n, tokens, d = embedded.shape
+    with in_eval_mode(net):
+        gists = net.encode_levels(embedded.flatten(0, 1), level)[-2].view(b, n, net.block_size, d)
+    each = tokens // net.block_size
+    offsets = [net.offset_in(each) + each * index for index in range(net.block_size)]
+    at = net.offset_in(tokens), net.sigma(level)
+    return {
+        f"{MEAN_BELOW} (raw)": (controls.mean_raw(gists), *at),
+        f"{MEAN_BELOW} (rescaled)": (controls.mean_rescaled(gists, net.embedding_rms), *at),
+        f"its {net.block_size} gists": (gists, offsets, net.sigma(level - 1)),
+    }
 
 
 def _other_documents(batches, gists, seed) -> list[Tensor]:
@@ -113,9 +138,11 @@ def _other_documents(batches, gists, seed) -> list[Tensor]:
 def _score_batch(base, batch, ids, starts, carriers, tokens, horizon, first) -> BlockScores:
     teacher = teach(base, ids)
     b, n = starts.shape
-    vectors, offsets = zip(*carriers.values(), strict=True)
-    hidden = substituted(base, teacher, starts, torch.stack(vectors), offsets, tokens, horizon)
-    hidden = torch.cat([hidden, dropped(base, teacher, starts, tokens, horizon)[None]])
+    names, hidden = sorted(carriers, key=lambda name: carriers[name][0].ndim), []
+    for _, same in groupby(names, key=lambda name: carriers[name][0].ndim):  # one vector per block, then K
+        vectors, offsets, sigmas = zip(*(carriers[name] for name in same), strict=True)
+        hidden.append(substituted(base, teacher, starts, torch.stack(vectors), offsets, tokens, horizon, sigmas))
+    hidden = torch.cat([*hidden, dropped(base, teacher, starts, tokens, horizon)[None]])
     _, numbers = score(
         base,
         hidden[..., first:, :].flatten(1, 3),
@@ -127,7 +154,6 @@ def _score_batch(base, batch, ids, starts, carriers, tokens, horizon, first) -> 
         values = numbers[name] if row is None else numbers[name][row]
         return values.view(b * n, horizon - first).cpu()
 
-    names = list(carriers)
     return BlockScores(
         full=table("full"),
         drop=table("nll", len(names)),

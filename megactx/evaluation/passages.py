@@ -48,7 +48,7 @@ def copies(batches: Iterable[dict], block: int, distance: int, blocks: int | Non
     def starts_of(length):
         return np.arange(block, length - passage + 1, stride)
 
-    out = _documents(batches, starts_of, blocks)
+    out = documents_with(batches, starts_of, blocks)
     for document in out:
         first = document["starts"][0, :, None] + torch.arange(block)  # [N, K]
         document["ids"] = document["ids"].clone()
@@ -109,11 +109,11 @@ def measure_level(
         Scores [spans, H]; ``None``, undefined, where no document has 2 K^level + H tokens.
     """
     tokens = next(iter(nets.values())).block_size ** level
-    documents = _documents(batches, lambda length: eligible_starts(length, tokens, horizon), blocks)
+    documents = documents_with(batches, lambda length: eligible_starts(length, tokens, horizon), blocks)
     return measure(base, nets, documents, horizon, level=level, **settings) if documents else None
 
 
-def _documents(batches, starts_of, blocks: int | None) -> list[dict]:
+def documents_with(batches, starts_of, blocks: int | None) -> list[dict]:
     """Batches of one document with new starts, of the documents that have any."""
     found = [(document, starts_of(document["ids"].shape[1])) for document in _single(batches)]
     found = [(document, starts) for document, starts in found if len(starts)]

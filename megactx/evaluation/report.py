@@ -2,14 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 from .files import replacing
-from .summary import BEST_OF, DROPPED, OVERALL
+from .sheets import Sheet, console_of, markdown_sheet, number, print_sheet, target_cells
+from .summary import DROPPED, OVERALL
 
 HEADING = "in place of the block"
-LEFT = ("", "stage", "verdict", "status", "healthy", HEADING)  # columns of words
-WIDTH = 112  # columns, where the output is no terminal
 COLUMNS = {  # figure -> (heading, format)
     "dnll": ("dNLL", "{:.3f}"),
     "kl": ("KL", "{:.3f}"),
@@ -39,18 +37,9 @@ LEGEND = (
 )
 
 
-class Sheet(NamedTuple):
-    """One table, before it is drawn."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    strong: tuple[int, ...] = ()  # rows that the report is about
-
-
 def print_report(numbers: dict, console=None) -> None:
     """Print the tables, with rich."""
-    console = _console(console)
+    console = console_of(console)
     console.print(f"\n[bold]{_headline(numbers)}[/bold]")
     for sheet in _sheets(numbers):
         print_sheet(sheet, console)
@@ -59,44 +48,12 @@ def print_report(numbers: dict, console=None) -> None:
         console.print(f"! {note}", style="yellow", highlight=False)
 
 
-def print_sheet(sheet: Sheet, console=None) -> None:
-    """Print one table, with rich."""
-    from rich import box
-    from rich.table import Table
-
-    console = _console(console)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    for name in sheet.header:
-        table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True)
-    for index, row in enumerate(sheet.rows):
-        table.add_row(*row, style="bold" if index in sheet.strong else None)
-    console.print(f"\n[bold]{sheet.title}[/bold]", highlight=False)
-    console.print(table)
-
-
-def _console(console=None):
-    from rich.console import Console
-
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, WIDTH)
-    return console
-
-
 def markdown(numbers: dict) -> str:
     """The same tables as Markdown."""
     lines = [f"# {_headline(numbers)}", ""]
     lines += [markdown_sheet(sheet) for sheet in _sheets(numbers)]
     lines += [LEGEND, ""] + [f"- {note}" for note in numbers["notes"]]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def markdown_sheet(sheet: Sheet) -> str:
-    """One table as Markdown, under its title."""
-    lines = [f"## {sheet.title}", "", _line(sheet.header), _line(["---", *["---:"] * (len(sheet.header) - 1)])]
-    for index, row in enumerate(sheet.rows):
-        lines.append(_line([f"**{cell}**" if cell else "" for cell in row] if index in sheet.strong else row))
-    return "\n".join([*lines, ""])
 
 
 def write_report(folder: str | Path, numbers: dict) -> None:
@@ -136,16 +93,18 @@ def _group_sheet(numbers: dict, name: str, group: dict) -> Sheet:
     for row in order:
         figures = group["rows"][row]
         label = f"{figures['quoted']} *" if "quoted" in figures else row
-        rows.append([label, *[_number(figures.get(key), COLUMNS[key][1]) for key in present]])
+        rows.append([label, *[number(figures.get(key), COLUMNS[key][1]) for key in present]])
     title = f"{name}: {group['blocks']:,} blocks of {group['documents']:,} documents"
-    if group["unquoted"]:
-        title += f" (* the better of {len(group['unquoted'])} forms of {BEST_OF})"
+    if families := [row for row in group["rows"] if "quoted" in group["rows"][row]]:
+        title += f" (* the better of {len(group['unquoted']) // len(families)} forms of {', '.join(families)})"
     return Sheet(title, [HEADING, *[COLUMNS[key][0] for key in present]], rows, (len(rows) - 1,))
 
 
 def _against_sheet(numbers: dict) -> Sheet:
-    subject, rows, strong = numbers["subject"], [], []
-    for name, group in numbers["groups"].items():
+    subject, rows, strong, groups = numbers["subject"], [], [], dict(numbers["groups"])
+    if numbers["level2"]:
+        groups["level 2"] = numbers["level2"]
+    for name, group in groups.items():
         strong.append(len(rows))
         own = group["recovery"][subject]
         rows.append([f"{name}: {subject}", _interval(own["all"]), "", _interval(own["body"]), ""])
@@ -159,7 +118,7 @@ def _against_sheet(numbers: dict) -> Sheet:
 
 def _copy_sheet(numbers: dict) -> Sheet:
     subject, copied = numbers["subject"], numbers["copies"].values()
-    rows = [["cost of dropping, nats", *[_number(part["cost"][OVERALL], "{:.3f}") for part in copied]]]
+    rows = [["cost of dropping, nats", *[number(part["cost"][OVERALL], "{:.3f}") for part in copied]]]
     carriers = list(next(iter(copied))["recovery"][OVERALL])
     for name in [*[name for name in carriers if name != subject], subject]:
         rows.append([name, *[_interval(part["recovery"][OVERALL][name]) for part in copied]])
@@ -178,17 +137,12 @@ def _geometry_sheet(numbers: dict) -> Sheet:
     rows = []
     for name in [name for name in geometry if "/" not in name]:
         cells = [geometry[name], *[geometry.get(f"{domain}/{name}") for domain in domains]]
-        rows.append([name, *[_number(cell, "{:.3f}") for cell in cells], GEOMETRY.get(name, "")])
+        rows.append([name, *[number(cell, "{:.3f}") for cell in cells], GEOMETRY.get(name, "")])
     return Sheet("gist space", ["", OVERALL, *domains, "healthy"], rows)
 
 
 def _target_sheet(numbers: dict) -> Sheet:
-    rows = []
-    for target in numbers["targets"]:
-        goal = target["goal"]
-        wanted = "{:g}-{:g}".format(*goal) if isinstance(goal, tuple) else f"{'<' if target['below'] else '>'} {goal:g}"
-        value, dropped = _number(target["value"], "{:.3f}"), _number(target[DROPPED], "{:.3f}")
-        rows.append([target["target"], wanted, value, dropped, target["status"]])
+    rows = [target_cells(target) for target in numbers["targets"]]
     passed = sum(target["status"] == "passed" for target in numbers["targets"])
     title = f"targets: {passed} of {len(rows)} passed"
     return Sheet(title, ["", "target", numbers["subject"], DROPPED, "status"], rows)
@@ -201,16 +155,6 @@ def _interval(values: dict, sign: str = "") -> str:
     if values["low"] != values["low"]:
         return f"{point} [undefined]"
     return f"{point} [{values['low']:{sign}.2f}, {values['high']:{sign}.2f}]"
-
-
-def _number(value: float | None, form: str) -> str:
-    if value is None:
-        return "-"
-    return "undef." if value != value else form.format(value)
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _without_nan(value):

@@ -8,6 +8,7 @@ count.
 import torch
 
 from .bootstrap import difference_intervals, recovery_intervals, verdict
+from .measure import MEAN_BELOW
 from .metrics import BODY, LOWER_IS_BETTER, WEAK, block_sums, figures
 from .scores import DROP, BlockScores
 
@@ -17,6 +18,7 @@ FULL, DROPPED = "full", "dropped"  # rows of the report that are no carriers
 SPANS = {"all": 0, "body": BODY}  # first offset of each
 # Tried raw and rescaled to the token RMS, and quoted with whichever does better: a control gets its best form.
 BEST_OF = "untrained mean"
+FAMILIES = (BEST_OF, MEAN_BELOW)
 ENOUGH_BLOCKS, ENOUGH_DOCUMENTS = 2000, 50
 GEOMETRY_TARGETS = {"diversity": 0.5, "contrastive_gap": 0.1, "attention_entropy": (2.0, 4.0)}
 SPACE = ("diversity", "cosine_std", "adjacent_distance", "contrastive_gap", "attention_entropy")
@@ -114,15 +116,18 @@ def _group(scores: BlockScores, subject: str, domain: str | None) -> dict:
             out["recovery"].setdefault(name, {})[span] = interval._asdict()
         for name, interval in difference_intervals(scores, subject, controls, first, domain).items():
             out["against"].setdefault(name, {})[span] = interval._asdict() | {"verdict": verdict(interval)}
-    family = [name for name in controls if name.startswith(BEST_OF)]
-    if len(family) > 1:
+    out["unquoted"] = []
+    for best_of in FAMILIES:
+        family = [name for name in controls if name.startswith(best_of)]
+        if len(family) < 2:
+            continue
         quoted = min(family, key=lambda name: figure[name]["dnll"])
-        out["rows"][BEST_OF] = figure[quoted] | {"quoted": quoted}
+        out["rows"][best_of] = figure[quoted] | {"quoted": quoted}
         # The claim is tested against the form that is better over that span: the smaller difference.
-        out["against"][BEST_OF] = {
+        out["against"][best_of] = {
             span: min((out["against"][name][span] for name in family), key=_point) for span in SPANS
         }
-    out["unquoted"] = family if len(family) > 1 else []
+        out["unquoted"] += family
     return out
 
 

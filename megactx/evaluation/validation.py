@@ -13,6 +13,7 @@ from megactx.lm import BaseLM
 from .geometry import AttentionEntropy, GistGeometry
 from .measure import in_eval_mode, measure
 from .metrics import GistMetrics
+from .passages import measure_level
 
 
 class SpaceMetrics(nn.Module):
@@ -55,6 +56,7 @@ class ValidationMetrics(nn.Module):
         horizon: H.
         width: D.
         domains: every domain that can occur.
+        level2: measure gists of gists too, behind every span of K^2 tokens that the documents have.
 
     After ``update`` with each batch, ``compute`` gives ``name -> value`` and ``domain/name -> value``, float64 scalars
     but for the two by offset. Undefined values are NaN; ``sums.loggable`` leaves them and the vectors out.
@@ -65,11 +67,13 @@ class ValidationMetrics(nn.Module):
     - ``substitutability``, ``top1``: shares of blocks, of tokens.
     - ``dnll_by_offset``, ``dnll_drop_by_offset``: [H] nats.
     - what ``SpaceMetrics`` gives.
+    - ``level2/...``: all but the last, of gists of gists.
     """
 
-    def __init__(self, horizon: int, width: int, domains: Iterable[str] = ALL_DOMAINS):
+    def __init__(self, horizon: int, width: int, domains: Iterable[str] = ALL_DOMAINS, level2: bool = False):
         super().__init__()
         self.substitution, self.space = GistMetrics(horizon, domains), SpaceMetrics(width, domains)
+        self.level2 = GistMetrics(horizon, domains) if level2 else None
 
     def update(self, base: BaseLM, net: GistNet, batch: dict) -> None:
         """One batch: dict ``ids`` [B, T], ``lengths`` [B], ``starts`` [B, N], ``domain`` (B strings), ``document`` [B].
@@ -80,6 +84,13 @@ class ValidationMetrics(nn.Module):
         scores = measure(base, {"gistnet": net}, [batch], self.substitution.horizon, with_controls=False)
         self.substitution.update(scores)
         self.space.update(base, net, batch)
+        if self.level2 is not None:
+            scores = measure_level(base, {"gistnet": net}, [batch], self.substitution.horizon, with_controls=False)
+            if scores is not None:
+                self.level2.update(scores)
 
     def compute(self) -> dict[str, Tensor]:
-        return self.substitution.compute() | self.space.compute()
+        found = self.substitution.compute() | self.space.compute()
+        if self.level2 is not None:
+            found |= {f"level2/{name}": value for name, value in self.level2.compute().items()}
+        return found

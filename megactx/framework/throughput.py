@@ -54,7 +54,7 @@ class Throughput(Callback):
         if not isinstance(batch, dict) or "ids" not in batch:
             return
         self.documents += len(batch["ids"])
-        self.spans += batch["starts"].numel() if "starts" in batch else 0
+        self.spans += sum(batch[name].numel() for name in ("starts", "starts2") if name in batch)
         self.tokens = self.tokens + (batch["lengths"].sum() if "lengths" in batch else batch["ids"].numel())
         if self.work:
             self.flops = self.flops + self.work(batch)
@@ -110,7 +110,8 @@ class Work:
                                                          base is frozen; no gradient enters the cached prefix
         head       2 V D (1 + 2 C)                       per scored row: the teacher, forward and backward of C students
         nets       3 FLOPs of a block                    per block: forward and backward (the contrastive term's
-                                                         neighbours are left out)
+                                                         neighbours are left out); K + 1 times that for a span of
+                                                         K^2 tokens, one gist of K gists
 
     A stage that trains its base and has no nets: 6 (P + V D) T + 6 L A T^2 per window.
     """
@@ -121,6 +122,7 @@ class Work:
     carriers: int = 0  # C
     horizon: int = 0  # H
     nets: int = 0  # of all nets for one block, forward
+    block: int = 0  # K
 
     @classmethod
     def of(cls, stage) -> "Work | None":
@@ -138,7 +140,8 @@ class Work:
             return cls(body, head, attention)
         with torch.random.fork_rng():  # a net's dropout draws numbers
             nets = sum(net.flops_per_block() for net in stage.nets.values())
-        return cls(body, head, attention, len(stage.nets), stage.hparams["horizon"], nets)
+        block = next(iter(stage.nets.values())).block_size
+        return cls(body, head, attention, len(stage.nets), stage.hparams["horizon"], nets, block)
 
     @torch.no_grad()
     def __call__(self, batch: dict) -> Tensor | float:
@@ -146,10 +149,14 @@ class Work:
         if not self.carriers:
             b, t = batch["ids"].shape
             return float(6 * (self.body + self.head) * b * t + 6 * self.attention * b * t**2)
-        lengths, starts = batch["lengths"].double(), batch["starts"].double()
-        rows = starts.numel() * self.horizon
-        teacher = 2 * self.body * lengths.sum() + 2 * self.attention * lengths.square().sum()
-        seen = self.horizon * (starts + (self.horizon + 1) / 2).sum()  # columns, over the rows of one net
-        branches = 2 * self.carriers * (2 * self.body * rows + 4 * self.attention * seen)
-        scored = 2 * self.head * (1 + 2 * self.carriers) * rows
-        return teacher + branches + scored + 3 * self.nets * starts.numel()
+        lengths = batch["lengths"].double()
+        work = 2 * self.body * lengths.sum() + 2 * self.attention * lengths.square().sum()  # the teacher
+        for name, encoded in (("starts", 1), ("starts2", self.block + 1)):  # blocks that a net encodes for each
+            if name not in batch:
+                continue
+            starts = batch[name].double()
+            rows = starts.numel() * self.horizon
+            seen = self.horizon * (starts + (self.horizon + 1) / 2).sum()  # columns, over the rows of one net
+            work = work + 2 * self.carriers * (2 * self.body * rows + 4 * self.attention * seen)
+            work = work + 2 * self.head * (1 + 2 * self.carriers) * rows + 3 * self.nets * encoded * starts.numel()
+        return work

@@ -49,6 +49,7 @@ RANGES = {
     "stage.adamw_lr": (REAL, 0, math.inf),
     "stage.weight_decay": (REAL, 0, math.inf),
     "stage.decay": (REAL, 0, 1),
+    "stage.level2_weight": (REAL, 0, math.inf),
     "stage.evaluate.blocks": (WHOLE, 1, math.inf),
     "trainer.gradient_clip_val": (REAL, 0, math.inf),
     "trainer.log_every_n_steps": (WHOLE, 0, math.inf),
@@ -57,6 +58,7 @@ RANGES = {
     "gistnet.num_heads": (WHOLE, 1, math.inf),
     "gistnet.block_size": (WHOLE, 1, math.inf),
     "gistnet.dropout": (REAL, 0, 1),
+    "gistnet.levels": (WHOLE, 1, math.inf),
     "data.min_tokens": (WHOLE, 1, math.inf),
     "data.max_tokens": (WHOLE, 1, math.inf),
     "data.workers": (WHOLE, 0, math.inf),
@@ -65,6 +67,7 @@ RANGES = {
     "data.weights.structured": (REAL, 0, math.inf),
     "datamodule.interleave": (REAL, 0, 1),
     "datamodule.adversarial": (REAL, 0, 1),
+    "datamodule.level2_spans": (WHOLE, 0, math.inf),
 }
 NULLABLE = {"data.max_tokens", "preset.max_tokens", "stage.muon_lr", "trainer.gradient_clip_val"}
 NULLABLE |= {key for key in RANGES if key.startswith("data.weights.")}

@@ -4,9 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megactx.lm.gaussian_rope import PositionSpread
+
 from . import heads, poolings
 from .backbone import Backbone
+from .carriers.carrier import Vectors
 from .parts import find
+from .substitution import blocks
 
 TYPES, SKIPS, POSITIONS = ("transformer", "mean"), ("none", "last", "mean"), ("centre", "end")
 
@@ -30,6 +34,9 @@ class GistNet(nn.Module):
             last token's embedding and the block's mean beside the pooled vector.
         position: ``centre`` (start + K // 2) | ``end`` (start + K - 1): where the gist sits in the base LM.
         dropout: in the backbone.
+        gaussian_rope: ``plain`` | ``damped`` | ``learned``: how wide the gist's position is, see ``PositionSpread``.
+        levels: sets of weights. 1 serves tokens and gists of every level; with 2, gists of gists have their own, and so
+            on; levels beyond the last share its weights.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -48,6 +55,8 @@ class GistNet(nn.Module):
         skip: str = "last",
         position: str = "end",
         dropout: float = 0.0,
+        gaussian_rope: str = "plain",
+        levels: int = 1,
     ):
         super().__init__()
         for name, value, allowed in (("type", type, TYPES), ("skip", skip, SKIPS), ("position", position, POSITIONS)):
@@ -57,8 +66,11 @@ class GistNet(nn.Module):
             raise ValueError(f"gistnet.block_size={block_size} is not allowed: at least 1")
         if not 0 <= dropout < 1:
             raise ValueError(f"gistnet.dropout={dropout} is not allowed: 0 <= dropout < 1")
+        if levels < 1:
+            raise ValueError(f"gistnet.levels={levels} is not allowed: at least 1")
         self.width, self.block_size, self.skip, self.position = width, block_size, skip, position
         self.embedding_rms = embedding_rms
+        self.spread = PositionSpread(gaussian_rope, block_size)
         if type == "transformer":
             if not 1 <= layers <= 16:
                 raise ValueError(f"gistnet.layers={layers} is not allowed: 1 to 16")
@@ -77,6 +89,8 @@ class GistNet(nn.Module):
         self.shortcut = nn.Linear(inputs, width, bias=False) if skip != "none" else None
         self.gain = nn.Parameter(torch.ones(width))
         self._initialise()
+        same = (width, embedding_rms, block_size, type, layers, num_heads, pooling, head, skip, position, dropout)
+        self.above = nn.ModuleList(GistNet(*same) for _ in range(levels - 1))
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -101,6 +115,15 @@ class GistNet(nn.Module):
     def offset_in(self, tokens: int) -> int:
         """Position of a gist relative to the start of the span that it stands for, K tokens or K^n."""
         return tokens // 2 if self.position == "centre" else tokens - 1
+
+    def sigma(self, level: int) -> Tensor | None:
+        """Standard deviation of a gist's position in tokens, a scalar; ``None`` where positions are points."""
+        return self.spread(torch.tensor(level, device=self.gain.device))
+
+    def compress(self, base, teacher, starts: Tensor) -> Vectors:
+        """Gists of the blocks at starts [B, N] of the documents that ``teacher`` has read."""
+        embedded = base.embed(blocks(teacher.ids, starts, self.block_size)).flatten(0, 1)
+        return Vectors(self.encode_span(embedded).view(*starts.shape, -1), self.offset, self.sigma(1))
 
     def encode_span(self, embeddings: Tensor) -> Tensor:
         """embeddings [B, K, D] -> gists [B, D], in fp32.
@@ -128,14 +151,23 @@ class GistNet(nn.Module):
         Raises:
             ValueError: there are not K^level embeddings.
         """
+        return self.encode_levels(embeddings, level)[-1][:, 0]
+
+    def encode_levels(self, embeddings: Tensor, level: int) -> list[Tensor]:
+        """embeddings [B, K^level, D] -> the gists of every level: [B, K^(level - 1), D], ..., [B, 1, D].
+
+        Raises:
+            ValueError: there are not K^level embeddings.
+        """
         if level < 1 or embeddings.shape[1] != self.block_size**level:
             raise ValueError(
                 f"a gist of level {level} stands for {self.block_size}^{level} embeddings, not {embeddings.shape[1]}"
             )
-        nodes = embeddings
-        for _ in range(level):
-            nodes = self.encode_span(nodes.reshape(-1, self.block_size, self.width))
-        return nodes
+        sets, found = [self, *self.above], [embeddings]
+        for index in range(level):
+            blocks = found[-1].reshape(-1, self.block_size, self.width)
+            found.append(sets[min(index, len(sets) - 1)].encode_span(blocks).view(len(embeddings), -1, self.width))
+        return found[1:]
 
     def attention(self, embeddings: Tensor) -> Tensor | None:
         """How the gist reads its block: weights that sum to 1 over the last axis, fp32. For looking, not for training.

@@ -12,6 +12,7 @@ Shapes: B documents, T tokens, N blocks per document, C carriers, H horizon, K b
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,23 +20,29 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from megactx.lm import BaseLM
+from megactx.lm.layers import recorded
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """One pass of the base LM over whole documents: final ``hidden`` [B, T, D], keys and values per layer."""
+    """One pass of the base LM over whole documents: final ``hidden`` [B, T, D], keys and values per layer.
+
+    ``states``, where asked for: the input of each layer, and the last one's output before the final norm.
+    """
 
     ids: Tensor  # [B, T]
     hidden: Tensor  # [B, T, D]
     cache: tuple[tuple[Tensor, Tensor], ...]  # per layer, each [B, key-value heads, T, head width]
+    states: tuple[Tensor, ...] = ()  # L + 1, each [B, T, D]
 
 
 @torch.no_grad()
-def teach(base: BaseLM, ids: Tensor) -> Teacher:
+def teach(base: BaseLM, ids: Tensor, with_states: bool = False) -> Teacher:
     """Run the frozen base LM over documents ids [B, T]; padding on the right is harmless under causal attention."""
     cache = DynamicCache()
-    hidden = base(base.embed(ids), None, cache=cache)
-    return Teacher(ids, hidden, tuple((layer.keys, layer.values) for layer in cache.layers))
+    with recorded(base.model.get_decoder()) if with_states else nullcontext(()) as states:
+        hidden = base(base.embed(ids), None, cache=cache)
+    return Teacher(ids, hidden, tuple((layer.keys, layer.values) for layer in cache.layers), tuple(states))
 
 
 def blocks(ids: Tensor, starts: Tensor, block: int) -> Tensor:
@@ -63,36 +70,48 @@ def check_blocks(starts: Tensor, lengths: Tensor, block: int, horizon: int) -> N
 
 
 def substituted(
-    base: BaseLM, teacher: Teacher, starts: Tensor, gists: Tensor, offsets: Sequence[int], block: int, horizon: int
+    base: BaseLM,
+    teacher: Teacher,
+    starts: Tensor,
+    gists: Tensor,
+    offsets: Sequence[int],
+    block: int,
+    horizon: int,
+    sigmas: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """Hidden states of branches in which a gist stands for its block.
+    """Hidden states of branches in which a gist, or several, stand for their block.
 
     Args:
         starts: block starts [B, N].
-        gists: [C, B, N, D], C vectors per block, each in a branch of its own.
-        offsets: position of each carrier's vector relative to the block's start, C numbers.
+        gists: [C, B, N, D], C vectors per block, each in a branch of its own; or [C, B, N, M, D], M in each branch.
+        offsets: position of each carrier's vectors relative to the block's start, C numbers, or C lists of M.
+        block: tokens of a block, K, or K^n where gists of level n stand for so many.
+        sigmas: standard deviation of these positions in tokens, C scalars; ``None``: points, as those of tokens.
 
     Returns:
         [C, B, N, H, D]; row h predicts token ``start + K + h``.
     """
-    c, b, n, d = gists.shape
+    gists = gists if gists.ndim == 5 else gists[:, :, :, None]
+    c, b, n, m, d = gists.shape
     continuation = base.embed(blocks(teacher.ids, starts + block, horizon - 1)) if horizon > 1 else None
-    rows = gists.permute(1, 2, 0, 3)[:, :, :, None].to(teacher.hidden.dtype)  # [B, N, C, 1, D]
+    rows = gists.permute(1, 2, 0, 3, 4).to(teacher.hidden.dtype)  # [B, N, C, M, D]
     if continuation is not None:
         continuation = continuation.to(rows.dtype)[:, :, None].expand(b, n, c, horizon - 1, d)
-        rows = torch.cat([rows, continuation], dim=3)
+        rows = torch.cat([rows, continuation], dim=3)  # [B, N, C, R, D], R = M + H - 1
     after = torch.arange(horizon - 1, device=starts.device) + block
-    first = torch.as_tensor(offsets, device=starts.device)[:, None]
-    relative = torch.cat([first, after.expand(c, -1)], dim=1)  # [C, H]
-    positions = starts[..., None, None] + relative  # [B, N, C, H]
+    first = torch.as_tensor(offsets, device=starts.device).view(c, m)
+    relative = torch.cat([first, after.expand(c, -1)], dim=1)  # [C, R]
+    positions = starts[..., None, None] + relative  # [B, N, C, R]
     hidden = _branches(
         base,
         teacher,
         starts.repeat_interleave(c, dim=1),
-        rows.reshape(b, n * c, horizon, d),
-        positions.reshape(b, n * c, horizon),
+        rows.flatten(1, 2),
+        positions.flatten(1, 2),
+        sigma=_sigma(sigmas, m, positions),
     )
-    return hidden.view(b, n, c, horizon, d).permute(2, 0, 1, 3, 4)
+    hidden = hidden.view(b, n, c, m + horizon - 1, d)[..., m - 1 :, :]  # the last of M gists predicts the first token
+    return hidden.permute(2, 0, 1, 3, 4)
 
 
 def dropped(base: BaseLM, teacher: Teacher, starts: Tensor, block: int, horizon: int) -> Tensor:
@@ -108,20 +127,67 @@ def dropped(base: BaseLM, teacher: Teacher, starts: Tensor, block: int, horizon:
     return torch.cat([first, _branches(base, teacher, starts, rows, positions)], dim=2)
 
 
+def slotted(base: BaseLM, teacher: Teacher, starts: Tensor, slots, block: int, horizon: int) -> Tensor:
+    """Hidden states of branches in which keys and values at every layer stand for the block.
+
+    Args:
+        starts: block starts [B, N].
+        slots: keys and values per layer, each [B, key-value heads, N, head width].
+
+    Returns:
+        [B, N, H - 1, D]: row h - 1 predicts token ``start + K + h``, h = 1..H-1. Slots have no output of their own, so
+        there is none for h = 0.
+
+    Raises:
+        ValueError: a horizon of 1, of which nothing can be scored.
+    """
+    if horizon < 2:
+        raise ValueError(
+            f"horizon.tokens={horizon} is not allowed: keys and values are scored from the second token on"
+        )
+    rows = base.embed(blocks(teacher.ids, starts + block, horizon - 1)).to(teacher.hidden.dtype)
+    positions = starts[..., None] + block + torch.arange(horizon - 1, device=starts.device)
+    return _branches(base, teacher, starts, rows, positions, slots)
+
+
 def rows_at(hidden: Tensor, starts: Tensor, rows: int) -> Tensor:
     """hidden [B, T, D], starts [B, N] -> the ``rows`` states from each start on, [B, N, rows, D]."""
     index = (starts[..., None] + torch.arange(rows, device=hidden.device)).flatten(1)
     return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])).view(*starts.shape, rows, -1)
 
 
-def _branches(base: BaseLM, teacher: Teacher, prefix: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """The packed pass: prefix [B, N], rows [B, N, R, D], positions [B, N, R] -> hidden [B, N, R, D]."""
+def _sigma(sigmas: Sequence[Tensor | None] | None, vectors: int, positions: Tensor) -> Tensor | None:
+    """One scalar per carrier, for the first M rows of its branch, 0 for the rest: [B, N * C, R], as the positions."""
+    b, n, c, r = positions.shape
+    if sigmas is None or all(sigma is None for sigma in sigmas):
+        return None
+    point = torch.zeros((), device=positions.device)
+    first = torch.stack([point if sigma is None else sigma for sigma in sigmas])[:, None]  # [C, 1]
+    wide = torch.arange(r, device=positions.device) < vectors
+    return torch.where(wide, first, 0.0).expand(b, n, c, r).flatten(1, 2)
+
+
+def _branches(
+    base: BaseLM,
+    teacher: Teacher,
+    prefix: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    slots=None,
+    sigma: Tensor | None = None,
+) -> Tensor:
+    """The packed pass: prefix [B, N], rows [B, N, R, D], positions and sigma [B, N, R] -> hidden [B, N, R, D]."""
     order = prefix.argsort(dim=1)  # neighbours in a group of attention then have prefixes of like length
     take = order[..., None].expand_as(positions)
+    if slots is not None:
+        index = order[:, None, :, None]
+        slots = [tuple(part.gather(2, index.expand_as(part)) for part in layer) for layer in slots]
     hidden = base.forward_branches(
         rows.gather(1, take[..., None].expand_as(rows)),
         positions.gather(1, take),
         teacher.cache,
         prefix.gather(1, order),
+        slots=slots,
+        sigma=None if sigma is None else sigma.gather(1, take),
     )
     return hidden.gather(1, order.argsort(dim=1)[..., None, None].expand_as(hidden))

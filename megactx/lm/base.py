@@ -6,6 +6,8 @@ the model's own backbone and head, and refuses a model for which that does not g
 Shapes: B batch, Q query rows, S visible columns (cache + Q), D width, V vocabulary.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from megactx.assets import resolve
 
 from . import masks
 from .branches import NAME, Branches
+from .gaussian_rope import spread
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -124,8 +127,17 @@ class BaseLM(nn.Module):
         """ids [B, T] -> embeddings [B, T, D]."""
         return self.model.get_input_embeddings()(ids)
 
-    def forward(self, embeddings: Tensor, positions: Tensor | None, mask: Tensor | None = None, cache=None) -> Tensor:
+    def forward(
+        self,
+        embeddings: Tensor,
+        positions: Tensor | None,
+        mask: Tensor | None = None,
+        cache=None,
+        sigma: Tensor | None = None,
+    ) -> Tensor:
         """embeddings [B, Q, D], positions [B, Q], mask bool [B or 1, 1, Q, S] (True = sees) -> hidden [B, Q, D].
+
+        ``sigma`` [B, Q]: standard deviation of each position in tokens, see ``gaussian_rope``; ``None``: points.
 
         Without a mask the pass is plain causal from position 0 on, and an empty cache may be handed over to be filled.
         A jump in positions without a mask would be read by transformers as a border between packed sequences, and
@@ -137,16 +149,61 @@ class BaseLM(nn.Module):
         else:
             assert mask.ndim == 4 and mask.dtype == torch.bool, "the mask is bool [B, 1, Q, S]"
             mask = masks.additive(mask, self._pass_dtype(embeddings))
-        output = self.model.get_decoder()(
-            inputs_embeds=embeddings,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        decoder = self.model.get_decoder()
+        with spread(decoder, sigma):
+            output = decoder(
+                inputs_embeds=embeddings,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
         return output.last_hidden_state
 
-    def forward_branches(self, embeddings: Tensor, positions: Tensor, kept, prefix: Tensor) -> Tensor:
+    def read(self, embeddings: Tensor, positions: Tensor, lengths: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """Read working contexts: tokens and gists in the order of their positions, each row sees all before it.
+
+        Args:
+            embeddings: [B, W, D], padded on the right; what stands in the padding does not matter.
+            positions: [B, W], ascending, with jumps where gists stand for more than one token.
+            lengths: [B], entries of each working context.
+            sigma: [B, W], as ``GistNet.spread`` gives it for LODs; ``None``: positions are points.
+
+        Returns:
+            Final hidden states [B, W, D], 0 in the padding.
+
+        Raises:
+            ValueError: shapes that do not belong together.
+        """
+        b, w, _ = embeddings.shape
+        for name, given, wanted in (
+            ("positions", positions, (b, w)),
+            ("lengths", lengths, (b,)),
+            ("sigma", sigma, (b, w)),
+        ):
+            if given is not None and given.shape != wanted:
+                raise ValueError(f"working context: {name} has shape {list(given.shape)}, wanted {list(wanted)}")
+        there = torch.arange(w, device=embeddings.device) < lengths[:, None]  # [B, W]
+        # No row sees what comes after it. But the largest position of all chooses the frequencies of dynamic RoPE, and
+        # 0 times a NaN is a NaN: so nothing of the padding is left.
+        hidden = self(
+            torch.where(there[..., None], embeddings, 0.0),
+            torch.where(there, positions, 0),
+            masks.causal(w, embeddings.device),
+            sigma=None if sigma is None else torch.where(there, sigma, 0.0),
+        )
+        return torch.where(there[..., None], hidden, 0.0)
+
+    def forward_branches(
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        kept,
+        prefix: Tensor,
+        since: Tensor | None = None,
+        slots=None,
+        sigma: Tensor | None = None,
+    ) -> Tensor:
         """The packed pass: N branches of R rows per document, each over its own share of one cached prefix.
 
         Args:
@@ -154,27 +211,33 @@ class BaseLM(nn.Module):
             positions: [B, N, R].
             kept: keys and values of a pass over the documents, per layer.
             prefix: cached columns that each branch sees, [B, N].
+            since: the first one that it sees, [B, N]; ``None``: 0.
+            slots: keys and values of one more column for each branch, per layer [B, key-value heads, N, head width].
+            sigma: standard deviation of the rows' positions [B, N, R], see ``gaussian_rope``; ``None``: points. What is
+                kept is read as it is.
 
         Returns:
-            Final hidden states [B, N, R, D]; row (k, r) saw columns t < prefix[k] and rows r' <= r of its own branch.
+            Final hidden states [B, N, R, D]; row (k, r) saw columns since[k] <= t < prefix[k], the slot of its branch
+            and rows r' <= r of its own branch.
 
         Raises:
             ValueError: the model's attention does not go through transformers' attention interface.
         """
         b, n, r, d = embeddings.shape
-        branches = Branches(kept, prefix, r, self._pass_dtype(embeddings))
+        branches = Branches(kept, prefix, r, self._pass_dtype(embeddings), since, slots)
         decoder = self.model.get_decoder()
         usual = decoder.config._attn_implementation
         decoder.config._attn_implementation = NAME
         try:
-            output = decoder(
-                inputs_embeds=embeddings.reshape(b, n * r, d),
-                position_ids=positions.reshape(b, n * r),
-                # Any 4-D mask keeps the jumps in position from being read as borders; the groups hold the real ones.
-                attention_mask=masks.causal(1, embeddings.device),
-                use_cache=False,
-                branches=branches,
-            )
+            with spread(decoder, None if sigma is None else sigma.reshape(b, n * r)):
+                output = decoder(
+                    inputs_embeds=embeddings.reshape(b, n * r, d),
+                    position_ids=positions.reshape(b, n * r),
+                    # Any 4-D mask keeps jumps in position from being read as borders; the groups hold the real ones.
+                    attention_mask=masks.causal(1, embeddings.device),
+                    use_cache=False,
+                    branches=branches,
+                )
         finally:
             decoder.config._attn_implementation = usual
         if branches.layers != len(kept):
@@ -194,6 +257,10 @@ class BaseLM(nn.Module):
         if cap := getattr(self.config, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
         return logits
+
+    def twin(self) -> "BaseLM":
+        """The same weights, shared, in modules of its own: what is put into one's modules does not touch the other."""
+        return copy.deepcopy(self, {id(p): p for p in self.parameters()} | {id(self.tokenizer): self.tokenizer})
 
     def freeze(self) -> "BaseLM":
         """Eval mode for good, no parameter takes a gradient."""

@@ -3,6 +3,8 @@
 Linear layers are fastest on all rows at once; attention is fastest on few, because rows of one group pass over each
 other's columns, and over the longest prefix among them. So the rows go through the model together, and only its
 attention function, which transformers lets us name (``AttentionInterface``), works group by group.
+
+    columns of a group     cached, since[k] <= t < prefix[k] | one slot per branch, where given | rows of the group
 """
 
 from collections.abc import Sequence
@@ -22,9 +24,10 @@ ROWS_PER_GROUP = {"cpu": 256, "cuda": 4096}
 
 @dataclass(frozen=True)
 class Group:
-    """Some rows of a pass, how many cached columns they see at most, and their mask [B, 1, Q, columns + Q]."""
+    """Some rows of a pass, how many cached columns they see at most, and their mask [B, 1, Q, all columns]."""
 
     rows: slice
+    branches: slice
     columns: int
     mask: Tensor
 
@@ -37,29 +40,47 @@ class Branches:
         prefix: visible cached columns of each branch [B, N], best in ascending order.
         rows: rows R of each branch.
         dtype: of the pass.
+        since: first visible cached column of each branch [B, N]; ``None``: 0.
+        slots: keys and values of one more column per branch and layer, each [B, key-value heads, N, head width], that
+            all rows of that branch see and no other.
     """
 
-    def __init__(self, kept: Sequence[tuple[Tensor, Tensor]], prefix: Tensor, rows: int, dtype: torch.dtype):
-        self.kept, self.layers = kept, 0
+    def __init__(
+        self,
+        kept: Sequence[tuple[Tensor, Tensor]],
+        prefix: Tensor,
+        rows: int,
+        dtype: torch.dtype,
+        since: Tensor | None = None,
+        slots: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ):
+        self.kept, self.slots, self.layers = kept, slots, 0
         size = max(1, ROWS_PER_GROUP.get(prefix.device.type, 256) // rows)
         longest = prefix.amax(dim=0).tolist()  # the one host sync of a pass
         self.groups = []
         for first in range(0, len(longest), size):
             part = prefix[:, first : first + size]
             columns = max(longest[first : first + size])
-            mask = masks.additive(masks.branches(part, rows, columns), dtype)
-            self.groups.append(Group(slice(first * rows, (first + part.shape[1]) * rows), columns, mask))
+            begin = None if since is None else since[:, first : first + size]
+            mask = masks.additive(masks.branches(part, rows, columns, begin, slots is not None), dtype)
+            last = first + part.shape[1]
+            self.groups.append(Group(slice(first * rows, last * rows), slice(first, last), columns, mask))
 
 
 def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, branches: Branches, **kwargs):
     """The attention function: query [B, heads, N * R, D / heads], key and value of the same rows -> [B, N * R, ...]."""
-    keys, values = branches.kept[module.layer_idx]
+    kept = branches.kept[module.layer_idx]
+    slots = branches.slots[module.layer_idx] if branches.slots is not None else None
     out = []
     for group in branches.groups:
-        seen_keys = torch.cat([keys[:, :, : group.columns], key[:, :, group.rows]], dim=2)
-        seen_values = torch.cat([values[:, :, : group.columns], value[:, :, group.rows]], dim=2)
+        seen = []
+        for part, own in enumerate((key, value)):
+            columns = [kept[part][:, :, : group.columns], own[:, :, group.rows]]
+            if slots is not None:
+                columns.insert(1, slots[part][:, :, group.branches])
+            seen.append(torch.cat(columns, dim=2))
         rows = query[:, :, group.rows]
-        out.append(sdpa_attention_forward(module, rows, seen_keys, seen_values, group.mask, **kwargs)[0])
+        out.append(sdpa_attention_forward(module, rows, *seen, group.mask, **kwargs)[0])
     branches.layers += 1
     return torch.cat(out, dim=1), None
 

@@ -9,27 +9,36 @@ def causal(length: int, device=None) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
 
 
-def branches(prefix: Tensor, rows: int, columns: int) -> Tensor:
+def branches(prefix: Tensor, rows: int, columns: int, since: Tensor | None = None, slots: bool = False) -> Tensor:
     """Mask of the packed pass: N independent branches over one cached prefix.
 
-    Row (k, r) sees cache columns t < prefix[k] and rows r' <= r of its own branch, nothing else.
+    Row (k, r) sees cache columns since[k] <= t < prefix[k], the slot of its branch, and rows r' <= r of its own branch,
+    nothing else.
 
     Args:
-        prefix: visible cache columns of each branch, [B, N].
+        prefix: end of the visible cache columns of each branch, [B, N].
         rows: rows R of each branch.
         columns: cache columns C.
+        since: first visible cache column of each branch, [B, N]; ``None``: 0.
+        slots: there is one more column per branch, between the cache and the rows.
 
     Returns:
-        [B, 1, N * R, C + N * R].
+        [B, 1, N * R, C + N * R], with slots [B, 1, N * R, C + N + N * R].
     """
     b, n = prefix.shape
     device = prefix.device
-    cached = torch.arange(columns, device=device) < prefix[:, :, None]  # [B, N, C]
+    column = torch.arange(columns, device=device)
+    cached = column < prefix[:, :, None]  # [B, N, C]
+    if since is not None:
+        cached &= column >= since[:, :, None]
     cached = cached[:, :, None].expand(b, n, rows, columns).reshape(b, n * rows, columns)
     branch = torch.arange(n * rows, device=device) // rows
     row = torch.arange(n * rows, device=device) % rows
     own = (branch[:, None] == branch) & (row[:, None] >= row)  # [N * R, N * R]
-    return torch.cat([cached, own.expand(b, -1, -1)], dim=-1)[:, None]
+    parts = [cached, own.expand(b, -1, -1)]
+    if slots:
+        parts.insert(1, (branch[:, None] == torch.arange(n, device=device)).expand(b, -1, -1))
+    return torch.cat(parts, dim=-1)[:, None]
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,35 +5,27 @@ steps and learning rate, each with its own gradient clipping. So the table at th
 """
 
 import logging
-import sys
-from functools import partial
 from pathlib import Path
 
 import lightning
 import torch
-from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data import default_convert
 
 from megactx.assets import resolve
-from megactx.data.files import Files
 from megactx.evaluation.curriculum import write_curriculum
-from megactx.evaluation.measure import measure
-from megactx.evaluation.passages import measure_copies, measure_level
-from megactx.evaluation.plots import plot_run
-from megactx.evaluation.reconstruction import reconstruction, train_decoder
-from megactx.evaluation.report import print_report, write_report
-from megactx.evaluation.summary import check_targets, summarise
+from megactx.evaluation.summary import check_targets
 from megactx.evaluation.sums import loggable
-from megactx.evaluation.validation import SpaceMetrics, ValidationMetrics
+from megactx.evaluation.validation import ValidationMetrics
 from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
 from megactx.framework.resume import best, differences, read
 from megactx.gist import GistNet
 from megactx.gist.footprint import footprint, in_words
 from megactx.gist.losses import contrastive
 from megactx.gist.scoring import OBJECTIVES, score
-from megactx.gist.substitution import blocks, check_blocks, rows_at, substituted, teach
+from megactx.gist.substitution import Teacher, blocks, check_blocks, rows_at, substituted, teach
 from megactx.lm import BaseLM
+
+from .gist_report import report
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +48,8 @@ class GistStage(lightning.LightningModule):
             too, or not; ``copies``: blocks per distance for copy recovery; ``level2``: spans of K^2 tokens that gists
             of gists replace; ``reconstruction``: steps of a decoder trained to tell what gists keep (0: none of it);
             ``path``: files to report on besides the held-out documents (``None``: only those).
+        level2_weight: of the loss of gists of gists, which replace ``level2_spans`` spans of K^2 tokens per document; 0
+            trains gists of tokens only.
         init: checkpoint or run folder that ``start_from`` reads before a fresh run; ``None`` starts from nothing.
     """
 
@@ -79,6 +73,7 @@ class GistStage(lightning.LightningModule):
         targets: dict,
         evaluate: dict,
         init: str | None = None,
+        level2_weight: float = 0.0,
     ):
         super().__init__()
         if not str(base["name"]).startswith("asset:"):
@@ -142,43 +137,57 @@ class GistStage(lightning.LightningModule):
         flops = ", ".join(f"{name} {net.flops_per_block() / 1e6:.1f}" for name, net in self.nets.items())
         log.info("MFLOP per block of %d tokens: %s", self.gistnet.block_size, flops)
         data = self.trainer.datamodule
-        shape = (data.batch, data.max_tokens, data.spans, self.hparams.horizon)
+        shape = (data.batch, data.max_tokens, data.spans + data.level2_spans, self.hparams.horizon)
         need = in_words(footprint(self.base, self.nets.values(), *shape, self.device.type))
         log.info("Memory of a step with %d documents of %d tokens: %s", data.batch, data.max_tokens, need)
 
-    def substitution_loss(self, batch: dict):
-        """-> (loss per net [C], numbers) over the sampled blocks of a batch."""
-        ids, starts = batch["ids"], batch["starts"]
-        block, horizon = self.gistnet.block_size, self.hparams.horizon
-        check_blocks(starts, batch["lengths"], block, horizon)
-        teacher = teach(self.base, ids)
-        embedded = self.base.embed(blocks(ids, starts, block)).flatten(0, 1)
-        gists = torch.stack([net.encode_span(embedded).view(*starts.shape, -1) for net in self.nets.values()])
-        offsets = [net.offset for net in self.nets.values()]
-        hidden = substituted(self.base, teacher, starts, gists, offsets, block, horizon)
+    def substitution_loss(self, batch: dict, level: int = 1, teacher: Teacher | None = None):
+        """-> (loss per net [C], numbers, gists [C, B, N, D]) over sampled blocks of a batch, or spans of K^2 tokens.
+
+        Args:
+            level: 1, blocks and their gists; 2, spans and the gists of their gists.
+            teacher: of these documents, where there is one already.
+        """
+        ids, starts = batch["ids"], batch["starts" if level == 1 else "starts2"]
+        tokens, horizon = self.gistnet.block_size**level, self.hparams.horizon
+        check_blocks(starts, batch["lengths"], tokens, horizon)
+        teacher = teacher or teach(self.base, ids)
+        embedded = self.base.embed(blocks(ids, starts, tokens)).flatten(0, 1)
+        nets = self.nets.values()
+        gists = torch.stack([net.encode_level(embedded, level).view(*starts.shape, -1) for net in nets])
+        offsets, sigmas = zip(*((net.offset_in(tokens), net.sigma(level)) for net in nets), strict=True)
+        hidden = substituted(self.base, teacher, starts, gists, offsets, tokens, horizon, sigmas)
         loss, numbers = score(
             self.base,
             hidden.flatten(1, 3),
-            rows_at(teacher.hidden, starts + block - 1, horizon).flatten(0, 2),
-            blocks(ids, starts + block, horizon).flatten(),
+            rows_at(teacher.hidden, starts + tokens - 1, horizon).flatten(0, 2),
+            blocks(ids, starts + tokens, horizon).flatten(),
             self.hparams.objective,
         )
         return loss.mean(dim=1), numbers, gists
 
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
-        losses, numbers, gists = self.substitution_loss(batch)
-        dnll = (numbers["nll"] - numbers["full"]).mean(dim=1)
-        self.log("train/loss", losses[0].detach(), sync_dist=True)
-        self.log("train/dnll", dnll[0], prog_bar=True, sync_dist=True)
-        for index, name in enumerate(self.nets):
-            if index:
-                self.log(f"train/{name}/dnll", dnll[index], sync_dist=True)
+        teacher = teach(self.base, batch["ids"])
+        losses, numbers, gists = self.substitution_loss(batch, teacher=teacher)
+        self._log_training(losses, numbers)
         total = losses.sum()
+        if weight := self.hparams.level2_weight:
+            losses, numbers, _ = self.substitution_loss(batch, 2, teacher)
+            self._log_training(losses, numbers, "level2/")
+            total = total + weight * losses.sum()
         if weight := self.hparams.contrastive["weight"]:
             term = self._contrastive(batch, gists[0])
             self.log("train/contrastive", term.detach(), sync_dist=True)
             total = total + weight * term
         return total
+
+    def _log_training(self, losses: Tensor, numbers: dict, level: str = "") -> None:
+        dnll = (numbers["nll"] - numbers["full"]).mean(dim=1)
+        self.log(f"train/{level}loss", losses[0].detach(), sync_dist=True)
+        self.log(f"train/{level}dnll", dnll[0], prog_bar=not level, sync_dist=True)
+        for index, name in enumerate(self.nets):
+            if index:
+                self.log(f"train/{level}{name}/dnll", dnll[index], sync_dist=True)
 
     def _contrastive(self, batch: dict, gists: Tensor) -> Tensor:
         block = self.gistnet.block_size
@@ -194,7 +203,8 @@ class GistStage(lightning.LightningModule):
             nn.utils.clip_grad_norm_(net.parameters(), gradient_clip_val or float("inf"))
 
     def on_validation_epoch_start(self) -> None:
-        self.metrics = ValidationMetrics(self.hparams.horizon, self.base.width).to(self.device)
+        level2 = self.hparams.level2_weight > 0
+        self.metrics = ValidationMetrics(self.hparams.horizon, self.base.width, level2=level2).to(self.device)
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
         self.metrics.update(self.base, self.gistnet, batch)
@@ -230,25 +240,24 @@ class GistStage(lightning.LightningModule):
         checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
 
     def prepare(self, datamodule) -> None:
-        """Tell the data how long a document the base takes."""
+        """Tell the data how long a document the base takes, and see that it has what gists of gists are trained on.
+
+        Raises:
+            ValueError: gists of gists have a loss and no spans, or spans or weights of their own and no loss.
+        """
         datamodule.limit_to(self.base.max_positions)
+        weight, spans, levels = self.hparams.level2_weight, datamodule.level2_spans, 1 + len(self.gistnet.above)
+        if bool(weight) != bool(spans) or levels > 1 and not weight:
+            raise ValueError(
+                f"stage.level2_weight={weight}, datamodule.level2_spans={spans}, gistnet.levels={levels}: gists of"
+                " gists are trained with the first two above 0, gists of tokens only with 0, 0 and 1; see"
+                " experiment=gist_lod2"
+            )
 
     @torch.inference_mode()
     def finish(self, folder: Path, datamodule) -> None:
         """Report on held-out documents and on ``evaluate.path``: tables, pictures, scores; then the next command."""
-        asked = self.hparams.evaluate
-        curve = folder / "metrics.csv"
-        decoder = None
-        if steps := asked["reconstruction"]:
-            training = (default_convert(datamodule.training[index]) for index in range(steps))
-            decoder = train_decoder(self.base, self.gistnet, training)
-        rest = (curve, decoder, datamodule.weights)
-        self._report(folder, datamodule.evaluation_documents(asked["blocks"]), "held-out documents", *rest)
-        if asked["path"]:
-            other = folder / "other"
-            other.mkdir(exist_ok=True)
-            given = datamodule.held_out(Files(asked["path"]), asked["blocks"])
-            self._report(other, given, asked["path"], *rest)
+        report(self, folder, datamodule)
         print(
             "Next: python train.py experiment=gist_stage2 preset=demo, or add gistnet.head=linear pooling=cls depth=d4"
         )
@@ -257,38 +266,3 @@ class GistStage(lightning.LightningModule):
     def conclude(folder: Path, stages: list[str]) -> None:
         """The end of a curriculum: all its stages in one table and one picture."""
         write_curriculum(folder, stages)
-
-    def _report(self, folder: Path, batches: list[dict], what: str, curve: Path, decoder, weights: dict) -> None:
-        asked, horizon = self.hparams.evaluate, self.hparams.horizon
-        extra = {"weights": weights}
-        with self._autocast():
-            measured = (self.base, self.nets, batches)
-            settings = {
-                "with_controls": asked["controls"],
-                "progress": partial(track, description=f"measuring {what}", disable=not sys.stdout.isatty()),
-            }
-            scores = measure(*measured, horizon, **settings)
-            if asked["copies"]:
-                extra["copies"] = measure_copies(*measured, blocks=asked["copies"], **settings)
-            if asked["level2"]:
-                extra["level2"] = measure_level(*measured, horizon, blocks=asked["level2"], **settings)
-            geometry = self._geometry(batches)
-        if decoder:
-            geometry |= reconstruction(self.base, self.gistnet, decoder, batches)
-        scores.save(folder / "scores")
-        numbers = summarise(scores, targets=self.hparams.targets, geometry=geometry, **extra)
-        numbers["flops_per_block"] = {name: net.flops_per_block() for name, net in self.nets.items()}
-        print(f"\nResult on {what}")
-        print_report(numbers)
-        write_report(folder, numbers)
-        plot_run(folder / "report.png", scores, curve if curve.exists() else None)
-        print(f"Tables: {folder / 'report.md'}   picture: {folder / 'report.png'}")
-
-    def _geometry(self, batches: list[dict]) -> dict:
-        metric = SpaceMetrics(self.base.width).to(self.device)
-        for batch in batches:
-            metric.update(self.base, self.gistnet, batch)
-        return {name: value.item() for name, value in metric.compute().items()}
-
-    def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.base.model.dtype == torch.bfloat16)

@@ -227,6 +227,32 @@ def test_another_source_is_evaluated_whole(tiny_tokenizer):
     assert all(isinstance(batch["ids"], torch.Tensor) for batch in other)
 
 
+def test_spans_of_level_two_lie_on_their_own_grid_and_leave_the_rest_of_a_batch_as_it_was():
+    settings = dict(weights={"code": 1}, batch=3, spans=2, block=4, horizon=5, seed=1)
+    texts = documents([70, 60, 37])
+    plain, both = SpanBatches(texts, **settings), SpanBatches(texts, **settings, level2_spans=4)
+    for index in range(20):
+        one, two = plain[index], both[index]
+        starts = two.pop("starts2")
+        assert same(one, two) and starts.shape == (3, 4)
+        for row, length in zip(starts, two["lengths"], strict=True):
+            eligible = {s for s in (16, 32, 48) if s + 16 + 5 <= length}
+            assert set(row.tolist()) == eligible, "every span is there where there is room"
+        assert all(both[index][name] is not None for name in ("starts2",)) and same(both[index], both[index])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (dict(level2_spans=1, block=8, min_tokens=140, max_tokens=200), "needs 2 x 8\\^2 \\+ 32 = 160 tokens"),
+        (dict(level2_spans=-1), "datamodule.level2_spans=-1"),
+    ],
+)
+def test_spans_of_level_two_that_do_not_fit_are_refused(tiny_tokenizer, settings, said):
+    with pytest.raises(ValueError, match=said):
+        data(tiny_tokenizer, **settings)
+
+
 class Recorder(LightningModule):
     def __init__(self):
         super().__init__()

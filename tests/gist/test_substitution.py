@@ -8,6 +8,7 @@ from megactx.gist import GistNet
 from megactx.gist.scoring import score
 from megactx.gist.substitution import blocks, check_blocks, dropped, rows_at, substituted, teach
 from megactx.lm import BaseLM, masks
+from megactx.lm.gaussian_rope import spread
 
 K, WIDTH = 8, 64
 SMALL = dict(
@@ -29,12 +30,12 @@ def base_lm(kind: str) -> BaseLM:
     return BaseLM.from_config({**SMALL, "model_type": kind}).freeze()
 
 
-def gist_net(base: BaseLM, position: str) -> GistNet:
+def gist_net(base: BaseLM, position: str, **settings) -> GistNet:
     torch.manual_seed(1)
-    return GistNet(WIDTH, base.embedding_rms(), block_size=K, skip="none", position=position)
+    return GistNet(WIDTH, base.embedding_rms(), block_size=K, skip="none", position=position, **settings)
 
 
-def loop(base, ids, starts, horizon, gist_of, offset):
+def loop(base, ids, starts, horizon, gist_of, offset, sigma=None):
     """Reference: (loss rows [B, N, H], NLL rows, teacher NLL rows) by one plain forward per block, no packing."""
     losses, nlls, fulls = [], [], []
     for b in range(len(ids)):
@@ -50,9 +51,14 @@ def loop(base, ids, starts, horizon, gist_of, offset):
                 before = torch.cat([before, gist])
                 positions = torch.cat([positions[:s], torch.tensor([s + offset]), positions[s:]])
             x = torch.cat([before, after])[None]
-            out = base.model(
-                inputs_embeds=x, position_ids=positions[None], attention_mask=masks.causal(x.shape[1]), use_cache=False
-            )
+            width = None if sigma is None else torch.where(torch.arange(x.shape[1]) == s, sigma, 0.0)[None]
+            with spread(base.model.get_decoder(), width):
+                out = base.model(
+                    inputs_embeds=x,
+                    position_ids=positions[None],
+                    attention_mask=masks.causal(x.shape[1]),
+                    use_cache=False,
+                )
             log_q = torch.log_softmax(out.logits[0, -horizon:], dim=-1)
             p = log_p[s + K - 1 : end - 1]
             losses.append((p.exp() * (p - log_q)).sum(dim=-1))
@@ -62,9 +68,9 @@ def loop(base, ids, starts, horizon, gist_of, offset):
     return torch.stack(losses).view(shape), torch.stack(nlls).view(shape), torch.stack(fulls).view(shape)
 
 
-def packed(base, ids, starts, horizon, vectors, offset, objective="kl"):
+def packed(base, ids, starts, horizon, vectors, offset, objective="kl", sigma=None):
     teacher = teach(base, ids)
-    hidden = substituted(base, teacher, starts, vectors, [offset] * len(vectors), K, horizon)
+    hidden = substituted(base, teacher, starts, vectors, [offset] * len(vectors), K, horizon, [sigma] * len(vectors))
     return score(
         base,
         hidden.flatten(1, 3),
@@ -99,6 +105,40 @@ def test_loss_and_every_gistnet_gradient_equal_the_loop(kind, horizon, position)
     for name, p in net.named_parameters():
         error = (gradients[name] - p.grad).norm() / p.grad.norm()
         assert error < 1e-4, f"gradient of {name} differs by {error:.1e}"
+
+
+@pytest.mark.parametrize("mode", ["damped", "learned"])
+@pytest.mark.parametrize("kind", ["llama", "smollm3", "nanochat", "qwen3"])
+def test_with_gaussian_rope_loss_and_every_gradient_equal_the_loop_too(kind, mode):
+    base, horizon = base_lm(kind), 12
+    net = gist_net(base, "end", gaussian_rope=mode)
+    ids, starts = torch.randint(3, 97, (2, 90)), torch.tensor([[64, 8], [32, 40]])
+    embedded = base.embed(blocks(ids, starts, K)).flatten(0, 1)
+    vectors = net.encode_span(embedded).view(1, 2, 2, WIDTH)
+    loss, _ = packed(base, ids, starts, horizon, vectors, net.offset, sigma=net.sigma(1))
+    loss.mean().backward()
+    gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
+    assert ("spread.log_scale" in gradients) == (mode == "learned")
+    net.zero_grad()
+
+    plain, _, _ = loop(base, ids, starts, horizon, net.encode_span, net.offset, net.sigma(1))
+    plain.mean().backward()
+    torch.testing.assert_close(loss[0].view_as(plain), plain, rtol=1e-4, atol=1e-6)
+    for name, p in net.named_parameters():
+        error = (gradients[name] - p.grad).norm() / p.grad.norm()
+        assert error < 1e-4, f"gradient of {name} differs by {error:.1e}"
+    undamped, _ = packed(base, ids, starts, horizon, vectors, net.offset)
+    assert not torch.allclose(undamped, loss, rtol=1e-4), "the spread of the position changed nothing"
+
+
+@torch.no_grad()
+def test_a_carrier_whose_position_is_a_point_is_the_same_beside_one_whose_position_is_wide():
+    base, horizon = base_lm("llama"), 6
+    ids, starts = torch.randint(3, 97, (1, 60)), torch.tensor([[16, 40]])
+    vectors, teacher = torch.randn(2, 1, 2, WIDTH), teach(base, ids)
+    points = substituted(base, teacher, starts, vectors, [7, 7], K, horizon)
+    mixed = substituted(base, teacher, starts, vectors, [7, 7], K, horizon, [None, torch.tensor(2.3)])
+    assert torch.equal(points[0], mixed[0]) and not torch.allclose(points[1], mixed[1], rtol=1e-3)
 
 
 @torch.no_grad()

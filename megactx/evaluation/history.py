@@ -1,0 +1,122 @@
+"""What is left of a history whose old blocks are all compressed (SPEC 3, 5).
+
+    history recovery      1 - (NLL_carriers - NLL_full) / (NLL_nothing - NLL_full)
+    gain at equal budget  NLL of as many more raw tokens as there are carriers - NLL_carriers
+
+Nothing: the sink and the same R raw tokens. Every number is over the same S tokens.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from megactx.data.segments import RECENCY, SEGMENT, eligible_segments
+from megactx.gist.history import check_segments, old_blocks, with_carriers, with_everything, with_nothing
+from megactx.gist.scoring import score
+from megactx.gist.substitution import blocks, teach
+from megactx.lm import BaseLM
+
+from .measure import in_eval_mode
+from .passages import documents_with
+from .scores import BlockScores
+
+MORE_RAW = "as many more raw tokens"
+
+
+def segments(batches: Iterable[dict], block: int, count: int | None, segment: int = SEGMENT, recency: int = RECENCY):
+    """Batches of one document whose ``starts`` are segments: ``count`` at most, evenly spaced; ``None`` takes all.
+
+    Segments of one document do not overlap.
+    """
+    apart = -(-segment // block)
+
+    def starts_of(length):
+        return eligible_segments(length, block, segment, recency)[::-1][::apart][::-1].copy()
+
+    return documents_with(batches, starts_of, count)
+
+
+@torch.inference_mode()
+def measure_history(
+    base: BaseLM,
+    compressors: Mapping[str, torch.nn.Module],
+    batches: Iterable[dict],
+    segment: int = SEGMENT,
+    recency: int = RECENCY,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> BlockScores:
+    """Score segments over the sink, carriers of all older blocks and R raw tokens, with each compressor.
+
+    Args:
+        base: the frozen base LM.
+        compressors: name -> ``Compressor``, all of one block size, measured in eval mode.
+        batches: as ``segments`` makes them: dicts ``ids`` [1, T], ``lengths`` [1], ``starts`` [1, N], ``domain``,
+            ``document``.
+        segment, recency: S and R, tokens.
+        progress: wraps the batches, to show a bar.
+
+    Returns:
+        ``BlockScores`` with a row per segment and S columns. ``drop`` is the history without carriers, so its recovery
+        is history recovery; the carrier ``MORE_RAW`` has as many more raw tokens as there are compressed blocks.
+
+    Raises:
+        ValueError: a segment that is not eligible, or block sizes that differ.
+    """
+    sizes = {net.block_size for net in compressors.values()}
+    if len(sizes) > 1:
+        raise ValueError(f"history: the compressors have block sizes {sorted(sizes)}, one is needed")
+    (block,) = sizes
+    needs_states = any(getattr(net, "needs_states", False) for net in compressors.values())
+    device, parts = base.model.device, []
+    with in_eval_mode(*compressors.values()):
+        for batch in progress(list(batches)):
+            ids, starts = batch["ids"].to(device), batch["starts"].to(device)
+            check_segments(starts, batch["lengths"].to(device), block, segment, recency)
+            teacher = teach(base, ids, needs_states)
+            old, sizes = old_blocks(starts, block, recency), (block, segment, recency)
+            rows = {
+                name: with_carriers(base, teacher, starts, net.compress(base, teacher, old), *sizes)
+                for name, net in compressors.items()
+            }
+            rows[MORE_RAW] = _more_raw(base, teacher, starts, *sizes)
+            rows["nothing"] = with_nothing(base, teacher, starts, *sizes)
+            _, numbers = score(
+                base,
+                torch.stack(list(rows.values())).flatten(1, 3),
+                with_everything(teacher, starts, segment).flatten(0, 2),
+                blocks(ids, starts, segment).flatten(),
+            )
+            parts.append(_scores(batch, starts, numbers, list(rows), segment))
+    return BlockScores.concatenate(parts)
+
+
+def _more_raw(base, teacher, starts: Tensor, block: int, segment: int, recency: int) -> Tensor:
+    """Each segment has another number of compressed blocks, so another number of raw tokens instead: one by one."""
+    each = []
+    for n in range(starts.shape[1]):
+        counts = (starts[:, n] - recency) // block - 1
+        assert (counts == counts[0]).all(), "one document per batch"
+        each.append(with_nothing(base, teacher, starts[:, n : n + 1], block, segment, recency + int(counts[0])))
+    return torch.cat(each, dim=1)
+
+
+def _scores(batch: dict, starts: Tensor, numbers: dict, names: list[str], segment: int) -> BlockScores:
+    count = starts.numel()
+
+    def table(key, row=None):
+        values = numbers[key] if row is None else numbers[key][row]
+        return values.view(count, segment).cpu()
+
+    carriers = names[:-1]
+    named = [*carriers, "drop"]
+    return BlockScores(
+        full=table("full"),
+        drop=table("nll", len(carriers)),
+        carriers={name: table("nll", i) for i, name in enumerate(carriers)},
+        kl={name: table("kl", i) for i, name in enumerate(named)},
+        agree={name: table("agree", i) for i, name in enumerate(named)},
+        domain=[domain for domain in batch["domain"] for _ in range(starts.shape[1])],
+        document=batch["document"].repeat_interleave(starts.shape[1]).cpu(),
+        start=starts.flatten().cpu(),
+    )

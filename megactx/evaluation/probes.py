@@ -1,0 +1,100 @@
+"""Exact recall: is what one old block told still known when all old blocks are compressed (``data.probes``)?
+
+Three readers answer: over gists only; with the block that told it expanded; over the full context. Accuracy is that of
+greedy decoding: every token of the answer is the argmax behind the true ones before it.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from megactx.data.probes import Probe
+from megactx.gist.carriers.carrier import Slots, Vectors
+from megactx.gist.history import continued, read_stream, stream
+from megactx.gist.substitution import rows_at, teach
+from megactx.lm import BaseLM
+
+from .measure import in_eval_mode
+
+READERS = ("gists only", "block expanded", "full context")
+
+
+@torch.inference_mode()
+def measure_probes(base: BaseLM, net, probes: Iterable[Probe], recency: int) -> list[dict]:
+    """A row per probe: ``kind``, and for each reader ``right`` (bool) and ``nll`` (nats per token of the answer).
+
+    Args:
+        net: a ``Compressor``, measured in eval mode.
+        recency: R, as the probes were made for.
+    """
+    rows = []
+    with in_eval_mode(net):
+        for probe in probes:
+            ids = torch.from_numpy(probe.ids)[None].to(base.model.device)
+            start = torch.full((1, 1), probe.asked, device=ids.device)
+            teacher = teach(base, ids, getattr(net, "needs_states", False))
+            old = torch.arange(net.block_size, probe.asked - recency, net.block_size, device=ids.device)[None]
+            carriers = net.compress(base, teacher, old)
+            kept = {
+                READERS[0]: stream(base, teacher, old, carriers, net.block_size),
+                READERS[1]: _expanded(base, teacher, old, carriers, net.block_size, probe.told),
+            }
+            hidden = {}
+            for reader, cache in kept.items():
+                columns = torch.full_like(start, cache[0][0].shape[2])
+                hidden[reader] = continued(base, teacher, start, cache, columns, recency, probe.length)[0, 0]
+            hidden[READERS[2]] = rows_at(teacher.hidden, start - 1, probe.length)[0, 0]
+            rows.append(
+                {"kind": probe.kind} | {name: _answer(base, h, ids[0, probe.asked :]) for name, h in hidden.items()}
+            )
+    return rows
+
+
+def recall(rows: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """Rows of ``measure_probes`` -> class -> reader -> ``accuracy`` and mean ``nll``."""
+    out = {}
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        own = [row for row in rows if row["kind"] == kind]
+        out[kind] = {
+            reader: {
+                "accuracy": sum(row[reader]["right"] for row in own) / len(own),
+                "nll": sum(row[reader]["nll"] for row in own) / len(own),
+            }
+            for reader in READERS
+        }
+    return out
+
+
+def _answer(base: BaseLM, hidden: Tensor, targets: Tensor) -> dict:
+    log_p = torch.log_softmax(base.logits(hidden).float(), dim=-1)  # [A, V]
+    nll = -log_p.gather(1, targets[:, None]).mean()
+    return {"right": bool((log_p.argmax(dim=-1) == targets).all()), "nll": nll.item()}
+
+
+def _expanded(base: BaseLM, teacher, old: Tensor, carriers: Vectors | Slots, block: int, told: int):
+    """The stream with the tokens of one block in place of its carrier."""
+    index = told // block - 1
+    raw = torch.arange(told, told + block, device=old.device)[None]
+    if isinstance(carriers, Slots):
+        # Between slots nothing is computed: the block's own keys and values are those of the full context.
+        layers = []
+        for kept, layer in zip(teacher.cache, carriers.layers, strict=True):
+            parts = []
+            for own, slots in zip(kept, layer, strict=True):
+                tokens = own[:, :, told : told + block]
+                parts.append(
+                    torch.cat([own[:, :, :block], slots[:, :, :index], tokens, slots[:, :, index + 1 :]], dim=2)
+                )
+            layers.append(tuple(parts))
+        return layers
+    vectors, positions = carriers.vectors, old + carriers.offset
+    tokens = base.embed(teacher.ids.gather(1, raw)).to(vectors.dtype)
+    rows = torch.cat([vectors[:, :index], tokens, vectors[:, index + 1 :]], dim=1)
+    places = torch.cat([positions[:, :index], raw, positions[:, index + 1 :]], dim=1)
+    sigma = None
+    if carriers.sigma is not None:
+        wide = carriers.sigma.expand(positions.shape)
+        point = torch.zeros_like(raw, dtype=wide.dtype)
+        sigma = torch.cat([wide[:, :index], point, wide[:, index + 1 :]], dim=1)
+    return read_stream(base, teacher, rows, places, sigma, block)

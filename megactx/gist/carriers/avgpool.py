@@ -1,0 +1,22 @@
+"""AvgPool: at every layer, the mean over the block of what goes into that layer."""
+
+from torch import Tensor
+
+from megactx.lm import BaseLM
+from megactx.lm.layers import keys_values
+
+from .carrier import Compressor, Slots, windows
+
+
+class AvgPool(Compressor):
+    """Keys and values of the block's mean state at every layer; nothing is trained.
+
+    The baseline of arXiv 2504.08934: layer l pools its inputs h^(l-1), then applies its own norm, projections and the
+    rotation of the carrier's position. With K = 1 it is the uncompressed model.
+    """
+
+    needs_states = True
+
+    def compress(self, base: BaseLM, teacher, starts: Tensor) -> Slots:
+        pooled = [windows(states, starts, self.block_size).mean(dim=2) for states in teacher.states[:-1]]
+        return Slots(keys_values(base.model.get_decoder(), pooled, starts + self.offset))

@@ -1,0 +1,93 @@
+"""What stands for a block, and what makes it.
+
+    Vectors  one embedding per block: the base LM reads it as it reads a token, and it has an output row
+    Slots    keys and values of one column per block at every layer: nothing runs through the layers in its place
+
+B documents, N blocks, K tokens of a block, D width, L layers, G key-value heads, W head width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megactx.lm import BaseLM
+
+POSITIONS = ("centre", "end")
+BYTES = 2  # of a stored number: 16 bit
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """One vector per block, at ``start + offset``. Its output predicts the token after the block."""
+
+    vectors: Tensor  # [B, N, D]
+    offset: int
+    sigma: Tensor | None = None  # standard deviation of that position in tokens, a scalar; None: it is a point
+    first = 0  # the first offset of the horizon that it can be scored at
+
+    def bytes_per_block(self) -> int:
+        return BYTES * self.vectors.shape[-1]
+
+    def select(self, index: Tensor) -> "Vectors":
+        """The carriers of some blocks: index [B, M] -> M blocks."""
+        taken = self.vectors.gather(1, index[..., None].expand(-1, -1, self.vectors.shape[-1]))
+        return Vectors(taken, self.offset, self.sigma)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Keys (rotated already) and values of one column per block. There is no output row: h = 0 has no score."""
+
+    layers: Sequence[tuple[Tensor, Tensor]]  # per layer, each [B, G, N, W]
+    first = 1  # the first offset of the horizon that it can be scored at
+
+    def bytes_per_block(self) -> int:
+        return sum(BYTES * part.shape[1] * part.shape[3] for layer in self.layers for part in layer)
+
+    def select(self, index: Tensor) -> "Slots":
+        """The carriers of some blocks: index [B, M] -> M blocks."""
+        return Slots([tuple(_pick(part, index) for part in layer) for layer in self.layers])
+
+
+def _pick(part: Tensor, index: Tensor) -> Tensor:  # [B, G, N, W], [B, M] -> [B, G, M, W]
+    return part.gather(2, index[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3]))
+
+
+class Compressor(nn.Module):
+    """Compresses blocks of documents that the base LM has read.
+
+    Args:
+        block_size: K.
+        position: ``centre`` (start + K // 2) or ``end`` (start + K - 1).
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    needs_states = False  # reads the base LM's own states of the block, layer by layer
+
+    def __init__(self, block_size: int = 32, position: str = "centre"):
+        super().__init__()
+        if block_size < 1:
+            raise ValueError(f"block_size={block_size} is not allowed: at least 1")
+        if position not in POSITIONS:
+            raise ValueError(f"compressor.position={position} is not known, allowed are {', '.join(POSITIONS)}")
+        self.block_size, self.position = block_size, position
+
+    @property
+    def offset(self) -> int:
+        """Position relative to the block's start."""
+        return self.block_size // 2 if self.position == "centre" else self.block_size - 1
+
+    def compress(self, base: BaseLM, teacher, starts: Tensor) -> Vectors | Slots:
+        """Carriers of the blocks at starts [B, N] of the documents that ``teacher`` has read."""
+        raise NotImplementedError
+
+
+def windows(states: Tensor, starts: Tensor, block: int) -> Tensor:
+    """States of blocks: [B, T, D], starts [B, N] -> [B, N, K, D]."""
+    index = (starts[..., None] + torch.arange(block, device=starts.device)).flatten(1)
+    taken = states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+    return taken.view(*starts.shape, block, states.shape[-1])

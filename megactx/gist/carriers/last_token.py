@@ -1,0 +1,17 @@
+"""The block's last token as it is, at its own position."""
+
+from torch import Tensor
+
+from megactx.lm import BaseLM
+
+from .carrier import Compressor, Vectors
+
+
+class LastToken(Compressor):
+    """One entry for one entry: the bar that a gist must clear (SPEC 5)."""
+
+    def __init__(self, block_size: int = 32):
+        super().__init__(block_size, "end")
+
+    def compress(self, base: BaseLM, teacher, starts: Tensor) -> Vectors:
+        return Vectors(base.embed(teacher.ids.gather(1, starts + self.offset)), self.offset)

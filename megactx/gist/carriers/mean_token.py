@@ -1,0 +1,26 @@
+"""The mean token embedding of the block, nothing trained."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from megactx.lm import BaseLM
+
+from .carrier import Compressor, Vectors, windows
+
+
+class MeanToken(Compressor):
+    """The mean as it is, or rescaled to the root mean square of token embeddings (Feldman & Artzi 2025).
+
+    Args:
+        rms: the root mean square to rescale to; ``None`` leaves the mean as it is.
+    """
+
+    def __init__(self, block_size: int = 32, position: str = "centre", rms: float | None = None):
+        super().__init__(block_size, position)
+        self.rms = rms
+
+    def compress(self, base: BaseLM, teacher, starts: Tensor) -> Vectors:
+        mean = windows(base.embed(teacher.ids), starts, self.block_size).float().mean(dim=2)
+        if self.rms is not None:
+            mean = F.rms_norm(mean, mean.shape[-1:]) * self.rms
+        return Vectors(mean, self.offset)

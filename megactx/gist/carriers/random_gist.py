@@ -1,0 +1,27 @@
+"""Noise in place of a gist: what a vector is worth that knows nothing."""
+
+import torch
+from torch import Tensor
+
+from megactx.lm import BaseLM
+
+from .carrier import Compressor, Vectors
+
+
+class RandomGist(Compressor):
+    """Gaussian noise at the root mean square of token embeddings, the same for the same document.
+
+    Args:
+        rms: root mean square of the base LM's token embeddings.
+        seed: of the noise.
+    """
+
+    def __init__(self, rms: float, block_size: int = 32, position: str = "centre", seed: int = 0):
+        super().__init__(block_size, position)
+        self.rms, self.seed = rms, seed
+
+    def compress(self, base: BaseLM, teacher, starts: Tensor) -> Vectors:
+        first = int(teacher.ids[0, : self.block_size + 1].sum())  # documents differ, whatever their batch
+        generator = torch.Generator().manual_seed(self.seed + first)
+        noise = torch.randn(*starts.shape, base.width, generator=generator)
+        return Vectors(noise.to(starts.device) * self.rms, self.offset)

@@ -1,0 +1,110 @@
+"""History mode: every block older than a recency window is compressed at once, as at run time (SPEC 3).
+
+    document   [sink] [ block 1 ] [ block 2 ] ... [ block n ] r0 .......... r(R-1) y0 ....... y(S-1)
+    stream     [sink]   gist 1      gist 2   ...    gist n                            once per document
+    branch     stream up to gist n                            r0 .......... r(R-1) y0 .... y(S-2)
+    scored                                                                         y0 ....... y(S-1)
+
+Gists see the sink and older gists only, so their keys and values are computed once per document and shared by all
+branches. A branch recomputes its R raw tokens: a state of the teacher would carry what its own past had seen, and with
+a sliding mask over one pass raw text leaks L x R tokens back through L layers.
+
+Shapes: B documents, T tokens, N segments per document, M blocks, S tokens of a segment, R recency, K block, D width.
+"""
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from megactx.lm import BaseLM, masks
+
+from .carriers.carrier import Slots, Vectors
+from .substitution import Teacher, blocks, rows_at
+
+
+def check_segments(starts: Tensor, lengths: Tensor, block: int, segment: int, recency: int) -> None:
+    """Every segment lies on the block grid, inside its document, and leaves at least one block to compress.
+
+    Raises:
+        ValueError: naming the setting, or the first segment that does not.
+    """
+    for name, value in (("segment", segment), ("recency", recency)):
+        if value < block or value % block:
+            raise ValueError(f"history.{name}={value} is not allowed: a multiple of gistnet.block_size={block}")
+    bad = (starts % block != 0) | (starts < recency + 2 * block) | (starts + segment > lengths[:, None])
+    if bad.any():
+        b, n = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"segment start {int(starts[b, n])} of document {b} is not eligible: starts are multiples of {block}, at"
+            f" least history.recency={recency} + 2 x {block}, and start + history.segment={segment} must not exceed the"
+            f" document's {int(lengths[b])} tokens"
+        )
+
+
+def old_blocks(starts: Tensor, block: int, recency: int) -> Tensor:
+    """Starts [B, M] of all blocks that any of the segments at starts [B, N] sees compressed."""
+    last = int(starts.max()) - recency
+    return torch.arange(block, last, block, device=starts.device).expand(len(starts), -1)
+
+
+def stream(base: BaseLM, teacher: Teacher, old: Tensor, carriers: Vectors | Slots, block: int):
+    """Keys and values per layer of the sink and all carriers of the blocks at old [B, M]: K + M columns."""
+    if isinstance(carriers, Slots):
+        return [
+            tuple(torch.cat([sink[:, :, :block], slots], dim=2) for sink, slots in zip(kept, layer, strict=True))
+            for kept, layer in zip(teacher.cache, carriers.layers, strict=True)
+        ]
+    sigma = None if carriers.sigma is None else carriers.sigma.expand(old.shape)
+    return read_stream(base, teacher, carriers.vectors, old + carriers.offset, sigma, block)
+
+
+def read_stream(base: BaseLM, teacher: Teacher, vectors: Tensor, positions: Tensor, sigma: Tensor | None, block: int):
+    """Keys and values per layer of the sink and, behind it, vectors [B, M, D] at positions [B, M]: K + M columns.
+
+    ``sigma`` [B, M]: standard deviation of these positions in tokens; ``None``: points.
+    """
+    rows = torch.cat([base.embed(teacher.ids[:, :block]), vectors.to(teacher.hidden.dtype)], dim=1)
+    sink = torch.arange(block, device=positions.device).expand(len(positions), -1)
+    if sigma is not None:
+        sigma = torch.cat([torch.zeros_like(sink, dtype=sigma.dtype), sigma], dim=1)
+    cache, mask = DynamicCache(), masks.causal(rows.shape[1], rows.device)
+    base(rows, torch.cat([sink, positions], dim=1), mask, cache, sigma)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def continued(base: BaseLM, teacher: Teacher, starts: Tensor, kept, columns: Tensor, raw: int, segment: int) -> Tensor:
+    """Hidden states of segments over some cached columns and raw tokens that are computed again.
+
+    Args:
+        starts: segment starts [B, N].
+        kept: keys and values per layer.
+        columns: how many of them each segment sees, [B, N].
+        raw: raw tokens in front of each segment.
+        segment: S.
+
+    Returns:
+        [B, N, S, D]; row i predicts token ``start + i``.
+    """
+    ids = blocks(teacher.ids, starts - raw, raw + segment - 1)
+    positions = (starts - raw)[..., None] + torch.arange(raw + segment - 1, device=starts.device)
+    hidden = base.forward_branches(base.embed(ids).to(teacher.hidden.dtype), positions, kept, columns)
+    return hidden[:, :, raw - 1 :]
+
+
+def with_carriers(
+    base: BaseLM, teacher: Teacher, starts: Tensor, carriers: Vectors | Slots, block: int, segment: int, recency: int
+) -> Tensor:
+    """The sink, carriers of all blocks of ``old_blocks``, ``recency`` raw tokens: hidden [B, N, S, D]."""
+    kept = stream(base, teacher, old_blocks(starts, block, recency), carriers, block)
+    columns = block + (starts - recency) // block - 1  # the sink, and a carrier for each of its old blocks
+    return continued(base, teacher, starts, kept, columns, recency, segment)
+
+
+def with_nothing(base: BaseLM, teacher: Teacher, starts: Tensor, block: int, segment: int, raw: int) -> Tensor:
+    """The sink and ``raw`` tokens before each segment: hidden [B, N, S, D]."""
+    return continued(base, teacher, starts, teacher.cache, torch.full_like(starts, block), raw, segment)
+
+
+def with_everything(teacher: Teacher, starts: Tensor, segment: int) -> Tensor:
+    """The full context: hidden [B, N, S, D]."""
+    return rows_at(teacher.hidden, starts - 1, segment)

@@ -1,0 +1,52 @@
+"""What the base LM makes of carriers of every kind, in place of their blocks: the packed pass for all of them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megactx.lm import BaseLM
+
+from .carriers.carrier import Slots, Vectors
+from .substitution import Teacher, rows_at, slotted, substituted
+
+
+def read(
+    base: BaseLM, teacher: Teacher, starts: Tensor, carriers: Sequence[Vectors | Slots], tokens: int, horizon: int
+) -> Tensor:
+    """Hidden states of branches in which each carrier stands for its block.
+
+    Args:
+        starts: block starts [B, N].
+        carriers: C of them, each of all blocks.
+        tokens: of a block, K, or K^n where carriers of level n stand for so many.
+        horizon: H.
+
+    Returns:
+        [C, B, N, H, D]; row h predicts token ``start + tokens + h``. Slots have no output row: in place of
+        their row 0 is what the base LM knows without the block, as with ``dropped``; ``carrier.first`` says where
+        scores begin.
+    """
+    out: list[Tensor | None] = [None] * len(carriers)
+    together: dict[int, list[int]] = {}
+    for index, carrier in enumerate(carriers):
+        if isinstance(carrier, Slots):
+            before = rows_at(teacher.hidden, starts - 1, 1)
+            out[index] = torch.cat([before, slotted(base, teacher, starts, carrier.layers, tokens, horizon)], dim=2)
+        else:
+            together.setdefault(carrier.vectors.ndim, []).append(index)
+    for indices in together.values():  # one vector per block, then several
+        same = [carriers[index] for index in indices]
+        hidden = substituted(
+            base,
+            teacher,
+            starts,
+            torch.stack([carrier.vectors for carrier in same]),
+            [carrier.offset for carrier in same],
+            tokens,
+            horizon,
+            [carrier.sigma for carrier in same],
+        )
+        for index, rows in zip(indices, hidden, strict=True):
+            out[index] = rows
+    return torch.stack(out)

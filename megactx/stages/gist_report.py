@@ -1,0 +1,75 @@
+"""What a gist stage measures when its training is over: tables, pictures and scores in the run folder."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch.utils.data import default_convert
+
+from megactx.data.files import Files
+from megactx.evaluation.measure import measure
+from megactx.evaluation.passages import measure_copies, measure_level
+from megactx.evaluation.plots import plot_run
+from megactx.evaluation.reconstruction import reconstruction, train_decoder
+from megactx.evaluation.report import print_report, write_report
+from megactx.evaluation.summary import summarise
+from megactx.evaluation.validation import SpaceMetrics
+
+
+def report(stage, folder: Path, datamodule) -> None:
+    """Report on held-out documents and on ``evaluate.path``, as the stage's ``evaluate`` says.
+
+    Args:
+        stage: a ``GistStage``.
+        folder: of the run; what ``evaluate.path`` gives goes to ``other`` in it.
+        datamodule: a ``SpanData``.
+    """
+    asked = stage.hparams.evaluate
+    decoder = None
+    if steps := asked["reconstruction"]:
+        training = (default_convert(datamodule.training[index]) for index in range(steps))
+        decoder = train_decoder(stage.base, stage.gistnet, training)
+    rest = (folder / "metrics.csv", decoder, datamodule.weights)
+    _report(stage, folder, datamodule.evaluation_documents(asked["blocks"]), "held-out documents", *rest)
+    if asked["path"]:
+        other = folder / "other"
+        other.mkdir(exist_ok=True)
+        _report(stage, other, datamodule.held_out(Files(asked["path"]), asked["blocks"]), asked["path"], *rest)
+
+
+def _report(stage, folder: Path, batches: list[dict], what: str, curve: Path, decoder, weights: dict) -> None:
+    asked, horizon = stage.hparams.evaluate, stage.hparams.horizon
+    extra = {"weights": weights}
+    with torch.autocast(stage.device.type, torch.bfloat16, enabled=stage.base.model.dtype == torch.bfloat16):
+        measured = (stage.base, stage.nets, batches)
+        settings = {
+            "with_controls": asked["controls"],
+            "progress": partial(track, description=f"measuring {what}", disable=not sys.stdout.isatty()),
+        }
+        scores = measure(*measured, horizon, **settings)
+        if asked["copies"]:
+            extra["copies"] = measure_copies(*measured, blocks=asked["copies"], **settings)
+        if asked["level2"]:
+            extra["level2"] = measure_level(*measured, horizon, blocks=asked["level2"], **settings)
+        geometry = _geometry(stage, batches)
+    if decoder:
+        geometry |= reconstruction(stage.base, stage.gistnet, decoder, batches)
+    scores.save(folder / "scores")
+    if extra.get("level2"):
+        extra["level2"].save(folder / "scores_level2")
+    numbers = summarise(scores, targets=stage.hparams.targets, geometry=geometry, **extra)
+    numbers["flops_per_block"] = {name: net.flops_per_block() for name, net in stage.nets.items()}
+    print(f"\nResult on {what}")
+    print_report(numbers)
+    write_report(folder, numbers)
+    plot_run(folder / "report.png", scores, curve if curve.exists() else None)
+    print(f"Tables: {folder / 'report.md'}   picture: {folder / 'report.png'}")
+
+
+def _geometry(stage, batches: list[dict]) -> dict:
+    metric = SpaceMetrics(stage.base.width).to(stage.device)
+    for batch in batches:
+        metric.update(stage.base, stage.gistnet, batch)
+    return {name: value.item() for name, value in metric.compute().items()}

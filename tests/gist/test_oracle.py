@@ -1,0 +1,71 @@
+"""Vectors fitted block by block: the ceiling of one-vector carriers."""
+
+import pytest
+import torch
+
+from megactx.gist.carriers.last_token import LastToken
+from megactx.gist.carriers.oracle import Oracle, _continued
+from megactx.gist.scoring import score
+from megactx.gist.substitution import blocks, rows_at, substituted, teach
+
+K, H = 8, 6
+
+
+@pytest.fixture(scope="module")
+def read(make_base):
+    base = make_base()
+    ids, starts = torch.randint(3, 97, (1, 60)), torch.tensor([[8, 24, 40]])
+    return base, teach(base, ids), starts
+
+
+def kl(base, teacher, starts, carrier):
+    hidden = substituted(base, teacher, starts, carrier.vectors[None], [carrier.offset], K, H)
+    teacher_rows = rows_at(teacher.hidden, starts + K - 1, H).flatten(0, 2)
+    _, numbers = score(base, hidden.flatten(1, 3), teacher_rows, blocks(teacher.ids, starts + K, H).flatten())
+    return numbers["kl"].view(3, H).mean(dim=1)
+
+
+def test_a_fitted_vector_is_better_than_the_token_that_it_starts_from_for_every_block(read):
+    base, teacher, starts = read
+    before = kl(base, teacher, starts, LastToken(K).compress(base, teacher, starts))
+    after = kl(base, teacher, starts, Oracle(H, K, samples=0, steps=30).compress(base, teacher, starts))
+    assert (after < 0.7 * before).all()
+
+
+def test_a_block_is_fitted_as_if_it_were_alone(read):
+    base, teacher, starts = read
+    oracle = Oracle(H, K, samples=0, steps=5)
+    both = oracle.compress(base, teacher, starts).vectors[:, 1:2]
+    alone = oracle.compress(base, teacher, starts[:, 1:2]).vectors
+    torch.testing.assert_close(both, alone, rtol=1e-3, atol=1e-4)
+
+
+def test_samples_are_tokens_and_the_same_for_the_same_seed(read):
+    base, teacher, starts = read
+    oracle = Oracle(H, K, samples=3, steps=3)
+    sampled = oracle._sampled(base, teacher, starts + K)
+    assert sampled.shape == (1, 3, 3, H) and sampled.min() >= 0 and sampled.max() < 97
+    assert torch.equal(sampled, oracle._sampled(base, teacher, starts + K))
+
+
+@torch.no_grad()
+def test_a_continuation_over_the_full_context_is_the_teacher_itself(read):
+    base, teacher, starts = read
+    ids = blocks(teacher.ids, starts + K, H)[:, :, None]
+    hidden = _continued(base, teacher, starts + K, ids)[:, :, 0]
+    torch.testing.assert_close(hidden, rows_at(teacher.hidden, starts + K - 1, H), rtol=1e-4, atol=1e-4)
+
+
+def test_it_works_inside_inference_mode(read):
+    base, teacher, starts = read
+    with torch.inference_mode():
+        teacher = teach(base, teacher.ids)
+        carrier = Oracle(H, K, samples=0, steps=2).compress(base, teacher, starts)
+    assert torch.isfinite(carrier.vectors).all()
+
+
+def test_settings_that_are_not_allowed_are_refused_by_name():
+    with pytest.raises(ValueError, match="oracle.samples=-1"):
+        Oracle(H, K, samples=-1)
+    with pytest.raises(ValueError, match="oracle.steps=0"):
+        Oracle(H, K, steps=0)
