@@ -3,7 +3,12 @@
 The public names are imported on first use, so that ``import megactx`` costs nothing.
 """
 
-_EXPORTS = {"BaseLM": "megactx.lm", "GistNet": "megactx.gist"}
+_EXPORTS = {
+    "BaseLM": "megactx.lm",
+    "GistNet": "megactx.gist",
+    "MegaContextTree": "megactx.memory",
+    "WorkingContext": "megactx.memory",
+}
 
 __all__ = list(_EXPORTS)
 

@@ -67,13 +67,13 @@ def measure_history(
     if len(sizes) > 1:
         raise ValueError(f"history: the compressors have block sizes {sorted(sizes)}, one is needed")
     (block,) = sizes
-    needs_states = any(getattr(net, "needs_states", False) for net in compressors.values())
+    needs_hidden = any(getattr(net, "needs_hidden", False) for net in compressors.values())
     device, parts = base.model.device, []
     with in_eval_mode(*compressors.values()):
         for batch in progress(list(batches)):
             ids, starts = batch["ids"].to(device), batch["starts"].to(device)
             check_segments(starts, batch["lengths"].to(device), block, segment, recency)
-            teacher = teach(base, ids, needs_states)
+            teacher = teach(base, ids, needs_hidden)
             old, sizes = old_blocks(starts, block, recency), (block, segment, recency)
             rows = {
                 name: with_carriers(base, teacher, starts, net.compress(base, teacher, old), *sizes)

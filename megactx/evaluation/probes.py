@@ -33,7 +33,7 @@ def measure_probes(base: BaseLM, net, probes: Iterable[Probe], recency: int) -> 
         for probe in probes:
             ids = torch.from_numpy(probe.ids)[None].to(base.model.device)
             start = torch.full((1, 1), probe.asked, device=ids.device)
-            teacher = teach(base, ids, getattr(net, "needs_states", False))
+            teacher = teach(base, ids, getattr(net, "needs_hidden", False))
             old = torch.arange(net.block_size, probe.asked - recency, net.block_size, device=ids.device)[None]
             carriers = net.compress(base, teacher, old)
             kept = {

@@ -1,6 +1,6 @@
 """The backbone of GistNet: pre-norm transformer blocks with full attention over one block of tokens.
 
-B blocks, K tokens, D width, A heads.
+B blocks, K tokens (of the block, and of the context to its left where there is any), D width, A heads.
 """
 
 import torch
@@ -32,15 +32,17 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:  # [B, K, D], [K] -> [B, K, D]
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, K, D], positions [K], mask bool [B, 1, 1, K]: what there is to see -> [B, K, D]."""
         query, key, value = self._heads(x, positions)
         dropout = self.dropout if self.training else 0.0
-        return self._residual(x, F.scaled_dot_product_attention(query, key, value, dropout_p=dropout))
+        return self._residual(x, F.scaled_dot_product_attention(query, key, value, mask, dropout))
 
-    def with_attention(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def with_attention(self, x: Tensor, positions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The same states, and the weights [B, A, K, K] in fp32 that the fast attention never shows."""
         query, key, value = self._heads(x, positions)
-        weights = torch.softmax((query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5, dim=-1)
+        scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
+        weights = torch.softmax(scores if mask is None else scores.masked_fill(~mask, -torch.inf), dim=-1)
         return self._residual(x, weights.to(value.dtype) @ value), weights
 
     def _heads(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,23 +69,43 @@ class Backbone(nn.Module):
         self.norm = nn.RMSNorm(width)
         self.cls = nn.Parameter(torch.randn(width)) if needs_cls else None
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, K, D] -> [B, K, D], or [B, 1 + K, D] with CLS
-        x, positions = self._enter(x)
+    def forward(self, x: Tensor, there: Tensor | None = None, left: int = 0) -> Tensor:
+        """States of blocks, and of some context to their left.
+
+        Args:
+            x: [B, left + K, D].
+            there: bool [B, left + K], False where there is no token; ``None``: all are there.
+            left: tokens in front of the block; their own states are not returned.
+
+        Returns:
+            [B, K, D], or [B, 1 + K, D] with CLS.
+        """
+        x, positions, mask = self._enter(x, there, left)
         for block in self.blocks:
-            x = block(x, positions)
-        return self.norm(x)
+            x = block(x, positions, mask)
+        return self._leave(x, left)
 
-    def with_attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The same states, and the last layer's weights [B, A, K, K] (1 + K with CLS, which comes first)."""
-        x, positions = self._enter(x)
+    def with_attention(self, x: Tensor, there: Tensor | None = None, left: int = 0) -> tuple[Tensor, Tensor]:
+        """The same states, and the last layer's weights [B, A, K, left + K] (1 + both with CLS, which comes first)."""
+        x, positions, mask = self._enter(x, there, left)
         for block in self.blocks[:-1]:
-            x = block(x, positions)
-        x, weights = self.blocks[-1].with_attention(x, positions)
-        return self.norm(x), weights
+            x = block(x, positions, mask)
+        x, weights = self.blocks[-1].with_attention(x, positions, mask)
+        return self._leave(x, left), self._own(weights, left)
 
-    def _enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(x.shape[1], device=x.device)
+    def _enter(self, x: Tensor, there: Tensor | None, left: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        positions = torch.arange(-left, x.shape[1] - left, device=x.device)
         if self.cls is not None:
             x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-            positions = torch.cat([positions.new_tensor([-1]), positions])
-        return x, positions
+            positions = torch.cat([positions[:1] - 1, positions])
+            there = None if there is None else F.pad(there, (1, 0), value=True)
+        return x, positions, None if there is None else there[:, None, None]
+
+    def _leave(self, x: Tensor, left: int) -> Tensor:
+        return self.norm(self._own(x.unsqueeze(1), left)[:, 0])
+
+    def _own(self, rows: Tensor, left: int) -> Tensor:  # [B, A, rows, ...] -> those of CLS and of the block
+        if not left:
+            return rows
+        own = rows[:, :, left + (self.cls is not None) :]
+        return own if self.cls is None else torch.cat([rows[:, :, :1], own], dim=2)

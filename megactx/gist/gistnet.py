@@ -1,5 +1,7 @@
 """GistNet: a block of K embeddings (or gists of the level below) -> one vector that the base LM reads instead."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,14 +10,21 @@ from megactx.lm.gaussian_rope import PositionSpread
 
 from . import heads, poolings
 from .backbone import Backbone
-from .carriers.carrier import Vectors
+from .carriers.carrier import Compressor, Vectors
 from .parts import find
-from .substitution import blocks
+from .substitution import Teacher, blocks
 
-TYPES, SKIPS, POSITIONS = ("transformer", "mean"), ("none", "last", "mean"), ("centre", "end")
+TYPES, SKIPS, INPUTS = ("transformer", "mean"), ("none", "last", "mean"), ("embedding", "hidden")
 
 
-class GistNet(nn.Module):
+class Seen(NamedTuple):
+    """What the backbone reads in place of the block's embeddings."""
+
+    states: Tensor  # [B, W + K, D]
+    there: Tensor | None  # bool [B, W + K], False where the document has not begun; None: all are there
+
+
+class GistNet(Compressor):
     """32 -> 1 compressor (SPEC 2).
 
     The gist is ``skip + head(pool(backbone(block)))``, at the scale of the base LM's token embeddings.
@@ -32,8 +41,12 @@ class GistNet(nn.Module):
         skip: ``none`` | ``last`` (last token's embedding plus a correction that starts at zero) | ``mean`` (the same
             with the block's mean, at token scale). The correction is the head plus a linear shortcut, and both see the
             last token's embedding and the block's mean beside the pooled vector.
-        position: ``centre`` (start + K // 2) | ``end`` (start + K - 1): where the gist sits in the base LM.
+        position: ``centre`` | ``end``, see ``Compressor``.
         dropout: in the backbone.
+        context: W, so many tokens to the left of the block are read too; gists of gists have no context.
+        input: ``embedding``, or ``hidden``: the backbone reads the base LM's own states of the block, which have read
+            everything before it; gists of gists read gists.
+        input_layer: which states: 0 is what goes into the first layer of the base LM, L what leaves the last one.
         gaussian_rope: ``plain`` | ``damped`` | ``learned``: how wide the gist's position is, see ``PositionSpread``.
         levels: sets of weights. 1 serves tokens and gists of every level; with 2, gists of gists have their own, and so
             on; levels beyond the last share its weights.
@@ -41,6 +54,8 @@ class GistNet(nn.Module):
     Raises:
         ValueError: a setting that is not allowed; the message names it.
     """
+
+    setting = "gistnet"
 
     def __init__(
         self,
@@ -55,21 +70,27 @@ class GistNet(nn.Module):
         skip: str = "last",
         position: str = "end",
         dropout: float = 0.0,
+        context: int = 0,
+        input: str = "embedding",
+        input_layer: int = 2,
         gaussian_rope: str = "plain",
         levels: int = 1,
     ):
-        super().__init__()
-        for name, value, allowed in (("type", type, TYPES), ("skip", skip, SKIPS), ("position", position, POSITIONS)):
+        super().__init__(block_size, position)
+        for name, value, allowed in (("type", type, TYPES), ("skip", skip, SKIPS), ("input", input, INPUTS)):
             if value not in allowed:
                 raise ValueError(f"gistnet.{name}={value} is not known, allowed are {', '.join(allowed)}")
-        if block_size < 1:
-            raise ValueError(f"gistnet.block_size={block_size} is not allowed: at least 1")
         if not 0 <= dropout < 1:
             raise ValueError(f"gistnet.dropout={dropout} is not allowed: 0 <= dropout < 1")
         if levels < 1:
             raise ValueError(f"gistnet.levels={levels} is not allowed: at least 1")
-        self.width, self.block_size, self.skip, self.position = width, block_size, skip, position
-        self.embedding_rms = embedding_rms
+        for name, value in (("context", context), ("input_layer", input_layer)):
+            if value < 0:
+                raise ValueError(f"gistnet.{name}={value} is not allowed: at least 0")
+        if type == "mean" and (context or input != "embedding"):
+            raise ValueError(f"gistnet.type=mean has no backbone: gistnet.context={context}, gistnet.input={input}")
+        self.width, self.skip, self.embedding_rms = width, skip, embedding_rms
+        self.left_context, self.needs_hidden, self.input_layer = context, input == "hidden", input_layer
         self.spread = PositionSpread(gaussian_rope, block_size)
         if type == "transformer":
             if not 1 <= layers <= 16:
@@ -85,6 +106,7 @@ class GistNet(nn.Module):
         else:
             self.pooling, self.backbone = find(poolings, "mean", "gistnet.pooling")(width), None
         inputs = width if skip == "none" else 3 * width
+        self.enter = nn.Linear(width, width, bias=False) if self.needs_hidden else None
         self.head = find(heads, head, "gistnet.head")(inputs, width)
         self.shortcut = nn.Linear(inputs, width, bias=False) if skip != "none" else None
         self.gain = nn.Parameter(torch.ones(width))
@@ -107,32 +129,57 @@ class GistNet(nn.Module):
             nn.init.zeros_(self.head.last.weight)
             nn.init.zeros_(self.shortcut.weight)
 
-    @property
-    def offset(self) -> int:
-        """Position of the gist relative to its block's start."""
-        return self.offset_in(self.block_size)
-
-    def offset_in(self, tokens: int) -> int:
-        """Position of a gist relative to the start of the span that it stands for, K tokens or K^n."""
-        return tokens // 2 if self.position == "centre" else tokens - 1
-
     def sigma(self, level: int) -> Tensor | None:
         """Standard deviation of a gist's position in tokens, a scalar; ``None`` where positions are points."""
         return self.spread(torch.tensor(level, device=self.gain.device))
 
-    def compress(self, base, teacher, starts: Tensor) -> Vectors:
-        """Gists of the blocks at starts [B, N] of the documents that ``teacher`` has read."""
-        embedded = base.embed(blocks(teacher.ids, starts, self.block_size)).flatten(0, 1)
-        return Vectors(self.encode_span(embedded).view(*starts.shape, -1), self.offset, self.sigma(1))
+    def compress(self, base, teacher: Teacher, starts: Tensor, level: int = 1) -> Vectors:
+        """Gists of the blocks at starts [B, N] of the documents that ``teacher`` has read, or of spans of K^level.
 
-    def encode_span(self, embeddings: Tensor) -> Tensor:
-        """embeddings [B, K, D] -> gists [B, D], in fp32.
+        Raises:
+            ValueError: ``input_layer`` is not one of the base LM's.
+        """
+        tokens = self.block_size**level
+        embedded = base.embed(blocks(teacher.ids, starts, tokens)).flatten(0, 1)
+        if level == 1:
+            gists = self.encode_span(embedded, self.seen(base, teacher, starts))
+        else:
+            # The blocks of a span, each with what it sees; above them there are only gists.
+            inner = torch.arange(0, tokens, self.block_size, device=starts.device)
+            first = (starts[..., None] + inner).flatten(1)
+            below = embedded.view(-1, self.block_size, self.width)
+            below = self.encode_span(below, self.seen(base, teacher, first)).view(len(embedded), -1, self.width)
+            gists = self.encode_gists(below, level)[-1][:, 0]
+        return Vectors(gists.view(*starts.shape, -1), self.offset_in(tokens), self.sigma(level))
+
+    def seen(self, base, teacher: Teacher, starts: Tensor) -> Seen | None:
+        """What the backbone reads of the blocks at starts [B, N]; ``None``: their embeddings and nothing else."""
+        if not (self.left_context or self.needs_hidden):
+            return None
+        index = (starts - self.left_context)[..., None] + torch.arange(
+            self.left_context + self.block_size, device=starts.device
+        )  # [B, N, W + K]
+        there = index >= 0
+        if self.needs_hidden:
+            if not 0 <= self.input_layer < len(teacher.states):
+                raise ValueError(
+                    f"gistnet.input_layer={self.input_layer} is not allowed: 0 to {len(teacher.states) - 1}"
+                )
+            states = teacher.states[self.input_layer]
+        else:
+            states = base.embed(teacher.ids)
+        taken = index.clamp(min=0).flatten(1)[..., None].expand(-1, -1, states.shape[-1])
+        states = states.gather(1, taken).view(-1, index.shape[-1], states.shape[-1])
+        return Seen(states, None if bool(there.all()) else there.flatten(0, 1))
+
+    def encode_span(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor:
+        """embeddings [B, K, D] -> gists [B, D], in fp32; ``seen`` is what the backbone reads in their place.
 
         Raises:
             ValueError: K or D are not those that the net was built for.
         """
         x = self._scaled(embeddings)
-        pooled = self.pooling(x if self.backbone is None else self.backbone(x))
+        pooled = self.pooling(x if self.backbone is None else self.backbone(*self._entering(x, seen)))
         if self.skip == "none":
             # Normalised, so that a fresh gist has exactly the scale of a token; the gain is learned.
             gist = F.rms_norm(self.head(pooled).float(), (self.width,)) * self.gain
@@ -163,13 +210,28 @@ class GistNet(nn.Module):
             raise ValueError(
                 f"a gist of level {level} stands for {self.block_size}^{level} embeddings, not {embeddings.shape[1]}"
             )
-        sets, found = [self, *self.above], [embeddings]
-        for index in range(level):
-            blocks = found[-1].reshape(-1, self.block_size, self.width)
-            found.append(sets[min(index, len(sets) - 1)].encode_span(blocks).view(len(embeddings), -1, self.width))
-        return found[1:]
+        first = self.encode_span(embeddings.reshape(-1, self.block_size, self.width))
+        return self.encode_gists(first.view(len(embeddings), -1, self.width), level)
 
-    def attention(self, embeddings: Tensor) -> Tensor | None:
+    def encode_gists(self, gists: Tensor, level: int) -> list[Tensor]:
+        """Gists of level 1 [B, K^(level - 1), D] -> those of every level up to ``level``, the given ones first."""
+        sets, found = [self, *self.above], [gists]
+        for index in range(1, level):
+            below = found[-1].reshape(-1, self.block_size, self.width)
+            found.append(sets[min(index, len(sets) - 1)].encode_span(below).view(len(gists), -1, self.width))
+        return found
+
+    def _entering(self, x: Tensor, seen: Seen | None) -> tuple[Tensor, Tensor | None, int]:
+        """What the backbone takes: states, which of them are there, how many lie left of the block."""
+        if seen is None:
+            return x, None, 0
+        if self.enter is not None:
+            states = self.enter(F.rms_norm(seen.states.float(), (self.width,)))
+        else:
+            states = seen.states.float() / self.embedding_rms
+        return states, seen.there, seen.states.shape[1] - self.block_size
+
+    def attention(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor | None:
         """How the gist reads its block: weights that sum to 1 over the last axis, fp32. For looking, not for training.
 
         Args:
@@ -182,7 +244,7 @@ class GistNet(nn.Module):
         """
         if self.backbone is None:
             return None
-        states, last = self.backbone.with_attention(self._scaled(embeddings))
+        states, last = self.backbone.with_attention(*self._entering(self._scaled(embeddings), seen))
         return self.pooling.attention(states, last) if hasattr(self.pooling, "attention") else last
 
     def _scaled(self, embeddings: Tensor) -> Tensor:

@@ -45,6 +45,11 @@ def teach(base: BaseLM, ids: Tensor, with_states: bool = False) -> Teacher:
     return Teacher(ids, hidden, tuple((layer.keys, layer.values) for layer in cache.layers), tuple(states))
 
 
+def unread(ids: Tensor) -> Teacher:
+    """Documents that the base LM has not read: enough for what looks at tokens only."""
+    return Teacher(ids, ids.new_empty(0), ())
+
+
 def blocks(ids: Tensor, starts: Tensor, block: int) -> Tensor:
     """Token ids of blocks: ids [B, T], starts [B, N] -> [B, N, K]."""
     index = starts[..., None] + torch.arange(block, device=ids.device)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
 from megactx.lm.layers import keys_values
 
@@ -15,8 +16,8 @@ class AvgPool(Compressor):
     rotation of the carrier's position. With K = 1 it is the uncompressed model.
     """
 
-    needs_states = True
+    needs_hidden = True
 
-    def compress(self, base: BaseLM, teacher, starts: Tensor) -> Slots:
+    def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Slots:
         pooled = [windows(states, starts, self.block_size).mean(dim=2) for states in teacher.states[:-1]]
         return Slots(keys_values(base.model.get_decoder(), pooled, starts + self.offset))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
 
 POSITIONS = ("centre", "end")
@@ -20,20 +21,15 @@ BYTES = 2  # of a stored number: 16 bit
 
 @dataclass(frozen=True)
 class Vectors:
-    """One vector per block, at ``start + offset``. Its output predicts the token after the block."""
+    """One vector per block, at ``start + offset``, or several. The last one's output predicts the token after it."""
 
-    vectors: Tensor  # [B, N, D]
-    offset: int
+    vectors: Tensor  # [B, N, D], or [B, N, M, D]: M of them
+    offset: int | Sequence[int]  # of each of the M
     sigma: Tensor | None = None  # standard deviation of that position in tokens, a scalar; None: it is a point
     first = 0  # the first offset of the horizon that it can be scored at
 
     def bytes_per_block(self) -> int:
-        return BYTES * self.vectors.shape[-1]
-
-    def select(self, index: Tensor) -> "Vectors":
-        """The carriers of some blocks: index [B, M] -> M blocks."""
-        taken = self.vectors.gather(1, index[..., None].expand(-1, -1, self.vectors.shape[-1]))
-        return Vectors(taken, self.offset, self.sigma)
+        return BYTES * self.vectors.shape[2:].numel()
 
 
 @dataclass(frozen=True)
@@ -46,42 +42,44 @@ class Slots:
     def bytes_per_block(self) -> int:
         return sum(BYTES * part.shape[1] * part.shape[3] for layer in self.layers for part in layer)
 
-    def select(self, index: Tensor) -> "Slots":
-        """The carriers of some blocks: index [B, M] -> M blocks."""
-        return Slots([tuple(_pick(part, index) for part in layer) for layer in self.layers])
-
-
-def _pick(part: Tensor, index: Tensor) -> Tensor:  # [B, G, N, W], [B, M] -> [B, G, M, W]
-    return part.gather(2, index[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3]))
-
 
 class Compressor(nn.Module):
     """Compresses blocks of documents that the base LM has read.
 
     Args:
         block_size: K.
-        position: ``centre`` (start + K // 2) or ``end`` (start + K - 1).
+        position: ``centre`` (start + K // 2) or ``end`` (start + K - 1): where the carrier sits in the base LM.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
     """
 
-    needs_states = False  # reads the base LM's own states of the block, layer by layer
+    setting = "compressor"  # where a user sets it
+    needs_hidden = False  # reads the base LM's own states of the block, layer by layer
 
     def __init__(self, block_size: int = 32, position: str = "centre"):
         super().__init__()
         if block_size < 1:
             raise ValueError(f"block_size={block_size} is not allowed: at least 1")
         if position not in POSITIONS:
-            raise ValueError(f"compressor.position={position} is not known, allowed are {', '.join(POSITIONS)}")
+            allowed = ", ".join(POSITIONS)
+            raise ValueError(f"{self.setting}.position={position} is not known, allowed are {allowed}")
         self.block_size, self.position = block_size, position
 
     @property
     def offset(self) -> int:
-        """Position relative to the block's start."""
-        return self.block_size // 2 if self.position == "centre" else self.block_size - 1
+        """Position of a carrier relative to its block's start."""
+        return self.offset_in(self.block_size)
 
-    def compress(self, base: BaseLM, teacher, starts: Tensor) -> Vectors | Slots:
+    def offset_in(self, tokens: int) -> int:
+        """Position of a carrier relative to the start of the span that it stands for, K tokens or K^n."""
+        return tokens // 2 if self.position == "centre" else tokens - 1
+
+    def sigma(self, level: int) -> Tensor | None:
+        """Standard deviation of a carrier's position in tokens, a scalar; ``None``: it is a point."""
+        return None
+
+    def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Vectors | Slots:
         """Carriers of the blocks at starts [B, N] of the documents that ``teacher`` has read."""
         raise NotImplementedError
 

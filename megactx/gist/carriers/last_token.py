@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
 
 from .carrier import Compressor, Vectors
@@ -13,5 +14,5 @@ class LastToken(Compressor):
     def __init__(self, block_size: int = 32):
         super().__init__(block_size, "end")
 
-    def compress(self, base: BaseLM, teacher, starts: Tensor) -> Vectors:
+    def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Vectors:
         return Vectors(base.embed(teacher.ids.gather(1, starts + self.offset)), self.offset)

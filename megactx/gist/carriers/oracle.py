@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megactx.gist.scoring import score
-from megactx.gist.substitution import blocks, rows_at
+from megactx.gist.substitution import Teacher, blocks, rows_at
 from megactx.lm import BaseLM
 
 from .carrier import Compressor, Vectors
@@ -44,7 +44,7 @@ class Oracle(Compressor):
         self.horizon, self.samples, self.steps, self.lr, self.seed = horizon, samples, steps, lr, seed
 
     @torch.inference_mode(False)
-    def compress(self, base: BaseLM, teacher, starts: Tensor) -> Vectors:
+    def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Vectors:
         ends = starts + self.block_size
         ids = (
             self._sampled(base, teacher, ends) if self.samples else blocks(teacher.ids, ends, self.horizon)[:, :, None]

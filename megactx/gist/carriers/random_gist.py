@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
 
 from .carrier import Compressor, Vectors
@@ -20,7 +21,7 @@ class RandomGist(Compressor):
         super().__init__(block_size, position)
         self.rms, self.seed = rms, seed
 
-    def compress(self, base: BaseLM, teacher, starts: Tensor) -> Vectors:
+    def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Vectors:
         first = int(teacher.ids[0, : self.block_size + 1].sum())  # documents differ, whatever their batch
         generator = torch.Generator().manual_seed(self.seed + first)
         noise = torch.randn(*starts.shape, base.width, generator=generator)

@@ -1,0 +1,136 @@
+"""What the tree asks of an encoder, and how it calls one so that pieces give the same bits as the whole.
+
+A matrix product of another shape may take another kernel and round differently. So blocks are always encoded in padded
+batches of ``BATCH``, and a block's place in its batch follows from its row and index alone: the same block meets the
+same kernel at the same place, however the text was cut into pieces.
+
+E blocks of a batch, K children of a node, W left context, D width, M nodes.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType, MethodType
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+BATCH = 16  # E: wide enough for the matrix products of a long text, narrow enough for one new block at a time
+
+
+class Encoder(Protocol):
+    """K children -> their gist. ``GistNet`` is one.
+
+    Two more attributes may be there. ``left_context`` (default 0): W, the number of tokens left of a block that it
+    also reads, at levels >= 2 the W // K nodes left of the children; it is then called as
+    ``encode_span(children, left [E, W, D], seen [E, W])``, where ``seen`` is False before the start of the text.
+    ``needs_hidden`` (default False): level 1 reads the base LM's hidden states, not token embeddings.
+    """
+
+    block_size: int  # K
+    width: int  # D
+
+    def encode_span(self, embeddings: Tensor) -> Tensor:
+        """[E, K, D] -> [E, D]"""
+
+    def offset_in(self, tokens: int) -> int:
+        """Position of a gist relative to the start of the span of ``tokens`` that it stands for."""
+
+
+def left_of(encoder: Encoder, level: int) -> int:
+    """How many nodes of the level below are read left of a node's children."""
+    tokens = getattr(encoder, "left_context", 0)
+    return tokens if level == 1 else tokens // encoder.block_size
+
+
+def slots(row: Tensor, index: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Split nodes, row [M] and index [M] on the CPU, into batches: (row, index, place in the batch), each [<= E]."""
+    place = index * rows + row
+    place, order = place.sort()
+    _, sizes = torch.unique_consecutive(place // BATCH, return_counts=True)
+    sizes = sizes.tolist()
+    yield from zip(row[order].split(sizes), index[order].split(sizes), (place % BATCH).split(sizes), strict=True)
+
+
+@torch.no_grad()
+def encode(encoder: Encoder, nodes: Tensor, left: int, seen: Tensor) -> Tensor:
+    """nodes [E, left + K, D], seen [E, left] -> gists [E, D].
+
+    Raises:
+        ValueError: embeddings or gists are not as wide as the encoder says.
+    """
+    d = encoder.width
+    if nodes.shape[-1] != d:
+        raise ValueError(f"base: its embeddings have width {nodes.shape[-1]}, the encoder's width is {d}")
+    with _evaluating(encoder):
+        if left:
+            gists = encoder.encode_span(nodes[:, left:], nodes[:, :left], seen)
+        else:
+            gists = encoder.encode_span(nodes)
+    if gists.shape != (len(nodes), d):
+        raise ValueError(f"encoder: its gists have shape {list(gists.shape)}, expected {[len(nodes), d]}")
+    return gists
+
+
+@contextmanager
+def _evaluating(encoder) -> Iterator[None]:
+    """Without dropout: a tree that is built twice must be the same tree."""
+    if not getattr(encoder, "training", False):
+        yield
+        return
+    encoder.eval()
+    try:
+        yield
+    finally:
+        encoder.train()
+
+
+def embedder(base) -> Callable[[Tensor], Tensor]:
+    """ids -> embeddings: a BaseLM's, or the function itself."""
+    return getattr(base, "embed", base)
+
+
+def vocabulary(base) -> int | None:
+    """Number of ids that ``base`` can embed, where it says so."""
+    return getattr(base, "vocab_size", getattr(base, "num_embeddings", None))
+
+
+def stamp(encoder) -> tuple | None:
+    """What changes when an optimizer or ``load_state_dict`` changes the weights; not seen is what goes by ``.data``."""
+    if not isinstance(encoder, nn.Module):
+        return None
+    return tuple((id(p), 0 if p.is_inference() else p._version) for p in encoder.parameters())
+
+
+def identity(thing) -> str:
+    """Sixteen hex digits that change when weights or plain settings do."""
+    digest = hashlib.sha256()
+    for part in thing.modules() if isinstance(thing, nn.Module) else [thing]:
+        settings = {k: v for k, v in vars(part).items() if isinstance(v, bool | int | float | str)}
+        settings = {k: v for k, v in settings.items() if k != "training" and not k.startswith("_")}
+        digest.update(repr((type(part).__qualname__, sorted(settings.items()))).encode())
+    for name, tensor in sorted(thing.state_dict().items()) if isinstance(thing, nn.Module) else []:
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(_raw(tensor))
+    return digest.hexdigest()[:16]
+
+
+def identity_of_base(base) -> str | None:
+    """The same for what embeds the tokens; ``None`` for a bare function.
+
+    Of a ``BaseLM`` only the embeddings count, for they are all that a tree depends on, and only in 16 bits: the same
+    model is loaded in fp32 here and in bf16 there.
+    """
+    if isinstance(base, FunctionType | MethodType):
+        return None
+    if not hasattr(base, "model"):
+        return identity(base)
+    table = base.model.get_input_embeddings().weight
+    digest = hashlib.sha256(f"{list(table.shape)}".encode())
+    digest.update(_raw(table.to(torch.bfloat16)))
+    return digest.hexdigest()[:16]
+
+
+def _raw(tensor: Tensor):
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -1,0 +1,110 @@
+"""Ragged rows that grow for ever: columns [B, N, ...] in pages of one fixed size.
+
+A tensor that doubles when it is full holds up to three times its content while it is copied. Pages are never copied,
+but for the first, which grows by an eighth at a time so that a short text takes little. So appending costs O(1) per
+entry, and memory stays close to the bytes of what is stored.
+
+B rows, N entries, P entries of a page, M entries that are read or written.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+SMALLEST = 8  # entries of the first allocation of a page
+
+
+class Pages:
+    """Named columns of the same ragged length.
+
+    Args:
+        columns: name -> (shape of one entry, dtype).
+        rows: B.
+        size: P.
+        device: where the columns live. ``lengths`` stays on the CPU, for it decides shapes.
+    """
+
+    def __init__(self, columns: dict[str, tuple[tuple[int, ...], torch.dtype]], rows: int, size: int, device):
+        self.columns, self.rows, self.size, self.device = columns, rows, size, torch.device(device)
+        self.pages: list[dict[str, Tensor]] = []  # column -> [B, P, ...]
+        self.lengths = torch.zeros(rows, dtype=torch.long)  # [B], never changed in place
+
+    def reserve(self, lengths: Tensor) -> None:
+        """Make room for ``lengths`` [B] entries. They count once ``self.lengths`` is set."""
+        needed = int(lengths.max())
+        while (room := self._room()) < needed:
+            if room % self.size == 0:
+                self.pages.append({})
+            if len(self.pages) > 1:
+                self._enlarge(self.size)
+            else:
+                self._enlarge(min(self.size, max(needed, room + room // 8, SMALLEST)))
+
+    def _room(self) -> int:
+        if not self.pages:
+            return 0
+        return (len(self.pages) - 1) * self.size + next(iter(self.pages[-1].values())).shape[1]
+
+    def _enlarge(self, capacity: int) -> None:
+        page = self.pages[-1]
+        for name, (shape, dtype) in self.columns.items():
+            new = torch.zeros(self.rows, capacity, *shape, dtype=dtype, device=self.device)
+            if name in page:
+                new[:, : page[name].shape[1]] = page[name]
+            page[name] = new
+
+    def read(self, column: str, row: Tensor, index: Tensor) -> Tensor:
+        """row [M], index [M] -> entries [M, ...]; the caller has checked that they are there."""
+        shape, dtype = self.columns[column]
+        parts = [(here, page[column].flatten(0, 1)[at]) for page, here, at in self._by_page(row, index)]
+        if len(parts) == 1:
+            return parts[0][1]
+        out = torch.empty(len(index), *shape, dtype=dtype, device=self.device)
+        for here, values in parts:
+            out.index_copy_(0, here, values)
+        return out
+
+    def write(self, row: Tensor, index: Tensor, **values: Tensor) -> None:
+        """Put ``values`` [M, ...], one per column, at row [M], index [M]."""
+        for page, here, at in self._by_page(row, index):
+            for name, value in values.items():
+                page[name].view(-1, *page[name].shape[2:]).index_copy_(0, at, value[here].to(page[name].dtype))
+
+    def add(self, column: str, row: Tensor, index: Tensor) -> None:
+        """Add 1 to the entries at row [M], index [M], as often as they are named."""
+        for page, _, at in self._by_page(row, index):
+            page[column].view(-1).index_add_(0, at, torch.ones_like(at, dtype=page[column].dtype))
+
+    def _by_page(self, row: Tensor, index: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+        """The pages that hold entries row [M], index [M]: each with which of M, and where in its B x P they are."""
+        number = index // self.size
+        for p in number.unique().tolist():
+            here = (number == p).nonzero().squeeze(1)
+            page = self.pages[p]
+            room = next(iter(page.values())).shape[1]
+            yield page, here, row[here] * room + index[here] - p * self.size
+
+    def span(self, column: str, start: int, stop: int) -> Tensor:
+        """Entries start .. stop - 1 of all rows, [B, stop - start, ...]; 0 where a row is shorter."""
+        shape, dtype = self.columns[column]
+        first, last = start // self.size, -(-stop // self.size)
+        parts = [
+            page[column][:, max(0, start - p * self.size) : stop - p * self.size]
+            for p, page in enumerate(self.pages[first:last], first)
+        ]
+        parts = [part for part in parts if part.shape[1]]
+        return torch.cat(parts, 1) if parts else torch.empty(self.rows, 0, *shape, dtype=dtype, device=self.device)
+
+    def whole(self, column: str) -> Tensor:
+        """[B, N, ...], N of the longest row; 0 where a row is shorter."""
+        return self.span(column, 0, int(self.lengths.max()))
+
+    def put_page(self, page: dict[str, Tensor]) -> None:
+        """A page that was read from a file, as it is: all but the last must be full."""
+        self.pages.append(page)
+
+    def bytes(self, column: str) -> int:
+        """What the entries of a column take, without the room to grow."""
+        shape, dtype = self.columns[column]
+        return int(self.lengths.max()) * self.rows * torch.Size(shape).numel() * dtype.itemsize

@@ -1,0 +1,264 @@
+"""A tree on disk: safetensors shards per level and a small JSON manifest.
+
+    FOLDER/manifest.json              which files belong to the tree, their checksums, whose embeddings and gists
+    FOLDER/data-1f0c.../level0-000.safetensors, level1-000.safetensors, ...
+
+A save writes a new data folder beside the old one, flushes it, and only then replaces the manifest, by one rename. So
+a kill at any moment leaves the old tree or the new one; what nobody names any more is removed by the next save. The
+folder is locked meanwhile: two processes that save take turns, and nobody reads what is being removed.
+
+Reading maps the files into memory: a page that is not needed is not loaded, and one that changes is copied first.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from . import encoding
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+OURS = re.compile(rf"data-[0-9a-f]{{16}}(\.part)?|{MANIFEST}\.part")  # what a save that was killed may leave
+SHARD = 256 * 2**20  # bytes; a shard holds whole pages, at least one
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64", "bool": "BOOL"}
+
+
+def save(tree, folder: Path) -> None:
+    """Write ``tree`` into ``folder``, in place of the tree that may be there.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / MANIFEST).exists():
+        _read_manifest(folder)  # never in place of what is not a tree
+    elif any(not OURS.fullmatch(path.name) for path in folder.iterdir()):
+        raise ValueError(f"{folder} holds other files and no saved tree; choose an empty folder")
+    with _locked(folder, fcntl.LOCK_EX):
+        data = folder / f"data-{os.urandom(8).hex()}"
+        part = data.with_name(f"{data.name}.part")
+        part.mkdir()
+        shards = [shard for lod in range(tree.depth + 1) for shard in _write_level(tree, lod, part)]
+        _flush(part)
+        part.rename(data)
+        content = json.dumps(_manifest(tree, data.name, shards), indent=1)
+        new = folder / f"{MANIFEST}.part"
+        new.write_text(content + "\n")
+        _flush(new)
+        _flush(folder)  # the data folder must be there before anything names it
+        new.replace(folder / MANIFEST)
+        _flush(folder)
+        for path in folder.iterdir():
+            if OURS.fullmatch(path.name) and path != data and not path.is_symlink():
+                shutil.rmtree(path)
+
+
+def load(folder: Path, encoder, base, refresh: bool = False, device="cpu"):
+    """Read a tree; see ``MegaContextTree.load``.
+
+    Raises:
+        ValueError: no tree, one that is damaged, made by a newer program, for another base LM, width, block size or
+            (without ``refresh``) GistNet, or with file names that lead elsewhere. The message names what is wrong.
+    """
+    from .tree import MegaContextTree
+
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no saved tree")
+    with _locked(folder, fcntl.LOCK_SH):
+        manifest = _read_manifest(folder)
+        try:
+            for what in ("block_size", "width"):
+                if manifest[what] != getattr(encoder, what):
+                    raise ValueError(f"its {what} is {manifest[what]}, the GistNet's is {getattr(encoder, what)}")
+            model = encoding.identity_of_base(base)
+            if model is not None and manifest["model"] is not None and model != manifest["model"]:
+                raise ValueError(f"it belongs to another base LM: embeddings {manifest['model']}, not {model}")
+            gistnet = encoding.identity(encoder)
+            made_by = manifest["versions"][manifest["version"]]
+            if made_by != gistnet and not refresh:
+                raise ValueError(f"another GistNet made it: {made_by}, not {gistnet}. refresh=True encodes it again")
+            if manifest["dtype"] not in (None, "float32", "float16", "bfloat16"):
+                raise ValueError(f"gists of dtype {manifest['dtype']!r} are not known")
+            dtype = None if manifest["dtype"] is None else getattr(torch, manifest["dtype"])
+            lengths = _tokens(manifest["lengths"])
+            tree = MegaContextTree(encoder, base, len(lengths), manifest["max_level"], dtype, device)
+            tree.parts = [(str(name), _tokens(first)) for name, first in manifest["parts"]]
+            tree.versions, tree.version = list(manifest["versions"]), manifest["version"]
+            _read_levels(tree, folder, manifest, lengths)
+            for page in tree.levels[0].pages:
+                tree.check_ids(page["token"])
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"{folder}: {MANIFEST} is damaged ({type(error).__name__}: {error})") from error
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+    if made_by != gistnet:
+        tree.refresh(encoder)
+    return tree
+
+
+def _manifest(tree, data: str, shards: list[dict]) -> dict:
+    return {
+        "format": FORMAT,
+        "data": data,
+        "block_size": tree.block_size,
+        "width": tree.width,
+        "dtype": None if tree.dtype is None else str(tree.dtype).removeprefix("torch."),
+        "max_level": tree.max_level,
+        "lengths": tree.lengths.tolist(),
+        "page_sizes": [level.size for level in tree.levels],
+        "model": encoding.identity_of_base(tree.base),
+        "versions": tree.identities(),
+        "version": tree.version,
+        "parts": [[name, first.tolist()] for name, first in tree.parts],
+        "shards": shards,
+    }
+
+
+def _write_level(tree, lod: int, part: Path) -> Iterator[dict]:
+    from safetensors.torch import save_file
+
+    level, tensors, size, first = tree.levels[lod], {}, 0, 0
+    longest = int(level.lengths.max())
+    for number, page in enumerate(level.pages):
+        used = min(level.size, longest - number * level.size)
+        for column, tensor in page.items():
+            tensors[f"{column}.{number}"] = tensor[:, :used].cpu().contiguous()
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if size >= SHARD or number == len(level.pages) - 1:
+            path = part / f"level{lod}-{first:06d}.safetensors"
+            save_file(tensors, path)
+            _flush(path)
+            yield {
+                "name": path.name,
+                "level": lod,
+                "pages": [first, number + 1],
+                "bytes": path.stat().st_size,
+                "sha256": _checksum(path),
+            }
+            tensors, first = {}, number + 1
+
+
+def _read_manifest(folder: Path) -> dict:
+    path = folder / MANIFEST
+    if path.is_symlink() or not path.is_file():
+        raise ValueError(f"{folder}: there is no saved tree, {MANIFEST} is missing")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {MANIFEST} is damaged ({error})") from error
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{folder}: {MANIFEST} is damaged (format is {version!r})")
+    if version > FORMAT:
+        raise ValueError(f"{folder}: format {version} was written by a newer program, this one reads up to {FORMAT}")
+    return manifest
+
+
+def _tokens(numbers: list[int]) -> torch.Tensor:
+    if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
+        raise ValueError(f"{str(numbers)[:100]} are no numbers of tokens")
+    return torch.tensor(numbers, dtype=torch.long)
+
+
+def _read_levels(tree, folder: Path, manifest: dict, lengths: torch.Tensor) -> None:
+    """Put the pages into the tree, after their shapes were compared with what the lengths say."""
+    lod, counts, shards = 0, lengths, {}
+    for shard in manifest["shards"]:
+        shards.setdefault(shard["level"], []).append(shard)
+    while True:
+        if lod > tree.depth:
+            tree.new_level()
+        level, size = tree.levels[lod], manifest["page_sizes"][lod]
+        if type(size) is not int or size < 1:
+            raise ValueError(f"page size {size!r} of level {lod} is no size")
+        level.size, level.lengths, number = size, counts.clone(), 0
+        for shard in shards.pop(lod, []):
+            first, end = shard["pages"]
+            if first != number:
+                raise ValueError(f"level {lod}: page {number} is missing")
+            _read_shard(_trusted(folder, manifest["data"], shard), level, first, end)
+            number = end
+        if number != -(-int(counts.max()) // size):
+            raise ValueError(f"level {lod}: {number} pages are there, {-(-int(counts.max()) // size)} are needed")
+        lod, counts = lod + 1, counts // tree.block_size
+        if not counts.any() or (tree.max_level is not None and lod > tree.max_level):
+            break
+    if shards:
+        raise ValueError(f"level {min(shards)} holds more than the lengths say")
+
+
+def _read_shard(path: Path, level, first: int, end: int) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    longest = int(level.lengths.max())
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = {f"{column}.{number}" for column in level.columns for number in range(first, end)}
+            if set(file.keys()) != names:
+                raise ValueError(f"{path.name} holds other tensors than the manifest says")
+            for number in range(first, end):
+                used = min(level.size, longest - number * level.size)
+                for column, (shape, dtype) in level.columns.items():
+                    header = file.get_slice(f"{column}.{number}")
+                    wanted = [level.rows, used, *shape], DTYPES[str(dtype).removeprefix("torch.")]
+                    if (header.get_shape(), header.get_dtype()) != wanted:
+                        raise ValueError(
+                            f"{path.name}: {column}.{number} is {header.get_dtype()} {header.get_shape()}, expected"
+                            f" {wanted[1]} {wanted[0]}"
+                        )
+                page = {column: file.get_tensor(f"{column}.{number}").to(level.device) for column in level.columns}
+                level.put_page(page)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path.name} is damaged ({error})") from error
+
+
+def _trusted(folder: Path, data: str, shard: dict) -> Path:
+    """The path of a shard, if it is a plain file of the folder with the size and content that the manifest says."""
+    for name in (data, shard["name"]):
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise ValueError(f"the file name {name!r} is not allowed")
+    path = folder / data / shard["name"]
+    if (folder / data).is_symlink() or path.is_symlink():
+        raise ValueError(f"{data}/{path.name} is a symbolic link, which is not allowed")
+    if not path.is_file():
+        raise ValueError(f"{data}/{path.name} is missing")
+    if path.stat().st_size != shard["bytes"]:
+        raise ValueError(f"{path.name} is truncated or damaged: {path.stat().st_size} bytes, not {shard['bytes']}")
+    if _checksum(path) != shard["sha256"]:
+        raise ValueError(f"{path.name} is damaged: its checksum is not that of the manifest")
+    return path
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """To the disk: a rename must not overtake what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _locked(folder: Path, kind: int) -> Iterator[None]:
+    """A lock on the folder itself: no file of its own, also where nothing may be written, gone with the process."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, kind)
+        yield
+    finally:
+        os.close(handle)

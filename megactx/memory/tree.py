@@ -1,0 +1,334 @@
+"""MegaContextTree: all that was ever read, as tokens, gists of tokens, gists of gists (SPEC 7).
+
+    level 2    [            gist of 1,024            ][
+    level 1    [ gist of 32 ][ gist of 32 ] ...
+    level 0    [ 32 tokens  ][ 32 tokens  ] ...          ... partial tail
+
+A node is the pair (lod, index). Where it starts (index x K^lod) and how wide it is (K^lod) is derived, never stored.
+Tensors are the truth: tokens and gists lie in pages, and so does what is known of each gist: the version of the
+GistNet that made it, how often it was read, when it was made, whether it is protected.
+
+B rows, T tokens, N nodes, K children of a node, D width, M nodes that are asked for.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import encoding, growth, joining
+from .encoding import Encoder
+from .pages import Pages
+
+TOKENS, NODES = 32_768, 256  # entries of a page
+
+
+class MegaContextTree:
+    """Tokens [B, T] and every complete gist above them.
+
+    Args:
+        encoder: K children -> a gist, see ``encoding.Encoder``; a ``GistNet`` is one.
+        base: a ``BaseLM``, or any function from ids [.., T] to embeddings [.., T, D].
+        rows: B. Rows may differ in length.
+        max_level: the highest level that is built; ``None``: as many as fill.
+        dtype: of the stored gists; ``None``: the encoder's own.
+        device: of all tensors.
+        name: what ``source`` calls this tree after a merge.
+
+    Raises:
+        ValueError: a setting that is not allowed; an encoder of hidden states without a base LM.
+    """
+
+    def __init__(self, encoder: Encoder, base, rows=1, max_level=None, dtype=None, device="cpu", name="tree"):
+        if encoder.block_size < 2:
+            raise ValueError(f"gistnet.block_size={encoder.block_size} is not allowed in a tree: at least 2")
+        if rows < 1:
+            raise ValueError(f"rows={rows} is not allowed: at least 1")
+        if max_level is not None and max_level < 1:
+            raise ValueError(f"max_level={max_level} is not allowed: at least 1, or None for as many as fill")
+        self.hidden = getattr(encoder, "needs_hidden", False)
+        if self.hidden and not hasattr(base, "model"):
+            raise ValueError("encoder: it needs hidden states, and this tree has no base LM that could give them")
+        self.encoder, self.base, self.max_level, self.dtype = encoder, base, max_level, dtype
+        self.block_size, self.width, self.rows, self.device = encoder.block_size, encoder.width, rows, device
+        self.levels = [Pages({"token": ((), torch.int32)}, rows, TOKENS, device)]  # levels[n] holds the nodes of LOD n
+        # GistNets that made nodes of this tree, by identity; that of the one in use is found out when it matters,
+        # for it takes a pass over all weights. Until then the stamp tells whether they have changed.
+        self.versions: list[str | None] = [None]
+        self.version, self.stamp = 0, encoding.stamp(encoder)  # of the one in use
+        self.parts = [(name, torch.zeros(rows, dtype=torch.long))]  # (name, first token [B]) of what was merged
+
+    @classmethod
+    def from_tokens(cls, tokens: Tensor, encoder: Encoder, base, lengths: Tensor | None = None, **settings):
+        """tokens [B, T] -> the tree, on their device; ``lengths`` and what is refused as in ``append``."""
+        _expect(tokens, "tokens", "[B, T]", tokens.ndim == 2)
+        tree = cls(encoder, base, rows=len(tokens), device=tokens.device, **settings)
+        tree.append(tokens, lengths)
+        return tree
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row, [B], on the CPU."""
+        return self.levels[0].lengths
+
+    @property
+    def depth(self) -> int:
+        """The highest level that holds a node."""
+        return len(self.levels) - 1
+
+    @property
+    def tokens(self) -> Tensor:
+        """A copy of all tokens, [B, T] int32, 0 where a row is shorter."""
+        return self.levels[0].whole("token")
+
+    def gists(self, lod: int) -> Tensor:
+        """A copy of all gists of a level, [B, N, D], 0 where a row is shorter."""
+        return self._level(lod).whole("gist")
+
+    def about(self, lod: int, what: str) -> Tensor:
+        """A copy of what is known of a level's gists, [B, N]: ``version``, ``access``, ``time`` or ``protected``."""
+        return self._level(lod).whole(what)
+
+    def counts(self, lod: int) -> Tensor:
+        """Nodes of a level in each row, [B], on the CPU; 0 where there is no such level."""
+        return self.levels[lod].lengths if lod < len(self.levels) else torch.zeros(self.rows, dtype=torch.long)
+
+    def bytes(self) -> int:
+        """What tokens, gists and what is known of them take."""
+        return sum(level.bytes(column) for level in self.levels for column in level.columns)
+
+    def append(self, tokens: Tensor, lengths: Tensor | None = None, gists: Tensor | None = None) -> None:
+        """Take up tokens; every block that they complete gets its gist, at every level. A partial tail stays LOD0.
+
+        The result does not depend on how a text is cut into pieces, bit for bit.
+
+        Args:
+            tokens: [B, T] ids.
+            lengths: how many of each row are meant, [B]; ``None``: all.
+            gists: ready gists of the level-1 blocks that are completed, [B, N, D]; they are not encoded again.
+
+        Raises:
+            ValueError: shapes, ids that the base cannot embed, or gists that are not as many as the complete blocks.
+                Nothing was taken up.
+        """
+        _expect(tokens, "tokens", f"[{self.rows}, T]", tokens.ndim == 2 and len(tokens) == self.rows)
+        b, t = tokens.shape
+        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise ValueError(f"tokens have dtype {tokens.dtype}, expected whole numbers")
+        lengths = torch.full((b,), t) if lengths is None else lengths.cpu().long()
+        if lengths.shape != (b,) or lengths.min() < 0 or lengths.max() > t:
+            raise ValueError(f"lengths={lengths.tolist()} are not allowed: {b} numbers from 0 to {t}")
+        if (lengths == t).all():
+            self.check_ids(tokens)
+        else:
+            self.check_ids(tokens[torch.arange(t, device=tokens.device) < lengths.to(tokens.device)[:, None]])
+        completed = (self.lengths + lengths) // self.block_size - self.counts(1)  # [B]
+        wanted = [b, int(completed.max()), self.width]
+        if gists is not None and list(gists.shape) != wanted:
+            raise ValueError(f"gists have shape {list(gists.shape)}, expected {wanted}: one for each completed block")
+        if self.hidden and gists is None and completed.any():
+            raise ValueError("encoder: it needs hidden states, so append takes the gists of complete blocks ready made")
+        ready = None if gists is None else joining.Ready(gists, self.counts(1), self.version)
+        growth.extend(self, tokens, lengths, ready)
+
+    def slice(self, start: int, stop: int | None = None) -> "MegaContextTree":
+        """The tree of tokens start .. stop - 1, with the nodes that lie on its grid; the others are encoded.
+
+        Raises:
+            ValueError: ``start`` is not on the grid of blocks, or beyond ``stop``.
+        """
+        return joining.cut(self, start, int(self.lengths.max()) if stop is None else stop)
+
+    def merge(self, other: "MegaContextTree") -> None:
+        """Append another tree. Its nodes are kept where they lie on the grid of this one; the others are encoded.
+
+        Raises:
+            ValueError: a row of this tree does not end on the grid of blocks, or the trees are not of one kind.
+                Nothing was merged.
+        """
+        joining.merge(self, other)
+
+    def refresh(self, encoder: Encoder) -> int:
+        """Use another GistNet from now on: encode again what was not made by it, bottom up.
+
+        Returns:
+            How many gists were encoded.
+
+        Raises:
+            ValueError: its block size or width are others, or it needs hidden states.
+        """
+        for what in ("block_size", "width"):
+            if getattr(encoder, what) != getattr(self, what):
+                raise ValueError(f"gistnet.{what}={getattr(encoder, what)}, the tree's is {getattr(self, what)}")
+        if getattr(encoder, "needs_hidden", False):
+            raise ValueError("encoder: it needs hidden states, which a refresh does not have; build the tree anew")
+        self.version = self.version_of(encoding.identity(encoder))
+        self.encoder, self.stamp, self.hidden = encoder, encoding.stamp(encoder), False
+        return growth.renew(self)
+
+    def stale(self) -> int:
+        """How many gists were not made by the GistNet in use."""
+        return sum(int(growth.stale(self, lod).sum()) for lod in range(1, self.depth + 1))
+
+    def children(self, lod: int, index: Tensor) -> Tensor:
+        """Nodes of a level, index [B, M] -> their children one level below, [B, M, K].
+
+        Raises:
+            ValueError: tokens have no children; or a node is not in the tree.
+        """
+        if lod < 1:
+            raise ValueError("lod=0 is not allowed: a token has no children")
+        self._check_nodes(index, lod)
+        return index[..., None] * self.block_size + torch.arange(self.block_size, device=index.device)
+
+    def parent(self, lod: int, index: Tensor) -> Tensor:
+        """Nodes of a level, index [B, M] -> their parents one level above, [B, M].
+
+        Raises:
+            ValueError: a node or its parent is not in the tree.
+        """
+        self._check_nodes(index, lod)
+        above = index // self.block_size
+        self._check_nodes(above, lod + 1)
+        return above
+
+    def gather(self, lod: int | Tensor, index: Tensor) -> Tensor:
+        """Nodes (lod, index), each [B, M] or one lod for all -> what the base LM reads for them, [B, M, D].
+
+        Tokens are embedded by the base; gists come in the dtype of its embeddings, and their access counts go up.
+
+        Raises:
+            ValueError: a node is not in the tree.
+        """
+        self._check_nodes(index, lod)
+        b, m = index.shape
+        row = torch.arange(b, device=self.device)[:, None].expand(b, m).flatten()
+        lod = torch.as_tensor(lod, device=self.device).expand(b, m).flatten()
+        return self.embeddings(row, lod, index.to(self.device).flatten()).view(b, m, self.width)
+
+    @torch.no_grad()
+    def embeddings(self, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
+        """The same for single nodes of the tree, row, lod and index [M] -> [M, D]; the caller has checked them."""
+        embed = encoding.embedder(self.base)
+        raw = (lod == 0).nonzero().squeeze(1)
+        embedded = embed(self.levels[0].read("token", row[raw], index[raw]).long()[None])[0]
+        out = embedded.new_empty(len(lod), self.width).index_copy_(0, raw, embedded)
+        for n in range(1, self.depth + 1):
+            here = (lod == n).nonzero().squeeze(1)
+            out.index_copy_(0, here, self.levels[n].read("gist", row[here], index[here]).to(out.dtype))
+            self.levels[n].add("access", row[here], index[here])
+        return out
+
+    def protect(self, lod: int, index: Tensor) -> None:
+        """Nodes index [B, M] of a level, and all above them, may not stand in a working context.
+
+        Raises:
+            ValueError: there are no gists of that level, or a node is not in the tree.
+        """
+        self._level(lod)
+        self._check_nodes(index, lod)
+        b, m = index.shape
+        row, index = torch.arange(b, device=self.device).repeat_interleave(m), index.to(self.device).flatten()
+        for n in range(lod, self.depth + 1):
+            there = index < self.counts(n).to(self.device)[row]
+            row, index = row[there], index[there]
+            self.levels[n].write(row, index, protected=torch.ones_like(index, dtype=torch.bool))
+            index = index // self.block_size
+
+    def usable(self, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
+        """Whether nodes, row, lod and index [M] each, may stand in a working context, [M].
+
+        They are in the tree, do not hold block 0, which stays raw as the attention sink, and are not protected.
+        """
+        counts = torch.stack([level.lengths for level in self.levels]).to(self.device)  # [levels, B]
+        known = (lod >= 0) & (lod <= self.depth)
+        known &= (index >= 0) & (index < counts[lod.clamp(0, self.depth), row])
+        known &= (lod == 0) | (index > 0)
+        for n in range(1, self.depth + 1):
+            here = ((lod == n) & known).nonzero().squeeze(1)
+            known[here] = ~self.levels[n].read("protected", row[here], index[here])
+        return known
+
+    def source(self, lod: int, index: Tensor) -> Tensor:
+        """From which of ``parts`` nodes come, index [B, M] -> [B, M]; -1 where several have a share.
+
+        Raises:
+            ValueError: a node is not in the tree.
+        """
+        self._check_nodes(index, lod)
+        firsts = torch.stack([first for _, first in self.parts], 1).to(index.device)  # [B, parts], ascending
+        width = self.block_size**lod
+        first = torch.searchsorted(firsts, (index * width).contiguous(), right=True) - 1
+        last = torch.searchsorted(firsts, (index * width + width - 1).contiguous(), right=True) - 1
+        return torch.where(first == last, first, -1)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tree into a folder, in place of one that may be there; see ``storage``."""
+        from .storage import save
+
+        save(self, Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path, encoder: Encoder, base, refresh=False, device="cpu") -> "MegaContextTree":
+        """Read a saved tree, memory-mapped; see ``storage`` for what is refused.
+
+        Args:
+            refresh: take another GistNet than the one that made the tree, and encode again what is stale.
+        """
+        from .storage import load
+
+        return load(Path(folder), encoder, base, refresh, device)
+
+    def identities(self) -> list[str]:
+        """``versions``, with that of the GistNet in use."""
+        if self.versions[self.version] is None:
+            same = encoding.stamp(self.encoder) == self.stamp
+            self.versions[self.version] = encoding.identity(self.encoder) if same else "trained on since"
+        return self.versions
+
+    def version_of(self, identity: str) -> int:
+        """The number of a GistNet in ``versions``; a new one joins them."""
+        if identity not in self.identities():
+            self.versions.append(identity)
+        return self.versions.index(identity)
+
+    def new_level(self) -> Pages:
+        """Pages for the level above the highest; ``dtype`` must be known."""
+        columns = {"gist": ((self.width,), self.dtype), "version": ((), torch.int32), "access": ((), torch.int32)}
+        columns |= {"time": ((), torch.long), "protected": ((), torch.bool)}  # time: seconds since 1970
+        self.levels.append(Pages(columns, self.rows, NODES, self.device))
+        return self.levels[-1]
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Raises ValueError where the base cannot embed an id."""
+        if ids.numel() == 0:
+            return
+        rows = encoding.vocabulary(self.base)
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= (rows or 2**31):
+            wrong = low if low < 0 else high
+            raise ValueError(f"tokens: id {wrong} is not allowed, the base LM embeds 0 to {(rows or 2**31) - 1}")
+
+    def _level(self, lod: int) -> Pages:
+        if not 1 <= lod <= self.depth:
+            raise ValueError(f"lod={lod} has no gists, allowed are 1 to {self.depth}")
+        return self.levels[lod]
+
+    def _check_nodes(self, index: Tensor, lod: int | Tensor) -> None:
+        _expect(index, "index", f"[{self.rows}, M]", index.ndim == 2 and len(index) == self.rows)
+        lod = torch.as_tensor(lod, device=index.device)
+        if lod.ndim and lod.shape != index.shape:
+            raise ValueError(f"lod has shape {list(lod.shape)}, expected {list(index.shape)} like index")
+        lod = lod.expand(index.shape)
+        counts = torch.stack([level.lengths for level in self.levels]).to(index.device)  # [levels, B]
+        row = torch.arange(self.rows, device=index.device)[:, None].expand(index.shape)
+        there = (lod >= 0) & (lod <= self.depth) & (index >= 0)
+        there &= index < counts[lod.clamp(0, self.depth), row]
+        if not there.all():
+            r, m = (~there).nonzero()[0].tolist()
+            raise ValueError(f"node (lod {int(lod[r, m])}, index {int(index[r, m])}) of row {r} is not in the tree")
+
+
+def _expect(tensor: Tensor, name: str, wanted: str, right: bool) -> None:
+    if not right:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {wanted}")

@@ -1,0 +1,71 @@
+"""Pictures of a tree and a working context."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from megactx.memory import MegaContextTree, WorkingContext, plot_strip, strip
+
+
+@pytest.fixture
+def context(encoder, table):
+    tree = MegaContextTree.from_tokens(
+        torch.zeros(2, 100, dtype=torch.long), encoder(4), table, torch.tensor([100, 30])
+    )
+    index = torch.arange(100).repeat(2, 1)
+    context = WorkingContext(tree, torch.zeros_like(index), index, tree.lengths, 100)
+    context.collapse(1, torch.arange(1, 20))
+    context.collapse(2, torch.tensor([1, 2, 3]))
+    return context
+
+
+def lines(picture) -> list[str]:
+    out = io.StringIO()
+    Console(file=out, width=140).print(picture)
+    return out.getvalue().splitlines()
+
+
+def test_the_terminal_shows_levels_entries_and_edits_over_the_timeline(context):
+    before = context.copy()
+    context.expand(4 + 3 + 3)  # the gist of tokens 28 .. 31 is behind the sink, LOD1 1 .. 3 and LOD2 1
+    shown = lines(strip(context, before, columns=50))
+    assert [line.split()[0] for line in shown[:5]] == ["LOD3", "LOD2", "LOD1", "sees", "new"]
+    assert shown[0].endswith("1 gists") and shown[2].endswith("25 gists")
+    assert shown[0][6:56].count("░") == 32 and shown[0][6:56].count(" ") == 18  # 64 of 100 tokens
+    assert shown[4].endswith(" 4 entries")
+    assert shown[4][6:56].count("^") in (2, 8)
+    assert f"{int(context.counts[0])} entries for 100 tokens" in shown[3]
+    assert {"█", "▓", "▒"} <= set(shown[3]) and "gist of 16" in shown[5]
+    assert shown[3][6:8] == "██" and shown[3][50:56] == "██████"
+
+
+def test_the_picture_is_a_png_in_which_lods_have_their_colours(context, tmp_path):
+    from matplotlib.image import imread
+
+    before = context.copy()
+    context.expand(5)
+    plot_strip(tmp_path / "strip.png", context, before, row=0)
+    pixels = torch.tensor(imread(tmp_path / "strip.png"))
+    assert pixels.shape[:2] == (400, 1400)
+    for colour in ("#009E73", "#0072B2", "#E69F00"):
+        rgb = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        assert ((pixels[..., :3] - rgb).abs().amax(-1) < 0.02).sum() > 500
+
+
+def test_a_long_history_is_drawn_in_joined_blocks(encoder, table, tmp_path):
+    tree = MegaContextTree.from_tokens(torch.zeros(1, 20_000, dtype=torch.long), encoder(4), table)
+    context = WorkingContext.recency(tree, 1500)
+    plot_strip(tmp_path / "strip.png", context)
+    assert (tmp_path / "strip.png").stat().st_size > 1000
+    assert lines(strip(context))[-2].endswith("for 20,000 tokens")
+
+
+def test_what_cannot_be_drawn_is_named(context, tmp_path):
+    with pytest.raises(ValueError, match="row=2 is not allowed: 0 to 1"):
+        strip(context, row=2)
+    with pytest.raises(ValueError, match="row=-1"):
+        plot_strip(tmp_path / "x.png", context, row=-1)
+    with pytest.raises(ValueError, match="columns=0"):
+        strip(context, columns=0)
