@@ -2,25 +2,32 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import groupby
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megactx.gist import GistNet, controls
+from megactx.gist import GistNet
+from megactx.gist.carriers.carrier import Compressor, Vectors
+from megactx.gist.carriers.last_token import LastToken
+from megactx.gist.carriers.mean_token import MeanToken
+from megactx.gist.carriers.random_gist import RandomGist
+from megactx.gist.reading import read
 from megactx.gist.scoring import score
-from megactx.gist.substitution import blocks, check_blocks, dropped, rows_at, substituted, teach
+from megactx.gist.substitution import Teacher, blocks, check_blocks, dropped, rows_at, teach, unread
 from megactx.lm import BaseLM
 
 from .scores import BlockScores
 
+LAST_TOKEN, OTHER = "last token", "another block's gist"
 MEAN_BELOW = "mean of its gists"
 
 
 @torch.inference_mode()
 def measure(
     base: BaseLM,
-    nets: Mapping[str, GistNet],
+    nets: Mapping[str, Compressor],
     batches: Iterable[dict],
     horizon: int,
     seed: int = 0,
@@ -33,15 +40,15 @@ def measure(
 
     Args:
         base: the frozen base LM.
-        nets: name -> GistNet, all of one block size; the untrained controls sit where the first net's gists do. All are
-            measured in eval mode, without dropout.
+        nets: name -> compressor, all of one block size; the untrained controls sit where the first net's carriers do.
+            All are measured in eval mode, without dropout.
         batches: dicts ``ids`` [B, T], ``lengths`` [B], ``starts`` [B, N], ``domain`` (B strings), ``document`` [B].
         horizon: H.
         seed: of the random gist and of the choice of another document's block.
         with_controls: measure the untrained controls too.
         progress: wraps the batches, to show a bar.
         first: only offsets h = first..H-1 are scored, where the rest of the horizon is not asked for.
-        level: what is replaced is a block of K^level tokens, by a gist of that level.
+        level: what is replaced is a block of K^level tokens, by a gist of that level; above 1 for GistNets only.
 
     Returns:
         ``BlockScores`` with a row per block and a column per scored offset. From level 2 on, with controls, there are
@@ -50,35 +57,40 @@ def measure(
     batches = list(batches)
     leader = next(iter(nets.values()))
     tokens, device = leader.block_size**level, base.model.device
-    at = leader.offset_in(tokens), leader.sigma(level)
+    settings = {} if level == 1 else {"level": level}
+    with_states = any(net.needs_hidden for net in nets.values())
+    parts, others = [], None
     with in_eval_mode(*nets.values()):
-        gists = [_encode(base, nets, batch, tokens, level) for batch in batches]
-    others = (
-        _other_documents(batches, [g["gistnet"] for g in gists], seed) if with_controls and "gistnet" in nets else None
-    )
-    parts = []
-    for index, batch in enumerate(progress(batches)):
-        ids, starts = batch["ids"].to(device), batch["starts"].to(device)
-        check_blocks(starts, batch["lengths"].to(device), tokens, horizon)
-        carriers = {
-            name: (vectors, nets[name].offset_in(tokens), nets[name].sigma(level))
-            for name, vectors in gists[index].items()
-        }
-        if with_controls:
-            embedded = base.embed(blocks(ids, starts, tokens))
-            rms = leader.embedding_rms
-            carriers |= {
-                "last token": (controls.last_token(embedded), tokens - 1, None),  # a token: its position is a point
-                "random gist": (controls.random_gist(embedded, rms, seed + index), *at),
-                "untrained mean (raw)": (controls.mean_raw(embedded), *at),
-                "untrained mean (rescaled)": (controls.mean_rescaled(embedded, rms), *at),
-            }
-            if others is not None:
-                carriers["another block's gist"] = (others[index].to(device), *at)
-            if level > 1:
-                carriers |= _below(leader, embedded, level)
-        parts.append(_score_batch(base, batch, ids, starts, carriers, tokens, horizon, first))
+        if with_controls and leader.makes_vectors:
+            others = _other_documents(base, leader, batches, settings, seed)
+        for index, batch in enumerate(progress(batches)):
+            ids, starts = batch["ids"].to(device), batch["starts"].to(device)
+            check_blocks(starts, batch["lengths"].to(device), tokens, horizon)
+            teacher = teach(base, ids, with_states)
+            carriers = {name: net.compress(base, teacher, starts, **settings) for name, net in nets.items()}
+            if with_controls:
+                at = {"offset": leader.offset_in(tokens), "sigma": leader.sigma(level)}
+                for name, net in untrained(base, tokens, leader.position, seed).items():
+                    carriers[name] = net.compress(base, teacher, starts)
+                    if name != LAST_TOKEN:  # a token: its position is a point
+                        carriers[name] = replace(carriers[name], **at)
+                if others is not None:
+                    carriers[OTHER] = Vectors(others[index].to(device), **at)
+                if level > 1:
+                    carriers |= _below(base, leader, teacher, starts, level)
+            parts.append(_score_batch(base, batch, teacher, starts, carriers, tokens, horizon, first))
     return BlockScores.concatenate(parts)
+
+
+def untrained(base: BaseLM, block: int, position: str, seed: int = 0) -> dict[str, Compressor]:
+    """The untrained controls that stand beside every carrier (SPEC 5); the drop control is no carrier."""
+    rms = base.embedding_rms()
+    return {
+        LAST_TOKEN: LastToken(block),
+        "random gist": RandomGist(rms, block, position, seed),
+        "untrained mean (raw)": MeanToken(block, position),
+        "untrained mean (rescaled)": MeanToken(block, position, rms),
+    }
 
 
 @contextmanager
@@ -94,28 +106,33 @@ def in_eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
             module.train()
 
 
-def _encode(base, nets, batch, tokens, level) -> dict[str, Tensor]:
-    ids, starts = (batch[name].to(base.model.device) for name in ("ids", "starts"))
-    embedded = base.embed(blocks(ids, starts, tokens)).flatten(0, 1)
-    return {name: net.encode_level(embedded, level).view(*starts.shape, -1) for name, net in nets.items()}
-
-
-def _below(net: GistNet, embedded: Tensor, level: int) -> dict[str, tuple]:
+def _below(base, net: GistNet, teacher: Teacher, starts: Tensor, level: int) -> dict[str, Vectors]:
     """The K gists that a gist of gists was made of, and their mean at its place: what it has to be better than."""
-    b, n, tokens, d = embedded.shape
-    with in_eval_mode(net):
-        gists = net.encode_levels(embedded.flatten(0, 1), level)[-2].view(b, n, net.block_size, d)
-    each = tokens // net.block_size
-    offsets = [net.offset_in(each) + each * index for index in range(net.block_size)]
-    at = net.offset_in(tokens), net.sigma(level)
+    k, tokens = net.block_size, net.block_size**level
+    each = torch.arange(0, tokens, tokens // k, device=starts.device)
+    settings = {} if level == 2 else {"level": level - 1}
+    below = net.compress(base, teacher, (starts[..., None] + each).flatten(1), **settings)
+    gists = below.vectors.view(*starts.shape, k, -1)
+    at = {"offset": net.offset_in(tokens), "sigma": net.sigma(level)}
+    mean = gists.mean(dim=2)
     return {
-        f"{MEAN_BELOW} (raw)": (controls.mean_raw(gists), *at),
-        f"{MEAN_BELOW} (rescaled)": (controls.mean_rescaled(gists, net.embedding_rms), *at),
-        f"its {net.block_size} gists": (gists, offsets, net.sigma(level - 1)),
+        f"{MEAN_BELOW} (raw)": Vectors(mean, **at),
+        f"{MEAN_BELOW} (rescaled)": Vectors(F.rms_norm(mean, mean.shape[-1:]) * net.embedding_rms, **at),
+        f"its {k} gists": Vectors(gists, [below.offset + int(start) for start in each], below.sigma),
     }
 
 
-def _other_documents(batches, gists, seed) -> list[Tensor]:
+def _other_documents(base, net, batches: list[dict], settings: dict, seed: int) -> list[Tensor]:
+    """For each block the gist of a block of another text."""
+    gists = []
+    for batch in batches:
+        ids, starts = batch["ids"].to(base.model.device), batch["starts"].to(base.model.device)
+        teacher = teach(base, ids, with_states=True) if net.needs_hidden else unread(ids)
+        gists.append(net.compress(base, teacher, starts, **settings).vectors)
+    return _exchanged(batches, gists, seed)
+
+
+def _exchanged(batches, gists, seed) -> list[Tensor]:
     """For each block a gist of another text of the same domain (of any other text, where the domain has but one)."""
     rows = [
         (batch["domain"][b], int(batch["document"][b]), g[b])
@@ -135,19 +152,15 @@ def _other_documents(batches, gists, seed) -> list[Tensor]:
     return out
 
 
-def _score_batch(base, batch, ids, starts, carriers, tokens, horizon, first) -> BlockScores:
-    teacher = teach(base, ids)
-    b, n = starts.shape
-    names, hidden = sorted(carriers, key=lambda name: carriers[name][0].ndim), []
-    for _, same in groupby(names, key=lambda name: carriers[name][0].ndim):  # one vector per block, then K
-        vectors, offsets, sigmas = zip(*(carriers[name] for name in same), strict=True)
-        hidden.append(substituted(base, teacher, starts, torch.stack(vectors), offsets, tokens, horizon, sigmas))
-    hidden = torch.cat([*hidden, dropped(base, teacher, starts, tokens, horizon)[None]])
+def _score_batch(base, batch, teacher: Teacher, starts, carriers, tokens, horizon, first) -> BlockScores:
+    (b, n), names = starts.shape, list(carriers)
+    hidden = read(base, teacher, starts, list(carriers.values()), tokens, horizon)
+    hidden = torch.cat([hidden, dropped(base, teacher, starts, tokens, horizon)[None]])
     _, numbers = score(
         base,
         hidden[..., first:, :].flatten(1, 3),
         rows_at(teacher.hidden, starts + tokens - 1 + first, horizon - first).flatten(0, 2),
-        blocks(ids, starts + tokens + first, horizon - first).flatten(),
+        blocks(teacher.ids, starts + tokens + first, horizon - first).flatten(),
     )
 
     def table(name, row=None):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megactx.data.files import ALL_DOMAINS
 from megactx.gist import GistNet
 from megactx.gist.backbone import Backbone
-from megactx.gist.substitution import blocks
+from megactx.gist.substitution import blocks, teach, unread
 from megactx.lm import BaseLM
 
 from .measure import in_eval_mode
@@ -101,8 +101,9 @@ def _gists(base: BaseLM, net: GistNet, batch: dict) -> tuple[Tensor, Tensor, lis
     """The gists [M, D] of a batch, without a graph; their blocks' tokens [M, K]; their domains."""
     ids, starts = (batch[name].to(base.model.device) for name in ("ids", "starts"))
     tokens = blocks(ids, starts, net.block_size).flatten(0, 1)
+    teacher = teach(base, ids, with_states=True) if net.needs_hidden else unread(ids)
     with in_eval_mode(net):
-        gists = net.encode_span(base.embed(tokens))
+        gists = net.compress(base, teacher, starts).vectors.flatten(0, 1)
     return gists, tokens, [name for name in batch["domain"] for _ in range(starts.shape[1])]
 
 

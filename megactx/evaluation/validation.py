@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from megactx.data.files import ALL_DOMAINS
 from megactx.gist import GistNet
-from megactx.gist.substitution import blocks
+from megactx.gist.substitution import blocks, teach, unread
 from megactx.lm import BaseLM
 
 from .geometry import AttentionEntropy, GistGeometry
@@ -33,15 +33,16 @@ class SpaceMetrics(nn.Module):
         """Encode the blocks of one batch, as ``measure`` takes it, and their right neighbours where they have any."""
         device, block = base.model.device, net.block_size
         ids, starts = batch["ids"].to(device), batch["starts"].to(device)
-        paired = (starts + 2 * block <= batch["lengths"].to(device)[:, None]).flatten()
+        paired = starts + 2 * block <= batch["lengths"].to(device)[:, None]
         domain = [name for name in batch["domain"] for _ in range(starts.shape[1])]
-        own = base.embed(blocks(ids, starts, block)).flatten(0, 1)
+        teacher = teach(base, ids, with_states=True) if net.needs_hidden else unread(ids)
         # A block without a right neighbour gathers itself, and is then left out.
-        there = torch.where(paired.view_as(starts), starts + block, starts)
-        right = base.embed(blocks(ids, there, block).flatten(0, 1)[paired])
+        there = torch.where(paired, starts + block, starts)
         with in_eval_mode(net):
-            self.geometry.update(net.encode_span(own), domain, paired, net.encode_span(right))
-            self.attention.update(net.attention(own), domain)
+            own, right = (net.compress(base, teacher, at).vectors for at in (starts, there))
+            self.geometry.update(own.flatten(0, 1), domain, paired.flatten(), right[paired])
+            embedded = base.embed(blocks(ids, starts, block)).flatten(0, 1)
+            self.attention.update(net.attention(embedded, net.seen(base, teacher, starts)), domain)
 
     def compute(self) -> dict[str, Tensor]:
         """``diversity``, ``cosine_std``, ``adjacent_distance``, ``contrastive_gap`` (cosine distances),
@@ -83,14 +84,15 @@ class ValidationMetrics(nn.Module):
         """
         scores = measure(base, {"gistnet": net}, [batch], self.substitution.horizon, with_controls=False)
         self.substitution.update(scores)
-        self.space.update(base, net, batch)
+        if net.makes_vectors:
+            self.space.update(base, net, batch)
         if self.level2 is not None:
             scores = measure_level(base, {"gistnet": net}, [batch], self.substitution.horizon, with_controls=False)
             if scores is not None:
                 self.level2.update(scores)
 
     def compute(self) -> dict[str, Tensor]:
-        found = self.substitution.compute() | self.space.compute()
+        found = self.substitution.compute() | self.space.compute()  # what had no vectors is NaN
         if self.level2 is not None:
             found |= {f"level2/{name}": value for name, value in self.level2.compute().items()}
         return found

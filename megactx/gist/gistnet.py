@@ -22,6 +22,7 @@ class Seen(NamedTuple):
 
     states: Tensor  # [B, W + K, D]
     there: Tensor | None  # bool [B, W + K], False where the document has not begun; None: all are there
+    hidden: bool = False  # states of the base LM, not embeddings or gists
 
 
 class GistNet(Compressor):
@@ -43,7 +44,7 @@ class GistNet(Compressor):
             last token's embedding and the block's mean beside the pooled vector.
         position: ``centre`` | ``end``, see ``Compressor``.
         dropout: in the backbone.
-        context: W, so many tokens to the left of the block are read too; gists of gists have no context.
+        context: W, so many tokens to the left of the block are read too; for gists of gists W // K gists.
         input: ``embedding``, or ``hidden``: the backbone reads the base LM's own states of the block, which have read
             everything before it; gists of gists read gists.
         input_layer: which states: 0 is what goes into the first layer of the base LM, L what leaves the last one.
@@ -139,18 +140,19 @@ class GistNet(Compressor):
         Raises:
             ValueError: ``input_layer`` is not one of the base LM's.
         """
-        tokens = self.block_size**level
-        embedded = base.embed(blocks(teacher.ids, starts, tokens)).flatten(0, 1)
-        if level == 1:
-            gists = self.encode_span(embedded, self.seen(base, teacher, starts))
-        else:
-            # The blocks of a span, each with what it sees; above them there are only gists.
-            inner = torch.arange(0, tokens, self.block_size, device=starts.device)
-            first = (starts[..., None] + inner).flatten(1)
-            below = embedded.view(-1, self.block_size, self.width)
-            below = self.encode_span(below, self.seen(base, teacher, first)).view(len(embedded), -1, self.width)
-            gists = self.encode_gists(below, level)[-1][:, 0]
-        return Vectors(gists.view(*starts.shape, -1), self.offset_in(tokens), self.sigma(level))
+        k, left = self.block_size, self.left_context // self.block_size if level > 1 else 0
+        if level > 2 and left:
+            raise ValueError(f"gistnet.context={self.left_context} is not supported above level 2, wanted {level}")
+        # The blocks of a span and those left of it, each with what it sees; above them there are only gists.
+        inner = torch.arange(-left * k, k**level, k, device=starts.device)
+        first = (starts[..., None] + inner).flatten(1)
+        there = (first >= 0).view(-1, len(inner))
+        first = first.clamp(min=0)
+        embedded = base.embed(blocks(teacher.ids, first, k)).flatten(0, 1)
+        gists = self.encode_span(embedded, self.seen(base, teacher, first)).view(-1, len(inner), self.width)
+        if level > 1:
+            gists = self.encode_gists(gists[:, left:], level, Seen(gists, there) if left else None)[-1]
+        return Vectors(gists[:, 0].view(*starts.shape, -1), self.offset_in(k**level), self.sigma(level))
 
     def seen(self, base, teacher: Teacher, starts: Tensor) -> Seen | None:
         """What the backbone reads of the blocks at starts [B, N]; ``None``: their embeddings and nothing else."""
@@ -170,7 +172,7 @@ class GistNet(Compressor):
             states = base.embed(teacher.ids)
         taken = index.clamp(min=0).flatten(1)[..., None].expand(-1, -1, states.shape[-1])
         states = states.gather(1, taken).view(-1, index.shape[-1], states.shape[-1])
-        return Seen(states, None if bool(there.all()) else there.flatten(0, 1))
+        return Seen(states, None if bool(there.all()) else there.flatten(0, 1), self.needs_hidden)
 
     def encode_span(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor:
         """embeddings [B, K, D] -> gists [B, D], in fp32; ``seen`` is what the backbone reads in their place.
@@ -213,19 +215,26 @@ class GistNet(Compressor):
         first = self.encode_span(embeddings.reshape(-1, self.block_size, self.width))
         return self.encode_gists(first.view(len(embeddings), -1, self.width), level)
 
-    def encode_gists(self, gists: Tensor, level: int) -> list[Tensor]:
-        """Gists of level 1 [B, K^(level - 1), D] -> those of every level up to ``level``, the given ones first."""
-        sets, found = [self, *self.above], [gists]
-        for index in range(1, level):
+    def encode_gists(self, gists: Tensor, level: int, seen: Seen | None = None) -> list[Tensor]:
+        """Gists of level 1 [B, K^(level - 1), D] -> those of every level up to ``level``, the given ones first.
+
+        ``seen``: the same with the gists to their left, for level 2.
+        """
+        found = [gists]
+        for own in range(2, level + 1):
             below = found[-1].reshape(-1, self.block_size, self.width)
-            found.append(sets[min(index, len(sets) - 1)].encode_span(below).view(len(gists), -1, self.width))
+            found.append(self.of_level(own).encode_span(below, seen).view(len(gists), -1, self.width))
         return found
+
+    def of_level(self, level: int) -> "GistNet":
+        """The weights that make gists of this level."""
+        return [self, *self.above][min(level - 1, len(self.above))]
 
     def _entering(self, x: Tensor, seen: Seen | None) -> tuple[Tensor, Tensor | None, int]:
         """What the backbone takes: states, which of them are there, how many lie left of the block."""
         if seen is None:
             return x, None, 0
-        if self.enter is not None:
+        if seen.hidden:
             states = self.enter(F.rms_norm(seen.states.float(), (self.width,)))
         else:
             states = seen.states.float() / self.embedding_rms

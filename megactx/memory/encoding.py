@@ -14,7 +14,10 @@ from types import FunctionType, MethodType
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from megactx.gist.gistnet import Seen
 
 BATCH = 16  # E: wide enough for the matrix products of a long text, narrow enough for one new block at a time
 
@@ -22,16 +25,17 @@ BATCH = 16  # E: wide enough for the matrix products of a long text, narrow enou
 class Encoder(Protocol):
     """K children -> their gist. ``GistNet`` is one.
 
-    Two more attributes may be there. ``left_context`` (default 0): W, the number of tokens left of a block that it
+    Three more attributes may be there. ``left_context`` (default 0): W, the number of tokens left of a block that it
     also reads, at levels >= 2 the W // K nodes left of the children; it is then called as
-    ``encode_span(children, left [E, W, D], seen [E, W])``, where ``seen`` is False before the start of the text.
+    ``encode_span(children, Seen(nodes [E, W + K, D], there [E, W + K]))``, False before the start of the text.
+    ``of_level(level)``, where there is one, gives what makes the gists of that level.
     ``needs_hidden`` (default False): level 1 reads the base LM's hidden states, not token embeddings.
     """
 
     block_size: int  # K
     width: int  # D
 
-    def encode_span(self, embeddings: Tensor) -> Tensor:
+    def encode_span(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor:
         """[E, K, D] -> [E, D]"""
 
     def offset_in(self, tokens: int) -> int:
@@ -54,8 +58,8 @@ def slots(row: Tensor, index: Tensor, rows: int) -> Iterator[tuple[Tensor, Tenso
 
 
 @torch.no_grad()
-def encode(encoder: Encoder, nodes: Tensor, left: int, seen: Tensor) -> Tensor:
-    """nodes [E, left + K, D], seen [E, left] -> gists [E, D].
+def encode(encoder: Encoder, level: int, nodes: Tensor, left: int, seen: Tensor) -> Tensor:
+    """nodes [E, left + K, D], seen [E, left] -> gists of ``level`` [E, D].
 
     Raises:
         ValueError: embeddings or gists are not as wide as the encoder says.
@@ -63,9 +67,12 @@ def encode(encoder: Encoder, nodes: Tensor, left: int, seen: Tensor) -> Tensor:
     d = encoder.width
     if nodes.shape[-1] != d:
         raise ValueError(f"base: its embeddings have width {nodes.shape[-1]}, the encoder's width is {d}")
+    encoder = encoder.of_level(level) if hasattr(encoder, "of_level") else encoder
     with _evaluating(encoder):
         if left:
-            gists = encoder.encode_span(nodes[:, left:], nodes[:, :left], seen)
+            gists = encoder.encode_span(
+                nodes[:, left:], Seen(nodes, F.pad(seen, (0, nodes.shape[1] - left), value=True))
+            )
         else:
             gists = encoder.encode_span(nodes)
     if gists.shape != (len(nodes), d):

@@ -89,7 +89,7 @@ def encode(tree, lod: int, row: Tensor, index: Tensor) -> None:
             children[slot] = below.read("gist", *flat).view(*at.shape, tree.width)
             fresh = (below.read("version", *flat).view(at.shape) == tree.version).all(1)
             version = torch.where(fresh, tree.version, STALE)
-        gists = encoding.encode(tree.encoder, children, left, seen.to(device))[slot]
+        gists = encoding.encode(tree.encoder, lod, children, left, seen.to(device))[slot]
         store(tree, lod, rows, nodes, gist=gists, version=version, time=torch.full_like(slot, int(time.time())))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megactx.evaluation.measure import _other_documents, measure
+from megactx.evaluation.measure import _exchanged, measure
 from megactx.gist import GistNet
 from megactx.lm import BaseLM, masks
 
@@ -77,12 +77,12 @@ def test_every_row_of_the_table_equals_a_plain_forward_of_the_changed_document(b
 def test_another_blocks_gist_comes_from_another_text_of_the_same_domain():
     data = batches(6)
     gists = [torch.full((1, 3, 2), float(i)) for i in range(6)]
-    for index, chosen in enumerate(_other_documents(data, gists, seed=0)):
+    for index, chosen in enumerate(_exchanged(data, gists, seed=0)):
         origins = set(chosen[..., 0].flatten().int().tolist())
         assert index not in origins and all(origin % 2 == index % 2 for origin in origins)
 
 
 def test_a_lone_domain_takes_another_text_of_any_domain():
     data = batches(2)
-    chosen = _other_documents(data, [torch.zeros(1, 3, 2), torch.ones(1, 3, 2)], seed=0)
+    chosen = _exchanged(data, [torch.zeros(1, 3, 2), torch.ones(1, 3, 2)], seed=0)
     assert (chosen[0] == 1).all() and (chosen[1] == 0).all()

@@ -16,7 +16,7 @@ class AvgPool(Compressor):
     rotation of the carrier's position. With K = 1 it is the uncompressed model.
     """
 
-    needs_hidden = True
+    needs_hidden, makes_vectors = True, False
 
     def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Slots:
         pooled = [windows(states, starts, self.block_size).mean(dim=2) for states in teacher.states[:-1]]

@@ -55,7 +55,8 @@ class Compressor(nn.Module):
     """
 
     setting = "compressor"  # where a user sets it
-    needs_hidden = False  # reads the base LM's own states of the block, layer by layer
+    needs_hidden = False  # reads the base LM's own states of the block
+    makes_vectors = True  # and not ``Slots``
 
     def __init__(self, block_size: int = 32, position: str = "centre"):
         super().__init__()

@@ -30,6 +30,8 @@ class Gisting(Compressor):
         ValueError: a setting that is not allowed; the message names it.
     """
 
+    makes_vectors = False
+
     def __init__(
         self,
         base: BaseLM,
