@@ -9,3 +9,23 @@ def eligible_segments(length: int, block: int, segment: int = SEGMENT, recency: 
     """Starts on the block grid: the sink, one block to compress and R raw tokens lie before, S tokens from it on."""
     first = -(-(2 * block + recency) // block) * block
     return np.arange(first, length - segment + 1, block)
+
+
+def check_history(history: dict, block: int, min_tokens: int) -> None:
+    """Segments and raw tokens lie on the block grid, and every document has room for one.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name in ("segment", "recency"):
+        if history[name] < block or history[name] % block:
+            raise ValueError(f"history.{name}={history[name]} is not allowed: a multiple of block_size={block}")
+    if history["segments"] < 1:
+        raise ValueError(f"history.segments={history['segments']} is not allowed: it must be 1 or more")
+    needed = 2 * block + history["recency"] + history["segment"]
+    if min_tokens < needed:
+        raise ValueError(
+            f"history.weight={history['weight']} does not fit into data.min_tokens={min_tokens}: a document needs the"
+            f" sink block, a block, history.recency={history['recency']} and history.segment={history['segment']}"
+            f" tokens, {needed} in all"
+        )

@@ -8,6 +8,8 @@ from collections import Counter
 
 import numpy as np
 
+from .segments import eligible_segments
+
 log = logging.getLogger(__name__)
 
 
@@ -51,10 +53,12 @@ class SpanBatches:
         seed: the batches are a function of it.
         compose: ``(document, rng) -> document``, applied to every document that is drawn, see ``Composed``.
         level2_spans: spans of K^2 tokens per document, in addition; 0 for none.
+        history: ``segments`` per document for history mode, of ``segment`` tokens behind ``recency`` raw ones; ``None``
+            for none.
 
     Each item is a dict: ``ids`` int64 [B, T], padded with 0; ``lengths`` int64 [B]; ``starts`` int64 [B, N];
     ``domain``, a list of B strings; ``document`` int64 [B], the index of the source text; and, with ``level2_spans``,
-    ``starts2`` int64 [B, N2], on the grid of K^2.
+    ``starts2`` int64 [B, N2], on the grid of K^2; with ``history``, ``segments`` int64 [B, N3], starts of segments.
 
     Raises:
         ValueError: a weight above 0 for a domain without documents, or no weight above 0.
@@ -71,9 +75,10 @@ class SpanBatches:
         seed: int,
         compose=None,
         level2_spans: int = 0,
+        history: dict | None = None,
     ):
         self.batch, self.spans, self.block, self.horizon, self.seed = batch, spans, block, horizon, seed
-        self.compose, self.level2_spans = compose, level2_spans
+        self.compose, self.level2_spans, self.history = compose, level2_spans, history
         for name, value in (("batch", batch), ("spans", spans)):
             if value < 1:
                 raise ValueError(f"preset.{name}={value} is not allowed: it must be 1 or more")
@@ -114,6 +119,8 @@ class SpanBatches:
         if self.level2_spans:  # drawn last, so that without them a batch is the same
             found = [self._starts(rng, length, self.block**2, self.level2_spans) for length in lengths]
             item["starts2"] = np.stack(found)
+        if self.history:
+            item["segments"] = np.stack([self._segments(rng, length) for length in lengths])
         return item
 
     def _document(self, rng, near: float) -> dict:
@@ -125,10 +132,19 @@ class SpanBatches:
         return self.compose(document, rng) if self.compose else document
 
     def _starts(self, rng, length: int, tokens: int, count: int) -> np.ndarray:
-        starts = rng.permutation(eligible_starts(length, tokens, self.horizon))
-        if len(starts) < count:
-            starts = np.concatenate([starts, rng.choice(starts, count - len(starts))])
-        return starts[:count]
+        return _draw(rng, eligible_starts(length, tokens, self.horizon), count)
+
+    def _segments(self, rng, length: int) -> np.ndarray:
+        found = eligible_segments(length, self.block, self.history["segment"], self.history["recency"])
+        return _draw(rng, found, self.history["segments"])
+
+
+def _draw(rng, starts: np.ndarray, count: int) -> np.ndarray:
+    """``count`` of them without repetition; where there are fewer, some twice."""
+    starts = rng.permutation(starts)
+    if len(starts) < count:
+        starts = np.concatenate([starts, rng.choice(starts, count - len(starts))])
+    return starts[:count]
 
 
 def check_weights(weights, documents) -> dict[str, float]:

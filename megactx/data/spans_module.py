@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, default_convert
 from .adversarial import Vocabulary
 from .composed import Composed
 from .documents import TRAIN, VALIDATION, cut, tokenised
+from .segments import check_history
 from .shares import Shares
 from .spans import SpanBatches, check_weights, eligible_starts, evenly, single
 from .tokenizer import load_tokenizer
@@ -37,6 +38,8 @@ class SpanData(Shares):
             ``Composed``; the rest is plain. Where a share is above 0, held-out documents of that label exist too.
         level2_spans: spans of K^2 tokens per training document, for gists of gists; 0 for none. ``min_tokens`` is then
             at least 2 K^2 + H.
+        history: ``weight`` of history mode, and ``segments`` per training document, of ``segment`` tokens behind
+            ``recency`` raw ones; with a weight of 0, or ``None``, there are none.
 
     Raises:
         ValueError: a length that does not fit, or nothing left that is long enough; it names the setting.
@@ -60,6 +63,7 @@ class SpanData(Shares):
         interleave: float = 0.0,
         adversarial: float = 0.0,
         level2_spans: int = 0,
+        history: dict | None = None,
     ):
         super().__init__()
         self.source, self.workers, self.seed = source, workers, seed
@@ -72,6 +76,7 @@ class SpanData(Shares):
             if value < 1:
                 raise ValueError(f"preset.{name}={value} is not allowed: it must be 1 or more")
         self.interleave, self.adversarial, self.level2_spans = interleave, adversarial, level2_spans
+        self.history = history if history and history["weight"] else None
         _check_shares(interleave, adversarial)
         self.limit_to(LONGEST_DOCUMENT)
 
@@ -92,7 +97,7 @@ class SpanData(Shares):
         make = self._composed(check_weights(self.weights, documents))
         sizes = (self.batch, self.spans, self.block, self.horizon, self.seed)
         compose = make and make(documents)
-        self.training = SpanBatches(documents, self.weights, *sizes, compose, self.level2_spans)
+        self.training = SpanBatches(documents, self.weights, *sizes, compose, self.level2_spans, self.history)
         held = self._cut(rows, VALIDATION)
         self.held = _in_turn([document for document in held if document["domain"] in self.training.domains])
         for domain in set(self.training.domains) - {document["domain"] for document in self.held}:
@@ -176,7 +181,7 @@ class SpanData(Shares):
         return documents
 
     def _check_lengths(self) -> None:
-        for name, value in (("gistnet.block_size", self.block), ("horizon.tokens", self.horizon)):
+        for name, value in (("block_size", self.block), ("horizon.tokens", self.horizon)):
             if value < 1:
                 raise ValueError(f"{name}={value} is not allowed: it must be 1 or more")
         if self.min_tokens > self.max_tokens:
@@ -193,6 +198,8 @@ class SpanData(Shares):
                 f" first {self.block**2} tokens are never replaced, so a document needs 2 x {self.block}^2 +"
                 f" {self.horizon} = {needed} tokens"
             )
+        if self.history:
+            check_history(self.history, self.block, self.min_tokens)
         needed = 2 * self.block + self.horizon
         if self.min_tokens < needed:
             raise ValueError(

@@ -19,9 +19,7 @@ from megactx.lm import BaseLM
 
 from .measure import in_eval_mode
 from .passages import documents_with
-from .scores import BlockScores
-
-MORE_RAW = "as many more raw tokens"
+from .scores import MORE_RAW, BlockScores
 
 
 def segments(batches: Iterable[dict], block: int, count: int | None, segment: int = SEGMENT, recency: int = RECENCY):

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megactx.gist import GistNet
-from megactx.gist.carriers.carrier import Compressor, Vectors
+from megactx.gist.carrier import Compressor, Vectors
 from megactx.gist.carriers.last_token import LastToken
 from megactx.gist.carriers.mean_token import MeanToken
 from megactx.gist.carriers.random_gist import RandomGist
-from megactx.gist.reading import read
+from megactx.gist.reading import read_carriers
 from megactx.gist.scoring import score
 from megactx.gist.substitution import Teacher, blocks, check_blocks, dropped, rows_at, teach, unread
 from megactx.lm import BaseLM
@@ -154,7 +154,7 @@ def _exchanged(batches, gists, seed) -> list[Tensor]:
 
 def _score_batch(base, batch, teacher: Teacher, starts, carriers, tokens, horizon, first) -> BlockScores:
     (b, n), names = starts.shape, list(carriers)
-    hidden = read(base, teacher, starts, list(carriers.values()), tokens, horizon)
+    hidden = read_carriers(base, teacher, starts, list(carriers.values()), tokens, horizon)
     hidden = torch.cat([hidden, dropped(base, teacher, starts, tokens, horizon)[None]])
     _, numbers = score(
         base,

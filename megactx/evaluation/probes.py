@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megactx.data.probes import Probe
-from megactx.gist.carriers.carrier import Slots, Vectors
+from megactx.gist.carrier import Slots, Vectors
 from megactx.gist.history import continued, read_stream, stream
 from megactx.gist.substitution import rows_at, teach
 from megactx.lm import BaseLM

@@ -80,6 +80,8 @@ def _sheets(numbers: dict) -> list[Sheet]:
         sheets.append(_copy_sheet(numbers))
     if numbers["level2"]:
         sheets.append(_group_sheet(numbers, "one gist of K gists in place of K^2 tokens", numbers["level2"]))
+    if numbers["history"]:
+        sheets.append(_history_sheet(numbers))
     if numbers["geometry"]:
         sheets.append(_geometry_sheet(numbers))
     return sheets
@@ -132,6 +134,24 @@ def _copy_sheet(numbers: dict) -> Sheet:
     return Sheet(title, [HEADING, *header], rows, strong)
 
 
+def _history_sheet(numbers: dict) -> Sheet:
+    subject, history = numbers["subject"], numbers["history"]
+    domains, rows = [name for name in history["recovery"] if name != OVERALL], []
+    costs = [number(history["cost"][name]) for name in (OVERALL, *domains)]
+    rows.append(["cost of no history, nats", *costs, ""])
+    carriers = list(history["recovery"][OVERALL])
+    for name in [*[name for name in carriers if name != subject], subject]:
+        cells = [_interval(history["recovery"][group][name]) for group in (OVERALL, *domains)]
+        gain = history["gain"].get(name)
+        rows.append([name, *cells, _interval(gain, sign="+", digits=3) if gain else ""])
+    title = (
+        f"history recovery: all blocks behind the recency window compressed, {history['segments']:,} segments of"
+        f" {history['tokens']} tokens, hash {history['block_hash']}"
+    )
+    header = ["in place of the blocks", OVERALL, *domains, "gain at equal budget, nats"]
+    return Sheet(title, header, rows, (len(rows) - 1,))
+
+
 def _geometry_sheet(numbers: dict) -> Sheet:
     geometry, domains = numbers["geometry"], [name for name in numbers["groups"] if name != OVERALL]
     rows = []
@@ -148,13 +168,14 @@ def _target_sheet(numbers: dict) -> Sheet:
     return Sheet(title, ["", "target", numbers["subject"], DROPPED, "status"], rows)
 
 
-def _interval(values: dict, sign: str = "") -> str:
+def _interval(values: dict, sign: str = "", digits: int = 2) -> str:
     if values["point"] != values["point"]:
         return "undefined"
-    point = f"{values['point']:{sign}.2f}"
+    form = f"{sign}.{digits}f"
+    point = f"{values['point']:{form}}"
     if values["low"] != values["low"]:
         return f"{point} [undefined]"
-    return f"{point} [{values['low']:{sign}.2f}, {values['high']:{sign}.2f}]"
+    return f"{point} [{values['low']:{form}}, {values['high']:{form}}]"
 
 
 def _without_nan(value):

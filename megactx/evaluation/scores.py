@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .files import replacing
 
+MORE_RAW = "as many more raw tokens"  # of a history: one raw token in place of each carrier
 DROP = "drop"  # the name under which ``kl`` and ``agree`` may also hold the dropped block
 
 

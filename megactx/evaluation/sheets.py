@@ -2,7 +2,18 @@
 
 from typing import NamedTuple
 
-LEFT = ("", "stage", "verdict", "status", "healthy", "run", "reason", "vs best", "in place of the block")  # words
+LEFT = (
+    "",
+    "stage",
+    "verdict",
+    "status",
+    "healthy",
+    "run",
+    "reason",
+    "vs best",
+    "in place of the block",
+    "in place of the blocks",
+)  # words
 WIDTH = 112  # columns, where the output is no terminal
 
 

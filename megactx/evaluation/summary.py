@@ -7,10 +7,10 @@ count.
 
 import torch
 
-from .bootstrap import difference_intervals, recovery_intervals, verdict
+from .bootstrap import difference_intervals, mean_interval, recovery_intervals, verdict
 from .measure import MEAN_BELOW
 from .metrics import BODY, LOWER_IS_BETTER, WEAK, block_sums, figures
-from .scores import DROP, BlockScores
+from .scores import DROP, MORE_RAW, BlockScores
 
 OVERALL = "overall"
 WEIGHTED = "weighted"  # in front of a target: over the domains by their share of the training documents
@@ -32,6 +32,7 @@ def summarise(
     geometry: dict[str, float] | None = None,
     copies: dict[int, BlockScores] | None = None,
     level2: BlockScores | None = None,
+    history: BlockScores | None = None,
     weights: dict[str, float] | None = None,
 ) -> dict:
     """Scores -> plain nested dicts of floats and strings; NaN stands for undefined.
@@ -45,6 +46,7 @@ def summarise(
         weights: domain -> share of the training documents, for targets of ``weighted/`` figures: the mean of the
             domains' own figures by these shares, domains without a share left out.
         level2: what ``measure_level`` gave: scores behind spans that gists of gists replace.
+        history: what ``measure_history`` gave: scores of segments behind compressed histories.
 
     Raises:
         ValueError: no such subject, or a target for something that is not measured.
@@ -64,6 +66,7 @@ def summarise(
         "geometry": geometry,
         "copies": {str(distance): _copies(part) for distance, part in (copies or {}).items()},
         "level2": level2 and _group(level2, subject, None),
+        "history": history and _history(history),
     }
     goals = {name: goal for name, goal in GEOMETRY_TARGETS.items() if name in geometry}
     goals |= {name: float(goal) for name, goal in (targets or {}).items()}
@@ -143,6 +146,22 @@ def _copies(scores: BlockScores) -> dict:
         out["cost"][name] = (scores.drop[rows].double() - scores.full[rows].double()).mean().item()
         intervals = recovery_intervals(scores, list(scores.carriers), domain=domain)
         out["recovery"][name] = {carrier: interval._asdict() for carrier, interval in intervals.items()}
+    return out
+
+
+def _history(scores: BlockScores) -> dict:
+    """What a history without its old blocks costs, in nats; recovery of each carrier, and its gain at equal budget."""
+    out = {"segments": len(scores), "tokens": scores.horizon, "documents": scores.document.unique().numel()}
+    out |= {"block_hash": scores.block_hash(), "cost": {}, "recovery": {}, "gain": {}}
+    for domain in (None, *scores.domains):
+        rows, name = scores.rows(domain), domain or OVERALL
+        out["cost"][name] = (scores.drop[rows].double() - scores.full[rows].double()).mean().item()
+        intervals = recovery_intervals(scores, list(scores.carriers), domain=domain)
+        out["recovery"][name] = {carrier: interval._asdict() for carrier, interval in intervals.items()}
+    for carrier, values in scores.carriers.items():
+        if carrier != MORE_RAW:
+            gain = (scores.carriers[MORE_RAW].double() - values.double()).mean(dim=1)
+            out["gain"][carrier] = mean_interval(scores.document, gain)._asdict()
     return out
 
 

@@ -119,9 +119,10 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
     from .device import choose
     from .resume import find, last_of, plain
     from .runfolder import close_folder, logs, open_folder, quiet_bars, show
-    from .validate import validate
+    from .validate import refuse_idle, validate
 
     quiet_bars()
+    refuse_idle(list(here.overrides.task), here.runtime.choices)
     OmegaConf.set_struct(cfg, False)
     cfg.folder = short(folder)
     validate(cfg, reference(here.runtime.choices))

@@ -56,7 +56,7 @@ RANGES = {
     "contrastive.margin": (REAL, 0, 2),
     "gistnet.layers": (WHOLE, 0, math.inf),
     "gistnet.num_heads": (WHOLE, 1, math.inf),
-    "gistnet.block_size": (WHOLE, 1, math.inf),
+    "block_size": (WHOLE, 1, math.inf),
     "gistnet.dropout": (REAL, 0, 1),
     "gistnet.levels": (WHOLE, 1, math.inf),
     "data.min_tokens": (WHOLE, 1, math.inf),
@@ -68,6 +68,12 @@ RANGES = {
     "datamodule.interleave": (REAL, 0, 1),
     "datamodule.adversarial": (REAL, 0, 1),
     "datamodule.level2_spans": (WHOLE, 0, math.inf),
+    "gistnet.context": (WHOLE, 0, math.inf),
+    "gistnet.input_layer": (WHOLE, 0, math.inf),
+    "stage.history.weight": (REAL, 0, 1),
+    "stage.history.segments": (WHOLE, 1, math.inf),
+    "stage.history.segment": (WHOLE, 1, math.inf),
+    "stage.history.recency": (WHOLE, 1, math.inf),
 }
 NULLABLE = {"data.max_tokens", "preset.max_tokens", "stage.muon_lr", "trainer.gradient_clip_val"}
 NULLABLE |= {key for key in RANGES if key.startswith("data.weights.")}
@@ -101,6 +107,25 @@ def validate(cfg: DictConfig, reference: DictConfig) -> None:
     _special(tree, problems)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
+
+
+def refuse_idle(overrides: list[str], choices: dict) -> None:
+    """Settings of one compressor, given with another, would change nothing.
+
+    Args:
+        overrides: of the command line.
+        choices: group -> option.
+
+    Raises:
+        ValueError: naming them.
+    """
+    compressor = choices.get("compressor", "gistnet")
+    given = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    idle = [key for key in given if key.partition(".")[0] in ("gistnet", "pooling", "depth", "gaussian_rope")]
+    if compressor != "gistnet" and idle:
+        raise ValueError(
+            f"{', '.join(idle)}: it says nothing with compressor={compressor}; it is for compressor=gistnet"
+        )
 
 
 def _keys(tree: dict, known, prefix: str, all_known: list[str], problems: list[str], reference: DictConfig) -> None:
@@ -264,7 +289,9 @@ def _special(tree: dict, problems: list[str]) -> None:
         if not isinstance(settings, dict | None):
             problems.append(f"stage.controls.{name}={settings}: allowed is a mapping, or null to leave it out")
             continue
-        for setting in [setting for setting in settings or {} if setting not in known]:
+        if "name" in (settings or {}):  # no GistNet: what it takes is known when it is built
+            continue
+        for setting in [setting for setting in settings or {} if setting not in (*known, "lr")]:
             meant = did_you_mean(setting, known)
             problems.append(f"stage.controls.{name}.{setting}: a GistNet has no such setting.{meant}")
     path = _at(tree, "stage.evaluate.path")  # read only after the training

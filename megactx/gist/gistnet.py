@@ -10,7 +10,7 @@ from megactx.lm.gaussian_rope import PositionSpread
 
 from . import heads, poolings
 from .backbone import Backbone
-from .carriers.carrier import Compressor, Vectors
+from .carrier import Compressor, Vectors
 from .parts import find
 from .substitution import Teacher, blocks
 
@@ -260,7 +260,7 @@ class GistNet(Compressor):
         if embeddings.ndim != 3 or embeddings.shape[1:] != (self.block_size, self.width):
             raise ValueError(
                 f"embeddings have shape {tuple(embeddings.shape)}, expected [B, {self.block_size}, {self.width}] "
-                "(gistnet.block_size, width of the base LM)"
+                "(block_size, width of the base LM)"
             )
         if not embeddings.is_floating_point():
             raise ValueError(f"embeddings have dtype {embeddings.dtype}, expected a floating type")

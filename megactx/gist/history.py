@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from megactx.lm import BaseLM, masks
 
-from .carriers.carrier import Slots, Vectors
+from .carrier import Slots, Vectors
 from .substitution import Teacher, blocks, rows_at
 
 
@@ -30,7 +30,7 @@ def check_segments(starts: Tensor, lengths: Tensor, block: int, segment: int, re
     """
     for name, value in (("segment", segment), ("recency", recency)):
         if value < block or value % block:
-            raise ValueError(f"history.{name}={value} is not allowed: a multiple of gistnet.block_size={block}")
+            raise ValueError(f"history.{name}={value} is not allowed: a multiple of block_size={block}")
     bad = (starts % block != 0) | (starts < recency + 2 * block) | (starts + segment > lengths[:, None])
     if bad.any():
         b, n = bad.nonzero()[0].tolist()

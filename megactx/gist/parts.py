@@ -11,7 +11,7 @@ def names(package: ModuleType) -> list[str]:
 
 
 def find(package: ModuleType, name: str, setting: str) -> type:
-    """The class of part ``name``: the one class that the file defines, called as the file in CamelCase.
+    """The class of part ``name``, called as its file but in CamelCase.
 
     Raises:
         ValueError: there is no such file; ``setting`` and the allowed names are in the message.
@@ -19,4 +19,4 @@ def find(package: ModuleType, name: str, setting: str) -> type:
     if name not in names(package):
         raise ValueError(f"{setting}={name} is not known, allowed are {', '.join(names(package))}")
     module = importlib.import_module(f"{package.__name__}.{name}")
-    return getattr(module, "".join(word.capitalize() for word in name.split("_")))
+    return next(value for key, value in vars(module).items() if key.lower() == name.replace("_", ""))

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from megactx.lm import BaseLM
 
-from .carriers.carrier import Slots, Vectors
+from .carrier import Slots, Vectors
 from .substitution import Teacher, rows_at, slotted, substituted
 
 
-def read(
+def read_carriers(
     base: BaseLM, teacher: Teacher, starts: Tensor, carriers: Sequence[Vectors | Slots], tokens: int, horizon: int
 ) -> Tensor:
     """Hidden states of branches in which each carrier stands for its block.

@@ -69,7 +69,7 @@ def check_blocks(starts: Tensor, lengths: Tensor, block: int, horizon: int) -> N
         b, n = bad.nonzero()[0].tolist()
         raise ValueError(
             f"block start {int(starts[b, n])} of document {b} is not eligible: starts are multiples of "
-            f"gistnet.block_size={block}, at least {block}, and start + {block} + horizon.tokens={horizon} "
+            f"block_size={block}, at least {block}, and start + {block} + horizon.tokens={horizon} "
             f"must not exceed the document's {int(lengths[b])} tokens"
         )
 

@@ -41,7 +41,7 @@ class MegaContextTree:
 
     def __init__(self, encoder: Encoder, base, rows=1, max_level=None, dtype=None, device="cpu", name="tree"):
         if encoder.block_size < 2:
-            raise ValueError(f"gistnet.block_size={encoder.block_size} is not allowed in a tree: at least 2")
+            raise ValueError(f"block_size={encoder.block_size} is not allowed in a tree: at least 2")
         if rows < 1:
             raise ValueError(f"rows={rows} is not allowed: at least 1")
         if max_level is not None and max_level < 1:

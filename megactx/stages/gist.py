@@ -1,4 +1,4 @@
-"""Stage ``gist``: train a GistNet against a frozen base LM by packed substitution (SPEC 3, 4).
+"""Stage ``gist``: train a GistNet, or another compressor, against a frozen base LM by packed substitution (SPEC 3, 4).
 
 Trained controls (``blockmean_linear`` by default) learn beside it: the same blocks, the same teacher pass, the same
 steps and learning rate, each with its own gradient clipping. So the table at the end compares like with like.
@@ -16,15 +16,18 @@ from megactx.evaluation.curriculum import write_curriculum
 from megactx.evaluation.summary import check_targets
 from megactx.evaluation.sums import loggable
 from megactx.evaluation.validation import ValidationMetrics
-from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
-from megactx.framework.resume import best, differences, read
+from megactx.framework.optimizers import warmup_cosine
 from megactx.gist import GistNet
+from megactx.gist.carrier import Compressor
 from megactx.gist.footprint import footprint, in_words
+from megactx.gist.history import check_segments, old_blocks, with_carriers, with_everything
 from megactx.gist.losses import contrastive
+from megactx.gist.reading import read_carriers
 from megactx.gist.scoring import OBJECTIVES, score
-from megactx.gist.substitution import Teacher, blocks, check_blocks, rows_at, substituted, teach
+from megactx.gist.substitution import Teacher, blocks, check_blocks, rows_at, teach
 from megactx.lm import BaseLM
 
+from .gist_nets import build_nets, optimizer_of, refuse_without_vectors, take_weights
 from .gist_report import report
 
 log = logging.getLogger(__name__)
@@ -36,7 +39,10 @@ class GistStage(lightning.LightningModule):
     Args:
         base: ``name`` of a Hugging Face model, folder or ``asset:NAME``.
         gistnet: keyword arguments of ``GistNet`` other than width and scale.
-        controls: name -> keyword arguments of a GistNet that is trained beside the main one; ``None`` leaves it out.
+        compressor: what is trained. ``name``: ``gistnet``, or a file of ``megactx/gist/carriers`` with parameters, and
+            its own arguments.
+        controls: name -> the same of a compressor that is trained beside the main one, a GistNet where there is no
+            ``name``, and ``lr`` where it has its own; ``None`` leaves it out.
         horizon: H, tokens.
         objective: ``kl`` or ``delta_nll``.
         contrastive: ``weight`` (lambda) and ``margin``.
@@ -48,6 +54,7 @@ class GistStage(lightning.LightningModule):
             too, or not; ``copies``: blocks per distance for copy recovery; ``level2``: spans of K^2 tokens that gists
             of gists replace; ``reconstruction``: steps of a decoder trained to tell what gists keep (0: none of it);
             ``path``: files to report on besides the held-out documents (``None``: only those).
+        history: ``weight`` of history mode in the loss; span mode has the rest. The rest of it: see ``SpanData``.
         level2_weight: of the loss of gists of gists, which replace ``level2_spans`` spans of K^2 tokens per document; 0
             trains gists of tokens only.
         init: checkpoint or run folder that ``start_from`` reads before a fresh run; ``None`` starts from nothing.
@@ -74,6 +81,8 @@ class GistStage(lightning.LightningModule):
         evaluate: dict,
         init: str | None = None,
         level2_weight: float = 0.0,
+        compressor: dict | None = None,
+        history: dict | None = None,
     ):
         super().__init__()
         if not str(base["name"]).startswith("asset:"):
@@ -83,50 +92,32 @@ class GistStage(lightning.LightningModule):
             raise ValueError(f"stage.objective={objective} is not known, allowed are {', '.join(OBJECTIVES)}")
         check_targets(targets, horizon)
         self.base = BaseLM.from_pretrained(**base).freeze()
-        width, rms = self.base.width, self.base.embedding_rms()
-        self.nets = nn.ModuleDict({"gistnet": GistNet(width, rms, **gistnet)})
-        for name, settings in controls.items():
-            if settings is None:
-                continue
-            self.nets[name] = GistNet(width, rms, **settings)
-            if self.nets[name].block_size != self.gistnet.block_size:
-                raise ValueError(
-                    f"stage.controls.{name}.block_size={self.nets[name].block_size} differs from "
-                    f"gistnet.block_size={self.gistnet.block_size}: controls see the same blocks"
-                )
+        self.nets = build_nets(self.base, compressor or {}, gistnet, controls)
+        self.with_states = any(net.needs_hidden for net in self.nets.values())
+        if not self.main.makes_vectors:
+            refuse_without_vectors(self.hparams)
+        if history and not 0 <= history["weight"] <= 1:
+            raise ValueError(f"history.weight={history['weight']} is not allowed: from 0 to 1")
+
+    @property
+    def main(self) -> Compressor:
+        """What the stage is about: the first net."""
+        return next(iter(self.nets.values()))
 
     @property
     def gistnet(self) -> GistNet:
         return self.nets["gistnet"]
 
     def start_from(self, path: str) -> str:
-        """Take the weights of another run's GistNet and of the controls that both have; -> what was taken.
+        """Take the weights of another run's compressor and of the controls that both have; -> what was taken.
 
         Args:
             path: a checkpoint, or a run folder, of which the best one counts.
 
         Raises:
-            ValueError: there is none, or its GistNet has another architecture.
+            ValueError: there is none, or its compressor has another architecture.
         """
-        path = Path(path).expanduser()
-        if not path.exists():
-            raise ValueError(f"stage.init={path}: there is no such checkpoint or run folder")
-        checkpoint = read(best(path) if path.is_dir() else path)
-        there = {k.removeprefix("nets."): v for k, v in checkpoint["state_dict"].items() if k.startswith("nets.")}
-        taken = []
-        for name, net in self.nets.items():
-            own = {k.removeprefix(f"{name}."): v for k, v in there.items() if k.startswith(f"{name}.")}
-            shapes = {k: v.shape for k, v in net.state_dict().items()}
-            if {k: v.shape for k, v in own.items()} == shapes:
-                net.load_state_dict(own)
-                taken.append(name)
-            elif name == "gistnet":
-                before = checkpoint["hyper_parameters"].get("gistnet", {})
-                changes = "; ".join(differences(before, self.hparams.gistnet, "gistnet"))
-                raise ValueError(
-                    f"stage.init={path}: its GistNet has another architecture: {changes or 'see the base'}"
-                )
-        return f"Starting from {path}, step {checkpoint['global_step']}: {', '.join(taken)}"
+        return take_weights(self.nets, Path(path).expanduser(), self.hparams.gistnet)
 
     def setup(self, stage: str) -> None:
         # A frozen base needs no fp32 master weights: under bf16 its casts would be repeated at every call.
@@ -135,28 +126,26 @@ class GistStage(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         flops = ", ".join(f"{name} {net.flops_per_block() / 1e6:.1f}" for name, net in self.nets.items())
-        log.info("MFLOP per block of %d tokens: %s", self.gistnet.block_size, flops)
+        log.info("MFLOP per block of %d tokens: %s", self.main.block_size, flops)
         data = self.trainer.datamodule
         shape = (data.batch, data.max_tokens, data.spans + data.level2_spans, self.hparams.horizon)
         need = in_words(footprint(self.base, self.nets.values(), *shape, self.device.type))
         log.info("Memory of a step with %d documents of %d tokens: %s", data.batch, data.max_tokens, need)
 
     def substitution_loss(self, batch: dict, level: int = 1, teacher: Teacher | None = None):
-        """-> (loss per net [C], numbers, gists [C, B, N, D]) over sampled blocks of a batch, or spans of K^2 tokens.
+        """-> (loss per net [C], dNLL per net [C], carriers) over sampled blocks of a batch, or spans of K^2 tokens.
 
         Args:
-            level: 1, blocks and their gists; 2, spans and the gists of their gists.
+            level: 1, blocks and their carriers; 2, spans and the gists of their gists.
             teacher: of these documents, where there is one already.
         """
         ids, starts = batch["ids"], batch["starts" if level == 1 else "starts2"]
-        tokens, horizon = self.gistnet.block_size**level, self.hparams.horizon
+        tokens, horizon = self.main.block_size**level, self.hparams.horizon
         check_blocks(starts, batch["lengths"], tokens, horizon)
-        teacher = teacher or teach(self.base, ids)
-        embedded = self.base.embed(blocks(ids, starts, tokens)).flatten(0, 1)
-        nets = self.nets.values()
-        gists = torch.stack([net.encode_level(embedded, level).view(*starts.shape, -1) for net in nets])
-        offsets, sigmas = zip(*((net.offset_in(tokens), net.sigma(level)) for net in nets), strict=True)
-        hidden = substituted(self.base, teacher, starts, gists, offsets, tokens, horizon, sigmas)
+        teacher = teacher or teach(self.base, ids, self.with_states)
+        settings = {} if level == 1 else {"level": level}
+        carriers = [net.compress(self.base, teacher, starts, **settings) for net in self.nets.values()]
+        hidden = read_carriers(self.base, teacher, starts, carriers, tokens, horizon)
         loss, numbers = score(
             self.base,
             hidden.flatten(1, 3),
@@ -164,39 +153,71 @@ class GistStage(lightning.LightningModule):
             blocks(ids, starts + tokens, horizon).flatten(),
             self.hparams.objective,
         )
-        return loss.mean(dim=1), numbers, gists
+        found = []
+        for values in (loss, numbers["nll"] - numbers["full"]):
+            each = zip(values.view(len(carriers), -1, horizon), carriers, strict=True)
+            # What has no output row has no say in the first token either.
+            found.append(torch.stack([rows[:, carrier.first :].mean() for rows, carrier in each]))
+        return *found, carriers
+
+    def history_loss(self, batch: dict, teacher: Teacher):
+        """-> (loss per net [C], dNLL per net [C]) over segments behind compressed histories."""
+        starts, asked = batch["segments"], self.hparams.history
+        sizes = (self.main.block_size, asked["segment"], asked["recency"])
+        check_segments(starts, batch["lengths"], *sizes)
+        old = old_blocks(starts, self.main.block_size, asked["recency"])
+        hidden = torch.stack(
+            [
+                with_carriers(self.base, teacher, starts, net.compress(self.base, teacher, old), *sizes)
+                for net in self.nets.values()
+            ]
+        )
+        loss, numbers = score(
+            self.base,
+            hidden.flatten(1, 3),
+            with_everything(teacher, starts, asked["segment"]).flatten(0, 2),
+            blocks(batch["ids"], starts, asked["segment"]).flatten(),
+            self.hparams.objective,
+        )
+        return loss.mean(dim=1), (numbers["nll"] - numbers["full"]).mean(dim=1)
 
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
-        teacher = teach(self.base, batch["ids"])
-        losses, numbers, gists = self.substitution_loss(batch, teacher=teacher)
-        self._log_training(losses, numbers)
-        total = losses.sum()
-        if weight := self.hparams.level2_weight:
-            losses, numbers, _ = self.substitution_loss(batch, 2, teacher)
-            self._log_training(losses, numbers, "level2/")
+        teacher = teach(self.base, batch["ids"], self.with_states)
+        weight = self.hparams.history["weight"] if self.hparams.history else 0.0
+        total = 0.0
+        if weight < 1:
+            losses, dnll, carriers = self.substitution_loss(batch, teacher=teacher)
+            self._log_training(losses, dnll)
+            total = (1 - weight) * losses.sum()
+            if share := self.hparams.contrastive["weight"]:
+                term = self._contrastive(batch, teacher, carriers[0].vectors)
+                self.log("train/contrastive", term.detach(), sync_dist=True)
+                total = total + share * term
+        if weight:
+            losses, dnll = self.history_loss(batch, teacher)
+            self._log_training(losses, dnll, "history/")
             total = total + weight * losses.sum()
-        if weight := self.hparams.contrastive["weight"]:
-            term = self._contrastive(batch, gists[0])
-            self.log("train/contrastive", term.detach(), sync_dist=True)
-            total = total + weight * term
+        if share := self.hparams.level2_weight:
+            losses, dnll, _ = self.substitution_loss(batch, 2, teacher)
+            self._log_training(losses, dnll, "level2/")
+            total = total + share * losses.sum()
         return total
 
-    def _log_training(self, losses: Tensor, numbers: dict, level: str = "") -> None:
-        dnll = (numbers["nll"] - numbers["full"]).mean(dim=1)
-        self.log(f"train/{level}loss", losses[0].detach(), sync_dist=True)
-        self.log(f"train/{level}dnll", dnll[0], prog_bar=not level, sync_dist=True)
+    def _log_training(self, losses: Tensor, dnll: Tensor, what: str = "") -> None:
+        self.log(f"train/{what}loss", losses[0].detach(), sync_dist=True)
+        self.log(f"train/{what}dnll", dnll[0].detach(), prog_bar=not what, sync_dist=True)
         for index, name in enumerate(self.nets):
             if index:
-                self.log(f"train/{level}{name}/dnll", dnll[index], sync_dist=True)
+                self.log(f"train/{what}{name}/dnll", dnll[index].detach(), sync_dist=True)
 
-    def _contrastive(self, batch: dict, gists: Tensor) -> Tensor:
-        block = self.gistnet.block_size
+    def _contrastive(self, batch: dict, teacher: Teacher, gists: Tensor) -> Tensor:
+        block = self.main.block_size
         right = batch["starts"] + block
         paired = right + block <= batch["lengths"][:, None]
         # A block without a right neighbour gathers within the document, and is then left out.
         safe = torch.where(paired, right, batch["starts"])
-        neighbours = self.base.embed(blocks(batch["ids"], safe, block))[paired]
-        return contrastive(gists[paired], self.gistnet.encode_span(neighbours), self.hparams.contrastive["margin"])
+        neighbours = self.main.compress(self.base, teacher, safe).vectors
+        return contrastive(gists[paired], neighbours[paired], self.hparams.contrastive["margin"])
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         for net in self.nets.values():  # a control's spike must not shrink the GistNet's step
@@ -207,7 +228,7 @@ class GistStage(lightning.LightningModule):
         self.metrics = ValidationMetrics(self.hparams.horizon, self.base.width, level2=level2).to(self.device)
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
-        self.metrics.update(self.base, self.gistnet, batch)
+        self.metrics.update(self.base, self.main, batch)
 
     def on_validation_epoch_end(self) -> None:
         values = loggable(self.metrics.compute())
@@ -217,15 +238,7 @@ class GistStage(lightning.LightningModule):
 
     def configure_optimizers(self):
         h = self.hparams
-        if h.muon_lr is None:
-            optimizer = torch.optim.AdamW(
-                self.nets.parameters(), lr=h.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=h.weight_decay
-            )
-        else:
-            matrices = [p for p in self.gistnet.parameters() if p.ndim == 2]
-            known = {id(p) for p in matrices}
-            others = [p for p in self.nets.parameters() if id(p) not in known]
-            optimizer = MuonWithAdamW(matrices, others, h.muon_lr, h.lr, h.weight_decay, betas=(0.9, 0.999))
+        optimizer = optimizer_of(self.nets, h.lr, h.muon_lr, h.weight_decay, h.controls)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_cosine(step, h.warmup, h.max_steps, h.min_lr / h.lr)
         )
@@ -240,13 +253,23 @@ class GistStage(lightning.LightningModule):
         checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
 
     def prepare(self, datamodule) -> None:
-        """Tell the data how long a document the base takes, and see that it has what gists of gists are trained on.
+        """Tell the data how long a document the base takes, and see that it has what this stage is trained on.
 
         Raises:
-            ValueError: gists of gists have a loss and no spans, or spans or weights of their own and no loss.
+            ValueError: its blocks have another size; gists of gists have a loss and no spans, or spans or weights of
+                their own and no loss.
         """
         datamodule.limit_to(self.base.max_positions)
-        weight, spans, levels = self.hparams.level2_weight, datamodule.level2_spans, 1 + len(self.gistnet.above)
+        if self.main.block_size != datamodule.block:
+            raise ValueError(
+                f"block_size: the compressor has {self.main.block_size}, the data has {datamodule.block}; set"
+                " block_size=, which is for both"
+            )
+        weight, spans, levels = (
+            self.hparams.level2_weight,
+            datamodule.level2_spans,
+            1 + len(getattr(self.main, "above", ())),
+        )
         if bool(weight) != bool(spans) or levels > 1 and not weight:
             raise ValueError(
                 f"stage.level2_weight={weight}, datamodule.level2_spans={spans}, gistnet.levels={levels}: gists of"

@@ -9,7 +9,8 @@ from rich.progress import track
 from torch.utils.data import default_convert
 
 from megactx.data.files import Files
-from megactx.evaluation.measure import measure
+from megactx.evaluation.history import measure_history, segments
+from megactx.evaluation.measure import measure, untrained
 from megactx.evaluation.passages import measure_copies, measure_level
 from megactx.evaluation.plots import plot_run
 from megactx.evaluation.reconstruction import reconstruction, train_decoder
@@ -30,7 +31,7 @@ def report(stage, folder: Path, datamodule) -> None:
     decoder = None
     if steps := asked["reconstruction"]:
         training = (default_convert(datamodule.training[index]) for index in range(steps))
-        decoder = train_decoder(stage.base, stage.gistnet, training)
+        decoder = train_decoder(stage.base, stage.main, training)
     rest = (folder / "metrics.csv", decoder, datamodule.weights)
     _report(stage, folder, datamodule.evaluation_documents(asked["blocks"]), "held-out documents", *rest)
     if asked["path"]:
@@ -51,25 +52,41 @@ def _report(stage, folder: Path, batches: list[dict], what: str, curve: Path, de
         scores = measure(*measured, horizon, **settings)
         if asked["copies"]:
             extra["copies"] = measure_copies(*measured, blocks=asked["copies"], **settings)
-        if asked["level2"]:
+        if asked["level2"] and stage.main.makes_vectors:
             extra["level2"] = measure_level(*measured, horizon, blocks=asked["level2"], **settings)
-        geometry = _geometry(stage, batches)
+        if asked["history"]:
+            extra["history"] = _history(stage, batches, asked["history"], settings)
+        geometry = _geometry(stage, batches) if stage.main.makes_vectors else {}
     if decoder:
-        geometry |= reconstruction(stage.base, stage.gistnet, decoder, batches)
+        geometry |= reconstruction(stage.base, stage.main, decoder, batches)
     scores.save(folder / "scores")
-    if extra.get("level2"):
-        extra["level2"].save(folder / "scores_level2")
-    numbers = summarise(scores, targets=stage.hparams.targets, geometry=geometry, **extra)
+    for name in ("level2", "history"):
+        if extra.get(name):
+            extra[name].save(folder / f"scores_{name}")
+    numbers = summarise(scores, next(iter(stage.nets)), targets=stage.hparams.targets, geometry=geometry, **extra)
     numbers["flops_per_block"] = {name: net.flops_per_block() for name, net in stage.nets.items()}
     print(f"\nResult on {what}")
     print_report(numbers)
     write_report(folder, numbers)
-    plot_run(folder / "report.png", scores, curve if curve.exists() else None)
+    plot_run(folder / "report.png", scores, curve if curve.exists() else None, numbers["subject"])
     print(f"Tables: {folder / 'report.md'}   picture: {folder / 'report.png'}")
+
+
+def _history(stage, batches: list[dict], count: int, settings: dict):
+    """Scores of segments behind compressed histories; ``None`` where no document is long enough."""
+    asked = stage.hparams.history
+    sizes = {"segment": asked["segment"], "recency": asked["recency"]}
+    documents = segments(batches, stage.main.block_size, count, **sizes)
+    if not documents:
+        return None
+    nets = dict(stage.nets)
+    if settings["with_controls"]:
+        nets |= untrained(stage.base, stage.main.block_size, stage.main.position)
+    return measure_history(stage.base, nets, documents, **sizes, progress=settings["progress"])
 
 
 def _geometry(stage, batches: list[dict]) -> dict:
     metric = SpaceMetrics(stage.base.width).to(stage.device)
     for batch in batches:
-        metric.update(stage.base, stage.gistnet, batch)
+        metric.update(stage.base, stage.main, batch)
     return {name: value.item() for name, value in metric.compute().items()}

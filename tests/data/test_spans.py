@@ -157,7 +157,7 @@ def test_bad_weights_and_sizes_are_refused_by_name(settings, said):
     [
         (dict(horizon=80), r"horizon.tokens=80 .* data.min_tokens=128: .* 2 x 32 \+ 80 = 144"),
         (dict(horizon=0), "horizon.tokens=0"),
-        (dict(block=0), "gistnet.block_size=0"),
+        (dict(block=0), "block_size=0"),
         (dict(min_tokens=1024), "data.min_tokens=1024 is not allowed: documents have at most 512"),
         (dict(max_tokens=20_000), "data.max_tokens=20000 is not allowed: 16384 at most"),
         (dict(validation_blocks=0), "validation_blocks=0"),

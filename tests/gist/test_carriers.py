@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from megactx.gist.carrier import Slots
 from megactx.gist.carriers.avgpool import AvgPool
-from megactx.gist.carriers.carrier import Slots
 from megactx.gist.carriers.gisting import Gisting
 from megactx.gist.carriers.gistpool import GistPool
 from megactx.gist.substitution import rows_at, slotted, teach

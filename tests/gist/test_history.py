@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megactx.gist import GistNet
+from megactx.gist.carrier import Vectors
 from megactx.gist.carriers.avgpool import AvgPool
-from megactx.gist.carriers.carrier import Vectors
 from megactx.gist.history import check_segments, continued, old_blocks, with_carriers, with_nothing
 from megactx.gist.substitution import blocks, teach
 from megactx.lm import masks

@@ -243,7 +243,7 @@ def test_refresh_encodes_only_what_another_gistnet_made_bottom_up(encoder, table
     assert tree.refresh(old) == 42
     tree.append(ids(1, 128))
     assert_gists(tree, MegaContextTree.from_tokens(torch.cat([tokens, tokens, ids(1, 128)], 1), old, table))
-    with pytest.raises(ValueError, match="gistnet.block_size=8, the tree's is 4"):
+    with pytest.raises(ValueError, match="block_size=8, the tree's is 4"):
         tree.refresh(encoder(8))
 
 
@@ -330,7 +330,7 @@ def test_what_is_not_allowed_is_named_and_changes_nothing(encoder, table, call, 
 def test_an_encoder_that_does_not_fit_the_base_is_refused(encoder):
     with pytest.raises(ValueError, match="width 8, the encoder's width is 4"):
         MegaContextTree.from_tokens(ids(1, 8), encoder(4), torch.nn.Embedding(50, 8))
-    with pytest.raises(ValueError, match="gistnet.block_size=1"):
+    with pytest.raises(ValueError, match="block_size=1"):
         MegaContextTree(encoder(1), torch.nn.Embedding(50, 4))
 
 

@@ -30,7 +30,7 @@ def batch_of(overrides: list[str], stage: GistStage) -> dict:
 @pytest.fixture
 def lod2(gist_run):
     """experiment=gist_lod2 in miniature: K = 8, so a span of level 2 has 64 tokens."""
-    sizes = ["gistnet.block_size=8", "data.min_tokens=200", "data.max_tokens=256", "stage.evaluate.level2=12"]
+    sizes = ["block_size=8", "data.min_tokens=200", "data.max_tokens=256", "stage.evaluate.level2=12"]
     return [o.replace("experiment=demo", "experiment=gist_lod2") for o in gist_run] + ["preset=demo", *sizes]
 
 

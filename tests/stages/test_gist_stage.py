@@ -7,6 +7,7 @@ import torch
 
 from megactx.framework.app import run
 from megactx.framework.search_path import compose
+from megactx.gist.substitution import unread
 from megactx.stages.gist import GistStage
 
 
@@ -134,10 +135,10 @@ def test_the_contrastive_term_takes_only_blocks_that_have_a_right_neighbour(gist
     gists = stage.gistnet.encode_span(stage.base.embed(ids[0, 32:96].view(2, block))).view(1, 2, -1)
     right = stage.gistnet.encode_span(stage.base.embed(ids[:, 64:96]))
     expected = torch.relu(0.2 - (1 - torch.cosine_similarity(gists[0, :1], right))).mean()
-    torch.testing.assert_close(stage._contrastive(batch, gists), expected)
+    torch.testing.assert_close(stage._contrastive(batch, unread(ids), gists), expected)
     lonely = batch | {"starts": torch.tensor([[64, 64]])}
     with pytest.raises(ValueError, match="no sampled block has a right neighbour"):
-        stage._contrastive(lonely, gists)
+        stage._contrastive(lonely, unread(ids), gists)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,10 @@
 
 from torch import Tensor
 
+from megactx.gist.carrier import Compressor, Slots, windows
 from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
 from megactx.lm.layers import keys_values
-
-from .carrier import Compressor, Slots, windows
 
 
 class AvgPool(Compressor):

@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
+from megactx.gist.carrier import Compressor, Vectors
 from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
-
-from .carrier import Compressor, Vectors
 
 
 class LastToken(Compressor):

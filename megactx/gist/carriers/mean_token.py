@@ -3,10 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from megactx.gist.carrier import Compressor, Vectors, windows
 from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
-
-from .carrier import Compressor, Vectors, windows
 
 
 class MeanToken(Compressor):

@@ -4,11 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megactx.gist.carrier import Compressor, Vectors
 from megactx.gist.scoring import score
 from megactx.gist.substitution import Teacher, blocks, rows_at
 from megactx.lm import BaseLM
-
-from .carrier import Compressor, Vectors
 
 
 class Oracle(Compressor):

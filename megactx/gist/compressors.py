@@ -1,0 +1,34 @@
+"""Compressors by name: what a config calls ``gistnet``, ``gisting``, ``gistpool``."""
+
+import inspect
+
+from megactx.gist import carriers
+from megactx.gist.gistnet import GistNet
+from megactx.gist.parts import find
+from megactx.lm import BaseLM
+
+from .carrier import Compressor
+
+
+def build(base: BaseLM, settings: dict, setting: str = "compressor") -> Compressor:
+    """A compressor that can be trained.
+
+    Args:
+        base: the base LM that reads what it makes.
+        settings: ``name``, ``gistnet`` where it is missing, or a file of ``megactx/gist/carriers``; and its arguments.
+        setting: what the user has set, for messages.
+
+    Raises:
+        ValueError: an unknown name, an argument that it does not take, or nothing in it that can be trained.
+    """
+    settings = dict(settings)
+    name = settings.pop("name", "gistnet")
+    try:
+        if name == "gistnet":
+            return GistNet(base.width, base.embedding_rms(), **settings)
+        kind = find(carriers, name, f"{setting}.name")
+        if "base" not in inspect.signature(kind).parameters:
+            raise ValueError(f"{setting}.name={name} is not allowed: there is nothing in it to train")
+        return kind(base, **settings)
+    except TypeError as error:
+        raise ValueError(f"{setting}: {name}: {error}") from error

@@ -1,0 +1,96 @@
+"""What a gist stage trains, where its weights come from, and its optimizer."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from megactx.framework.optimizers import MuonWithAdamW
+from megactx.framework.resume import best, differences, read
+from megactx.gist.carrier import Compressor
+from megactx.gist.compressors import build
+from megactx.lm import BaseLM
+
+BETAS = (0.9, 0.999)
+
+
+def build_nets(base: BaseLM, compressor: dict, gistnet: dict, controls: dict) -> nn.ModuleDict:
+    """The compressor that a stage is about, under its name and first, and the controls that learn beside it.
+
+    Raises:
+        ValueError: a setting that is not allowed, or a control of other blocks.
+    """
+    compressor = dict(compressor)
+    name = compressor.get("name", "gistnet")
+    if name in controls and controls[name] is not None:
+        raise ValueError(f"stage.controls.{name}: the compressor has that name already")
+    main = build(base, gistnet | compressor) if name == "gistnet" else build(base, compressor)
+    nets = nn.ModuleDict({name: main})
+    for name, settings in controls.items():
+        if settings is None:
+            continue
+        settings = {key: value for key, value in settings.items() if key != "lr"}
+        nets[name] = build(base, settings, f"stage.controls.{name}")
+        if nets[name].block_size != main.block_size:
+            raise ValueError(
+                f"stage.controls.{name}.block_size={nets[name].block_size} differs from block_size={main.block_size}: "
+                "controls see the same blocks"
+            )
+    return nets
+
+
+def optimizer_of(nets: nn.ModuleDict, lr: float, muon_lr: float | None, weight_decay: float, controls: dict):
+    """AdamW for everything, or Muon for the matrices of the first net where it is a GistNet.
+
+    Args:
+        lr: of AdamW; a control with an ``lr`` of its own has that.
+        muon_lr: ``None`` leaves all to AdamW. Controls keep AdamW, which measured better for them.
+    """
+    main: Compressor = next(iter(nets.values()))
+    matrices = [p for p in main.parameters() if p.ndim == 2] if muon_lr is not None and main.makes_vectors else []
+    known, groups = {id(p) for p in matrices}, {}
+    for name, net in nets.items():
+        rate = (controls.get(name) or {}).get("lr") or lr
+        groups.setdefault(rate, []).extend(p for p in net.parameters() if id(p) not in known)
+    groups = [{"params": parameters, "lr": rate} for rate, parameters in groups.items() if parameters]
+    if matrices:
+        return MuonWithAdamW(matrices, groups, muon_lr, lr, weight_decay, betas=BETAS)
+    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=1e-8, weight_decay=weight_decay)
+
+
+def take_weights(nets: nn.ModuleDict, path: Path, gistnet: dict) -> str:
+    """Load what another run has of these nets, see ``GistStage.start_from``."""
+    if not path.exists():
+        raise ValueError(f"stage.init={path}: there is no such checkpoint or run folder")
+    checkpoint = read(best(path) if path.is_dir() else path)
+    there = {k.removeprefix("nets."): v for k, v in checkpoint["state_dict"].items() if k.startswith("nets.")}
+    taken, main = [], next(iter(nets))
+    for name, net in nets.items():
+        own = {k.removeprefix(f"{name}."): v for k, v in there.items() if k.startswith(f"{name}.")}
+        shapes = {k: v.shape for k, v in net.state_dict().items()}
+        if {k: v.shape for k, v in own.items()} == shapes:
+            net.load_state_dict(own)
+            taken.append(name)
+        elif name == main:
+            changes = "; ".join(differences(checkpoint["hyper_parameters"].get("gistnet", {}), gistnet, "gistnet"))
+            what = "GistNet" if name == "gistnet" else name
+            raise ValueError(f"stage.init={path}: its {what} has another architecture: {changes or 'see the base'}")
+    return f"Starting from {path}, step {checkpoint['global_step']}: {', '.join(taken)}"
+
+
+def refuse_without_vectors(settings) -> None:
+    """Settings that need vectors, for a compressor that makes keys and values.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name, value in (
+        ("contrastive.weight", settings.contrastive["weight"]),
+        ("stage.level2_weight", settings.level2_weight),
+        ("stage.evaluate.reconstruction", settings.evaluate["reconstruction"]),
+    ):
+        if value:
+            raise ValueError(
+                f"{name}={value} is not allowed with compressor={settings.compressor['name']}, which makes keys and"
+                " values, not vectors: 0"
+            )

@@ -1,0 +1,114 @@
+"""Other compressors through the same stage, history mode in the loss, and both in the report."""
+
+import json
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch.utils.data import default_convert
+
+from megactx.framework.app import run
+from megactx.framework.search_path import compose
+
+SHORT = ["block_size=8", "stage.evaluate.copies=0"]
+HISTORY = ["stage.history.weight=0.5", "stage.history.segment=16", "stage.history.recency=32"]
+SLOTS = ["gisting", "gisting_shift", "gisting_separate", "gistpool"]
+
+
+@pytest.fixture
+def pool_run(gist_run):
+    """The same run without what only a GistNet has."""
+    return [override for override in gist_run if not override.startswith("gistnet.")]
+
+
+def built(overrides):
+    cfg = compose([override for override in overrides if not override.startswith("folder=")])
+    stage = instantiate(cfg.stage, _convert_="all")
+    data = instantiate(cfg.datamodule, _convert_="all")
+    stage.prepare(data)
+    data.setup()
+    return stage, default_convert(data.training[0])
+
+
+@pytest.mark.parametrize("compressor", SLOTS)
+def test_every_compressor_by_keys_and_values_has_a_loss_whose_gradient_reaches_all_that_it_trains(pool_run, compressor):
+    stage, batch = built([*pool_run, *SHORT, f"compressor={compressor}"])
+    with torch.no_grad():
+        for p in stage.main.parameters():  # LoRA starts at zero, and then its first matrix has no gradient
+            p.add_(0.01 * torch.randn_like(p))
+    losses, dnll, carriers = stage.substitution_loss(batch)
+    losses.sum().backward()
+    assert losses.shape == dnll.shape == (2,) and carriers[0].first == 1 and carriers[1].first == 0
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in stage.main.parameters())
+    optimizer = stage.configure_optimizers()["optimizer"]
+    inside = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert inside == {id(p) for p in stage.nets.parameters()}, "what is trained is in the optimizer, and nothing else"
+
+
+def test_history_mode_has_its_share_of_the_loss_and_reaches_the_gistnet(gist_run):
+    parts = {}
+    for weight in (0.0, 0.5, 1.0):
+        torch.manual_seed(0)
+        stage, batch = built([*gist_run, *SHORT, *HISTORY, f"stage.history.weight={weight}"])
+        stage.log = lambda *args, **kwargs: None
+        parts[weight] = stage.training_step(batch, 0)
+        assert ("segments" in batch) == (weight > 0)
+    torch.testing.assert_close(parts[0.5], 0.5 * parts[0.0] + 0.5 * parts[1.0], rtol=1e-4, atol=1e-6)
+    parts[1.0].backward()
+    assert all(p.grad is not None for name, p in stage.main.named_parameters() if "backbone" not in name)
+
+
+def test_segments_are_a_function_of_the_seed_and_the_index_and_leave_the_rest_of_the_batch_as_it_was(gist_run):
+    _, plain = built([*gist_run, *SHORT])
+    _, one = built([*gist_run, *SHORT, *HISTORY])
+    _, two = built([*gist_run, *SHORT, *HISTORY])
+    assert torch.equal(one["segments"], two["segments"]) and torch.equal(one["starts"], plain["starts"])
+    assert (one["segments"] % 8 == 0).all() and (one["segments"] >= 48).all()
+
+
+def test_a_run_of_gistpool_in_both_modes_ends_with_a_report_of_both(pool_run, tmp_path, capsys):
+    controls = ["+stage.controls.pool={name: gisting, block_size: 8, shift: true, lr: 1.0e-3}"]
+    asked = [*pool_run, *SHORT, *HISTORY, *controls, "compressor=gistpool", "stage.evaluate.history=6"]
+    assert run(asked) == 0, capsys.readouterr().err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["subject"] == "gistpool" and report["geometry"] == {}
+    assert {"gistpool", "pool", "blockmean_linear", "last token"} <= set(report["history"]["recovery"]["overall"])
+    assert set(report["history"]["gain"]) >= {"gistpool", "last token"} and report["history"]["segments"] <= 6
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "history recovery" in text and "gain at equal budget" in text
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert {name.split(".")[2] for name in saved if name.startswith("nets.gistpool.")} == {"token", "adapters"}
+
+
+def test_a_run_of_gistpool_goes_on_to_the_same_weights(pool_run, tmp_path):
+    asked = [*pool_run, *SHORT, "compressor=gistpool", "stage.evaluate.controls=false"]
+    assert run([*asked, f"folder={tmp_path / 'whole'}"]) == 0
+    assert run([*asked, f"folder={tmp_path / 'part'}", "preset.steps=4", "trainer.max_steps=2"]) == 0
+    assert run([*asked, f"resume={tmp_path / 'part'}"]) == 0
+    one, two = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "run")  # a run that starts from another one has a folder of its own
+    )
+    assert one.keys() == two.keys() and [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["compressor=gistpool", "gistnet.head=linear"], "gistnet.head: it says nothing with compressor=gistpool"),
+        (["compressor=gistpool", "pooling=cls"], "pooling: it says nothing"),
+        (["compressor=gistpool", "contrastive=c05"], "contrastive.weight=0.05"),
+        (["compressor=gistpool", "stage.evaluate.reconstruction=4"], "stage.evaluate.reconstruction=4"),
+        (["compressor=gistpool", "compressor.rank=-1"], "compressor.rank=-1"),
+        (["compressor=gistpool", "compressor.position=middle"], "compressor.position=middle"),
+        (["compressor.name=avgpool"], "compressor.name=avgpool is not allowed"),
+        (["compressor.name=gistpol"], "compressor.name=gistpol is not known"),
+        (["stage.history.weight=1.5"], "stage.history.weight=1.5"),
+        (["stage.history.weight=1", "stage.history.segment=20"], "history.segment=20"),
+        (["stage.history.weight=1"], "data.min_tokens=200"),
+        (["gistnet.block_size=16"], "stage.controls.blockmean_linear.block_size=8 differs from block_size=16"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_in_one_message(pool_run, capsys, overrides, named):
+    assert run([*pool_run, *SHORT, *overrides]) == 2
+    assert named in capsys.readouterr().err
