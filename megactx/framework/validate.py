@@ -243,7 +243,7 @@ def _kinds() -> tuple[type, ...]:
 
 
 def _arguments(target, node: dict, raw: dict, key: str, problems: list[str]) -> None:
-    parameters = inspect.signature(target).parameters
+    parameters = _parameters(target)
     names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     given = [str(name) for name in node if name not in HYDRA_WORDS]
     if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
@@ -268,6 +268,16 @@ def _arguments(target, node: dict, raw: dict, key: str, problems: list[str]) -> 
             continue
         if not fits(value, hint):
             problems.append(f"{where}={value}: allowed is {allowed(hint)}")
+
+
+def _parameters(target) -> dict[str, inspect.Parameter]:
+    """Of a class of this package that hands ``**settings`` on, those of its parent too."""
+    found = dict(inspect.signature(target).parameters)
+    rest = [name for name, p in found.items() if p.kind == p.VAR_KEYWORD]
+    if rest and inspect.isclass(target) and target.__module__.startswith("megactx."):
+        del found[rest[0]]
+        found = _parameters(target.__mro__[1]) | found
+    return found
 
 
 def _special(tree: dict, problems: list[str]) -> None:

@@ -1,0 +1,131 @@
+"""The ladder: every way to compress a block, on the same blocks, trained in the same run (SPEC 5, 6).
+
+    python -m megactx.studies.ladder preset=quick                       train all carriers, measure, tables and pictures
+    python -m megactx.studies.ladder base.name=FOLDER data=files data.path=TEXTS      the same for any model and text
+    python -m megactx.studies.ladder RUN [RUN ...]                      several finished runs, such as seeds, as one
+
+It is ``train.py experiment=ladder``: a gist stage whose controls are the other carriers. They see the same blocks, the
+same teacher pass, the same steps.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from megactx.evaluation.history import measure_history, segments
+from megactx.evaluation.measure import measure, untrained
+from megactx.gist.carriers.avgpool import AvgPool
+from megactx.gist.carriers.oracle import Oracle
+from megactx.gist.substitution import teach
+from megactx.stages.gist import GistStage
+
+from .ladder_report import combine, rungs, show, write
+
+ORACLES = {"oracle-transfer": 8, "oracle-fit": 0}  # name -> continuations that it is fitted on; 0: the true one
+
+
+class Ladder(GistStage):
+    """A gist stage that ends with the ladder.
+
+    Args:
+        ladder: ``oracle``: blocks that get a fitted vector each, 0 for none; ``oracle_steps``: of each fit.
+        settings: of ``GistStage``; its ``evaluate.blocks`` and ``evaluate.history`` are the ladder's too.
+    """
+
+    def __init__(self, ladder: dict, **settings):
+        for name, least in (("oracle", 0), ("oracle_steps", 1)):
+            if ladder[name] < least:
+                raise ValueError(f"stage.ladder.{name}={ladder[name]} is not allowed: at least {least}")
+        super().__init__(**settings)  # which also saves what it does not know as hyperparameters
+
+    @torch.inference_mode()
+    def finish(self, folder: Path, datamodule) -> None:
+        super().finish(folder, datamodule)
+        batches = datamodule.evaluation_documents(self.hparams.evaluate["blocks"])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.base.model.dtype == torch.bfloat16):
+            numbers = self._measure(batches)
+        write(folder, [numbers])
+        show(combine([numbers]))
+        print(f"Ladder: {folder / 'ladder.md'}, .csv, .json and .png")
+
+    def _measure(self, batches: list[dict]) -> dict:
+        asked, ladder, horizon = self.hparams.evaluate, self.hparams.ladder, self.hparams.horizon
+        block = self.main.block_size
+        nets = dict(self.nets) | {"avgpool": AvgPool(block), "avgpool at the end": AvgPool(block, "end")}
+        scores = measure(self.base, nets, batches, horizon, progress=_bar("all carriers, one block at a time"))
+        parts = {"span": scores, "history": None, "oracle": None}
+        if asked["history"]:
+            sizes = {name: self.hparams.history[name] for name in ("segment", "recency")}
+            if found := segments(batches, block, asked["history"], **sizes):
+                rest = nets | untrained(self.base, block, self.main.position)
+                parts["history"] = measure_history(self.base, rest, found, **sizes, progress=_bar("histories"))
+        if ladder["oracle"]:
+            settings = {"position": self.main.position, "steps": ladder["oracle_steps"]}
+            fitted = {name: Oracle(horizon, block, samples=count, **settings) for name, count in ORACLES.items()}
+            some = _first_blocks(batches, ladder["oracle"])
+            parts["oracle"] = measure(
+                self.base, nets | fitted, some, horizon, progress=_bar("a vector fitted to every block")
+            )
+        about = {name: self._about(net) for name, net in (nets | untrained(self.base, block, "end")).items()}
+        return rungs(parts, about, next(iter(self.nets)), block, self.hparams.base["name"])
+
+    def _about(self, net) -> dict:
+        """Bytes per source token, trained parameters, and whether it keeps a vector or keys and values."""
+        ids = torch.zeros(1, 2 * net.block_size, dtype=torch.long, device=self.device)
+        starts = torch.full((1, 1), net.block_size, device=self.device)
+        carrier = net.compress(self.base, teach(self.base, ids, with_states=True), starts)
+        return {
+            "bytes_per_token": carrier.bytes_per_block() / net.block_size,
+            "parameters": sum(p.numel() for p in net.parameters() if p.requires_grad),
+            "first": carrier.first,
+        }
+
+
+def _first_blocks(batches: list[dict], count: int) -> list[dict]:
+    """The first block of each document, then the second, until there are ``count``: as many documents as possible."""
+    each = -(-count // len(batches))
+    kept = [batch | {"starts": batch["starts"][:, :each]} for batch in batches]
+    return kept[: -(-count // each)]
+
+
+def _bar(what: str):
+    return partial(track, description=f"measuring: {what}", disable=not sys.stdout.isatty())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; -> exit codes as those of ``train.py``."""
+    from megactx.framework.app import run
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    folders = [Path(argument) for argument in arguments if "=" not in argument and not argument.startswith("-")]
+    if not folders:
+        return run(["experiment=ladder", *arguments])
+    if len(folders) < len(arguments):
+        print("megactx: give run folders to combine, or settings of a new run, not both", file=sys.stderr)
+        return 2
+    try:
+        found = [_read(folder) for folder in folders]
+        combined = combine(found)
+    except ValueError as error:
+        print(f"megactx: {error}", file=sys.stderr)
+        return 2
+    show(combined)
+    if len(folders) > 1:
+        write(folders[0].parent, found)
+        print(f"Ladder: {folders[0].parent / 'ladder.md'}, .csv, .json and .png")
+    return 0
+
+
+def _read(folder: Path) -> dict:
+    path = folder / "ladder.json"
+    if not path.exists():
+        raise ValueError(f"{folder}: there is no ladder.json in it; a run of experiment=ladder writes one at its end")
+    return json.loads(path.read_text())["runs"][0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
