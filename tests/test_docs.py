@@ -72,6 +72,15 @@ def test_the_pooling_and_the_head_of_the_page_train(added):
     assert all(p.grad is not None for p in net.head.parameters())
 
 
+def test_the_carrier_of_the_page_learns_as_a_control_and_stands_in_the_table(added, gist_run, tmp_path):
+    added("megactx/gist/carriers/weighted.py")
+    control = "+stage.controls.weighted={name: weighted, block_size: 32}"
+    assert run([*gist_run, control, "stage.evaluate.controls=false", "stage.evaluate.copies=0"]) == 0
+    assert "weighted" in (tmp_path / "run" / "report.md").read_text()
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert (saved["nets.weighted.weights"] - 1 / 32).abs().max() > 0
+
+
 def test_the_data_source_of_the_page_can_be_chosen_and_read(added, tmp_path):
     given = added("megactx/data/counting.py", "configs/data/counting.yaml")
     short = ["experiment=tokenizer", "stage.vocab_size=300", "+data.source.numbers=50", f"folder={tmp_path / 'run'}"]
