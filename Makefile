@@ -21,6 +21,8 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/substitution.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/ingest.py
 
 sweep: $(STAMP)
 	$(BIN)/python train.py -m experiment=demo seed=0,1,2

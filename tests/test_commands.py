@@ -77,8 +77,24 @@ def test_a_sweep_over_all_experiments_finds_them_from_any_folder(tmp_path, monke
     assert ["experiment=base_lm", "seed=1"] in found
 
 
-def test_the_python_of_the_readme_runs_as_written(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
-    (block,) = [block for block in blocks if "from megactx import" in block]
-    exec(compile(block, "README.md", "exec"), {})
-    assert "torch.Size([1, 1, 2, 32, 8192])" in capsys.readouterr().out
+PRINTED = {"In your own code": "torch.Size([1, 1, 2, 32, 8192])", "A history as a tree": "torch.Size([1, 8192])"}
+
+
+def python_of_the_readme() -> dict[str, str]:
+    """Heading -> code of the sections that use the package."""
+    sections = re.split(r"^##+ ", (REPOSITORY / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    found = {text.partition("\n")[0]: re.search(r"```python\n(.*?)```", text, re.DOTALL) for text in sections}
+    return {heading: code[1] for heading, code in found.items() if code and "from megactx import" in code[1]}
+
+
+@pytest.mark.parametrize("heading", PRINTED)
+def test_the_python_of_the_readme_runs_as_written(heading, capsys, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    exec(compile(python_of_the_readme()[heading], "README.md", "exec"), {})
+    assert PRINTED[heading] in capsys.readouterr().out
+
+
+def test_all_python_of_the_readme_is_run_and_a_text_takes_ten_lines_to_its_logits():
+    code = python_of_the_readme()
+    assert {*code} == {*PRINTED}
+    assert sum(bool(line) for line in code["A history as a tree"].splitlines()) == 10

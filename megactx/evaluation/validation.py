@@ -92,7 +92,9 @@ class ValidationMetrics(nn.Module):
                 self.level2.update(scores)
 
     def compute(self) -> dict[str, Tensor]:
-        found = self.substitution.compute() | self.space.compute()  # what had no vectors is NaN
+        found = self.substitution.compute()
+        if self.space.geometry.update_called:  # keys and values lie in no space
+            found |= self.space.compute()
         if self.level2 is not None:
             found |= {f"level2/{name}": value for name, value in self.level2.compute().items()}
         return found

@@ -54,7 +54,7 @@ def strip(context: WorkingContext, before: WorkingContext | None = None, row: in
         text.append(f"  {int(new.sum()):,} entries\n")
     text.append("      ")
     for level in sorted({*range(1, tree.depth + 1), *lod.tolist()}):
-        text.append("█", _colour(level)).append(
+        text.append(_glyph(level), _colour(level)).append(
             f" {'token' if level == 0 else f'gist of {tree.block_size**level:,}'}  "
         )
     return text
@@ -76,9 +76,9 @@ def plot_strip(path: str | Path, context: WorkingContext, before: WorkingContext
         for level in range(1, tree.depth + 1):
             span = tree.block_size**level
             first = torch.arange(int(tree.counts(level)[row])) * span
-            _bars(axes, first, torch.full_like(first, span), torch.full_like(first, level), level)
+            _bars(axes, first, torch.full_like(first, span), torch.full_like(first, level), level, total)
             labels.append(f"LOD{level}")
-        _bars(axes, start, width, lod, 0)
+        _bars(axes, start, width, lod, 0, total)
         labels.insert(0, "working\ncontext")
         if before is not None:
             new = _new(context, before, row)
@@ -98,20 +98,20 @@ def plot_strip(path: str | Path, context: WorkingContext, before: WorkingContext
         figure.savefig(path, format="png")
 
 
-def _bars(axes, start: Tensor, width: Tensor, lod: Tensor, height: float) -> None:
+def _bars(axes, start: Tensor, width: Tensor, lod: Tensor, height: float, total: int) -> None:
     """Blocks as bars at a height; many neighbours of one LOD as one bar."""
-    edge = "white"
     if len(lod) > RUNS:
         _, run, sizes = torch.unique_consecutive(lod, return_inverse=True, return_counts=True)
         first = sizes.cumsum(0) - sizes
-        start, lod, edge = start[first], lod[first], "none"
+        start, lod = start[first], lod[first]
         width = torch.zeros_like(sizes).index_add_(0, run, width)
     colours = [_colour(n) for n in lod.tolist()]
+    wide = (width * RUNS >= total).tolist()  # a white edge would cover what is narrower, such as most tokens
     axes.broken_barh(
         list(zip(start.tolist(), width.tolist(), strict=True)),
         (height - 0.35, 0.7),
         facecolors=colours,
-        edgecolors=edge,
+        edgecolors=["white" if w else colour for w, colour in zip(wide, colours, strict=True)],
         linewidth=0.4,
     )
 

@@ -234,7 +234,7 @@ def test_files_hold_every_row_and_every_missing_run(tmp_path):
     assert float(second["recovery_to_best"]) == pytest.approx(float(second["recovery"]) - float(first["recovery"]))
     assert missing["folder"] == str(tmp_path / "c") and "not finished" in missing["reason"]
     text = (tmp_path / "out" / "leaderboard.md").read_text()
-    assert "| 1 | layers=4 |" in text and "not finished" in text
+    assert "| **1** | **layers=4** |" in text and "not finished" in text
     assert (tmp_path / "out" / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from matplotlib.image import imread
 from rich.console import Console
 
 from megactx.memory import MegaContextTree, WorkingContext, plot_strip, strip
@@ -27,6 +28,12 @@ def lines(picture) -> list[str]:
     return out.getvalue().splitlines()
 
 
+def drawn_in(colour: str, path) -> int:
+    """Pixels of a picture that have a colour."""
+    rgb = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return int(((torch.tensor(imread(path))[..., :3] - rgb).abs().amax(-1) < 0.02).sum())
+
+
 def test_the_terminal_shows_levels_entries_and_edits_over_the_timeline(context):
     before = context.copy()
     context.expand(4 + 3 + 3)  # the gist of tokens 28 .. 31 is behind the sink, LOD1 1 .. 3 and LOD2 1
@@ -37,21 +44,25 @@ def test_the_terminal_shows_levels_entries_and_edits_over_the_timeline(context):
     assert shown[4].endswith(" 4 entries")
     assert shown[4][6:56].count("^") in (2, 8)
     assert f"{int(context.counts[0])} entries for 100 tokens" in shown[3]
-    assert {"█", "▓", "▒"} <= set(shown[3]) and "gist of 16" in shown[5]
+    assert {"█", "▓", "▒"} <= set(shown[3])
+    legend = ["█ token", "▓ gist of 4", "▒ gist of 16", "░ gist of 64"]  # told apart without colour too
+    assert shown[5].split("  ")[3:7] == legend
     assert shown[3][6:8] == "██" and shown[3][50:56] == "██████"
 
 
 def test_the_picture_is_a_png_in_which_lods_have_their_colours(context, tmp_path):
-    from matplotlib.image import imread
-
     before = context.copy()
     context.expand(5)
     plot_strip(tmp_path / "strip.png", context, before, row=0)
-    pixels = torch.tensor(imread(tmp_path / "strip.png"))
-    assert pixels.shape[:2] == (400, 1400)
+    assert imread(tmp_path / "strip.png").shape[:2] == (400, 1400)
     for colour in ("#009E73", "#0072B2", "#E69F00"):
-        rgb = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-        assert ((pixels[..., :3] - rgb).abs().amax(-1) < 0.02).sum() > 500
+        assert drawn_in(colour, tmp_path / "strip.png") > 500
+
+
+def test_tokens_that_are_narrower_than_a_pixel_have_their_colour(encoder, table, tmp_path):
+    tree = MegaContextTree.from_tokens(torch.zeros(1, 4096, dtype=torch.long), encoder(32), table)
+    plot_strip(tmp_path / "strip.png", WorkingContext.recency(tree, 288))  # 256 tokens: 80 columns of 60 pixels
+    assert drawn_in("#009E73", tmp_path / "strip.png") > 3000
 
 
 def test_a_long_history_is_drawn_in_joined_blocks(encoder, table, tmp_path):
