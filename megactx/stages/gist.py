@@ -282,7 +282,8 @@ class GistStage(lightning.LightningModule):
         """Report on held-out documents and on ``evaluate.path``: tables, pictures, scores; then the next command."""
         report(self, folder, datamodule)
         print(
-            "Next: python train.py experiment=gist_stage2 preset=demo, or add gistnet.head=linear pooling=cls depth=d4"
+            f"Next: python train.py experiment=gist_stage2 preset=demo stage.init={folder} (go on from here), or"
+            " experiment=curriculum preset=demo (all stages), or python -m megactx.studies.ladder preset=quick (rivals)"
         )
 
     @staticmethod
