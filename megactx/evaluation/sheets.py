@@ -14,6 +14,7 @@ LEFT = (
     "in place of the block",
     "in place of the blocks",
 )  # words
+LEAST = 26  # columns of a column of words, where it has so many
 WIDTH = 112  # columns, where the output is no terminal
 
 
@@ -34,9 +35,12 @@ def print_sheet(sheet: Sheet, console=None, width: int = WIDTH) -> None:
 
     console = console_of(console, width)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    for name in sheet.header:
+    for index, name in enumerate(sheet.header):
         words = name in LEFT
-        table.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+        # Words are folded where the table is too wide for the terminal, but never to nothing.
+        least = min(LEAST, max(len(row[index]) for row in sheet.rows)) if words and sheet.rows else None
+        align = "left" if words else "right"
+        table.add_column(name, justify=align, no_wrap=not words, overflow="fold", min_width=least)
     for index, row in enumerate(sheet.rows):
         table.add_row(*map(escape, row), style="bold" if index in sheet.strong else None)
     console.print(f"\n[bold]{escape(sheet.title)}[/bold]", highlight=False)

@@ -100,7 +100,7 @@ def combine(runs: list[dict]) -> dict:
 def show(numbers: dict) -> None:
     """Print the tables."""
     for sheet in sheets(numbers):
-        print_sheet(sheet, width=150)
+        print_sheet(sheet, width=190)
     print(LEGEND)
 
 
