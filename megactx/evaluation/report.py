@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from .files import replacing
+from .files import replacing, without_nan
 from .sheets import Sheet, console_of, markdown_sheet, number, print_sheet, target_cells
 from .summary import DROPPED, OVERALL
 
@@ -61,7 +61,7 @@ def write_report(folder: str | Path, numbers: dict) -> None:
     with replacing(Path(folder) / "report.md") as part:
         part.write_text(markdown(numbers))
     with replacing(Path(folder) / "report.json") as part:
-        part.write_text(json.dumps(_without_nan(numbers), indent=1, allow_nan=False))
+        part.write_text(json.dumps(without_nan(numbers), indent=1, allow_nan=False))
 
 
 def _headline(numbers: dict) -> str:
@@ -176,11 +176,3 @@ def _interval(values: dict, sign: str = "", digits: int = 2) -> str:
     if values["low"] != values["low"]:
         return f"{point} [undefined]"
     return f"{point} [{values['low']:{form}}, {values['high']:{form}}]"
-
-
-def _without_nan(value):
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) or value != value else value

@@ -139,7 +139,7 @@ class Work:
         if not hasattr(stage, "nets"):
             return cls(body, head, attention)
         with torch.random.fork_rng():  # a net's dropout draws numbers
-            nets = sum(net.flops_per_block() for net in stage.nets.values())
+            nets = sum(net.flops_per_block(stage.base) for net in stage.nets.values())
         block = next(iter(stage.nets.values())).block_size
         return cls(body, head, attention, len(stage.nets), stage.hparams["horizon"], nets, block)
 

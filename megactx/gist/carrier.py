@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megactx.gist.substitution import Teacher
+from megactx.gist.substitution import Teacher, teach, unread
 from megactx.lm import BaseLM
 
 POSITIONS = ("centre", "end")
@@ -83,6 +83,18 @@ class Compressor(nn.Module):
     def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Vectors | Slots:
         """Carriers of the blocks at starts [B, N] of the documents that ``teacher`` has read."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def flops_per_block(self, base: BaseLM) -> int:
+        """Measured floating-point operations for one block that ``base`` has read (``torch.utils.flop_counter``)."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        ids = torch.zeros(1, self.block_size, dtype=torch.long, device=next(self.parameters()).device)
+        reads = self.needs_hidden or not self.makes_vectors
+        teacher = teach(base, ids, with_states=True) if reads else unread(ids)
+        with FlopCounterMode(display=False) as counter:
+            self.compress(base, teacher, torch.zeros_like(ids[:, :1]))
+        return counter.get_total_flops()
 
 
 def windows(states: Tensor, starts: Tensor, block: int) -> Tensor:

@@ -23,12 +23,13 @@ def build(base: BaseLM, settings: dict, setting: str = "compressor") -> Compress
     """
     settings = dict(settings)
     name = settings.pop("name", "gistnet")
-    try:
-        if name == "gistnet":
-            return GistNet(base.width, base.embedding_rms(), **settings)
-        kind = find(carriers, name, f"{setting}.name")
+    if name == "gistnet":
+        kind, given = GistNet, (base.width, base.embedding_rms())
+    else:
+        kind, given = find(carriers, name, f"{setting}.name"), (base,)
         if "base" not in inspect.signature(kind).parameters:
             raise ValueError(f"{setting}.name={name} is not allowed: there is nothing in it to train")
-        return kind(base, **settings)
-    except TypeError as error:
-        raise ValueError(f"{setting}: {name}: {error}") from error
+    if unknown := set(settings) - set(inspect.signature(kind).parameters):
+        known = ", ".join(list(inspect.signature(kind).parameters)[len(given) :])
+        raise ValueError(f"{setting}.{sorted(unknown)[0]}: {name} has no such setting, it has {known}")
+    return kind(*given, **settings)

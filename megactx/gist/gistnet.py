@@ -283,13 +283,3 @@ class GistNet(Compressor):
         if neighbours is not None:
             terms["contrastive"] = contrastive(gists[: len(neighbours)], self.encode_span(neighbours), margin)
         return gists, terms
-
-    @torch.no_grad()
-    def flops_per_block(self) -> int:
-        """Measured floating-point operations of one forward pass over one block (``torch.utils.flop_counter``)."""
-        from torch.utils.flop_counter import FlopCounterMode
-
-        device = self.gain.device
-        with FlopCounterMode(display=False) as counter:
-            self.encode_span(torch.zeros(1, self.block_size, self.width, device=device))
-        return counter.get_total_flops()

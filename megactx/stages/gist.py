@@ -125,7 +125,7 @@ class GistStage(lightning.LightningModule):
         self.base.to(torch.bfloat16 if mixed else torch.float32)
 
     def on_fit_start(self) -> None:
-        flops = ", ".join(f"{name} {net.flops_per_block() / 1e6:.1f}" for name, net in self.nets.items())
+        flops = ", ".join(f"{name} {net.flops_per_block(self.base) / 1e6:.1f}" for name, net in self.nets.items())
         log.info("MFLOP per block of %d tokens: %s", self.main.block_size, flops)
         data = self.trainer.datamodule
         shape = (data.batch, data.max_tokens, data.spans + data.level2_spans, self.hparams.horizon)

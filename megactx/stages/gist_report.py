@@ -64,7 +64,7 @@ def _report(stage, folder: Path, batches: list[dict], what: str, curve: Path, de
         if extra.get(name):
             extra[name].save(folder / f"scores_{name}")
     numbers = summarise(scores, next(iter(stage.nets)), targets=stage.hparams.targets, geometry=geometry, **extra)
-    numbers["flops_per_block"] = {name: net.flops_per_block() for name, net in stage.nets.items()}
+    numbers["flops_per_block"] = {name: net.flops_per_block(stage.base) for name, net in stage.nets.items()}
     print(f"\nResult on {what}")
     print_report(numbers)
     write_report(folder, numbers)

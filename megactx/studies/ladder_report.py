@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 from megactx.evaluation.bootstrap import difference_intervals, mean_interval, recovery_intervals
-from megactx.evaluation.files import replacing
+from megactx.evaluation.files import replacing, without_nan
 from megactx.evaluation.scores import MORE_RAW, BlockScores
 from megactx.evaluation.sheets import Sheet, markdown_sheet, print_sheet
 
@@ -62,7 +62,7 @@ def rungs(parts: dict, about: dict, subject: str, block: int, base: str) -> dict
         for key, first in (("recovery", WITH_ROW), ("body", BODY)):
             found = recovery_intervals(oracle, names, first)
             out["oracle"].setdefault(key, {}).update({name: i._asdict() for name, i in found.items()})
-    return _without_nan(out)
+    return without_nan(out)
 
 
 def _put(out: dict, key: str, intervals: dict) -> None:
@@ -193,11 +193,3 @@ def _flat(carrier: dict) -> dict:
         else:
             out[key] = value
     return out
-
-
-def _without_nan(value):
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,5 +1,7 @@
 """Every pooling x head x depth: a gist that depends on its whole block, at the scale of a token."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -179,11 +181,14 @@ def test_position_is_the_centre_or_the_end_of_the_block():
 
 def test_flops_grow_with_depth_and_match_the_formula():
     # Linear layers alone: 2 x K x 12 D^2 per block of the backbone; a wide net is nearly all linear.
-    wide = GistNet(640, RMS, layers=2)
-    assert wide.flops_per_block() == pytest.approx(0.63e9, rel=0.05)
-    one, two, four = (net(layers=n).flops_per_block() for n in (1, 2, 4))
+    def flops(net):
+        return net.flops_per_block(SimpleNamespace(embed=torch.nn.Embedding(1, net.width)))
+
+    assert flops(GistNet(640, RMS, layers=2)) == pytest.approx(0.63e9, rel=0.05)
+    one, two, four = (flops(net(layers=n)) for n in (1, 2, 4))
     assert two - one == pytest.approx((four - two) / 2) and two > one
-    assert net(type="mean").flops_per_block() < one
+    assert flops(net(type="mean")) < one
+    assert flops(net(layers=1, context=K)) > 1.5 * one, "what is read to the left of the block counts too"
 
 
 def test_contrastive_pushes_near_neighbours_apart_and_leaves_far_ones_alone():

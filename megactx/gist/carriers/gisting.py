@@ -5,7 +5,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from megactx.gist.carrier import Compressor, Slots
-from megactx.gist.substitution import Teacher, teach
+from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
 from megactx.lm.layers import keys_values, recorded
 
@@ -62,18 +62,6 @@ class Gisting(Compressor):
         states = self.summaries(teacher, starts)
         inputs = states[1:] if self.shift else states[:-1]
         return Slots(keys_values(base.model.get_decoder(), inputs, starts + self.offset))
-
-    @torch.no_grad()
-    def flops_per_block(self) -> int:
-        """Measured floating-point operations of one gist token over one block (``torch.utils.flop_counter``)."""
-        from torch.utils.flop_counter import FlopCounterMode
-
-        (twin,) = self._twin
-        device = self.token.device
-        teacher = teach(twin, torch.zeros(1, self.block_size, dtype=torch.long, device=device))
-        with FlopCounterMode(display=False) as counter:
-            self.compress(twin, teacher, torch.zeros(1, 1, dtype=torch.long, device=device))
-        return counter.get_total_flops()
 
     def summaries(self, teacher: Teacher, starts: Tensor) -> list[Tensor]:
         """The gist token's states g^0..g^L, each [B, N, D]."""
