@@ -2,39 +2,20 @@
 
 import pytest
 import torch
+from small_base import WIDTH, small
 
 from megactx.gist import GistNet
 from megactx.gist.substitution import blocks, substituted, teach
-from megactx.lm import BaseLM
-
-WIDTH = 64
-SMALL = dict(
-    vocab_size=97,
-    hidden_size=WIDTH,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    bos_token_id=0,
-    eos_token_id=1,
-    pad_token_id=2,
-)
-
-
-def base_lm(kind: str) -> BaseLM:
-    torch.manual_seed(0)
-    return BaseLM.from_config({**SMALL, "model_type": kind}).freeze()
 
 
 @pytest.mark.parametrize("mode", ["plain", "learned"])
 @pytest.mark.parametrize("kind", ["llama", "smollm3", "nanochat"])
 def test_loss_and_gradients_of_gists_of_gists_equal_plain_forwards(kind, mode):
     """A span of K^2 tokens is one gist of K gists; both levels train the same weights."""
-    base, small, horizon = base_lm(kind), 4, 5
+    base, k, horizon = small(kind), 4, 5
     torch.manual_seed(1)
-    net = GistNet(WIDTH, base.embedding_rms(), block_size=small, skip="none", position="end", gaussian_rope=mode)
-    ids, starts, span = torch.randint(3, 97, (1, 60)), torch.tensor([[16, 32]]), small**2
+    net = GistNet(WIDTH, base.embedding_rms(), block_size=k, skip="none", position="end", gaussian_rope=mode)
+    ids, starts, span = torch.randint(3, 97, (1, 60)), torch.tensor([[16, 32]]), k**2
     teacher = teach(base, ids)
     gists = net.encode_level(base.embed(blocks(ids, starts, span)).flatten(0, 1), 2).view(1, 1, 2, WIDTH)
     hidden = substituted(base, teacher, starts, gists, [net.offset_in(span)], span, horizon, [net.sigma(2)])
@@ -44,7 +25,7 @@ def test_loss_and_gradients_of_gists_of_gists_equal_plain_forwards(kind, mode):
 
     plain = []
     for s in starts[0].tolist():
-        below = [net.encode_span(base.embed(ids[:, a : a + small])) for a in range(s, s + span, small)]
+        below = [net.encode_span(base.embed(ids[:, a : a + k])) for a in range(s, s + span, k)]
         gist = net.encode_span(torch.stack(below, dim=1))
         x = torch.cat([base.embed(ids[:, :s]), gist[:, None], base.embed(ids[:, s + span : s + span + 4])], dim=1)
         positions = torch.cat([torch.arange(s), torch.arange(s + span - 1, s + span + 4)])[None]
@@ -62,7 +43,7 @@ def test_loss_and_gradients_of_gists_of_gists_equal_plain_forwards(kind, mode):
 @torch.no_grad()
 @pytest.mark.parametrize("horizon", [1, 6])
 def test_several_gists_in_place_of_one_span_equal_a_plain_forward_and_the_last_predicts_the_first_token(horizon):
-    base, span, start = base_lm("qwen3"), 16, 32
+    base, span, start = small("qwen3"), 16, 32
     ids, vectors, offsets, sigma = torch.randint(3, 97, (1, 60)), torch.randn(2, 1, 1, 4, WIDTH), [3, 7, 11, 15], 1.2
     starts, sigmas = torch.tensor([[start]]), [None, torch.tensor(sigma)]
     hidden = substituted(base, teach(base, ids), starts, vectors, [offsets, offsets], span, horizon, sigmas)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from small_base import WIDTH, small
 
 from megactx.gist import GistNet
 from megactx.gist.scoring import score
@@ -10,24 +11,7 @@ from megactx.gist.substitution import blocks, check_blocks, dropped, rows_at, su
 from megactx.lm import BaseLM, masks
 from megactx.lm.gaussian_rope import spread
 
-K, WIDTH = 8, 64
-SMALL = dict(
-    vocab_size=97,
-    hidden_size=WIDTH,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    bos_token_id=0,
-    eos_token_id=1,
-    pad_token_id=2,
-)
-
-
-def base_lm(kind: str) -> BaseLM:
-    torch.manual_seed(0)
-    return BaseLM.from_config({**SMALL, "model_type": kind}).freeze()
+K = 8
 
 
 def gist_net(base: BaseLM, position: str, **settings) -> GistNet:
@@ -84,7 +68,7 @@ def packed(base, ids, starts, horizon, vectors, offset, objective="kl", sigma=No
 @pytest.mark.parametrize("kind", ["llama", "smollm3", "nanochat", "qwen3"])
 @pytest.mark.parametrize("position", ["centre", "end"])
 def test_loss_and_every_gistnet_gradient_equal_the_loop(kind, horizon, position):
-    base = base_lm(kind)
+    base = small(kind)
     net = gist_net(base, position)
     ids = torch.randint(3, 97, (2, 2 * K + 80 + horizon))
     last = (ids.shape[1] - K - horizon) // K * K
@@ -110,7 +94,7 @@ def test_loss_and_every_gistnet_gradient_equal_the_loop(kind, horizon, position)
 @pytest.mark.parametrize("mode", ["damped", "learned"])
 @pytest.mark.parametrize("kind", ["llama", "smollm3", "nanochat", "qwen3"])
 def test_with_gaussian_rope_loss_and_every_gradient_equal_the_loop_too(kind, mode):
-    base, horizon = base_lm(kind), 12
+    base, horizon = small(kind), 12
     net = gist_net(base, "end", gaussian_rope=mode)
     ids, starts = torch.randint(3, 97, (2, 90)), torch.tensor([[64, 8], [32, 40]])
     embedded = base.embed(blocks(ids, starts, K)).flatten(0, 1)
@@ -133,7 +117,7 @@ def test_with_gaussian_rope_loss_and_every_gradient_equal_the_loop_too(kind, mod
 
 @torch.no_grad()
 def test_a_carrier_whose_position_is_a_point_is_the_same_beside_one_whose_position_is_wide():
-    base, horizon = base_lm("llama"), 6
+    base, horizon = small("llama"), 6
     ids, starts = torch.randint(3, 97, (1, 60)), torch.tensor([[16, 40]])
     vectors, teacher = torch.randn(2, 1, 2, WIDTH), teach(base, ids)
     points = substituted(base, teacher, starts, vectors, [7, 7], K, horizon)
@@ -144,7 +128,7 @@ def test_a_carrier_whose_position_is_a_point_is_the_same_beside_one_whose_positi
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["llama", "smollm3", "nanochat"])
 def test_the_dropped_block_equals_the_loop_without_it(kind):
-    base, horizon = base_lm(kind), 12
+    base, horizon = small(kind), 12
     ids, starts = torch.randint(3, 97, (2, 90)), torch.tensor([[8, 64], [32, 40]])
     teacher = teach(base, ids)
     hidden = dropped(base, teacher, starts, K, horizon)
@@ -157,7 +141,7 @@ def test_the_dropped_block_equals_the_loop_without_it(kind):
 @torch.no_grad()
 def test_the_true_tokens_block_in_place_of_the_gist_costs_nothing():
     """With K = 1 the last token as the gist is the uncompressed model: dNLL and KL are 0."""
-    base, horizon = base_lm("llama"), 6
+    base, horizon = small("llama"), 6
     ids, starts = torch.randint(3, 97, (1, 30)), torch.tensor([[4, 9]])
     teacher = teach(base, ids)
     hidden = substituted(base, teacher, starts, base.embed(ids.gather(1, starts))[None], [0], 1, horizon)
@@ -166,7 +150,7 @@ def test_the_true_tokens_block_in_place_of_the_gist_costs_nothing():
 
 
 def test_delta_nll_has_the_gradient_of_cross_entropy():
-    base, horizon = base_lm("llama"), 5
+    base, horizon = small("llama"), 5
     net = gist_net(base, "end")
     ids, starts = torch.randint(3, 97, (1, 60)), torch.tensor([[16, 40]])
     vectors = net.encode_span(base.embed(blocks(ids, starts, K)).flatten(0, 1)).view(1, 1, 2, WIDTH)
@@ -181,7 +165,7 @@ def test_delta_nll_has_the_gradient_of_cross_entropy():
 
 
 def test_branches_of_different_chunks_carriers_and_documents_do_not_touch_each_other(monkeypatch):
-    base = base_lm("llama")
+    base = small("llama")
     ids, starts = torch.randint(3, 97, (2, 120)), torch.tensor([[8, 16, 80, 96, 40], [96, 24, 32, 8, 8]])
     vectors = torch.randn(3, 2, 5, WIDTH) * base.embedding_rms()
     with torch.no_grad():
@@ -202,7 +186,7 @@ def test_branches_of_different_chunks_carriers_and_documents_do_not_touch_each_o
 
 @torch.no_grad()
 def test_padding_on_the_right_changes_nothing():
-    base = base_lm("llama")
+    base = small("llama")
     ids, starts = torch.randint(3, 97, (1, 50)), torch.tensor([[8, 24]])
     vectors = torch.randn(1, 1, 2, WIDTH)
     padded = F.pad(ids, (0, 30), value=5)
@@ -211,7 +195,7 @@ def test_padding_on_the_right_changes_nothing():
 
 
 def test_the_base_gets_no_gradient_and_the_score_needs_a_frozen_head():
-    base = base_lm("llama")
+    base = small("llama")
     base.requires_grad_(True)
     hidden = torch.randn(1, 3, WIDTH, requires_grad=True)
     with pytest.raises(ValueError, match="LM head must be frozen"):
@@ -219,7 +203,7 @@ def test_the_base_gets_no_gradient_and_the_score_needs_a_frozen_head():
 
 
 def test_scoring_in_chunks_equals_scoring_at_once(monkeypatch):
-    base = base_lm("nanochat")
+    base = small("nanochat")
     students, teacher = torch.randn(2, 50, WIDTH, requires_grad=True), torch.randn(50, WIDTH)
     targets = torch.randint(0, 97, (50,))
     results = []
@@ -252,7 +236,7 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused(monkeypatch):
         def get_interface(name, default):
             return lambda module, query, key, value, mask, **settings: (query.transpose(1, 2).contiguous(), None)
 
-    base = base_lm("llama")
+    base = small("llama")
     ids, starts = torch.randint(3, 97, (1, 40)), torch.tensor([[8]])
     teacher = teach(base, ids)
     monkeypatch.setattr("transformers.models.llama.modeling_llama.ALL_ATTENTION_FUNCTIONS", Other)

@@ -2,30 +2,13 @@
 
 import pytest
 import torch
+from small_base import FAMILIES, SMALL, small
 from torch.utils.checkpoint import checkpoint
 
 from megactx.lm import BaseLM, masks
 from megactx.lm.gaussian_rope import LODS, GaussianRotary, PositionSpread, spread
 
-SMALL = dict(
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    bos_token_id=0,
-    eos_token_id=1,
-    pad_token_id=2,
-)
-FAMILIES = ("llama", "qwen3", "smollm3", "nanochat")
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
-
-
-def small(kind: str, **settings) -> BaseLM:
-    torch.manual_seed(0)
-    return BaseLM.from_config({**SMALL, "model_type": kind, **settings}).freeze()
 
 
 def context(base: BaseLM, length: int = 24):

@@ -2,27 +2,9 @@
 
 import pytest
 import torch
+from small_base import FAMILIES, small
 
-from megactx.lm import BaseLM, masks
-
-SMALL = dict(
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    bos_token_id=0,
-    eos_token_id=1,
-    pad_token_id=2,
-)
-FAMILIES = ("llama", "qwen3", "smollm3", "nanochat")
-
-
-def small(kind: str, **settings) -> BaseLM:
-    torch.manual_seed(0)
-    return BaseLM.from_config({**SMALL, "model_type": kind, **settings}).freeze()
+from megactx.lm import masks
 
 
 @torch.no_grad()
