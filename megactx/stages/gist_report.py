@@ -65,6 +65,11 @@ def _report(stage, folder: Path, batches: list[dict], what: str, curve: Path, de
             extra[name].save(folder / f"scores_{name}")
     numbers = summarise(scores, next(iter(stage.nets)), targets=stage.hparams.targets, geometry=geometry, **extra)
     numbers["flops_per_block"] = {name: net.flops_per_block(stage.base) for name, net in stage.nets.items()}
+    if without := [name for name, net in stage.nets.items() if not net.makes_vectors]:
+        numbers["notes"].append(
+            f"{', '.join(without)}: keys and values have no output row, so at h = 0 they count as dropped; against"
+            " vectors compare the bands from h = 1 on."
+        )
     print(f"\nResult on {what}")
     print_report(numbers)
     write_report(folder, numbers)

@@ -76,6 +76,7 @@ def test_a_run_of_gistpool_in_both_modes_ends_with_a_report_of_both(pool_run, tm
     assert set(report["history"]["gain"]) >= {"gistpool", "last token"} and report["history"]["segments"] <= 6
     text = (tmp_path / "run" / "report.md").read_text()
     assert "history recovery" in text and "gain at equal budget" in text
+    assert "gistpool, pool: keys and values have no output row" in text
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert {name.split(".")[2] for name in saved if name.startswith("nets.gistpool.")} == {"token", "adapters"}
 
