@@ -20,6 +20,11 @@ log = logging.getLogger(__name__)
 
 LONGEST_DOCUMENT = 16_384
 
+# Of an evaluation. The blocks of a document share the teacher's pass over it: with two of them a block costs twice as
+# much as with eight. Fewer than 50 documents would not carry an interval (SPEC 5).
+BLOCKS_PER_DOCUMENT = 8
+FEWEST_DOCUMENTS = 50
+
 
 class SpanData(Shares):
     """Documents with block starts for training, validation and evaluation, resumed to the exact batch.
@@ -131,8 +136,8 @@ class SpanData(Shares):
         """Every held-out document as a batch of one, with tensors.
 
         Args:
-            blocks: about so many blocks in all, evenly spaced, from as many documents as possible; ``None`` takes every
-                eligible block.
+            blocks: about so many blocks in all, evenly spaced, eight of each document: from as many documents as that
+                takes, and from 50 at least; ``None`` takes every eligible block.
         """
         self.setup()
         return self._batches(self.held, blocks)
@@ -153,7 +158,9 @@ class SpanData(Shares):
         if blocks is not None:
             if blocks < 1:
                 raise ValueError(f"blocks={blocks} is not allowed: it must be 1 or more")
-            documents, starts = documents[:blocks], starts[:blocks]
+            few = np.cumsum([min(len(s), BLOCKS_PER_DOCUMENT) for s in starts])
+            enough = max(np.searchsorted(few, blocks) + 1, min(blocks, FEWEST_DOCUMENTS))
+            documents, starts = documents[:enough], starts[:enough]
             counts = np.asarray([len(s) for s in starts])
             each = next((n for n in range(1, counts.max() + 1) if np.minimum(counts, n).sum() >= blocks), counts.max())
             starts = [evenly(s, int(each)) for s in starts]

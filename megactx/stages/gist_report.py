@@ -33,29 +33,30 @@ def report(stage, folder: Path, datamodule) -> None:
         training = (default_convert(datamodule.training[index]) for index in range(steps))
         decoder = train_decoder(stage.base, stage.main, training)
     rest = (folder / "metrics.csv", decoder, datamodule.weights)
-    _report(stage, folder, datamodule.evaluation_documents(asked["blocks"]), "held-out documents", *rest)
+    _report(stage, folder, datamodule.evaluation_documents, "held-out documents", *rest)
     if asked["path"]:
         other = folder / "other"
         other.mkdir(exist_ok=True)
-        _report(stage, other, datamodule.held_out(Files(asked["path"]), asked["blocks"]), asked["path"], *rest)
+        _report(stage, other, partial(datamodule.held_out, Files(asked["path"])), asked["path"], *rest)
 
 
-def _report(stage, folder: Path, batches: list[dict], what: str, curve: Path, decoder, weights: dict) -> None:
+def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, weights: dict) -> None:
     asked, horizon = stage.hparams.evaluate, stage.hparams.horizon
+    batches, every = documents(asked["blocks"]), documents(None)
     extra = {"weights": weights}
     with torch.autocast(stage.device.type, torch.bfloat16, enabled=stage.base.model.dtype == torch.bfloat16):
-        measured = (stage.base, stage.nets, batches)
+        nets = (stage.base, stage.nets)
         settings = {
             "with_controls": asked["controls"],
             "progress": partial(track, description=f"measuring {what}", disable=not sys.stdout.isatty()),
         }
-        scores = measure(*measured, horizon, **settings)
+        scores = measure(*nets, batches, horizon, **settings)
         if asked["copies"]:
-            extra["copies"] = measure_copies(*measured, blocks=asked["copies"], **settings)
+            extra["copies"] = measure_copies(*nets, every, blocks=asked["copies"], **settings)
         if asked["level2"] and stage.main.makes_vectors:
-            extra["level2"] = measure_level(*measured, horizon, blocks=asked["level2"], **settings)
+            extra["level2"] = measure_level(*nets, every, horizon, blocks=asked["level2"], **settings)
         if asked["history"]:
-            extra["history"] = _history(stage, batches, asked["history"], settings)
+            extra["history"] = _history(stage, every, asked["history"], settings)
         geometry = _geometry(stage, batches) if stage.main.makes_vectors else {}
     if decoder:
         geometry |= reconstruction(stage.base, stage.main, decoder, batches)

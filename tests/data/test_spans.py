@@ -204,19 +204,22 @@ def test_validation_is_fixed_balanced_and_evenly_spaced(tiny_tokenizer):
         assert batch["starts"][0, [0, -1]].tolist() == [every[0], every[-1]]
 
 
-def test_evaluation_takes_every_block_or_about_as_many_as_asked_from_all_documents(tiny_tokenizer):
-    module = data(tiny_tokenizer, Texts(documents=200))
+def test_evaluation_takes_every_block_or_about_as_many_as_asked(tiny_tokenizer):
+    module = data(tiny_tokenizer, Texts(documents=1000))
     every = module.evaluation_documents()
     assert all(
         batch["starts"][0].tolist() == eligible_starts(batch["lengths"].item(), 32, 32).tolist() for batch in every
     )
-    some = module.evaluation_documents(blocks=2 * len(every))
-    assert len(some) == len(every)
-    assert 2 * len(every) <= sum(batch["starts"].numel() for batch in some) <= 3 * len(every)
-    assert len(module.evaluation_documents(blocks=2)) == 2
-    assert sum(b["starts"].numel() for b in module.evaluation_documents(10**6)) == sum(
-        b["starts"].numel() for b in every
-    )
+
+    def asked(blocks):
+        some = module.evaluation_documents(blocks)
+        return len(some), sum(batch["starts"].numel() for batch in some)
+
+    assert asked(2) == (2, 2)
+    assert asked(70) == (50, 100)  # two each: what fifty documents need
+    documents, blocks = asked(500)
+    assert 500 <= blocks < 508 and 500 / 8 <= documents < len(every)
+    assert asked(10**6) == (len(every), sum(batch["starts"].numel() for batch in every))
 
 
 def test_another_source_is_evaluated_whole(tiny_tokenizer):
