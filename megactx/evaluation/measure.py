@@ -22,6 +22,7 @@ from .scores import BlockScores
 
 LAST_TOKEN, OTHER = "last token", "another block's gist"
 MEAN_BELOW = "mean of its gists"
+AT_POINTS = "at points"  # behind the first net's name: its positions without their spread, Gaussian RoPE off
 
 
 @torch.inference_mode()
@@ -51,8 +52,9 @@ def measure(
         level: what is replaced is a block of K^level tokens, by a gist of that level; above 1 for GistNets only.
 
     Returns:
-        ``BlockScores`` with a row per block and a column per scored offset. From level 2 on, with controls, there are
-        also the first net's K gists of the level below, each at its own position, and their mean.
+        ``BlockScores`` with a row per block and a column per scored offset. With controls and Gaussian RoPE, the first
+        net's gists are also read without it. From level 2 on, with controls, there are also the first net's K gists of
+        the level below, each at its own position, the same in another order, and their mean.
     """
     batches = list(batches)
     leader = next(iter(nets.values()))
@@ -77,7 +79,10 @@ def measure(
                 if others is not None:
                     carriers[OTHER] = Vectors(others[index].to(device), **at)
                 if level > 1:
-                    carriers |= _below(base, leader, teacher, starts, level)
+                    carriers |= _below(base, leader, teacher, starts, level, seed)
+                if at["sigma"] is not None:
+                    name = next(iter(nets))
+                    carriers[f"{name} {AT_POINTS}"] = replace(carriers[name], sigma=None)
             parts.append(_score_batch(base, batch, teacher, starts, carriers, tokens, horizon, first))
     return BlockScores.concatenate(parts)
 
@@ -106,8 +111,11 @@ def in_eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
             module.train()
 
 
-def _below(base, net: GistNet, teacher: Teacher, starts: Tensor, level: int) -> dict[str, Vectors]:
-    """The K gists that a gist of gists was made of, and their mean at its place: what it has to be better than."""
+def _below(base, net: GistNet, teacher: Teacher, starts: Tensor, level: int, seed: int) -> dict[str, Vectors]:
+    """The K gists that a gist of gists was made of, and their mean at its place: what it has to be better than.
+
+    And the K gists in one random order, each at a position that is another's: it is worse where positions matter.
+    """
     k, tokens = net.block_size, net.block_size**level
     each = torch.arange(0, tokens, tokens // k, device=starts.device)
     settings = {} if level == 2 else {"level": level - 1}
@@ -115,10 +123,13 @@ def _below(base, net: GistNet, teacher: Teacher, starts: Tensor, level: int) -> 
     gists = below.vectors.view(*starts.shape, k, -1)
     at = {"offset": net.offset_in(tokens), "sigma": net.sigma(level)}
     mean = gists.mean(dim=2)
+    order = torch.randperm(k, generator=torch.Generator().manual_seed(seed)).to(gists.device)
+    places = [below.offset + int(start) for start in each]
     return {
         f"{MEAN_BELOW} (raw)": Vectors(mean, **at),
         f"{MEAN_BELOW} (rescaled)": Vectors(F.rms_norm(mean, mean.shape[-1:]) * net.embedding_rms, **at),
-        f"its {k} gists": Vectors(gists, [below.offset + int(start) for start in each], below.sigma),
+        f"its {k} gists": Vectors(gists, places, below.sigma),
+        f"its {k} gists, shuffled": Vectors(gists[:, :, order], places, below.sigma),
     }
 
 
