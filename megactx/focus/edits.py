@@ -1,0 +1,116 @@
+"""What may be changed in a working context, and a change of it (SPEC 10, 11).
+
+An entry that is a gist can be *expanded* into its K children. K siblings that all stand in the window can be
+*collapsed* into their parent. Both are named by the gist that goes or comes, so an edit and its undoing have one name.
+
+B rows, W entries, K children of a node, E edits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megactx.memory import WorkingContext
+
+PROTECTED = 128  # newest tokens that are never collapsed (SPEC 11)
+
+
+@dataclass(frozen=True)
+class Edits:
+    """E edits; gist (lod, index) of row ``row`` is expanded, or its children are collapsed into it."""
+
+    row: Tensor  # [E]
+    lod: Tensor  # [E], at least 1
+    index: Tensor  # [E]
+    expand: Tensor  # [E], bool
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def __getitem__(self, which) -> "Edits":
+        """Some of them: a slice, a mask [E] or places [M]."""
+        return Edits(self.row[which], self.lod[which], self.index[which], self.expand[which])
+
+    def cost(self, block_size: int) -> Tensor:
+        """Entries that each adds to its row, [E]."""
+        return torch.where(self.expand, block_size - 1, 1 - block_size)
+
+    def apply(self, context: WorkingContext) -> None:
+        """Make them all, in this order within each row; no two may concern the same entries.
+
+        Raises:
+            ValueError: one that is illegal where its turn comes. Those before it were made.
+        """
+        order = torch.argsort(self.row, stable=True)
+        row = self.row[order]
+        turn = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)  # place in its row
+        for step in range(int(turn.max()) + 1 if len(row) else 0):
+            now = self[order[turn == step]]
+            if len(part := now[~now.expand]):
+                context.collapse(part.lod, part.index, part.row)
+            if len(part := now[now.expand]):
+                column = column_of(context, part.row, part.lod, part.index)
+                at = column.clamp(max=context.lod.shape[1] - 1)
+                same = (context.lod[part.row, at] == part.lod) & (context.index[part.row, at] == part.index)
+                same &= context.there[part.row, at]
+                if not same.all():
+                    wrong = part[~same]
+                    raise ValueError(
+                        f"expand: gist (lod {int(wrong.lod[0])}, index {int(wrong.index[0])}) is not in row"
+                        f" {int(wrong.row[0])}"
+                    )
+                context.expand(column, part.row)
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What is legal in each row of a working context."""
+
+    expand: Tensor  # [B, W] bool: a gist, whose children may take its place
+    first: Tensor  # [B, W]: column of the first of K siblings that may collapse, -1 where an entry is in no such set
+
+    @property
+    def leads(self) -> Tensor:
+        """The first entry of each sibling set that may collapse, bool [B, W]."""
+        return self.first == torch.arange(self.first.shape[1], device=self.first.device)
+
+    def edits(self, context: WorkingContext) -> Edits:
+        """All of them: expands first, then collapses, each in the order of rows and columns."""
+        opened, leads = self.expand.nonzero(), self.leads.nonzero()
+        row, column = torch.cat([opened, leads]).unbind(1)
+        lod, index = context.lod[row, column], context.index[row, column]
+        expand = torch.arange(len(row), device=row.device) < len(opened)
+        lod, index = torch.where(expand, lod, lod + 1), torch.where(expand, index, index // context.tree.block_size)
+        return Edits(row, lod, index, expand)
+
+
+def moves(context: WorkingContext, protected: int = PROTECTED) -> Moves:
+    """What may be changed: any gist may be expanded; K siblings collapse where the parent may stand in a window.
+
+    Args:
+        protected: newest tokens of each row that do not collapse.
+    """
+    lod, index, there, k = context.lod, context.index, context.there, context.tree.block_size
+    b, w = lod.shape
+    column = torch.arange(w, device=lod.device)
+    # By contiguity, between the first and the K-th sibling K entries apart there are the others, and nothing else.
+    last = (column + k - 1).clamp(max=w - 1).expand(b, w)
+    whole = there & (column + k <= w) & there.gather(1, last) & (index % k == 0)
+    whole &= (lod.gather(1, last) == lod) & (index.gather(1, last) == index + k - 1)
+    end = (index + k) * context.widths()
+    whole &= end <= (context.ends() - protected)[:, None]
+    row, lead = whole.nonzero().unbind(1)
+    legal = context.tree.usable(row, lod[row, lead] + 1, index[row, lead] // k)
+    row, lead = row[legal], lead[legal]
+    first = torch.full_like(lod, -1)
+    first[row[:, None], lead[:, None] + torch.arange(k, device=lod.device)] = lead[:, None].expand(-1, k)
+    return Moves(expand=there & (lod > 0), first=first)
+
+
+def column_of(context: WorkingContext, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
+    """Where nodes (lod, index) [E] stand in their rows [E], or where the first of their descendants does: [E]."""
+    start = index * context.tree.block_size**lod
+    far = torch.iinfo(torch.long).max
+    starts = torch.where(context.there, context.starts(), far)
+    return torch.searchsorted(starts[row], start[:, None].contiguous())[:, 0]
