@@ -50,7 +50,7 @@ def tried(context: WorkingContext, protected: int) -> set:
     return out
 
 
-@pytest.mark.parametrize("protected", [None, (1, torch.tensor([[5], [7]]))])
+@pytest.mark.parametrize("protected", [None, (1, torch.tensor([[35], [22]]))])
 @pytest.mark.parametrize("budget", [34, 60, 140])
 @pytest.mark.parametrize("newest", [0, 9, 40])
 def test_legal_edits_are_those_that_the_window_takes(budget, newest, protected):
