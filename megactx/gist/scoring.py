@@ -35,6 +35,17 @@ def score(base: BaseLM, students: Tensor, teacher: Tensor, targets: Tensor, obje
     return loss, {"full": full, "nll": nll, "kl": kl, "agree": agree}
 
 
+@torch.no_grad()
+def nll(base: BaseLM, hidden: Tensor, targets: Tensor) -> Tensor:
+    """NLL of the true next tokens alone: hidden [M, D], targets [M] -> [M], in nats, fp32, without gradient."""
+    out = hidden.new_empty(len(targets), dtype=torch.float32)
+    size = max(1, CHUNK_ELEMENTS.get(hidden.device.type, 2**21) // base.vocab_size)
+    for start in range(0, len(targets), size):
+        part = slice(start, start + size)
+        out[part] = F.cross_entropy(base.logits(hidden[part]).float(), targets[part], reduction="none")
+    return out
+
+
 class _Score(torch.autograd.Function):
     """Computes each row's gradient while its logits exist, so that backward needs neither logits nor a second pass.
 

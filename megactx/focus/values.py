@@ -1,0 +1,180 @@
+"""What detail is worth, measured: the value of every edit of a working context, in nats per token (SPEC 10).
+
+    plain        [ entries of the window                         ] y0 y1 ... y(H-1)       one pass, its cache is kept
+    an edit      cache of entries < c [ what comes ][ the others ] y0 y1 ... y(H-2)       one branch
+    scored                                                         y0 y1 ... y(H-1)
+
+Nothing in front of an edit depends on it, so a branch starts where the edit does. Edits of like length share a pass.
+
+    v_down = NLL(as it is) - NLL(children in its place)          of a gist: what its detail is worth
+    v_keep = NLL(parent in the place of K siblings) - NLL(as it is)   of siblings: what theirs is worth
+
+B rows, W entries, K children of a node, E edits, H scored tokens, D width.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from megactx.gist.scoring import nll
+from megactx.lm import BaseLM, masks
+from megactx.memory import WorkingContext
+
+from .edits import Edits, column_of
+
+ROWS = {"cpu": 2048, "cuda": 65_536}  # of one packed pass: enough to fill the machine, no more memory than that
+
+
+def continuation_nll(base: BaseLM, context: WorkingContext, following: Tensor) -> Tensor:
+    """NLL of the tokens behind a working context: following [B, H] -> [B, H], in nats.
+
+    Raises:
+        ValueError: ids of another number of rows.
+    """
+    return _Read(base, context, following).nll()
+
+
+@torch.no_grad()
+def measure_values(base: BaseLM, context: WorkingContext, edits: Edits, following: Tensor) -> tuple[Tensor, Tensor]:
+    """The value of each edit, in nats per token, by what the base LM then thinks of the H true next tokens.
+
+    Positions are absolute. An edit that breaks the budget is measured like any other.
+
+    Args:
+        base: the frozen base LM.
+        context: what is edited; it is not changed.
+        edits: E legal edits, each on its own.
+        following: ids of the tokens that come next, [B, H].
+
+    Returns:
+        Values [E]: positive where detail helps, v_down of expands and v_keep of collapses; and the NLL of the working
+        context as it is, [B].
+
+    Raises:
+        ValueError: ids of another number of rows.
+    """
+    read = _Read(base, context, following)
+    plain = read.nll().mean(1)
+    values = torch.empty(len(edits), device=plain.device)
+    for part, edited in read.branches(edits):
+        change = plain[edits.row[part]] - edited
+        values[part] = torch.where(edits.expand[part], change, -change)
+    return values, plain
+
+
+class _Read:
+    """One pass over working contexts and what follows them, and branches from its cache."""
+
+    @torch.no_grad()
+    def __init__(self, base: BaseLM, context: WorkingContext, following: Tensor):
+        b, w = context.lod.shape
+        if following.ndim != 2 or len(following) != b or following.shape[1] < 1:
+            raise ValueError(f"following has shape {list(following.shape)}, expected [{b}, H] with H at least 1")
+        self.base, self.context, self.following = base, context, following
+        self.lengths, self.ends, self.horizon = context.lengths, context.ends(), following.shape[1]
+        spread = getattr(context.tree.encoder, "spread", None)
+        after = torch.arange(self.horizon - 1, device=following.device)
+        # Of every entry and, behind the padding, of every token that follows: [B, W + H - 1].
+        self.embeddings = torch.cat([context.to_tensor(), base.embed(following[:, :-1])], dim=1)
+        self.positions = torch.cat([context.positions(), self.ends[:, None] + after], dim=1)
+        sigma = spread(context.lods()) if spread is not None else None
+        self.sigma = None if sigma is None else torch.nn.functional.pad(sigma, (0, self.horizon - 1))
+        place = torch.arange(w + self.horizon - 1, device=following.device).expand(b, -1)
+        length = self.lengths[:, None]
+        self.order = torch.where(place < length, place, w + place - length).clamp(max=w + self.horizon - 2)
+        self.cache = DynamicCache()
+        self.hidden = base(
+            self._taken(self.embeddings, self.order),
+            self._taken(self.positions, self.order),
+            masks.causal(w + self.horizon - 1, following.device),
+            self.cache,
+            None if self.sigma is None else self._taken(self.sigma, self.order),
+        )
+
+    @torch.no_grad()
+    def nll(self) -> Tensor:
+        """[B, H]"""
+        rows = self.lengths[:, None] - 1 + torch.arange(self.horizon, device=self.lengths.device)
+        return self._nll(self._taken(self.hidden, rows), self.following)
+
+    def branches(self, edits: Edits) -> Iterator[tuple[Tensor, Tensor]]:
+        """Packed passes -> (which edits [e], mean NLL after each [e]), until all were measured."""
+        k, b = self.context.tree.block_size, len(self.lengths)
+        first = torch.where(edits.expand, edits.index, edits.index * k)
+        first = column_of(self.context, edits.row, edits.lod - (~edits.expand).long(), first)  # [E]
+        comes, goes = torch.where(edits.expand, k, 1), torch.where(edits.expand, 1, k)
+        rest = self.lengths[edits.row] - first - goes
+        rows = comes + rest + self.horizon - 1
+        # Places [B, N]: each row's edits from the shortest branch to the longest, the missing ones last.
+        by_row = torch.argsort(edits.row * (int(rows.max()) + 1 if len(edits) else 1) + rows)
+        counts = torch.bincount(edits.row, minlength=b)
+        at = torch.arange(len(edits), device=rows.device) - (counts.cumsum(0) - counts)[edits.row[by_row]]
+        places = torch.full((b, int(counts.max()) if len(edits) else 0), -1, device=rows.device)
+        places[edits.row[by_row], at] = by_row
+        longest = torch.where(places >= 0, rows[places], 0).amax(0).tolist()  # ascending but for missing ones
+        kept = tuple((layer.keys, layer.values) for layer in self.cache.layers)
+        most, done = ROWS.get(rows.device.type, 2048), 0
+        while done < places.shape[1]:
+            stop, r = done + 1, longest[done]
+            while stop < places.shape[1] and b * (stop + 1 - done) * max(r, longest[stop]) <= most:
+                r, stop = max(r, longest[stop]), stop + 1
+            place = places[:, done:stop]
+            there, e = place >= 0, place.clamp(min=0)
+            done = stop
+            source = self._source(edits, e, first[e], comes[e], goes[e], rest[e], r)
+            extra = self._replacements(edits, e)
+            hidden = self.base.forward_branches(
+                self._gathered(self.embeddings, extra[0], source),
+                self._gathered(self.positions, extra[1], source),
+                kept,
+                torch.where(there, first[e], 0),
+                sigma=None if self.sigma is None else self._gathered(self.sigma, extra[2], source),
+            )
+            scored = (comes + rest)[e][..., None] - 1 + torch.arange(self.horizon, device=e.device)  # [B, n, H]
+            scored = scored.clamp(max=r - 1)
+            hidden = hidden.gather(2, scored[..., None].expand(*scored.shape, hidden.shape[-1]))
+            nll = self._nll(hidden, self.following[:, None].expand_as(scored)).mean(-1)
+            yield place[there], nll[there]
+
+    def _source(self, edits, e, first, comes, goes, rest, rows: int) -> Tensor:
+        """Where each row of a branch comes from, [B, n, R]: of the window, what follows, and replacements behind."""
+        w, n = self.context.lod.shape[1], e.shape[1]
+        r = torch.arange(rows, device=e.device)
+        first, comes, goes, rest = (t[..., None] for t in (first, comes, goes, rest))
+        k, all_before = self.context.tree.block_size, w + self.horizon - 1
+        new = all_before + torch.arange(n, device=e.device)[:, None] * k + r
+        old = first + goes + r - comes
+        after = w + r - comes - rest
+        found = torch.where(r < comes, new, torch.where(r < comes + rest, old, after))
+        # Where a row has no n-th edit, what stands here is another row's: it is not read, but it must exist.
+        return torch.where(r < comes + rest + self.horizon - 1, found, 0).clamp(max=all_before + n * k - 1)
+
+    def _replacements(self, edits: Edits, e: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Embeddings [B, n * K, D], positions and sigma [B, n * K] of what comes; of a parent only the first counts."""
+        tree, k, b = self.context.tree, self.context.tree.block_size, len(e)
+        opened = edits.expand[e]
+        lod = edits.lod[e] - opened.long()
+        index = torch.where(opened, edits.index[e] * k, edits.index[e])[..., None]
+        index = index + torch.arange(k, device=e.device) * opened[..., None]  # [B, n, K]
+        lod = lod[..., None].expand_as(index)
+        row = edits.row[e][..., None].expand_as(index)
+        embeddings = tree.embeddings(row.flatten(), lod.flatten(), index.flatten()).view(b, -1, tree.width)
+        offsets = [tree.encoder.offset_in(k**n) for n in range(1, tree.depth + 1)]
+        positions = index * k**lod + torch.tensor([0, *offsets], device=e.device)[lod]
+        spread = None if self.sigma is None else tree.encoder.spread(lod.flatten(1))
+        return embeddings, positions.flatten(1), spread
+
+    def _gathered(self, own: Tensor, extra: Tensor, source: Tensor) -> Tensor:
+        """own [B, W + H - 1, ...] and extra [B, n * K, ...], source [B, n, R] -> [B, n, R, ...]."""
+        table = torch.cat([own, extra.to(own.dtype)], dim=1)
+        return self._taken(table, source.flatten(1)).view(*source.shape, *table.shape[2:])
+
+    def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return nll(self.base, hidden.flatten(0, -2), targets.flatten()).view(targets.shape)
+
+    @staticmethod
+    def _taken(tensor: Tensor, index: Tensor) -> Tensor:
+        """tensor [B, S, ...], index [B, M] -> [B, M, ...]."""
+        return tensor[torch.arange(len(index), device=index.device)[:, None], index]
