@@ -3,6 +3,9 @@
     [sink] [text] ... [ The port of Alder is 4821. text ] ... [text] | text ... The port of Alder is | 4821
                       one block, old by now                            R raw tokens                    the answer
 
+What is told starts on a block's first token, and takes as many blocks as it needs: a UUID is longer than 32 tokens where
+a tokenizer keeps digits apart.
+
 The text around is real. Told and asked in the same words, so a base LM that can copy can answer. In the spirit of
 "needle in a haystack" and of the passkey task of Mohtashami & Jaggi 2023 (arXiv 2305.16300).
 
@@ -44,6 +47,7 @@ class Probe:
     told: int  # start of the block in which the answer is told
     asked: int  # first token of the answer, on the block grid
     answer: str
+    blocks: int = 1  # over so many blocks
 
     @property
     def length(self) -> int:
@@ -61,11 +65,11 @@ def make_probes(
         texts: token ids of real documents, each of at least (blocks + 1) K + R tokens.
         per_kind: probes of each class.
         block, recency: K and R, tokens.
-        blocks: old blocks M of each document; the answer is told in one of them at random.
+        blocks: old blocks M of each document; the answer is told in one of them, or in a few neighbours, at random.
         seed: of topics, values, places.
 
     Raises:
-        ValueError: no text is long enough, or a told sentence does not fit into a block.
+        ValueError: no text is long enough, or a told sentence does not fit into the old blocks.
     """
     length = (blocks + 1) * block + recency
     texts = [text for text in texts if len(text) >= length]
@@ -78,11 +82,14 @@ def make_probes(
             question = f"\nThe {what} of {topic} is"
             asked = tokenizer.encode(question, add_special_tokens=False)
             told = tokenizer.encode(f"{question} {answer}", add_special_tokens=False)
-            if told[: len(asked)] != asked or len(told) > block:
-                raise ValueError(f"probes: {question!r} {answer!r} takes {len(told)} tokens, a block has {block}")
+            taken = -(-len(told) // block)
+            if told[: len(asked)] != asked or taken > blocks:
+                raise ValueError(
+                    f"probes: {question!r} {answer!r} takes {len(told)} tokens, a block has {block}, blocks={blocks}"
+                )
             ids = np.array(texts[int(rng.integers(len(texts)))][:length], dtype=np.int64)
-            place = block * int(rng.integers(1, blocks + 1))
+            place = block * int(rng.integers(1, blocks - taken + 2))
             ids[place : place + len(told)] = told
             ids[length - len(asked) :] = asked
-            out.append(Probe(kind, np.concatenate([ids, told[len(asked) :]]), place, length, answer))
+            out.append(Probe(kind, np.concatenate([ids, told[len(asked) :]]), place, length, answer, taken))
     return out

@@ -104,13 +104,13 @@ class SpanData(Shares):
         compose = make and make(documents)
         self.training = SpanBatches(documents, self.weights, *sizes, compose, self.level2_spans, self.history)
         held = self._cut(rows, VALIDATION)
-        self.held = _in_turn([document for document in held if document["domain"] in self.training.domains])
+        self.held = in_turn([document for document in held if document["domain"] in self.training.domains])
         for domain in set(self.training.domains) - {document["domain"] for document in self.held}:
             log.warning("no document of the domain %s is held out: it is trained on, but not validated", domain)
         if not self.held:
             raise ValueError(f"data.weights={self.weights}: no held-out document is of these domains; give more texts")
         if make:
-            self.held = _in_turn(self.held + make(self.held).held_out(self.held))
+            self.held = in_turn(self.held + make(self.held).held_out(self.held))
 
     def train_dataloader(self):
         return DataLoader(
@@ -144,7 +144,7 @@ class SpanData(Shares):
 
     def held_out(self, source, blocks: int | None = None) -> list[dict]:
         """Every text of another source, in the same form: nothing of it was trained on, so there is no split."""
-        return self._batches(_in_turn(self._cut(tokenised(source, self.tokenizer), None)), blocks)
+        return self._batches(in_turn(self._cut(tokenised(source, self.tokenizer), None)), blocks)
 
     def _composed(self, weights):
         if not (self.interleave or self.adversarial):
@@ -238,7 +238,7 @@ def _longest(max_tokens: int | None, limit: int) -> int:
     return max_tokens
 
 
-def _in_turn(documents: list[dict]) -> list[dict]:
+def in_turn(documents: list[dict]) -> list[dict]:
     """A fixed order in which every beginning is balanced: domains in turn, first the first document of every text."""
     seen, by_domain = {}, {}
     for document in documents:

@@ -1,7 +1,8 @@
 """Exact recall: is what one old block told still known when all old blocks are compressed (``data.probes``)?
 
-Three readers answer: over gists only; with the block that told it expanded; over the full context. Accuracy is that of
-greedy decoding: every token of the answer is the argmax behind the true ones before it.
+Three readers answer: over gists only; with the block that told it expanded (all of them, where it took several); over
+the full context. Accuracy is that of greedy decoding: every token of the answer is the argmax behind the true ones
+before it.
 """
 
 from collections.abc import Iterable
@@ -38,7 +39,7 @@ def measure_probes(base: BaseLM, net, probes: Iterable[Probe], recency: int) -> 
             carriers = net.compress(base, teacher, old)
             kept = {
                 READERS[0]: stream(base, teacher, old, carriers, net.block_size),
-                READERS[1]: _expanded(base, teacher, old, carriers, net.block_size, probe.told),
+                READERS[1]: _expanded(base, teacher, old, carriers, net.block_size, probe),
             }
             hidden = {}
             for reader, cache in kept.items():
@@ -72,29 +73,28 @@ def _answer(base: BaseLM, hidden: Tensor, targets: Tensor) -> dict:
     return {"right": bool((log_p.argmax(dim=-1) == targets).all()), "nll": nll.item()}
 
 
-def _expanded(base: BaseLM, teacher, old: Tensor, carriers: Vectors | Slots, block: int, told: int):
-    """The stream with the tokens of one block in place of its carrier."""
-    index = told // block - 1
-    raw = torch.arange(told, told + block, device=old.device)[None]
+def _expanded(base: BaseLM, teacher, old: Tensor, carriers: Vectors | Slots, block: int, probe: Probe):
+    """The stream with the tokens of the blocks that told the answer in place of their carriers."""
+    first = probe.told // block - 1
+    last = first + probe.blocks
+    raw = torch.arange(probe.told, probe.told + probe.blocks * block, device=old.device)[None]
     if isinstance(carriers, Slots):
         # Between slots nothing is computed: the block's own keys and values are those of the full context.
         layers = []
         for kept, layer in zip(teacher.cache, carriers.layers, strict=True):
             parts = []
             for own, slots in zip(kept, layer, strict=True):
-                tokens = own[:, :, told : told + block]
-                parts.append(
-                    torch.cat([own[:, :, :block], slots[:, :, :index], tokens, slots[:, :, index + 1 :]], dim=2)
-                )
+                tokens = own[:, :, raw[0]]
+                parts.append(torch.cat([own[:, :, :block], slots[:, :, :first], tokens, slots[:, :, last:]], dim=2))
             layers.append(tuple(parts))
         return layers
     vectors, positions = carriers.vectors, old + carriers.offset
     tokens = base.embed(teacher.ids.gather(1, raw)).to(vectors.dtype)
-    rows = torch.cat([vectors[:, :index], tokens, vectors[:, index + 1 :]], dim=1)
-    places = torch.cat([positions[:, :index], raw, positions[:, index + 1 :]], dim=1)
+    rows = torch.cat([vectors[:, :first], tokens, vectors[:, last:]], dim=1)
+    places = torch.cat([positions[:, :first], raw, positions[:, last:]], dim=1)
     sigma = None
     if carriers.sigma is not None:
         wide = carriers.sigma.expand(positions.shape)
         point = torch.zeros_like(raw, dtype=wide.dtype)
-        sigma = torch.cat([wide[:, :index], point, wide[:, index + 1 :]], dim=1)
+        sigma = torch.cat([wide[:, :first], point, wide[:, last:]], dim=1)
     return read_stream(base, teacher, rows, places, sigma, block)

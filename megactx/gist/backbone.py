@@ -10,12 +10,20 @@ from torch import Tensor, nn
 ROTARY_BASE = 10_000.0
 
 
-def rotary(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotate pairs of channels by position (Su et al. 2021, arXiv 2104.09864). x [B, A, K, D/A], positions [K]."""
+def rotary(x: Tensor, positions: Tensor, sigma: Tensor | None = None) -> Tensor:
+    """Rotate pairs of channels by position (Su et al. 2021, arXiv 2104.09864).
+
+    x [B, A, K, D/A]; positions [K], or [B, 1, K]; sigma, their standard deviation, likewise, damps each frequency as
+    ``megactx.lm.gaussian_rope`` does; ``None``: points.
+    """
     half = x.shape[-1] // 2
     frequency = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = positions.to(torch.float32)[:, None] * frequency  # [K, half]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    angle = positions.to(torch.float32)[..., None] * frequency  # [K, half]
+    cos, sin = angle.cos(), angle.sin()
+    if sigma is not None:
+        damping = torch.exp(-(sigma.to(torch.float32)[..., None] * frequency).square() / 2)
+        cos, sin = cos * damping, sin * damping
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
@@ -32,9 +40,12 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [B, K, D], positions [K], mask bool [B, 1, 1, K]: what there is to see -> [B, K, D]."""
-        query, key, value = self._heads(x, positions)
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None = None, sigma: Tensor | None = None
+    ) -> Tensor:
+        """x [B, K, D], positions and sigma as for ``rotary``, mask bool [B, 1, 1, K]: what there is to see -> [B, K, D].
+        """
+        query, key, value = self._heads(x, positions, sigma)
         dropout = self.dropout if self.training else 0.0
         return self._residual(x, F.scaled_dot_product_attention(query, key, value, mask, dropout))
 
@@ -45,12 +56,12 @@ class Block(nn.Module):
         weights = torch.softmax(scores if mask is None else scores.masked_fill(~mask, -torch.inf), dim=-1)
         return self._residual(x, weights.to(value.dtype) @ value), weights
 
-    def _heads(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, x: Tensor, positions: Tensor, sigma: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         b, k, d = x.shape
         query, key, value = (
             self.qkv(self.norm1(x)).view(b, k, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
         )
-        return rotary(query, positions), rotary(key, positions), value
+        return rotary(query, positions, sigma), rotary(key, positions, sigma), value
 
     def _residual(self, x: Tensor, attended: Tensor) -> Tensor:  # [B, K, D], [B, A, K, D/A] -> [B, K, D]
         x = x + self._drop(self.out(attended.transpose(1, 2).reshape(x.shape)))

@@ -8,7 +8,7 @@ from datasets import Dataset
 from megactx.data.adversarial import KINDS, Vocabulary
 from megactx.data.composed import Composed
 from megactx.data.spans import SpanBatches
-from megactx.data.spans_module import SpanData, _in_turn
+from megactx.data.spans_module import SpanData, in_turn
 
 WORDS = "parser argument 17 string 4 action 256 option False True 9 message 80 default, value.".split()
 OFFSET = {"narrative": 0, "code": 1, "structured": 2}
@@ -79,7 +79,7 @@ def test_without_shares_batches_and_the_held_out_order_are_what_they_were_before
         assert (*got, batch["ids"].sum()) == values
     held = [document(200 + i, "code", i) for i in range(3)] + [document(250, "code", 1)]
     held[3:3] = [document(300, "narrative", 3), document(301, "narrative", 4)]
-    order = [(d["text"], len(d["input_ids"])) for d in _in_turn(held)]
+    order = [(d["text"], len(d["input_ids"])) for d in in_turn(held)]
     assert order == [(2, 202), (3, 300), (0, 200), (4, 301), (1, 201), (1, 250)]
 
 

@@ -1,0 +1,165 @@
+"""DataModule of the lens stage: long documents cut at a cursor, before which a window is focused and after which it is
+judged.
+"""
+
+import logging
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .documents import TRAIN, VALIDATION, cut, tokenised
+from .shares import Shares
+from .spans import check_weights
+from .spans_module import LONGEST_DOCUMENT, in_turn
+from .tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class WindowData(Shares):
+    """Documents with a cursor, and for training numbers that choose among the windows that were measured so far.
+
+    Which windows there are is the stage's matter, for its LensNet has a say in them. So a training batch is ``batch``
+    numbers in [0, 1), a function of (seed, index), and a validation batch the indices of held-out windows.
+
+    Args:
+        source: a document source (``Files``, ``Embedded``, ``Hub``, ``Mixture``).
+        tokenizer: a Hugging Face tokenizer, or its name or folder.
+        horizon: H tokens behind the cursor.
+        min_tokens: the least tokens before the cursor; shorter texts are dropped.
+        max_tokens: the most; ``None``: the smaller of 16,384 and what ``limit_to`` said, less the horizon.
+        batch: windows per batch.
+        weights: domain -> share of documents.
+        validation_windows: held-out windows per validation.
+
+    Raises:
+        ValueError: a length that does not fit, or nothing left that is long enough; it names the setting.
+    """
+
+    def __init__(
+        self,
+        source,
+        tokenizer,
+        horizon: int,
+        min_tokens: int,
+        max_tokens: int | None,
+        batch: int,
+        weights: dict,
+        seed: int = 0,
+        validation_windows: int = 32,
+    ):
+        super().__init__()
+        self.source, self.seed, self.horizon = source, seed, horizon
+        self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        self.min_tokens, self.asked, self.weights = min_tokens, max_tokens, dict(weights)
+        for name, value in (
+            ("preset.batch", batch),
+            ("datamodule.validation_windows", validation_windows),
+            ("horizon.tokens", horizon),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}={value} is not allowed: it must be 1 or more")
+        self.batch, self.validation_windows = batch, validation_windows
+        self.limit_to(LONGEST_DOCUMENT)
+
+    def limit_to(self, tokens: int) -> None:
+        """Say how many positions the base LM has; called before ``setup``.
+
+        Raises:
+            ValueError: ``max_tokens`` and the horizon are more, or ``min_tokens`` is above ``max_tokens``.
+        """
+        longest = min(LONGEST_DOCUMENT, tokens) - self.horizon
+        self.max_tokens = longest if self.asked is None else self.asked
+        if not self.min_tokens <= self.max_tokens <= longest:
+            raise ValueError(
+                f"data.min_tokens={self.min_tokens}, data.max_tokens={self.asked} are not allowed: at most {longest}"
+                f" tokens before the cursor, and {self.horizon} behind it"
+            )
+
+    def setup(self, stage=None):
+        if hasattr(self, "pools"):
+            return
+        rows = tokenised(self.source, self.tokenizer)
+        training, held = self._cut(rows, TRAIN), self._cut(rows, VALIDATION)
+        shares = check_weights(self.weights, training)
+        self.domains, self.shares = list(shares), np.asarray(list(shares.values()))
+        self.pools = {domain: [d for d in training if d["domain"] == domain] for domain in self.domains}
+        self.held = in_turn([document for document in held if document["domain"] in shares])
+        if not self.held:
+            raise ValueError(f"data.weights={self.weights}: no held-out document is of these domains; give more texts")
+
+    def training_document(self, key: list[int]) -> dict:
+        """A training document with a random cursor: a function of (seed, key).
+
+        Returns:
+            ``ids`` int64 [T + H], ``cursor`` T, ``domain``, ``text``.
+        """
+        rng = np.random.default_rng([self.seed, *key])
+        pool = self.pools[self.domains[rng.choice(len(self.domains), p=self.shares)]]
+        document = pool[rng.integers(len(pool))]
+        return self._at(document, int(rng.integers(self.min_tokens, len(document["input_ids"]) - self.horizon + 1)))
+
+    def held_documents(self, count: int | None = None, tokens: int | None = None) -> list[dict]:
+        """Held-out documents in the same form, in a fixed order, the first ones of all domains.
+
+        Args:
+            count: how many at most; ``None``: all.
+            tokens: T; ``None``: as many as a document has.
+        """
+        return self._placed(self.held, count, tokens)
+
+    def other(self, source, count: int | None = None, tokens: int | None = None) -> list[dict]:
+        """Documents of another source, in the same form: nothing of it was trained on, so there is no split."""
+        return self._placed(in_turn(self._cut(tokenised(source, self.tokenizer), None)), count, tokens)
+
+    def train_dataloader(self):
+        return DataLoader(
+            Picks(self.batch, self.seed),
+            batch_size=None,
+            sampler=self.indices(),
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def val_dataloader(self):
+        indices = torch.arange(self.validation_windows).split(self.batch)
+        return DataLoader(indices, batch_size=None, generator=torch.Generator().manual_seed(self.seed))
+
+    def _placed(self, documents: list[dict], count: int | None, tokens: int | None) -> list[dict]:
+        found = []
+        for document in documents:
+            cursor = len(document["input_ids"]) - self.horizon if tokens is None else tokens
+            if cursor + self.horizon <= len(document["input_ids"]):
+                found.append(self._at(document, cursor))
+            if len(found) == count:
+                break
+        return found
+
+    def _at(self, document: dict, cursor: int) -> dict:
+        ids = torch.from_numpy(document["input_ids"][: cursor + self.horizon])
+        return {"ids": ids, "cursor": cursor, "domain": document["domain"], "text": document["text"]}
+
+    def _cut(self, rows, split) -> list[dict]:
+        sizes = (self.min_tokens + self.horizon, self.max_tokens + self.horizon)
+        documents, dropped = cut(rows, split, self.tokenizer, *sizes)
+        what = {TRAIN: "training", VALIDATION: "held-out", None: "other"}[split]
+        log.info("%d %s documents of at most %d tokens", len(documents), what, sizes[1])
+        if not documents:
+            raise ValueError(
+                f"data.min_tokens={self.min_tokens}: none of the {dropped} {what} texts has that many tokens and"
+                f" {self.horizon} more; lower it, or give more or longer texts"
+            )
+        return documents
+
+
+class Picks(Dataset):
+    """``batch`` numbers in [0, 1) per index, a function of (seed, index), without end."""
+
+    def __init__(self, batch: int, seed: int):
+        self.batch, self.seed = batch, seed
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(np.random.default_rng([self.seed, index]).random(self.batch))

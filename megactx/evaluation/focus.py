@@ -1,0 +1,182 @@
+"""What focus is worth: windows of one budget by LensNet and by every simple rule, judged by what comes next (SPEC 10).
+
+    NLL_H(window) = mean_{h<H} -log P(x[T + h] | window, x[T .. T + h))
+
+The rules all get the same tree, the same budget and the same raw newest tokens. ``oracle`` refocuses by measured
+values, which look at the very tokens that are scored: no rule can have them, and the distance to it is the regret.
+
+B rows, T tokens before the cursor, H scored tokens, N blocks.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import bm25s
+import torch
+from torch import Tensor
+
+from megactx.focus import moves
+from megactx.focus.allocator import FocusAllocator
+from megactx.focus.layout import by_value, free_edits
+from megactx.focus.lensnet import LensNet
+from megactx.focus.price import price, signed_scores
+from megactx.focus.values import continuation_nll, measure_values
+from megactx.gist.scoring import nll
+from megactx.lm import BaseLM
+from megactx.memory import MegaContextTree, WorkingContext
+
+LENS, ORACLE, FULL = "LensNet", "greedy oracle", "full context"
+RECENCY, RANDOM, SURPRISE, BM25, GISTS = "recency", "random blocks", "most surprising blocks", "BM25 of the tail", "gists"
+RULES = (RECENCY, RANDOM, SURPRISE, BM25, GISTS)
+QUERY = 128  # newest tokens that BM25 asks with
+REFOCUSES, ORACLE_REFOCUSES = 16, 3  # at most
+
+
+@dataclass
+class FocusScores:
+    """NLL of what follows [documents], per budget and policy, and what LensNet and the allocator did."""
+
+    document: list[int] = field(default_factory=list)
+    domain: list[str] = field(default_factory=list)
+    nll: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # budget -> policy -> per document
+    free: dict[str, list[int]] = field(default_factory=dict)  # budget -> blocks that can be opened
+    telemetry: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # budget -> figure -> per refocus
+    estimated: list[Tensor] = field(default_factory=list)  # of edits that the oracle measured, at its first look
+    measured: list[Tensor] = field(default_factory=list)
+
+    def policies(self, budget: str) -> list[str]:
+        return list(self.nll[budget])
+
+
+@torch.no_grad()
+def measure_focus(
+    base: BaseLM,
+    encoder,
+    lens: LensNet,
+    allocator: dict,
+    documents: Iterable[dict],
+    budgets: list[float],
+    oracle: int = 0,
+    seed: int = 0,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> FocusScores:
+    """Judge every policy at every budget on the same documents.
+
+    Args:
+        encoder: the GistNet that trees are made with.
+        allocator: keyword arguments of ``FocusAllocator``.
+        documents: dicts ``ids`` [T + H], ``cursor`` T, ``domain``, ``text``.
+        budgets: entries of a window over T.
+        oracle: documents, the first ones, on which the oracle is measured too; it is slow.
+        seed: of the random rule.
+    """
+    out, device = FocusScores(), base.model.device
+    for number, document in enumerate(progress(list(documents))):
+        ids, cursor = document["ids"].to(device)[None], document["cursor"]
+        before, after = ids[:, :cursor], ids[:, cursor:]
+        tree = MegaContextTree.from_tokens(before, encoder, base)
+        full = nll(base, hidden := base(base.embed(ids[:, :-1]), None)[0], ids[0, 1:])
+        values = block_values(base, tree, before, full, seed + number)
+        out.document.append(document["text"])
+        out.domain.append(document["domain"])
+        for share in budgets:
+            name, budget = f"{share:g}", int(share * cursor)
+            row = out.nll.setdefault(name, {})
+            for policy, context in windows(tree, budget, values).items():
+                row.setdefault(policy, []).append(continuation_nll(base, context, after).mean().item())
+            context = focused(tree, budget, lens, allocator, out.telemetry.setdefault(name, {}))
+            row.setdefault(LENS, []).append(continuation_nll(base, context, after).mean().item())
+            row.setdefault(FULL, []).append(full[cursor - 1 :].mean().item())
+            if number < oracle:
+                row.setdefault(ORACLE, []).append(_oracle(base, tree, budget, lens, allocator, after, out))
+            out.free.setdefault(name, []).append(int(free_edits(tree, budget)[0]))
+        del hidden
+    return out
+
+
+def block_values(base: BaseLM, tree: MegaContextTree, ids: Tensor, full: Tensor, seed: int) -> dict[str, Tensor]:
+    """What each rule thinks of each block of level 1, [1, N].
+
+    Args:
+        ids: of one document, [1, T].
+        full: NLL of its tokens from the second on, with all that is before them, at least [T - 1].
+    """
+    count, k = int(tree.counts(1)[0]), tree.block_size
+    surprise = torch.nn.functional.pad(full[: ids.shape[1] - 1], (1, 0))[: count * k].view(count, k).mean(1)
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        RANDOM: torch.rand(1, count, generator=generator),
+        SURPRISE: surprise[None].float().cpu(),
+        BM25: bm25(base.tokenizer, ids[0], count, k)[None],
+        GISTS: torch.full((1, count), -torch.inf),
+    }
+
+
+def bm25(tokenizer, ids: Tensor, count: int, block: int) -> Tensor:
+    """Okapi BM25 (Robertson & Zaragoza 2009) of each block, [N], for the last ``QUERY`` tokens as the question."""
+    ids = ids.cpu()
+    texts = tokenizer.batch_decode([ids[n * block : (n + 1) * block].tolist() for n in range(count)])
+    split = {"stopwords": None, "show_progress": False}
+    corpus = bm25s.tokenize(texts, **split, return_ids=False)
+    question = bm25s.tokenize([tokenizer.decode(ids[-QUERY:].tolist())], **split, return_ids=False)[0]
+    if not any(corpus):
+        return torch.zeros(count)
+    index = bm25s.BM25()
+    index.index(corpus, show_progress=False)
+    known = [word for word in question if word in index.vocab_dict]
+    return torch.from_numpy(index.get_scores(known).copy()).float() if known else torch.zeros(count)
+
+
+def windows(tree: MegaContextTree, budget: int, values: dict[str, Tensor]) -> dict[str, WorkingContext]:
+    """The window of each rule."""
+    out = {RECENCY: WorkingContext.recency(tree, budget)}
+    return out | {name: by_value(tree, budget, value) for name, value in values.items()}
+
+
+def focused(tree, budget: int, lens: LensNet, allocator: dict, telemetry: dict | None = None) -> WorkingContext:
+    """The cold start, refocused by LensNet and the allocator until they rest."""
+    context, allocator = WorkingContext.recency(tree, budget), FocusAllocator(**allocator)
+    for _ in range(REFOCUSES):
+        scores = lens.score(context, allocator.margin(lens.tau))
+        edits = allocator.refocus(context, scores.score, scores.price)
+        if telemetry is not None:
+            told = allocator.telemetry
+            for name in ("swap_rate", "utilisation", "residency", "expands", "collapses", "price"):
+                telemetry.setdefault(name, []).append(float(getattr(told, name)[0]))
+        if not len(edits):
+            break
+    return context
+
+
+def _oracle(base, tree, budget, lens, allocator, after, out: FocusScores) -> float:
+    """The best NLL on the way of greedy refocuses by measured values."""
+    context = WorkingContext.recency(tree, budget)
+    greedy = FocusAllocator(**allocator | {"kind": "greedy", "max_edits": 10**6, "cooldown": 0})
+    best = float("inf")
+    for turn in range(ORACLE_REFOCUSES + 1):
+        legal = moves(context)
+        edits = legal.edits(context) if turn < ORACLE_REFOCUSES else legal.edits(context)[:0]
+        values, plain = measure_values(base, context, edits, after)
+        best = min(best, plain.item())
+        if not len(edits):
+            break
+        if not turn:
+            out.estimated.append(_estimates(lens, context, legal))
+            out.measured.append(values.cpu())
+        table = torch.zeros(2, *context.lod.shape, device=values.device)
+        for kind, where in enumerate((legal.expand, legal.leads)):
+            table[kind][where] = values[edits.expand == (kind == 0)]
+        table[1] = table[1].gather(1, legal.first.clamp(min=0)) * (legal.first >= 0)
+        tau = values.std().clamp(min=1e-4)
+        now = price(*table, legal, budget - context.lengths, tree.block_size, greedy.margin(tau))
+        if not len(greedy.refocus(context, signed_scores(*table, legal, now, tau), now)):
+            break
+    return best
+
+
+def _estimates(lens: LensNet, context: WorkingContext, legal) -> Tensor:
+    """What LensNet says of all legal edits, in the order of ``Moves.edits``."""
+    from megactx.focus.lensnet import masked
+
+    v_down, v_keep = masked(lens.read(context), legal)
+    return torch.cat([v_down[legal.expand], v_keep[legal.leads]]).cpu()

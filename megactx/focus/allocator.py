@@ -1,0 +1,259 @@
+"""FocusAllocator: turns scores into edits that keep a working context within its budget (SPEC 11).
+
+    expands    score > +threshold, best first         0.9   0.7   0.4   0.3
+    collapses  mean of K siblings < -threshold       -0.8  -0.5  -0.3
+    edits      two free places: e e, then pairs c e c e; a collapse pays for the expand behind it
+
+An entry that wants to be expanded keeps its siblings from being collapsed, so no two edits of a refocus concern the
+same entries and the order of each queue is all that matters: no loop over rows, entries or edits.
+
+**Why it comes to rest.** Let every gist have one fixed value, v_down where it stands and v_keep where its children do.
+An expand of a score above 0 is worth more than the price, a collapse of one below 0 costs less than the price. So what
+all gists that stand expanded are worth together grows with every expand and every pair. It would not grow with a
+collapse that nothing takes the place of: with a price that is due to options which that very collapse takes away, a
+gist would be collapsed, found cheap, expanded, found dear, and so on. Hence, given the price, such a collapse is made
+only where the price is 0: there siblings are below it only if their parent is better than they are. Then the worth of
+a row rises with each refocus that changes it, whatever the values, and there is an end. Where v_down and v_keep of one
+gist contradict each other nothing can promise that; ``cooldown`` makes it slow.
+
+B rows, W entries, K children of a node, E edits, R remembered edits, M edits of a row at most.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megactx.memory import WorkingContext
+
+from .edits import PROTECTED, Edits, Moves, moves
+
+KINDS = ("greedy", "stochastic")
+SWAP_RATE, SWAP_RATE_ALARM = (0.05, 0.20), 0.25  # healthy from .. to, and too restless (SPEC 11)
+RESIDENCY = 3  # refocuses that an entry should stand on average, at least
+UTILISATION = (0.80, 1.00)  # share of the budget that should be in use
+REMEMBERED = 16  # refocuses for which edits are remembered: residency counts no further
+
+
+@dataclass(frozen=True)
+class Refocus:
+    """What a refocus did to each row."""
+
+    expands: Tensor  # [B]
+    collapses: Tensor  # [B]
+    swap_rate: Tensor  # [B] fine entries created or removed, K per edit, over the entries before
+    utilisation: Tensor  # [B] entries after, over the budget
+    residency: Tensor  # [B] mean refocuses since the edited gists last changed, REMEMBERED at most; NaN without edits
+    price: Tensor | None  # [B] what was handed in
+
+
+class FocusAllocator:
+    """Edits of a batch of working contexts, and the memory of those that it made.
+
+    Args:
+        kind: ``greedy`` makes the best edits; ``stochastic`` draws them, better ones more often.
+        threshold: of scores: what is closer to 0 stays as it is.
+        max_edits: of a row and refocus; ``None``: max(4, W_max / 512).
+        cooldown: refocuses for which a gist that was expanded or collapsed stays as it is.
+        protected: newest tokens that do not collapse.
+        temperature: of ``stochastic``, in units of the score.
+        seed: of ``stochastic``. A draw depends on it and on the number of refocuses so far, on nothing else.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    def __init__(
+        self,
+        kind: str = "greedy",
+        threshold: float = 0.2,
+        max_edits: int | None = None,
+        cooldown: int = 2,
+        protected: int = PROTECTED,
+        temperature: float = 0.1,
+        seed: int = 0,
+    ):
+        if kind not in KINDS:
+            raise ValueError(f"allocator.kind={kind} is not known, allowed are {', '.join(KINDS)}")
+        if not 0 <= threshold < 1:
+            raise ValueError(f"allocator.threshold={threshold} is not allowed: 0 <= threshold < 1, as scores are")
+        if max_edits is not None and max_edits < 2:
+            raise ValueError(f"allocator.max_edits={max_edits} is not allowed: at least 2, for a swap takes two edits")
+        if cooldown < 0:
+            raise ValueError(f"allocator.cooldown={cooldown} is not allowed: at least 0 refocuses")
+        if protected < 0:
+            raise ValueError(f"allocator.protected={protected} is not allowed: at least 0 tokens")
+        if not temperature > 0:
+            raise ValueError(f"allocator.temperature={temperature} is not allowed: more than 0")
+        self.kind, self.threshold, self.max_edits, self.cooldown = kind, threshold, max_edits, cooldown
+        self.protected, self.temperature, self.seed = protected, temperature, seed
+        self.telemetry: Refocus | None = None  # of the last refocus
+        self.refocuses = 0
+        self._node, self._age = torch.zeros(2, 0, dtype=torch.long)  # [R], ascending nodes: names of ``_name``
+
+    def margin(self, tau: float | Tensor) -> float | Tensor:
+        """How far a value must be from the price for an edit, in nats: ``margin`` of ``price``."""
+        return math.atanh(self.threshold) * tau * 1.001  # that much more, so that no rounding decides
+
+    @torch.no_grad()
+    def propose(self, context: WorkingContext, scores: Tensor, price: Tensor | None = None) -> Edits:
+        """The edits that are due; the budget holds after every single one. Nothing is changed.
+
+        Args:
+            context: what would be edited. Its rows are the same at every call.
+            scores: from -1 (collapse) to 1 (expand), [B, W].
+            price: at which they were worked out, [B]; where it is above 0, no collapse is made but for an expand.
+
+        Returns:
+            In the order in which they are to be made, row after row.
+
+        Raises:
+            ValueError: scores of another shape, NaN or infinite.
+        """
+        if scores.shape != context.lod.shape:
+            raise ValueError(f"scores have shape {list(scores.shape)}, expected {list(context.lod.shape)}")
+        if not (scores.isfinite() | ~context.there).all():
+            raise ValueError("scores: NaN or infinite ones are not allowed")
+        scores, k = torch.where(context.there, scores, 0).float(), context.tree.block_size
+        legal = moves(context, self.protected)
+        means = _of_siblings(scores, k).mean(-1)
+        wanted = legal.expand & (scores > self.threshold) & self._rested(context, legal, True)
+        spared = legal.leads & (means < -self.threshold) & self._rested(context, legal, False)
+        spared &= ~_of_siblings(wanted, k).any(-1)
+        noise = self._noise(scores)
+        # Ties: the nearest to the end of the row is expanded, the farthest from it collapsed.
+        expands = scores.shape[1] - 1 - _queue(wanted.flip(1), (scores + noise[0]).flip(1))
+        collapses = _queue(spared, noise[1] - means)
+
+        most = self.max_edits or max(4, context.budget // 512)
+        room = (context.budget - context.lengths) // (k - 1)  # of so many expands
+        lone = most if price is None else torch.where(price > 0, 0, most)
+        made, expand, place = _turns(room.clamp(min=0), wanted.sum(1), spared.sum(1), lone, most)
+        row, step = made.nonzero().unbind(1)
+        place, expand = place[row, step], expand[row, step]
+        column = torch.where(expand, expands[row, place], collapses[row, place])
+        lod, index = context.lod[row, column], context.index[row, column]
+        return Edits(row, torch.where(expand, lod, lod + 1), torch.where(expand, index, index // k), expand)
+
+    def refocus(self, context: WorkingContext, scores: Tensor, price: Tensor | None = None) -> Edits:
+        """Make the edits that are due, and remember them; see ``propose``. ``telemetry`` tells what was done."""
+        edits, before = self.propose(context, scores, price), context.lengths
+        residency = self._age_of(_name(edits.row, edits.lod, edits.index), context).float()
+        edits.apply(context)
+        self.refocuses += 1
+        self._remember(_name(edits.row, edits.lod, edits.index))
+
+        def per_row(values: Tensor) -> Tensor:  # [E] -> [B]
+            return torch.zeros(len(before), device=values.device).index_add_(0, edits.row, values.float())
+
+        expands, collapses = per_row(edits.expand), per_row(~edits.expand)
+        count = expands + collapses
+        self.telemetry = Refocus(
+            expands=expands.long(),
+            collapses=collapses.long(),
+            swap_rate=context.tree.block_size * count / before.clamp(min=1),
+            utilisation=context.lengths / context.budget,
+            residency=per_row(residency) / count,
+            price=price,
+        )
+        return edits
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a saved session needs to go on as if it had not been stopped."""
+        row, lod, index = _unname(self._node)
+        return {
+            "refocuses": torch.tensor(self.refocuses),
+            "row": row,
+            "lod": lod,
+            "index": index,
+            "age": self._age,
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what ``state_dict`` gave."""
+        self.refocuses = int(state["refocuses"])
+        self._node, order = _name(state["row"], state["lod"], state["index"]).sort()
+        self._age = state["age"][order]
+
+    def _noise(self, scores: Tensor) -> Tensor:
+        """What is added to the scores [B, W] of expands and of collapses, [2, B, W]."""
+        if self.kind == "greedy":
+            return torch.zeros(2, 1, 1, device=scores.device)
+        # The generator of a CPU takes 32 bits of a seed. A draw is the same on every device.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.refocuses) % 2**32)
+        drawn = torch.empty(2, *scores.shape).exponential_(generator=generator)
+        gumbel = -drawn.clamp(min=torch.finfo(drawn.dtype).tiny).log()
+        return self.temperature * gumbel.to(scores.device)
+
+    def _rested(self, context: WorkingContext, legal: Moves, expand: bool) -> Tensor:
+        """Which entries' gists, or with them as the first sibling parents, may change again: bool [B, W]."""
+        row = torch.arange(len(context.lod), device=context.lod.device)[:, None]
+        lod, index = context.lod, context.index
+        if not expand:
+            lod, index = lod + 1, index // context.tree.block_size
+        return self._age_of(_name(row, lod, index), context) > self.cooldown
+
+    def _age_of(self, node: Tensor, context: WorkingContext) -> Tensor:
+        """How many refocuses ago nodes [...] were changed: 1 is the last one; [...]."""
+        forgotten = torch.full_like(node, self._horizon)
+        if len(self._node) == 0:
+            return forgotten
+        self._node, self._age = self._node.to(node.device), self._age.to(node.device)
+        place = torch.searchsorted(self._node, node).clamp(max=len(self._node) - 1)
+        return torch.where(self._node[place] == node, self._age[place], forgotten)
+
+    def _remember(self, node: Tensor) -> None:
+        """Nodes [E] were changed now; all others grow older, and some are forgotten."""
+        age = self._age.to(node.device) + 1
+        kept = (age < self._horizon) & ~torch.isin(self._node.to(node.device), node)
+        self._node, order = torch.cat([self._node.to(node.device)[kept], node]).sort()
+        self._age = torch.cat([age[kept], torch.ones_like(node)])[order]
+
+    @property
+    def _horizon(self) -> int:
+        return max(REMEMBERED, self.cooldown + 1)
+
+
+def _turns(room: Tensor, wanted: Tensor, spared: Tensor, lone: Tensor | int, most: int) -> tuple[Tensor, ...]:
+    """Who comes when: expands while there is room, then pairs of a collapse and an expand, then lone collapses.
+
+    Args:
+        room: expands that fit, [B].
+        wanted, spared: lengths of both queues, [B].
+        lone: collapses that no expand follows, at most; [B] or one for all.
+        most: M.
+
+    Returns:
+        Whether there is an edit at each turn, whether it is an expand, and its place in its queue, [B, M] each.
+    """
+    at_once = torch.minimum(room, wanted).clamp(max=most)
+    pairs = torch.minimum(torch.minimum(wanted - at_once, spared), (most - at_once) // 2)
+    lone = torch.minimum(spared - pairs, most - at_once - 2 * pairs).clamp(max=lone)
+    at_once, pairs, lone = at_once[:, None], pairs[:, None], lone[:, None]
+    turn = torch.arange(most, device=room.device).expand(len(room), -1)
+    then = turn - at_once  # the turn among pairs, and behind them among lone collapses
+    expand = (then < 0) | (then < 2 * pairs) & (then % 2 == 1)
+    gone = torch.where(then < 2 * pairs, (then + 1) // 2, then - pairs).clamp(min=0)  # collapses before this turn
+    place = torch.where(expand, turn - gone, gone)
+    return turn < at_once + 2 * pairs + lone, expand, place
+
+
+def _queue(mask: Tensor, key: Tensor) -> Tensor:
+    """Columns in the order of their keys, the highest first, those of the mask before all others: [B, W]."""
+    return torch.where(mask, key, -torch.inf).argsort(dim=1, descending=True, stable=True)
+
+
+def _of_siblings(values: Tensor, k: int) -> Tensor:
+    """values [B, W] -> those of each entry and of the K - 1 behind it, [B, W, K]."""
+    return F.pad(values, (0, k - 1)).unfold(1, k, 1)
+
+
+def _name(row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
+    """One number per node."""
+    return (row << 46) + (lod << 40) + index
+
+
+def _unname(node: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return node >> 46, node >> 40 & 63, node & (1 << 40) - 1

@@ -1,0 +1,148 @@
+"""LensNet: what the detail of each entry of a working context is worth for what comes next (SPEC 10).
+
+It reads the whole window at once, not causally: an old entry's value depends on the newest tokens, which ask the
+question. For every entry it estimates two values, in nats per token:
+
+    v_down   what its children would be worth in its place             gists only
+    v_keep   what is lost if its parent takes the place of it and its siblings    complete sets of siblings only
+
+B rows, W entries, D width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megactx.gist.backbone import Block
+from megactx.lm.gaussian_rope import LODS, PositionSpread
+from megactx.memory import WorkingContext
+
+from .edits import Moves, moves
+from .price import price, signed_scores
+
+HEADS = ("linear", "mlp")
+START_TAU = 0.05  # nats, until values were seen
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What LensNet says of a batch of working contexts."""
+
+    v_down: Tensor  # [B, W] nats, 0 where illegal
+    v_keep: Tensor  # [B, W] nats, one number per set of siblings; 0 where illegal
+    price: Tensor  # [B] nats: what detail costs there at the moment
+    score: Tensor  # [B, W], from -1 (collapse) to 1 (expand), 0 where nothing is legal
+
+
+class LensNet(nn.Module):
+    """Transformer blocks over a window, and two numbers per entry.
+
+    Args:
+        width: D of the base LM.
+        block_size: K.
+        layers: blocks.
+        num_heads: must divide D into even heads.
+        head: ``linear``, or ``mlp`` with one hidden layer of max(D / 2, 128).
+        dropout: inside the blocks.
+        gaussian_rope: ``plain``, ``damped`` or ``learned``: how wide the positions of gists are.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        block_size: int = 32,
+        layers: int = 2,
+        num_heads: int = 8,
+        head: str = "mlp",
+        dropout: float = 0.0,
+        gaussian_rope: str = "damped",
+    ):
+        super().__init__()
+        if not 1 <= layers <= 16:
+            raise ValueError(f"lensnet.layers={layers} is not allowed: 1 to 16")
+        if num_heads < 1 or width % num_heads or width // num_heads % 2:
+            raise ValueError(f"lensnet.num_heads={num_heads} does not divide the base LM's width {width} into even heads")
+        if head not in HEADS:
+            raise ValueError(f"lensnet.head={head} is not known, allowed are {', '.join(HEADS)}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"lensnet.dropout={dropout} is not allowed: 0 <= dropout < 1")
+        self.width, self.block_size = width, block_size
+        self.spread = PositionSpread(gaussian_rope, block_size)
+        self.lod = nn.Embedding(LODS + 1, width)
+        self.place = nn.Linear(2, width)  # of how wide an entry is, and how far from the cursor
+        self.blocks = nn.ModuleList(Block(width, num_heads, dropout) for _ in range(layers))
+        self.norm = nn.RMSNorm(width)
+        hidden = max(width // 2, 128)
+        self.head = nn.Sequential(nn.Linear(width, hidden), nn.GELU()) if head == "mlp" else nn.Identity()
+        self.last = nn.Linear(hidden if head == "mlp" else width, 2)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+        for block in self.blocks:
+            for linear in (block.out, block.down):
+                linear.weight.data /= (2 * layers) ** 0.5
+        # Standard deviation of the values that were measured so far: the unit in which a value counts as large.
+        self.register_buffer("tau", torch.tensor(START_TAU))
+        self.register_buffer("updates", torch.tensor(0))
+
+    def forward(self, embeddings: Tensor, lods: Tensor, distance: Tensor, there: Tensor) -> Tensor:
+        """Values of every entry, legal or not.
+
+        Args:
+            embeddings: what the base LM reads, [B, W, D].
+            lods: [B, W].
+            distance: tokens from where each entry sits to the end of its row, [B, W].
+            there: which entries are none of the padding, bool [B, W].
+
+        Returns:
+            [B, W, 2], v_down and v_keep in nats; 0 in the padding.
+        """
+        far = torch.log2(1 + distance.float()) / 10
+        wide = lods.float() * math.log2(self.block_size) / 10
+        x = F.rms_norm(torch.where(there[..., None], embeddings, 0.0).float(), (self.width,))
+        x = x + self.lod(lods.clamp(max=LODS)) + self.place(torch.stack([wide, far], dim=-1))
+        sigma = self.spread(lods)
+        mask, positions = there[:, None, None], -distance.float()[:, None]
+        for block in self.blocks:
+            x = block(x, positions, mask, None if sigma is None else sigma[:, None])
+        values = self.last(self.head(self.norm(x))).float()
+        return torch.where(there[..., None], values, 0.0)
+
+    def read(self, context: WorkingContext) -> Tensor:
+        """The same for a working context: [B, W, 2]."""
+        distance = context.ends()[:, None] - context.positions()
+        return self(context.to_tensor(), context.lods(), distance, context.there)
+
+    def score(self, context: WorkingContext, margin: float | Tensor = 0.0) -> Scores:
+        """Values, the price at which they fit the budget, and signed scores; ``margin``: see ``price``."""
+        legal = moves(context)
+        v_down, v_keep = masked(self.read(context), legal)
+        now = price(v_down, v_keep, legal, context.budget - context.lengths, self.block_size, margin)
+        return Scores(v_down, v_keep, now, signed_scores(v_down, v_keep, legal, now, self.tau))
+
+    @torch.no_grad()
+    def see(self, values: Tensor) -> None:
+        """Take measured values into the running ``tau``: a mean at first, then over about 100 calls."""
+        if len(values) < 2:
+            return
+        self.updates += 1
+        spread = values.float().std()
+        self.tau += (spread - self.tau) / self.updates.clamp(max=100)
+        self.tau.clamp_(min=1e-4)
+
+
+def masked(values: Tensor, legal: Moves) -> tuple[Tensor, Tensor]:
+    """values [B, W, 2] -> v_down and v_keep [B, W], 0 where illegal; v_keep is the mean over each set of siblings."""
+    v_down = torch.where(legal.expand, values[..., 0], 0.0)
+    inside = legal.first >= 0
+    first = legal.first.clamp(min=0)
+    keep = torch.where(inside, values[..., 1], 0.0)
+    total = torch.zeros_like(keep).scatter_add(1, first, keep)
+    count = torch.zeros_like(keep).scatter_add(1, first, inside.to(keep.dtype))
+    mean = (total / count.clamp(min=1)).gather(1, first)
+    return v_down, torch.where(inside, mean, 0.0)

@@ -1,0 +1,106 @@
+"""Working contexts with the measured values of their edits, on disk: what LensNet learns from.
+
+A file holds one window: its entries, token ids of the raw ones, vectors of the gists, and a value per measured edit. So
+a window of a 3B base takes kilobytes, and a run that was killed goes on with the files that are there.
+
+B windows, W entries, G gists, E edits, D width.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megactx.lm import BaseLM
+from megactx.memory import WorkingContext
+
+from .edits import Edits, Moves, column_of, moves
+
+
+@dataclass(frozen=True)
+class States:
+    """A batch of windows, padded on the right."""
+
+    embeddings: Tensor  # [B, W, D]
+    lods: Tensor  # [B, W]
+    distance: Tensor  # [B, W], tokens to the end
+    there: Tensor  # [B, W] bool
+    legal: Moves
+    nll: Tensor  # [B], mean of the scored tokens behind the window, nats
+    row: Tensor  # [E], of each measured edit
+    column: Tensor  # [E]: the gist, or the first of the siblings
+    expand: Tensor  # [E] bool
+    values: Tensor  # [E] nats
+
+    def estimates(self, values: Tensor, block_size: int) -> Tensor:
+        """values [B, W, 2] of LensNet -> those of the measured edits, [E]: of siblings the mean."""
+        siblings = self.column[:, None] + torch.arange(block_size, device=self.column.device)
+        keep = values[self.row[:, None], siblings.clamp(max=values.shape[1] - 1), 1].mean(1)
+        return torch.where(self.expand, values[self.row, self.column, 0], keep)
+
+
+def save(path: Path, context: WorkingContext, row: int, edits: Edits, values: Tensor, nll: Tensor) -> None:
+    """Write one row of a batch of windows, whole or not at all.
+
+    Args:
+        edits: the measured ones, of any rows; those of this row are kept.
+        values: [E] nats.
+        nll: [B] nats.
+    """
+    length, tree = int(context.counts[row]), context.tree
+    lod, index = context.lod[row, :length], context.index[row, :length]
+    rows = torch.full_like(lod, row)
+    gist = lod > 0
+    raw = tree.tokens[row, index[~gist]].long()
+    ids = torch.full_like(lod, -1).masked_scatter(~gist, raw)
+    own = edits[edits.row == row]
+    first = torch.where(own.expand, own.index, own.index * tree.block_size)
+    tensors = {
+        "lod": lod.to(torch.int16),
+        "ids": ids.int(),
+        "gists": tree.embeddings(rows[gist], lod[gist], index[gist]).to(torch.bfloat16),
+        "distance": (context.ends()[row] - context.positions()[row, :length]).int(),
+        "first": moves(context).first[row, :length].int(),
+        "nll": nll[row].float(),
+        "column": column_of(context, own.row, own.lod - (~own.expand).long(), first).int(),
+        "expand": own.expand,
+        "values": values[edits.row == row].float(),
+    }
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
+    os.replace(part, path)
+
+
+def load(paths: list[Path], base: BaseLM) -> States:
+    """Read windows into a batch, on the device of the base LM."""
+    device = base.model.device
+    files = [{name: tensor.to(device) for name, tensor in load_file(path).items()} for path in paths]
+    lengths = torch.tensor([len(file["lod"]) for file in files], device=device)
+    w = int(lengths.max())
+
+    def padded(name: str, value: int) -> Tensor:
+        rows = [torch.nn.functional.pad(file[name].long(), (0, w - len(file[name])), value=value) for file in files]
+        return torch.stack(rows)
+
+    there = torch.arange(w, device=device) < lengths[:, None]
+    lods, ids = padded("lod", 0), padded("ids", 0)
+    with torch.no_grad():
+        embeddings = base.embed(ids.clamp(min=0)).clone()
+    embeddings[lods > 0] = torch.cat([file["gists"] for file in files]).to(embeddings.dtype)
+    counts = torch.tensor([len(file["values"]) for file in files], device=device)
+    return States(
+        embeddings=embeddings,
+        lods=lods,
+        distance=padded("distance", 0),
+        there=there,
+        legal=Moves(there & (lods > 0), padded("first", -1)),
+        nll=torch.stack([file["nll"] for file in files]),
+        row=torch.repeat_interleave(counts),
+        column=torch.cat([file["column"] for file in files]).long(),
+        expand=torch.cat([file["expand"] for file in files]),
+        values=torch.cat([file["values"] for file in files]),
+    )

@@ -1,0 +1,65 @@
+"""A trained GistNet as a folder: ``gistnet.json`` says what it is and of which base, ``model.safetensors`` has weights."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from megactx.lm import BaseLM
+
+from .compressors import build
+from .gistnet import GistNet
+
+SETTINGS, WEIGHTS = "gistnet.json", "model.safetensors"
+
+
+def save_gistnet(net: GistNet, settings: dict, base: BaseLM, folder: str | Path, made_by: str = "") -> None:
+    """Write a GistNet into a folder, in bf16; one that is there is replaced once the new one is whole.
+
+    Args:
+        settings: what it was built from, keyword arguments of ``GistNet`` other than width and scale.
+        base: the base LM that reads its gists.
+        made_by: how it was trained, for people.
+    """
+    folder = Path(folder)
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    about = {"settings": settings, "width": base.width, "base": _identity(base), "made_by": made_by}
+    (part / SETTINGS).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    save_file({k: v.to(torch.bfloat16).cpu().contiguous() for k, v in net.state_dict().items()}, part / WEIGHTS)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+def load_gistnet(folder: str | Path, base: BaseLM) -> GistNet:
+    """Read a GistNet for the base LM that it was trained with, in eval mode, fp32.
+
+    Raises:
+        ValueError: there is none in the folder, it is of another base LM, or its weights do not fit.
+    """
+    folder = Path(folder)
+    if not (folder / SETTINGS).is_file() or not (folder / WEIGHTS).is_file():
+        raise ValueError(f"gistnet={folder}: there is no GistNet in it ({SETTINGS} and {WEIGHTS})")
+    about = json.loads((folder / SETTINGS).read_text())
+    if about["base"] != _identity(base):
+        raise ValueError(
+            f"gistnet={folder} was trained with another base LM (width {about['width']}); this one, of width"
+            f" {base.width}, has other embeddings"
+        )
+    net = build(base, about["settings"], "gistnet")
+    try:
+        net.load_state_dict(load_file(folder / WEIGHTS))
+    except RuntimeError as error:
+        raise ValueError(f"gistnet={folder}: its weights do not fit its settings ({error})") from error
+    return net.float().eval()
+
+
+def _identity(base: BaseLM) -> str:
+    """Of the embeddings, which is what a gist stands beside; the same in fp32 and bf16."""
+    weight = base.model.get_input_embeddings().weight.detach().to(torch.bfloat16).cpu().contiguous()
+    return hashlib.sha256(weight.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

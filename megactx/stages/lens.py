@@ -1,0 +1,194 @@
+"""Stage ``lens``: train a LensNet on measured values of detail, against a frozen base LM and GistNet (SPEC 10).
+
+Training goes in rounds. At the start of each, windows are drawn from training documents, among them some that the
+LensNet of the moment arrives at, and the values of their edits are measured and kept in the run folder. Between, the
+LensNet learns from the windows of all rounds so far: measuring is what costs, so nothing measured is used only once.
+"""
+
+from pathlib import Path
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional import spearman_corrcoef
+
+from megactx.assets import resolve
+from megactx.focus.lensnet import LensNet
+from megactx.focus.objectives import illegal_mass, net_mass, preference_loss, value_loss
+from megactx.focus.states import States, load
+from megactx.framework.optimizers import warmup_cosine
+from megactx.lm import BaseLM
+
+from .lens_report import report
+from .lens_states import HELD, ensure
+from .trained import gistnet_of
+
+OBJECTIVES = ("value", "preference")
+BETAS = (0.9, 0.999)
+
+
+class LensStage(lightning.LightningModule):
+    """LensNet training.
+
+    Args:
+        base: ``name`` and ``dtype`` of the base LM.
+        gistnet: a GistNet to make trees with: ``asset:NAME``, a folder of ``save_gistnet``, a run folder or a
+            checkpoint of a gist stage.
+        lensnet: keyword arguments of ``LensNet`` other than width and block size.
+        allocator: keyword arguments of ``FocusAllocator``.
+        objective: ``value``, or ``preference`` (between windows of one text and one budget).
+        horizon: H, scored tokens behind a window.
+        budgets: entries of a window over the tokens that it stands for; windows have them in turn.
+        windows: ``per_round`` and ``rounds``; ``edits``, measured per window.
+        lr, min_lr, weight_decay, warmup, max_steps: AdamW with linear warm-up and a cosine over ``max_steps``.
+        evaluate: of the end-of-run report, see ``configs/stage/lens.yaml``.
+        folder: where the measured windows are kept.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    monitor = "val/loss"
+    reports_best = True
+
+    def __init__(
+        self,
+        base: dict,
+        gistnet: str,
+        lensnet: dict,
+        allocator: dict,
+        objective: str,
+        horizon: int,
+        budgets: list,
+        windows: dict,
+        lr: float,
+        min_lr: float,
+        weight_decay: float,
+        warmup: int,
+        max_steps: int,
+        evaluate: dict,
+        folder: str,
+    ):
+        super().__init__()
+        if not str(base["name"]).startswith("asset:"):
+            base = base | {"name": resolve(base["name"])}
+        if not str(gistnet).startswith("asset:"):
+            gistnet = str(Path(gistnet).expanduser().absolute())
+        self.save_hyperparameters()
+        if objective not in OBJECTIVES:
+            raise ValueError(f"stage.objective={objective} is not known, allowed are {', '.join(OBJECTIVES)}")
+        for share in budgets:
+            if not 0 < share <= 1:
+                raise ValueError(f"stage.budgets={list(budgets)} is not allowed: shares above 0, up to 1")
+        for name, least in (("per_round", 2), ("rounds", 1), ("edits", 2)):
+            if windows[name] < least:
+                raise ValueError(f"stage.windows.{name}={windows[name]} is not allowed: at least {least}")
+        self.base = BaseLM.from_pretrained(**base).freeze()
+        self.gistnet = gistnet_of(gistnet, self.base).requires_grad_(False)
+        self.lens = LensNet(self.base.width, self.gistnet.block_size, **lensnet)
+        self.half = False
+
+    @property
+    def pairs(self) -> bool:
+        return self.hparams.objective == "preference"
+
+    def prepare(self, datamodule) -> None:
+        """Tell the data how many positions the base has.
+
+        Raises:
+            ValueError: another horizon.
+        """
+        datamodule.limit_to(self.base.max_positions)
+        if datamodule.horizon != self.hparams.horizon:
+            raise ValueError(f"horizon.tokens: stage has {self.hparams.horizon}, the data has {datamodule.horizon}")
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.world_size > 1:
+            raise ValueError(f"trainer.devices={self.trainer.world_size}: the lens stage trains in one process")
+        self.half = str(self.trainer.precision).startswith("bf16")
+        self.base.to(torch.bfloat16 if self.half else torch.float32)
+
+    def train(self, mode: bool = True) -> "LensStage":
+        super().train(mode)
+        self.gistnet.eval()  # frozen: no dropout
+        return self
+
+    def round_at(self, step: int) -> int:
+        """Rounds are equally long parts of ``max_steps``."""
+        rounds = self.hparams.windows["rounds"]
+        return min(step * rounds // self.hparams.max_steps, rounds - 1)
+
+    def training_step(self, picks: Tensor, batch_index: int) -> Tensor:
+        folder, count, paths = Path(self.hparams.folder), self.hparams.windows["per_round"], []
+        for number in range(self.round_at(self.global_step) + 1):
+            paths += ensure(self, self.trainer.datamodule, folder, number, count, self.pairs)
+        chosen = (picks.double().cpu() * (len(paths) // (2 if self.pairs else 1))).long().tolist()
+        if self.pairs:
+            losses = self.preference([paths[2 * i] for i in chosen], [paths[2 * i + 1] for i in chosen])
+        else:
+            losses = self.value(load([paths[i] for i in chosen], self.base), learn=True)
+        for name, loss in losses.items():
+            self.log(f"train/{name}", loss.detach(), prog_bar=name == "loss")
+        return losses["loss"]
+
+    def value(self, states: States, learn: bool = False) -> dict[str, Tensor]:
+        """Losses on measured values; with ``learn`` they enter ``tau``."""
+        if learn:
+            self.lens.see(states.values)
+        values = self.lens(states.embeddings, states.lods, states.distance, states.there)
+        estimates = states.estimates(values, self.lens.block_size)
+        losses = value_loss(estimates, states.values, states.row, self.lens.tau)
+        losses["net_mass"] = net_mass(values, states.legal, self.lens.tau).mean()
+        losses["illegal"] = illegal_mass(values, states.legal, self.lens.tau)
+        return losses
+
+    def preference(self, first: list[Path], second: list[Path]) -> dict[str, Tensor]:
+        """Losses on which of two windows was better."""
+        a, b = load(first, self.base), load(second, self.base)
+        self.lens.see(torch.cat([a.values, b.values]))
+        values = [self.lens(s.embeddings, s.lods, s.distance, s.there) for s in (a, b)]
+        return preference_loss(b.nll - a.nll, *values, a.legal, b.legal, self.lens.tau)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        nn.utils.clip_grad_norm_(self.lens.parameters(), gradient_clip_val or float("inf"))
+
+    def on_validation_epoch_start(self) -> None:
+        self.found = []
+
+    def validation_step(self, indices: Tensor, batch_index: int) -> None:
+        count = self.trainer.datamodule.validation_windows
+        paths = ensure(self, self.trainer.datamodule, Path(self.hparams.folder), HELD, count)
+        states = load([paths[i] for i in indices.tolist()], self.base)
+        values = self.lens(states.embeddings, states.lods, states.distance, states.there)
+        estimates = states.estimates(values, self.lens.block_size)
+        self.found.append((estimates, states.values, states.row + int(indices[0])))
+
+    def on_validation_epoch_end(self) -> None:
+        estimates, values, row = (torch.cat(part).float() for part in zip(*self.found, strict=True))
+        losses = value_loss(estimates, values, row, self.lens.tau)
+        for name, loss in losses.items():
+            self.log(f"val/{name}", loss, prog_bar=name == "loss")
+        self.log("val/rank_correlation", spearman_corrcoef(estimates, values), prog_bar=True)
+
+    def configure_optimizers(self):
+        h = self.hparams
+        optimizer = torch.optim.AdamW(self.lens.parameters(), lr=h.lr, betas=BETAS, weight_decay=h.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, h.warmup, h.max_steps, h.min_lr / h.lr)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        # The frozen base is named in the hyperparameters. The GistNet is kept: its run may be gone by then.
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("base.")}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        own = {f"base.{k}": v for k, v in self.base.state_dict().items()}
+        checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
+
+    @torch.no_grad()
+    def finish(self, folder: Path, datamodule) -> None:
+        """What focus is worth on held-out documents: tables, pictures, numbers."""
+        self.eval()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            report(self, folder, datamodule)

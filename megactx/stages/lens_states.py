@@ -1,0 +1,79 @@
+"""Windows with measured values, made as a lens stage needs them: files in the run folder, each written once."""
+
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from megactx.focus import moves
+from megactx.focus.allocator import FocusAllocator
+from megactx.focus.sampling import KINDS, draw, measured_share
+from megactx.focus.states import save
+from megactx.focus.values import measure_values
+from megactx.memory import MegaContextTree
+
+log = logging.getLogger(__name__)
+
+HELD = "held"
+
+
+def folder_of(folder: Path, what: int | str) -> Path:
+    """Where the windows of a round, or the held-out ones, are."""
+    return folder / (what if what == HELD else f"round_{what:02d}")
+
+
+def ensure(stage, datamodule, folder: Path, what: int | str, count: int, pairs: bool = False) -> list[Path]:
+    """Measure windows of a round that are not there yet; -> the files of all of them.
+
+    Window i is a function of (seed, round, i) and of the LensNet at the start of the round. So a run that was killed
+    on the way makes the missing ones, and they are the same.
+
+    Args:
+        stage: a ``LensStage``.
+        what: the number of the round, or ``HELD``.
+        count: windows.
+        pairs: windows 2 i and 2 i + 1 are random ones of one text and one budget.
+    """
+    paths = [folder_of(folder, what) / f"{index:05d}.safetensors" for index in range(count)]
+    missing = [index for index, path in enumerate(paths) if not path.exists()]
+    if not missing:
+        return paths
+    asked, training = stage.hparams, stage.lens.training
+    stage.lens.eval()
+    held = datamodule.held_documents(count) if what == HELD else None
+    shown = track(missing, f"measuring windows ({what})", disable=not sys.stdout.isatty())
+    with torch.no_grad(), torch.autocast(stage.device.type, torch.bfloat16, enabled=stage.half):
+        for done, index in enumerate(shown):
+            if done and done % 50 == 0:
+                log.info("%d of %d windows of %s measured", done, len(missing), folder_of(folder, what).name)
+            text = index // 2 if pairs else index
+            rng = np.random.default_rng([datamodule.seed, 2**31 if what == HELD else what, index])
+            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            key = [2**31 if what == HELD else what, text]
+            document = datamodule.training_document(key) if held is None else held[text % len(held)]
+            kind = KINDS[0] if pairs else KINDS[index % len(KINDS)]
+            budgets = list(asked.budgets)
+            budget = budgets[text % len(budgets)]
+            _make(stage, document, kind, budget, generator, paths[index])
+    stage.lens.train(training)
+    return paths
+
+
+def _make(stage, document: dict, kind: str, fraction: float, generator, path: Path) -> None:
+    cursor = document["cursor"]
+    ids = document["ids"].to(stage.device)[None]
+    tree = MegaContextTree.from_tokens(ids[:, :cursor], stage.gistnet, stage.base)
+    allocator = FocusAllocator(**stage.hparams.allocator)
+    try:
+        context = draw(kind, tree, int(fraction * cursor), generator, stage.lens, allocator)
+    except ValueError as error:
+        raise ValueError(
+            f"stage.budgets={list(stage.hparams.budgets)}: {fraction} of {cursor} tokens: {error}; take larger shares,"
+            f" or a larger data.min_tokens"
+        ) from error
+    edits = measured_share(moves(context).edits(context), stage.hparams.windows["edits"], generator)
+    values, nll = measure_values(stage.base, context, edits, ids[:, cursor:])
+    save(path, context, 0, edits, values, nll)

@@ -1,0 +1,157 @@
+"""Gist caching: what a reused prompt costs that is kept as gists, and what they keep of it (Mu et al. 2023).
+
+    python -m megactx.studies.caching                                  costs, and the carriers that need no training
+    python -m megactx.studies.caching RUN [RUN ...] --path TEXTS       with the compressors of runs, on texts of your own
+    python -m megactx.studies.caching RUN --drift 0.01 steps=20 FOLDER     what stored gists lose when the base changes
+
+Four tables and one more with runs: what an answer costs with the prompt read again, with its plain cache, with gists at
+compressions of 1 to K (``prompts``); what the gists cost once; ROUGE-L of the answers with that of the full prompt;
+recovery of each run on each domain; drift of stored gists.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from megactx.evaluation.measure import LAST_TOKEN, in_eval_mode
+from megactx.gist.carrier import Compressor
+from megactx.gist.carriers.avgpool import AvgPool
+from megactx.gist.carriers.last_token import LastToken
+from megactx.lm import BaseLM
+
+from .caching_cost import measure_answers, measure_making
+from .caching_overlap import measure_overlap
+from .caching_report import notes_on, rows_of, sheets
+from .drift import check, measure_drift
+from .prompts import again, cached, compressed, oldest
+from .tables import show, write
+from .trained import NOTHING, Nothing, Trained, bar, held_out, load, quiet, same
+from .transfer import measure_transfer
+
+BASE, BLOCK, HORIZON = "asset:tiny-base", 32, 32  # without a run
+SIZES = {"tokens": "T", "input": "A", "answer": "", "documents": "", "blocks": "", "repeats": ""}
+
+
+def study(asked: argparse.Namespace) -> dict:
+    """Everything that was asked for, as plain numbers.
+
+    Raises:
+        ValueError: a setting that is not allowed, runs that do not belong together, or no text that is long enough.
+    """
+    _check(asked)
+    runs = load(asked.runs)
+    same(runs)
+    base, block, horizon = _subject(asked, runs)
+    compressions = asked.compression or [2**n for n in range(block.bit_length()) if 2**n <= block]
+    if asked.tokens % block or asked.tokens < 2 * block:
+        raise ValueError(f"--tokens={asked.tokens} is not allowed: a multiple of block_size={block}, at least twice it")
+    counts = {c: oldest(asked.tokens // block - 1, block, c) for c in compressions}
+    if (whole := asked.tokens + asked.input + asked.answer) > base.max_positions:
+        raise ValueError(f"--tokens, --input and --answer: {whole} tokens, but the base takes {base.max_positions}")
+    nets, controls = _nets(runs, block), {LAST_TOKEN: LastToken(block), NOTHING: Nothing(block)}
+    batches = held_out(base, asked.path, block, horizon, asked.tokens + asked.input, asked.blocks)
+    numbers = {
+        "base": asked.base or BASE if not runs else runs[0].base_name,
+        "runs": [run.name for run in runs],
+        "block_size": block,
+        "horizon": horizon,
+        "text": asked.path,
+        "threads": torch.get_num_threads(),
+        "device": base.model.device.type,
+    }
+    numbers |= {name: getattr(asked, name) for name in SIZES} | {"seed": asked.seed}
+    with in_eval_mode(*nets.values()):
+        prompt = batches[0]["ids"][:, : asked.tokens].to(base.model.device)
+        rest = batches[0]["ids"][:, asked.tokens :].to(base.model.device)
+        leader = next(iter(nets.values()))
+        numbers["costs"] = _costs(base, leader, prompt, rest, counts, asked)
+        numbers["making"] = measure_making(base, nets, prompt)
+        own = {
+            "tokens": asked.tokens,
+            "answer": asked.answer,
+            "compressions": compressions,
+            "progress": bar("greedy continuations"),
+        }
+        numbers["overlap"] = measure_overlap(base, nets | controls, batches[: asked.documents], **own)
+        numbers["transfer"] = measure_transfer(runs, batches, horizon, bar("domains")) if runs else None
+        drifting = {"seed": asked.seed, "progress": bar("drift")}
+        numbers["drift"] = measure_drift(base, nets, asked.drift, batches, horizon, **drifting) if asked.drift else []
+    return numbers
+
+
+def _costs(base: BaseLM, net: Compressor, ids, rest, counts: dict[float, int], asked) -> list[dict]:
+    """Every form in which the prompt can be kept; what the carriers say does not change what they cost."""
+    prompts = {("again", None, 0): again(base, ids), ("cache", None, 0): cached(base, ids)}
+    for compression, count in counts.items():
+        for form, prompt in compressed(base, net, ids, count).items():
+            prompts[form, compression, count] = prompt
+    found = measure_answers(base, prompts, rest, asked.answer, asked.repeats, bar("answers"))
+    return [{"form": form, "compression": c, "gists": n} | cost for (form, c, n), cost in found.items()]
+
+
+def _subject(asked, runs: list[Trained]) -> tuple[BaseLM, int, int]:
+    if runs:
+        return runs[0].base, runs[0].main.block_size, min(run.horizon for run in runs)
+    quiet()
+    base = BaseLM.from_pretrained(asked.base or BASE, "float32").freeze()
+    return base.to("cuda" if torch.cuda.is_available() else "cpu"), BLOCK, HORIZON
+
+
+def _nets(runs: list[Trained], block: int) -> dict[str, Compressor]:
+    """All compressors of one run, the main ones of several; and the best that needs no training."""
+    nets = dict(runs[0].nets) if len(runs) == 1 else {run.name: run.main for run in runs}
+    return nets | {"avgpool": AvgPool(block)}
+
+
+def _check(asked) -> None:
+    for name in SIZES:
+        if getattr(asked, name) < 1:
+            raise ValueError(f"--{name}={getattr(asked, name)} is not allowed: at least 1")
+    if asked.runs and asked.base:
+        raise ValueError(f"--base={asked.base} is not allowed with runs: they name their own base")
+    for change in asked.drift:
+        check(change)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; -> 0, 2 for a mistake."""
+    parser = argparse.ArgumentParser(prog="python -m megactx.studies.caching", description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders of gist stages; none: no training needed")
+    parser.add_argument("--base", help=f"the base LM where there is no run (default {BASE})")
+    parser.add_argument("--path", help="files to measure on; without it the held-out part of the embedded text")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a prompt (default 1024)")
+    parser.add_argument("--input", type=int, default=32, help="tokens behind it that are read raw (default 32)")
+    parser.add_argument("--answer", type=int, default=32, help="tokens of a continuation (default 32)")
+    parser.add_argument(
+        "--compression", type=float, nargs="+", help="of what is behind the sink (default 1, 2, 4 .. K)"
+    )
+    parser.add_argument("--documents", type=int, default=48, help="prompts to continue (default 48)")
+    parser.add_argument("--blocks", type=int, default=400, help="about so many, for recovery (default 400)")
+    parser.add_argument("--repeats", type=int, default=7, help="of every timing (default 7)")
+    parser.add_argument(
+        "--drift",
+        nargs="*",
+        default=["0.01", "0.03", "0.1"],
+        metavar="CHANGE",
+        help="of the base: a relative size, steps=N, a folder (default 0.01 0.03 0.1)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the changes (default 0)")
+    parser.add_argument("--out", type=Path, help="folder for the tables (default: the first run's, else runs/caching)")
+    asked = parser.parse_args(arguments)
+    try:
+        numbers = study(asked)
+    except ValueError as error:
+        print(f"megactx: {error}", file=sys.stderr)
+        return 2
+    tables, notes = sheets(numbers), notes_on(numbers)
+    show(tables, notes)
+    stem = (asked.out or (Path(asked.runs[0]) if asked.runs else Path("runs/caching"))) / "caching"
+    write(stem, "Gist caching", tables, notes, rows_of(numbers), numbers)
+    print(f"Caching: {stem.with_suffix('.md')}, .csv and .json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

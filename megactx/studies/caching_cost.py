@@ -1,0 +1,105 @@
+"""What a prompt costs that is used again: FLOPs and time of an answer, bytes kept, and what the carriers cost once.
+
+FLOPs are measured (``torch.utils.flop_counter``), of attention all columns, masked or not. Time is wall clock: the forms
+take turns, and the median of the repeats counts, so that other work on the machine meets all of them alike.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from megactx.gist.carrier import Compressor
+from megactx.gist.substitution import teach, unread
+from megactx.lm import BaseLM
+
+from .prompts import Prompt, compressed, filled, greedy
+
+
+def flops(call: Callable[[], object]) -> int:
+    """Floating-point operations of a call."""
+    ours = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # which the counter leaves out
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ours) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def _attention(query, key, value, *rest, out_shape=None, **settings) -> int:
+    b, heads, rows, width = query
+    return 2 * b * heads * rows * key[2] * (width + value[3])
+
+
+def measure_answers(
+    base: BaseLM,
+    prompts: Mapping[str, Prompt],
+    ids: Tensor,
+    tokens: int,
+    repeats: int,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> dict[str, dict]:
+    """What it costs to read an input ids [1, A] behind each form of one prompt and to answer ``tokens`` tokens.
+
+    Returns:
+        Form -> ``entries``, ``bytes``; ``flops``, ``seconds`` up to the first token of the answer, ``answer_flops``,
+        ``answer_seconds`` up to its last; medians.
+    """
+    calls = {
+        (name, count): lambda prompt=prompt, count=count: greedy(base, prompt, ids, count)
+        for name, prompt in prompts.items()
+        for count in dict.fromkeys((1, tokens))
+    }
+    spent = {key: [] for key in calls}
+    for turn in progress(range(-1, repeats)):  # the first turn warms up
+        for key, call in calls.items():
+            began = _now(base)
+            call()
+            if turn >= 0:
+                spent[key].append(_now(base) - began)
+    return {
+        name: {
+            "entries": prompt.entries,
+            "bytes": prompt.stored,
+            "flops": flops(calls[name, 1]),
+            "seconds": median(spent[name, 1]),
+            "answer_flops": flops(calls[name, tokens]),
+            "answer_seconds": median(spent[name, tokens]),
+        }
+        for name, prompt in prompts.items()
+    }
+
+
+def measure_making(base: BaseLM, nets: Mapping[str, Compressor], ids: Tensor) -> dict[str, dict]:
+    """What each carrier costs once, for all blocks of a prompt ids [1, T], and what is then kept.
+
+    Returns:
+        Carrier -> ``flops`` of what is kept smallest: vectors where it makes them, else keys and values; ``keys_flops``
+        of its keys and values; and ``vector_bytes`` (``None`` without vectors) and ``key_bytes`` of one block.
+    """
+    out = {}
+    for name, net in nets.items():
+        k = net.block_size
+        starts = torch.arange(k, ids.shape[1] // k * k, k, device=ids.device)[None]
+        forms, carriers = compressed(base, net, ids, starts.shape[1]), _make(base, net, ids, starts)
+        made = flops(partial(_make, base, net, ids, starts))
+        out[name] = {"flops": made, "keys_flops": made, "vector_bytes": None}
+        if "vectors" in forms:
+            out[name]["keys_flops"] += flops(partial(filled, base, forms["vectors"]))
+            out[name]["vector_bytes"] = carriers.bytes_per_block()
+        out[name]["key_bytes"] = forms["keys"].stored // forms["keys"].entries
+    return out
+
+
+@torch.no_grad()
+def _make(base: BaseLM, net: Compressor, ids: Tensor, starts: Tensor):
+    reads = net.needs_hidden or not net.makes_vectors
+    return net.compress(base, teach(base, ids, net.needs_hidden) if reads else unread(ids), starts)
+
+
+def _now(base: BaseLM) -> float:
+    if base.model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
