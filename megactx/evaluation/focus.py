@@ -26,7 +26,13 @@ from megactx.lm import BaseLM
 from megactx.memory import MegaContextTree, WorkingContext
 
 LENS, ORACLE, FULL = "LensNet", "greedy oracle", "full context"
-RECENCY, RANDOM, SURPRISE, BM25, GISTS = "recency", "random blocks", "most surprising blocks", "BM25 of the tail", "gists"
+RECENCY, RANDOM, SURPRISE, BM25, GISTS = (
+    "recency",
+    "random blocks",
+    "most surprising blocks",
+    "BM25 of the tail",
+    "gists",
+)
 RULES = (RECENCY, RANDOM, SURPRISE, BM25, GISTS)
 QUERY = 128  # newest tokens that BM25 asks with
 REFOCUSES, ORACLE_REFOCUSES = 16, 3  # at most
@@ -137,7 +143,7 @@ def focused(tree, budget: int, lens: LensNet, allocator: dict, telemetry: dict |
     """The cold start, refocused by LensNet and the allocator until they rest."""
     context, allocator = WorkingContext.recency(tree, budget), FocusAllocator(**allocator)
     for _ in range(REFOCUSES):
-        scores = lens.score(context, allocator.margin(lens.tau))
+        scores = lens.score(context, moves(context, allocator.protected), allocator.margin(lens.tau))
         edits = allocator.refocus(context, scores.score, scores.price)
         if telemetry is not None:
             told = allocator.telemetry
@@ -154,7 +160,7 @@ def _oracle(base, tree, budget, lens, allocator, after, out: FocusScores) -> flo
     greedy = FocusAllocator(**allocator | {"kind": "greedy", "max_edits": 10**6, "cooldown": 0})
     best = float("inf")
     for turn in range(ORACLE_REFOCUSES + 1):
-        legal = moves(context)
+        legal = moves(context, greedy.protected)
         edits = legal.edits(context) if turn < ORACLE_REFOCUSES else legal.edits(context)[:0]
         values, plain = measure_values(base, context, edits, after)
         best = min(best, plain.item())

@@ -14,8 +14,8 @@ FEWEST_EDITS = 4  # blocks to choose, on average, below which a budget is not cl
 TO_BEAT = (RECENCY, RANDOM, SURPRISE)
 HEALTHY = {"swap_rate": "0.05-0.20", "utilisation": "0.80-1.00", "residency": ">= 3 refocuses"}
 LEGEND = (
-    "NLL of the tokens behind the cursor, nats per token, means over documents. cost: above the full context. of the gap:"
-    " share of what the gists alone lose that the policy wins back. LensNet less: negative is better than the policy."
+    "NLL of the tokens behind the cursor, nats per token, means over documents. cost: above the full context."
+    " of the gap: share of what the gists alone lose that the policy wins back. LensNet less: below 0 it is better."
     " Intervals: 95 %, paired bootstrap over documents."
 )
 
@@ -23,7 +23,13 @@ LEGEND = (
 def summarise_focus(scores: FocusScores, horizon: int) -> dict:
     """Scores -> nested dicts of floats and strings; NaN stands for undefined."""
     document = torch.tensor(scores.document)
-    out = {"documents": len(document.unique()), "windows": len(document), "horizon": horizon, "budgets": {}, "notes": []}
+    out = {
+        "documents": len(document.unique()),
+        "windows": len(document),
+        "horizon": horizon,
+        "budgets": {},
+        "notes": [],
+    }
     for name, nll in scores.nll.items():
         table = {policy: torch.tensor(values, dtype=torch.float64) for policy, values in nll.items()}
         full, lens, gists = table[FULL], table[LENS], table[GISTS]
@@ -65,7 +71,9 @@ def summarise_focus(scores: FocusScores, horizon: int) -> dict:
 def report_focus(folder: Path, numbers: dict, console=None) -> None:
     """Print the tables and write ``report.md``, ``report.json`` and ``report.png``."""
     console = console_of(console)
-    head = f"What focus is worth: {numbers['windows']} windows of {numbers['documents']} texts, H = {numbers['horizon']}"
+    head = (
+        f"What focus is worth: {numbers['windows']} windows of {numbers['documents']} texts, H = {numbers['horizon']}"
+    )
     console.print(f"\n[bold]{head}[/bold]")
     sheets = [_sheet(name, budget) for name, budget in numbers["budgets"].items()]
     sheets.append(_telemetry_sheet(numbers))

@@ -67,7 +67,9 @@ class LensNet(nn.Module):
         if not 1 <= layers <= 16:
             raise ValueError(f"lensnet.layers={layers} is not allowed: 1 to 16")
         if num_heads < 1 or width % num_heads or width // num_heads % 2:
-            raise ValueError(f"lensnet.num_heads={num_heads} does not divide the base LM's width {width} into even heads")
+            raise ValueError(
+                f"lensnet.num_heads={num_heads} does not divide the base LM's width {width} into even heads"
+            )
         if head not in HEADS:
             raise ValueError(f"lensnet.head={head} is not known, allowed are {', '.join(HEADS)}")
         if not 0 <= dropout < 1:
@@ -118,9 +120,14 @@ class LensNet(nn.Module):
         distance = context.ends()[:, None] - context.positions()
         return self(context.to_tensor(), context.lods(), distance, context.there)
 
-    def score(self, context: WorkingContext, margin: float | Tensor = 0.0) -> Scores:
-        """Values, the price at which they fit the budget, and signed scores; ``margin``: see ``price``."""
-        legal = moves(context)
+    def score(self, context: WorkingContext, legal: Moves | None = None, margin: float | Tensor = 0.0) -> Scores:
+        """Values, the price at which they fit the budget, and signed scores.
+
+        Args:
+            legal: what may be done; ``None``: what ``moves`` says.
+            margin: of ``price``.
+        """
+        legal = moves(context) if legal is None else legal
         v_down, v_keep = masked(self.read(context), legal)
         now = price(v_down, v_keep, legal, context.budget - context.lengths, self.block_size, margin)
         return Scores(v_down, v_keep, now, signed_scores(v_down, v_keep, legal, now, self.tau))

@@ -17,7 +17,7 @@ from torch import Tensor
 from megactx.lm import BaseLM
 from megactx.memory import WorkingContext
 
-from .edits import Edits, Moves, column_of, moves
+from .edits import Edits, Moves, column_of
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,13 @@ class States:
         return torch.where(self.expand, values[self.row, self.column, 0], keep)
 
 
-def save(path: Path, context: WorkingContext, row: int, edits: Edits, values: Tensor, nll: Tensor) -> None:
+def save(
+    path: Path, context: WorkingContext, row: int, legal: Moves, edits: Edits, values: Tensor, nll: Tensor
+) -> None:
     """Write one row of a batch of windows, whole or not at all.
 
     Args:
+        legal: what may be done in these windows.
         edits: the measured ones, of any rows; those of this row are kept.
         values: [E] nats.
         nll: [B] nats.
@@ -63,7 +66,7 @@ def save(path: Path, context: WorkingContext, row: int, edits: Edits, values: Te
         "ids": ids.int(),
         "gists": tree.embeddings(rows[gist], lod[gist], index[gist]).to(torch.bfloat16),
         "distance": (context.ends()[row] - context.positions()[row, :length]).int(),
-        "first": moves(context).first[row, :length].int(),
+        "first": legal.first[row, :length].int(),
         "nll": nll[row].float(),
         "column": column_of(context, own.row, own.lod - (~own.expand).long(), first).int(),
         "expand": own.expand,

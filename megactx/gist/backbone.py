@@ -40,11 +40,8 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor | None = None, sigma: Tensor | None = None
-    ) -> Tensor:
-        """x [B, K, D], positions and sigma as for ``rotary``, mask bool [B, 1, 1, K]: what there is to see -> [B, K, D].
-        """
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None, sigma: Tensor | None = None) -> Tensor:
+        """x [B, K, D] -> [B, K, D]; positions, sigma: see ``rotary``; mask bool [B, 1, 1, K]: what there is to see."""
         query, key, value = self._heads(x, positions, sigma)
         dropout = self.dropout if self.training else 0.0
         return self._residual(x, F.scaled_dot_product_attention(query, key, value, mask, dropout))

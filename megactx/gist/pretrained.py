@@ -1,4 +1,4 @@
-"""A trained GistNet as a folder: ``gistnet.json`` says what it is and of which base, ``model.safetensors`` has weights."""
+"""A trained GistNet as a folder: ``gistnet.json`` says what it is and of which base, the weights lie beside it."""
 
 import hashlib
 import json

@@ -74,6 +74,7 @@ def _make(stage, document: dict, kind: str, fraction: float, generator, path: Pa
             f"stage.budgets={list(stage.hparams.budgets)}: {fraction} of {cursor} tokens: {error}; take larger shares,"
             f" or a larger data.min_tokens"
         ) from error
-    edits = measured_share(moves(context).edits(context), stage.hparams.windows["edits"], generator)
+    legal = moves(context, allocator.protected)
+    edits = measured_share(legal.edits(context), stage.hparams.windows["edits"], generator)
     values, nll = measure_values(stage.base, context, edits, ids[:, cursor:])
-    save(path, context, 0, edits, values, nll)
+    save(path, context, 0, legal, edits, values, nll)

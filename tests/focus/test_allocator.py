@@ -46,9 +46,10 @@ def window(tree: MegaContextTree, seed: int, spare: int = 0) -> WorkingContext:
     for share in (0.8, 0.7, 0.5):
         edits = moves(context, NEWEST).edits(context)
         drawn = torch.rand(len(edits), generator=generator)
-        edits[~edits.expand & (drawn < share)].apply(context)
-    edits = moves(context, NEWEST).edits(context)
-    edits[edits.expand & (torch.rand(len(edits), generator=generator) < 0.2)].apply(context)
+        edits = edits[~edits.expand & (drawn < share)]
+        context.collapse(edits.lod, edits.index, edits.row)
+    row, column = ((context.lod > 0) & (torch.rand(context.lod.shape, generator=generator) < 0.2)).nonzero().unbind(1)
+    context.expand(column, row)
     context.budget, context.debug = int(context.counts.max()) + spare, True
     return context
 
@@ -70,18 +71,17 @@ def by_hand(context, scores, allocator, free, tired) -> list[tuple[int, int, int
     legal, out = moves(context, allocator.protected), []
     most = allocator.max_edits or max(4, context.budget // 512)
     for row, count in enumerate(context.counts.tolist()):
-        score, wanted, spared = scores[row].tolist(), [], []
-        for column in range(count):
-            lod, index = int(context.lod[row, column]), int(context.index[row, column])
-            if legal.expand[row, column] and score[column] > allocator.threshold and (row, lod, index) not in tired:
-                wanted.append((-score[column], -column, (row, lod, index, True)))
+        score, lods, indices = (t[row].tolist() for t in (scores, context.lod, context.index))
+        wanted, spared = [], []
+        for column in legal.expand[row].nonzero().flatten().tolist():
+            gist = (row, lods[column], indices[column])
+            if score[column] > allocator.threshold and gist not in tired:
+                wanted.append((-score[column], -column, (*gist, True)))
         asked = {-column for _, column, _ in wanted}
-        for column in range(count):
-            lod, index = int(context.lod[row, column]) + 1, int(context.index[row, column]) // K
-            mean = sum(score[column : column + K]) / K
-            if legal.first[row, column] == column and mean < -allocator.threshold and (row, lod, index) not in tired:
-                if not asked & set(range(column, column + K)):
-                    spared.append((mean, column, (row, lod, index, False)))
+        for column in legal.leads[row].nonzero().flatten().tolist():
+            gist, mean = (row, lods[column] + 1, indices[column] // K), sum(score[column : column + K]) / K
+            if mean < -allocator.threshold and gist not in tired and not asked & set(range(column, column + K)):
+                spared.append((mean, column, (*gist, False)))
         wanted, spared = sorted(wanted), sorted(spared)
         room, made = context.budget - count, 0
         while made < most:
@@ -132,7 +132,7 @@ def test_edits_are_those_of_two_queues_taken_by_hand(lengths, levels, seed, spar
 @cases
 def test_a_gist_that_was_edited_stays_for_the_cooldown(lengths, levels, seed, spare, most):
     context, cooldown = window(tree(lengths, levels), seed, spare), seed % 4
-    allocator, last, again = FocusAllocator(max_edits=most, cooldown=cooldown, protected=NEWEST), {}, 0
+    allocator, last = FocusAllocator(max_edits=most, cooldown=cooldown, protected=NEWEST), {}
     for turn in range(7):
         edits = allocator.refocus(context, drawn_scores(context, turn))
         ages = [turn - last[name[:3]] if name[:3] in last else REMEMBERED for name in names(edits)]
@@ -193,14 +193,11 @@ def test_draws_come_from_the_same_queues(lengths, levels, seed, spare, most):
     context = window(tree(lengths, levels), seed, spare)
     scores = drawn_scores(context, seed)
     drawn = FocusAllocator("stochastic", max_edits=most, protected=NEWEST, seed=seed).propose(context, scores)
-    best = FocusAllocator(max_edits=10**4, protected=NEWEST).propose(context, scores)
-    assert set(names(drawn)) <= set(names(best)) | set(names(moves(context, NEWEST).edits(context)))
-    assert len(drawn) == len(FocusAllocator(max_edits=most, protected=NEWEST).propose(context, scores))
     make_one_by_one(drawn, context)
-    legal = moves(context, NEWEST)
-    column = {name: at for at, name in zip(legal.expand.nonzero().tolist(), names(legal.edits(context)), strict=False)}
-    for name in names(drawn):
-        assert not name[3] or scores[tuple(column[name])] > 0.2
+    assert len(drawn) == len(FocusAllocator(max_edits=most, protected=NEWEST).propose(context, scores))
+    context.budget = 10**6  # room for all: then the queues are emptied
+    queues = FocusAllocator(max_edits=1000, protected=NEWEST).propose(context, scores)
+    assert set(names(drawn)) <= set(names(queues))
 
 
 def test_the_better_an_edit_the_more_often_it_is_drawn():
@@ -233,13 +230,15 @@ def test_at_a_full_budget_an_expand_waits_for_the_collapse_that_pays_for_it():
     edits = allocator.refocus(context, scores, torch.tensor([0.5]))
     assert names(edits) == expected
     assert context.lengths.item() == context.budget
-    # Without a price that is short of room, a third collapse would also be made alone; with one, nobody pays for it.
-    scores[0, 4:8] = 0
-    context = expandable(4, spare=0)
-    scores[0, -4:] = 0
-    assert names(allocator.propose(context, scores)) == []  # both gists have just been edited
-    assert names(FocusAllocator(protected=0).propose(context, scores)) == [(0, 1, 2, False)]
-    assert names(FocusAllocator(protected=0).propose(context, scores, torch.tensor([0.5]))) == []
+
+
+def test_a_collapse_that_no_expand_waits_for_is_made_where_detail_costs_nothing():
+    context, allocator = expandable(4, spare=0), FocusAllocator(protected=0)
+    scores = torch.zeros(context.lod.shape)
+    scores[0, 8:12] = -0.8
+    for p in (None, torch.tensor([0.0])):
+        assert names(allocator.propose(context, scores, p)) == [(0, 1, 2, False)]
+    assert len(allocator.propose(context, scores, torch.tensor([0.5]))) == 0
 
 
 def test_equals_are_expanded_near_the_cursor_and_collapsed_far_from_it():
@@ -346,8 +345,9 @@ def fixed_values(whole: MegaContextTree, kind: str, seed: int) -> torch.Tensor:
 
 def values_of(context: WorkingContext, legal, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     row = torch.arange(len(context.lod))[:, None]
-    v_down, v_keep = values[context.lod, row, context.index % values.shape[2]], values[context.lod + 1, row, 0]
-    v_keep = values[context.lod + 1, row, context.index // K % values.shape[2]]
+    n = values.shape[2]  # of an index beyond it no value is read
+    v_down = values[context.lod, row, context.index % n]
+    v_keep = values[context.lod + 1, row, context.index // K % n]
     return torch.where(legal.expand, v_down, 0), torch.where(legal.first >= 0, v_keep, 0)
 
 
@@ -390,7 +390,7 @@ def test_with_fixed_values_it_comes_to_rest(lengths, kind, how, seed, spare, mos
     if context.lengths.item() + K - 1 <= context.budget:
         assert not (v_down > margin).any()
     elif kind == "diminishing":  # no swap is left that is worth it
-        assert not (v_down.max() > v_keep[legal.leads].min() + 2 * margin)
+        assert v_down.max() <= torch.where(legal.leads, v_keep, torch.inf).min() + 2 * margin
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -398,19 +398,18 @@ def test_with_fixed_values_it_comes_to_rest(lengths, kind, how, seed, spare, mos
 def test_where_no_edit_opens_the_way_to_another_no_call_is_wasted_and_the_result_is_the_best(seed, spare, most):
     whole = tree((150,), 1)
     context, values = window(whole, seed, spare), fixed_values(whole, "alike", seed)
-    finest = (context.lod == 0) & context.there
-    movable = torch.arange(1, (150 - NEWEST) // K)
-    places = (context.budget - int(context.counts)) // (K - 1)
-    places += len({i // K for i in context.index[finest].tolist()} & {*movable.tolist()})
-    allocator = FocusAllocator(max_edits=most, protected=NEWEST)
-    made = settle(context, allocator, values, tau=1e-6)
-    active = len(made) - allocator.cooldown - 1
-    assert active <= math.ceil(sum(made) / most)
-    opened = {i // K for i in context.index[(context.lod == 0) & context.there].tolist()} & {*movable.tolist()}
-    best = sorted(movable.tolist(), key=lambda i: -values[1, 0, i].item())[:places]
-    best = {i for i in best if values[1, 0, i] > 1e-6}
-    got, most_of_all = (sum(values[1, 0, i].item() for i in some) for some in (opened, best))
-    assert got == pytest.approx(most_of_all, abs=1e-4)
+    values[1, 0, [0, *range((150 - NEWEST) // K, 38)]] = -1  # what stays raw in any case
+
+    def opened() -> set[int]:
+        return {i // K for i in context.index[(context.lod == 0) & context.there].tolist() if values[1, 0, i // K] >= 0}
+
+    most_opened = len(opened()) + (context.budget - int(context.counts)) // (K - 1)
+    allocator, tau = FocusAllocator(max_edits=most, protected=NEWEST), 1e-3
+    made = settle(context, allocator, values, tau)
+    assert len(made) - allocator.cooldown - 1 <= math.ceil(sum(made) / most)
+    best = values[1, 0].sort(descending=True).values[:most_opened].clamp(min=0).sum()
+    got = values[1, 0, sorted(opened())].sum()
+    assert got >= best - 2 * allocator.margin(tau) * most_opened
 
 
 def test_a_collapse_that_nothing_pays_back_would_go_back_and_forth_for_ever():

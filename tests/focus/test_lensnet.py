@@ -1,0 +1,130 @@
+"""LensNet sees the whole window, nothing of the padding, and says nothing of what may not be done."""
+
+import pytest
+import torch
+from windows import VOCABULARY, WIDTH, K, gistnet, small_base, tree_of, window
+
+from megactx.focus import moves
+from megactx.focus.lensnet import LensNet, masked
+from megactx.memory import MegaContextTree, WorkingContext
+
+
+@pytest.fixture(scope="module")
+def base():
+    return small_base()
+
+
+def lens(**settings) -> LensNet:
+    torch.manual_seed(4)
+    net = LensNet(WIDTH, K, num_heads=4, **settings)
+    for p in (net.last.weight, net.last.bias):  # they start at zero
+        torch.nn.init.normal_(p, std=0.1)
+    return net.eval()
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize("layers", [2, 4])
+@pytest.mark.parametrize("mode", ["plain", "damped", "learned"])
+@torch.no_grad()
+def test_the_value_of_an_old_entry_depends_on_the_newest_tokens(base, head, layers, mode):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCABULARY, (1, 150), generator=generator)
+    other = ids.clone()
+    other[:, -3:] = (other[:, -3:] + 1) % VOCABULARY
+    net = lens(head=head, layers=layers, gaussian_rope=mode)
+    first, second = (
+        net.read(WorkingContext.recency(MegaContextTree.from_tokens(x, gistnet(base), base), 60)) for x in (ids, other)
+    )
+    changed = (first - second).abs().amax(-1)[0]
+    assert changed[:-3].min() > 0, "an entry does not see the question"
+
+
+@torch.no_grad()
+def test_the_padding_is_neither_read_nor_valued(base):
+    context = window(tree_of(base))
+    net, there = lens(), context.there
+    assert not there.all()
+    arguments = context.lods(), context.ends()[:, None] - context.positions(), there
+    plain = net(context.to_tensor(), *arguments)
+    filled = torch.where(there[..., None], context.to_tensor(), torch.nan)
+    far = torch.where(there, arguments[1], 7)
+    torch.testing.assert_close(net(filled, arguments[0], far, there), plain)
+    assert (plain[~there] == 0).all() and (plain[there] != 0).all()
+    for row, length in enumerate(context.lengths.tolist()):  # and each row is read on its own
+        alone = net(*(t[row : row + 1, :length] for t in (context.to_tensor(), *arguments)))
+        torch.testing.assert_close(alone[0], plain[row, :length], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_is_not_legal_has_no_value_and_siblings_share_one(base):
+    context, net = window(tree_of(base)), lens()
+    legal = moves(context, 8)
+    values, scores = net.read(context), net.score(context, legal)
+    assert (scores.v_down[context.lod == 0] == 0).all() and (scores.v_keep[legal.first < 0] == 0).all()
+    torch.testing.assert_close(scores.v_down[legal.expand], values[..., 0][legal.expand])
+    assert legal.leads.any()
+    for row, column in legal.leads.nonzero().tolist():
+        siblings = slice(column, column + K)
+        mean = values[row, siblings, 1].mean()
+        torch.testing.assert_close(scores.v_keep[row, siblings], mean.expand(K))
+    nothing = ~legal.expand & (legal.first < 0)
+    assert nothing.any() and (scores.score[nothing] == 0).all()
+    assert scores.score.abs().max() <= 1 and (scores.price >= 0).all()
+
+
+@torch.no_grad()
+def test_at_the_price_the_edits_it_calls_for_fit_the_budget(base):
+    context, net = window(tree_of(base)), lens()
+    for slack in (0, 5, 40):
+        context.budget = int(context.lengths.max()) + slack
+        legal = moves(context, 8)
+        scores = net.score(context, legal)
+        wanted = ((scores.v_down > scores.price[:, None]) & legal.expand).sum(1)
+        spared = ((scores.v_keep < scores.price[:, None]) & legal.leads).sum(1)
+        assert ((K - 1) * (wanted - spared) <= context.budget - context.lengths).all()
+
+
+def test_every_parameter_gets_a_gradient(base):
+    context, net = window(tree_of(base)), lens(gaussian_rope="learned")
+    net.train()
+    scores = net.score(context, moves(context, 8))
+    (scores.v_down.sum() + scores.v_keep.sum()).backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def test_tau_is_the_running_deviation_of_what_was_measured_and_is_in_the_checkpoint():
+    net = lens()
+    generator = torch.Generator().manual_seed(0)
+    seen = [0.3 * torch.randn(500, generator=generator) for _ in range(20)]
+    for values in seen:
+        net.see(values)
+    assert net.tau.item() == pytest.approx(torch.stack([v.std() for v in seen]).mean().item(), rel=1e-4)
+    net.see(torch.ones(1))  # of one value there is no deviation
+    other = LensNet(WIDTH, K, num_heads=4)
+    other.load_state_dict(net.state_dict())
+    assert other.tau == net.tau and other.updates == 20
+
+
+def test_masked_values_of_a_window_without_siblings_are_zero():
+    tree = tree_of(small_base(), (40, 40))
+    context = WorkingContext.recency(tree, 45)
+    legal = moves(context, protected=1000)
+    assert not legal.leads.any()
+    _, keep = masked(torch.ones(*context.lod.shape, 2), legal)
+    assert (keep == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(layers=0), r"lensnet.layers=0 is not allowed: 1 to 16"),
+        (dict(num_heads=3), r"lensnet.num_heads=3 does not divide the base LM's width 32"),
+        (dict(head="deep"), r"lensnet.head=deep is not known, allowed are linear, mlp"),
+        (dict(dropout=1.0), r"lensnet.dropout=1.0 is not allowed"),
+        (dict(gaussian_rope="wide"), r"gaussian_rope=wide is not known"),
+    ],
+)
+def test_a_setting_that_is_not_allowed_is_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LensNet(WIDTH, K, **{"num_heads": 4} | settings)

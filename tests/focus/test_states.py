@@ -1,0 +1,86 @@
+"""Windows on disk are the windows that were measured; what is drawn to learn from is legal and reproducible."""
+
+import pytest
+import torch
+from windows import WIDTH, K, following, small_base, tree_of, window
+
+from megactx.focus import moves
+from megactx.focus.allocator import FocusAllocator
+from megactx.focus.lensnet import LensNet, masked
+from megactx.focus.sampling import KINDS, draw, measured_share, some_per_row
+from megactx.focus.states import load, save
+from megactx.focus.values import measure_values
+
+
+@pytest.fixture(scope="module")
+def base():
+    return small_base()
+
+
+def lens() -> LensNet:
+    torch.manual_seed(4)
+    net = LensNet(WIDTH, K, num_heads=4)
+    torch.nn.init.normal_(net.last.weight, std=0.1)
+    return net.eval()
+
+
+@torch.no_grad()
+def test_a_batch_from_disk_is_read_as_the_windows_themselves(base, tmp_path):
+    context, ids = window(tree_of(base), edits=3), following(2, 4)
+    edits = moves(context, 8).edits(context)
+    values, nll = measure_values(base, context, edits, ids)
+    paths = [tmp_path / f"{row}.safetensors" for row in (0, 1)]
+    for row, path in enumerate(paths):
+        save(path, context, row, moves(context, 8), edits, values, nll)
+    states, net = load(paths, base), lens()
+    assert torch.equal(states.there, context.there) and torch.equal(states.lods, context.lods())
+    assert torch.equal(states.legal.first, moves(context, 8).first)
+    assert torch.equal(states.legal.expand, moves(context, 8).expand)
+    read = net(states.embeddings, states.lods, states.distance, states.there)
+    torch.testing.assert_close(read, net.read(context), rtol=2e-2, atol=2e-3)  # gists are kept in bf16
+    torch.testing.assert_close(states.nll, nll)
+    by_row = torch.argsort(edits.row, stable=True)
+    torch.testing.assert_close(states.values, values[by_row])
+    assert torch.equal(states.row, edits.row[by_row]) and torch.equal(states.expand, edits.expand[by_row])
+    legal = moves(context, 8)
+    v_down, v_keep = masked(read, legal)
+    expected = torch.cat([v_down[legal.expand], v_keep[legal.leads]])[by_row]
+    torch.testing.assert_close(states.estimates(read, K), expected)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_windows_to_learn_from_keep_the_budget_and_are_a_function_of_the_generator(base, kind):
+    tree = tree_of(base, (400, 330))  # beyond the newest 128 tokens there is something to choose
+
+    def drawn(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return draw(kind, tree, 240, generator, lens(), FocusAllocator())  # the constructor checks the invariants
+
+    seen = set()
+    for seed in range(6):
+        context = drawn(seed)
+        context.check()
+        assert (context.counts <= 240).all()
+        assert torch.equal(context.lod, drawn(seed).lod)
+        seen.add(tuple(context.lod.flatten().tolist()))
+    assert len(seen) > 2
+
+
+def test_an_unknown_kind_of_window_is_refused(base):
+    with pytest.raises(ValueError, match="kind chosen is not known, allowed are random, recency, policy"):
+        draw("chosen", tree_of(base), 60, torch.Generator())
+
+
+def test_a_share_of_edits_has_collapses_and_expands_of_every_row(base):
+    context = window(tree_of(base))
+    edits = moves(context, 8).edits(context)
+    generator = torch.Generator().manual_seed(0)
+    share = measured_share(edits, 6, generator)
+    for row in (0, 1):
+        own = share.expand[share.row == row]
+        assert 0 < int((~own).sum()) <= 3 and 0 < int(own.sum()) <= 6
+    names = list(zip(share.row.tolist(), share.lod.tolist(), share.index.tolist(), share.expand.tolist(), strict=True))
+    assert len(set(names)) == len(names)
+    assert len(some_per_row(edits, 10**6, generator)) == len(edits) and len(some_per_row(edits[:0], 3, generator)) == 0
