@@ -3,8 +3,8 @@
     [sink] [text] ... [ The port of Alder is 4821. text ] ... [text] | text ... The port of Alder is | 4821
                       one block, old by now                            R raw tokens                    the answer
 
-What is told starts on a block's first token, and takes as many blocks as it needs: a UUID is longer than 32 tokens where
-a tokenizer keeps digits apart.
+What is told starts on a block's first token, and takes as many blocks as it needs: a UUID is longer than 32 tokens
+where a tokenizer keeps digits apart.
 
 The text around is real. Told and asked in the same words, so a base LM that can copy can answer. In the spirit of
 "needle in a haystack" and of the passkey task of Mohtashami & Jaggi 2023 (arXiv 2305.16300).

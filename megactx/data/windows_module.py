@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .documents import TRAIN, VALIDATION, cut, tokenised
+from .planted import KINDS, plant
 from .shares import Shares
 from .spans import check_weights
 from .spans_module import LONGEST_DOCUMENT, in_turn
@@ -26,12 +27,14 @@ class WindowData(Shares):
     Args:
         source: a document source (``Files``, ``Embedded``, ``Hub``, ``Mixture``).
         tokenizer: a Hugging Face tokenizer, or its name or folder.
+        block: K, tokens of a block.
         horizon: H tokens behind the cursor.
         min_tokens: the least tokens before the cursor; shorter texts are dropped.
         max_tokens: the most; ``None``: the smaller of 16,384 and what ``limit_to`` said, less the horizon.
         batch: windows per batch.
         weights: domain -> share of documents.
         validation_windows: held-out windows per validation.
+        planted: share of the training documents in which a fact is planted, see ``plant``.
 
     Raises:
         ValueError: a length that does not fit, or nothing left that is long enough; it names the setting.
@@ -41,6 +44,7 @@ class WindowData(Shares):
         self,
         source,
         tokenizer,
+        block: int,
         horizon: int,
         min_tokens: int,
         max_tokens: int | None,
@@ -48,9 +52,10 @@ class WindowData(Shares):
         weights: dict,
         seed: int = 0,
         validation_windows: int = 32,
+        planted: float = 0.0,
     ):
         super().__init__()
-        self.source, self.seed, self.horizon = source, seed, horizon
+        self.source, self.seed, self.block, self.horizon = source, seed, block, horizon
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.min_tokens, self.asked, self.weights = min_tokens, max_tokens, dict(weights)
         for name, value in (
@@ -60,7 +65,9 @@ class WindowData(Shares):
         ):
             if value < 1:
                 raise ValueError(f"{name}={value} is not allowed: it must be 1 or more")
-        self.batch, self.validation_windows = batch, validation_windows
+        if not 0 <= planted <= 1:
+            raise ValueError(f"datamodule.planted={planted} is not allowed: a share of the documents is from 0 to 1")
+        self.batch, self.validation_windows, self.planted = batch, validation_windows, planted
         self.limit_to(LONGEST_DOCUMENT)
 
     def limit_to(self, tokens: int) -> None:
@@ -93,12 +100,16 @@ class WindowData(Shares):
         """A training document with a random cursor: a function of (seed, key).
 
         Returns:
-            ``ids`` int64 [T + H], ``cursor`` T, ``domain``, ``text``.
+            ``ids`` int64 [T + H], or [T + A] where a fact is planted; ``cursor`` T, ``domain``, ``text``.
         """
         rng = np.random.default_rng([self.seed, *key])
         pool = self.pools[self.domains[rng.choice(len(self.domains), p=self.shares)]]
         document = pool[rng.integers(len(pool))]
-        return self._at(document, int(rng.integers(self.min_tokens, len(document["input_ids"]) - self.horizon + 1)))
+        found = self._at(document, int(rng.integers(self.min_tokens, len(document["input_ids"]) - self.horizon + 1)))
+        if rng.random() < self.planted:
+            others = [pool[rng.integers(len(pool))]["input_ids"] for _ in range(8)]
+            found = self._planted(found, others, KINDS[int(rng.integers(len(KINDS)))], rng) or found
+        return found
 
     def held_documents(self, count: int | None = None, tokens: int | None = None) -> list[dict]:
         """Held-out documents in the same form, in a fixed order, the first ones of all domains.
@@ -112,6 +123,26 @@ class WindowData(Shares):
     def other(self, source, count: int | None = None, tokens: int | None = None) -> list[dict]:
         """Documents of another source, in the same form: nothing of it was trained on, so there is no split."""
         return self._placed(in_turn(self._cut(tokenised(source, self.tokenizer), None)), count, tokens)
+
+    def planted_cases(self, count: int, tokens: int | None = None) -> list[dict]:
+        """Held-out documents with a planted fact, of all kinds in turn; foreign passages are held out too.
+
+        Args:
+            count: how many; a document may be used again, with another fact.
+            tokens: T; ``None``: as many as a document has.
+        """
+        rng, documents = np.random.default_rng(self.seed), self.held_documents(tokens=tokens)
+        others, out = [document["input_ids"] for document in self.held], []
+        for number in range(4 * count):  # a sentence may be too long for a block
+            if len(out) == count or not documents:
+                break
+            document = documents[int(rng.integers(len(documents)))]
+            if found := self._planted(document, others, KINDS[number % len(KINDS)], rng):
+                out.append(found)
+        return out
+
+    def _planted(self, document: dict, others: list, kind: str, rng) -> dict | None:
+        return plant(document, others, self.tokenizer, kind, self.block, rng)
 
     def train_dataloader(self):
         return DataLoader(

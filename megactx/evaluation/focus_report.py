@@ -11,6 +11,7 @@ from .focus import FULL, GISTS, LENS, ORACLE, RANDOM, RECENCY, SURPRISE, FocusSc
 from .sheets import Sheet, console_of, markdown_sheet, number, print_sheet
 
 FEWEST_EDITS = 4  # blocks to choose, on average, below which a budget is not claimed
+FEWEST_CASES = 200
 TO_BEAT = (RECENCY, RANDOM, SURPRISE)
 HEALTHY = {"swap_rate": "0.05-0.20", "utilisation": "0.80-1.00", "residency": ">= 3 refocuses"}
 LEGEND = (
@@ -77,6 +78,8 @@ def report_focus(folder: Path, numbers: dict, console=None) -> None:
     console.print(f"\n[bold]{head}[/bold]")
     sheets = [_sheet(name, budget) for name, budget in numbers["budgets"].items()]
     sheets.append(_telemetry_sheet(numbers))
+    if "planted" in numbers:
+        sheets.append(_planted_sheet(numbers["planted"]))
     for sheet in sheets:
         print_sheet(sheet, console)
     lines = list(numbers["notes"])
@@ -88,6 +91,11 @@ def report_focus(folder: Path, numbers: dict, console=None) -> None:
             f" (their standard deviation is {numbers['measured_std']:.4f} nat).",
         )
     console.print(LEGEND, style="dim", highlight=False)
+    if "planted" in numbers and (few := numbers["planted"]["kinds"]["overall"]["usable"]) < FEWEST_CASES:
+        lines.append(
+            f"Planted facts: the base can use {few} cases, fewer than {FEWEST_CASES}: it is the base that limits this"
+            " table, or more cases are needed (stage.evaluate.planted)."
+        )
     for line in lines:
         console.print(f"! {line}", style="yellow", highlight=False)
     text = "\n".join([f"# {head}", "", *map(markdown_sheet, sheets), LEGEND, "", *(f"- {line}" for line in lines)])
@@ -142,6 +150,21 @@ def _telemetry_sheet(numbers: dict) -> Sheet:
         for key in names
     ]
     return Sheet("refocusing, means per refocus", ["", *budgets, "healthy"], rows)
+
+
+def _planted_sheet(planted: dict) -> Sheet:
+    kinds, rows = planted["kinds"], []
+    for policy in next(iter(kinds.values()))["rows"]:
+        found = [kind["rows"][policy]["found"] for kind in kinds.values()]
+        loss = number(kinds["overall"]["rows"][policy]["nll"], "{:.2f}")
+        rows.append([policy, loss, *(number(share, "{:.0%}") for share in found)])
+    strong = tuple(index for index, row in enumerate(rows) if row[0] == LENS)
+    named = [f"{kind} ({part['usable']} of {part['cases']})" for kind, part in kinds.items()]
+    title = (
+        f"planted facts: the needed block is in detail, of cases that the base can use; {planted['tokens']:,} tokens,"
+        f" budget {planted['budget']:g}"
+    )
+    return Sheet(title, ["", "NLL of the answer", *named], rows, strong)
 
 
 def _verdict(rows: dict, claimed: bool) -> str:

@@ -7,14 +7,13 @@
 An entry that wants to be expanded keeps its siblings from being collapsed, so no two edits of a refocus concern the
 same entries and the order of each queue is all that matters: no loop over rows, entries or edits.
 
-**Why it comes to rest.** Let every gist have one fixed value, v_down where it stands and v_keep where its children do.
-An expand of a score above 0 is worth more than the price, a collapse of one below 0 costs less than the price. So what
-all gists that stand expanded are worth together grows with every expand and every pair. It would not grow with a
-collapse that nothing takes the place of: with a price that is due to options which that very collapse takes away, a
-gist would be collapsed, found cheap, expanded, found dear, and so on. Hence, given the price, such a collapse is made
-only where the price is 0: there siblings are below it only if their parent is better than they are. Then the worth of
-a row rises with each refocus that changes it, whatever the values, and there is an end. Where v_down and v_keep of one
-gist contradict each other nothing can promise that; ``cooldown`` makes it slow.
+**Why it comes to rest.** Let every gist have one fixed value: v_down where it stands, v_keep where its children do. An
+expand is made only above the price, a collapse only below it. So the total worth of all gists that stand expanded grows
+with every expand and with every pair. A lone collapse could undo that: a gist of little worth with children of much is
+collapsed while they keep the price up, looks cheap once they are gone, is expanded, and so on for ever. Hence, where the
+price is known and above 0, no collapse is made but for an expand; at 0 only siblings go whose parent is better than they
+are. Then the worth rises with each refocus that changes a row, whatever the values, and there is an end. Where v_down
+and v_keep of one gist contradict each other nothing can promise that; ``cooldown`` makes it slow.
 
 B rows, W entries, K children of a node, E edits, R remembered edits, M edits of a row at most.
 """
@@ -55,7 +54,7 @@ class FocusAllocator:
     Args:
         kind: ``greedy`` makes the best edits; ``stochastic`` draws them, better ones more often.
         threshold: of scores: what is closer to 0 stays as it is.
-        max_edits: of a row and refocus; ``None``: max(4, W_max / 512).
+        max_edits: of a row and refocus, better an even number, as a swap takes two; ``None``: max(4, W_max / 512).
         cooldown: refocuses for which a gist that was expanded or collapsed stays as it is.
         protected: newest tokens that do not collapse.
         temperature: of ``stochastic``, in units of the score.

@@ -20,10 +20,14 @@ from megactx.gist.backbone import Block
 from megactx.lm.gaussian_rope import LODS, PositionSpread
 from megactx.memory import WorkingContext
 
+from .content import contents
 from .edits import Moves, moves
 from .price import price, signed_scores
 
 HEADS = ("linear", "mlp")
+# An old entry and the question lie thousands of tokens apart. Pairs of channels that turn with position cannot tell
+# there whether the two are alike, so half of them do not.
+ROTARY_SHARE = 0.5
 START_TAU = 0.05  # nats, until values were seen
 
 
@@ -48,6 +52,7 @@ class LensNet(nn.Module):
         head: ``linear``, or ``mlp`` with one hidden layer of max(D / 2, 128).
         dropout: inside the blocks.
         gaussian_rope: ``plain``, ``damped`` or ``learned``: how wide the positions of gists are.
+        content: also read the mean embedding of the tokens that an entry stands for, see ``contents``.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -62,6 +67,7 @@ class LensNet(nn.Module):
         head: str = "mlp",
         dropout: float = 0.0,
         gaussian_rope: str = "damped",
+        content: bool = True,
     ):
         super().__init__()
         if not 1 <= layers <= 16:
@@ -78,7 +84,8 @@ class LensNet(nn.Module):
         self.spread = PositionSpread(gaussian_rope, block_size)
         self.lod = nn.Embedding(LODS + 1, width)
         self.place = nn.Linear(2, width)  # of how wide an entry is, and how far from the cursor
-        self.blocks = nn.ModuleList(Block(width, num_heads, dropout) for _ in range(layers))
+        self.content = nn.Linear(width, width, bias=False) if content else None
+        self.blocks = nn.ModuleList(Block(width, num_heads, dropout, ROTARY_SHARE) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
         hidden = max(width // 2, 128)
         self.head = nn.Sequential(nn.Linear(width, hidden), nn.GELU()) if head == "mlp" else nn.Identity()
@@ -88,11 +95,16 @@ class LensNet(nn.Module):
         for block in self.blocks:
             for linear in (block.out, block.down):
                 linear.weight.data /= (2 * layers) ** 0.5
+            # Keys start as queries: at first an entry attends to what is like it, which is what there is to find.
+            query, key, _ = block.qkv.weight.data.chunk(3)
+            key.copy_(query)
         # Standard deviation of the values that were measured so far: the unit in which a value counts as large.
         self.register_buffer("tau", torch.tensor(START_TAU))
         self.register_buffer("updates", torch.tensor(0))
 
-    def forward(self, embeddings: Tensor, lods: Tensor, distance: Tensor, there: Tensor) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, lods: Tensor, distance: Tensor, there: Tensor, content: Tensor | None = None
+    ) -> Tensor:
         """Values of every entry, legal or not.
 
         Args:
@@ -100,6 +112,7 @@ class LensNet(nn.Module):
             lods: [B, W].
             distance: tokens from where each entry sits to the end of its row, [B, W].
             there: which entries are none of the padding, bool [B, W].
+            content: of ``contents``, [B, W, D]; read where the net was built for it.
 
         Returns:
             [B, W, 2], v_down and v_keep in nats; 0 in the padding.
@@ -108,6 +121,9 @@ class LensNet(nn.Module):
         wide = lods.float() * math.log2(self.block_size) / 10
         x = F.rms_norm(torch.where(there[..., None], embeddings, 0.0).float(), (self.width,))
         x = x + self.lod(lods.clamp(max=LODS)) + self.place(torch.stack([wide, far], dim=-1))
+        if self.content is not None:
+            content = torch.where(there[..., None], content, 0.0).float()
+            x = x + self.content(F.rms_norm(content, (self.width,)))
         sigma = self.spread(lods)
         mask, positions = there[:, None, None], -distance.float()[:, None]
         for block in self.blocks:
@@ -118,7 +134,8 @@ class LensNet(nn.Module):
     def read(self, context: WorkingContext) -> Tensor:
         """The same for a working context: [B, W, 2]."""
         distance = context.ends()[:, None] - context.positions()
-        return self(context.to_tensor(), context.lods(), distance, context.there)
+        content = None if self.content is None else contents(context)
+        return self(context.to_tensor(), context.lods(), distance, context.there, content)
 
     def score(self, context: WorkingContext, legal: Moves | None = None, margin: float | Tensor = 0.0) -> Scores:
         """Values, the price at which they fit the budget, and signed scores.

@@ -14,6 +14,7 @@ from .edits import Edits, moves
 from .layout import by_value
 from .lensnet import LensNet
 
+FIELDS = ("row", "lod", "index", "expand")  # of ``Edits``
 KINDS = ("random", "recency", "policy")
 COARSE = 0.25  # share of the nodes of level 2 that stand as one gist in a random window
 REFOCUSES, DISTURBED = 6, 2  # at most
@@ -82,8 +83,15 @@ def some_per_row(edits: Edits, count: int, generator: Generator) -> Edits:
     return edits[order[place < count]]
 
 
-def measured_share(edits: Edits, count: int, generator: Generator) -> Edits:
-    """What is measured of each row: at most ``count``, half of them collapses as far as there are so many."""
+def measured_share(edits: Edits, count: int, generator: Generator, needed: Tensor | None = None) -> Edits:
+    """What is measured of each row: at most ``count``, half of them collapses as far as there are so many.
+
+    Args:
+        needed: of which edits more is to be learned than of others, bool [E]: they are measured in any case.
+    """
+    if needed is not None:
+        first, others = edits[needed], measured_share(edits[~needed], count - int(needed.sum()), generator)
+        return Edits(*(torch.cat([getattr(first, n), getattr(others, n)]) for n in FIELDS))
 
     def counts(which: Tensor) -> int:
         return int(torch.bincount(edits.row[which]).max()) if which.any() else 0
@@ -92,4 +100,4 @@ def measured_share(edits: Edits, count: int, generator: Generator) -> Edits:
     expands = count - collapses
     opened = some_per_row(edits[edits.expand], expands, generator)
     closed = some_per_row(edits[~edits.expand], collapses, generator)
-    return Edits(*(torch.cat([getattr(opened, n), getattr(closed, n)]) for n in ("row", "lod", "index", "expand")))
+    return Edits(*(torch.cat([getattr(opened, n), getattr(closed, n)]) for n in FIELDS))

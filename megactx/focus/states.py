@@ -17,6 +17,7 @@ from torch import Tensor
 from megactx.lm import BaseLM
 from megactx.memory import WorkingContext
 
+from .content import node_contents
 from .edits import Edits, Moves, column_of
 
 
@@ -28,6 +29,7 @@ class States:
     lods: Tensor  # [B, W]
     distance: Tensor  # [B, W], tokens to the end
     there: Tensor  # [B, W] bool
+    content: Tensor  # [B, W, D], see ``contents``
     legal: Moves
     nll: Tensor  # [B], mean of the scored tokens behind the window, nats
     row: Tensor  # [E], of each measured edit
@@ -65,6 +67,7 @@ def save(
         "lod": lod.to(torch.int16),
         "ids": ids.int(),
         "gists": tree.embeddings(rows[gist], lod[gist], index[gist]).to(torch.bfloat16),
+        "contents": node_contents(tree, rows[gist], lod[gist], index[gist]).to(torch.bfloat16),
         "distance": (context.ends()[row] - context.positions()[row, :length]).int(),
         "first": legal.first[row, :length].int(),
         "nll": nll[row].float(),
@@ -93,13 +96,16 @@ def load(paths: list[Path], base: BaseLM) -> States:
     lods, ids = padded("lod", 0), padded("ids", 0)
     with torch.no_grad():
         embeddings = base.embed(ids.clamp(min=0)).clone()
+    content = embeddings.float().clone()
     embeddings[lods > 0] = torch.cat([file["gists"] for file in files]).to(embeddings.dtype)
+    content[lods > 0] = torch.cat([file["contents"] for file in files]).float()
     counts = torch.tensor([len(file["values"]) for file in files], device=device)
     return States(
         embeddings=embeddings,
         lods=lods,
         distance=padded("distance", 0),
         there=there,
+        content=content,
         legal=Moves(there & (lods > 0), padded("first", -1)),
         nll=torch.stack([file["nll"] for file in files]),
         row=torch.repeat_interleave(counts),

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 ROTARY_BASE = 10_000.0
 
 
-def rotary(x: Tensor, positions: Tensor, sigma: Tensor | None = None) -> Tensor:
+def rotary(x: Tensor, positions: Tensor, sigma: Tensor | None = None, share: float = 1.0) -> Tensor:
     """Rotate pairs of channels by position (Su et al. 2021, arXiv 2104.09864).
 
     x [B, A, K, D/A]; positions [K], or [B, 1, K]; sigma, their standard deviation, likewise, damps each frequency as
-    ``megactx.lm.gaussian_rope`` does; ``None``: points.
+    ``megactx.lm.gaussian_rope`` does; ``None``: points. Only the fastest ``share`` of the pairs turns.
     """
     half = x.shape[-1] // 2
-    frequency = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    pair = torch.arange(half, device=x.device, dtype=torch.float32)
+    frequency = torch.where(pair < share * half, ROTARY_BASE ** (-pair / half), 0.0)
     angle = positions.to(torch.float32)[..., None] * frequency  # [K, half]
     cos, sin = angle.cos(), angle.sin()
     if sigma is not None:
@@ -29,11 +30,14 @@ def rotary(x: Tensor, positions: Tensor, sigma: Tensor | None = None) -> Tensor:
 
 
 class Block(nn.Module):
-    """x + MHA(norm(x)), then x + MLP(norm(x)). Attention is full, not causal: every token reaches every state."""
+    """x + MHA(norm(x)), then x + MLP(norm(x)). Attention is full, not causal: every token reaches every state.
 
-    def __init__(self, width: int, num_heads: int, dropout: float):
+    ``rotary_share``: of the pairs of channels that turn with position, the fastest first; the others see content only.
+    """
+
+    def __init__(self, width: int, num_heads: int, dropout: float, rotary_share: float = 1.0):
         super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
+        self.num_heads, self.dropout, self.rotary_share = num_heads, dropout, rotary_share
         self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -58,7 +62,8 @@ class Block(nn.Module):
         query, key, value = (
             self.qkv(self.norm1(x)).view(b, k, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
         )
-        return rotary(query, positions, sigma), rotary(key, positions, sigma), value
+        query, key = (rotary(x, positions, sigma, self.rotary_share) for x in (query, key))
+        return query, key, value
 
     def _residual(self, x: Tensor, attended: Tensor) -> Tensor:  # [B, K, D], [B, A, K, D/A] -> [B, K, D]
         x = x + self._drop(self.out(attended.transpose(1, 2).reshape(x.shape)))

@@ -40,12 +40,12 @@ def strip(context: WorkingContext, before: WorkingContext | None = None, row: in
     for lod in range(tree.depth, 0, -1):
         covered = int(tree.counts(lod)[row]) * tree.block_size**lod
         filled = round(columns * covered / max(1, total))
-        text.append(f"LOD{lod}  ").append(_glyph(lod) * filled, _colour(lod)).append(" " * (columns - filled))
+        text.append(f"LOD{lod}  ").append(_glyph(lod) * filled, colour(lod)).append(" " * (columns - filled))
         text.append(f"  {int(tree.counts(lod)[row]):,} gists\n")
     start, width, lod = _entries(context, row)
     text.append("sees  ")
     for finest in _finest(start, width, lod, total, columns):
-        text.append(" ") if finest < 0 else text.append(_glyph(finest), _colour(finest))
+        text.append(" ") if finest < 0 else text.append(_glyph(finest), colour(finest))
     text.append(f"  {len(lod):,} entries for {int(width.sum()):,} tokens\n")
     if before is not None:
         new = _new(context, before, row)
@@ -54,7 +54,7 @@ def strip(context: WorkingContext, before: WorkingContext | None = None, row: in
         text.append(f"  {int(new.sum()):,} entries\n")
     text.append("      ")
     for level in sorted({*range(1, tree.depth + 1), *lod.tolist()}):
-        text.append(_glyph(level), _colour(level)).append(
+        text.append(_glyph(level), colour(level)).append(
             f" {'token' if level == 0 else f'gist of {tree.block_size**level:,}'}  "
         )
     return text
@@ -76,9 +76,9 @@ def plot_strip(path: str | Path, context: WorkingContext, before: WorkingContext
         for level in range(1, tree.depth + 1):
             span = tree.block_size**level
             first = torch.arange(int(tree.counts(level)[row])) * span
-            _bars(axes, first, torch.full_like(first, span), torch.full_like(first, level), level, total)
+            bars(axes, first, torch.full_like(first, span), torch.full_like(first, level), level, total)
             labels.append(f"LOD{level}")
-        _bars(axes, start, width, lod, 0, total)
+        bars(axes, start, width, lod, 0, total)
         labels.insert(0, "working\ncontext")
         if before is not None:
             new = _new(context, before, row)
@@ -93,25 +93,25 @@ def plot_strip(path: str | Path, context: WorkingContext, before: WorkingContext
         axes.set_title(f"{len(lod):,} entries stand for {int(width.sum()):,} tokens (budget {context.budget:,})")
         levels = range(tree.depth + 1)
         names = ["token" if n == 0 else f"gist of {tree.block_size**n:,}" for n in levels]
-        patches = [Patch(color=_colour(n), label=name) for n, name in zip(levels, names, strict=True)]
+        patches = [Patch(color=colour(n), label=name) for n, name in zip(levels, names, strict=True)]
         axes.legend(handles=patches, frameon=False, ncols=len(patches), loc="upper center", bbox_to_anchor=(0.5, -0.18))
         figure.savefig(path, format="png")
 
 
-def _bars(axes, start: Tensor, width: Tensor, lod: Tensor, height: float, total: int) -> None:
+def bars(axes, start: Tensor, width: Tensor, lod: Tensor, height: float, total: int) -> None:
     """Blocks as bars at a height; many neighbours of one LOD as one bar."""
     if len(lod) > RUNS:
         _, run, sizes = torch.unique_consecutive(lod, return_inverse=True, return_counts=True)
         first = sizes.cumsum(0) - sizes
         start, lod = start[first], lod[first]
         width = torch.zeros_like(sizes).index_add_(0, run, width)
-    colours = [_colour(n) for n in lod.tolist()]
+    colours = [colour(n) for n in lod.tolist()]
     wide = (width * RUNS >= total).tolist()  # a white edge would cover what is narrower, such as most tokens
     axes.broken_barh(
         list(zip(start.tolist(), width.tolist(), strict=True)),
         (height - 0.35, 0.7),
         facecolors=colours,
-        edgecolors=["white" if w else colour for w, colour in zip(wide, colours, strict=True)],
+        edgecolors=["white" if w else own for w, own in zip(wide, colours, strict=True)],
         linewidth=0.4,
     )
 
@@ -140,7 +140,8 @@ def _new(context: WorkingContext, before: WorkingContext, row: int) -> Tensor:
     return ~torch.isin(start * len(COLOURS) ** 2 + lod, old_start * len(COLOURS) ** 2 + old_lod)
 
 
-def _colour(lod: int) -> str:
+def colour(lod: int) -> str:
+    """Of ``COLOURS``."""
     return COLOURS[min(lod, len(COLOURS) - 1)]
 
 

@@ -135,7 +135,7 @@ class LensStage(lightning.LightningModule):
         """Losses on measured values; with ``learn`` they enter ``tau``."""
         if learn:
             self.lens.see(states.values)
-        values = self.lens(states.embeddings, states.lods, states.distance, states.there)
+        values = self.lens(states.embeddings, states.lods, states.distance, states.there, states.content)
         estimates = states.estimates(values, self.lens.block_size)
         losses = value_loss(estimates, states.values, states.row, self.lens.tau)
         losses["net_mass"] = net_mass(values, states.legal, self.lens.tau).mean()
@@ -146,7 +146,7 @@ class LensStage(lightning.LightningModule):
         """Losses on which of two windows was better."""
         a, b = load(first, self.base), load(second, self.base)
         self.lens.see(torch.cat([a.values, b.values]))
-        values = [self.lens(s.embeddings, s.lods, s.distance, s.there) for s in (a, b)]
+        values = [self.lens(s.embeddings, s.lods, s.distance, s.there, s.content) for s in (a, b)]
         return preference_loss(b.nll - a.nll, *values, a.legal, b.legal, self.lens.tau)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
@@ -159,7 +159,7 @@ class LensStage(lightning.LightningModule):
         count = self.trainer.datamodule.validation_windows
         paths = ensure(self, self.trainer.datamodule, Path(self.hparams.folder), HELD, count)
         states = load([paths[i] for i in indices.tolist()], self.base)
-        values = self.lens(states.embeddings, states.lods, states.distance, states.there)
+        values = self.lens(states.embeddings, states.lods, states.distance, states.there, states.content)
         estimates = states.estimates(values, self.lens.block_size)
         self.found.append((estimates, states.values, states.row + int(indices[0])))
 

@@ -9,6 +9,7 @@ from rich.progress import track
 from megactx.data.files import Files
 from megactx.evaluation.focus import measure_focus
 from megactx.evaluation.focus_report import report_focus, summarise_focus
+from megactx.evaluation.planted import measure_planted, summarise_planted
 
 
 def report(stage, folder: Path, datamodule) -> None:
@@ -20,28 +21,29 @@ def report(stage, folder: Path, datamodule) -> None:
         datamodule: a ``WindowData``.
     """
     asked = stage.hparams.evaluate
-    _report(stage, folder, datamodule.held_documents(asked["documents"], asked["tokens"]), "held-out documents")
+    cases = datamodule.planted_cases(asked["planted"], datamodule.min_tokens) if asked["planted"] else []
+    documents = datamodule.held_documents(asked["documents"], asked["tokens"])
+    _report(stage, folder, documents, cases, "held-out documents")
     if asked["path"]:
         other = folder / "other"
         other.mkdir(exist_ok=True)
         documents = datamodule.other(Files(asked["path"]), asked["documents"], asked["tokens"])
-        _report(stage, other, documents, asked["path"])
+        _report(stage, other, documents, [], asked["path"])
 
 
-def _report(stage, folder: Path, documents: list[dict], what: str) -> None:
+def _report(stage, folder: Path, documents: list[dict], cases: list[dict], what: str) -> None:
     asked = stage.hparams.evaluate
     if not documents:
         raise ValueError(f"stage.evaluate.tokens={asked['tokens']}: none of {what} has so many tokens; take fewer")
-    scores = measure_focus(
-        stage.base,
-        stage.gistnet,
-        stage.lens,
-        stage.hparams.allocator,
-        documents,
-        asked["budgets"],
-        asked["oracle"],
-        progress=partial(track, description=f"measuring {what}", disable=not sys.stdout.isatty()),
-    )
+    parts = (stage.base, stage.gistnet, stage.lens, stage.hparams.allocator)
+    bar = partial(track, disable=not sys.stdout.isatty())
+    shown = partial(bar, description=f"measuring {what}")
+    scores = measure_focus(*parts, documents, asked["budgets"], asked["oracle"], progress=shown)
+    numbers = summarise_focus(scores, stage.hparams.horizon)
+    if cases:
+        largest, shown = max(asked["budgets"]), partial(bar, description="measuring planted facts")
+        numbers["planted"] = summarise_planted(measure_planted(*parts, cases, largest, progress=shown))
+        numbers["planted"] |= {"budget": largest, "tokens": cases[0]["cursor"]}
     print(f"\nResult on {what}")
-    report_focus(folder, summarise_focus(scores, stage.hparams.horizon))
+    report_focus(folder, numbers)
     print(f"Tables: {folder / 'report.md'}   picture: {folder / 'report.png'}")

@@ -75,6 +75,9 @@ def _make(stage, document: dict, kind: str, fraction: float, generator, path: Pa
             f" or a larger data.min_tokens"
         ) from error
     legal = moves(context, allocator.protected)
-    edits = measured_share(legal.edits(context), stage.hparams.windows["edits"], generator)
+    edits = legal.edits(context)
+    asked = torch.tensor(document.get("needed", []), device=edits.row.device)
+    needed = (edits.lod == 1) & torch.isin(edits.index, asked)
+    edits = measured_share(edits, stage.hparams.windows["edits"], generator, needed)
     values, nll = measure_values(stage.base, context, edits, ids[:, cursor:])
     save(path, context, 0, legal, edits, values, nll)

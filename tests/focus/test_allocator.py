@@ -212,6 +212,17 @@ def test_the_better_an_edit_the_more_often_it_is_drawn():
     assert (counts[-6:-1].diff() > 0).all() and counts[-6] > 10
 
 
+def test_every_refocus_draws_anew_and_nothing_else_does():
+    context, allocator = expandable(6, spare=6), FocusAllocator("stochastic", max_edits=2, protected=0)
+    scores, seen = (context.lod > 0) * 0.5, set()
+    for _ in range(8):
+        drawn = names(allocator.propose(context, scores))
+        assert names(allocator.propose(context, scores)) == drawn
+        seen.add(tuple(drawn))
+        allocator.refocus(context, torch.zeros_like(scores))
+    assert len(seen) > 3
+
+
 def expandable(count: int, spare: int) -> WorkingContext:
     """One row, the last ``count`` entries of which are gists, all else is raw."""
     length = (count + 3) * K

@@ -5,6 +5,7 @@ import torch
 from windows import VOCABULARY, WIDTH, K, gistnet, small_base, tree_of, window
 
 from megactx.focus import moves
+from megactx.focus.content import contents
 from megactx.focus.lensnet import LensNet, masked
 from megactx.memory import MegaContextTree, WorkingContext
 
@@ -45,14 +46,27 @@ def test_the_padding_is_neither_read_nor_valued(base):
     net, there = lens(), context.there
     assert not there.all()
     arguments = context.lods(), context.ends()[:, None] - context.positions(), there
-    plain = net(context.to_tensor(), *arguments)
-    filled = torch.where(there[..., None], context.to_tensor(), torch.nan)
+    entries, content = context.to_tensor(), contents(context)
+    plain = net(entries, *arguments, content)
+    filled, other = (torch.where(there[..., None], x, torch.nan) for x in (entries, content))
     far = torch.where(there, arguments[1], 7)
-    torch.testing.assert_close(net(filled, arguments[0], far, there), plain)
+    torch.testing.assert_close(net(filled, arguments[0], far, there, other), plain)
     assert (plain[~there] == 0).all() and (plain[there] != 0).all()
     for row, length in enumerate(context.lengths.tolist()):  # and each row is read on its own
-        alone = net(*(t[row : row + 1, :length] for t in (context.to_tensor(), *arguments)))
+        alone = net(*(t[row : row + 1, :length] for t in (entries, *arguments, content)))
         torch.testing.assert_close(alone[0], plain[row, :length], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_content_of_an_entry_is_the_mean_embedding_of_its_tokens(base):
+    context = window(tree_of(base))
+    found, tokens = contents(context), context.tree.tokens.long()
+    for row in (0, 1):
+        for column in range(int(context.counts[row])):
+            start, width = int(context.starts()[row, column]), int(context.widths()[row, column])
+            mean = base.embed(tokens[row, start : start + width]).mean(0)
+            torch.testing.assert_close(found[row, column], mean)
+    assert (found[~context.there] == 0).all()
 
 
 @torch.no_grad()

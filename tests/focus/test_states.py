@@ -36,7 +36,7 @@ def test_a_batch_from_disk_is_read_as_the_windows_themselves(base, tmp_path):
     assert torch.equal(states.there, context.there) and torch.equal(states.lods, context.lods())
     assert torch.equal(states.legal.first, moves(context, 8).first)
     assert torch.equal(states.legal.expand, moves(context, 8).expand)
-    read = net(states.embeddings, states.lods, states.distance, states.there)
+    read = net(states.embeddings, states.lods, states.distance, states.there, states.content)
     torch.testing.assert_close(read, net.read(context), rtol=2e-2, atol=2e-3)  # gists are kept in bf16
     torch.testing.assert_close(states.nll, nll)
     by_row = torch.argsort(edits.row, stable=True)
