@@ -1,8 +1,8 @@
 """Gist caching: what a reused prompt costs that is kept as gists, and what they keep of it (Mu et al. 2023).
 
-    python -m megactx.studies.caching                                  costs, and the carriers that need no training
-    python -m megactx.studies.caching RUN [RUN ...] --path TEXTS       with the compressors of runs, on texts of your own
-    python -m megactx.studies.caching RUN --drift 0.01 steps=20 FOLDER     what stored gists lose when the base changes
+    python -m megactx.studies.caching                                    costs, and carriers that need no training
+    python -m megactx.studies.caching RUN [RUN ...] --path TEXTS         with the compressors of runs, on your own texts
+    python -m megactx.studies.caching RUN --drift 0.01 steps=20 FOLDER   what stored gists lose when the base changes
 
 Four tables and one more with runs: what an answer costs with the prompt read again, with its plain cache, with gists at
 compressions of 1 to K (``prompts``); what the gists cost once; ROUGE-L of the answers with that of the full prompt;
@@ -25,7 +25,7 @@ from .caching_cost import measure_answers, measure_making
 from .caching_overlap import measure_overlap
 from .caching_report import notes_on, rows_of, sheets
 from .drift import check, measure_drift
-from .prompts import again, cached, compressed, oldest
+from .prompts import again, cached, compressed, levels
 from .tables import show, write
 from .trained import NOTHING, Nothing, Trained, bar, held_out, load, quiet, same
 from .transfer import measure_transfer
@@ -44,10 +44,9 @@ def study(asked: argparse.Namespace) -> dict:
     runs = load(asked.runs)
     same(runs)
     base, block, horizon = _subject(asked, runs)
-    compressions = asked.compression or [2**n for n in range(block.bit_length()) if 2**n <= block]
     if asked.tokens % block or asked.tokens < 2 * block:
         raise ValueError(f"--tokens={asked.tokens} is not allowed: a multiple of block_size={block}, at least twice it")
-    counts = {c: oldest(asked.tokens // block - 1, block, c) for c in compressions}
+    counts = levels(asked.tokens, block, asked.compression or [2**n for n in range(block.bit_length())])
     if (whole := asked.tokens + asked.input + asked.answer) > base.max_positions:
         raise ValueError(f"--tokens, --input and --answer: {whole} tokens, but the base takes {base.max_positions}")
     nets, controls = _nets(runs, block), {LAST_TOKEN: LastToken(block), NOTHING: Nothing(block)}
@@ -71,7 +70,7 @@ def study(asked: argparse.Namespace) -> dict:
         own = {
             "tokens": asked.tokens,
             "answer": asked.answer,
-            "compressions": compressions,
+            "levels": counts,
             "progress": bar("greedy continuations"),
         }
         numbers["overlap"] = measure_overlap(base, nets | controls, batches[: asked.documents], **own)
@@ -124,11 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=1024, help="of a prompt (default 1024)")
     parser.add_argument("--input", type=int, default=32, help="tokens behind it that are read raw (default 32)")
     parser.add_argument("--answer", type=int, default=32, help="tokens of a continuation (default 32)")
-    parser.add_argument(
-        "--compression", type=float, nargs="+", help="of what is behind the sink (default 1, 2, 4 .. K)"
-    )
+    parser.add_argument("--compression", type=float, nargs="+", help="of what is behind the sink (default 1 2 4 .. K)")
     parser.add_argument("--documents", type=int, default=48, help="prompts to continue (default 48)")
-    parser.add_argument("--blocks", type=int, default=400, help="about so many, for recovery (default 400)")
+    parser.add_argument("--blocks", type=int, default=200, help="about so many, for recovery (default 200)")
     parser.add_argument("--repeats", type=int, default=7, help="of every timing (default 7)")
     parser.add_argument(
         "--drift",

@@ -1,7 +1,7 @@
 """What a prompt costs that is used again: FLOPs and time of an answer, bytes kept, and what the carriers cost once.
 
-FLOPs are measured (``torch.utils.flop_counter``), of attention all columns, masked or not. Time is wall clock: the forms
-take turns, and the median of the repeats counts, so that other work on the machine meets all of them alike.
+FLOPs are measured (``torch.utils.flop_counter``), of attention all columns, masked or not. Time is wall clock: the
+forms take turns, and the median of the repeats counts, so that other work on the machine meets all of them alike.
 """
 
 import time

@@ -15,7 +15,7 @@ from megactx.evaluation.bootstrap import mean_interval
 from megactx.gist.carrier import Compressor
 from megactx.lm import BaseLM
 
-from .prompts import cached, compressed, greedy, oldest
+from .prompts import cached, compressed, greedy
 
 BATCH = 8  # prompts at once
 
@@ -26,34 +26,33 @@ def measure_overlap(
     batches: Iterable[dict],
     tokens: int,
     answer: int,
-    compressions: Iterable[float],
+    levels: Mapping[float, int],
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict:
     """Continue prompts greedily, in full and with their oldest blocks compressed.
 
     Args:
-        nets: name -> compressor, all of one block size.
+        nets: name -> compressor.
         batches: documents of the same length as batches of one, ``ids`` [1, T + A] and ``document`` [1]: the prompt,
             and the input that is read raw behind it.
-        tokens: T of the prompt, a multiple of the block size.
+        tokens: T of the prompt.
         answer: tokens to continue by.
-        compressions: each 1 to K.
+        levels: compression -> blocks that are compressed, see ``prompts.levels``.
 
     Returns:
         ``documents``; ``without_words``, those whose full continuation has no word and that are left out, for nothing
         overlaps with it; ``rouge``: carrier -> compression -> ``point``, ``low``, ``high`` (bootstrap over texts), or
         NaN where nothing is left.
     """
-    batches, block = list(batches), next(iter(nets.values())).block_size
+    batches = list(batches)
     ids = torch.cat([batch["ids"] for batch in batches]).to(base.model.device)
     texts = torch.cat([batch["document"] for batch in batches])
-    counts = {float(c): oldest(tokens // block - 1, block, c) for c in compressions}
-    full, own = [], {(name, c): [] for name in nets for c in counts}
+    full, own = [], {(name, compression): [] for name in nets for compression in levels}
     for part in progress(ids.split(BATCH)):
         prompt, rest = part[:, :tokens], part[:, tokens:]
         full += _words(base, greedy(base, cached(base, prompt), rest, answer))
         for name, net in nets.items():
-            for compression, count in counts.items():
+            for compression, count in levels.items():
                 kept = compressed(base, net, prompt, count)["keys"]
                 own[name, compression] += _words(base, greedy(base, kept, rest, answer))
     some = [index for index, text in enumerate(full) if re.search("[a-z0-9]", text.lower())]

@@ -47,11 +47,20 @@ def _costs(numbers: dict) -> Sheet:
                 f"{row['answer_seconds'] * 1e3:,.0f}",
             ]
         )
-    header = ["", "compression", "entries", "bytes", "cache / bytes", "MFLOP", "again /", "ms", "again /", "cache /"]
-    header += [f"MFLOP, {numbers['answer']} tokens", "ms"]
+    header = [
+        "",
+        "compression",
+        "entries",
+        "bytes",
+        "x less than cache",
+        "MFLOP to 1st",
+        "x less than again",
+        "ms to 1st",
+    ]
+    header += ["x faster than again", "x than cache", "MFLOP to last", "ms to last"]
     title = (
-        f"a prompt of {numbers['tokens']:,} tokens is used again: {numbers['input']} more are read, up to the first token"
-        f" of the answer, and up to the last ({numbers['device']}, {numbers['threads']} threads, fp32)"
+        f"a prompt of {numbers['tokens']:,} tokens is used again: {numbers['input']} more are read, to the 1st token of"
+        f" the answer, and to the last of {numbers['answer']} ({numbers['device']}, {numbers['threads']} threads, fp32)"
     )
     return Sheet(title, header, rows)
 
@@ -97,9 +106,8 @@ def _transfer(numbers: dict) -> Sheet:
         f"recovery by domain, h >= {transfer['first']}: {transfer['blocks']:,} blocks of {transfer['documents']}"
         f" texts, H = {numbers['horizon']}, hash {transfer['hash']}"
     )
-    return Sheet(
-        title, ["in place of the block", "trained on", *domains, OVERALL], rows, tuple(range(len(numbers["runs"])))
-    )
+    header = ["in place of the block", "trained on", *domains, OVERALL]
+    return Sheet(title, header, rows, tuple(range(len(numbers["runs"]))))
 
 
 def _drift(numbers: dict) -> Sheet:

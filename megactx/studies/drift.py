@@ -1,10 +1,10 @@
-"""What becomes of stored gists when the base LM changes: recovery of stored ones against fresh ones, on the same blocks.
+"""What becomes of stored gists when the base LM changes: recovery of stored against fresh ones, on the same blocks.
 
 Stored carriers were made with the base LM as it was, and are read by the base LM as it is now. Vectors stand outside of
 it: what is stale is only their direction in its embedding space. Keys and values are made inside of it, at every layer.
 
-A change is written as ``0.01`` (to every matrix Gaussian noise of 1 % of its norm), ``steps=20`` (so many training steps
-on the embedded text), or a folder (another base LM of the same architecture, such as a finetuned one).
+A change is written as ``0.01`` (to every matrix Gaussian noise of 1 % of its norm), ``steps=20`` (so many training
+steps on the embedded text), or a folder (another base LM of the same architecture, such as a finetuned one).
 """
 
 import copy
@@ -38,20 +38,30 @@ class Stored(Compressor):
 
     Args:
         net: what made them, and still belongs to that base LM.
-        was: that base LM.
+        was: how that base LM has read the documents.
         as_keys: keep the keys and values that it made of a vector, and not the vector.
     """
 
-    def __init__(self, net: Compressor, was: BaseLM, as_keys: bool = False):
+    def __init__(self, net: Compressor, was: "Reader", as_keys: bool = False):
         super().__init__(net.block_size, net.position)
-        self.net, self.as_keys, self.makes_vectors = net, as_keys, net.makes_vectors and not as_keys
-        self._was = (was,)  # no part of it: it is not trained, saved or moved with it
+        self.net, self.was, self.as_keys, self.makes_vectors = net, was, as_keys, net.makes_vectors and not as_keys
 
     def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Vectors | Slots:
-        (was,) = self._was
-        before = teach(was, teacher.ids, self.net.needs_hidden)
-        carriers = self.net.compress(was, before, starts)
-        return keys_of(was, before, starts, carriers) if self.as_keys else carriers
+        before = self.was.read(teacher.ids)
+        carriers = self.net.compress(self.was.base, before, starts)
+        return keys_of(self.was.base, before, starts, carriers) if self.as_keys else carriers
+
+
+class Reader:
+    """A base LM as it was; what it has read last is kept, for several carriers ask for the same documents."""
+
+    def __init__(self, base: BaseLM):
+        self.base, self.last = base, None
+
+    def read(self, ids: Tensor) -> Teacher:
+        if self.last is None or self.last.ids is not ids:
+            self.last = teach(self.base, ids, with_states=True)
+        return self.last
 
 
 def keys_of(base: BaseLM, teacher: Teacher, starts: Tensor, carriers: Vectors) -> Slots:
@@ -95,6 +105,7 @@ def measure_drift(
     for change in changes:
         check(change)
     was, old = copy.deepcopy((base, dict(nets)), {id(base.tokenizer): base.tokenizer})
+    was = Reader(was)
     for change in [None, *changes]:
         carriers, forms = dict(nets), []
         for name, net in old.items():
@@ -171,10 +182,10 @@ def _disturb(base: BaseLM, size: float, seed: int) -> None:
 def _replace(base: BaseLM, name: str) -> None:
     other = BaseLM.from_pretrained(name, "float32").state_dict()
     own = base.state_dict()
-    if odd := [
-        key for key in {*own, *other} if key not in own or key not in other or own[key].shape != other[key].shape
-    ]:
-        raise ValueError(f"--drift={name}: it has another architecture ({sorted(odd)[0]}); gists would not fit it")
+    shapes, others = ({key: value.shape for key, value in state.items()} for state in (own, other))
+    if shapes != others:
+        odd = min(key for key in {*shapes, *others} if shapes.get(key) != others.get(key))
+        raise ValueError(f"--drift={name}: it has another architecture ({odd}); gists would not fit it")
     base.load_state_dict(other)
 
 

@@ -11,7 +11,7 @@ FULL = READERS[-1]
 HEADING = "in place of the blocks"
 Z = 1.96  # 95 %
 LEGEND = (
-    "accuracy: share of probes of which every token of the answer is the argmax; brackets: 95 %, Wilson's interval for a"
+    "accuracy: share of probes of which every token of the answer is the argmax; brackets: 95 %, Wilson's interval of a"
     f" share. nats: NLL per token of the answer. {NOTHING}: what is guessed without the old blocks."
 )
 

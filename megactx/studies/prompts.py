@@ -1,9 +1,9 @@
 """A prompt in the forms in which it can be kept for the next time, and a greedy answer from each.
 
-    again      token ids                                   the whole prompt is read again
-    cache      keys and values of every token              nothing is read again
-    vectors    a vector per compressed block, ids          the entries are read again, fewer than the tokens
-    keys       keys and values of those entries            nothing is read again: what gist caching keeps (Mu et al. 2023)
+    again      token ids                              the whole prompt is read again
+    cache      keys and values of every token         nothing is read again
+    vectors    a vector per compressed block, ids     the entries are read again, fewer than the tokens
+    keys       keys and values of those entries       nothing is read again: gist caching (Mu et al. 2023)
 
     prompt     [sink][ block 1 ] ... [ block n ][ block n+1 .... ]        the n oldest blocks are compressed
     entries    [sink]    c1    ...       cn     [ raw tokens ..... ]
@@ -14,7 +14,7 @@ Carriers have one block size each; compressions in between leave the newest bloc
 B prompts, T tokens, N blocks behind the sink, n of them compressed, K block, A tokens of an input, Q rows, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,15 +46,19 @@ class Prompt:
         return self.rows.shape[1] + (self.layers[0][0].shape[2] if self.layers else 0)
 
 
-def oldest(blocks: int, block: int, compression: float) -> int:
-    """n, the number of blocks to compress so that N blocks take 1 / compression of their room, as nearly as it goes.
+def levels(tokens: int, block: int, compressions: Iterable[float]) -> dict[float, int]:
+    """Compressions that a prompt of ``tokens`` tokens can have, near the given ones -> n, blocks that are compressed.
 
     Raises:
-        ValueError: less than 1, or more than all blocks as one entry each give.
+        ValueError: a compression below 1, or above K, which all blocks as one entry each give.
     """
-    if not 1 <= compression <= block:
-        raise ValueError(f"--compression={compression:g} is not allowed: 1 to {block}, the block size")
-    return min(blocks, round(blocks * block * (1 - 1 / compression) / max(1, block - 1)))
+    out, blocks = {}, tokens // block - 1
+    for compression in compressions:
+        if not 1 <= compression <= block:
+            raise ValueError(f"--compression={compression:g} is not allowed: 1 to {block}, the block size")
+        count = round(blocks * block * (1 - 1 / compression) / max(1, block - 1))
+        out[round(blocks * block / (count + (blocks - count) * block), 2)] = count
+    return out
 
 
 def again(base: BaseLM, ids: Tensor) -> Prompt:
