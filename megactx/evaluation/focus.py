@@ -141,7 +141,7 @@ def windows(tree: MegaContextTree, budget: int, values: dict[str, Tensor]) -> di
 
 def focused(tree, budget: int, lens: LensNet, allocator: dict, telemetry: dict | None = None) -> WorkingContext:
     """The cold start, refocused by LensNet and the allocator until they rest."""
-    context, allocator = WorkingContext.recency(tree, budget), FocusAllocator(**allocator)
+    context, allocator, still = WorkingContext.recency(tree, budget), FocusAllocator(**allocator), 0
     for _ in range(REFOCUSES):
         scores = lens.score(context, moves(context, allocator.protected), allocator.margin(lens.tau))
         edits = allocator.refocus(context, scores.score, scores.price)
@@ -149,7 +149,8 @@ def focused(tree, budget: int, lens: LensNet, allocator: dict, telemetry: dict |
             told = allocator.telemetry
             for name in ("swap_rate", "utilisation", "residency", "expands", "collapses", "price"):
                 telemetry.setdefault(name, []).append(float(getattr(told, name)[0]))
-        if not len(edits):
+        still = 0 if len(edits) else still + 1
+        if still > allocator.cooldown:  # an edit may still wait for its turn
             break
     return context
 

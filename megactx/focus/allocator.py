@@ -10,10 +10,10 @@ same entries and the order of each queue is all that matters: no loop over rows,
 **Why it comes to rest.** Let every gist have one fixed value: v_down where it stands, v_keep where its children do. An
 expand is made only above the price, a collapse only below it. So the total worth of all gists that stand expanded grows
 with every expand and with every pair. A lone collapse could undo that: a gist of little worth with children of much is
-collapsed while they keep the price up, looks cheap once they are gone, is expanded, and so on for ever. Hence, where the
-price is known and above 0, no collapse is made but for an expand; at 0 only siblings go whose parent is better than they
-are. Then the worth rises with each refocus that changes a row, whatever the values, and there is an end. Where v_down
-and v_keep of one gist contradict each other nothing can promise that; ``cooldown`` makes it slow.
+collapsed while they keep the price up, looks cheap once they are gone, is expanded, and so on for ever. Hence, where
+the price is known and above 0, no collapse is made but for an expand; at 0 only siblings go whose parent is better than
+they are. Then the worth rises with each refocus that changes a row, whatever the values, and there is an end. Where
+v_down and v_keep of one gist contradict each other nothing can promise that; ``cooldown`` makes it slow.
 
 B rows, W entries, K children of a node, E edits, R remembered edits, M edits of a row at most.
 """

@@ -47,8 +47,7 @@ def draw(
     if kind == "policy":
         for _ in range(int(torch.randint(1, REFOCUSES + 1, (), generator=generator))):
             scores = lens.score(context, moves(context, allocator.protected), allocator.margin(lens.tau))
-            if not len(allocator.refocus(context, scores.score, scores.price)):
-                break
+            allocator.refocus(context, scores.score, scores.price)
     disturb(context, int(torch.randint(DISTURBED + 1, (), generator=generator)), generator)
     return context
 

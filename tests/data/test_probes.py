@@ -30,6 +30,17 @@ def test_the_answer_is_told_in_one_old_block_and_follows_the_question(made, tiny
         assert 0 < probe.length < K
 
 
+def test_what_is_longer_than_a_block_takes_as_many_as_it_needs(tiny_tokenizer):
+    probes = make_probes(tiny_tokenizer, [np.arange(448) % 400 + 3], 3, block=16, recency=32, blocks=8)
+    for probe in probes:
+        told = tiny_tokenizer.decode(probe.ids[probe.told : probe.told + 16 * probe.blocks])
+        assert f" {probe.answer}" in told and f" {probe.answer}" not in tiny_tokenizer.decode(
+            probe.ids[probe.told : probe.told + 16 * (probe.blocks - 1)]
+        ), "as many as it needs, and not one more"
+        assert probe.told % 16 == 0 and 16 <= probe.told <= probe.asked - 32 - 16 * probe.blocks
+    assert max(probe.blocks for probe in probes if probe.kind == "uuid") > 1
+
+
 def test_values_differ_and_come_again_with_the_seed(tiny_tokenizer):
     texts = [np.arange(448) % 400 + 3]
     again = [make_probes(tiny_tokenizer, texts, 3, K, R, M, seed=s) for s in (0, 0, 1)]

@@ -1,0 +1,133 @@
+"""The lens stage in miniature: what it trains, keeps, resumes and reports."""
+
+import json
+
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from megactx.framework.app import run
+from megactx.framework.search_path import compose
+from megactx.gist import GistNet
+from megactx.gist.pretrained import save_gistnet
+from megactx.lm import BaseLM
+from megactx.stages import lens_states
+from megactx.stages.lens import LensStage
+
+
+@pytest.fixture(scope="module")
+def settings(base_folder, texts, tmp_path_factory):
+    base = BaseLM.from_pretrained(str(base_folder)).freeze()
+    torch.manual_seed(3)
+    net, folder = GistNet(32, base.embedding_rms(), block_size=8, num_heads=4), tmp_path_factory.mktemp("gistnet")
+    save_gistnet(net, {"block_size": 8, "num_heads": 4}, base, folder / "net")
+    return [
+        *["experiment=lens", "preset=demo", "data=files", f"data.path={texts}", f"base.name={base_folder}"],
+        *[f"stage.gistnet={folder / 'net'}", "data.weights={narrative: 0.5, code: 0.5, structured: 0}"],
+        *["block_size=8", "horizon.tokens=8", "lensnet.num_heads=4", "preset.steps=4", "preset.warmup=1"],
+        *["preset.validate_every=2", "datamodule.min_tokens=300", "datamodule.max_tokens=400", "datamodule.batch=2"],
+        *["datamodule.validation_windows=3", "stage.budgets=[0.6, 0.7]", "stage.windows.per_round=4"],
+        *["stage.windows.rounds=2", "stage.windows.edits=6", "stage.evaluate.documents=3", "stage.evaluate.oracle=1"],
+        *["stage.evaluate.tokens=300", "stage.evaluate.budgets=[0.6, 0.7]", "stage.evaluate.planted=4"],
+        *["trainer=cpu", "trainer.precision=32-true", "trainer.log_every_n_steps=1"],
+    ]
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("lens") / "run"
+    assert run([*settings, f"folder={folder}"]) == 0
+    return folder
+
+
+def test_every_parameter_of_lensnet_is_trained_and_kept_and_nothing_else_changes(whole, settings):
+    stage = instantiate(compose([*settings, "folder=unused"]).stage, _convert_="all")
+    held = {id(p) for group in stage.configure_optimizers()["optimizer"].param_groups for p in group["params"]}
+    assert held == {id(p) for p in stage.lens.parameters()}
+    assert not any(p.requires_grad for part in (stage.base, stage.gistnet) for p in part.parameters())
+    saved = weights(whole)
+    assert {name.removeprefix("lens.") for name in saved if name.startswith("lens.")} == set(stage.lens.state_dict())
+    for name, value in stage.gistnet.state_dict().items():
+        torch.testing.assert_close(saved[f"gistnet.{name}"], value, rtol=0, atol=0)
+    assert saved["lens.updates"] == 4 and saved["lens.tau"] != 0.05
+    assert saved["lens.last.weight"].abs().min() > 0, "it starts at zero: some of it was not trained"
+    stage.train()
+    assert stage.lens.training and not stage.gistnet.training and not stage.base.training
+
+
+def test_a_checkpoint_loads_by_its_path_alone(whole):
+    loaded = LensStage.load_from_checkpoint(whole / "checkpoints" / "last.ckpt", weights_only=True)
+    for name, value in weights(whole).items():
+        if name.startswith("lens."):
+            assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_the_report_has_every_policy_at_every_budget_and_the_planted_facts(whole):
+    numbers = json.loads((whole / "report.json").read_text())
+    policies = {"recency", "random blocks", "most surprising blocks", "BM25 of the tail", "gists", "LensNet"}
+    assert set(numbers["budgets"]) == {"0.6", "0.7"}
+    for budget in numbers["budgets"].values():
+        assert set(budget["rows"]) == policies | {"full context", "greedy oracle"}
+        assert budget["rows"]["full context"]["cost"]["point"] == 0
+        assert budget["rows"]["greedy oracle"]["documents"] == 1
+        assert {"swap_rate", "utilisation", "residency"} <= set(budget["telemetry"])
+    assert numbers["planted"]["kinds"]["overall"]["cases"] == 4 and numbers["windows"] == 3
+    assert (whole / "report.png").stat().st_size > 1000 and "LensNet" in (whole / "report.md").read_text()
+    header = (whole / "metrics.csv").read_text().split("\n")[0].split(",")
+    assert {"val/loss", "val/rank_correlation", "train/huber", "train/net_mass", "train/illegal"} <= set(header)
+
+
+@pytest.mark.parametrize("moment", ["measuring", "training"])
+def test_a_run_that_is_interrupted_goes_on_to_the_same_weights(moment, whole, settings, tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if moment == "training":
+            step = LensStage.training_step
+            patch.setattr(LensStage, "training_step", lambda s, b, i: stop() if s.global_step == 3 else step(s, b, i))
+        else:
+            make = lens_states._make
+            patch.setattr(lens_states, "_make", lambda *a: stop() if a[-1].match("round_01/00002.*") else make(*a))
+        assert run([*settings, f"folder={tmp_path / 'run'}"]) == 130
+    there = {path: path.read_bytes() for path in (tmp_path / "run" / "windows").rglob("*.safetensors")}
+    assert len(there) == (11 if moment == "training" else 9)  # 3 held out, 4 a round
+    assert run([*settings, f"folder={tmp_path / 'run'}", "resume=auto"]) == 0
+    mine, theirs = weights(tmp_path / "run"), weights(whole)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert all(path.read_bytes() == content for path, content in there.items()), "a window was measured twice"
+    assert (tmp_path / "run" / "report.json").read_text() == (whole / "report.json").read_text()
+
+
+def test_preferences_between_windows_of_one_text_can_be_learned_from_too(settings, tmp_path):
+    short = ["stage.objective=preference", "preset.steps=2", "stage.evaluate.documents=1", "stage.evaluate.planted=0"]
+    short += ["stage.windows.rounds=1", "stage.evaluate.oracle=0"]
+    assert run([*settings, *short, f"folder={tmp_path / 'run'}"]) == 0
+    header = (tmp_path / "run" / "metrics.csv").read_text().split("\n")[0].split(",")
+    assert {"train/preference", "train/budget", "train/legality"} <= set(header)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage.objective=rank", "stage.objective=rank is not known, allowed are value, preference"),
+        ("stage.budgets=[0.6, 1.5]", "is not allowed: shares above 0, up to 1"),
+        ("stage.budgets=[0.1]", "0.1 of"),
+        ("stage.windows.edits=1", "stage.windows.edits=1 is not allowed: at least 2"),
+        ("stage.gistnet=nowhere", "there is no such folder or checkpoint"),
+        ("stage.gistnet=asset:tiny-gistnet", "was trained with another base LM"),
+        ("datamodule.max_tokens=600", "are not allowed: at most 504"),
+        ("datamodule.planted=2", "datamodule.planted=2"),
+        ("stage.evaluate.tokens=450", "none of held-out documents has so many tokens"),
+        ("allocator.kind=best", "allocator.kind=best is not known"),
+    ],
+)
+def test_a_users_mistake_is_one_clear_message(override, message, settings, tmp_path, capsys):
+    assert run([*settings, override, "stage.windows.per_round=2", f"folder={tmp_path / 'run'}"]) == 2
+    assert message in capsys.readouterr().err
