@@ -107,7 +107,7 @@ def test_an_unknown_kind_and_a_text_that_is_too_short_to_plant_in(tiny_tokenizer
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(min_tokens=600), r"data.min_tokens=400, data.max_tokens=300 are not allowed"),
+        (dict(min_tokens=600), r"data.min_tokens=600, data.max_tokens=300 are not allowed"),
         (dict(max_tokens=20_000), r"at most 16376 tokens before the cursor"),
         (dict(min_tokens=290, max_tokens=9000, weights={"code": 1}), None),
         (dict(horizon=0), r"horizon.tokens=0 is not allowed"),

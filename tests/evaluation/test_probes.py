@@ -23,10 +23,11 @@ def base():
     return base
 
 
-def probes(block=K):
+def probes(*places):
     rng, asked = np.random.default_rng(1), (M + 1) * K + R
-    ids = [rng.integers(3, 97, size=asked + 3) for _ in range(3)]
-    return [Probe("number", x, told, asked, "?") for x, told in zip(ids, (K, 3 * K, M * K), strict=True)]
+    places = places or ((K, 1), (3 * K, 1), (M * K, 1), (2 * K, 2))  # start, blocks
+    ids = [rng.integers(3, 97, size=asked + 3) for _ in places]
+    return [Probe("number", x, told, asked, "?", blocks) for x, (told, blocks) in zip(ids, places, strict=True)]
 
 
 def plain_nll(base, probe, rows, positions):
@@ -55,16 +56,17 @@ def test_each_reader_equals_a_plain_prefill_of_what_it_sees(base, gaussian_rope)
         sink = (base.embed(ids[:K]), torch.arange(K))
         only = plain_nll(base, probe, [sink[0], gists], [sink[1], old + net.offset])
         assert row["gists only"]["nll"] == pytest.approx(only.item(), rel=1e-4)
-        told, index = torch.arange(probe.told, probe.told + K), probe.told // K - 1
-        rows = [sink[0], gists[:index], base.embed(ids[told]), gists[index + 1 :]]
-        places = [sink[1], (old + net.offset)[:index], told, (old + net.offset)[index + 1 :]]
+        told, index = torch.arange(probe.told, probe.told + probe.blocks * K), probe.told // K - 1
+        behind = index + probe.blocks
+        rows = [sink[0], gists[:index], base.embed(ids[told]), gists[behind:]]
+        places = [sink[1], (old + net.offset)[:index], told, (old + net.offset)[behind:]]
         expanded = plain_nll(base, probe, rows, places)
         assert row["block expanded"]["nll"] == pytest.approx(expanded.item(), rel=1e-4)
 
 
 def test_a_carrier_that_loses_nothing_answers_as_the_full_context_does(base):
     """AvgPool with K = 1: each token's own keys and values."""
-    for row in measure_probes(base, AvgPool(block_size=1), probes(), R):
+    for row in measure_probes(base, AvgPool(block_size=1), probes((K, 1), (3 * K, 1), (2 * K, 2 * K)), R):
         for reader in READERS:
             assert row[reader]["nll"] == pytest.approx(row["full context"]["nll"], rel=1e-4)
             assert row[reader]["right"] == row["full context"]["right"]
