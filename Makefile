@@ -22,6 +22,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/substitution.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python -m pytest -m slow tests/memory/test_storage.py
 	$(BIN)/python benchmarks/ingest.py
 
 sweep: $(STAMP)

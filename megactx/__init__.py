@@ -5,7 +5,9 @@ The public names are imported on first use, so that ``import megactx`` costs not
 
 _EXPORTS = {
     "BaseLM": "megactx.lm",
+    "FocusAllocator": "megactx.focus",
     "GistNet": "megactx.gist",
+    "LensNet": "megactx.focus",
     "MegaContextTree": "megactx.memory",
     "WorkingContext": "megactx.memory",
 }

@@ -1,5 +1,8 @@
 """Where detail is worth having: measured values, LensNet, FocusAllocator (SPEC 10, 11)."""
 
+from .allocator import FocusAllocator
 from .edits import Edits, Moves, moves
+from .lensnet import LensNet
+from .values import measure_values
 
-__all__ = ["Edits", "Moves", "moves"]
+__all__ = ["Edits", "FocusAllocator", "LensNet", "Moves", "measure_values", "moves"]

@@ -28,6 +28,8 @@ HEADS = ("linear", "mlp")
 # An old entry and the question lie thousands of tokens apart. Pairs of channels that turn with position cannot tell
 # there whether the two are alike, so half of them do not.
 ROTARY_SHARE = 0.5
+SHARPNESS = 2.0  # of queries and keys at the start: entries of like content find each other among hundreds
+QUESTIONS = (8, 32, 128)  # newest entries, each so many a question that an entry is compared with
 START_TAU = 0.05  # nats, until values were seen
 
 
@@ -83,7 +85,8 @@ class LensNet(nn.Module):
         self.width, self.block_size = width, block_size
         self.spread = PositionSpread(gaussian_rope, block_size)
         self.lod = nn.Embedding(LODS + 1, width)
-        self.place = nn.Linear(2, width)  # of how wide an entry is, and how far from the cursor
+        # Of how wide an entry is, how far from the cursor, and how alike to the questions it and its left neighbour are.
+        self.place = nn.Linear(2 + (2 * len(QUESTIONS) if content else 0), width)
         self.content = nn.Linear(width, width, bias=False) if content else None
         self.blocks = nn.ModuleList(Block(width, num_heads, dropout, ROTARY_SHARE) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
@@ -97,8 +100,8 @@ class LensNet(nn.Module):
                 linear.weight.data /= (2 * layers) ** 0.5
             # Keys start as queries: at first an entry attends to what is like it, which is what there is to find.
             query, key, _ = block.qkv.weight.data.chunk(3)
-            key.copy_(query)
-        # Standard deviation of the values that were measured so far: the unit in which a value counts as large.
+            key.copy_(query.mul_(SHARPNESS))
+        # Spread of the values that were measured so far: the unit in which a value counts as large.
         self.register_buffer("tau", torch.tensor(START_TAU))
         self.register_buffer("updates", torch.tensor(0))
 
@@ -120,10 +123,12 @@ class LensNet(nn.Module):
         far = torch.log2(1 + distance.float()) / 10
         wide = lods.float() * math.log2(self.block_size) / 10
         x = F.rms_norm(torch.where(there[..., None], embeddings, 0.0).float(), (self.width,))
-        x = x + self.lod(lods.clamp(max=LODS)) + self.place(torch.stack([wide, far], dim=-1))
+        features = torch.stack([wide, far], dim=-1)
         if self.content is not None:
-            content = torch.where(there[..., None], content, 0.0).float()
-            x = x + self.content(F.rms_norm(content, (self.width,)))
+            special = _special(content, there)
+            features = torch.cat([features, _alike(special, there)], dim=-1)
+            x = x + self.content(special * self.width**0.5)
+        x = x + self.lod(lods.clamp(max=LODS)) + self.place(features)
         sigma = self.spread(lods)
         mask, positions = there[:, None, None], -distance.float()[:, None]
         for block in self.blocks:
@@ -151,13 +156,37 @@ class LensNet(nn.Module):
 
     @torch.no_grad()
     def see(self, values: Tensor) -> None:
-        """Take measured values into the running ``tau``: a mean at first, then over about 100 calls."""
+        """Take measured values into the running ``tau``: a mean at first, then over about 100 calls.
+
+        Spread is the mean absolute deviation, scaled to be the standard deviation of a normal distribution. A few
+        blocks are worth a hundred times what others are: the standard deviation would be theirs alone.
+        """
         if len(values) < 2:
             return
         self.updates += 1
-        spread = values.float().std()
+        values = values.float()
+        spread = (values - values.mean()).abs().mean() * (math.pi / 2) ** 0.5
         self.tau += (spread - self.tau) / self.updates.clamp(max=100)
         self.tau.clamp_(min=1e-4)
+
+
+def _special(content: Tensor, there: Tensor) -> Tensor:
+    """What sets the content of each entry apart from the window's: [B, W, D] -> [B, W, D] of length 1."""
+    content = torch.where(there[..., None], content, 0.0).float()
+    mean = content.sum(1, keepdim=True) / there.sum(1)[:, None, None].clamp(min=1)
+    return torch.where(there[..., None], F.normalize(content - mean, dim=-1), 0.0)
+
+
+def _alike(special: Tensor, there: Tensor) -> Tensor:
+    """Cosine of each entry, and of its left neighbour, with the mean of the newest entries: [B, W, 2 x questions]."""
+    behind = there.flip(1).cumsum(1).flip(1)  # entries from this one to the last
+    out = []
+    for newest in QUESTIONS:
+        asking = there & (behind <= newest)
+        question = F.normalize((special * asking[..., None]).sum(1), dim=-1)
+        out.append((special * question[:, None]).sum(-1))
+    own = torch.stack(out, dim=-1)
+    return torch.cat([own, F.pad(own, (0, 0, 1, 0))[:, :-1]], dim=-1)
 
 
 def masked(values: Tensor, legal: Moves) -> tuple[Tensor, Tensor]:

@@ -107,13 +107,15 @@ def test_every_parameter_gets_a_gradient(base):
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
-def test_tau_is_the_running_deviation_of_what_was_measured_and_is_in_the_checkpoint():
+def test_tau_is_the_running_spread_of_what_was_measured_and_is_in_the_checkpoint():
     net = lens()
     generator = torch.Generator().manual_seed(0)
     seen = [0.3 * torch.randn(500, generator=generator) for _ in range(20)]
     for values in seen:
         net.see(values)
-    assert net.tau.item() == pytest.approx(torch.stack([v.std() for v in seen]).mean().item(), rel=1e-4)
+    each = [(v - v.mean()).abs().mean() * (torch.pi / 2) ** 0.5 for v in seen]
+    assert net.tau.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-4)
+    assert net.tau.item() == pytest.approx(0.3, rel=0.05), "of a normal distribution it is the standard deviation"
     net.see(torch.ones(1))  # of one value there is no deviation
     other = LensNet(WIDTH, K, num_heads=4)
     other.load_state_dict(net.state_dict())
