@@ -77,7 +77,11 @@ def test_a_sweep_over_all_experiments_finds_them_from_any_folder(tmp_path, monke
     assert ["experiment=base_lm", "seed=1"] in found
 
 
-PRINTED = {"In your own code": "torch.Size([1, 1, 2, 32, 8192])", "A history as a tree": "torch.Size([1, 8192])"}
+PRINTED = {
+    "In your own code": "torch.Size([1, 1, 2, 32, 8192])",
+    "A history as a tree": "torch.Size([1, 8192])",
+    "Detail where it pays": "Refocus(expands=tensor([0])",
+}
 
 
 def python_of_the_readme() -> dict[str, str]:

@@ -30,6 +30,7 @@ HEADS = ("linear", "mlp")
 ROTARY_SHARE = 0.5
 SHARPNESS = 2.0  # of queries and keys at the start: entries of like content find each other among hundreds
 QUESTIONS = (8, 32, 128)  # newest entries, each so many a question that an entry is compared with
+DIRECT = 32  # hidden units between the features and the values
 START_TAU = 0.05  # nats, until values were seen
 
 
@@ -85,16 +86,21 @@ class LensNet(nn.Module):
         self.width, self.block_size = width, block_size
         self.spread = PositionSpread(gaussian_rope, block_size)
         self.lod = nn.Embedding(LODS + 1, width)
-        # Of how wide an entry is, how far from the cursor, and how alike to the questions it and its left neighbour are.
-        self.place = nn.Linear(2 + (2 * len(QUESTIONS) if content else 0), width)
+        # Of how wide an entry is, how far from the cursor, how alike to the questions it and its left neighbour are.
+        features = 2 + (2 * len(QUESTIONS) if content else 0)
+        self.place = nn.Linear(features, width)
         self.content = nn.Linear(width, width, bias=False) if content else None
         self.blocks = nn.ModuleList(Block(width, num_heads, dropout, ROTARY_SHARE) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
         hidden = max(width // 2, 128)
         self.head = nn.Sequential(nn.Linear(width, hidden), nn.GELU()) if head == "mlp" else nn.Identity()
         self.last = nn.Linear(hidden if head == "mlp" else width, 2)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        # What these few numbers say is learned from dozens of windows, what the blocks add to it from thousands: fed
+        # to the blocks alone it was lost among their inputs.
+        self.direct = nn.Sequential(nn.Linear(features, DIRECT), nn.GELU(), nn.Linear(DIRECT, 2))
+        for last in (self.last, self.direct[-1]):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
         for block in self.blocks:
             for linear in (block.out, block.down):
                 linear.weight.data /= (2 * layers) ** 0.5
@@ -133,7 +139,7 @@ class LensNet(nn.Module):
         mask, positions = there[:, None, None], -distance.float()[:, None]
         for block in self.blocks:
             x = block(x, positions, mask, None if sigma is None else sigma[:, None])
-        values = self.last(self.head(self.norm(x))).float()
+        values = (self.last(self.head(self.norm(x))) + self.direct(features)).float()
         return torch.where(there[..., None], values, 0.0)
 
     def read(self, context: WorkingContext) -> Tensor:
@@ -178,14 +184,19 @@ def _special(content: Tensor, there: Tensor) -> Tensor:
 
 
 def _alike(special: Tensor, there: Tensor) -> Tensor:
-    """Cosine of each entry, and of its left neighbour, with the mean of the newest entries: [B, W, 2 x questions]."""
+    """How alike each entry, and its left neighbour, and the newest entries are: [B, W, 2 x questions].
+
+    Cosines with the mean of the newest, in standard deviations from what is usual in this window.
+    """
     behind = there.flip(1).cumsum(1).flip(1)  # entries from this one to the last
     out = []
     for newest in QUESTIONS:
         asking = there & (behind <= newest)
         question = F.normalize((special * asking[..., None]).sum(1), dim=-1)
         out.append((special * question[:, None]).sum(-1))
-    own = torch.stack(out, dim=-1)
+    own, count = torch.stack(out, dim=-1), there.sum(1)[:, None, None].clamp(min=1)
+    own = own - own.sum(1, keepdim=True) / count
+    own = own / (own.square().sum(1, keepdim=True) / count).sqrt().clamp(min=1e-6) * there[..., None]
     return torch.cat([own, F.pad(own, (0, 0, 1, 0))[:, :-1]], dim=-1)
 
 

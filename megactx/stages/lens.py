@@ -41,6 +41,7 @@ class LensStage(lightning.LightningModule):
         budgets: entries of a window over the tokens that it stands for; windows have them in turn.
         windows: ``per_round`` and ``rounds``; ``edits``, measured per window.
         lr, min_lr, weight_decay, warmup, max_steps: AdamW with linear warm-up and a cosine over ``max_steps``.
+        direct_lr: peak for LensNet's few weights from its features to the values, see ``LensNet``.
         evaluate: of the end-of-run report, see ``configs/stage/lens.yaml``.
         folder: where the measured windows are kept.
 
@@ -62,6 +63,7 @@ class LensStage(lightning.LightningModule):
         budgets: list,
         windows: dict,
         lr: float,
+        direct_lr: float,
         min_lr: float,
         weight_decay: float,
         warmup: int,
@@ -172,7 +174,11 @@ class LensStage(lightning.LightningModule):
 
     def configure_optimizers(self):
         h = self.hparams
-        optimizer = torch.optim.AdamW(self.lens.parameters(), lr=h.lr, betas=BETAS, weight_decay=h.weight_decay)
+        direct = list(self.lens.direct.parameters())
+        known = {id(p) for p in direct}
+        rest = [p for p in self.lens.parameters() if id(p) not in known]
+        groups = [{"params": rest}, {"params": direct, "lr": h.direct_lr}]
+        optimizer = torch.optim.AdamW(groups, lr=h.lr, betas=BETAS, weight_decay=h.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_cosine(step, h.warmup, h.max_steps, h.min_lr / h.lr)
         )
