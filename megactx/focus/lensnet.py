@@ -195,8 +195,8 @@ def _alike(special: Tensor, there: Tensor) -> Tensor:
         question = F.normalize((special * asking[..., None]).sum(1), dim=-1)
         out.append((special * question[:, None]).sum(-1))
     own, count = torch.stack(out, dim=-1), there.sum(1)[:, None, None].clamp(min=1)
-    own = own - own.sum(1, keepdim=True) / count
-    own = own / (own.square().sum(1, keepdim=True) / count).sqrt().clamp(min=1e-6) * there[..., None]
+    own = (own - own.sum(1, keepdim=True) / count) * there[..., None]
+    own = own / (own.square().sum(1, keepdim=True) / count).sqrt().clamp(min=1e-6)
     return torch.cat([own, F.pad(own, (0, 0, 1, 0))[:, :-1]], dim=-1)
 
 

@@ -1,6 +1,6 @@
 """Gist caching: what a reused prompt costs that is kept as gists, and what they keep of it (Mu et al. 2023).
 
-    python -m megactx.studies.caching                                    costs, and carriers that need no training
+    python -m megactx.studies.caching                                    with the embedded base and its GistNet
     python -m megactx.studies.caching RUN [RUN ...] --path TEXTS         with the compressors of runs, on your own texts
     python -m megactx.studies.caching RUN --drift 0.01 steps=20 FOLDER   what stored gists lose when the base changes
 
@@ -19,7 +19,9 @@ from megactx.evaluation.measure import LAST_TOKEN, in_eval_mode
 from megactx.gist.carrier import Compressor
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.last_token import LastToken
+from megactx.gist.substitution import teach
 from megactx.lm import BaseLM
+from megactx.stages.trained import gistnet_of
 
 from .caching_cost import measure_answers, measure_making
 from .caching_overlap import measure_overlap
@@ -30,8 +32,8 @@ from .tables import show, write
 from .trained import NOTHING, Nothing, Trained, bar, held_out, load, quiet, same
 from .transfer import measure_transfer
 
-BASE, BLOCK, HORIZON = "asset:tiny-base", 32, 32  # without a run
-SIZES = {"tokens": "T", "input": "A", "answer": "", "documents": "", "blocks": "", "repeats": ""}
+BASE, GISTNET, BLOCK, HORIZON = "asset:tiny-base", "asset:tiny-gistnet", 32, 32  # without a run
+SIZES = ("tokens", "input", "answer", "documents", "blocks", "repeats")
 
 
 def study(asked: argparse.Namespace) -> dict:
@@ -49,7 +51,7 @@ def study(asked: argparse.Namespace) -> dict:
     counts = levels(asked.tokens, block, asked.compression or [2**n for n in range(block.bit_length())])
     if (whole := asked.tokens + asked.input + asked.answer) > base.max_positions:
         raise ValueError(f"--tokens, --input and --answer: {whole} tokens, but the base takes {base.max_positions}")
-    nets, controls = _nets(runs, block), {LAST_TOKEN: LastToken(block), NOTHING: Nothing(block)}
+    nets, controls = _nets(asked, runs, base, block), {LAST_TOKEN: LastToken(block), NOTHING: Nothing(block)}
     batches = held_out(base, asked.path, block, horizon, asked.tokens + asked.input, asked.blocks)
     numbers = {
         "base": asked.base or BASE if not runs else runs[0].base_name,
@@ -82,9 +84,10 @@ def study(asked: argparse.Namespace) -> dict:
 
 def _costs(base: BaseLM, net: Compressor, ids, rest, counts: dict[float, int], asked) -> list[dict]:
     """Every form in which the prompt can be kept; what the carriers say does not change what they cost."""
-    prompts = {("again", None, 0): again(base, ids), ("cache", None, 0): cached(base, ids)}
+    teacher = teach(base, ids, net.needs_hidden)
+    prompts = {("again", None, 0): again(base, ids), ("cache", None, 0): cached(base, teacher)}
     for compression, count in counts.items():
-        for form, prompt in compressed(base, net, ids, count).items():
+        for form, prompt in compressed(base, net, teacher, count).items():
             prompts[form, compression, count] = prompt
     found = measure_answers(base, prompts, rest, asked.answer, asked.repeats, bar("answers"))
     return [{"form": form, "compression": c, "gists": n} | cost for (form, c, n), cost in found.items()]
@@ -98,9 +101,14 @@ def _subject(asked, runs: list[Trained]) -> tuple[BaseLM, int, int]:
     return base.to("cuda" if torch.cuda.is_available() else "cpu"), BLOCK, HORIZON
 
 
-def _nets(runs: list[Trained], block: int) -> dict[str, Compressor]:
+def _nets(asked, runs: list[Trained], base: BaseLM, block: int) -> dict[str, Compressor]:
     """All compressors of one run, the main ones of several; and the best that needs no training."""
-    nets = dict(runs[0].nets) if len(runs) == 1 else {run.name: run.main for run in runs}
+    if len(runs) == 1:
+        nets = dict(runs[0].nets)
+    elif runs:
+        nets = {run.name: run.main for run in runs}
+    else:
+        nets = {} if asked.base else {"gistnet": gistnet_of(GISTNET, base).to(base.model.device)}
     return nets | {"avgpool": AvgPool(block)}
 
 
@@ -117,8 +125,8 @@ def _check(asked) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; -> 0, 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m megactx.studies.caching", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders of gist stages; none: no training needed")
-    parser.add_argument("--base", help=f"the base LM where there is no run (default {BASE})")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders of gist stages; none: the embedded GistNet")
+    parser.add_argument("--base", help=f"a base LM without a GistNet (default: {BASE} and {GISTNET})")
     parser.add_argument("--path", help="files to measure on; without it the held-out part of the embedded text")
     parser.add_argument("--tokens", type=int, default=1024, help="of a prompt (default 1024)")
     parser.add_argument("--input", type=int, default=32, help="tokens behind it that are read raw (default 32)")

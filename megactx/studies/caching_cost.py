@@ -83,12 +83,12 @@ def measure_making(base: BaseLM, nets: Mapping[str, Compressor], ids: Tensor) ->
     for name, net in nets.items():
         k = net.block_size
         starts = torch.arange(k, ids.shape[1] // k * k, k, device=ids.device)[None]
-        forms, carriers = compressed(base, net, ids, starts.shape[1]), _make(base, net, ids, starts)
+        forms = compressed(base, net, teach(base, ids, net.needs_hidden), starts.shape[1])
         made = flops(partial(_make, base, net, ids, starts))
         out[name] = {"flops": made, "keys_flops": made, "vector_bytes": None}
         if "vectors" in forms:
             out[name]["keys_flops"] += flops(partial(filled, base, forms["vectors"]))
-            out[name]["vector_bytes"] = carriers.bytes_per_block()
+            out[name]["vector_bytes"] = _make(base, net, ids, starts).bytes_per_block()
         out[name]["key_bytes"] = forms["keys"].stored // forms["keys"].entries
     return out
 

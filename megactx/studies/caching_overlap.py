@@ -13,6 +13,7 @@ from torchmetrics.functional.text import rouge_score
 
 from megactx.evaluation.bootstrap import mean_interval
 from megactx.gist.carrier import Compressor
+from megactx.gist.substitution import teach
 from megactx.lm import BaseLM
 
 from .prompts import cached, compressed, greedy
@@ -50,10 +51,11 @@ def measure_overlap(
     full, own = [], {(name, compression): [] for name in nets for compression in levels}
     for part in progress(ids.split(BATCH)):
         prompt, rest = part[:, :tokens], part[:, tokens:]
-        full += _words(base, greedy(base, cached(base, prompt), rest, answer))
+        teacher = teach(base, prompt, any(net.needs_hidden for net in nets.values()))
+        full += _words(base, greedy(base, cached(base, teacher), rest, answer))
         for name, net in nets.items():
             for compression, count in levels.items():
-                kept = compressed(base, net, prompt, count)["keys"]
+                kept = compressed(base, net, teacher, count)["keys"]
                 own[name, compression] += _words(base, greedy(base, kept, rest, answer))
     some = [index for index, text in enumerate(full) if re.search("[a-z0-9]", text.lower())]
     rouge = {name: {} for name in nets}

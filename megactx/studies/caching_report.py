@@ -128,10 +128,8 @@ def _drift(numbers: dict) -> Sheet:
 
 def notes_on(numbers: dict) -> list[str]:
     """The legend, and what the carriers here are not."""
-    notes = list(LEGEND)
-    if not numbers["runs"]:
-        notes.append("Without a run there is no trained gist here: the costs are theirs, ROUGE-L and drift are not.")
-    return notes
+    trained = numbers["runs"] or "gistnet" in numbers["making"]
+    return [*LEGEND, *([] if trained else ["There is no trained gist here: only the costs are those of gists."])]
 
 
 def rows_of(numbers: dict) -> list[dict]:

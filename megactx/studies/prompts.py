@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from megactx.gist.carrier import BYTES, Compressor, Vectors
 from megactx.gist.history import stream
-from megactx.gist.substitution import Teacher, teach
+from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM, masks
 
 ID_BYTES = 4
@@ -66,20 +66,21 @@ def again(base: BaseLM, ids: Tensor) -> Prompt:
     return Prompt(ids.shape[1], ID_BYTES * ids.shape[1], (), base.embed(ids), None)
 
 
-def cached(base: BaseLM, ids: Tensor) -> Prompt:
-    """The plain cache of a prompt."""
-    return _columns(teach(base, ids).cache, base, ids.shape[1])
+def cached(base: BaseLM, teacher: Teacher) -> Prompt:
+    """The plain cache of prompts that the base LM has read."""
+    return _columns(teacher.cache, base, teacher.ids.shape[1])
 
 
 @torch.no_grad()
-def compressed(base: BaseLM, net: Compressor, ids: Tensor, count: int) -> dict[str, Prompt]:
-    """Prompts ids [B, T] whose ``count`` oldest blocks are carriers: ``vectors`` where they are, and ``keys``."""
-    b, t = ids.shape
-    block = net.block_size
+def compressed(base: BaseLM, net: Compressor, teacher: Teacher, count: int) -> dict[str, Prompt]:
+    """Prompts whose ``count`` oldest blocks are carriers: ``vectors`` where they are, and ``keys``.
+
+    ``teacher``: of the prompts, with states where the compressor needs them.
+    """
+    ids, (b, t), block = teacher.ids, teacher.ids.shape, net.block_size
     old = torch.arange(block, (count + 1) * block, block, device=ids.device).expand(b, -1)
-    teacher = teach(base, ids, net.needs_hidden)
     if not count:
-        return {"keys": _columns(teacher.cache, base, t)}
+        return {"keys": cached(base, teacher)}
     carriers = net.compress(base, teacher, old)
     raw = torch.arange((count + 1) * block, t, device=ids.device).expand(b, -1)
     if isinstance(carriers, Vectors):

@@ -18,8 +18,9 @@ def base():
 def lens(**settings) -> LensNet:
     torch.manual_seed(4)
     net = LensNet(WIDTH, K, num_heads=4, **settings)
-    for p in (net.last.weight, net.last.bias):  # they start at zero
-        torch.nn.init.normal_(p, std=0.1)
+    for last in (net.last, net.direct[-1]):  # they start at zero
+        torch.nn.init.normal_(last.weight, std=0.1)
+        torch.nn.init.normal_(last.bias, std=0.1)
     return net.eval()
 
 

@@ -89,12 +89,19 @@ def test_the_command_measures_runs_and_writes_its_tables(trained_runs, texts, tm
     assert "narrative 100%" in (tmp_path / "caching.md").read_text()
 
 
-def test_without_a_run_costs_are_measured_and_the_rest_is_said_to_be_untrained(base_folder, texts, tmp_path, capsys):
-    small = ["--tokens", "96", *SMALL[2:], "--base", str(base_folder), "--path", str(texts), "--out", str(tmp_path)]
+def test_without_a_run_another_base_has_no_trained_gist_which_is_said(base_folder, texts, tmp_path, capsys):
+    small = [*SMALL, "--base", str(base_folder), "--path", str(texts), "--out", str(tmp_path)]
     assert main([*small, "--drift", "--compression", "1", "32"]) == 0
-    assert "Without a run" in capsys.readouterr().out
+    assert "There is no trained gist here" in capsys.readouterr().out
     numbers = json.loads((tmp_path / "caching.json").read_text())
     assert numbers["transfer"] is None and not numbers["drift"]
+
+
+def test_without_a_run_and_a_base_it_is_the_gistnet_that_ships_with_the_embedded_one(texts, tmp_path):
+    assert main([*SMALL, "--path", str(texts), "--out", str(tmp_path), "--drift", "--compression", "32"]) == 0
+    numbers = json.loads((tmp_path / "caching.json").read_text())
+    assert {row["form"] for row in numbers["costs"]} == {"again", "cache", "vectors", "keys"}
+    assert numbers["making"]["gistnet"]["vector_bytes"] == 2 * 256
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from small_base import WIDTH, small
 from megactx.gist import GistNet
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.last_token import LastToken
+from megactx.gist.substitution import teach
 from megactx.lm import masks
 from megactx.studies.caching_cost import flops, measure_answers, measure_making
 from megactx.studies.prompts import again, cached, compressed, filled, greedy, levels
@@ -29,6 +30,10 @@ def ids():
     return torch.randint(3, 97, (B, T + A), generator=torch.Generator().manual_seed(1))
 
 
+def read(base, ids):
+    return teach(base, ids, with_states=True)
+
+
 def plain_greedy(base, rows, positions, ids, start, tokens):
     """A fresh prefill for every token of the answer."""
     for _ in range(tokens):
@@ -44,7 +49,11 @@ def plain_greedy(base, rows, positions, ids, start, tokens):
 def test_a_prompt_that_is_read_again_and_its_cache_answer_as_a_plain_prefill(base, ids):
     prompt, rest = ids[:, :T], ids[:, T:]
     wanted = plain_greedy(base, base.embed(prompt), torch.arange(T).expand(B, -1), rest, T, 6)
-    for kept in (again(base, prompt), cached(base, prompt), compressed(base, LastToken(K), prompt, 0)["keys"]):
+    for kept in (
+        again(base, prompt),
+        cached(base, read(base, prompt)),
+        compressed(base, LastToken(K), read(base, prompt), 0)["keys"],
+    ):
         assert torch.equal(greedy(base, kept, rest, 6), wanted)
 
 
@@ -55,7 +64,7 @@ def test_gists_answer_as_a_plain_prefill_of_the_entries(base, ids, count, gaussi
     torch.manual_seed(2)
     net = GistNet(WIDTH, base.embedding_rms(), K, num_heads=4, skip="none", gaussian_rope=gaussian_rope)
     prompt, rest = ids[:, :T], ids[:, T:]
-    kept = compressed(base, net, prompt, count)
+    kept = compressed(base, net, read(base, prompt), count)
     answers = {form: greedy(base, value, rest, 6) for form, value in kept.items()}
     assert torch.equal(answers["vectors"], answers["keys"])
     assert kept["vectors"].entries == kept["keys"].entries == K + count + T - (count + 1) * K
@@ -71,15 +80,15 @@ def test_gists_answer_as_a_plain_prefill_of_the_entries(base, ids, count, gaussi
 @torch.no_grad()
 def test_keys_that_lose_nothing_answer_as_the_prompt_itself(base, ids):
     prompt, rest = ids[:, :T], ids[:, T:]
-    kept = compressed(base, AvgPool(1), prompt, T - 1)["keys"]
+    kept = compressed(base, AvgPool(1), read(base, prompt), T - 1)["keys"]
     assert kept.entries == T
-    assert torch.equal(greedy(base, kept, rest, 6), greedy(base, cached(base, prompt), rest, 6))
+    assert torch.equal(greedy(base, kept, rest, 6), greedy(base, cached(base, read(base, prompt)), rest, 6))
 
 
 @torch.no_grad()
 def test_nothing_in_place_is_the_sink_and_the_raw_rest(base, ids):
     prompt, rest = ids[:, :T], ids[:, T:]
-    kept = compressed(base, Nothing(K), prompt, 4)["keys"]
+    kept = compressed(base, Nothing(K), read(base, prompt), 4)["keys"]
     rows = torch.cat([base.embed(prompt[:, :K]), base.embed(prompt[:, 5 * K :])], dim=1)
     places = torch.cat([torch.arange(K), torch.arange(5 * K, T)]).expand(B, -1)
     assert kept.entries == T - 4 * K
@@ -90,8 +99,8 @@ def test_nothing_in_place_is_the_sink_and_the_raw_rest(base, ids):
 def test_bytes_are_those_of_what_is_kept(base, ids):
     prompt, column = ids[:, :T], 2 * 2 * LAYERS * KEYS * HEAD_WIDTH
     assert again(base, prompt).stored == 4 * T
-    assert cached(base, prompt).stored == T * column
-    kept = compressed(base, LastToken(K), prompt, 3)
+    assert cached(base, read(base, prompt)).stored == T * column
+    kept = compressed(base, LastToken(K), read(base, prompt), 3)
     assert kept["vectors"].stored == 4 * (T - 3 * K) + 3 * 2 * WIDTH
     assert kept["keys"].stored == (T - 3 * K + 3) * column == filled(base, kept["vectors"]).stored
 
@@ -119,17 +128,19 @@ def test_flops_are_those_of_the_shapes(base, ids):
     def attention(rows, columns):
         return 4 * rows * columns * HEADS * HEAD_WIDTH * LAYERS
 
-    for kept, rows in ((again(base, prompt), T + A), (cached(base, prompt), A)):
+    for kept, rows in ((again(base, prompt), T + A), (cached(base, read(base, prompt)), A)):
         wanted = linear_flops(base, rows) + attention(rows, T + A) + head
         assert flops(lambda kept=kept: greedy(base, kept, rest, 1)) == wanted
     own = linear_flops(base, A + 2) + attention(A, T + A) + attention(1, T + A + 1) + attention(1, T + A + 2) + 3 * head
-    assert flops(lambda: greedy(base, cached(base, prompt), rest, 3)) - flops(lambda: cached(base, prompt)) == own
+    kept = cached(base, read(base, prompt))
+    assert flops(lambda: greedy(base, kept, rest, 3)) == own
 
 
 def test_answers_and_carriers_are_measured(base, ids):
     prompt, rest = ids[:1, :T], ids[:1, T:]
     net = GistNet(WIDTH, base.embedding_rms(), K, num_heads=4)
-    forms = {"again": again(base, prompt), "cache": cached(base, prompt)} | compressed(base, net, prompt, 7)
+    teacher = read(base, prompt)
+    forms = {"again": again(base, prompt), "cache": cached(base, teacher)} | compressed(base, net, teacher, 7)
     found = measure_answers(base, forms, rest, 3, repeats=2)
     assert found["again"]["flops"] > found["cache"]["flops"] > found["keys"]["flops"]
     assert found["again"]["flops"] > found["vectors"]["flops"] > found["keys"]["flops"]
@@ -139,4 +150,4 @@ def test_answers_and_carriers_are_measured(base, ids):
     assert made["gistnet"]["keys_flops"] - made["gistnet"]["flops"] == linear_flops(base, K + 7) + 4 * (
         (K + 7) ** 2 * HEADS * HEAD_WIDTH * LAYERS
     )
-    assert made["avgpool"]["flops"] == made["avgpool"]["keys_flops"] > flops(lambda: cached(base, prompt))
+    assert made["avgpool"]["flops"] == made["avgpool"]["keys_flops"] > flops(lambda: read(base, prompt))
