@@ -43,10 +43,26 @@ def edits_count_and_nothing_is_lost_on_the_way_to_the_disk(said: str) -> None:
     assert "the same logits after loading: True" in said
 
 
+def measured_values_find_the_block_that_is_needed(said: str) -> None:
+    full, cold = map(
+        float, re.search(r"^NLL of what follows: ([\d.]+) .* ([\d.]+) after this window$", said, re.M).groups()
+    )
+    block, value = re.search(r"^expand block +(\d+) +\+([\d.]+) nats", said, re.MULTILINE).groups()
+    assert block in ("19", "20", "21") and float(value) > 0.5
+    end = float(re.search(r"^NLL ([\d.]+) at the end", said, re.MULTILINE).group(1))
+    assert end < cold - 1 and end < full + 0.5
+    losses = [float(value) for value in re.findall(r"^step .*loss ([\d.]+)$", said, re.MULTILINE)]
+    assert losses[-1] < losses[0] / 2
+    means = {name: float(mean) for name, mean in re.findall(r"^(\w[\w ]*?)  +.* ([\d.]+)$", said, re.MULTILINE)}
+    assert means["greedy oracle"] < means["recency"] - 1 and means["BM25 of the tail"] < means["recency"] - 0.5
+    assert abs(means["recency"] - means["gists"]) < 0.3 and means["LensNet"] < means["recency"] + 0.1
+
+
 # What the prose of a notebook says about its results, checked on what a run printed.
 CHECKS = {
     "01_first_gist": trained_gist_is_above_the_last_token,
     "02_memory": edits_count_and_nothing_is_lost_on_the_way_to_the_disk,
+    "03_focus": measured_values_find_the_block_that_is_needed,
 }
 
 
