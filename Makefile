@@ -24,6 +24,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python -m pytest -m slow tests/memory/test_storage.py
 	$(BIN)/python benchmarks/ingest.py
+	$(BIN)/python benchmarks/focus.py
 	$(BIN)/python benchmarks/encode.py
 
 sweep: $(STAMP)

@@ -24,6 +24,7 @@ one thread, in fp32.
 """
 
 import argparse
+import inspect
 import json
 import sys
 import time
@@ -96,17 +97,21 @@ class Stopwatch:
         return 1e3 * median(self.seconds[name][1:])
 
 
-def random_tree(base: BaseLM, tokens: int) -> tuple[MegaContextTree, torch.Tensor]:
-    """-> a tree of random tokens, and ids of H more [1, H]."""
-    ids = torch.randint(2, base.vocab_size, (1, tokens + HORIZON), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(base.model.device)
-    return MegaContextTree.from_tokens(ids[:, :tokens], Mean(base.width), base), ids[:, tokens:]
+def ids_of(base: BaseLM, tokens: int) -> torch.Tensor:
+    """[1, T]: source code, again and again, or random ids where there is no tokenizer."""
+    if base.tokenizer is None:
+        ids = torch.randint(2, base.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    else:
+        ids = torch.tensor([base.tokenizer(inspect.getsource(argparse))["input_ids"]])
+        ids = ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
+    return ids.to(base.model.device)
 
 
 @torch.no_grad()
 def labels(base: BaseLM, tokens: int, share: float, count: int | None, sample: int, repeats: int) -> dict:
     """Cost of the values of ``count`` edits of a window, or of all."""
-    tree, following = random_tree(base, tokens)
+    ids = ids_of(base, tokens + HORIZON)
+    tree, following = MegaContextTree.from_tokens(ids[:, :tokens], Mean(base.width), base), ids[:, tokens:]
     generator, watch = torch.Generator().manual_seed(1), Stopwatch(tree.device.type)
     context = draw("random", tree, int(share * tokens), generator)
     edits = moves(context).edits(context)
@@ -140,7 +145,7 @@ def plain_nll(base: BaseLM, context: WorkingContext, edit: Edits, following: tor
 @torch.no_grad()
 def refocusing(base: BaseLM, lens: LensNet, entries: int, repeats: int) -> dict:
     """Cost of the refocuses of a session, one behind the other, and of decoding over its window."""
-    tree, _ = random_tree(base, TOKENS_PER_ENTRY * entries)
+    tree = MegaContextTree.from_tokens(ids_of(base, TOKENS_PER_ENTRY * entries), Mean(base.width), base)
     context, allocator = WorkingContext.recency(tree, entries), FocusAllocator()
     watch, half, made = Stopwatch(tree.device.type), base.model.dtype == torch.bfloat16, []
     read, apply = watch.around("lensnet", lens.read), watch.around("edits", Edits.apply)
@@ -225,7 +230,7 @@ def main(argv=None) -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.125], help="shares of T")
     parser.add_argument("--sample", type=int, default=16, help="edits that are measured by plain re-runs too")
     parser.add_argument("--windows", type=int, nargs="*", default=[512, 2048, 8192], help="W; none: no second table")
-    parser.add_argument("--repeats", type=int, default=5, help="that are timed; one before them is not")
+    parser.add_argument("--repeats", type=int, default=3, help="that are timed; one before them is not")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--out", type=Path, default=None, help="benchmarks/out/focus.json, or focus_smollm3.json")
     arguments = parser.parse_args(argv)
