@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/python train.py experiment=demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
@@ -26,6 +26,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/focus.py
 	$(BIN)/python benchmarks/encode.py
+	$(BIN)/python benchmarks/runtime.py
 
 sweep: $(STAMP)
 	$(BIN)/python train.py -m experiment=demo seed=0,1,2

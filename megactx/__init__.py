@@ -5,10 +5,12 @@ The public names are imported on first use, so that ``import megactx`` costs not
 
 _EXPORTS = {
     "BaseLM": "megactx.lm",
+    "Controller": "megactx.runtime",
     "FocusAllocator": "megactx.focus",
     "GistNet": "megactx.gist",
     "LensNet": "megactx.focus",
     "MegaContextTree": "megactx.memory",
+    "Session": "megactx.runtime",
     "WorkingContext": "megactx.memory",
 }
 

@@ -35,7 +35,8 @@ def plant(document: dict, others: list[np.ndarray], tokenizer, kind: str, block:
         rng: a numpy generator.
 
     Returns:
-        The document with ``ids`` [T + A], ``kind`` and ``needed``, the indices of the blocks that hold the answer.
+        The document with ``ids`` [T + A], ``kind``, ``needed``, the indices of the blocks that hold the answer, ``cue``,
+        how many tokens at the end of T ask, and ``told``: (first token, ids) of all that was planted, the fact first.
         ``None`` where a sentence is longer than a block, or no block is free.
 
     Raises:
@@ -56,9 +57,11 @@ def plant(document: dict, others: list[np.ndarray], tokenizer, kind: str, block:
     )
     if facts is None:
         return None
-    for place, fact in zip(places, facts, strict=True):
+    planted = []
+    for place, fact in zip(places.tolist(), facts, strict=True):
         told = fact if kind != "key-value" else fact[0]
         ids[place * block : place * block + len(told)] = told
+        planted.append((place * block, torch.from_numpy(told)))
     if kind == "key-value":
         told, asked = facts[0]
         cue, answer = told[:asked], told[asked:]
@@ -68,7 +71,7 @@ def plant(document: dict, others: list[np.ndarray], tokenizer, kind: str, block:
     ids[cursor - len(cue) :] = cue
     needed = [int(places[0]) + width - 1]
     ids = torch.from_numpy(np.concatenate([ids, answer]))
-    return document | {"ids": ids, "kind": kind, "needed": needed}
+    return document | {"ids": ids, "kind": kind, "needed": needed, "cue": len(cue), "told": planted}
 
 
 def _passage(others: list[np.ndarray], tokens: int, rng) -> np.ndarray:

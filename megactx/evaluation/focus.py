@@ -25,7 +25,7 @@ from megactx.gist.scoring import nll
 from megactx.lm import BaseLM
 from megactx.memory import MegaContextTree, WorkingContext
 
-LENS, ORACLE, FULL = "LensNet", "greedy oracle", "full context"
+LENS, ORACLE, FULL, DROP = "LensNet", "greedy oracle", "full context", "newest tokens alone"
 RECENCY, RANDOM, SURPRISE, BM25, GISTS = (
     "recency",
     "random blocks",
@@ -93,6 +93,7 @@ def measure_focus(
             context = focused(tree, budget, lens, allocator, out.telemetry.setdefault(name, {}))
             row.setdefault(LENS, []).append(continuation_nll(base, context, after).mean().item())
             row.setdefault(FULL, []).append(full[cursor - 1 :].mean().item())
+            row.setdefault(DROP, []).append(_newest(base, ids, cursor, budget))
             if number < oracle:
                 row.setdefault(ORACLE, []).append(_oracle(base, tree, budget, lens, allocator, after, out))
             out.free.setdefault(name, []).append(int(free_edits(tree, budget)[0]))
@@ -153,6 +154,12 @@ def focused(tree, budget: int, lens: LensNet, allocator: dict, telemetry: dict |
         if still > allocator.cooldown:  # an edit may still wait for its turn
             break
     return context
+
+
+def _newest(base: BaseLM, ids: Tensor, cursor: int, budget: int) -> float:
+    """NLL of what follows with the newest ``budget`` raw tokens and nothing of what was before."""
+    ids = ids[:, cursor - budget :]
+    return nll(base, base(base.embed(ids[:, :-1]), None)[0], ids[0, 1:])[budget - 1 :].mean().item()
 
 
 def _oracle(base, tree, budget, lens, allocator, after, out: FocusScores) -> float:

@@ -131,8 +131,8 @@ class LensNet(nn.Module):
         x = F.rms_norm(torch.where(there[..., None], embeddings, 0.0).float(), (self.width,))
         features = torch.stack([wide, far], dim=-1)
         if self.content is not None:
-            special = _special(content, there)
-            features = torch.cat([features, _alike(special, there)], dim=-1)
+            special, like = _alike(content, lods, there, self.block_size)
+            features = torch.cat([features, like], dim=-1)
             x = x + self.content(special * self.width**0.5)
         x = x + self.lod(lods.clamp(max=LODS)) + self.place(features)
         sigma = self.spread(lods)
@@ -142,21 +142,33 @@ class LensNet(nn.Module):
         values = (self.last(self.head(self.norm(x))) + self.direct(features)).float()
         return torch.where(there[..., None], values, 0.0)
 
-    def read(self, context: WorkingContext) -> Tensor:
-        """The same for a working context: [B, W, 2]."""
+    def read(self, context: WorkingContext, content: Tensor | None = None) -> Tensor:
+        """The same for a working context: [B, W, 2]; ``content`` where it is known already."""
         distance = context.ends()[:, None] - context.positions()
-        content = None if self.content is None else contents(context)
+        if content is None and self.content is not None:
+            content = contents(context)
         return self(context.to_tensor(), context.lods(), distance, context.there, content)
 
-    def score(self, context: WorkingContext, legal: Moves | None = None, margin: float | Tensor = 0.0) -> Scores:
+    def likeness(self, context: WorkingContext) -> Tensor:
+        """The most that each entry's block, or its left neighbour, is like any question: [B, W], see ``_alike``."""
+        return _alike(contents(context), context.lods(), context.there, self.block_size)[1].amax(-1)
+
+    def score(
+        self,
+        context: WorkingContext,
+        legal: Moves | None = None,
+        margin: float | Tensor = 0.0,
+        content: Tensor | None = None,
+    ) -> Scores:
         """Values, the price at which they fit the budget, and signed scores.
 
         Args:
             legal: what may be done; ``None``: what ``moves`` says.
             margin: of ``price``.
+            content: of ``contents``, where it is known already.
         """
         legal = moves(context) if legal is None else legal
-        v_down, v_keep = masked(self.read(context), legal)
+        v_down, v_keep = masked(self.read(context, content), legal)
         now = price(v_down, v_keep, legal, context.budget - context.lengths, self.block_size, margin)
         return Scores(v_down, v_keep, now, signed_scores(v_down, v_keep, legal, now, self.tau))
 
@@ -176,28 +188,44 @@ class LensNet(nn.Module):
         self.tau.clamp_(min=1e-4)
 
 
-def _special(content: Tensor, there: Tensor) -> Tensor:
-    """What sets the content of each entry apart from the window's: [B, W, D] -> [B, W, D] of length 1."""
-    content = torch.where(there[..., None], content, 0.0).float()
-    mean = content.sum(1, keepdim=True) / there.sum(1)[:, None, None].clamp(min=1)
-    return torch.where(there[..., None], F.normalize(content - mean, dim=-1), 0.0)
+def _blockwise(content: Tensor, lods: Tensor, there: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Raw tokens are judged by the block that they are of: content [B, W, D] with its mean in place of theirs, and the
+    column at which each entry's block begins, [B, W].
 
-
-def _alike(special: Tensor, there: Tensor) -> Tensor:
-    """How alike each entry, and its left neighbour, and the newest entries are: [B, W, 2 x questions].
-
-    Cosines with the mean of the newest, in standard deviations from what is usual in this window.
+    A run of raw tokens begins on the grid of blocks, so every K-th of it begins one; only the last may be partial.
     """
+    b, w = lods.shape
+    column = torch.arange(w, device=lods.device).expand(b, w)
+    raw = lods == 0
+    begin = torch.where(raw, -1, column).cummax(1).values + 1  # of the run
+    begin = torch.where(raw, column - (column - begin) % block_size, column)
+    content = torch.where(there[..., None], content, 0.0).float()
+    total = torch.zeros_like(content).scatter_add_(1, begin[..., None].expand_as(content), content)
+    count = torch.zeros(b, w, device=content.device).scatter_add_(1, begin, there.float())
+    mean = total / count.clamp(min=1)[..., None]
+    return mean.gather(1, begin[..., None].expand_as(mean)), begin
+
+
+def _alike(content: Tensor, lods: Tensor, there: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """What sets each entry's block apart from the window's, [B, W, D] of length 1; and how alike it, and the block to
+    its left, and the newest entries are: [B, W, 2 x questions].
+
+    Cosines with the mean of the newest, in standard deviations from what is usual in this window. Every block counts
+    once, raw or not.
+    """
+    blocks, begin = _blockwise(content, lods, there, block_size)
+    weight = there / torch.where(lods == 0, block_size, 1)
+    weight = (weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[..., None]
+    mean = (blocks * weight).sum(1, keepdim=True)
+    special = torch.where(there[..., None], F.normalize(blocks - mean, dim=-1), 0.0)
+    own = torch.where(there[..., None], content.float() - mean, 0.0)
     behind = there.flip(1).cumsum(1).flip(1)  # entries from this one to the last
-    out = []
-    for newest in QUESTIONS:
-        asking = there & (behind <= newest)
-        question = F.normalize((special * asking[..., None]).sum(1), dim=-1)
-        out.append((special * question[:, None]).sum(-1))
-    own, count = torch.stack(out, dim=-1), there.sum(1)[:, None, None].clamp(min=1)
-    own = (own - own.sum(1, keepdim=True) / count) * there[..., None]
-    own = own / (own.square().sum(1, keepdim=True) / count).sqrt().clamp(min=1e-6)
-    return torch.cat([own, F.pad(own, (0, 0, 1, 0))[:, :-1]], dim=-1)
+    asked = [F.normalize((own * (there & (behind <= n))[..., None]).sum(1), dim=-1) for n in QUESTIONS]
+    like = torch.einsum("bwd,bqd->bwq", special, torch.stack(asked, dim=1))
+    like = (like - (like * weight).sum(1, keepdim=True)) * there[..., None]
+    like = like / (like.square() * weight).sum(1, keepdim=True).sqrt().clamp(min=1e-6)
+    left = like.gather(1, (begin - 1).clamp(min=0)[..., None].expand_as(like)) * (there & (begin > 0))[..., None]
+    return special, torch.cat([like, left], dim=-1)
 
 
 def masked(values: Tensor, legal: Moves) -> tuple[Tensor, Tensor]:

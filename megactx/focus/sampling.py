@@ -14,7 +14,6 @@ from .edits import Edits, moves
 from .layout import by_value
 from .lensnet import LensNet
 
-FIELDS = ("row", "lod", "index", "expand")  # of ``Edits``
 KINDS = ("random", "recency", "policy")
 COARSE = 0.25  # share of the nodes of level 2 that stand as one gist in a random window
 REFOCUSES, DISTURBED = 6, 2  # at most
@@ -75,28 +74,41 @@ def one_per_row(edits: Edits, generator: Generator) -> Edits:
 
 def some_per_row(edits: Edits, count: int, generator: Generator) -> Edits:
     """At most ``count`` random edits of each row, in the order of the rows."""
-    order = torch.randperm(len(edits), generator=generator).to(edits.row.device)
+    return edits[_first_of_rows(edits, torch.randperm(len(edits), generator=generator), count)]
+
+
+def measured_share(edits: Edits, count: int, generator: Generator, promise: Tensor | None = None) -> Edits:
+    """What is measured of each row: at most ``count``, half of them collapses as far as there are so many.
+
+    Nearly all edits are worth nothing, so random ones would teach just that. With ``promise``, half of either kind are
+    those that promise most. Which edits are measured then depends on what LensNet reads and on nothing else, so what it
+    is to estimate, the expected value of an edit given what it reads, stays the same.
+
+    Args:
+        promise: of each edit, [E]; inf for one that is measured in any case.
+    """
+
+    def most(which: Tensor) -> int:
+        return int(torch.bincount(edits.row[which]).max()) if which.any() else 0
+
+    collapses = min(count // 2, most(~edits.expand))
+    chosen = []
+    for kind, share in ((edits.expand, count - collapses), (~edits.expand, collapses)):
+        left = kind.nonzero()[:, 0]
+        if promise is not None:
+            best = _first_of_rows(edits[left], promise[left].argsort(descending=True, stable=True), share // 2)
+            chosen.append(left[best])
+            share -= share // 2
+            left = left[~torch.isin(left, chosen[-1])]
+        order = torch.randperm(len(left), generator=generator)
+        chosen.append(left[_first_of_rows(edits[left], order, share)])
+    return edits[torch.cat(chosen)]
+
+
+def _first_of_rows(edits: Edits, order: Tensor, count: int) -> Tensor:
+    """Places of the first ``count`` edits of each row, in this order [E]; row by row."""
+    order = order.to(edits.row.device)
     order = order[torch.argsort(edits.row[order], stable=True)]
     row = edits.row[order]
     place = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
-    return edits[order[place < count]]
-
-
-def measured_share(edits: Edits, count: int, generator: Generator, needed: Tensor | None = None) -> Edits:
-    """What is measured of each row: at most ``count``, half of them collapses as far as there are so many.
-
-    Args:
-        needed: of which edits more is to be learned than of others, bool [E]: they are measured in any case.
-    """
-    if needed is not None:
-        first, others = edits[needed], measured_share(edits[~needed], count - int(needed.sum()), generator)
-        return Edits(*(torch.cat([getattr(first, n), getattr(others, n)]) for n in FIELDS))
-
-    def counts(which: Tensor) -> int:
-        return int(torch.bincount(edits.row[which]).max()) if which.any() else 0
-
-    collapses = min(count // 2, counts(~edits.expand))
-    expands = count - collapses
-    opened = some_per_row(edits[edits.expand], expands, generator)
-    closed = some_per_row(edits[~edits.expand], collapses, generator)
-    return Edits(*(torch.cat([getattr(opened, n), getattr(closed, n)]) for n in FIELDS))
+    return order[place < count]

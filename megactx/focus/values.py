@@ -19,10 +19,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from megactx.gist.scoring import nll
-from megactx.lm import BaseLM, masks
+from megactx.lm import BaseLM
 from megactx.memory import WorkingContext
 
 from .edits import Edits, column_of
+from .rows import rows_of, taken
 
 ROWS = {"cpu": 2048, "cuda": 65_536}  # of one packed pass: enough to fill the machine, no more memory than that
 
@@ -69,35 +70,16 @@ class _Read:
 
     @torch.no_grad()
     def __init__(self, base: BaseLM, context: WorkingContext, following: Tensor):
-        b, w = context.lod.shape
-        if following.ndim != 2 or len(following) != b or following.shape[1] < 1:
-            raise ValueError(f"following has shape {list(following.shape)}, expected [{b}, H] with H at least 1")
+        rows = rows_of(base, context, following)
         self.base, self.context, self.following = base, context, following
-        self.lengths, self.ends, self.horizon = context.lengths, context.ends(), following.shape[1]
-        spread = getattr(context.tree.encoder, "spread", None)
-        after = torch.arange(self.horizon - 1, device=following.device)
-        # Of every entry and, behind the padding, of every token that follows: [B, W + H - 1].
-        self.embeddings = torch.cat([context.to_tensor(), base.embed(following[:, :-1])], dim=1)
-        self.positions = torch.cat([context.positions(), self.ends[:, None] + after], dim=1)
-        sigma = spread(context.lods()) if spread is not None else None
-        self.sigma = None if sigma is None else torch.nn.functional.pad(sigma, (0, self.horizon - 1))
-        place = torch.arange(w + self.horizon - 1, device=following.device).expand(b, -1)
-        length = self.lengths[:, None]
-        self.order = torch.where(place < length, place, w + place - length).clamp(max=w + self.horizon - 2)
+        self.lengths, self.horizon, self.rows = rows.lengths, following.shape[1], rows
         self.cache = DynamicCache()
-        self.hidden = base(
-            self._taken(self.embeddings, self.order),
-            self._taken(self.positions, self.order),
-            masks.causal(w + self.horizon - 1, following.device),
-            self.cache,
-            None if self.sigma is None else self._taken(self.sigma, self.order),
-        )
+        self.hidden = rows.scored(rows.read(base, self.cache))
 
     @torch.no_grad()
     def nll(self) -> Tensor:
         """[B, H]"""
-        rows = self.lengths[:, None] - 1 + torch.arange(self.horizon, device=self.lengths.device)
-        return self._nll(self._taken(self.hidden, rows), self.following)
+        return self._nll(self.hidden, self.following)
 
     def branches(self, edits: Edits) -> Iterator[tuple[Tensor, Tensor]]:
         """Packed passes -> (which edits [e], mean NLL after each [e]), until all were measured."""
@@ -126,11 +108,11 @@ class _Read:
             source = self._source(edits, e, first[e], comes[e], goes[e], rest[e], r)
             extra = self._replacements(edits, e)
             hidden = self.base.forward_branches(
-                self._gathered(self.embeddings, extra[0], source),
-                self._gathered(self.positions, extra[1], source),
+                self._gathered(self.rows.embeddings, extra[0], source),
+                self._gathered(self.rows.positions, extra[1], source),
                 kept,
                 torch.where(there, first[e], 0),
-                sigma=None if self.sigma is None else self._gathered(self.sigma, extra[2], source),
+                sigma=None if self.rows.sigma is None else self._gathered(self.rows.sigma, extra[2], source),
             )
             scored = (comes + rest)[e][..., None] - 1 + torch.arange(self.horizon, device=e.device)  # [B, n, H]
             scored = scored.clamp(max=r - 1)
@@ -163,18 +145,13 @@ class _Read:
         embeddings = tree.embeddings(row.flatten(), lod.flatten(), index.flatten()).view(b, -1, tree.width)
         offsets = [tree.encoder.offset_in(k**n) for n in range(1, tree.depth + 1)]
         positions = index * k**lod + torch.tensor([0, *offsets], device=e.device)[lod]
-        spread = None if self.sigma is None else tree.encoder.spread(lod.flatten(1))
+        spread = None if self.rows.sigma is None else tree.encoder.spread(lod.flatten(1))
         return embeddings, positions.flatten(1), spread
 
     def _gathered(self, own: Tensor, extra: Tensor, source: Tensor) -> Tensor:
         """own [B, W + H - 1, ...] and extra [B, n * K, ...], source [B, n, R] -> [B, n, R, ...]."""
         table = torch.cat([own, extra.to(own.dtype)], dim=1)
-        return self._taken(table, source.flatten(1)).view(*source.shape, *table.shape[2:])
+        return taken(table, source.flatten(1)).view(*source.shape, *table.shape[2:])
 
     def _nll(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return nll(self.base, hidden.flatten(0, -2), targets.flatten()).view(targets.shape)
-
-    @staticmethod
-    def _taken(tensor: Tensor, index: Tensor) -> Tensor:
-        """tensor [B, S, ...], index [B, M] -> [B, M, ...]."""
-        return tensor[torch.arange(len(index), device=index.device)[:, None], index]

@@ -111,12 +111,12 @@ class BaseLM(nn.Module):
     @property
     def width(self) -> int:
         """D, the width of an embedding."""
-        return self.model.get_input_embeddings().embedding_dim
+        return self.model.get_input_embeddings().weight.shape[1]  # of adapted ones too
 
     @property
     def vocab_size(self) -> int:
         """V, the number of embedding rows."""
-        return self.model.get_input_embeddings().num_embeddings
+        return self.model.get_input_embeddings().weight.shape[0]
 
     @property
     def max_positions(self) -> int:

@@ -22,9 +22,9 @@ from megactx.gist.carrier import Compressor
 from megactx.gist.footprint import footprint, in_words
 from megactx.gist.history import check_segments, old_blocks, with_carriers, with_everything
 from megactx.gist.losses import contrastive
-from megactx.gist.reading import read_carriers
+from megactx.gist.packed_loss import substitution_loss
 from megactx.gist.scoring import OBJECTIVES, score
-from megactx.gist.substitution import Teacher, blocks, check_blocks, rows_at, teach
+from megactx.gist.substitution import Teacher, blocks, teach
 from megactx.lm import BaseLM
 
 from .gist_nets import build_nets, optimizer_of, refuse_without_vectors, take_weights
@@ -139,26 +139,10 @@ class GistStage(lightning.LightningModule):
             level: 1, blocks and their carriers; 2, spans and the gists of their gists.
             teacher: of these documents, where there is one already.
         """
-        ids, starts = batch["ids"], batch["starts" if level == 1 else "starts2"]
-        tokens, horizon = self.main.block_size**level, self.hparams.horizon
-        check_blocks(starts, batch["lengths"], tokens, horizon)
-        teacher = teacher or teach(self.base, ids, self.with_states)
-        settings = {} if level == 1 else {"level": level}
-        carriers = [net.compress(self.base, teacher, starts, **settings) for net in self.nets.values()]
-        hidden = read_carriers(self.base, teacher, starts, carriers, tokens, horizon)
-        loss, numbers = score(
-            self.base,
-            hidden.flatten(1, 3),
-            rows_at(teacher.hidden, starts + tokens - 1, horizon).flatten(0, 2),
-            blocks(ids, starts + tokens, horizon).flatten(),
-            self.hparams.objective,
-        )
-        found = []
-        for values in (loss, numbers["nll"] - numbers["full"]):
-            each = zip(values.view(len(carriers), -1, horizon), carriers, strict=True)
-            # What has no output row has no say in the first token either.
-            found.append(torch.stack([rows[:, carrier.first :].mean() for rows, carrier in each]))
-        return *found, carriers
+        teacher = teacher or teach(self.base, batch["ids"], self.with_states)
+        starts, asked = batch["starts" if level == 1 else "starts2"], self.hparams
+        nets, sizes = list(self.nets.values()), (batch["lengths"], asked.horizon, asked.objective)
+        return substitution_loss(self.base, nets, teacher, starts, *sizes, level)
 
     def history_loss(self, batch: dict, teacher: Teacher):
         """-> (loss per net [C], dNLL per net [C]) over segments behind compressed histories."""

@@ -14,11 +14,12 @@ from torchmetrics.functional import spearman_corrcoef
 
 from megactx.assets import resolve
 from megactx.focus.lensnet import LensNet
-from megactx.focus.objectives import illegal_mass, net_mass, preference_loss, value_loss
+from megactx.focus.objectives import preference_loss, value_loss
 from megactx.focus.states import States, load
 from megactx.framework.optimizers import warmup_cosine
 from megactx.lm import BaseLM
 
+from .lens_losses import value_losses
 from .lens_report import report
 from .lens_states import HELD, ensure
 from .trained import gistnet_of
@@ -37,6 +38,7 @@ class LensStage(lightning.LightningModule):
         lensnet: keyword arguments of ``LensNet`` other than width and block size.
         allocator: keyword arguments of ``FocusAllocator``.
         objective: ``value``, or ``preference`` (between windows of one text and one budget).
+        pair_weight: of the hinge beside the Huber loss, see ``value_loss``.
         horizon: H, scored tokens behind a window.
         budgets: entries of a window over the tokens that it stands for; windows have them in turn.
         windows: ``per_round`` and ``rounds``; ``edits``, measured per window.
@@ -59,6 +61,7 @@ class LensStage(lightning.LightningModule):
         lensnet: dict,
         allocator: dict,
         objective: str,
+        pair_weight: float,
         horizon: int,
         budgets: list,
         windows: dict,
@@ -135,14 +138,7 @@ class LensStage(lightning.LightningModule):
 
     def value(self, states: States, learn: bool = False) -> dict[str, Tensor]:
         """Losses on measured values; with ``learn`` they enter ``tau``."""
-        if learn:
-            self.lens.see(states.values)
-        values = self.lens(states.embeddings, states.lods, states.distance, states.there, states.content)
-        estimates = states.estimates(values, self.lens.block_size)
-        losses = value_loss(estimates, states.values, states.row, self.lens.tau)
-        losses["net_mass"] = net_mass(values, states.legal, self.lens.tau).mean()
-        losses["illegal"] = illegal_mass(values, states.legal, self.lens.tau)
-        return losses
+        return value_losses(self.lens, states, learn, self.hparams.pair_weight)
 
     def preference(self, first: list[Path], second: list[Path]) -> dict[str, Tensor]:
         """Losses on which of two windows was better."""
@@ -167,7 +163,7 @@ class LensStage(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         estimates, values, row = (torch.cat(part).float() for part in zip(*self.found, strict=True))
-        losses = value_loss(estimates, values, row, self.lens.tau)
+        losses = value_loss(estimates, values, row, self.lens.tau, self.hparams.pair_weight)
         for name, loss in losses.items():
             self.log(f"val/{name}", loss, prog_bar=name == "loss")
         self.log("val/rank_correlation", spearman_corrcoef(estimates, values), prog_bar=True)

@@ -77,7 +77,9 @@ def _make(stage, document: dict, kind: str, fraction: float, generator, path: Pa
     legal = moves(context, allocator.protected)
     edits = legal.edits(context)
     asked = torch.tensor(document.get("needed", []), device=edits.row.device)
-    needed = (edits.lod == 1) & torch.isin(edits.index, asked)
-    edits = measured_share(edits, stage.hparams.windows["edits"], generator, needed)
+    likeness = stage.lens.likeness(context)
+    promise = torch.cat([likeness[legal.expand], likeness[legal.leads]])
+    promise[(edits.lod == 1) & torch.isin(edits.index, asked)] = torch.inf
+    edits = measured_share(edits, stage.hparams.windows["edits"], generator, promise)
     values, nll = measure_values(stage.base, context, edits, ids[:, cursor:])
     save(path, context, 0, legal, edits, values, nll)

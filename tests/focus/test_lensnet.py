@@ -6,7 +6,7 @@ from windows import VOCABULARY, WIDTH, K, gistnet, small_base, tree_of, window
 
 from megactx.focus import moves
 from megactx.focus.content import contents
-from megactx.focus.lensnet import LensNet, masked
+from megactx.focus.lensnet import QUESTIONS, LensNet, _alike, masked
 from megactx.memory import MegaContextTree, WorkingContext
 
 
@@ -145,3 +145,38 @@ def test_masked_values_of_a_window_without_siblings_are_zero():
 def test_a_setting_that_is_not_allowed_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         LensNet(WIDTH, K, **{"num_heads": 4} | settings)
+
+
+@torch.no_grad()
+def test_a_raw_block_is_judged_as_a_whole_by_its_likeness_and_its_left_neighbours_to_the_newest_entries(base):
+    """Against loops over blocks; QUESTIONS are longer than these windows but for the first."""
+    context, net = window(tree_of(base)), lens()
+    content = contents(context)
+    special, like = _alike(content, context.lods(), context.there, K)
+    for row in (0, 1):
+        length, blocks, begins, column = int(context.counts[row]), [], [], 0
+        while column < length:
+            raw = int(context.lod[row, column]) == 0
+            size = 1
+            while raw and size < K and column + size < length and context.lod[row, column + size] == 0:
+                size += 1
+            blocks.append(content[row, column : column + size].mean(0))
+            begins.append((column, size, size / K if raw else 1.0))
+            column += size
+        weight = torch.tensor([w for *_, w in begins])[:, None] / sum(w for *_, w in begins)
+        blocks = torch.stack(blocks)
+        mean = (blocks * weight).sum(0)
+        expected = []
+        for n in QUESTIONS:
+            question = (content[row, max(0, length - n) : length] - mean).sum(0)
+            cosine = torch.cosine_similarity(blocks - mean, question[None], dim=-1)[:, None]
+            cosine = cosine - (cosine * weight).sum(0)
+            expected.append(cosine / (cosine.square() * weight).sum(0).sqrt())
+        expected = torch.cat(expected, dim=1)
+        for number, (first, size, _) in enumerate(begins):
+            for place in range(first, first + size):
+                torch.testing.assert_close(like[row, place, :3], expected[number], rtol=1e-3, atol=1e-3)
+                before = expected[number - 1] if number else torch.zeros(3)
+                torch.testing.assert_close(like[row, place, 3:], before, rtol=1e-3, atol=1e-3)
+        assert torch.equal(net.likeness(context)[row, :length], like[row, :length].amax(-1))
+    assert (like[~context.there] == 0).all() and (special[~context.there] == 0).all()

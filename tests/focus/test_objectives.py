@@ -13,23 +13,23 @@ from megactx.focus.objectives import illegal_mass, net_mass, preference_loss, va
 def test_the_value_loss_is_huber_and_a_hinge_over_pairs_of_one_window_that_differ():
     generator = torch.Generator().manual_seed(0)
     row = torch.tensor([0, 0, 0, 1, 1, 1, 1])
-    values, estimates = (0.05 * torch.randn(7, generator=generator) for _ in range(2))
+    values, estimates = (0.2 * torch.randn(7, generator=generator) for _ in range(2))
     tau = torch.tensor(0.04)
-    huber = [0.5 * d * d if d < 0.05 else 0.05 * (d - 0.025) for d in (estimates - values).abs().tolist()]
+    huber = [0.5 * d * d if d < 0.2 else 0.2 * (d - 0.1) for d in (estimates - values).abs().tolist()]
     hinge = []
     for i in range(7):
         for j in range(i):
             if row[i] == row[j] and abs(values[i] - values[j]) > 0.02:
                 sign = math.copysign(1, values[i] - values[j])
                 hinge.append(max(0.0, 0.1 - sign * float(estimates[i] - estimates[j]) / 0.04))
-    losses = value_loss(estimates, values, row, tau)
+    losses = value_loss(estimates, values, row, tau, pair_weight=0.5)
     assert losses["huber"].item() == pytest.approx(sum(huber) / 7, rel=1e-5)
     assert losses["pairs"].item() == pytest.approx(sum(hinge) / len(hinge), rel=1e-5)
     assert losses["loss"].item() == pytest.approx(sum(huber) / 7 + 0.5 * sum(hinge) / len(hinge), rel=1e-5)
 
 
 def test_without_pairs_the_value_loss_is_huber_alone():
-    losses = value_loss(torch.tensor([0.1]), torch.tensor([0.0]), torch.tensor([0]), torch.tensor(0.1))
+    losses = value_loss(torch.tensor([0.1]), torch.tensor([0.0]), torch.tensor([0]), torch.tensor(0.1), 0.5)
     assert losses["pairs"] == 0 and losses["loss"] == losses["huber"] > 0
 
 

@@ -84,3 +84,21 @@ def test_a_share_of_edits_has_collapses_and_expands_of_every_row(base):
     names = list(zip(share.row.tolist(), share.lod.tolist(), share.index.tolist(), share.expand.tolist(), strict=True))
     assert len(set(names)) == len(names)
     assert len(some_per_row(edits, 10**6, generator)) == len(edits) and len(some_per_row(edits[:0], 3, generator)) == 0
+
+
+def test_half_of_the_measured_edits_of_either_kind_are_those_that_promise_most(base):
+    context = window(tree_of(base))
+    edits = moves(context, 8).edits(context)
+    promise = torch.rand(len(edits), generator=torch.Generator().manual_seed(1))
+    promise[3] = torch.inf
+    share = measured_share(edits, 4, torch.Generator().manual_seed(0), promise)
+
+    def names(e):
+        return set(zip(e.row.tolist(), e.lod.tolist(), e.index.tolist(), e.expand.tolist(), strict=True))
+
+    assert len(names(share)) == len(share)
+    for row in (0, 1):
+        for expand in (False, True):
+            own = ((edits.row == row) & (edits.expand == expand)).nonzero()[:, 0]
+            if len(own):
+                assert names(edits[own[promise[own].argmax()][None]]) <= names(share)

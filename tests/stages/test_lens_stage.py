@@ -72,7 +72,7 @@ def test_the_report_has_every_policy_at_every_budget_and_the_planted_facts(whole
     policies = {"recency", "random blocks", "most surprising blocks", "BM25 of the tail", "gists", "LensNet"}
     assert set(numbers["budgets"]) == {"0.6", "0.7"}
     for budget in numbers["budgets"].values():
-        assert set(budget["rows"]) == policies | {"full context", "greedy oracle"}
+        assert set(budget["rows"]) == policies | {"full context", "greedy oracle", "newest tokens alone"}
         assert budget["rows"]["full context"]["cost"]["point"] == 0
         assert budget["rows"]["greedy oracle"]["documents"] == 1
         assert {"swap_rate", "utilisation", "residency"} <= set(budget["telemetry"])

@@ -1,0 +1,77 @@
+"""DataModule of the stages in which the parts learn together: one set of documents, batches for whoever learns next."""
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .spans import SpanBatches
+from .windows_module import WindowData
+
+SPANS, PICKS, WINDOWS = "spans", "picks", "windows"  # kinds of batches
+KEY = 2**30  # of documents for windows, beside those whose windows are measured ahead
+
+
+class JointData(WindowData):
+    """Documents, and three kinds of training batches of them. Batch i is a function of (seed, i) and of its kind.
+
+    - ``spans``: for GistNet, ``{"spans": an item of SpanBatches}``.
+    - ``picks``: for LensNet, ``{"picks": [B] numbers in [0, 1)}``, which choose among the windows that were measured.
+    - ``windows``: for what learns from working contexts, ``{"windows": documents with a cursor, "index": i}``.
+
+    ``kind_at`` says which kind batch i is; the stage sets it before training.
+
+    Args:
+        documents: per batch of the first and the last kind.
+        spans: blocks per document, of the first kind; 0 where it is not asked for.
+        settings: of ``WindowData``; its ``batch`` is that of picks.
+
+    Raises:
+        ValueError: a number that is not allowed; it names the setting.
+    """
+
+    def __init__(self, documents: int, spans: int = 0, **settings):
+        super().__init__(**settings)
+        for name, value, least in (("documents", documents, 1), ("spans", spans, 0)):
+            if value < least:
+                raise ValueError(f"datamodule.{name}={value} is not allowed: it must be {least} or more")
+        self.documents, self.spans = documents, spans
+        self.kind_at = lambda index: WINDOWS
+
+    def setup(self, stage=None):
+        if hasattr(self, "blocks"):
+            return
+        super().setup(stage)
+        self.blocks = self._spans() if self.spans else None
+
+    def _spans(self) -> SpanBatches:
+        texts = [document for pool in self.pools.values() for document in pool]
+        shares = dict(zip(self.domains, self.shares.tolist(), strict=True))
+        return SpanBatches(texts, shares, self.documents, self.spans, self.block, self.horizon, self.seed)
+
+    def train_dataloader(self):
+        return DataLoader(
+            JointBatches(self),
+            batch_size=None,
+            sampler=self.indices(),
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+
+class JointBatches(Dataset):
+    """The batches of a ``JointData``, without end."""
+
+    def __init__(self, data: JointData):
+        self.data = data
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __getitem__(self, index: int) -> dict:
+        data = self.data
+        kind = data.kind_at(index)
+        if kind == SPANS:
+            return {SPANS: data.blocks[index]}
+        if kind == PICKS:
+            return {PICKS: torch.from_numpy(np.random.default_rng([data.seed, index]).random(data.batch))}
+        numbers = range(index * data.documents, (index + 1) * data.documents)
+        return {WINDOWS: [data.training_document([KEY, number]) for number in numbers], "index": index}

@@ -1,0 +1,179 @@
+"""What many windows of one document cost, in one packed pass, with gradients into gists and base LM (SPEC 12).
+
+    window 1   [ tokens and gists ] y0 y1 ... y(H-2)         read together, each row on its own
+    window 2   [ tokens and gists ] y0 y1 ... y(H-2)
+    scored                        y0 y1 ... y(H-1)
+
+A tree keeps gists that were computed without a gradient. So those that any of the windows shows are made again, each
+once however many windows show it, and the windows read these.
+
+N windows, W entries, M gists that are shown, H scored tokens, K children of a node, D width, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megactx.gist import GistNet
+from megactx.gist.scoring import score
+from megactx.gist.substitution import Teacher
+from megactx.lm import BaseLM
+from megactx.memory import WorkingContext
+
+from .rows import lay_out
+
+ENCODED = 64  # blocks that are encoded at once
+LEVEL = 2**40  # a node as one number: level x this + index
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of one document as plain tensors, and which gists they show."""
+
+    ids: Tensor  # [N, W], of the raw entries
+    place: Tensor  # [N, W], of each gist in the table of all gists; -1 where an entry is none
+    positions: Tensor  # [N, W]
+    lods: Tensor  # [N, W]
+    lengths: Tensor  # [N]
+    ends: Tensor  # [N]
+    nodes: dict[int, Tensor]  # level -> index [M]; the table has them level by level
+
+    def __getitem__(self, which: slice | Tensor) -> "Windows":
+        parts = (self.ids, self.place, self.positions, self.lods, self.lengths, self.ends)
+        return Windows(*(part[which] for part in parts), self.nodes)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def of(cls, context: WorkingContext) -> "Windows":
+        """Of working contexts whose rows are all windows of the same text."""
+        lod, index, tree = context.lod, context.index, context.tree
+        gist, raw = context.there & (lod > 0), context.there & (lod == 0)
+        shown, order = torch.unique(lod[gist] * LEVEL + index[gist], return_inverse=True)
+        place = torch.full_like(lod, -1)
+        place[gist] = order
+        row, column = raw.nonzero().unbind(1)
+        ids = torch.zeros_like(lod)
+        ids[raw] = tree.levels[0].read("token", row, index[row, column]).long()
+        nodes = {level: shown[shown // LEVEL == level] % LEVEL for level in (shown // LEVEL).unique().tolist()}
+        return cls(ids, place, context.positions(), lod, context.lengths, context.ends(), nodes)
+
+    def read(self, base: BaseLM, gists: Tensor, following: Tensor, encoder) -> Tensor:
+        """Hidden states that predict following [H]: [N, H, D]."""
+        raw = base.embed(self.ids)
+        shown = gists[self.place.clamp(min=0)].to(raw.dtype) if len(gists) else raw
+        entries = torch.where((self.place >= 0)[..., None], shown, raw)
+        sizes = (self.positions, self.lods, self.lengths, self.ends)
+        rows = lay_out(base, entries, *sizes, following.expand(len(self), -1), encoder)
+        return rows.scored(rows.read(base))
+
+
+def unique_windows(context: WorkingContext) -> tuple[Tensor, Tensor]:
+    """Rows that are alike are read once: -> (one row of each kind [U], the place of each row's kind among them [N])."""
+    rows = torch.cat([torch.where(context.there, values, -1) for values in (context.lod, context.index)], dim=1)
+    _, kind = torch.unique(rows, dim=0, return_inverse=True)
+    order = torch.arange(len(kind), device=kind.device)
+    first = torch.full_like(kind, len(kind)).scatter_reduce(0, kind, order, "amin")[: int(kind.max()) + 1]
+    first, rank = first.sort()
+    return first, rank.argsort()[kind]
+
+
+def encode_shown(net: GistNet, base: BaseLM, teacher: Teacher, nodes: dict[int, Tensor], recompute: bool) -> Tensor:
+    """The gists of nodes of one document, with gradient: [M, D], level by level.
+
+    Args:
+        teacher: of the document; ``unread`` is enough for a GistNet that reads embeddings.
+        recompute: keep no activations, compute them again during backward.
+    """
+    found = [torch.empty(0, net.width, device=teacher.ids.device)]
+    for level, index in nodes.items():
+        starts = index[None] * net.block_size**level
+
+        def encoded(starts: Tensor, level: int = level) -> Tensor:
+            return net.compress(base, teacher, starts, level).vectors[0]
+
+        for part in starts.split(max(1, ENCODED // net.block_size ** (level - 1)), dim=1):
+            found.append(checkpoint(encoded, part, use_reentrant=False) if recompute else encoded(part))
+    return torch.cat(found)
+
+
+def continuation_loss(
+    base: BaseLM, hidden: Tensor, full: Tensor, targets: Tensor, objective: str, reference: BaseLM | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of what windows make of the tokens that follow: (loss [N, H] with gradient, their NLL [N, H]), in nats.
+
+    Args:
+        hidden: of ``Windows.read``, [N, H, D].
+        full: the same of the untouched base LM over the whole document, [H, D].
+        targets: [H].
+        objective: ``kl`` or ``delta_nll``.
+        reference: the untouched base LM, where its head is not this one's: the head then takes a gradient.
+    """
+    if reference is None:
+        loss, numbers = score(base, hidden, full, targets, objective)
+        return loss, numbers["nll"]
+    with torch.no_grad():
+        log_p = F.log_softmax(reference.logits(full).float(), dim=-1)  # [H, V]
+        teacher_nll = -log_p.gather(1, targets[:, None])[:, 0]
+
+    def rows(student: Tensor) -> tuple[Tensor, Tensor]:
+        log_q = F.log_softmax(base.logits(student).float(), dim=-1)
+        nll = -log_q.gather(1, targets[:, None])[:, 0]
+        loss = ((log_p - log_q) * log_p.exp()).sum(-1) if objective == "kl" else nll - teacher_nll
+        return loss, nll.detach()
+
+    found = [checkpoint(rows, student, use_reentrant=False) for student in hidden]
+    return tuple(torch.stack(values) for values in zip(*found, strict=True))
+
+
+def accumulated(
+    run: Callable[..., tuple[Tensor, Tensor]], parts: Sequence, shared: Tensor, modules: Sequence[nn.Module]
+) -> tuple[Tensor, Tensor]:
+    """A loss over parts, one after the other: the activations of one part at a time are in memory.
+
+    Gradients are those of the sum over all parts at once, and no part is computed twice: each one's gradient is taken
+    as soon as its loss is known, and handed on when the sum's is asked for.
+
+    Args:
+        run: ``(part, shared) -> (loss, a scalar with gradient; numbers [n, ...])``.
+        parts: of whatever ``run`` takes.
+        shared: what all parts read, with the graph that made it: it goes backward once.
+        modules: whose parameters ``run`` uses; those that train get a gradient.
+
+    Returns:
+        The sum of the losses, and the numbers of all parts [N, ...], without gradient.
+    """
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    return _Accumulated.apply(run, parts, shared, *trained)
+
+
+class _Accumulated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run, parts, shared, *trained):
+        total, numbers, gradients = 0.0, [], [None] * (1 + len(trained))
+        needed = torch.tensor(ctx.needs_input_grad[2:]).any()
+        for part in parts:
+            with torch.set_grad_enabled(bool(needed)):
+                own = shared.detach().requires_grad_(bool(needed))
+                loss, found = run(part, own)
+                if needed:
+                    now = torch.autograd.grad(loss, [own, *trained], allow_unused=True)
+                    gradients = [_sum(a, b) for a, b in zip(gradients, now, strict=True)]
+            total = total + loss.detach()
+            numbers.append(found.detach())
+        ctx.gradients, numbers = gradients, torch.cat(numbers)
+        ctx.mark_non_differentiable(numbers)
+        return total, numbers
+
+    @staticmethod
+    def backward(ctx, outer, _):
+        return None, None, *(None if g is None else g * outer for g in ctx.gradients)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b

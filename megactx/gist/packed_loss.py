@@ -1,0 +1,59 @@
+"""The loss of compressors on sampled blocks: what their carriers do to the base LM, all in one packed pass (SPEC 3, 4).
+
+C compressors, B documents, N blocks, H horizon, K block.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megactx.lm import BaseLM
+
+from .carrier import Compressor, Slots, Vectors
+from .reading import read_carriers
+from .scoring import score
+from .substitution import Teacher, blocks, check_blocks, rows_at
+
+
+def substitution_loss(
+    base: BaseLM,
+    nets: Sequence[Compressor],
+    teacher: Teacher,
+    starts: Tensor,
+    lengths: Tensor,
+    horizon: int,
+    objective: str = "kl",
+    level: int = 1,
+) -> tuple[Tensor, Tensor, list[Vectors | Slots]]:
+    """-> (loss per net [C] with gradient, dNLL per net [C], carriers of the blocks).
+
+    Args:
+        nets: of one block size.
+        teacher: of these documents. Branches read its ``cache`` and are compared with its ``hidden``: where the base LM
+            has adapters, the first is from a pass with them and the second from one without.
+        starts: of blocks [B, N], or with ``level`` 2 of spans of K^2 tokens, for which gists of gists stand.
+        lengths: tokens of each document, [B].
+        objective: ``kl`` or ``delta_nll``.
+
+    Raises:
+        ValueError: a block that is not eligible, or an unknown objective.
+    """
+    tokens = nets[0].block_size ** level
+    check_blocks(starts, lengths, tokens, horizon)
+    settings = {} if level == 1 else {"level": level}
+    carriers = [net.compress(base, teacher, starts, **settings) for net in nets]
+    hidden = read_carriers(base, teacher, starts, carriers, tokens, horizon)
+    loss, numbers = score(
+        base,
+        hidden.flatten(1, 3),
+        rows_at(teacher.hidden, starts + tokens - 1, horizon).flatten(0, 2),
+        blocks(teacher.ids, starts + tokens, horizon).flatten(),
+        objective,
+    )
+    found = []
+    for values in (loss, numbers["nll"] - numbers["full"]):
+        each = zip(values.view(len(carriers), -1, horizon), carriers, strict=True)
+        # What has no output row has no say in the first token either.
+        found.append(torch.stack([rows[:, carrier.first :].mean() for rows, carrier in each]))
+    return *found, carriers

@@ -1,0 +1,111 @@
+"""LoRA on a base LM (Hu et al. 2021, arXiv 2106.09685), through ``peft``: put in, switched off for a while, merged.
+
+    q, k, v, o of the chosen layers     W x  ->  W x + (alpha / r) B A x         B starts at zero: nothing changes
+    the embeddings, where asked         E_i  ->  E_i + (alpha / r) B A_i         the LM head keeps its own rows
+
+With the adapters off the model is the very one that it was, so it is its own teacher. A model whose head and embeddings
+are one matrix is untied when adapted embeddings are merged: its head was never adapted.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .base import BaseLM
+
+LAYERS = ("first_two", "last_two", "all")
+RANKS = (4, 16)  # from, to
+SCALE = 2  # alpha / r
+
+
+def adapt(base: BaseLM, rank: int, layers: str = "last_two", embeddings: bool = False) -> list[nn.Parameter]:
+    """Put LoRA into a frozen base LM, in place; -> the parameters of the adapters, in fp32.
+
+    Args:
+        rank: r, 4 to 16.
+        layers: on the attention projections of which layers: ``first_two``, ``last_two``, ``all``.
+        embeddings: on the input embeddings too.
+
+    Raises:
+        ValueError: a setting that is not allowed, or the base LM has adapters already.
+    """
+    if not RANKS[0] <= rank <= RANKS[1]:
+        raise ValueError(f"lora.rank={rank} is not allowed: from {RANKS[0]} to {RANKS[1]}")
+    if layers not in LAYERS:
+        raise ValueError(f"lora.layers={layers} is not known, allowed are {', '.join(LAYERS)}")
+    if adapters_of(base):
+        raise ValueError("lora: this base LM has adapters already")
+    targets = _projections(base, layers)
+    if embeddings:
+        targets.append(_name_of(base, base.model.get_input_embeddings()))
+    settings = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=targets, init_lora_weights=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")  # ``merged`` unties them
+        inject_adapter_in_model(settings, base.model)
+    found = adapters_of(base)
+    for parameter in found.values():
+        parameter.data = parameter.data.float()
+    base.eval()
+    return list(found.values())
+
+
+def adapters_of(base: BaseLM) -> dict[str, nn.Parameter]:
+    """name -> parameter of all adapters of a base LM; empty where it has none."""
+    return {name: p for name, p in base.named_parameters() if "lora_" in name}
+
+
+@contextmanager
+def switched_off(base: BaseLM) -> Iterator[BaseLM]:
+    """Passes inside are those of the base LM without its adapters. Nothing happens where it has none."""
+    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    # peft freezes what it switches off, and thaws all that it switches on: who trains is not its matter here.
+    asked = {name: p.requires_grad for name, p in adapters_of(base).items()}
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield base
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for name, p in adapters_of(base).items():
+            p.requires_grad_(asked[name])
+
+
+@torch.no_grad()
+def merged(base: BaseLM) -> BaseLM:
+    """A copy in fp32 with the adapters added to the weights: a plain model, frozen."""
+    model = copy.deepcopy(base.model).float()
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        inner = layer.get_base_layer()
+        if isinstance(inner, nn.Embedding):
+            _untie(model, inner)
+        layer.merge()
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, layer.get_base_layer())
+    return BaseLM(model, base.tokenizer).freeze()
+
+
+def _untie(model: nn.Module, embeddings: nn.Embedding) -> None:
+    head = model.get_output_embeddings()
+    if head.weight is embeddings.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+
+
+def _projections(base: BaseLM, which: str) -> list[str]:
+    layers = list(base.model.get_decoder().layers)
+    chosen = {"first_two": layers[:2], "last_two": layers[-2:], "all": layers}[which]
+    inside = {id(module) for layer in chosen for module in layer.self_attn.modules() if isinstance(module, nn.Linear)}
+    return [name for name, module in base.model.named_modules() if id(module) in inside]
+
+
+def _name_of(base: BaseLM, wanted: nn.Module) -> str:
+    return next(name for name, module in base.model.named_modules() if module is wanted)

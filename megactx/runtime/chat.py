@@ -1,0 +1,109 @@
+"""Talk to a model in the terminal for as long as you like; ``--session`` keeps the talk, or an ingested library.
+
+    python -m megactx.runtime.chat
+    python -m megactx.runtime.chat --session FOLDER
+    echo "What is a gist?" | python -m megactx.runtime.chat
+
+The model is given plain lines, ``User: ...`` and ``Assistant: ...``, and an answer ends where it begins a line of the
+user's. Ctrl-C ends an answer; at the prompt it saves the session, where it has a folder, and leaves.
+"""
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from .chat_commands import HELP, obey
+from .command_line import add_models, add_sampling, controller_of, run, sampling_of, session_of
+from .events import Refocused
+from .framing import Framing
+from .text import encodable, from_bytes, printable
+
+
+class Chat:
+    """A session, and what the terminal's commands ask about it.
+
+    Attributes:
+        session: may be changed by ``/load``.
+        last: the last refocus, for ``/focus``.
+    """
+
+    def __init__(self, asked: argparse.Namespace):
+        self.sampling, self.tokens = sampling_of(asked), asked.tokens
+        self.framing = Framing()
+        self.controller = controller_of(asked)
+        self.console = Console(soft_wrap=True)
+        self.last: Refocused | None = None
+        self.session = session_of(asked.session, self.controller, [self.seen])
+
+    def seen(self, event: Refocused) -> None:
+        """An observer of the session."""
+        self.last = event
+
+    def turn(self, text: str) -> None:
+        """Take up what the user says and print the answer."""
+        about = self.session.about
+        self.session.append(self.framing.asked(text, about.get("turn", "new")))
+        about["turn"] = "answering"
+        try:
+            for piece in self.session.generate(self.tokens, self.sampling, self.framing.stops):
+                print(printable(piece.text), end="", flush=True)
+                if piece.stopped in self.framing.stops:
+                    about["turn"] = "asking"
+        except KeyboardInterrupt:
+            print(" (stopped)", end="")
+        print(flush=True)
+
+    def say(self, line: str) -> None:
+        """A line of the program's own."""
+        print(printable(line), flush=True)
+
+
+def chat(asked: argparse.Namespace) -> None:
+    """The command: until ``/quit``, the end of the input, or Ctrl-C at the prompt."""
+    talk = Chat(asked)
+    if sys.stdin.isatty():
+        talk.say(f"{talk.session.length:,} tokens so far. {HELP}")
+    try:
+        while (line := _line()) is not None:
+            try:
+                text = line if isinstance(line, str) else from_bytes(line, "stdin")
+                text = encodable(text).strip()
+                if text.startswith("/"):
+                    if not obey(talk, text):
+                        break
+                elif text:
+                    talk.turn(text)
+            except ValueError as error:  # a mistake at the prompt does not end the talk
+                talk.say(f"({error})")
+    finally:
+        if talk.session.folder is not None:
+            talk.session.save()
+        talk.session.close()
+
+
+def _line() -> str | bytes | None:
+    """The next line that was typed; ``None`` at the end."""
+    if not sys.stdin.isatty():
+        return sys.stdin.buffer.readline() or None
+    import readline  # noqa: F401  input() edits and remembers lines with it
+
+    try:
+        return input("> ")
+    except EOFError:
+        return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; -> exit code."""
+    parser = argparse.ArgumentParser(prog="python -m megactx.runtime.chat", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--session", metavar="FOLDER", help="go on with this session, and save it; made if it is not there"
+    )
+    add_sampling(parser, tokens=200)
+    add_models(parser)
+    return run(chat, parser, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""What the commands of this room have in common: models, settings, sampling, and how a mistake is told."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megactx.framework.errors import DONE, INTERRUPTED, verdict
+
+from .controller import Controller
+from .models import load_models
+from .sampling import Sampling
+from .session import Session
+from .session_files import is_session
+from .settings import KINDS, POSITIONS, Settings
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """``--model`` and what decides how a history is read."""
+    parser.add_argument("--model", help="a run folder or an exported folder (default: the embedded models)")
+    parser.add_argument("--budget", type=int, default=2048, help="entries of the working context (default 2048)")
+    parser.add_argument(
+        "--megacontext", choices=KINDS, default="focus", help="focus, recency, or none: the plain model (default focus)"
+    )
+    parser.add_argument(
+        "--positions", choices=POSITIONS, default="rebased", help="beyond the trained range (default rebased)"
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser, tokens: int) -> None:
+    """How many tokens, and which."""
+    parser.add_argument("--tokens", type=int, default=tokens, help=f"of an answer, at most (default {tokens})")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default 0)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest (default 0: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest of this share (default 1)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="of the newest 256 tokens (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+
+
+def sampling_of(asked: argparse.Namespace) -> Sampling:
+    """Raises ValueError for what is not allowed."""
+    if asked.tokens < 0:
+        raise ValueError(f"--tokens={asked.tokens} is not allowed: at least 0")
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    return Sampling(**{name: getattr(asked, name) for name in names})
+
+
+def controller_of(asked: argparse.Namespace) -> Controller:
+    """Load what was asked for; what a person should know goes to stderr."""
+    settings = Settings(budget=asked.budget, megacontext=asked.megacontext, positions=asked.positions)
+    quiet()
+    controller = Controller(load_models(asked.model), settings)
+    for note in controller.notes:
+        print(note, file=sys.stderr)
+    return controller
+
+
+def session_of(folder: str | Path | None, controller: Controller, observers=()) -> Session:
+    """The session of a folder, or a new one; it is saved there when ``save`` is called."""
+    if folder is None:
+        return Session(controller, observers)
+    if is_session(Path(folder).expanduser()):
+        return Session.load(folder, controller, observers)
+    session = Session(controller, observers)
+    session.save(folder)  # now, so that a folder that cannot be used is refused before anything is done
+    return session
+
+
+def quiet() -> None:
+    """Without a terminal the bars of transformers and datasets are silent."""
+    if not sys.stderr.isatty():
+        import datasets
+        import transformers
+
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+
+
+def run(command: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, arguments) -> int:
+    """Run a command; -> its exit code: 0 done, 2 a mistake, 3 failed on its own, 130 interrupted."""
+    asked = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    try:
+        return command(asked) or DONE
+    except KeyboardInterrupt:
+        print("\nmegactx: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has gone
+        sys.stderr.close()
+        return DONE
+    except Exception as error:
+        code, message = verdict(error)
+        print(f"megactx: {message}", file=sys.stderr)
+        return code

@@ -1,0 +1,149 @@
+"""Controller: the models and settings of sessions, and the four verbs of the loop (SPEC 13).
+
+    controller = Controller(load_models())
+    tree = controller.build_tree(ids)               # [B, T] -> gists of everything
+    context = controller.assemble(tree)             # a window of it within the budget
+    controller.refocus(context)                     # detail where LensNet wants it
+    ids = controller.generate(ids, 100)             # all of it in a loop, past any length
+
+B rows, T tokens, N new tokens.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from megactx.focus import Edits
+from megactx.memory import MegaContextTree, WorkingContext
+
+from .events import Observer
+from .focusing import Focus
+from .models import Models
+from .sampling import RECENT, Sampling
+from .settings import Settings
+from .stock import Stock
+from .stream import Stream
+
+
+class Controller:
+    """Makes streams of history.
+
+    Args:
+        models: of ``load_models``. Without a LensNet ``megacontext=focus`` falls back to recency; ``notes`` says so.
+        settings: what a person decides.
+
+    Raises:
+        ValueError: the budget does not fit models and protected tokens, or there is no GistNet.
+    """
+
+    def __init__(self, models: Models, settings: Settings | None = None):
+        self.models, self.settings = models, settings or Settings()
+        self.notes: list[str] = []
+        if self.settings.megacontext == "none":
+            return
+        if models.gistnet is None:
+            raise ValueError(
+                f"model: there is no GistNet in {models.name or 'these models'}; megacontext=none needs none"
+            )
+        self.settings.check(models.gistnet.block_size, self.settings.limit or models.base.max_positions)
+        if self.settings.megacontext == "focus" and models.lensnet is None:
+            self.notes.append("There is no LensNet here: the newest text has the detail (megacontext=recency).")
+
+    def build_tree(self, ids: Tensor, lengths: Tensor | None = None) -> MegaContextTree:
+        """ids [B, T], lengths [B] -> the tree of all of them; see ``MegaContextTree.append`` for what is refused."""
+        ids = ids.to(self.models.base.model.device)
+        return MegaContextTree.from_tokens(ids, self._gistnet(), self.models.base, lengths)
+
+    def assemble(self, tree: MegaContextTree) -> WorkingContext:
+        """A window of a tree: recency, then refocused until LensNet rests.
+
+        Raises:
+            ValueError: not even the coarsest view fits the budget.
+        """
+        return self._focus().start(tree)
+
+    def refocus(self, context: WorkingContext) -> Edits | None:
+        """One refocus, in place; -> its edits, ``None`` without LensNet, or where nothing is to decide.
+
+        A ``Stream`` also remembers what it changed.
+        """
+        return self._focus().refocus(context)[1]
+
+    def stream(
+        self, rows: int = 1, tree: MegaContextTree | None = None, observers: Iterable[Observer] = ()
+    ) -> "Stream | Stock":
+        """Histories of B rows, empty or those of a tree; with ``megacontext=none`` of the plain base LM."""
+        if self.settings.megacontext == "none":
+            if tree is not None:
+                raise ValueError("megacontext=none reads no tree; allowed with one are focus and recency")
+            return Stock(self.models.base, rows)
+        return Stream(self.models, self.settings, rows, tree, observers)
+
+    def generate(
+        self,
+        ids: Tensor,
+        max_tokens: int,
+        lengths: Tensor | None = None,
+        sampling: Sampling | None = None,
+        stop: Iterable[int] = (),
+    ) -> list[Tensor]:
+        """Continue a batch of prompts, each as long as it likes.
+
+        Args:
+            ids: [B, T], each row with its BOS.
+            max_tokens: N at most.
+            lengths: tokens of each prompt, [B]; ``None``: T.
+            stop: ids that end a row; the last one is part of what comes back.
+
+        Returns:
+            The new tokens of each row, B tensors [<= N] on the CPU.
+
+        Raises:
+            ValueError: an empty prompt, or ids that the base cannot embed.
+        """
+        stream = self.stream(len(ids))
+        stream.append(ids, lengths)
+        ends = frozenset(stop)
+        columns = list(decode(stream, max_tokens, sampling or Sampling(), lambda row, token: token in ends))
+        return [torch.tensor([c[row] for c in columns if c[row] is not None]) for row in range(len(ids))]
+
+    def _focus(self) -> Focus:
+        return Focus(self.settings, self._gistnet().block_size, self.models.lensnet)
+
+    def _gistnet(self):
+        if self.models.gistnet is None or self.settings.megacontext == "none":
+            raise ValueError("megacontext=none has no tree and no window; allowed with them are focus and recency")
+        return self.models.gistnet
+
+
+def decode(
+    stream: Stream | Stock, max_tokens: int, sampling: Sampling, over: Callable[[int, int], bool] | None = None
+) -> Iterator[list[int | None]]:
+    """Decode token by token; -> the token of each row, ``None`` for rows that have stopped.
+
+    A token is part of the history before it is yielded, so who stops listening loses nothing.
+
+    Args:
+        over: (row, token) -> whether the row ends with it; asked before the token is yielded.
+
+    Raises:
+        ValueError: ``max_tokens`` is negative, or the base LM breaks down.
+    """
+    if max_tokens < 0:
+        raise ValueError(f"max_tokens={max_tokens} is not allowed: at least 0")
+    active = torch.ones(stream.rows, dtype=torch.bool)
+    recent = stream.newest(RECENT) if sampling.repetition_penalty != 1 else None
+    for _ in range(max_tokens):
+        logits = stream.logits()
+        nothing = torch.zeros(stream.rows, 0, dtype=torch.long, device=logits.device)
+        tokens = sampling.choose(logits, nothing if recent is None else recent, stream.lengths)
+        stream.push(tokens, None if active.all() else active.to(tokens.device))
+        if recent is not None:
+            recent = torch.cat([recent, tokens[:, None]], dim=1)[:, -RECENT:]
+        found = [token if on else None for token, on in zip(tokens.tolist(), active.tolist(), strict=True)]
+        if over is not None:
+            active &= torch.tensor([t is not None and not over(row, t) for row, t in enumerate(found)])
+        yield found
+        if not active.any():
+            return

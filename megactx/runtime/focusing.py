@@ -1,0 +1,171 @@
+"""Room for new tokens, and detail where LensNet wants it: everything that changes a window.
+
+    entries   |------------------- budget -------------------|
+              |---- detail: the allocator's ----|-- reserve --|     new tokens fill the reserve, 32 at a time;
+              |---------------------------------|             |     when it is full, room is made: back to here
+
+The allocator fills what it is given, so it is given the budget less a reserve. While the reserve fills, it only swaps:
+a collapse pays for each expand. When no more tokens fit, *room is made* at once for all of the next ones. Between,
+nothing but swaps changes what is old, and its keys and values stay valid.
+
+Room is made by collapsing the siblings of the least value in LensNet's own estimate, whatever the price: the allocator
+makes no lone collapses above price 0 so that it comes to rest, and it still does, for after room was made there is none
+left for a lone expand. The finest entries outside the sink and the protected tail always stand as whole sets of
+siblings, so there is something to collapse until only the coarsest view is left. Without LensNet the window is put
+together anew by recency, which coarsens the oldest detail.
+
+B rows, W entries, K children of a node.
+"""
+
+import copy
+import time
+
+import torch
+from torch import Tensor
+
+from megactx.focus import Edits, FocusAllocator, LensNet, moves
+from megactx.focus.edits import Moves
+from megactx.focus.lensnet import Scores
+from megactx.memory import MegaContextTree, WorkingContext
+
+from .contents import Contents
+from .settings import Settings
+
+SETTLE = 8  # refocuses of a cold start, at most
+
+
+class Reserving(FocusAllocator):
+    """A ``FocusAllocator`` that leaves ``reserve`` entries of the budget to new tokens."""
+
+    def __init__(self, reserve: int, **settings):
+        super().__init__(**settings)
+        self.reserve = reserve
+
+    def propose(self, context: WorkingContext, scores: Tensor, price: Tensor | None = None) -> Edits:
+        return super().propose(lowered(context, self.reserve), scores, price)
+
+
+class Focus:
+    """Changes windows of one tree, and remembers what it changed.
+
+    Args:
+        settings: ``budget`` and ``allocator`` count.
+        block_size: K.
+        lensnet: in eval mode; ``None``: recency.
+    """
+
+    def __init__(self, settings: Settings, block_size: int, lensnet: LensNet | None):
+        self.budget, self.reserve = settings.budget, settings.reserve(block_size)
+        self.lensnet = lensnet if settings.megacontext == "focus" else None
+        self.allocator = Reserving(self.reserve, **settings.allocator)
+        self.contents = Contents()
+        self.seconds: dict[str, float] = {}  # of the last refocus
+
+    def start(self, tree: MegaContextTree) -> WorkingContext:
+        """The cold start of a whole tree: recency, then refocused until LensNet rests; the reserve is free.
+
+        Raises:
+            ValueError: not even the coarsest view fits.
+        """
+        context = WorkingContext.recency(tree, self.budget - self.reserve)
+        context.budget = self.budget
+        if self.lensnet is not None:
+            still = 0
+            for _ in range(SETTLE):
+                _, edits = self.refocus(context)
+                still = 0 if edits is not None and len(edits) else still + 1
+                if still > self.allocator.cooldown:  # an edit may still wait for its turn
+                    break
+        return context
+
+    def room(self, context: WorkingContext, new: Tensor) -> tuple[Edits | None, Tensor]:
+        """Make room for ``new`` [B] tokens in place, in the rows into which they do not fit.
+
+        Returns:
+            The collapses that were made, ``None`` where no row needed room; and the rows, bool [B], that must be
+            started anew instead: without LensNet those that are full.
+        """
+        k = context.tree.block_size
+        full = context.counts + new > self.budget
+        if self.lensnet is None or not full.any():
+            return None, full
+        target = torch.where(full, self.budget - new.clamp(min=self.reserve), context.counts)
+        made, stuck = [], torch.zeros_like(full)
+        while (over := (context.counts - target).clamp(min=0) * ~stuck).any():
+            legal = moves(context, self.allocator.protected)
+            worth = torch.where(legal.leads, self.score(context, legal).v_keep, torch.inf)
+            there = legal.leads.sum(1).cpu()
+            stuck |= (over > 0) & (there == 0)
+            count = torch.minimum(-(-over // (k - 1)), there).to(worth.device)
+            cheapest = worth.argsort(dim=1, stable=True)  # among equals the oldest
+            row, place = (torch.arange(worth.shape[1], device=worth.device) < count[:, None]).nonzero().unbind(1)
+            column = cheapest[row, place]
+            lod, index = context.lod[row, column] + 1, context.index[row, column] // k
+            edits = Edits(row, lod, index, torch.zeros_like(row, dtype=torch.bool))
+            edits.apply(context)
+            made.append(edits)
+        return joined(made), stuck
+
+    def anew(self, context: WorkingContext, rows: Tensor) -> WorkingContext:
+        """The window with rows, bool [B], put together anew from the whole tree by recency."""
+        fresh = WorkingContext.recency(context.tree, self.budget - self.reserve)
+        if not rows.all():
+            counts = torch.where(rows, fresh.counts, context.counts)
+            w, at = int(counts.max()), rows.to(context.lod.device)[:, None]
+            lod, index = (
+                torch.where(at, _cut(getattr(fresh, name), w), _cut(getattr(context, name), w))
+                for name in ("lod", "index")
+            )
+            fresh = WorkingContext(context.tree, lod, index, counts, self.budget)
+        fresh.budget = self.budget
+        return fresh
+
+    def score(self, context: WorkingContext, legal: Moves) -> Scores:
+        """What LensNet says, with the reserve left free.
+
+        Raises:
+            ValueError: its values are NaN or infinite.
+        """
+        content = self.contents(context) if self.lensnet.content is not None else None
+        scores = self.lensnet.score(
+            lowered(context, self.reserve), legal, self.allocator.margin(self.lensnet.tau), content
+        )
+        if not (scores.v_down.isfinite().all() and scores.v_keep.isfinite().all()):
+            raise ValueError(
+                "lensnet: its values are NaN or infinite; its weights, or the gists that it reads, are broken"
+            )
+        return scores
+
+    def needed(self, context: WorkingContext) -> bool:
+        """Whether there is anything to decide: not while all of every history is raw and there is room for more."""
+        return bool((context.lod > 0).any() or (context.counts > self.budget - self.reserve).any())
+
+    def refocus(self, context: WorkingContext) -> tuple[Scores | None, Edits | None]:
+        """One refocus of a window, in place; ``(None, None)`` without LensNet, or where nothing is to decide."""
+        self.seconds = {"score": 0.0, "allocate": 0.0}
+        if self.lensnet is None or not self.needed(context):
+            return None, None
+        began = time.perf_counter()
+        scores = self.score(context, moves(context, self.allocator.protected))
+        bool(scores.price[0] > 0)  # a GPU is done before the clock is read
+        scored = time.perf_counter()
+        edits = self.allocator.refocus(context, scores.score, scores.price)
+        self.seconds = {"score": scored - began, "allocate": time.perf_counter() - scored}
+        return scores, edits
+
+
+def lowered(context: WorkingContext, reserve: int) -> WorkingContext:
+    """The same window, with a smaller budget: for those who only look at it."""
+    other = copy.copy(context)
+    other.budget = context.budget - reserve
+    return other
+
+
+def joined(parts: list[Edits]) -> Edits:
+    """One behind the other."""
+    return Edits(*(torch.cat([getattr(p, name) for p in parts]) for name in ("row", "lod", "index", "expand")))
+
+
+def _cut(tensor: Tensor, columns: int) -> Tensor:
+    """[B, W] -> [B, columns], cut or padded."""
+    return torch.nn.functional.pad(tensor, (0, columns - tensor.shape[1]))

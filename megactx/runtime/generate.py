@@ -1,0 +1,111 @@
+"""Continue a prompt of any length, with a window of fixed size.
+
+python -m megactx.runtime.generate "Once upon a time"
+python -m megactx.runtime.generate --file book.txt --tokens 200 --temperature 0.8 --top-p 0.95
+cat book.txt | python -m megactx.runtime.generate --session FOLDER        goes on where the session stands, and saves
+python -m megactx.runtime.generate "one prompt" "another"                 a batch, decoded together
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from megactx.data.tokenizer import bos_id
+
+from .command_line import add_models, add_sampling, controller_of, run, sampling_of, session_of
+from .controller import Controller, decode
+from .sampling import Sampling
+from .session import Session, end_ids
+from .text import Answer, encodable, from_bytes, printable
+
+
+def generate(asked: argparse.Namespace) -> None:
+    """The command.
+
+    Raises:
+        ValueError: a setting that is not allowed, or a prompt that is not text.
+    """
+    sampling, prompts = sampling_of(asked), _prompts(asked)
+    Answer(None, frozenset(), asked.stop)  # refuses stop strings before anything is loaded
+    controller = controller_of(asked)
+    if len(prompts) > 1:
+        for prompt, answer in zip(
+            prompts, answers(controller, prompts, asked.tokens, sampling, asked.stop), strict=True
+        ):
+            print(printable(f"{prompt}{answer}"), end="\n\n")
+        return
+    with session_of(asked.session, controller) as session:
+        session.append(prompts[0])
+        try:
+            _tell(session, asked, sampling)
+        finally:
+            if asked.session:
+                session.save()
+
+
+def _tell(session: Session, asked: argparse.Namespace, sampling: Sampling) -> None:
+    for piece in session.generate(asked.tokens, sampling, asked.stop):
+        print(printable(piece.text), end="", flush=True)
+    print()
+
+
+def answers(
+    controller: Controller, prompts: list[str], max_tokens: int, sampling: Sampling, stop: list[str]
+) -> list[str]:
+    """Continuations of texts, decoded as one batch."""
+    base = controller.models.base
+    rows = [
+        [bos_id(base.tokenizer), *base.tokenizer(encodable(text), add_special_tokens=False, verbose=False)["input_ids"]]
+        for text in prompts
+    ]
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    for row, own in enumerate(rows):
+        ids[row, : len(own)] = torch.tensor(own)
+    stream = controller.stream(len(rows))
+    stream.append(ids, lengths)
+    told = [Answer(base.tokenizer, end_ids(base), stop) for _ in rows]
+    texts = [""] * len(rows)
+
+    def over(row: int, token: int) -> bool:
+        texts[row] += told[row].push(token)
+        return told[row].stopped is not None
+
+    for _ in decode(stream, max_tokens, sampling, over):
+        pass
+    return [text + answer.rest() for text, answer in zip(texts, told, strict=True)]
+
+
+def _prompts(asked: argparse.Namespace) -> list[str]:
+    if asked.prompt and asked.file:
+        raise ValueError("give a prompt or --file, not both")
+    if len(asked.prompt) > 1 and asked.session:
+        raise ValueError("a session has one history: give one prompt with --session")
+    if asked.prompt:
+        return [encodable(prompt) for prompt in asked.prompt]
+    if asked.file:
+        path = Path(asked.file).expanduser()
+        if not path.is_file():
+            raise ValueError(f"--file={asked.file}: there is no such file")
+        return [from_bytes(path.read_bytes(), str(path))]
+    return ["" if sys.stdin.isatty() else from_bytes(sys.stdin.buffer.read(), "stdin")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; -> exit code."""
+    parser = argparse.ArgumentParser(prog="python -m megactx.runtime.generate", description=__doc__.split("\n")[0])
+    parser.add_argument("prompt", nargs="*", help="text; several are decoded as a batch; none: --file, or stdin")
+    parser.add_argument("--file", help="a text file as the prompt")
+    parser.add_argument(
+        "--session", metavar="FOLDER", help="go on with this session, and save it; made if it is not there"
+    )
+    parser.add_argument("--stop", nargs="+", default=[], metavar="STRING", help="strings that end an answer")
+    add_sampling(parser, tokens=128)
+    add_models(parser)
+    return run(generate, parser, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

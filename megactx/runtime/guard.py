@@ -1,0 +1,119 @@
+"""What every small server of this room refuses before it answers, and the headers of what it answers (SPEC 15).
+
+    Host       a name that an attacker's DNS may have turned to this machine (rebinding): 403
+    Origin     a page of another site: 403; there is no CORS, so no other site reads an answer either
+    token      who does not know the run's own, where there is one: 403
+    body       more than LARGEST bytes: 413
+"""
+
+import ipaddress
+import secrets
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import parse_qs
+
+from starlette.responses import PlainTextResponse
+
+LARGEST = 2**20  # bytes of a request's body
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
+    " img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cache-control": "no-store",
+}
+
+
+class Guard:
+    """ASGI middleware.
+
+    Args:
+        app: what answers.
+        host: that the server is bound to. On a loopback address only loopback names are allowed as ``Host``, elsewhere
+            also addresses in digits and ``host`` itself: a rebinding attack needs a name.
+        token: of the run; ``/?token=...`` puts it into a cookie, which all other requests need. ``None``: none is.
+        cookie: its name; cookies of one host are the same on all ports.
+    """
+
+    def __init__(self, app, host: str, token: str | None = None, cookie: str = "megactx"):
+        self.app, self.host, self.token, self.cookie = app, host, token, cookie
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        refusal = self._refusal(scope, headers)
+        fresh = refusal is None and self.token is not None and scope["path"] == "/" and self._asked(scope)
+
+        async def answer(message) -> None:
+            if message["type"] == "http.response.start":
+                extra = dict(HEADERS)
+                if fresh:
+                    extra["set-cookie"] = f"{self.cookie}={self.token}; Path=/; HttpOnly; SameSite=Strict"
+                message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in extra.items())]
+            await send(message)
+
+        if refusal is not None:
+            return await refusal(scope, receive, answer)
+        await self.app(scope, _limited(receive), answer)
+
+    def _refusal(self, scope, headers: dict[str, str]) -> PlainTextResponse | None:
+        name = headers.get("host", "")
+        if not self._known(name):
+            return PlainTextResponse("This name is not one of this server's.", 403)
+        if headers.get("origin", f"http://{name}") != f"http://{name}":
+            return PlainTextResponse("Another site may not ask here.", 403)
+        if self.token is not None and not (self._kept(headers) or (scope["path"] == "/" and self._asked(scope))):
+            return PlainTextResponse("Open the address that the terminal shows, with its token.", 403)
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or len(length) > 15 or int(length) > LARGEST:
+            return PlainTextResponse(f"At most {LARGEST:,} bytes.", 413)
+        return None
+
+    def _known(self, host: str) -> bool:
+        name = (host.rpartition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]).casefold()
+        if name == "localhost":
+            return True
+        address, own = _address(name.strip("[]")), _address(self.host)
+        if own is not None and own.is_loopback or self.host == "localhost":
+            return address is not None and address.is_loopback
+        return address is not None or name == self.host.casefold()
+
+    def _asked(self, scope) -> bool:
+        return self._same(parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0])
+
+    def _kept(self, headers: dict[str, str]) -> bool:
+        try:
+            cookie = SimpleCookie(headers.get("cookie", "")).get(self.cookie)
+        except CookieError:
+            return False
+        return cookie is not None and self._same(cookie.value)
+
+    def _same(self, given: str) -> bool:
+        return secrets.compare_digest(given.encode(), self.token.encode())
+
+
+class TooLarge(Exception):
+    """A body without a true length that went on for too long."""
+
+
+def _limited(receive):
+    total = 0
+
+    async def read():
+        nonlocal total
+        message = await receive()
+        total += len(message.get("body", b""))
+        if total > LARGEST:
+            raise TooLarge
+        return message
+
+    return read
+
+
+def _address(name: str):
+    try:
+        return ipaddress.ip_address(name)
+    except ValueError:
+        return None

@@ -1,0 +1,41 @@
+"""One process per session folder."""
+
+import fcntl
+import os
+from pathlib import Path
+
+NAME = "lock"
+
+
+class Lock:
+    """Held from the call until ``release`` or the end of the process, however it ends.
+
+    Raises:
+        ValueError: another one holds it, and the message says which process; or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be written ({error.strerror})") from error
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(self.handle, 32).decode("ascii", "replace").strip()
+            os.close(self.handle)
+            self.handle = None
+            raise ValueError(
+                f"{folder} is in use by process {holder or 'unknown'}: a session has one process at a time. End that"
+                " one, or work on a copy of the folder"
+            ) from error
+        os.truncate(self.handle, 0)
+        os.pwrite(self.handle, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """A second call does nothing."""
+        if self.handle is not None:
+            os.close(self.handle)
+            self.handle = None

@@ -1,0 +1,97 @@
+"""Which token comes next: greedy, or drawn by temperature, top-k and top-p, with a repetition penalty.
+
+The filters are transformers' own. A draw is a function of (seed, row, place in the history) and nothing else, so a
+session that was saved and resumed draws what it would have drawn.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+RECENT = 256  # newest tokens that the repetition penalty counts
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen.
+
+    Args:
+        temperature: 0 is greedy.
+        top_k: draw among so many of the likeliest; 0: all.
+        top_p: draw among the likeliest that have so much probability together, 0 < top_p <= 1.
+        repetition_penalty: of tokens among the ``RECENT`` newest; 1 is none (Keskar et al. 2019, arXiv 1909.05858).
+        seed: of the draws.
+
+    Raises:
+        ValueError: a setting that is not allowed.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, right, allowed in (
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_k", self.top_k >= 0, "0 or more tokens"),
+            ("top_p", 0 < self.top_p <= 1, "0 < top_p <= 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "more than 0"),
+            ("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1"),
+        ):
+            if not right:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed: {allowed}")
+
+    def choose(self, logits: Tensor, recent: Tensor, place: Tensor) -> Tensor:
+        """The next token of each row.
+
+        Args:
+            logits: [B, V] fp32.
+            recent: the newest tokens of each row, [B, N].
+            place: tokens of each history so far, [B].
+
+        Returns:
+            [B].
+
+        Raises:
+            ValueError: logits are NaN.
+        """
+        if logits.isnan().any():
+            raise ValueError(
+                "the base LM gives NaN for the next token; its weights, or the gists that it read, are broken"
+            )
+        logits = self._filters()(recent, logits)
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        share = logits.double().softmax(-1).cumsum(-1)
+        drawn = torch.stack([self._drawn(row, int(n)) for row, n in enumerate(place.tolist())]).to(share)
+        chosen = torch.searchsorted(share, drawn[:, None] * share[:, -1:], right=True)[:, 0]
+        return chosen.clamp(max=logits.shape[1] - 1)
+
+    def _filters(self) -> LogitsProcessorList:
+        filters = LogitsProcessorList()
+        if self.repetition_penalty != 1:
+            filters.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+        if self.temperature > 0:
+            if self.temperature != 1:
+                filters.append(TemperatureLogitsWarper(float(self.temperature)))
+            if self.top_k:
+                filters.append(TopKLogitsWarper(self.top_k))
+            if self.top_p < 1:
+                filters.append(TopPLogitsWarper(self.top_p))
+        return filters
+
+    def _drawn(self, row: int, place: int) -> Tensor:
+        """A number from 0 to 1."""
+        # The generator of a CPU takes 32 bits of a seed; a draw is the same on every device.
+        mixed = hash((self.seed, row, place)) % 2**32  # of whole numbers: the same in every process
+        return torch.rand((), dtype=torch.double, generator=torch.Generator().manual_seed(mixed))

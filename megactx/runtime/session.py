@@ -1,0 +1,217 @@
+"""Session: one history of text that goes on for ever, is saved and resumed.
+
+    session = Session(Controller(load_models()))
+    session.append("Once upon a time")
+    for piece in session.generate(200):
+        print(piece.text, end="", flush=True)
+    session.save("story")
+    session = Session.load("story", controller)         # the same next token
+    nll = session.append(ids, score=True)               # teacher-forced: nats of every token
+
+The row has T tokens; N new ones.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megactx.data.tokenizer import bos_id
+from megactx.memory import MegaContextTree, WorkingContext
+
+from . import session_files
+from .controller import Controller, decode
+from .events import Observer
+from .lock import Lock
+from .sampling import Sampling
+from .stock import Stock
+from .stream import Stream
+from .text import Answer, encodable
+
+GREEDY = Sampling()
+
+
+class Piece(NamedTuple):
+    """What a token adds to the answer."""
+
+    text: str  # may be empty: a part of a character, or what may become a stop string
+    token: int
+    stopped: str | None = None  # why nothing follows: ``length``, ``end`` (the model's own end), or the stop string
+
+
+class Session:
+    """A history, opened with the tokenizer's BOS.
+
+    Args:
+        controller: models and settings.
+        observers: each is called with a ``Refocused`` after every refocus; see ``events``.
+
+    Attributes:
+        about: plain JSON that is saved with the session and comes back with it.
+
+    Raises:
+        ValueError: the base LM has no tokenizer, or that has neither BOS nor EOS.
+    """
+
+    def __init__(self, controller: Controller, observers: Iterable[Observer] = ()):
+        self._begin(controller, controller.stream(observers=observers), {})
+        first = torch.tensor([[bos_id(self.tokenizer)]])
+        if isinstance(self.stream, Stock):
+            self.stream.append(first)
+        else:
+            self.stream.push(first[0].to(self.stream.device))
+
+    def _begin(self, controller: Controller, stream: Stream | Stock, about: dict) -> None:
+        self.controller, self.stream, self.about = controller, stream, about
+        self.tokenizer = controller.models.base.tokenizer
+        if self.tokenizer is None:
+            raise ValueError("base: it has no tokenizer, which a session needs; Controller.stream takes ids")
+        self.folder: Path | None = None
+        self._lock: Lock | None = None
+
+    @property
+    def length(self) -> int:
+        """T, tokens of the history."""
+        return int(self.stream.lengths[0])
+
+    @property
+    def tree(self) -> MegaContextTree | None:
+        """All but up to K - 1 of the newest tokens; ``None`` with ``megacontext=none``."""
+        return getattr(self.stream, "tree", None)
+
+    @property
+    def context(self) -> WorkingContext | None:
+        """The window; ``None`` before the first K tokens, and with ``megacontext=none``."""
+        return None if isinstance(self.stream, Stock) else self.stream.window()
+
+    @property
+    def observers(self) -> list[Observer]:
+        """May be changed at any time."""
+        return self.stream.observers
+
+    def append(self, content: str | Tensor | list[int], score: bool = False) -> Tensor | None:
+        """Take up text or ids [N].
+
+        Args:
+            score: read them as if they were decoded, with a refocus every K tokens.
+
+        Returns:
+            With ``score`` their NLL [N] in nats.
+
+        Raises:
+            ValueError: text with half characters, or ids that the base cannot embed. Nothing was taken up.
+        """
+        ids = self.encode(content) if isinstance(content, str) else torch.as_tensor(content, dtype=torch.long)
+        if ids.ndim != 1:
+            raise ValueError(f"ids have shape {list(ids.shape)}, expected [N]")
+        if len(ids) == 0:
+            return torch.zeros(0) if score else None
+        found = self.stream.append(ids[None], score=score)
+        return found[0] if score else None
+
+    def encode(self, text: str) -> Tensor:
+        """Text -> ids [N]; special-token strings in it are text like any other."""
+        ids = self.tokenizer(encodable(text), add_special_tokens=False, verbose=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.long)
+
+    def generate(self, max_tokens: int, sampling: Sampling = GREEDY, stop: Iterable[str] = ()) -> Iterator[Piece]:
+        """Continue the history, token by token; whoever stops listening finds it as far as it was told.
+
+        A stop string ends the answer and is not told, but it is part of the history.
+
+        Raises:
+            ValueError: a setting that is not allowed, or a base LM that breaks down.
+        """
+        answer = Answer(self.tokenizer, end_ids(self.controller.models.base), stop)
+        return self._told(max_tokens, sampling, answer)
+
+    def _told(self, max_tokens: int, sampling: Sampling, answer: Answer) -> Iterator[Piece]:
+        tokens = decode(self.stream, max_tokens, sampling)
+        for count, (token,) in enumerate(tokens, start=1):
+            text = answer.push(token)
+            over = answer.stopped or ("length" if count == max_tokens else None)
+            yield Piece(text + (answer.rest() if over else ""), token, over)
+            if over:
+                return
+
+    def text(self, start: int = 0, stop: int | None = None) -> str:
+        """Tokens start .. stop - 1 of the history as text, special tokens left out."""
+        return self.tokenizer.decode(self.ids(start, stop).tolist(), skip_special_tokens=True)
+
+    def ids(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Tokens start .. stop - 1 of the history, [N] on the CPU."""
+        stop = self.length if stop is None else min(stop, self.length)
+        if isinstance(self.stream, Stock):
+            return self.stream.tokens[0, start:stop].cpu()
+        there = int(self.tree.lengths[0])
+        stored = self.tree.levels[0].span("token", min(start, there), min(stop, there))[0].long().cpu()
+        waiting = self.stream.waiting[0, max(start - there, 0) : max(stop - there, 0)].cpu()
+        return torch.cat([stored, waiting])
+
+    def save(self, folder: str | Path | None = None) -> Path:
+        """Write all of it into a folder, whole or not at all; the session stays open, and holds the folder.
+
+        Args:
+            folder: ``None``: where it was saved or loaded last.
+
+        Raises:
+            ValueError: no folder, one that holds something else, or is in use by another process; a session with
+                ``megacontext=none``.
+        """
+        if isinstance(self.stream, Stock):
+            raise ValueError("megacontext=none keeps no tree, so its sessions cannot be saved")
+        if folder is None and self.folder is None:
+            raise ValueError("save: name a folder; this session was neither saved nor loaded before")
+        folder = (self.folder if folder is None else Path(folder).expanduser()).absolute()
+        if folder != self.folder:
+            session_files.check_free(folder)
+            lock = Lock(folder)
+            self.close()
+            self.folder, self._lock = folder, lock
+        session_files.save(self.stream, folder, self.about)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, controller: Controller, observers: Iterable[Observer] = ()) -> "Session":
+        """Go on with a saved session; under other settings its window is put together anew.
+
+        Raises:
+            ValueError: no session, a damaged one, one that is in use by another process, or of another tokenizer, base
+                LM or GistNet; ``megacontext=none``.
+        """
+        folder = Path(folder).expanduser().absolute()
+        if controller.settings.megacontext == "none":
+            raise ValueError("megacontext=none reads no tree, so it cannot go on with a saved session")
+        if not session_files.is_session(folder):
+            raise ValueError(f"{folder}: there is no session, {session_files.MANIFEST} is missing")
+        lock = Lock(folder)
+        try:
+            stream, about, _ = session_files.load(folder, controller.models, controller.settings, observers)
+        except BaseException:
+            lock.release()
+            raise
+        session = cls.__new__(cls)
+        session._begin(controller, stream, about)
+        session.folder, session._lock = folder, lock
+        return session
+
+    def close(self) -> None:
+        """Give the folder free; the session itself can go on."""
+        if self._lock is not None:
+            self._lock.release()
+        self.folder = self._lock = None
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def end_ids(base) -> frozenset[int]:
+    """Ids with which the model says that it is done; empty where it never does."""
+    found = [getattr(getattr(base.model, "generation_config", None), "eos_token_id", None), base.tokenizer.eos_token_id]
+    flat = [i for ids in found for i in (ids if isinstance(ids, list) else [ids])]
+    return frozenset(i for i in flat if i is not None)

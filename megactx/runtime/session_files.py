@@ -1,0 +1,172 @@
+"""A session on disk: one small file names the folder that holds its tree and its state.
+
+    FOLDER/session.json          which data folder counts, settings, tokenizer
+    FOLDER/data-1f0c.../tree/    see ``memory.storage``
+    FOLDER/data-1f0c.../state.safetensors
+    FOLDER/lock                  held by the process that has the session open
+
+A save writes a new data folder and then replaces ``session.json`` by one rename. So a kill at any moment leaves the
+session as it was saved last, or as it is saved now; what nobody names any more is removed by the next save.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megactx.data.tokenizer import tokenizer_hash
+from megactx.memory import MegaContextTree, WorkingContext
+
+from .lock import NAME as LOCK
+from .settings import Settings
+from .stream import Stream
+
+FORMAT = 1
+MANIFEST, STATE = "session.json", "state.safetensors"
+DATA = re.compile(r"data-[0-9a-f]{16}")
+OURS = re.compile(rf"data-[0-9a-f]{{16}}|{MANIFEST}\.part")
+WINDOW = ("lod", "index")  # absent where no window was put together yet
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that holds something else, or another session, before anything is written.
+
+    Raises:
+        ValueError: says which.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    if (folder / MANIFEST).exists():
+        raise ValueError(f"{folder} holds another session: load it, or choose another folder")
+    if folder.exists() and any(path.name != LOCK and not OURS.fullmatch(path.name) for path in folder.iterdir()):
+        raise ValueError(f"{folder} holds other files and no session; choose an empty folder")
+
+
+def save(stream: Stream, folder: Path, about: dict) -> None:
+    """Write a stream of one row; the caller holds the lock.
+
+    Args:
+        about: plain JSON that comes back with the session.
+    """
+    data = folder / f"data-{os.urandom(8).hex()}"
+    data.mkdir()
+    stream.tree.save(data / "tree")
+    save_file({name: tensor.cpu().contiguous() for name, tensor in _state(stream).items()}, data / STATE)
+    _flush(data / STATE)
+    _flush(data)
+    content = {
+        "format": FORMAT,
+        "data": data.name,
+        "tokens": int(stream.lengths[0]),
+        "tokenizer": tokenizer_hash(stream.base.tokenizer),
+        "settings": stream.settings.as_dict(),
+        "about": about,
+    }
+    part = folder / f"{MANIFEST}.part"
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    _flush(part)
+    part.replace(folder / MANIFEST)
+    _flush(folder)
+    for path in folder.iterdir():
+        if DATA.fullmatch(path.name) and path != data and not path.is_symlink():
+            shutil.rmtree(path)
+
+
+def load(folder: Path, models, settings: Settings, observers=()) -> tuple[Stream, dict, bool]:
+    """Read a session; the caller holds the lock.
+
+    Returns:
+        The stream; what was saved as ``about``; whether its window came back, which it does under equal settings only.
+
+    Raises:
+        ValueError: no session, a damaged one, or one of another tokenizer, base LM or GistNet.
+    """
+    manifest = _manifest(folder)
+    try:
+        data, about = folder / manifest["data"], manifest["about"]
+        if manifest["tokenizer"] != tokenizer_hash(models.base.tokenizer):
+            raise ValueError(f"{folder}: the session belongs to another tokenizer, {manifest['tokenizer']}")
+        if data.is_symlink() or (data / STATE).is_symlink() or not isinstance(about, dict):
+            raise ValueError(f"{folder}: {MANIFEST} is damaged, or leads elsewhere")
+        tree = MegaContextTree.load(data / "tree", models.gistnet, models.base, device=models.base.model.device)
+        if tree.rows != 1:
+            raise ValueError(f"{folder}: its tree has {tree.rows} rows, a session has 1")
+        state = load_file(data / STATE, device=str(models.base.model.device))
+        stream = Stream(models, settings, tree=tree, observers=observers)
+        same = manifest["settings"] == json.loads(json.dumps(settings.as_dict()))
+        _restore(stream, state, same)
+        if int(stream.lengths[0]) != manifest["tokens"]:
+            raise ValueError(f"{folder}: {int(stream.lengths[0])} tokens are there, {manifest['tokens']} were saved")
+    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
+        raise ValueError(f"{folder}: the session is damaged ({type(error).__name__}: {error})") from error
+    return stream, about, same
+
+
+def is_session(folder: Path) -> bool:
+    """Whether a session was saved there."""
+    return (folder / MANIFEST).is_file()
+
+
+def _state(stream: Stream) -> dict[str, Tensor]:
+    moved = stream.placement.moved[0] if stream.placement.moved else None
+    state = {
+        "waiting": stream.waiting[0, : int(stream.counts[0])],
+        "refocuses": torch.tensor(stream.refocuses),
+        "moved": torch.tensor([] if moved is None else moved, dtype=torch.long),
+    }
+    if stream.context is not None:
+        state |= {name: getattr(stream.context, name)[0, : int(stream.context.counts[0])] for name in WINDOW}
+    return state | {f"allocator.{name}": value for name, value in stream.focus.allocator.state_dict().items()}
+
+
+def _restore(stream: Stream, state: dict[str, Tensor], same: bool) -> None:
+    waiting = state["waiting"].long()
+    if waiting.ndim != 1 or len(waiting) >= stream.block:
+        raise ValueError(
+            f"{STATE} is damaged: {list(waiting.shape)} waiting tokens, fewer than {stream.block} are right"
+        )
+    stream.tree.check_ids(waiting)
+    stream.waiting[0, : len(waiting)] = waiting
+    stream.counts = torch.tensor([len(waiting)])
+    if not same:
+        return
+    stream.refocuses = int(state["refocuses"])
+    moved = state["moved"].tolist()
+    stream.placement.moved = [tuple(moved) if len(moved) == 2 else None]
+    own = {name.partition(".")[2]: value for name, value in state.items() if name.startswith("allocator.")}
+    stream.focus.allocator.load_state_dict(own)
+    if "lod" in state:
+        entries = [state[name].long()[None] for name in WINDOW]
+        budget = stream.settings.budget
+        stream.restore(WorkingContext(stream.tree, *entries, torch.tensor([entries[0].shape[1]]), budget))
+
+
+def _manifest(folder: Path) -> dict:
+    path = folder / MANIFEST
+    if not folder.is_dir() or path.is_symlink() or not path.is_file():
+        raise ValueError(f"{folder}: there is no session, {MANIFEST} is missing")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, data = manifest["format"], manifest["data"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: {MANIFEST} is damaged ({type(error).__name__}: {error})") from error
+    if type(version) is not int or not isinstance(data, str) or not DATA.fullmatch(data):
+        raise ValueError(f"{folder}: {MANIFEST} is damaged (format {version!r}, data {data!r})")
+    if version > FORMAT:
+        raise ValueError(f"{folder}: format {version} was written by a newer program, this one reads up to {FORMAT}")
+    return manifest
+
+
+def _flush(path: Path) -> None:
+    """To the disk: a rename must not overtake what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

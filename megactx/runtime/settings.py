@@ -1,0 +1,89 @@
+"""What a person decides about a session: how large its window is, what fills it, where positions end."""
+
+from dataclasses import asdict, dataclass, field
+
+from megactx.focus.edits import PROTECTED
+
+KINDS, POSITIONS = ("focus", "recency", "none"), ("rebased", "absolute")
+HISTORY = 2**20  # tokens of history whose coarsest view must fit any window
+RESERVE = 8  # one part in so many of a window is room for new tokens
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How histories are read.
+
+    Args:
+        budget: entries of a working context, W_max.
+        megacontext: ``focus`` (LensNet decides where detail is), ``recency`` (the newest text has it) or ``none`` (the
+            plain base LM, no working context at all).
+        positions: ``rebased`` keeps them below ``limit`` however long the history is, ``absolute`` lets them grow.
+        limit: positions that the base was trained on; ``None``: what its config says.
+        allocator: keyword arguments of ``FocusAllocator``.
+
+    Raises:
+        ValueError: a setting that is not known.
+    """
+
+    budget: int = 2048
+    megacontext: str = "focus"
+    positions: str = "rebased"
+    limit: int | None = None
+    allocator: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name, value, allowed in (
+            ("megacontext", self.megacontext, KINDS),
+            ("positions", self.positions, POSITIONS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value} is not known, allowed are {', '.join(allowed)}")
+        if self.budget < 1:
+            raise ValueError(f"budget={self.budget} is not allowed: at least 1 entry")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit} is not allowed: at least 1 position, or None")
+
+    @property
+    def protected(self) -> int:
+        """Newest tokens that stay in detail."""
+        return self.allocator.get("protected", PROTECTED)
+
+    def reserve(self, block_size: int) -> int:
+        """Entries of the window that are kept free for new tokens: so many come before room has to be made again."""
+        return max(1, self.budget // RESERVE // block_size) * block_size
+
+    def check(self, block_size: int, limit: int) -> None:
+        """Refuse a budget into which a long history does not fit, or that does not fit the base.
+
+        Args:
+            block_size: K.
+            limit: positions that the base takes.
+
+        Raises:
+            ValueError: names the budget and what is allowed.
+        """
+        if self.megacontext == "none":
+            return
+        least = least_budget(block_size, self.protected)
+        if self.budget < least:
+            raise ValueError(
+                f"budget={self.budget} is not allowed: at least {least} entries, so that {HISTORY:,} tokens fit at"
+                f" their coarsest beside the sink and {self.protected} protected tokens"
+            )
+        if self.positions == "rebased" and self.budget + 2 * block_size > limit:
+            raise ValueError(
+                f"budget={self.budget} is not allowed: at most {limit - 2 * block_size}, for the base LM takes {limit}"
+                f" positions and {2 * block_size} are needed for new tokens; or set positions=absolute"
+            )
+
+    def as_dict(self) -> dict:
+        """For a file."""
+        return asdict(self)
+
+
+def least_budget(block_size: int, protected: int = PROTECTED) -> int:
+    """Entries that a window must have: the sink, at both ends up to K - 1 nodes of each level, and the newest text."""
+    k, levels = block_size, 0
+    while k**levels < HISTORY:
+        levels += 1
+    return -(-(2 * k + 2 * (k - 1) * levels + protected) * RESERVE // (RESERVE - 1))

@@ -1,0 +1,285 @@
+"""Histories that go on: B rows of tokens, a tree of all of them, a window of the tree, and what the base has read.
+
+    decode 32 -> append -> gist -> room -> score -> allocate -> read what changed -> decode
+
+A history is what the tree holds plus up to K - 1 *waiting* tokens that were read behind the window. ``hidden`` is what
+the base gives for the newest token; a read that is not needed is not made.
+
+B rows, T tokens, K of a block, W entries, D width, V vocabulary.
+"""
+
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from megactx.gist.scoring import nll
+from megactx.memory import MegaContextTree, WorkingContext
+
+from .events import Observer, Refocused, views
+from .focusing import Focus
+from .models import Models
+from .placement import Placement
+from .reader import Reader
+from .settings import Settings
+
+
+class Stream:
+    """Rows of history over one tree.
+
+    Args:
+        models: base LM, GistNet and, for ``focus``, LensNet.
+        settings: checked against the models by ``Controller``.
+        rows: B.
+        tree: a history that is there already, of B rows.
+        observers: called with a ``Refocused`` after each refocus.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        settings: Settings,
+        rows: int = 1,
+        tree: MegaContextTree | None = None,
+        observers: Iterable[Observer] = (),
+    ):
+        self.models, self.settings, self.observers = models, settings, list(observers)
+        self.base, self.device = models.base, models.base.model.device
+        self.tree = MegaContextTree(models.gistnet, models.base, rows, device=self.device) if tree is None else tree
+        self.block, self.rows = self.tree.block_size, self.tree.rows
+        self.context: WorkingContext | None = None
+        self.focus = Focus(settings, self.block, models.lensnet)
+        limit = settings.limit or self.base.max_positions
+        self.placement = Placement(settings.positions, limit, settings.budget, self.block)
+        self.reader = Reader(self.base)
+        self.waiting = torch.zeros(self.rows, self.block, dtype=torch.long, device=self.device)
+        self.counts = torch.zeros(self.rows, dtype=torch.long)  # of waiting tokens
+        self.hidden: Tensor | None = None  # [B, D]; None: to be read
+        self.refocuses = 0
+        self._following: Tensor | None = None  # [B], position of the first token behind the window
+        self._decoded = 0.0  # seconds, of the waiting tokens
+        self._before = ()
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each history, [B], on the CPU."""
+        return self.tree.lengths + self.counts
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """Of the next token, [B, V] in fp32.
+
+        Raises:
+            ValueError: a row has no token yet.
+        """
+        self._check_begun(torch.zeros_like(self.counts))
+        if self.hidden is None:
+            self._read()
+        return self.base.logits(self.hidden).float()
+
+    @torch.no_grad()
+    def push(self, tokens: Tensor, active: Tensor | None = None) -> None:
+        """Append one token to each row and read it; every K tokens there is a refocus.
+
+        Args:
+            tokens: [B].
+            active: bool [B], which rows take theirs; ``None``: all.
+        """
+        self._follow(tokens[:, None], None if active is None else active[:, None])
+        if int(self.counts.max()) == self.block:
+            self._flush(read=True)
+
+    @torch.no_grad()
+    def append(self, tokens: Tensor, lengths: Tensor | None = None, score: bool = False) -> Tensor | None:
+        """Append known tokens. Without ``score`` they are not read before that is needed.
+
+        Args:
+            tokens: [B, T] ids.
+            lengths: how many of each row are meant, [B]; ``None``: all.
+            score: read them as if they were decoded, block by block with a refocus each.
+
+        Returns:
+            With ``score`` their NLL [B, T] in nats; NaN where there is none: the first token of a history, and what is
+            beyond a row's length.
+
+        Raises:
+            ValueError: shapes, or ids that the base cannot embed. Nothing was appended.
+        """
+        if tokens.ndim != 2 or len(tokens) != self.rows:
+            raise ValueError(f"tokens have shape {list(tokens.shape)}, expected [{self.rows}, T]")
+        tokens = tokens.to(self.device)
+        lengths = torch.full((self.rows,), tokens.shape[1]) if lengths is None else lengths.cpu().long()
+        if lengths.shape != (self.rows,) or lengths.min() < 0 or lengths.max() > tokens.shape[1]:
+            raise ValueError(f"lengths={lengths.tolist()} are not allowed: {self.rows} numbers, 0 to {tokens.shape[1]}")
+        self.tree.check_ids(tokens)
+        self._check_begun(lengths)
+        if score:
+            return self._scored(tokens.long(), lengths)
+        self._flush(read=False)
+        if int(lengths.max()) > self.settings.budget:  # nothing of the old window would be left
+            self.tree.append(tokens, lengths)
+            self.context = self.hidden = None
+        elif int(lengths.max()) > 0:
+            self._grow(tokens, lengths, read=False)
+        return None
+
+    @torch.no_grad()
+    def window(self) -> WorkingContext | None:
+        """The working context up to the end of the tree, put together where that was left for later; ``None``: the
+        tree is empty yet."""
+        if int(self.tree.lengths.max()) == 0:
+            return None
+        if self.context is None or (self._ahead() > 0).any():
+            self._catch_up({}, read=False)
+        return self.context
+
+    def newest(self, count: int) -> Tensor:
+        """The last tokens of each row, [B, count]; rows that have not so many repeat their first."""
+        place = (self.lengths[:, None] - count + torch.arange(count)).clamp(min=0).to(self.device)
+        row = torch.arange(self.rows, device=self.device)[:, None].expand_as(place)
+        behind = place - self.tree.lengths.to(self.device)[:, None]
+        out = self.waiting[row, behind.clamp(0, self.block - 1)]
+        stored = behind < 0
+        out[stored] = self.tree.levels[0].read("token", row[stored], place[stored]).long()
+        return out
+
+    def restore(self, context: WorkingContext | None) -> None:
+        """Go on with a window, and read it anew; ``None``: one is put together when it is needed."""
+        self.context, self.hidden = context, None
+        self._before = views(context) if self.observers else ()
+        self.reader.forget()
+
+    def _check_begun(self, new: Tensor) -> None:
+        if (self.lengths + new == 0).any():
+            raise ValueError("a row has no token yet: its first, such as BOS, comes with the first of all others")
+
+    def _scored(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        out = torch.full(tokens.shape, torch.nan)
+        first, total = 0, tokens.shape[1]
+        if self.hidden is None and (self.lengths > 0).any():
+            self._read()
+        while first < total:
+            piece = tokens[:, first : first + self.block - int(self.counts.max())]
+            n = piece.shape[1]
+            there = torch.arange(n) < (lengths - first)[:, None]
+            before = self.hidden
+            hidden = self._follow(piece, None if there.all() else there.to(self.device))
+            begins = hidden[:, :1] if before is None else before[:, None]
+            found = nll(self.base, torch.cat([begins, hidden[:, :-1]], dim=1).flatten(0, 1), piece.flatten())
+            out[:, first : first + n] = torch.where(there, found.view(piece.shape).cpu(), torch.nan)
+            if before is None:
+                out[:, 0] = torch.nan
+            first += n
+            if int(self.counts.max()) == self.block:
+                self._flush(read=True)
+        return out
+
+    def _follow(self, tokens: Tensor, there: Tensor | None) -> Tensor:
+        """Read tokens [B, N] behind the window; -> hidden [B, N, D]."""
+        began = self._now()
+        self._check_begun(torch.ones_like(self.counts) if there is None else there.any(1).cpu().long())
+        if self.hidden is None and (self.lengths > 0).any():
+            self._read()
+        start = self.counts.to(self.device)[:, None] + torch.arange(tokens.shape[1], device=self.device)
+        following = 0 if self._following is None else self._following[:, None]
+        try:
+            hidden = self.reader.step(tokens, following + start, there)
+        except BaseException:
+            self.hidden = None
+            raise
+        there = torch.ones_like(tokens, dtype=torch.bool) if there is None else there
+        row, column = there.nonzero().unbind(1)
+        self.waiting[row, start[row, column]] = tokens[row, column]
+        self.counts, self.hidden = self.counts + there.sum(1).cpu(), self.reader.hidden
+        self._decoded += self._now() - began
+        return hidden
+
+    def _flush(self, read: bool) -> None:
+        """What is waiting becomes part of the tree."""
+        if (count := int(self.counts.max())) > 0:
+            waiting, counts = self.waiting[:, :count].clone(), self.counts
+            self._grow(waiting, counts, read)
+
+    def _grow(self, tokens: Tensor, lengths: Tensor, read: bool) -> None:
+        """Take tokens into the tree, all or none, and then into the window."""
+        began = self._now()
+        self.tree.append(tokens, lengths)
+        self.counts = torch.zeros_like(self.counts)  # whatever happens now, no token is there twice
+        self._catch_up({"gist": self._now() - began}, read)
+
+    def _ahead(self) -> Tensor:
+        """Tokens of the tree that the window has not yet, [B]."""
+        return self.tree.lengths - (0 if self.context is None else self.context.ends().cpu())
+
+    def _catch_up(self, seconds: dict, read: bool) -> None:
+        """Bring the window up to the end of the tree, a reserve at a time. A stop on the way is gone on from."""
+        while (ahead := self._ahead()).any() or seconds:
+            new = ahead if self.context is None else ahead.clamp(max=self.focus.reserve)
+            self._take(seconds, new, read and bool((ahead == new).all()))
+            seconds = {}
+
+    def _take(self, seconds: dict, new: Tensor, read: bool) -> None:
+        """Take new [B] tokens into the window and refocus it. What fails on the way leaves the old window."""
+        self.hidden, began = None, self._now()
+        room, started = None, torch.ones(self.rows, dtype=torch.bool)
+        if self.context is None:
+            context = self.focus.start(self.tree)
+        else:
+            context = self.context.copy()
+            room, started = self.focus.room(context, new)
+            context.append(new * ~started)
+            if started.any():
+                context = self.focus.anew(context, started)
+        seconds["room"] = self._now() - began
+        scored = views(context) if self.observers else ()
+        scores, edits = self.focus.refocus(context)
+        seconds |= self.focus.seconds
+        self.context, self.refocuses = context, self.refocuses + 1
+        decoded, self._decoded = self._decoded, 0.0
+        if read:
+            began = self._now()
+            self._read()
+            seconds["read"] = self._now() - began
+        if self.observers:
+            event = Refocused(
+                number=self.refocuses,
+                tokens=self.lengths,
+                new=new,
+                before=self._before,
+                started=started,
+                room=room,
+                scored=scored,
+                scores=scores,
+                edits=edits,
+                threshold=self.focus.allocator.threshold,
+                after=views(context),
+                budget=context.budget,
+                telemetry=None if scores is None else self.focus.allocator.telemetry,
+                seconds={"decode": decoded} | seconds,
+                reused=self.reader.reused if read else None,
+                read=self.reader.lengths if read else None,
+            )
+            self._before = event.after
+            for observer in self.observers:
+                observer(event)
+
+    def _read(self) -> None:
+        """Read the window, as far as it has changed, and what waits behind it."""
+        if self.window() is not None:
+            positions, self._following = self.placement.place(self.context)
+            spread = self.models.gistnet.spread(self.context.lods())
+            self.reader.read(self.context.to_tensor(), positions, self.context.lengths, spread)
+        else:
+            self.reader.forget()
+        if (count := int(self.counts.max())) > 0:  # of a session that was resumed
+            place = torch.arange(count, device=self.device)
+            following = 0 if self._following is None else self._following[:, None]
+            there = place < self.counts.to(self.device)[:, None]
+            self.reader.step(self.waiting[:, :count], following + place.expand(self.rows, -1), there)
+        self.hidden = self.reader.hidden
+
+    def _now(self) -> float:
+        if self.device.type == "cuda" and self.observers:
+            torch.cuda.synchronize()
+        return time.perf_counter()

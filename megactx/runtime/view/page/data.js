@@ -1,0 +1,90 @@
+// What the page knows: refocuses, the text behind a node, and how numbers are written.
+"use strict";
+
+const REMEMBERED = 400; // refocuses
+const TEXTS = 2000; // of nodes
+
+const $ = (id) => document.getElementById(id);
+const number = new Intl.NumberFormat("en-US");
+const whole = (value) => number.format(Math.round(value));
+
+// [[lod, count], ...] -> entries that stand one behind the other from token 0 on.
+function entriesOf(runs, block) {
+  const total = runs.reduce((sum, [, count]) => sum + count, 0);
+  const lod = new Uint8Array(total), start = new Float64Array(total + 1);
+  let entry = 0;
+  for (const [level, count] of runs) {
+    const width = block ** level;
+    for (let i = 0; i < count; i++, entry++) {
+      lod[entry] = level;
+      start[entry + 1] = start[entry] + width;
+    }
+  }
+  return { count: total, lod, start, tokens: start[total] };
+}
+
+function nodeOf(entries, entry, block) {
+  const lod = entries.lod[entry], width = block ** lod;
+  return { lod, index: entries.start[entry] / width, start: entries.start[entry], width };
+}
+
+// Which entry holds a token: entries ascend.
+function entryAt(entries, token) {
+  let low = 0, high = entries.count - 1;
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (entries.start[middle] <= token) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
+function nameOf(lod, block) {
+  return lod === 0 ? "token" : `gist of ${whole(block ** lod)}`;
+}
+
+function placeOf(node) {
+  return node.width === 1 ? `token ${whole(node.start)}` : `tokens ${whole(node.start)} to ${whole(node.start + node.width - 1)}`;
+}
+
+// A raw token is read with the block around it; a word alone says little.
+const texts = new Map();
+async function textOf(node, about, embedded) {
+  const asked = node.lod === 0 ? { lod: 1, index: Math.floor(node.start / about.block) } : node;
+  const key = `${asked.lod}/${asked.index}`;
+  if (embedded) return embeddedText(asked, about.block, embedded);
+  if (!texts.has(key)) {
+    if (texts.size >= TEXTS) texts.delete(texts.keys().next().value);
+    const answer = await fetch(`/text?lod=${asked.lod}&index=${asked.index}`);
+    if (!answer.ok) throw new Error(await answer.text());
+    texts.set(key, await answer.json());
+  }
+  return texts.get(key);
+}
+
+function embeddedText(node, block, blocks) {
+  const first = node.index * block ** (node.lod - 1), count = block ** (node.lod - 1);
+  const here = blocks.slice(first, first + count);
+  if (here.length * block <= 208) return { text: here.join(""), rest: "" };
+  return { text: here.slice(0, Math.ceil(160 / block)).join(""), rest: here.slice(-Math.ceil(48 / block)).join("") };
+}
+
+class Frames {
+  constructor() {
+    this.all = [];
+    this.chosen = null; // null: the newest
+  }
+  add(frame) {
+    this.all.push(frame);
+    if (this.all.length > REMEMBERED) {
+      this.all.shift();
+      if (this.chosen !== null) this.chosen = Math.max(0, this.chosen - 1);
+    }
+  }
+  get place() {
+    return this.chosen === null ? this.all.length - 1 : this.chosen;
+  }
+  get shown() {
+    return this.all[this.place];
+  }
+}

@@ -1,0 +1,206 @@
+// Canvases. Each draws a frame and says which node is at a point. Everywhere the history goes from left to right.
+"use strict";
+
+const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const LABEL = 52; // pixels in front of the rows of the timeline
+
+// Ready to draw in CSS pixels, sharp on any screen.
+function canvasOf(id, height) {
+  const canvas = $(id), width = canvas.clientWidth, scale = window.devicePixelRatio || 1;
+  canvas.style.height = `${height}px`;
+  canvas.width = Math.round(width * scale);
+  canvas.height = Math.round(height * scale);
+  const pen = canvas.getContext("2d");
+  pen.scale(scale, scale);
+  pen.font = '12px system-ui, "Segoe UI", "DejaVu Sans", sans-serif';
+  pen.textBaseline = "middle";
+  return { pen, width, height };
+}
+
+const colourOf = (about, lod) => about.colours[Math.min(lod, about.colours.length - 1)];
+
+function triangle(pen, x, y, up) {
+  const side = up ? 1 : -1;
+  pen.beginPath();
+  pen.moveTo(x, y - 3.5 * side);
+  pen.lineTo(x + 4, y + 3.5 * side);
+  pen.lineTo(x - 4, y + 3.5 * side);
+  pen.fill();
+}
+
+// Levels of the tree, the coarsest on top, then what the model sees, then the edits of this refocus.
+const timeline = {
+  draw(frame, about, hover) {
+    const block = about.block, entries = entriesOf(frame.window, block), levels = [];
+    for (let lod = 1; block ** lod <= frame.tokens; lod++) levels.unshift(lod);
+    const row = 15, tall = 34, top = levels.length * row, height = top + tall + 38;
+    const { pen, width } = canvasOf("timeline", height);
+    const total = Math.max(frame.tokens, 1), x = (token) => LABEL + ((width - LABEL) * token) / total;
+    levels.forEach((lod, place) => {
+      const span = block ** lod, count = Math.floor(frame.tokens / span);
+      pen.fillStyle = css("--soft");
+      pen.fillText(`LOD${lod}`, 0, place * row + row / 2);
+      pen.fillStyle = colourOf(about, lod);
+      pen.globalAlpha = 0.38;
+      const seam = (x(span) - x(0)) > 4 ? 1 : 0; // gists are told apart where they are wide enough
+      if (seam) for (let i = 0; i < count; i++) pen.fillRect(x(i * span), place * row + 3, x(span) - x(0) - seam, row - 5);
+      else pen.fillRect(x(0), place * row + 3, x(count * span) - x(0), row - 5);
+      pen.globalAlpha = 1;
+    });
+    pen.fillStyle = css("--soft");
+    pen.fillText("sees", 0, top + tall / 2);
+    this.strip(pen, entries, about, x, top, tall);
+    pen.fillStyle = css("--ink");
+    for (const [expand, lod, index] of [...frame.edits, ...frame.room]) {
+      triangle(pen, x((index + 0.5) * block ** lod), top + tall + 9, expand);
+    }
+    if (hover) {
+      pen.strokeStyle = css("--ink");
+      pen.lineWidth = 2;
+      pen.strokeRect(x(hover.start) - 1, 1, Math.max(3, x(hover.start + hover.width) - x(hover.start) + 1), top + tall);
+    }
+    pen.fillStyle = css("--soft");
+    const steps = width < 500 ? 2 : 4;
+    for (let i = 0; i <= steps; i++) {
+      pen.textAlign = i === 0 ? "left" : i === steps ? "right" : "center";
+      pen.fillText(whole((total * i) / steps), x((total * i) / steps), height - 8);
+    }
+    this.known = { entries, total, width, top, bottom: top + tall, block, levels, row };
+  },
+  strip(pen, entries, about, x, top, tall) {
+    // Joined runs of one level, with a seam where entries are wide enough to be seen.
+    for (let entry = 0; entry < entries.count; ) {
+      const lod = entries.lod[entry];
+      let last = entry;
+      while (last + 1 < entries.count && entries.lod[last + 1] === lod) last++;
+      const one = x(entries.start[entry + 1]) - x(entries.start[entry]);
+      pen.fillStyle = colourOf(about, lod);
+      if (one > 4) for (let e = entry; e <= last; e++) pen.fillRect(x(entries.start[e]), top, one - 1, tall);
+      else pen.fillRect(x(entries.start[entry]), top, x(entries.start[last + 1]) - x(entries.start[entry]), tall);
+      entry = last + 1;
+    }
+  },
+  at(px, py) {
+    const k = this.known;
+    if (!k || px < LABEL || py > k.bottom || k.entries.count === 0) return null;
+    const token = Math.min(k.total - 1, Math.floor(((px - LABEL) / (k.width - LABEL)) * k.total));
+    if (py >= k.top) return token < k.entries.tokens ? nodeOf(k.entries, entryAt(k.entries, token), k.block) : null;
+    const lod = k.levels[Math.floor(py / k.row)], span = k.block ** lod, index = Math.floor(token / span);
+    return (index + 1) * span <= k.total ? { lod, index, start: index * span, width: span } : null;
+  },
+};
+
+// The working context as cells in rows, like text.
+const grid = {
+  draw(frame, about, hover) {
+    const entries = entriesOf(frame.window, about.block), wide = $("window").clientWidth;
+    const cell = entries.count > 3000 ? 5 : entries.count > 900 ? 7 : entries.count > 300 ? 10 : 14, tall = Math.round(cell * 1.7);
+    const columns = Math.max(1, Math.floor(wide / cell)), rows = Math.max(1, Math.ceil(entries.count / columns));
+    const { pen } = canvasOf("window", rows * (tall + 1) + 2);
+    for (let entry = 0; entry < entries.count; entry++) {
+      pen.fillStyle = colourOf(about, entries.lod[entry]);
+      pen.fillRect((entry % columns) * cell, Math.floor(entry / columns) * (tall + 1) + 1, cell - 1, tall);
+    }
+    if (hover && entries.count) {
+      pen.strokeStyle = css("--ink");
+      pen.lineWidth = 2;
+      const first = entryAt(entries, hover.start), last = entryAt(entries, hover.start + hover.width - 1);
+      for (let entry = first; entry <= last; entry++) {
+        pen.strokeRect((entry % columns) * cell - 0.5, Math.floor(entry / columns) * (tall + 1) + 0.5, cell, tall + 1);
+      }
+    }
+    this.known = { entries, columns, cell, tall, block: about.block };
+  },
+  at(px, py) {
+    const k = this.known, column = k ? Math.floor(px / k.cell) : 0;
+    if (!k || column >= k.columns) return null;
+    const entry = Math.floor(py / (k.tall + 1)) * k.columns + column;
+    return entry < k.entries.count ? nodeOf(k.entries, entry, k.block) : null;
+  },
+};
+
+// LensNet's scores of the window before the edits, one bar per entry, with what was then done.
+const scores = {
+  draw(frame, about, hover) {
+    const { pen, width, height } = canvasOf("scores", 150), middle = 70, reach = 52;
+    const entries = entriesOf(frame.scored, about.block);
+    const x = (entry) => LABEL + ((width - LABEL) * entry) / Math.max(1, entries.count);
+    const thick = Math.max(1, (width - LABEL) / Math.max(1, entries.count) - (entries.count < 200 ? 1 : 0));
+    frame.scores.forEach((score, entry) => {
+      pen.fillStyle = colourOf(about, entries.lod[entry]);
+      pen.fillRect(x(entry), score > 0 ? middle - reach * score : middle, thick, Math.max(reach * Math.abs(score), 0.5));
+    });
+    pen.fillStyle = css("--soft");
+    pen.strokeStyle = css("--soft");
+    pen.fillText("expand", 0, middle - reach + 8);
+    pen.fillText("collapse", 0, middle + reach - 8);
+    pen.setLineDash([3, 4]);
+    for (const score of [-frame.threshold, 0, frame.threshold]) {
+      pen.beginPath();
+      pen.moveTo(LABEL, middle - reach * score + 0.5);
+      pen.lineTo(width, middle - reach * score + 0.5);
+      pen.globalAlpha = score ? 0.8 : 0.4;
+      pen.stroke();
+    }
+    pen.globalAlpha = 1;
+    pen.setLineDash([]);
+    pen.fillStyle = css("--ink");
+    for (const [expand, lod, index] of frame.edits) {
+      const start = index * about.block ** lod, first = entryAt(entries, start);
+      const last = entryAt(entries, start + about.block ** lod - 1);
+      triangle(pen, x((first + last + 1) / 2), expand ? middle - reach - 9 : middle + reach + 9, expand);
+    }
+    pen.fillStyle = css("--soft");
+    pen.fillText("entries", LABEL, height - 8);
+    pen.textAlign = "right";
+    pen.fillText(whole(entries.count), width, height - 8);
+    if (hover) {
+      const first = entryAt(entries, hover.start), last = entryAt(entries, hover.start + hover.width - 1);
+      pen.globalAlpha = 0.16;
+      pen.fillStyle = css("--ink");
+      pen.fillRect(x(first) - 1, middle - reach, x(last + 1) - x(first) + 2, 2 * reach);
+      pen.globalAlpha = 1;
+    }
+    this.known = { entries, width, block: about.block, score: frame.scores };
+  },
+  at(px) {
+    const k = this.known;
+    if (!k || px < LABEL || !k.entries.count) return null;
+    const entry = Math.min(k.entries.count - 1, Math.floor(((px - LABEL) / (k.width - LABEL)) * k.entries.count));
+    return { ...nodeOf(k.entries, entry, k.block), score: k.score[entry] };
+  },
+};
+
+// Expands upwards, collapses downwards, those that only made room in grey below them; one bar per refocus.
+const past = {
+  draw(frames, about) {
+    const { pen, width, height } = canvasOf("history", 120), all = frames.all, middle = 56, reach = 44;
+    const up = (frame) => frame.edits.filter(([expand]) => expand).length, down = (frame) => frame.edits.length - up(frame);
+    const most = Math.max(2, ...all.map((frame) => Math.max(up(frame), down(frame) + frame.room.length)));
+    const step = Math.min(22, (width - LABEL) / Math.max(1, all.length)), thick = Math.max(1, step - (step > 4 ? 2 : 0));
+    const y = (count) => (reach * count) / most;
+    all.forEach((frame, place) => {
+      const x = LABEL + place * step;
+      if (place === frames.place) {
+        pen.fillStyle = css("--line");
+        pen.fillRect(x - 1, 4, Math.max(3, thick + 2), 2 * middle - 8);
+      }
+      pen.fillStyle = about.colours[0];
+      pen.fillRect(x, middle - y(up(frame)), thick, y(up(frame)));
+      pen.fillStyle = about.colours[2];
+      pen.fillRect(x, middle, thick, y(down(frame)));
+      pen.fillStyle = css("--soft");
+      pen.fillRect(x, middle + y(down(frame)), thick, y(frame.room.length));
+    });
+    pen.fillStyle = css("--soft");
+    pen.fillRect(LABEL, middle, width - LABEL, 0.5);
+    pen.fillText("expand", 0, middle - reach + 8);
+    pen.fillText("collapse", 0, middle + reach - 8);
+    pen.fillText(`${most}`, 0, middle);
+    this.known = { step, count: all.length };
+  },
+  at(px) {
+    const k = this.known, place = k ? Math.floor((px - LABEL) / k.step) : -1;
+    return place >= 0 && place < k.count ? place : null;
+  },
+};

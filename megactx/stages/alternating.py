@@ -1,0 +1,172 @@
+"""Stage ``alternating``: GistNet, LensNet and LoRA on the base LM learn in turn, in cycles (SPEC 12).
+
+    cycle 1   [ GistNet ][ fresh labels, LensNet ][ LoRA ]   cycle 2   [ GistNet ][ fresh labels, LensNet ] ...
+
+GistNet learns by packed substitution, as in the gist stage: branches are read by the base LM as it is now, and compared
+with the untouched one. LensNet learns from the values of edits, as in the lens stage: they are measured anew in each
+cycle, for gists and the reader have changed. The adapters learn to read windows, also those that LensNet chooses.
+
+Which part learns is a function of the step. So is everything else but the measured windows, which are files.
+"""
+
+import logging
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megactx.data.joint_module import PICKS, SPANS, WINDOWS
+from megactx.focus.allocator import FocusAllocator
+from megactx.focus.packed import Windows, accumulated, continuation_loss, encode_shown
+from megactx.focus.sampling import KINDS, draw
+from megactx.focus.states import load
+from megactx.focus.variants import same_rows
+from megactx.gist.packed_loss import substitution_loss
+
+from .joint import JointStage
+from .joint_parts import optimizer_of
+from .lens_losses import value_losses
+from .lens_states import ensure, folder_of
+from .phases import Place, Schedule
+
+log = logging.getLogger(__name__)
+
+WHO = {"gist": "GistNet", "lens": "LensNet", "lora": "LoRA"}
+NEEDS = {"gist": SPANS, "lens": PICKS, "lora": WINDOWS}  # phase -> kind of batch
+
+
+class AlternatingStage(JointStage):
+    """Cycles of GistNet steps, fresh labels, LensNet steps and LoRA steps.
+
+    Args:
+        cycles: how many, at most: a plateau ends the run before.
+        steps: ``gist``, ``lens``, ``lora``: steps of each phase in a cycle; 0 leaves it out.
+        windows: ``per_round``: measured at the start of each LensNet phase; ``edits``: measured per window.
+        settings: of ``JointStage``.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    def __init__(self, cycles: int, steps: dict, windows: dict, **settings):
+        schedule = Schedule(dict(steps), cycles)
+        own = "lora" if steps["lora"] else "frozen"
+        if settings.get("train_base", own) != own:
+            raise ValueError(f"stage.train_base={settings['train_base']}: stage.steps.lora={steps['lora']} says {own}")
+        super().__init__(**settings | {"train_base": own})
+        self.schedule = schedule
+        for name, least in (("per_round", 2), ("edits", 2)):
+            if windows[name] < least:
+                raise ValueError(f"stage.windows.{name}={windows[name]} is not allowed: at least {least}")
+        self._windows_before: Path | None = None
+
+    @property
+    def place(self) -> Place:
+        """Where the step that comes next lies."""
+        return self.schedule.at(self.global_step)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        every, total = self.trainer.accumulate_grad_batches, self.schedule.cycle * self.schedule.cycles
+        if self.trainer.max_steps != total and not self.trainer.fast_dev_run:
+            raise ValueError(
+                f"trainer.max_steps={self.trainer.max_steps}: stage.cycles and stage.steps make {total}; leave it"
+            )
+        self.data.kind_at = lambda index: NEEDS[self.schedule.at(index // every).phase]
+
+    def training_step(self, batch: dict, batch_index: int) -> Tensor:
+        place = self.place
+        self.learns(place.phase)
+        if place.position == 0:
+            log.info("Cycle %d of %d: %s learns", place.cycle + 1, self.schedule.cycles, WHO[place.phase])
+        return getattr(self, f"{place.phase}_step")(batch[NEEDS[place.phase]], place, batch.get("index", 0))
+
+    def gist_step(self, batch: dict, place: Place, index: int) -> Tensor:
+        """Packed substitution of single blocks."""
+        asked = self.hparams
+        sizes = (batch["starts"], batch["lengths"], asked.horizon, asked.objective)
+        losses, dnll, _ = substitution_loss(self.base, [self.gistnet], self.teacher(batch["ids"]), *sizes)
+        self.count_tokens(batch["lengths"].sum())
+        self.log("train/gist/loss", losses[0].detach())
+        self.log("train/gist/dnll", dnll[0].detach(), prog_bar=True)
+        return losses[0]
+
+    def lens_step(self, picks: Tensor, place: Place, index: int) -> Tensor:
+        """Measured values of edits."""
+        paths = self._windows(place)
+        chosen = [paths[i] for i in (picks.double().cpu() * len(paths)).long().tolist()]
+        losses = value_losses(self.lens, load(chosen, self.base), learn=True)
+        for name, loss in losses.items():
+            self.log(f"train/lens/{name}", loss.detach(), prog_bar=name == "loss")
+        return losses["loss"]
+
+    def lora_step(self, documents: list[dict], place: Place, index: int) -> Tensor:
+        """Windows of all kinds, read by the base LM with its adapters."""
+        asked = self.hparams
+
+        def run(number: int, _) -> tuple[Tensor, Tensor]:
+            document = documents[number]
+            ids, cursor = document["ids"][None], document["cursor"]
+            text = index * len(documents) + number
+            share = asked.budgets[text % len(asked.budgets)]
+            with torch.no_grad():
+                teacher = self.document(ids[:, :cursor])
+                windows = self._window(teacher, KINDS[text % len(KINDS)], int(share * cursor), text)
+                gists = encode_shown(self.gistnet, self.base, teacher, windows.nodes, False)
+            targets, full = ids[0, cursor:], self.full(ids, cursor)
+            hidden = windows.read(self.base, gists, targets, self.gistnet)
+            loss, nll = continuation_loss(self.base, hidden, full, targets, asked.objective)
+            return loss.mean() / len(documents), nll.mean(1)
+
+        nothing = torch.zeros(0, device=self.device)
+        loss, nll = accumulated(run, range(len(documents)), nothing, [self.base])
+        self.count_tokens(sum(len(document["ids"]) for document in documents))
+        self.log("train/lora/loss", loss.detach(), prog_bar=True)
+        self.log("train/lora/nll", nll.mean())
+        return loss
+
+    def _window(self, teacher, kind: str, budget: int, text: int) -> Windows:
+        generator = torch.Generator().manual_seed(self.data.seed * 2**32 + text)
+        (tree,) = same_rows(self.gistnet, self.base, teacher, 1)
+        allocator = FocusAllocator(**self.hparams.allocator)
+        try:
+            return Windows.of(draw(kind, tree, budget, generator, self.lens, allocator))
+        except ValueError as error:
+            raise ValueError(f"stage.budgets={list(self.hparams.budgets)}: {error}; take larger shares") from error
+
+    def _windows(self, place: Place) -> list[Path]:
+        """The measured windows of this cycle; at its first LensNet step they are made."""
+        folder, count = Path(self.hparams.folder), self.hparams.windows["per_round"]
+        own = folder_of(folder, place.cycle)
+        if place.position and self._windows_before and not own.exists():
+            # Resumed in another folder: made again now, they would be those of a LensNet that has learned from them.
+            if (before := folder_of(self._windows_before, place.cycle)).exists():
+                shutil.copytree(before, part := own.with_name(f"{own.name}.part"), dirs_exist_ok=True)
+                os.replace(part, own)
+        if not place.position:
+            keys = ([place.cycle, index] for index in range(count))
+            self.count_tokens(sum(len(self.data.training_document(key)["ids"]) for key in keys))
+        return ensure(self, self.data, folder, place.cycle, count)
+
+    def configure_optimizers(self):
+        total = {name: steps * self.schedule.cycles for name, steps in self.schedule.steps.items()}
+        return optimizer_of(self, self.schedule.before, total)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["place"] = asdict(self.schedule.at(checkpoint["global_step"]))
+        checkpoint["windows"] = str(Path(self.hparams.folder).absolute())
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if "place" in checkpoint:
+            now, then = asdict(self.schedule.at(checkpoint["global_step"])), checkpoint["place"]
+            if now != then:
+                raise ValueError(
+                    f"stage.steps={self.schedule.steps}: the checkpoint stands at {then}, with these it would be {now};"
+                    " set them as they were"
+                )
+            self._windows_before = Path(checkpoint["windows"])

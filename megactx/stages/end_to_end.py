@@ -1,0 +1,172 @@
+"""Stage ``end_to_end``: GistNet, LensNet and where asked the base LM learn at once, from windows (SPEC 12).
+
+document of C tokens -> tree -> N1 windows, one of them the cold start -> LensNet, allocator -> N2 variants
+-> each kind once -> one packed pass of all [window | H true tokens] -> loss on the H
+   -> gradient into the gists that are shown, so into GistNet, and into the base LM where it learns
+   -> WC* = argmin of loss + lambda x distance among the variants of a source, for LensNet
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from megactx.focus.packed import Windows, accumulated, continuation_loss, encode_shown, unique_windows
+from megactx.focus.variants import Variants, focus_losses, make_variants, same_rows
+
+from .joint import JointStage
+from .joint_parts import optimizer_of
+
+SOFT = {"lod1": 1, "lod2": 2}  # term -> level of the gist that is predicted
+
+
+class EndToEndStage(JointStage):
+    """All parts at once.
+
+    Args:
+        windows: ``sources`` (N1) and ``variants`` (N2, a multiple of N1) per document; ``per_pass``: windows that the
+            base LM reads at once, the others wait: gradients are the same.
+        weights: of the terms of the loss: ``window``, ``lens``, and of soft gists ``lod1`` and ``lod2``; within that of
+            LensNet ``choice``, see ``focus_losses``.
+        distance: lambda, nats per share of a window's entries that edits create or remove.
+        recompute: keep no activations of GistNet: they are computed again during backward.
+        max_steps: length of the cosine.
+        settings: of ``JointStage``.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    def __init__(self, windows: dict, weights: dict, distance: float, recompute: bool, max_steps: int, **settings):
+        super().__init__(**settings)
+        _check(windows, weights, distance)
+        k, horizon = self.gistnet.block_size, self.hparams.horizon
+        for term, level in SOFT.items():
+            if weights[term] and horizon % k**level:
+                raise ValueError(
+                    f"stage.weights.{term}={weights[term]}: horizon.tokens={horizon} is no multiple of {k**level}"
+                )
+            if weights[term] and (self.gistnet.left_context or self.gistnet.needs_hidden):
+                raise ValueError(f"stage.weights.{term}={weights[term]}: a GistNet that reads more than its block: 0")
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.learns("gist", "lens", "lora")
+
+    def training_step(self, batch: dict, batch_index: int) -> Tensor:
+        documents, total = batch["windows"], 0.0
+        for number, document in enumerate(documents):
+            text = batch["index"] * len(documents) + number
+            losses = self.losses(document["ids"][None], document["cursor"], text)
+            total = total + losses["loss"] / len(documents)
+            for name, value in losses.items():
+                self.log(f"train/{name}", value.detach(), prog_bar=name in ("loss", "window"))
+        self.count_tokens(sum(len(document["ids"]) for document in documents))
+        return total
+
+    def losses(self, ids: Tensor, cursor: int, text: int) -> dict[str, Tensor]:
+        """Of one document ids [1, C + H].
+
+        Args:
+            cursor: C.
+            text: its number: all choices are a function of it and of the seed.
+
+        Returns:
+            ``loss``, its terms ``window``, ``lens``, ``lod1`` and ``lod2``, and what is only watched: ``cost`` (nats
+            above the untouched base LM over the full context), ``best`` (the same of the best variants), ``kinds``.
+        """
+        asked, before = self.hparams, ids[:, :cursor]
+        generator = Generator().manual_seed(self.data.seed * 2**32 + text)
+        share = asked.budgets[text % len(asked.budgets)]
+        with torch.no_grad():
+            document = self.document(before)
+            trees = same_rows(self.gistnet, self.base, document, asked.windows["sources"], asked.windows["variants"])
+        try:
+            variants = make_variants(trees, int(share * cursor), self.lens, dict(asked.allocator), generator)
+        except ValueError as error:
+            raise ValueError(f"stage.budgets={list(asked.budgets)}: {error}; take larger shares") from error
+        total, found, kind = self.read(variants, document, ids, cursor)
+        nll, full = found[:, 0][kind], found[0, 1]
+        focus = focus_losses(self.lens, variants, nll, asked.distance, asked.weights["choice"])
+        terms = {"window": found[:, 2].mean(), "lens": focus["loss"]}
+        soft = self._soft(ids.shape[1] - cursor)
+        terms |= {term: found[:, 3 + at].mean() for at, term in enumerate(SOFT) if term in soft}
+        watched = {"cost": nll.mean() - full, "best": nll.view(-1, variants.each).amin(1).mean() - full}
+        watched |= {name: focus[name] for name in ("huber", "choice", "gained")}
+        watched["kinds"] = torch.tensor(float(len(found)))
+        return {"loss": total + asked.weights["lens"] * focus["loss"]} | terms | watched
+
+    def read(self, variants: Variants, document, ids: Tensor, cursor: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The packed pass: (the weighted loss, numbers of each kind of window [U, 5], the kind of each variant [N2]).
+
+        Numbers are the NLL, that over the full context, the loss, and both soft terms, in nats but for the last two.
+        """
+        asked, targets = self.hparams, ids[0, cursor:]
+        first, kind = unique_windows(variants.context)
+        windows, full = Windows.of(variants.context)[first], self.full(ids, cursor)
+        gists = encode_shown(self.gistnet, self.base, document, windows.nodes, asked.recompute)
+        with torch.no_grad(), self.original() as original:
+            logits = original.logits(full).float()
+            best = F.cross_entropy(logits, targets)
+            true = {term: self._gists(self.base.embed(targets[None]), term) for term in self._soft(len(targets))}
+        reference = self._reference[0] if self._reference else None
+
+        def run(part: slice, gists: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = windows[part].read(self.base, gists, targets, self.gistnet)
+            loss, nll = continuation_loss(self.base, hidden, full, targets, asked.objective, reference)
+            soft = self._soft_terms(hidden, true)
+            total = asked.weights["window"] * loss.mean(1) + sum(asked.weights[term] * soft[term] for term in soft)
+            terms = [soft.get(term, torch.zeros_like(nll[:, 0])) for term in SOFT]
+            numbers = [nll.mean(1), best.expand(len(nll)), loss.mean(1), *terms]
+            return total.sum() / len(first), torch.stack([number.detach().float() for number in numbers], dim=1)
+
+        step = asked.windows["per_pass"]
+        parts = [slice(start, start + step) for start in range(0, len(first), step)]
+        total, found = accumulated(run, parts, gists, [self.base, self.gistnet])
+        return total, found, kind
+
+    def _soft(self, horizon: int) -> list[str]:
+        """Terms that have a weight; the answer to a planted question may be shorter than a block."""
+        return [t for t, level in SOFT.items() if self.hparams.weights[t] and horizon >= self.gistnet.block_size**level]
+
+    def _soft_terms(self, hidden: Tensor, true: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Cosine distance of the gists of what is predicted from those of what comes: term -> [N].
+
+        What is predicted is no token but a mean of all embeddings, by their probabilities; GistNet reads it all the
+        same, so the gradient goes through it into the gists of the window.
+        """
+        if not true:
+            return {}
+        table = self.base.model.get_input_embeddings().weight
+        expected = F.softmax(self.base.logits(hidden).float(), dim=-1).to(table.dtype) @ table  # [N, H, D]
+        return {
+            term: (1 - F.cosine_similarity(self._gists(expected, term), gists, dim=-1)).mean(1)
+            for term, gists in true.items()
+        }
+
+    def _gists(self, embeddings: Tensor, term: str) -> Tensor:
+        """embeddings [N, H, D] -> the gists of their whole spans of a level, [N, H / K^level, D]."""
+        (n, h, d), level = embeddings.shape, SOFT[term]
+        tokens = self.gistnet.block_size**level
+        spans = embeddings[:, : h // tokens * tokens].reshape(-1, tokens, d)
+        return self.gistnet.encode_level(spans, level).view(n, -1, d)
+
+    def configure_optimizers(self):
+        steps = self.hparams.max_steps
+        return optimizer_of(self, lambda step, part: step, {"gist": steps, "lens": steps, "lora": steps})
+
+
+def _check(windows: dict, weights: dict, distance: float) -> None:
+    sources, variants = windows["sources"], windows["variants"]
+    for name in ("sources", "per_pass"):
+        if windows[name] < 1:
+            raise ValueError(f"stage.windows.{name}={windows[name]} is not allowed: at least 1")
+    if variants % sources or variants < 2 * sources:
+        raise ValueError(
+            f"stage.windows.variants={variants} is not allowed: a multiple of stage.windows.sources={sources}, at least"
+            " twice as many"
+        )
+    for name, weight in weights.items():
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"stage.weights.{name}={weight} is not allowed: 0 or more")
+    if not 0 <= distance < float("inf"):
+        raise ValueError(f"stage.distance={distance} is not allowed: 0 or more")

@@ -1,0 +1,147 @@
+"""A trained run as one folder that plain ``transformers`` loads: the base LM with its adapters merged, and all parts.
+
+    python -m megactx.stages.export RUN OUT
+
+    OUT/            a Hugging Face folder: model, config, tokenizer
+    OUT/gistnet     of ``load_gistnet``
+    OUT/lensnet     of ``load_lensnet``
+    OUT/megactx.json  what it is, of which run, what the base LM's own perplexity lost, and a hash of every file
+
+RUN is a run folder of a joint stage, of which the best checkpoint counts, or a checkpoint.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from megactx.focus.pretrained import save_lensnet
+from megactx.framework.resume import best, read
+from megactx.gist.pretrained import load_gistnet, save_gistnet
+from megactx.lm import BaseLM
+from megactx.lm.adapters import adapters_of, merged
+
+from .alternating import AlternatingStage
+from .end_to_end import EndToEndStage
+from .joint import JointStage
+from .joint_report import in_words
+from .trained import gistnet_settings
+
+MANIFEST = "megactx.json"
+STAGES = (AlternatingStage, EndToEndStage)
+
+
+def load_run(path: str | Path) -> tuple[JointStage, Path]:
+    """The stage of a run in eval mode, its base LM in fp32 and on the CPU; and the checkpoint that it is from.
+
+    Raises:
+        ValueError: there is no checkpoint, or it is of no joint stage.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise ValueError(f"RUN={path}: there is no such run folder or checkpoint")
+    path = best(path) if path.is_dir() else path
+    settings = read(path)["hyper_parameters"]
+    kind = next((stage for stage in STAGES if {"train_base", _own(stage)} <= set(settings)), None)
+    if kind is None:
+        raise ValueError(f"RUN={path}: it is of no joint stage; allowed are runs of alternating and end_to_end")
+    stage = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
+    stage.base.float()
+    return stage, path
+
+
+def plain_base(stage: JointStage) -> BaseLM:
+    """The base LM of a run as a plain model: adapters merged, in fp32; an untouched one as it is stored."""
+    if adapters_of(stage.base) or stage.train_base == "full":
+        return merged(stage.base)
+    return BaseLM.from_pretrained(**stage.hparams.base).freeze()
+
+
+@torch.no_grad()
+def export(run: str | Path, out: str | Path) -> dict:
+    """Write the folder, whole or not at all; -> the manifest.
+
+    Raises:
+        ValueError: no run of a joint stage, or a folder that holds something else.
+    """
+    out = Path(out).expanduser()
+    if out.exists() and not (out / MANIFEST).is_file() and any(out.iterdir()):
+        raise ValueError(f"OUT={out}: it holds something that is no export; give another folder")
+    stage, checkpoint = load_run(run)
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    base = plain_base(stage)
+    base.model.save_pretrained(part)
+    if base.tokenizer is not None:
+        base.tokenizer.save_pretrained(part)
+    made_by = f"{type(stage).__name__}, {checkpoint.parent.parent.name}"
+    save_gistnet(stage.gistnet, gistnet_settings(stage.hparams.gistnet), base, part / "gistnet", made_by)
+    # Of the GistNet as it was written, which is what a reader of this folder has.
+    saved = load_gistnet(part / "gistnet", base)
+    save_lensnet(stage.lens, dict(stage.hparams.lensnet), saved, part / "lensnet", made_by)
+    manifest = _manifest(stage, checkpoint, part)
+    (part / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(part, out)
+    return manifest
+
+
+def _manifest(stage: JointStage, checkpoint: Path, folder: Path) -> dict:
+    h = stage.hparams
+    about = {
+        "base": h.base["name"],
+        "train_base": stage.train_base,
+        "lora": dict(h.lora),
+        "allocator": dict(h.allocator),
+        "budgets": list(h.budgets),
+        "block_size": stage.gistnet.block_size,
+        "checkpoint": str(checkpoint),
+        "step": int(read(checkpoint)["global_step"]),
+        "tokens": int(stage.tokens),
+        "adapter_parameters": sum(p.numel() for p in adapters_of(stage.base).values()),
+        "measured": None,  # what the run's report says of the base LM
+    }
+    measured = checkpoint.parent.parent / "base.json"
+    if measured.is_file():
+        about["measured"] = json.loads(measured.read_text())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return about | {"files": {str(path.relative_to(folder)): _hash(path) for path in files}}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _own(stage: type) -> str:
+    """A setting that only this stage has."""
+    return {AlternatingStage: "cycles", EndToEndStage: "distance"}[stage]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; -> exit code."""
+    parser = argparse.ArgumentParser(prog="python -m megactx.stages.export", description=__doc__.partition("\n")[0])
+    parser.add_argument("run", metavar="RUN", help="run folder or checkpoint of alternating or end_to_end")
+    parser.add_argument("out", metavar="OUT", help="folder to write; an export that is there is replaced")
+    asked = parser.parse_args(arguments)
+    try:
+        manifest = export(asked.run, asked.out)
+    except ValueError as error:
+        print(f"megactx: {error}", file=sys.stderr)
+        return 2
+    if manifest["measured"]:
+        print(in_words(manifest["measured"]))
+    else:
+        print(f"{manifest['adapter_parameters']:,} adapter parameters; the run has no report of the base's perplexity")
+    print(f"Exported to {asked.out}: AutoModelForCausalLM.from_pretrained({str(asked.out)!r})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

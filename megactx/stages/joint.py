@@ -1,0 +1,266 @@
+"""What the stages share in which GistNet, LensNet and the base LM learn together (SPEC 12).
+
+They are judged by what counts in the end: windows of a fixed budget, chosen by LensNet from gists of GistNet, read by
+the base LM with whatever it has learned. ``val/cost`` is the NLL of the tokens behind such windows, less that of the
+untouched base LM over the full context, in nats per token.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from megactx.assets import resolve
+from megactx.evaluation.focus import focused
+from megactx.focus.values import continuation_nll
+from megactx.focus.variants import same_rows
+from megactx.gist.scoring import OBJECTIVES, nll
+from megactx.gist.substitution import Teacher, teach, unread
+from megactx.lm import BaseLM
+from megactx.lm.adapters import adapt, adapters_of, switched_off
+
+from .joint_parts import TRAIN_BASE, kept_of_base, lensnet_of, take_parts
+from .joint_report import report
+from .trained import gistnet_of
+
+
+class JointStage(lightning.LightningModule):
+    """GistNet, LensNet and a base LM that may learn too.
+
+    Args:
+        base: ``name`` and ``dtype`` of the base LM.
+        gistnet: the GistNet to start with: ``asset:NAME``, a folder of ``save_gistnet``, a run folder or a checkpoint.
+        lensnet: keyword arguments of ``LensNet`` other than width and block size.
+        lens: a run folder or checkpoint of a lens stage, whose LensNet is the first one; ``None``: a new one.
+        init: a run folder or checkpoint of a joint stage, from which all parts are taken; ``None``: none.
+        allocator: keyword arguments of ``FocusAllocator``.
+        lora: ``rank`` (0: no adapters), ``layers`` and ``embeddings``, see ``adapt``.
+        train_base: ``frozen``, ``lora`` or ``full``: what of the base LM may learn.
+        horizon: H, scored tokens behind a block or a window.
+        objective: ``kl`` (the untouched base LM over the full context teaches) or ``delta_nll`` (the true tokens do).
+        budgets: entries of a window over the tokens that it stands for; windows have them in turn.
+        gist_lr, muon_lr, lens_lr, direct_lr, base_lr: peaks; ``muon_lr`` is of GistNet's matrices, ``None`` leaves them
+            to AdamW; ``direct_lr`` of LensNet's few weights from its features to the values.
+        min_lr, weight_decay, warmup: of all; a part's warm-up and cosine count its own steps.
+        evaluate: of the end-of-run report, as of the lens stage.
+        folder: where measured windows are kept.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    monitor = "val/cost"
+    reports_best = True
+
+    def __init__(
+        self,
+        base: dict,
+        gistnet: str,
+        lensnet: dict,
+        allocator: dict,
+        lora: dict,
+        horizon: int,
+        objective: str,
+        budgets: list,
+        gist_lr: float,
+        muon_lr: float | None,
+        lens_lr: float,
+        direct_lr: float,
+        base_lr: float,
+        min_lr: float,
+        weight_decay: float,
+        warmup: int,
+        evaluate: dict,
+        folder: str,
+        train_base: str = "frozen",
+        lens: str | None = None,
+        init: str | None = None,
+    ):
+        super().__init__()
+        base = base if str(base["name"]).startswith("asset:") else base | {"name": resolve(base["name"])}
+        # Absolute, so that a checkpoint loads from any folder.
+        gistnet = gistnet if str(gistnet).startswith("asset:") else str(Path(gistnet).expanduser().absolute())
+        lens = lens and str(Path(lens).expanduser().absolute())
+        self.save_hyperparameters()
+        self._check()
+        self.base = BaseLM.from_pretrained(**base).freeze()
+        self.gistnet = gistnet_of(gistnet, self.base)
+        self.lens = lensnet_of(lens, lensnet, self.gistnet)
+        self._reference: tuple[BaseLM, ...] = ()  # not a submodule: it is in no checkpoint
+        if lora["rank"]:
+            adapt(self.base, **lora)
+        if train_base == "full":
+            self.base.float()
+            self._reference = (BaseLM.from_pretrained(**base).freeze(),)
+        self.half = False
+        self.learning: tuple[str, ...] = ()
+        self.learns(*self.parts)
+        # Tokens of documents that were learned from or measured with: what a comparison must hold fixed.
+        self.register_buffer("tokens", torch.zeros((), dtype=torch.long))
+
+    def _check(self) -> None:
+        h = self.hparams
+        if h.objective not in OBJECTIVES:
+            raise ValueError(f"stage.objective={h.objective} is not known, allowed are {', '.join(OBJECTIVES)}")
+        if h.train_base not in TRAIN_BASE:
+            raise ValueError(f"stage.train_base={h.train_base} is not known, allowed are {', '.join(TRAIN_BASE)}")
+        rank = h.lora["rank"]
+        if h.train_base == "lora" and not rank or h.train_base == "full" and rank:
+            wanted = "from 4 to 16" if h.train_base == "lora" else "0"
+            raise ValueError(f"stage.lora.rank={rank} is not allowed with stage.train_base={h.train_base}: {wanted}")
+        for share in h.budgets:
+            if not 0 < share <= 1:
+                raise ValueError(f"stage.budgets={list(h.budgets)} is not allowed: shares above 0, up to 1")
+
+    @property
+    def train_base(self) -> str:
+        return self.hparams.train_base
+
+    @property
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """What may learn: part -> parameters."""
+        return {
+            "gist": list(self.gistnet.parameters()),
+            "lens": list(self.lens.parameters()),
+            "lora": self.base_parameters(),
+        }
+
+    def base_parameters(self) -> list[nn.Parameter]:
+        """Those of the base LM that may learn."""
+        found = {"frozen": [], "lora": list(adapters_of(self.base).values()), "full": list(self.base.parameters())}
+        return found[self.train_base]
+
+    def learns(self, *names: str) -> None:
+        """From now on these parts learn, the others are frozen: no gradient, no dropout."""
+        self.learning = names
+        self.base.requires_grad_(False)
+        for name, parameters in self.parts.items():
+            for parameter in parameters:
+                parameter.requires_grad_(name in names)
+        self.gistnet.train(self.training and "gist" in names)
+        self.lens.train(self.training and "lens" in names)
+
+    def train(self, mode: bool = True) -> "JointStage":
+        super().train(mode)
+        self.learns(*self.learning)
+        return self
+
+    @contextmanager
+    def original(self) -> Iterator[BaseLM]:
+        """The untouched base LM, without gradients."""
+        with torch.no_grad():
+            if self._reference:
+                yield self._reference[0]
+            else:
+                with switched_off(self.base) as base:
+                    yield base
+
+    def start_from(self, path: str) -> str:
+        """Take all parts of another joint run, or GistNet and LensNet of a lens run; -> what was taken.
+
+        Raises:
+            ValueError: there is none, or its parts have other architectures.
+        """
+        return take_parts(self, Path(path).expanduser())
+
+    def prepare(self, datamodule) -> None:
+        """Tell the data how many positions the base has.
+
+        Raises:
+            ValueError: another horizon, or blocks of another size.
+        """
+        datamodule.limit_to(self.base.max_positions)
+        if datamodule.horizon != self.hparams.horizon:
+            raise ValueError(f"horizon.tokens: stage has {self.hparams.horizon}, the data has {datamodule.horizon}")
+        if datamodule.block != self.gistnet.block_size:
+            raise ValueError(f"block_size={datamodule.block}: the GistNet has {self.gistnet.block_size}; set it alike")
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.world_size > 1:
+            raise ValueError(f"trainer.devices={self.trainer.world_size}: the joint stages train in one process")
+        self.half = str(self.trainer.precision).startswith("bf16")
+        dtype = torch.bfloat16 if self.half else torch.float32
+        if self._reference:
+            self._reference[0].to(self.trainer.strategy.root_device, dtype)
+        else:
+            self.base.to(dtype)
+            for parameter in adapters_of(self.base).values():  # what learns stays in fp32
+                parameter.data = parameter.data.float()
+        self.data = self.trainer.datamodule
+
+    def teacher(self, ids: Tensor) -> Teacher:
+        """Documents ids [B, T]: what the base LM caches of them now, and the untouched one's hidden states."""
+        with self.original() as original:
+            first = teach(original, ids, self.gistnet.needs_hidden)
+        if not adapters_of(self.base) and not self._reference:
+            return first
+        now = teach(self.base, ids, self.gistnet.needs_hidden)
+        return Teacher(ids, first.hidden, now.cache, now.states)
+
+    def document(self, ids: Tensor) -> Teacher:
+        """A document ids [1, C] as far as GistNet needs it."""
+        return teach(self.base, ids, with_states=True) if self.gistnet.needs_hidden else unread(ids)
+
+    def full(self, ids: Tensor, cursor: int) -> Tensor:
+        """What the untouched base LM makes of ids [1, T + H] at cursor T, over the full context: hidden [H, D]."""
+        with self.original() as original:
+            return original(original.embed(ids[:, :-1]), None)[0, cursor - 1 :]
+
+    def count_tokens(self, count: int | Tensor) -> None:
+        """So many more were learned from."""
+        self.tokens += count
+        self.log("train/tokens", self.tokens.double(), reduce_fx="max")
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        for parameters in self.parts.values():  # one part's spike must not shrink another's step
+            if parameters:
+                nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+
+    def on_validation_epoch_start(self) -> None:
+        self.held, self.found = self.data.held_documents(self.data.validation_windows), []
+        self._before = getattr(self, "_before", {})  # of the untouched base LM, which stays what it is
+
+    def validation_step(self, indices: Tensor, batch_index: int) -> None:
+        for index in indices.tolist():
+            document = self.held[index % len(self.held)]
+            ids, cursor = document["ids"].to(self.device)[None], document["cursor"]
+            if index not in self._before:
+                with self.original() as original:
+                    hidden = original(original.embed(ids[:, :-1]), None)[0]
+                    self._before[index] = nll(original, hidden, ids[0, 1:])
+            plain = nll(self.base, self.base(self.base.embed(ids[:, :-1]), None)[0], ids[0, 1:])
+            before = self._before[index]
+            (tree,) = same_rows(self.gistnet, self.base, self.document(ids[:, :cursor]), 1)
+            costs = []
+            for share in self.hparams.budgets:
+                context = focused(tree, int(share * cursor), self.lens, dict(self.hparams.allocator))
+                costs.append(continuation_nll(self.base, context, ids[:, cursor:]).mean())
+            row = (torch.stack(costs).mean(), before[cursor - 1 :].mean(), plain.mean(), before.mean())
+            self.found.append(torch.stack(row))
+
+    def on_validation_epoch_end(self) -> None:
+        windows, full, plain, before = torch.stack(self.found).double().mean(0).unbind()
+        self.log("val/cost", windows - full, prog_bar=True)
+        self.log("val/nll", windows)
+        self.log("val/base_lost", plain - before)  # nats that the base LM's own NLL lost
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        # A frozen base is named in the hyperparameters. GistNet and LensNet are kept: their runs may be gone by then.
+        kept = {f"base.{name}" for name in kept_of_base(self)}
+        found = checkpoint["state_dict"].items()
+        checkpoint["state_dict"] = {k: v for k, v in found if not k.startswith("base.") or k in kept}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        own = {f"base.{k}": v for k, v in self.base.state_dict().items()}
+        checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
+
+    @torch.no_grad()
+    def finish(self, folder: Path, datamodule) -> None:
+        """What focus is worth now, what the base LM has lost, and the next command."""
+        self.eval()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            report(self, folder, datamodule)
+        print(f"Next: python -m megactx.stages.export {folder} OUT (a plain Hugging Face folder with all parts)")

@@ -1,0 +1,262 @@
+"""generate, chat and ingest as a person calls them: what they print, keep, refuse, and end with."""
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megactx.runtime import Controller, Session, Settings, chat, generate, ingest, load_models
+from megactx.runtime.session_files import MANIFEST
+
+REPOSITORY = Path(__file__).parents[2]
+TEXT = "def read(path):\n    return path.read_text()\n"
+
+
+@pytest.fixture
+def own(exported):
+    """Arguments that every command takes."""
+    return ["--model", str(exported), "--budget", "400"]
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """What is piped into a command."""
+
+    def make(content: bytes | str):
+        raw = content.encode() if isinstance(content, str) else content
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+
+    return make
+
+
+def folder_of(tmp_path, **files):
+    for name, content in files.items():
+        (tmp_path / name.replace("__", ".")).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return tmp_path
+
+
+def test_a_prompt_is_continued_the_same_from_the_command_line_a_file_and_stdin(own, typed, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text(TEXT)
+    asked = (["--file", str(tmp_path / "prompt.txt")], [TEXT], [])
+    told = []
+    for arguments in asked:
+        typed(TEXT)
+        assert generate.main([*arguments, "--tokens", "12", *own]) == 0
+        told.append(capsys.readouterr().out)
+    assert len(told[0]) > 5 and told[0] == told[1] == told[2]
+
+
+def test_several_prompts_are_a_batch_and_each_gets_its_own_answer(own, capsys):
+    alone = []
+    for prompt in (TEXT, "import os"):
+        assert generate.main([prompt, "--tokens", "8", *own]) == 0
+        alone.append(prompt + capsys.readouterr().out + "\n")
+    assert generate.main([TEXT, "import os", "--tokens", "8", *own]) == 0
+    assert capsys.readouterr().out == "".join(alone)
+
+
+def test_generate_goes_on_with_a_session(own, tmp_path, capsys):
+    folder = tmp_path / "session"
+    assert generate.main([TEXT, "--tokens", "5", "--session", str(folder), *own]) == 0
+    first = json.loads((folder / MANIFEST).read_text())["tokens"]
+    assert generate.main(["more", "--tokens", "5", "--session", str(folder), *own]) == 0
+    session = Session.load(folder, Controller(load_models(own[1], "cpu"), Settings(budget=400)))
+    assert session.length > first + 5 and TEXT + capsys.readouterr().out[:3] in session.text()
+    session.close()
+
+
+def test_plain_generation_needs_no_gistnet(base_folder, capsys):
+    assert generate.main([TEXT, "--tokens", "5", "--model", str(base_folder), "--megacontext", "none"]) == 0
+    assert generate.main([TEXT, "--tokens", "5", "--model", str(base_folder)]) == 2
+    assert "there is no GistNet" in capsys.readouterr().err
+
+
+def test_a_talk_through_a_pipe_with_all_of_its_commands(own, typed, tmp_path, capsys):
+    folder = tmp_path / "kept"
+    lines = [
+        "hello there",
+        "/focus",
+        "/tree",
+        "/history 5",
+        f"/save {folder}",
+        "/save",
+        f"/load {folder}",
+        "/help",
+        "/quit",
+    ]
+    typed("\n".join([*lines, "not read any more"]))
+    assert chat.main(["--tokens", "40", *own]) == 0
+    out = capsys.readouterr().out
+    for part in ("refocus ", "of 400 entries", "sees ", f"saved to {folder}", "/history", "/quit"):
+        assert part in out, part
+    assert f"({folder} is in use" not in out or "in use by process" in out
+    assert json.loads((folder / MANIFEST).read_text())["tokens"] > 40
+
+
+def test_a_talk_shows_what_lensnet_decided(own, typed, capsys):
+    typed("words " * 500 + "\n/focus\n")
+    assert chat.main(["--tokens", "8", *own]) == 0
+    out = capsys.readouterr().out
+    assert "price " in out and "swap rate" in out and "score" in out
+
+
+def test_a_talk_is_kept_and_gone_on_with(own, typed, tmp_path, capsys):
+    folder = tmp_path / "talk"
+    for _ in range(2):
+        typed("good morning\n")
+        assert chat.main(["--tokens", "6", "--session", str(folder), *own]) == 0
+    session = Session.load(folder, Controller(load_models(own[1], "cpu"), Settings(budget=400)))
+    assert session.text().count("User: good morning\nAssistant:") == 2
+    session.close()
+
+
+def test_mistakes_at_the_prompt_do_not_end_a_talk(own, typed, capsys):
+    typed(b"\xff\xfe\n/nosuch\n/load\n/load /nowhere\n/save\n/history x\n\n  \n/history 3\nstill here\n")
+    assert chat.main(["--tokens", "3", *own]) == 0
+    out = capsys.readouterr().out
+    for part in ("not UTF-8", "no such command", "name a folder", "there is no session", "a number of tokens"):
+        assert part in out, part
+
+
+def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_talk_which_is_saved(own, typed, tmp_path, monkeypatch, capsys):
+    folder, generated = tmp_path / "talk", Session.generate
+    calls = []
+
+    def stopped(self, *arguments):
+        calls.append(1)
+        for count, piece in enumerate(generated(self, *arguments)):
+            if len(calls) == 1 and count == 3:
+                raise KeyboardInterrupt
+            yield piece
+
+    def ctrl_c():
+        raise KeyboardInterrupt
+
+    typed("one\ntwo\n")
+    line = chat._line
+    monkeypatch.setattr(Session, "generate", stopped)
+    monkeypatch.setattr(chat, "_line", lambda: line() or ctrl_c())
+    assert chat.main(["--tokens", "6", "--session", str(folder), *own]) == 130
+    told = capsys.readouterr()
+    assert "(stopped)" in told.out and told.err == "\nmegactx: interrupted\n" and len(calls) == 2
+    with Session.load(folder, Controller(load_models(own[1], "cpu"), Settings(budget=400))) as session:
+        assert "User: one" in session.text() and "User: two" in session.text()
+
+
+def test_files_of_every_kind_become_one_history_and_are_not_read_twice(own, tmp_path, capsys):
+    files = folder_of(
+        tmp_path, a__md="# Title\n" + TEXT, b__py=TEXT * 40, c__jsonl='{"text": "one row"}\n{"text": "two"}\n'
+    )
+    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(b"packed words"))
+    out = tmp_path / "library"
+    assert ingest.main([str(files / "*.*"), str(out), *own]) == 0
+    told = capsys.readouterr().out
+    assert "new tokens" in told and "gists:" in told and "100 %" in told
+    own_controller = Controller(load_models(own[1], "cpu"), Settings(budget=400))
+    with Session.load(out, own_controller) as session:
+        text, length = session.text(), session.length
+        tree = own_controller.build_tree(session.ids()[None])
+        assert int(tree.counts(1)[0]) == int(session.tree.counts(1)[0]) + int(session.stream.counts[0]) // 4
+    for part in ("# Title", "one row\n\ntwo", "packed words", TEXT * 40):
+        assert part in text
+    (tmp_path / "e.txt").write_text("a new file")
+    assert ingest.main([str(files / "*.*"), str(out), *own]) == 0
+    with Session.load(out, own_controller) as session:
+        assert session.text() == text + "a new file\n\n" and session.length > length
+
+
+def test_a_stopped_ingestion_goes_on_where_it_was(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ingest, "PIECE", 2000)
+    monkeypatch.setattr(ingest, "SAVE_EVERY", 0.0)
+    (tmp_path / "long.txt").write_text("".join(f"line {n} of a long text\n" for n in range(900)))
+    append, calls = Session.append, []
+
+    def stopped(self, content, score=False):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return append(self, content, score)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "append", stopped)
+        assert ingest.main([str(tmp_path / "long.txt"), str(tmp_path / "out"), *own]) == 130
+    assert ingest.main([str(tmp_path / "long.txt"), str(tmp_path / "out"), *own]) == 0
+    assert ingest.main([str(tmp_path / "long.txt"), str(tmp_path / "whole"), *own]) == 0
+    own_controller, texts = Controller(load_models(own[1], "cpu"), Settings(budget=400)), []
+    for name in ("out", "whole"):
+        with Session.load(tmp_path / name, own_controller) as session:
+            texts.append(session.text())
+    assert texts[0] == texts[1] and texts[0].count("line ") == 900
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "empty"), (b"ab\xff\xfe", "not UTF-8"), (b"PK\x00\x01", "binary, not text")]
+)
+def test_a_file_that_is_no_text_is_refused_by_name_and_what_was_read_is_kept(own, tmp_path, content, message, capsys):
+    (tmp_path / "good.txt").write_text(TEXT)
+    (tmp_path / "bad.txt").write_bytes(content)
+    out = tmp_path / "out"
+    assert ingest.main([str(tmp_path / "good.txt"), str(tmp_path / "bad.txt"), str(out), *own]) == 2
+    error = capsys.readouterr().err
+    assert "bad.txt" in error and message in error and "Traceback" not in error
+    if message != "empty":  # that is seen before anything is read
+        assert list(json.loads((out / MANIFEST).read_text())["about"]["ingested"].values())[0]["whole"]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (generate, ["x", "--budget", "40"], "budget=40 is not allowed: at least"),
+        (generate, ["x", "--temperature", "-1"], "temperature=-1.0 is not allowed"),
+        (generate, ["x", "--tokens", "-1"], "--tokens=-1 is not allowed"),
+        (generate, ["x", "--stop", ""], "stop='' is not allowed"),
+        (generate, ["x", "--file", "y"], "not both"),
+        (generate, ["--file", "/nowhere"], "no such file"),
+        (generate, ["x", "y", "--session", "z"], "one history"),
+        (generate, ["x", "--model", "/nowhere"], "there is no such folder"),
+        (chat, ["--session", "/proc/nowhere/x", "--budget", "400"], "/proc/nowhere/x cannot be written"),
+        (ingest, ["/nowhere/x", "out"], "no such file"),
+        (ingest, [__file__, "out", "--megacontext", "none"], "keeps no tree"),
+    ],
+)
+def test_a_mistake_is_one_message_and_a_code(
+    exported, command, arguments, message, capsys, typed, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    typed("")
+    if "--model" not in arguments:
+        arguments = [*arguments, "--model", str(exported)]
+    code = command.main(arguments)
+    error = capsys.readouterr().err
+    assert code == 2 and message in error
+    assert error.startswith("megactx: ") and "Traceback" not in error and error.count("\n") == 1
+
+
+def test_a_folder_of_other_files_is_refused_before_anything_is_done(own, tmp_path, typed, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    typed("hello\n")
+    assert chat.main(["--session", str(tmp_path), *own]) == 2
+    assert "holds other files" in capsys.readouterr().err and os.listdir(tmp_path) == ["thesis.txt"]
+
+
+@pytest.mark.slow
+def test_the_commands_run_as_modules_with_nothing_but_the_package(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def python(*arguments, stdin=b""):
+        command = [sys.executable, "-m", *map(str, arguments)]
+        return subprocess.run(command, input=stdin, capture_output=True, cwd=REPOSITORY, env=environment)
+
+    done = python("megactx.runtime.ingest", REPOSITORY / "README.md", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    done = python("megactx.runtime.chat", "--session", tmp_path / "out", "--tokens", 20, stdin=b"hello\n/tree\n")
+    assert done.returncode == 0 and b"sees" in done.stdout, done.stderr
+    done = python("megactx.runtime.generate", "import", "--tokens", 5, "--session", tmp_path / "out")
+    assert done.returncode == 0 and len(done.stdout) > 3, done.stderr
+    done = python("megactx.runtime.generate", "import", "--tokens", "many")
+    assert done.returncode == 2 and b"Traceback" not in done.stderr

@@ -1,0 +1,52 @@
+"""Positions stay below the limit at any length, ascend, and move only when they must."""
+
+import torch
+from windows import small_base, tree_of, window
+
+from megactx.memory import WorkingContext
+from megactx.runtime.placement import Placement
+
+LIMIT, BUDGET, STEP = 200, 90, 4
+
+
+def grown(tree, context, count):
+    tree.append(torch.randint(97, (tree.rows, count)))
+    context.append(count)
+    return context
+
+
+def test_positions_are_absolute_until_new_tokens_would_leave_the_trained_range():
+    tree = tree_of(small_base(), lengths=(150,))
+    context, placement = window(tree, edits=0), Placement("rebased", LIMIT, BUDGET, STEP)
+    positions, behind = placement.place(context)
+    assert torch.equal(positions, context.positions()) and behind.tolist() == [150]
+    assert placement.moved == [None]
+
+
+def test_beyond_it_they_stay_below_the_limit_and_move_once_in_many_refocuses():
+    tree = tree_of(small_base(), lengths=(150, 97))
+    context, placement = WorkingContext.recency(tree, BUDGET), Placement("rebased", LIMIT, BUDGET, STEP)
+    moved, before, there = 0, None, None
+    for _ in range(70):
+        if int(context.counts.max()) > BUDGET - STEP:
+            context = WorkingContext.recency(tree, BUDGET - 20)
+            context.budget, before = BUDGET, None
+        context = grown(tree, context, STEP)
+        positions, behind = placement.place(context)
+        ends = context.ends()
+        for row, count in enumerate(context.counts.tolist()):
+            own = positions[row, :count]
+            assert (own[1:] > own[:-1]).all() and own[:4].tolist() == [0, 1, 2, 3]
+            assert int(behind[row]) > int(own[-1]) and int(behind[row]) + STEP <= LIMIT
+            assert int(own[-1]) == int(behind[row]) - 1 or ends[row] <= LIMIT
+        if before is not None:
+            moved += not torch.equal(before, torch.where(there, positions[:, : before.shape[1]], 0))
+        before, there = positions, context.there
+    assert 0 < moved < 20
+
+
+def test_absolute_positions_go_on_beyond_the_limit():
+    tree = tree_of(small_base(), lengths=(300,))
+    context = window(tree, edits=0)
+    positions, behind = Placement("absolute", LIMIT, BUDGET, STEP).place(context)
+    assert torch.equal(positions, context.positions()) and behind.tolist() == [300]

@@ -1,0 +1,290 @@
+"""Histories that go on: past the trained range, within the budget, whole whatever happens."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megactx.runtime import Controller, Sampling, Settings
+from megactx.runtime.controller import decode
+
+K, PROTECTED, LIMIT = 4, 8, 512
+
+
+def greedy(stream, count):
+    """-> [B, count]"""
+    return torch.tensor(list(decode(stream, count, Sampling()))).T
+
+
+def plain_nll(base, ids):
+    """ids [1, T] -> [T - 1], by the model itself."""
+    logits = base.model(input_ids=ids).logits[0, :-1].float()
+    return F.cross_entropy(logits, ids[0, 1:], reduction="none")
+
+
+def test_with_focus_off_decoding_equals_the_plain_model_while_the_history_fits(models, controller, ids):
+    prompt, base = ids(1, 40), models.base
+    expected = base.model.generate(input_ids=prompt, max_new_tokens=50, do_sample=False, pad_token_id=1)[0, 40:]
+    for kind in ("recency", "none"):
+        assert torch.equal(controller(kind).generate(prompt, 50)[0], expected), kind
+
+
+def test_with_focus_off_the_embedded_model_decodes_as_it_does_alone():
+    from megactx.runtime import load_models
+
+    models = load_models(device="cpu")
+    prompt = torch.tensor([[0, *models.base.tokenizer("def read(path):\n    with open(", verbose=False)["input_ids"]]])
+    expected = models.base.model.generate(input_ids=prompt, max_new_tokens=70, do_sample=False)
+    found = Controller(models, Settings(budget=512, megacontext="recency")).generate(prompt, 70)[0]
+    assert torch.equal(found, expected[0, prompt.shape[1] :])
+
+
+@torch.no_grad()
+def test_without_megacontext_the_logits_are_those_of_the_plain_model_bit_for_bit(models, controller, ids):
+    stream, prompt = controller("none").stream(2), ids(2, 30)
+    stream.append(prompt)
+    for _ in range(5):
+        assert torch.equal(stream.logits(), models.base.model(input_ids=stream.tokens).logits[:, -1]) or torch.allclose(
+            stream.logits(), models.base.model(input_ids=stream.tokens).logits[:, -1], atol=1e-5
+        )
+        stream.push(stream.logits().argmax(-1))
+    whole = controller("none").stream(2)
+    whole.append(prompt)
+    assert torch.equal(whole.logits(), models.base.model(input_ids=prompt).logits[:, -1])
+
+
+@torch.no_grad()
+def test_without_megacontext_a_history_beyond_the_base_is_refused(controller, ids):
+    stream = controller("none").stream()
+    stream.append(ids(1, LIMIT))
+    with pytest.raises(ValueError, match=f"{LIMIT + 1} tokens, megacontext=none takes at most {LIMIT}"):
+        stream.push(torch.tensor([5]))
+    with pytest.raises(ValueError, match="rows of one length"):
+        controller("none").stream(2).append(ids(2, 5), torch.tensor([5, 3]))
+
+
+@torch.no_grad()
+def test_scores_of_known_tokens_are_those_of_the_plain_model_while_they_fit(models, controller, ids):
+    tokens = ids(1, 60)
+    expected = plain_nll(models.base, tokens)
+    for kind in ("recency", "focus", "none"):
+        stream = controller(kind).stream()
+        parts = [stream.append(part, score=True)[0] for part in tokens.split([1, 2, 30, 27], dim=1)]
+        found = torch.cat(parts)
+        assert found[0].isnan() and torch.allclose(found[1:], expected, atol=1e-4), kind
+
+
+def test_scored_or_pushed_or_appended_tokens_leave_the_same_history_and_logits(controller, ids):
+    tokens, logits = ids(1, 50), []
+    for how in ("scored", "pushed", "appended"):
+        stream = controller("recency").stream()
+        if how == "pushed":
+            for token in tokens[0]:
+                stream.push(token[None])
+        else:
+            stream.append(tokens, score=how == "scored")
+        assert int(stream.lengths) == 50
+        logits.append(stream.logits())
+    assert torch.allclose(logits[0], logits[1], atol=1e-4) and torch.allclose(logits[0], logits[2], atol=1e-4)
+
+
+LONG = [(kind, positions) for kind in ("recency", "focus") for positions in ("rebased", "absolute")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions", "tokens"),
+    [("focus", "rebased", 560), ("recency", "absolute", 560)]
+    + [pytest.param(*pair, 6000, marks=pytest.mark.slow) for pair in LONG],
+)
+def test_past_the_trained_range_every_window_keeps_its_invariants(controller, ids, kind, positions, tokens):
+    events, stream = [], controller(kind, positions=positions).stream()
+
+    def seen(event):
+        events.append(event)
+        context = stream.context
+        context.check()
+        assert int(context.counts[0]) <= 96 and context.ends().tolist() == stream.tree.lengths.tolist()
+        assert (context.lod[0, -PROTECTED:] == 0).all() and context.lod[0, :K].tolist() == [0] * K
+        places, behind = stream.placement.place(context)
+        assert (places[0, 1:] > places[0, :-1]).all()
+        assert positions == "absolute" or int(behind) + K <= LIMIT
+
+    stream.observers.append(seen)
+    history = ids(1, tokens)
+    nll = stream.append(history, score=True)
+    assert nll[0, 1:].isfinite().all() and torch.equal(stream.tree.tokens.long(), history)
+    assert len(events) == tokens // K and events[-1].tokens.tolist() == [tokens]
+    largest = stream.reader.bytes()
+    assert largest < 2 * 96 * (2 * 2 * 32 + 40) * 4  # keys and values of 2 layers; embeddings and so on
+    reuse = sum(event.reuse for event in events) / len(events)
+    assert 0.1 < reuse < 1
+    if kind == "focus":
+        assert sum(len(event.edits) for event in events if event.edits is not None) > 10
+        assert any(event.room is not None for event in events) and not any(e.started for e in events[1:])
+        rates = torch.tensor([float(e.telemetry.swap_rate[0]) for e in events if e.telemetry is not None])
+        assert rates.max() <= 4 * K / 60 and rates.mean() < 0.25
+    utilisation = torch.tensor([event.utilisation[0] for event in events[40:]])
+    assert utilisation.min() > 0.6 and utilisation.mean() > 0.8
+
+
+def test_the_tree_of_a_stream_is_the_tree_of_its_tokens(controller, ids):
+    stream, tokens = controller().stream(), ids(1, 300)
+    stream.append(tokens[:, :100], score=True)
+    stream.append(tokens[:, 100:150])
+    stream.append(tokens[:, 150:])
+    expected = controller().build_tree(tokens)
+    for lod in range(1, expected.depth + 1):
+        assert torch.equal(stream.tree.gists(lod), expected.gists(lod))
+
+
+def test_a_batch_decodes_as_each_of_its_rows_alone(controller, ids):
+    prompts = ids(3, 480)
+    for kind, lengths in (("recency", [480, 37, 5]), ("focus", [480, 130, 97])):
+        lengths = torch.tensor(lengths)
+        together = controller(kind).generate(prompts, 30, lengths)
+        for row, length in enumerate(lengths.tolist()):
+            alone = controller(kind).generate(prompts[row : row + 1, :length], 30)[0]
+            assert torch.equal(together[row], alone), (kind, row)
+
+
+def test_a_row_ends_with_a_stop_token_and_the_others_go_on(controller, ids):
+    prompts = ids(2, 30)
+    free = controller("recency").generate(prompts, 30)
+    stop = int(free[0][6])
+    first = free[0].tolist().index(stop)
+    found = controller("recency").generate(prompts, 30, stop=[stop])
+    assert torch.equal(found[0], free[0][: first + 1])
+    other = free[1].tolist()
+    assert found[1].tolist() == (other[: other.index(stop) + 1] if stop in other else other)
+
+
+class Refusal(BaseException):
+    """As Ctrl-C: nothing catches it on the way."""
+
+
+@pytest.mark.parametrize("where", ["lensnet", "allocator", "room", "base"])
+def test_a_stop_in_the_middle_of_a_refocus_loses_nothing(models, controller, ids, monkeypatch, where):
+    stream, tokens = controller().stream(), ids(1, 400)
+    stream.append(tokens[:, :301], score=True)
+
+    def stopped(*arguments, **settings):
+        raise Refusal
+
+    part, name = {
+        "lensnet": (stream.focus.lensnet, "forward"),
+        "allocator": (stream.focus.allocator, "refocus"),
+        "room": (stream.focus, "room"),
+        "base": (stream.reader, "_pass"),
+    }[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(part, name, stopped)
+        with pytest.raises(Refusal):
+            stream.append(tokens[:, 301:350], score=True)
+    taken = int(stream.lengths)
+    assert 301 <= taken <= 304
+    stream.append(tokens[:, taken:350], score=True)
+    assert torch.equal(stream.newest(350), tokens[:, :350])
+    stream.context.check()
+    fresh = controller().stream(tree=stream.tree)
+    fresh.restore(stream.context.copy())
+    fresh.placement.moved = stream.placement.moved
+    fresh.waiting, fresh.counts = stream.waiting, stream.counts
+    assert torch.allclose(stream.logits(), fresh.logits(), atol=1e-4)
+
+
+def test_a_lensnet_that_says_nan_is_refused_and_nothing_is_lost(models, controller, ids, monkeypatch):
+    stream = controller().stream()
+    stream.append(ids(1, 100))
+    broken = lambda *arguments: torch.full((1, arguments[1].shape[1], 2), torch.nan)  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(models.lensnet, "forward", broken)
+        with pytest.raises(ValueError, match="lensnet: its values are NaN"):
+            stream.append(ids(1, 30, seed=1))
+    assert int(stream.lengths) == 130 and stream.logits().isfinite().all()
+
+
+def test_tokens_that_the_base_cannot_embed_are_refused_before_anything_is_taken(controller, ids):
+    stream = controller().stream()
+    with pytest.raises(ValueError, match="a row has no token yet"):
+        stream.logits()
+    stream.append(ids(1, 10))
+    for score in (True, False):
+        with pytest.raises(ValueError, match="id 512 is not allowed"):
+            stream.append(torch.tensor([[3, 512]]), score=score)
+    with pytest.raises(ValueError, match=r"tokens have shape \[2, 3\]"):
+        stream.append(ids(2, 3))
+    with pytest.raises(ValueError, match="a row has no token yet"):
+        controller().stream(2).append(ids(2, 3), torch.tensor([3, 0]))
+    assert int(stream.lengths) == 10
+
+
+def test_an_event_tells_what_a_refocus_did(controller, ids):
+    events = []
+    stream = controller().stream(observers=[events.append])
+    stream.append(ids(1, 400), score=True)
+    for event, after in zip(events[30:], events[31:], strict=False):
+        assert torch.equal(event.after[0].lod, after.before[0].lod) and after.number == event.number + 1
+    event = next(e for e in events[30:] if e.room is not None and len(e.edits))
+    assert {"decode", "gist", "room", "score", "allocate", "read"} <= {*event.seconds}
+    assert min(event.seconds.values()) >= 0 and event.scores.score.shape[1] == len(event.scored[0].lod)
+    step = event.step()
+    assert step.after is event.after[0] and len(step.edits) == len(event.edits)
+    changed = sum(K - 1 if e else 1 - K for e in event.edits.expand.tolist())
+    assert len(event.after[0].lod) - len(event.scored[0].lod) == changed
+    assert len(event.scored[0].lod) - len(event.before[0].lod) == K - (K - 1) * len(event.room)
+
+
+def test_a_long_append_starts_the_window_anew_and_a_short_one_does_not(controller, ids):
+    events = []
+    stream = controller().stream(observers=[events.append])
+    stream.append(ids(1, 1000))
+    assert events == [] and stream.window().ends().tolist() == [1000]
+    assert [event.started.tolist() for event in events] == [[True]]
+    stream.append(ids(1, 30))
+    assert not any(event.started for event in events[1:]) and stream.context.ends().tolist() == [1030]
+    assert [int(event.new) for event in events[1:]] == [12, 12, 6]  # a reserve at a time
+
+
+def test_the_verbs_of_the_controller_work_one_by_one(controller, ids):
+    own = controller()
+    tree = own.build_tree(ids(2, 500), torch.tensor([500, 200]))
+    context = own.assemble(tree)
+    assert (context.counts <= 96 - 12).all() and context.ends().tolist() == [500, 200]
+    edits = own.refocus(context)
+    context.check()
+    assert edits is not None and controller("recency").refocus(context) is None
+    with pytest.raises(ValueError, match="megacontext=none has no tree"):
+        controller("none").build_tree(ids(1, 5))
+
+
+def test_a_window_without_a_lensnet_falls_back_to_recency_and_says_so(models):
+    from megactx.runtime import Models
+
+    own = Controller(Models(models.base, models.gistnet), Settings(budget=96, allocator={"protected": 8}))
+    assert "no LensNet" in own.notes[0] and own.stream().focus.lensnet is None
+    with pytest.raises(ValueError, match="there is no GistNet"):
+        Controller(Models(models.base), Settings(budget=96))
+
+
+def test_settings_that_cannot_work_are_refused_by_name(models, controller):
+    with pytest.raises(ValueError, match="budget=40 is not allowed: at least 87 entries"):
+        controller(budget=40)
+    with pytest.raises(ValueError, match="budget=510 is not allowed: at most 504"):
+        controller(budget=510)
+    controller(budget=510, positions="absolute")
+    for wrong in (dict(megacontext="on"), dict(positions="relative"), dict(budget=0), dict(limit=0)):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=f"{name}="):
+            Settings(**wrong)
+    with pytest.raises(ValueError, match="max_tokens=-1"):
+        controller().generate(torch.tensor([[3]]), -1)
+
+
+def test_the_least_budget_holds_the_coarsest_view_of_any_history(models, ids):
+    settings = Settings(budget=87, megacontext="recency", allocator={"protected": 8})
+    stream = Controller(models, settings).stream()
+    sizes, history = [], ids(1, 3000)
+    for part in history.split(500, dim=1):
+        stream.append(part)
+        sizes.append(int(stream.window().counts))
+        assert (stream.context.lod[0, -PROTECTED:] == 0).all()
+    assert max(sizes) <= 87

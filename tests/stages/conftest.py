@@ -1,0 +1,27 @@
+"""The joint stages in miniature."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def joint_settings(base_folder, texts, tmp_path_factory):
+    """Overrides of a short run of a joint stage; a test adds ``experiment=...`` and ``folder=...``."""
+    from megactx.gist import GistNet
+    from megactx.gist.pretrained import save_gistnet
+    from megactx.lm import BaseLM
+
+    base = BaseLM.from_pretrained(str(base_folder)).freeze()
+    torch.manual_seed(3)
+    given = {"block_size": 8, "num_heads": 4, "dropout": 0.1}  # dropout draws random numbers
+    net, folder = GistNet(32, base.embedding_rms(), **given), tmp_path_factory.mktemp("gistnet")
+    save_gistnet(net, given, base, folder / "net")
+    return [
+        *["preset=demo", "data=files", f"data.path={texts}", f"base.name={base_folder}"],
+        *[f"stage.gistnet={folder / 'net'}", "data.weights={narrative: 0.5, code: 0.5, structured: 0}"],
+        *["block_size=8", "horizon.tokens=8", "lensnet.num_heads=4", "lensnet.dropout=0.1", "preset.warmup=1"],
+        *["datamodule.min_tokens=300", "datamodule.max_tokens=400", "datamodule.batch=2", "datamodule.documents=2"],
+        *["datamodule.validation_windows=3", "stage.budgets=[0.6, 0.7]", "stage.evaluate.documents=3"],
+        *["stage.evaluate.tokens=300", "stage.evaluate.budgets=[0.6]", "stage.lora.rank=4"],
+        *["trainer=cpu", "trainer.precision=32-true", "trainer.log_every_n_steps=1"],
+    ]

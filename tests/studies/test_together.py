@@ -1,0 +1,77 @@
+"""Runs that learned together and apart, in one table; and the whole road in miniature."""
+
+import json
+
+import pytest
+import torch
+
+from megactx.evaluation.focus import FULL, LENS, RECENCY, FocusScores
+from megactx.framework.app import run
+from megactx.studies.together import main, sheet, summarise
+
+
+def found(name: str, nll: list[float], full: list[float]) -> dict:
+    scores = FocusScores(document=list(range(len(nll))), domain=["code"] * len(nll))
+    scores.nll = {"0.25": {RECENCY: [value + 0.5 for value in nll], LENS: nll, FULL: full}}
+    scores.telemetry = {"0.25": {"swap_rate": [0.1, float("nan"), 0.3]}}
+    recovery = {"point": 0.5, "low": 0.4, "high": 0.6}
+    numbers = {"nll_before": 3.0, "nll_after": 3.1, "adapter_parameters": 7, "recovery_body": recovery}
+    return {"name": name, "steps": 10, "tokens": None, "flops": None, "scores": scores} | numbers
+
+
+def test_cost_is_above_the_untouched_base_and_differences_are_paired_with_the_first_run():
+    generator = torch.Generator().manual_seed(0)
+    full = 2 + torch.rand(50, generator=generator, dtype=torch.float64)
+    first = found("apart", (full + 0.4).tolist(), full.tolist())
+    # Its own full context is worse, which must gain it nothing.
+    second = found("together", (full + 0.1).tolist(), (full + 1).tolist())
+    apart, together = summarise([first, second], full)
+    assert apart["cost"]["point"] == pytest.approx(0.4) and together["cost"]["point"] == pytest.approx(0.1)
+    assert together["less"]["high"] == pytest.approx(-0.3) and apart["less"]["point"] == 0
+    assert together["recency"]["point"] == pytest.approx(0.6) and together["own_full"] == pytest.approx(1)
+    assert together["swap_rate"] == pytest.approx(0.2) and together["base_lost"] == pytest.approx(0.1)
+    (title, header, rows, _) = sheet([apart, together], "0.25")
+    assert [row[0] for row in rows] == ["apart", "together"] and all(len(row) == len(header) for row in rows)
+
+
+def test_a_folder_that_is_no_run_is_told(tmp_path, capsys):
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "there is no such run folder" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 2
+    assert "there is no checkpoint in it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_from_a_gist_run_over_a_lens_run_to_parts_that_learn_together_and_are_exported(
+    gist_settings, base_folder, texts, tmp_path, capsys
+):
+    """All runs have one GistNet architecture; each starts from the one before."""
+    gist = [o for o in gist_settings if not o.startswith(("preset.min", "preset.max"))]
+    gist += ["block_size=8", "horizon.tokens=8", "preset.min_tokens=200", "preset.max_tokens=256"]
+    assert run([*gist, f"folder={tmp_path / 'gist'}", "stage.evaluate.controls=false"]) == 0
+    shared = [
+        *["preset=demo", "data=files", f"data.path={texts}", f"base.name={base_folder}", "block_size=8"],
+        *["data.weights={narrative: 0.5, code: 0.5, structured: 0}", "horizon.tokens=8", "lensnet.num_heads=4"],
+        *[f"stage.gistnet={tmp_path / 'gist'}", "datamodule.min_tokens=300", "datamodule.max_tokens=400"],
+        *["preset.validate_every=2", "stage.budgets=[0.6]", "stage.evaluate.documents=2", "preset.warmup=1"],
+        *["stage.evaluate.tokens=300", "stage.evaluate.budgets=[0.6]", "stage.evaluate.planted=0"],
+        *["stage.evaluate.oracle=0", "trainer=cpu", "trainer.precision=32-true"],
+    ]
+    lens = ["experiment=lens", "preset.steps=2", "stage.windows={per_round: 2, rounds: 1, edits: 4}"]
+    assert run([*shared, *lens, f"folder={tmp_path / 'lens'}"]) == 0
+    start = f"stage.init={tmp_path / 'lens'}"
+    turn = ["experiment=alternating", start, "stage.cycles=1", "stage.steps={gist: 1, lens: 2, lora: 1}"]
+    turn += ["stage.windows.per_round=2", "datamodule.spans=2"]
+    assert run([*shared, *turn, f"folder={tmp_path / 'turn'}"]) == 0
+    assert "GistNet, LensNet" in capsys.readouterr().out
+    once = ["experiment=end_to_end", f"stage.init={tmp_path / 'turn'}", "stage.train_base=lora", "stage.lora.rank=8"]
+    once += ["preset.steps=2", "stage.windows={sources: 1, variants: 3, per_pass: 2}"]
+    assert run([*shared, *once, f"folder={tmp_path / 'once'}"]) == 0
+    assert "GistNet, LensNet, base LM" in capsys.readouterr().out
+    folders = [str(tmp_path / name) for name in ("gist", "lens", "turn", "once")]
+    sizes = ["--documents", "3", "--tokens", "300", "--budgets", "0.6", "--blocks", "8", "--path", str(texts)]
+    assert main([*folders, *sizes, "--out", str(tmp_path / "table")]) == 0
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [row["run"].split("/")[-1] for row in rows] == ["gist", "lens", "turn", "once"]
+    assert [row["tokens"] is None for row in rows] == [True, True, False, False]
+    assert rows[0]["base_lost"] == rows[1]["base_lost"] == 0 and rows[3]["adapter_parameters"] > 0
