@@ -35,8 +35,9 @@ def plant(document: dict, others: list[np.ndarray], tokenizer, kind: str, block:
         rng: a numpy generator.
 
     Returns:
-        The document with ``ids`` [T + A], ``kind``, ``needed``, the indices of the blocks that hold the answer, ``cue``,
-        how many tokens at the end of T ask, and ``told``: (first token, ids) of all that was planted, the fact first.
+        The document with ``ids`` [T + A], ``kind``, ``needed``, the indices of the blocks that hold the answer,
+        ``cue``, how many tokens at the end of T ask, and ``told``: (first token, ids) of all that was planted, the fact
+        first.
         ``None`` where a sentence is longer than a block, or no block is free.
 
     Raises:

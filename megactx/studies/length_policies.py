@@ -74,10 +74,8 @@ def dropping(base: BaseLM, ids: Tensor, scored: Tensor, budget: int, block: int,
     began, out = clock(device), []
     for first in torch.arange(count, device=device).split(ROWS):
         start = length + first[:, None] * block - new  # [B, 1], of the newest tokens
-        place = torch.cat(
-            [torch.arange(block, device=device).expand(len(first), -1), start + torch.arange(new + block, device=device)],
-            dim=1,
-        )  # [B, W + K]
+        sink = torch.arange(block, device=device).expand(len(first), -1)
+        place = torch.cat([sink, start + torch.arange(new + block, device=device)], dim=1)  # [B, W + K]
         tokens = ids[place]
         at = place if positions == "absolute" else torch.arange(budget + block, device=device).expand_as(place)
         rows = budget + block - 1
@@ -107,7 +105,8 @@ def session(
     stream.logits()
     began = clock(device)
     found = stream.append(scored[None], score=True)[0]
-    return Found(found, clock(device) - began, before, _telemetry([event for event in events if event.read is not None]))
+    seconds, events = clock(device) - began, [event for event in events if event.read is not None]
+    return Found(found, seconds, before, _telemetry(events))
 
 
 def _telemetry(events: list[Refocused]) -> dict[str, float]:

@@ -93,7 +93,7 @@ def gather(
         if longest > near:
             fillers[domain], learned[domain] = _filler(behind, domain, taken, longest - near, bos_id(tokenizer), seed)
     if path or filler:
-        learned = dict.fromkeys(learned, 0)  # nothing was learned from these
+        learned = dict.fromkeys(learned, 0)  # what was learned from such text is not known here
     digest = hashlib.sha256()
     for ids in [*(target["ids"] for target in targets), *fillers.values()]:
         digest.update(ids.numpy().tobytes())
@@ -114,7 +114,8 @@ def tree_of(models: Models, ids: Tensor, known: MegaContextTree | None) -> MegaC
         count = min(len(ids), int(known.lengths[0])) // piece
         theirs = known.levels[0].span("token", 0, count * piece)[0]
         same = (ids[: count * piece] == theirs).view(count, piece).all(1)
-        for alike, run in zip(*(part.tolist() for part in torch.unique_consecutive(same, return_counts=True)), strict=True):
+        runs = torch.unique_consecutive(same, return_counts=True)
+        for alike, run in zip(*(part.tolist() for part in runs), strict=True):
             stop = start + run * piece
             if alike:
                 new.merge(known.slice(start, stop))

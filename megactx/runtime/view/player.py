@@ -21,7 +21,7 @@ from megactx.runtime.text import encodable
 from . import frames
 from .feed import Feed
 
-PIECE = 1024  # tokens that are read at a time, so that there is something to see meanwhile
+PIECE = 1024  # tokens that are read at a time at most, so that there is something to see meanwhile
 TAIL = 6000  # characters of the newest text that the page shows
 OPENING = 500  # tokens of a session that is gone on with
 OFTEN = 0.1  # seconds between two updates of the text
@@ -150,7 +150,7 @@ class Player:
             self._tell("idle", error=verdict(error)[1])
 
     def _read(self, ids: Tensor) -> None:
-        for piece in ids.split(PIECE):
+        for piece in ids.split(min(PIECE, self.session.controller.settings.budget // 2)):
             if self._stop.is_set():
                 return
             self.session.append(piece)

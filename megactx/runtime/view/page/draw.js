@@ -185,9 +185,9 @@ const past = {
         pen.fillStyle = css("--line");
         pen.fillRect(x - 1, 4, Math.max(3, thick + 2), 2 * middle - 8);
       }
-      pen.fillStyle = about.colours[0];
+      pen.fillStyle = css("--expand");
       pen.fillRect(x, middle - y(up(frame)), thick, y(up(frame)));
-      pen.fillStyle = about.colours[2];
+      pen.fillStyle = css("--collapse");
       pen.fillRect(x, middle, thick, y(down(frame)));
       pen.fillStyle = css("--soft");
       pen.fillRect(x, middle + y(down(frame)), thick, y(frame.room.length));
@@ -196,8 +196,7 @@ const past = {
     pen.fillRect(LABEL, middle, width - LABEL, 0.5);
     pen.fillText("expand", 0, middle - reach + 8);
     pen.fillText("collapse", 0, middle + reach - 8);
-    pen.fillText(`${most}`, 0, middle);
-    this.known = { step, count: all.length };
+    this.known = { step, count: all.length, most };
   },
   at(px) {
     const k = this.known, place = k ? Math.floor((px - LABEL) / k.step) : -1;

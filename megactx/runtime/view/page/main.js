@@ -30,7 +30,7 @@ function show() {
     $("scores-note").textContent = `LensNet's, before the edits${price}`;
   } else scores.known = null;
   past.draw(frames, about);
-  $("history-note").textContent = about.kind === "focus" ? "expands up, collapses down, grey: to make room" : "no LensNet: the newest text has the detail";
+  $("history-note").textContent = about.kind === "focus" ? `up to ${past.known.most}; grey: to make room` : "no LensNet: the newest text has the detail";
   $("which").max = frames.all.length - 1;
   $("which").value = frames.place;
   $("live").disabled = frames.chosen === null;
@@ -47,8 +47,8 @@ function figures(frame) {
     ["History", whole(frame.tokens), "tokens"],
     ["Window", whole(entries), `of ${whole(frame.budget)}`],
     ["Compression", (frame.tokens / Math.max(1, entries)).toFixed(1), "tokens per entry"],
-    ["Swap rate", frame.swap === undefined || frame.swap === null ? "–" : frame.swap.toFixed(2), "healthy 0.05 to 0.20"],
-    ["Keys and values kept", share(frame.reuse), ""],
+    ["Swap rate", frame.swap === undefined || frame.swap === null ? "–" : frame.swap.toFixed(2), "healthy 0.05–0.20"],
+    ["KV reuse", share(frame.reuse), "of keys and values"],
     ["Refocus", frame.ms ? whole(spent) : "–", "ms"],
     ["Speed", frame.decoded ? whole(frame.new / ((spent + ms.decode) / 1000)) : "–", "tokens per second"],
   ];
@@ -111,7 +111,7 @@ function written() {
   $("doing").dataset.busy = busy ? "yes" : state.doing.startsWith("connection") ? "lost" : "no";
   $("go").disabled = busy;
   $("stop").disabled = !busy;
-  $("text-note").textContent = state.tokens === undefined ? "" : `${whole(state.tokens)} tokens; what was written is darker`;
+  $("text-note").textContent = state.tokens === undefined ? "" : `${whole(state.tokens)} tokens; what the model wrote stands out`;
   $("error").hidden = !state.error;
   $("error").textContent = state.error || "";
 }

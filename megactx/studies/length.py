@@ -1,0 +1,244 @@
+"""Real text and planted facts after 4k, 32k, 256k, a million tokens of history: what a session keeps, what it costs.
+
+    python -m megactx.studies.length                                                 in minutes, the embedded models
+    python -m megactx.studies.length --lengths 4096 --documents 60 --planted 0       the whole system at T = 4,096
+    python -m megactx.studies.length --lengths 4096 32768 262144 1048576 --path TEXTS --filler MORE_TEXTS
+
+The same documents end every history, so all comparisons are paired (``length_text``). The next 512 tokens of each are
+scored under every policy at the same budgets (``length_policies``): full context while it fits, dropping, a session
+with gists only, a session with LensNet. Then facts that were told far back (``length_planted``). Every document and
+every case leaves a file in the output folder: the same command goes on with those that are missing.
+"""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megactx.assets import resolve
+from megactx.evaluation.files import replacing, without_nan
+from megactx.evaluation.planted import in_detail
+from megactx.focus.pretrained import identity, load_lensnet
+from megactx.memory import MegaContextTree
+from megactx.memory.encoding import identity_of_base
+from megactx.runtime import Models, Settings, load_models
+from megactx.runtime.command_line import run
+
+from . import length_planted as planted
+from .length_plot import plot
+from .length_policies import DROP, FOCUS, FULL, RECENCY, Found, dropping, full_context, session
+from .length_report import notes_on, rows_of, sheets, summarise
+from .length_text import Texts, gather, tree_of
+from .tables import show, write
+from .trained import bar, quiet
+
+SETTINGS = "settings.json"
+DOCUMENTS, CASES = "documents", "planted"
+
+
+class Study:
+    """One study: models, texts and settings, and what was measured so far."""
+
+    def __init__(self, models: Models, texts: Texts, asked: argparse.Namespace):
+        self.models, self.texts, self.asked = models, texts, asked
+        self.block, self.folder = models.gistnet.block_size, Path(asked.out)
+        self.kinds = [RECENCY] if models.lensnet is None else [RECENCY, FOCUS]
+
+    def placements(self, length: int) -> list[str]:
+        """How positions can be at a length of history, the usual one first."""
+        fits = length + self.asked.tokens <= self.models.base.max_positions
+        return ["absolute", "rebased"] if fits else ["rebased"]
+
+    def document(self, target: dict, known: MegaContextTree | None) -> dict:
+        """Score a target at every length under every policy."""
+        scored, rows = self.texts.scored(target), []
+        for length in self.asked.lengths:
+            ids = self.texts.history(target, length)
+            tree = tree_of(self.models, ids, known)
+            about = {"length": length, "tree_bytes": tree.bytes()}
+            for policy, budget, positions, found in self._policies(ids, tree, scored, self.placements(length)):
+                nll = [part.mean().item() for part in found.nll.split(self.block)]
+                own = {"policy": policy, "budget": budget, "positions": positions, "nll": nll}
+                own |= {"mean": found.nll.mean().item(), "seconds": found.seconds / len(scored)}
+                rows.append(about | own | found.telemetry)
+        return {name: target[name] for name in ("text", "domain", "source")} | {"rows": rows}
+
+    def case(self, case: dict, known: MegaContextTree | None) -> dict:
+        """Ask a planted question at every length under every policy."""
+        following, rows, gain = planted.answer(self.texts, case), [], None
+        for length in self.asked.lengths:
+            ids, needed = planted.placed(self.texts, case, length, self.block)
+            tree = tree_of(self.models, ids, known)
+            if gain is None:  # the first length is the shortest
+                gain = planted.gain(self.models, tree, needed, following, min(self.asked.budgets))
+            usual = self.placements(length)[:1]
+            for policy, budget, positions, found in self._policies(ids, tree, following, usual):
+                detail = None if found.context is None else in_detail(found.context, [needed])
+                if policy == DROP:
+                    detail = needed * self.block >= length - (budget - self.block)
+                own = {"policy": policy, "budget": budget, "positions": positions, "mean": found.nll.mean().item()}
+                rows.append({"length": length, "found": detail} | own)
+        return {"kind": case["kind"], "domain": case["domain"], "gain": gain, "rows": rows}
+
+    def _policies(self, ids, tree, scored, placements: list[str]) -> Iterator[tuple[str, int | None, str, Found]]:
+        if "absolute" in placements:
+            yield FULL, None, "absolute", full_context(self.models, ids, scored)
+        for budget in self.asked.budgets:
+            for positions in placements:
+                yield DROP, budget, positions, dropping(self.models.base, ids, scored, budget, self.block, positions)
+                for kind in self.kinds:
+                    settings = (kind, budget, positions, self.asked.limit, self.asked.refocuses)
+                    yield kind, budget, positions, session(self.models, tree, scored, *settings)
+
+    def measure(self) -> None:
+        """Measure what has no file yet, one domain after the other: each needs the tree of its filler."""
+        questions = planted.cases(
+            self.texts, self.models.base.tokenizer, self.asked.planted, self.block, self.asked.seed
+        )
+        work = [(DOCUMENTS, n, target) for n, target in enumerate(self.texts.targets)]
+        work += [(CASES, n, case) for n, case in enumerate(questions)]
+        work = [item for item in work if not self._path(*item[:2]).exists()]
+        work.sort(key=lambda item: (item[2]["domain"], item[0] == CASES, item[1]))
+        domain, known = None, None
+        for what, number, item in steps(work, "documents and cases"):
+            if item["domain"] != domain:
+                domain, known = item["domain"], None
+                if domain in self.texts.fillers:
+                    known = tree_of(self.models, self.texts.fillers[domain], None)
+            with torch.no_grad():
+                found = self.document(item, known) if what == DOCUMENTS else self.case(item, known)
+            with replacing(self._path(what, number)) as part:
+                part.write_text(json.dumps(without_nan(found)))
+
+    def measured(self, what: str, count: int) -> list[dict]:
+        """The first ``count`` documents or cases, of which some may be missing: not every fact can be planted."""
+        paths = (self._path(what, number) for number in range(count))
+        return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+    def about(self) -> dict:
+        """What decides about the figures."""
+        models, names = self.models, ("tokens", "limit", "lengths", "budgets", "documents", "refocuses", "seed")
+        return {name: getattr(self.asked, name) for name in names} | {
+            "models": models.name,
+            "base": identity_of_base(models.base),
+            "gistnet": identity(models.gistnet),
+            "lensnet": None if models.lensnet is None else identity(models.lensnet),
+            "text": self.texts.fingerprint,
+            "block_size": self.block,
+        }
+
+    def claim(self) -> None:
+        """Go on in a folder of this very study, or begin one.
+
+        Raises:
+            ValueError: the folder holds a study with other settings.
+        """
+        path, about = self.folder / SETTINGS, self.about()
+        if path.exists():
+            old = json.loads(path.read_text())
+            if wrong := [f"{name}={old.get(name)}, not {now}" for name, now in about.items() if old.get(name) != now]:
+                raise ValueError(f"--out={self.folder}: it holds a study with other settings: {'; '.join(wrong)}")
+            return
+        with replacing(path) as part:
+            part.write_text(json.dumps(about, indent=1))
+
+    def _path(self, what: str, number: int) -> Path:
+        return self.folder / what / f"{number:04d}.json"
+
+
+def steps(items: list, what: str) -> Iterable:
+    """A progress bar in a terminal, a line every tenth elsewhere."""
+    if sys.stdout.isatty():
+        yield from bar(what)(items)
+        return
+    began = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        if 10 * done // len(items) > 10 * (done - 1) // len(items):
+            print(f"{what}: {done} of {len(items)}, {time.monotonic() - began:.0f} s", flush=True)
+
+
+def study(asked: argparse.Namespace) -> None:
+    """The command.
+
+    Raises:
+        ValueError: a setting that is not allowed, or too little text.
+    """
+    quiet()
+    logging.basicConfig(format="%(message)s")
+    models = load_models(asked.model)
+    if models.gistnet is None:
+        raise ValueError(f"--model={asked.model}: there is no GistNet in it")
+    if asked.lensnet:
+        lensnet = load_lensnet(resolve(asked.lensnet), models.gistnet)
+        models = replace(models, lensnet=lensnet.to(models.base.model.device))
+    check(asked, models)
+    near, longest = asked.lengths[0], asked.lengths[-1]
+    sizes = (near, asked.tokens, longest, asked.documents, asked.domains, asked.seed)
+    here = Study(models, gather(models.base.tokenizer, asked.path, asked.filler, *sizes), asked)
+    here.claim()
+    here.measure()
+    about = here.about() | {"documents": len(here.texts.targets), "learned": here.texts.learned}
+    about |= {"device": models.base.model.device.type, "most": models.base.max_positions, "filler": asked.filler}
+    numbers = summarise(here.measured(DOCUMENTS, asked.documents), here.measured(CASES, asked.planted), about)
+    tables, notes = sheets(numbers), notes_on(numbers)
+    show(tables, notes)
+    stem = here.folder / "length"
+    write(stem, "Evaluation at length", tables, notes, rows_of(numbers), numbers)
+    plot(stem, numbers)
+    print(f"Tables and pictures: {stem}.md, .csv, .json and .png")
+
+
+def check(asked: argparse.Namespace, models: Models) -> None:
+    """Bring the settings into order.
+
+    Raises:
+        ValueError: one that is not allowed.
+    """
+    block, most = models.gistnet.block_size, models.base.max_positions
+    asked.lengths, asked.budgets = sorted({*asked.lengths}), sorted({*asked.budgets})
+    asked.limit = most // 2 if asked.limit is None else asked.limit
+    if wrong := [length for length in asked.lengths if length < 2 * block or length % block]:
+        raise ValueError(f"--lengths={wrong[0]} is not allowed: a multiple of block_size={block}, at least twice it")
+    for name, least in (("tokens", block), ("documents", 1), ("planted", 0), ("refocuses", 0)):
+        if (value := getattr(asked, name)) < least:
+            raise ValueError(f"--{name}={value} is not allowed: at least {least}")
+    if asked.tokens % block:
+        raise ValueError(f"--tokens={asked.tokens} is not allowed: a multiple of block_size={block}")
+    if not 1 <= asked.limit <= most:
+        raise ValueError(f"--limit={asked.limit} is not allowed: 1 to {most}, the positions of the base LM")
+    for budget in asked.budgets:
+        Settings(budget).check(block, asked.limit)
+        if budget > asked.lengths[0]:
+            raise ValueError(f"--budgets={budget} is not allowed: at most {asked.lengths[0]}, the shortest history")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; -> exit code."""
+    parser = argparse.ArgumentParser(prog="python -m megactx.studies.length", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", help="a run folder or an exported folder (default: the embedded models)")
+    add("--lensnet", help="folder of a LensNet to use in place of the model's own")
+    add("--path", help="files with the target documents (default: the held-out part of the embedded text)")
+    add("--filler", help="files with what stands before them (default: the same source, without the targets)")
+    add("--domains", nargs="+", help="of the text (default: all)")
+    add("--lengths", type=int, nargs="+", default=[4096, 32768], help="of the history (default 4096 32768)")
+    add("--budgets", type=int, nargs="+", default=[512, 1024], help="entries of a window (default 512 1024)")
+    add("--tokens", type=int, default=512, help="that are scored behind each history (default 512)")
+    add("--documents", type=int, default=6, help="at most (default 6)")
+    add("--planted", type=int, default=12, help="cases with a planted fact (default 12)")
+    add("--limit", type=int, help="positions of rebased histories stay below it (default: half of the base's)")
+    add("--refocuses", type=int, default=0, help="more ones at a cold start than a session makes (default 0)")
+    add("--seed", type=int, default=0, help="of the filler's order and the planted facts (default 0)")
+    add("--out", default="runs/length", help="folder of the results, gone on with (default runs/length)")
+    return run(study, parser, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

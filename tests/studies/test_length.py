@@ -1,0 +1,247 @@
+"""Evaluation at length: histories are what they say, policies see what they may, and the study in miniature."""
+
+import json
+
+import pytest
+import torch
+
+from megactx.focus import LensNet
+from megactx.focus.pretrained import save_lensnet
+from megactx.gist import GistNet
+from megactx.gist.pretrained import save_gistnet
+from megactx.gist.scoring import nll
+from megactx.lm import BaseLM
+from megactx.memory import MegaContextTree
+from megactx.runtime import Models
+from megactx.studies import length_planted as planted
+from megactx.studies.length import main
+from megactx.studies.length_policies import DROP, FOCUS, FULL, RECENCY, dropping, full_context, session
+from megactx.studies.length_report import notes_on, rows_of, sheets, summarise
+from megactx.studies.length_text import Texts, gather, tree_of
+
+K, NEAR, SCORED, BUDGET, LIMIT = 4, 256, 32, 232, 256
+GISTNET = dict(block_size=K, num_heads=4, skip="none")
+LENSNET = dict(layers=1, num_heads=4)
+
+
+@pytest.fixture(scope="module")
+def models(base_folder):
+    base = BaseLM.from_pretrained(str(base_folder), "float32").freeze()  # takes 512 positions
+    torch.manual_seed(0)
+    gistnet = GistNet(base.width, base.embedding_rms(), **GISTNET).eval().requires_grad_(False)
+    lensnet = LensNet(base.width, K, **LENSNET).eval().requires_grad_(False)
+    torch.nn.init.normal_(lensnet.last.weight, std=0.05)
+    return Models(base, gistnet, lensnet, "small")
+
+
+@pytest.fixture(scope="module")
+def exported(models, tmp_path_factory):
+    """A folder that the command takes; without the LensNet, which lies beside it."""
+    folder = tmp_path_factory.mktemp("length") / "models"
+    models.base.model.save_pretrained(folder)
+    models.base.tokenizer.save_pretrained(folder)
+    save_gistnet(models.gistnet, GISTNET, models.base, folder / "gistnet")
+    save_lensnet(models.lensnet, LENSNET, models.gistnet, folder.parent / "lensnet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(models, texts) -> Texts:
+    return gather(models.base.tokenizer, str(texts), None, NEAR, SCORED, 2048, 4, ["narrative", "code"], 0)
+
+
+@pytest.fixture
+def ids():
+    def make(count, seed=0):
+        return torch.randint(2, 512, (count,), generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+def test_histories_of_a_target_end_alike_and_those_of_a_domain_begin_alike(models, found):
+    target = found.targets[0]
+    for length in (NEAR, 512, 2048):
+        ids = found.history(target, length)
+        assert len(ids) == length and torch.equal(ids[-NEAR:], target["ids"][:NEAR])
+        assert ids[0] == ids[-NEAR] == models.base.tokenizer.bos_token_id
+        assert len(found.scored(target)) == SCORED
+    assert torch.equal(found.history(target, 2048)[: 512 - NEAR], found.history(target, 512)[: 512 - NEAR])
+
+
+def test_no_target_stands_in_a_filler(found):
+    for target in found.targets:
+        middle = target["ids"][100:130]
+        for filler in found.fillers.values():
+            assert not (filler.unfold(0, 30, 1) == middle).all(1).any()
+
+
+def test_too_little_text_is_told(models, texts):
+    with pytest.raises(ValueError, match="the longest history needs 1,000,000"):
+        gather(models.base.tokenizer, str(texts), None, NEAR, SCORED, 1_000_000 + NEAR, 2, None, 0)
+    with pytest.raises(ValueError, match="no text of structured has 288 tokens"):
+        gather(models.base.tokenizer, str(texts), None, NEAR, SCORED, NEAR, 2, ["structured"], 0)
+
+
+def test_a_tree_that_takes_over_what_it_can_is_that_of_the_whole_history(models, ids):
+    filler, history = ids(1000), ids(1300)
+    history[:900] = filler[:900]
+    history[333] += 1
+    known = tree_of(models, filler, None)
+    tree, plain = (
+        tree_of(models, history, known),
+        MegaContextTree.from_tokens(history[None], models.gistnet, models.base),
+    )
+    assert torch.equal(tree.tokens, plain.tokens) and tree.depth == plain.depth
+    for level in range(1, plain.depth + 1):
+        torch.testing.assert_close(tree.gists(level), plain.gists(level))
+    assert int(known.lengths[0]) == 1000
+
+
+def test_dropping_reads_the_sink_and_the_newest_tokens_at_each_block(models, ids):
+    history, scored, budget = ids(100), ids(2 * K, seed=1), 40
+    whole = torch.cat([history, scored])
+    for positions in ("absolute", "rebased"):
+        out = dropping(models.base, history, scored, budget, K, positions)
+        for block in (0, 1):
+            end = 100 + block * K
+            place = torch.cat([torch.arange(K), torch.arange(end - budget + K, end + K)])
+            at = place if positions == "absolute" else torch.arange(len(place))
+            mask = torch.ones(len(place), len(place)).tril().bool()[None, None]
+            hidden = models.base(models.base.embed(whole[place][None]), at[None], mask)[0, budget - 1 : -1]
+            expected = nll(models.base, hidden, whole[end : end + K])
+            torch.testing.assert_close(out.nll[block * K : (block + 1) * K], expected, atol=1e-4, rtol=1e-4)
+    short = dropping(models.base, history, scored[: K + 1], budget, K, "absolute")
+    torch.testing.assert_close(short.nll[:K], dropping(models.base, history, scored, budget, K, "absolute").nll[:K])
+    assert len(short.nll) == K + 1
+
+
+def test_while_all_of_a_history_fits_a_session_costs_what_full_context_costs(models, ids):
+    history, scored = ids(120), ids(SCORED, seed=1)
+    tree = tree_of(models, history, None)
+    full = full_context(models, history, scored)
+    for kind in (RECENCY, FOCUS):
+        own = session(models, tree, scored, kind, BUDGET, "absolute", LIMIT, 0)
+        torch.testing.assert_close(own.nll, full.nll, atol=1e-3, rtol=1e-3)
+        assert int(tree.lengths[0]) == 120  # it read a copy
+
+
+def test_a_session_tells_of_its_refocuses_and_more_of_them_can_be_asked_for(models, ids):
+    tree, scored = tree_of(models, ids(1200), None), ids(SCORED, seed=1)
+    own = session(models, tree, scored, FOCUS, BUDGET, "rebased", LIMIT, 0)
+    assert {"swap_rate", "utilisation", "reuse"} <= set(own.telemetry) and 0.8 <= own.telemetry["utilisation"] <= 1
+    assert own.nll.isfinite().all() and own.seconds > 0 and int(own.context.ends()[0]) == 1200
+    more = session(models, tree, scored, FOCUS, BUDGET, "rebased", LIMIT, 20)
+    assert not torch.equal(more.context.lods(), own.context.lods())
+    assert "swap_rate" not in session(models, tree, scored, RECENCY, BUDGET, "rebased", LIMIT, 0).telemetry
+
+
+def test_a_planted_fact_stands_at_the_same_share_of_every_history_and_is_asked_for_at_its_end(models, found):
+    cases = planted.cases(found, models.base.tokenizer, 4, K, seed=0)
+    assert cases and {case["kind"] for case in cases} <= {"copy", "passage", "key-value"}
+    for case in cases:
+        answer, (first, told) = planted.answer(found, case), case["told"][0]
+        for length in (NEAR, 1024, 2048):
+            ids, needed = planted.placed(found, case, length, K)
+            start = first // K * length // NEAR * K
+            assert torch.equal(ids[start : start + len(told)], told)
+            assert torch.equal(torch.cat([told[: case["cue"]], answer]), told)
+            assert torch.equal(ids[length - case["cue"] :], told[: case["cue"]])
+            held = ids[needed * K : (needed + 1) * K]
+            assert (held.unsqueeze(0) == told.unfold(0, min(K, len(told)), 1)[-1:]).any()
+            changed = int((ids != found.history(case["target"], length)).sum())
+            assert changed <= sum(len(part) for _, part in case["told"]) + case["cue"]
+
+
+def row(length, policy, nll, budget=512, positions="absolute", **more):
+    blocks = {"nll": [nll], "mean": nll, "seconds": 0.001, "tree_bytes": 38 * length}
+    return {"length": length, "policy": policy, "budget": budget, "positions": positions} | blocks | more
+
+
+def numbers(learned=None, lensnet="x") -> dict:
+    documents = []
+    for text in range(20):
+        hard = 2 + 0.1 * (text % 7)
+        rows = [
+            row(4096, FULL, hard, budget=None),
+            row(4096, DROP, hard + 0.4),
+            row(4096, FOCUS, hard + 0.1, swap_rate=0.1),
+        ]
+        rows += [row(32768, DROP, hard + 0.4, positions="rebased"), row(32768, FOCUS, hard + 0.2, positions="rebased")]
+        documents.append({"text": text, "domain": "code", "rows": rows})
+    answers = [
+        [dict(length=4096, policy=FOCUS, budget=512, positions="absolute", mean=1.0, found=n < 3)] for n in range(5)
+    ]
+    cases = [
+        {"kind": "copy", "domain": "code", "gain": gain, "rows": rows}
+        for gain, rows in zip((1, 1, 1, 0.6, 0.4), answers, strict=True)
+    ]
+    about = {"lengths": [4096, 32768], "budgets": [512], "tokens": 32, "block_size": 32, "limit": 4096, "most": 8192}
+    about |= {"device": "cpu", "lensnet": lensnet, "learned": learned or {}, "filler": None, "refocuses": 0}
+    return summarise(documents, cases, about)
+
+
+def test_costs_are_paired_with_full_context_and_dropping_of_the_same_document():
+    found = numbers()
+    by = {(r["length"], r["policy"]): r for r in found["rows"]}
+    assert found["full_at"] == 4096
+    assert by[4096, FOCUS]["vs_full"]["low"] == pytest.approx(0.1) and by[4096, FOCUS]["vs_full"][
+        "high"
+    ] == pytest.approx(0.1)
+    assert by[32768, FOCUS]["vs_full"]["point"] == pytest.approx(0.2)
+    assert by[32768, FOCUS]["vs_dropping"]["high"] == pytest.approx(-0.2)
+    assert by[4096, FULL]["vs_dropping"] is None and by[4096, FOCUS]["tree_bytes_per_token"] == 38
+    assert any("focus +0.100 [+0.100, +0.100] at 0.100 swaps, dropping +0.400" in note for note in notes_on(found))
+
+
+def test_only_cases_that_the_base_can_use_count():
+    overall = [r for r in numbers()["planted"] if r["kind"] == "overall"]
+    assert overall[0]["usable"] == 4 and overall[0]["cases"] == 5 and overall[0]["found"]["point"] == 0.75
+
+
+def test_the_report_says_what_is_missing():
+    told = " ".join(notes_on(numbers(learned={"code": 1000}, lensnet=None)))
+    assert "no LensNet" in told and "1,000 tokens of the filler of code" in told and "not at T = 32,768" in told
+    for sheet in sheets(numbers()):
+        assert all(len(line) == len(sheet.header) for line in sheet.rows)
+    assert {r["table"] for r in rows_of(numbers())} == {"text", "planted"}
+
+
+def test_the_study_in_miniature_goes_on_where_it_was_stopped(exported, texts, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    command = ["--model", str(exported), "--lensnet", str(exported.parent / "lensnet"), "--path", str(texts)]
+    command += ["--lengths", str(NEAR), "512", "--budgets", str(BUDGET), "--tokens", str(SCORED), "--documents", "2"]
+    command += ["--planted", "2", "--out", str(out)]
+    assert main(command) == 0
+    written = json.loads((out / "length.json").read_text())
+    policies = [(r["length"], r["policy"], r["positions"]) for r in written["rows"]]
+    near = [(NEAR, FULL, "absolute")]
+    near += [(NEAR, name, at) for at in ("absolute", "rebased") for name in (DROP, RECENCY, FOCUS)]
+    assert policies == [*near, *((512, name, "rebased") for name in (DROP, RECENCY, FOCUS))]
+    assert all((out / f"length.{ending}").stat().st_size > 100 for ending in ("md", "csv", "png"))
+    (out / "documents" / "0001.json").unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/*.json")}
+    assert main(command) == 0
+    assert len(list(out.glob("documents/*.json"))) == 2
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+    again = json.loads((out / "length.json").read_text())
+    assert [r["nll"] for r in again["rows"]] == [r["nll"] for r in written["rows"]]
+    assert main([*command, "--seed", "1"]) == 2
+    assert "other settings: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        (["--lengths", "130"], "--lengths=130"),
+        (["--tokens", "6"], "--tokens=6"),
+        (["--budgets", "40"], "budget=40"),
+        (["--limit", "513"], "--limit=513"),
+        (["--documents", "0"], "--documents=0"),
+        (["--lensnet", "/nowhere"], "no such folder"),
+    ],
+)
+def test_a_mistake_is_one_message(exported, tmp_path, capsys, wrong, told):
+    command = ["--model", str(exported), "--lengths", "256", "--budgets", "232", "--tokens", "32"]
+    assert main([*command, "--out", str(tmp_path), *wrong]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "Traceback" not in error
