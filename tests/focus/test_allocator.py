@@ -270,7 +270,7 @@ def test_an_entry_that_wants_detail_keeps_its_siblings():
     scores = torch.zeros(context.lod.shape)
     scores[0, -4:] = torch.tensor([-0.9, -0.9, 0.3, -0.9])
     assert names(FocusAllocator(protected=0).propose(context, scores)) == [(0, 1, 6, True)]
-    scores[0, -2] = 0.2
+    scores[0, -2] = 0.1
     assert names(FocusAllocator(protected=0).propose(context, scores)) == [(0, 2, 1, False)]
 
 
