@@ -1,9 +1,9 @@
 """What every small server of this room refuses before it answers, and the headers of what it answers (SPEC 15).
 
-    Host       a name that an attacker's DNS may have turned to this machine (rebinding): 403
-    Origin     a page of another site: 403; there is no CORS, so no other site reads an answer either
-    token      who does not know the run's own, where there is one: 403
-    body       more than LARGEST bytes: 413
+Host       a name that an attacker's DNS may have turned to this machine (rebinding): 403
+Origin     a page of another site: 403; there is no CORS, so no other site reads an answer either
+token      who does not know the run's own, where there is one: 403
+body       more than LARGEST bytes: 413
 """
 
 import ipaddress

@@ -1,12 +1,13 @@
 """A small web server of our own: a port that is taken is told at once, and it can run beside the model.
 
-    with Server(app, port=8765) as server:      # in a thread; ``server.run()`` instead stays until Ctrl-C
-        print(server.address)
+with Server(app, port=8765) as server:      # in a thread; ``server.run()`` instead stays until Ctrl-C
+    print(server.address)
 """
 
 import errno
 import socket
 import threading
+from collections.abc import Callable
 
 import uvicorn
 
@@ -42,9 +43,14 @@ class Server:
         name = HOST if self.host in ("0.0.0.0", "::", "") else self.host
         return f"http://{f'[{name}]' if ':' in name else name}:{self.port}"
 
-    def run(self, app) -> None:
-        """Answer until Ctrl-C, which is raised as KeyboardInterrupt behind the last answer."""
-        self._server = uvicorn.Server(
+    def run(self, app, ending: Callable[[], None] = lambda: None) -> None:
+        """Answer until Ctrl-C, which is raised as KeyboardInterrupt behind the last answer.
+
+        Args:
+            ending: called when the end begins, to end answers that would go on for ever.
+        """
+        self._server = _Ending(
+            ending,
             uvicorn.Config(
                 app,
                 http="h11",
@@ -57,14 +63,14 @@ class Server:
                 limit_concurrency=CONNECTIONS,
                 h11_max_incomplete_event_size=16 * 2**10,  # bytes of a request's line and headers
                 timeout_keep_alive=30,
-                timeout_graceful_shutdown=1,
-            )
+                timeout_graceful_shutdown=5,
+            ),
         )
         self._server.run(sockets=[self.socket])
 
-    def start(self, app) -> "Server":
+    def start(self, app, ending: Callable[[], None] = lambda: None) -> "Server":
         """The same in a thread, which ends with the process."""
-        self._thread = threading.Thread(target=self.run, args=(app,), name="server", daemon=True)
+        self._thread = threading.Thread(target=self.run, args=(app, ending), name="server", daemon=True)
         self._thread.start()
         began = threading.Event()
         for _ in range(int(STARTS / 0.01)):
@@ -86,6 +92,16 @@ class Server:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+class _Ending(uvicorn.Server):
+    def __init__(self, ending: Callable[[], None], config: uvicorn.Config):
+        super().__init__(config)
+        self.ending = ending
+
+    async def shutdown(self, sockets=None) -> None:
+        self.ending()
+        await super().shutdown(sockets)
 
 
 def _bound(host: str, port: int, option: str) -> socket.socket:

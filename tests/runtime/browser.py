@@ -108,7 +108,9 @@ class Browser:
         """Move the mouse to a place in an element, as shares of its size."""
         script = f"document.querySelector({json.dumps(selector)})"
         self.value(f"{script}.scrollIntoView({{block: 'center'}})")
-        box = self.value(f"(() => {{ const b = {script}.getBoundingClientRect(); return [b.x, b.y, b.width, b.height] }})()")
+        box = self.value(
+            f"(() => {{ const b = {script}.getBoundingClientRect(); return [b.x, b.y, b.width, b.height] }})()"
+        )
         where = {"x": box[0] + x * box[2], "y": box[1] + y * box[3]}
         self.call("Input.dispatchMouseEvent", type="mouseMoved", **where)
 

@@ -37,12 +37,12 @@ def live(controller):
     def make(kind="focus"):
         player = Player(Session(controller(kind)), Sampling()).start()
         server = Server(0)
-        server.start(build(player, server.host, "secret", f"megactx-{server.port}"))
+        server.start(build(player, server.host, "secret", f"megactx-{server.port}"), ending=player.feed.close)
         opened.extend((player, server))
         return player, f"{server.address}/?token=secret"
 
     yield make
-    for part in opened:
+    for part in reversed(opened):
         part.close()
 
 
@@ -65,7 +65,9 @@ def test_a_session_is_seen_live_while_it_generates(browser, live, tmp_path):
         time.sleep(0.1)
     assert len(set(seen)) > 3  # it moved while the session wrote
     browser.until("document.querySelector('#doing').textContent === 'idle'")
-    browser.until(f"document.querySelector('#timeline-note').textContent.startsWith('refocus {player.session.stream.refocuses},')")
+    browser.until(
+        f"document.querySelector('#timeline-note').textContent.startsWith('refocus {player.session.stream.refocuses},')"
+    )
     assert browser.value("document.querySelector('#written').textContent").startswith("def read(path)")
     assert browser.value("document.querySelectorAll('#written .out').length") == 1
     assert not browser.value("document.querySelector('#scored').hidden")
@@ -82,7 +84,9 @@ def test_text_behind_a_block_is_shown_on_hover_and_never_obeyed(browser, live, t
     browser.until("document.querySelector('#legend').children.length > 1")
     for selector, y in (("#timeline", 0.5), ("#window", 0.02), ("#scores", 0.5)):
         browser.point(selector, 0.5, y)
-        browser.until("!document.querySelector('#tip').hidden && document.querySelector('#tip-text').textContent.length")
+        browser.until(
+            "!document.querySelector('#tip').hidden && document.querySelector('#tip-text').textContent.length"
+        )
         assert "onerror" in browser.value("document.querySelector('#written').textContent")
         name = browser.value("document.querySelector('#tip-name').textContent")
         assert "token" in name and ("score" in name) == (selector == "#scores")

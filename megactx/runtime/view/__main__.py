@@ -62,7 +62,7 @@ def _serve(player: Player, prompt: str, asked: argparse.Namespace, server: Serve
     print(f"Look at {server.address}/?token={token}   (Ctrl-C ends)", flush=True)
     if prompt:
         player.say(prompt, asked.tokens)
-    server.run(app)
+    server.run(app, ending=player.feed.close)
 
 
 def _export(player: Player, prompt: str, asked: argparse.Namespace, write) -> None:

@@ -36,7 +36,7 @@ def page(player: Player) -> str:
     html = (PAGE / "index.html").read_text(encoding="utf-8")
     out = []
     for line in html.splitlines():
-        name = line.partition('/page/')[2].partition('"')[0]
+        name = line.partition("/page/")[2].partition('"')[0]
         content = (PAGE / name).read_text(encoding="utf-8") if name else ""
         if name.endswith(".css"):
             out.append(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n<style>\n{content}</style>')
