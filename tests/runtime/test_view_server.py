@@ -64,7 +64,9 @@ def test_nothing_is_shown_without_the_token(served, path):
         assert status == 403 and "read_text" not in body and "Set-Cookie" not in found
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example", "10.1.2.3", "", "[::1"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example", "10.1.2.3", "", "[::1"]
+)
 def test_a_rebound_name_is_refused(served, host):
     assert ask(served[1], "/", headers={"Host": host.format(port=served[1])} | COOKIE)[0] in (400, 403)
 
@@ -134,9 +136,8 @@ def test_say_writes_and_refuses_what_is_no_request_of_the_page(served):
 def test_large_requests_are_refused_with_and_without_a_length(served):
     port, kind = served[1], {"Content-Type": "application/json"}
     with socket.create_connection(("127.0.0.1", port), 20) as raw:
-        raw.sendall(
-            f"POST /say HTTP/1.1\r\nHost: localhost\r\nCookie: own=secret\r\nContent-Length: {LARGEST + 1}\r\n\r\n".encode()
-        )
+        head = "POST /say HTTP/1.1\r\nHost: localhost\r\nCookie: own=secret"
+        raw.sendall(f"{head}\r\nContent-Length: {LARGEST + 1}\r\n\r\n".encode())
         assert b" 413 " in raw.recv(100)
     pieces = (b"x" * 2**16 for _ in range(LARGEST // 2**16 + 1))
     assert ask(port, "/say", "POST", COOKIE | kind, pieces)[0] == 413
