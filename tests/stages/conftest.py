@@ -1,7 +1,26 @@
 """The joint stages in miniature."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+KILLED, REPOSITORY = Path(__file__).with_name("killed.py"), Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def killed():
+    """Run ``killed.py`` with its arguments in a process of its own; -> the process, which is done."""
+
+    def start(*arguments) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        command = [sys.executable, str(KILLED), *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,6 @@
 """The alternating stage in miniature: who changes in which phase, what is kept, and that it goes on from anywhere."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +10,6 @@ from megactx.framework.app import run
 from megactx.framework.search_path import compose
 from megactx.stages.alternating import AlternatingStage
 from megactx.stages.phases import PHASES, Place, Schedule
-
-KILLED, REPOSITORY = Path(__file__).with_name("killed.py"), Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +26,6 @@ def settings(joint_settings):
 
 def load(folder, name="last.ckpt") -> dict:
     return torch.load(folder / "checkpoints" / name, weights_only=True)
-
-
-def killed(*arguments) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, str(KILLED), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +134,9 @@ def test_a_run_that_stopped_inside_the_lens_phase_goes_on_to_the_same_weights(wh
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("phase", "step"), [("gist", 7), ("lens", 9), ("lora", 5)])
-def test_a_run_that_was_killed_inside_a_phase_goes_on_to_the_same_weights(phase, step, whole, settings, tmp_path):
+def test_a_run_that_was_killed_inside_a_phase_goes_on_to_the_same_weights(
+    phase, step, whole, settings, killed, tmp_path
+):
     done = killed(f"{phase}_step", step, *settings, f"folder={tmp_path / 'run'}")
     assert done.returncode == -9, done.stderr
     goes_on(tmp_path / "run", phase, settings, whole)

@@ -139,11 +139,24 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(whole, settings, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(EndToEndStage, "losses", stops)
         assert run(asked) == 3
+    goes_on(tmp_path / "run", asked, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "step"), [("losses", 3), ("validation_step", 2)])
+def test_a_run_that_was_killed_goes_on_to_the_same_weights(moment, step, whole, settings, killed, tmp_path):
+    asked = [*settings, *LORA, "stage.lora.rank=4", f"folder={tmp_path / 'run'}"]
+    done = killed(moment, step, *asked)
+    assert done.returncode == -9, done.stderr
+    goes_on(tmp_path / "run", asked, whole)
+
+
+def goes_on(folder, asked, whole) -> None:
     assert run([*asked, "resume=auto"]) == 0
-    mine, theirs = load(tmp_path / "run"), load(whole)
+    mine, theirs = load(folder), load(whole)
     assert all(torch.equal(mine["state_dict"][name], value) for name, value in theirs["state_dict"].items())
     assert str(mine["optimizer_states"]) == str(theirs["optimizer_states"])
-    assert (tmp_path / "run" / "report.json").read_text() == (whole / "report.json").read_text()
+    assert (folder / "report.json").read_text() == (whole / "report.json").read_text()
 
 
 @pytest.mark.parametrize(
