@@ -2,6 +2,7 @@
 
     python -m megactx.studies.together RUN [RUN ...]             the first run is what the others are compared with
     python -m megactx.studies.together GIST LENS ALTERNATING END_TO_END --documents 100 --budgets 0.25 0.125
+    python -m megactx.studies.together runs/apart/* runs/end/*   folders apart/0, apart/1, ... are seeds of one row
 
 A run is a folder of a gist, lens, alternating or end_to_end stage. One without a LensNet has the cold start as its
 windows. Cost is the NLL of the tokens behind a window, above that of the untouched base LM over the full context: so a
@@ -17,20 +18,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megactx.evaluation.bootstrap import mean_interval, recovery_intervals
-from megactx.evaluation.focus import FULL, LENS, RECENCY, FocusScores, measure_focus
+from megactx.evaluation.bootstrap import recovery_intervals
+from megactx.evaluation.focus import focused
 from megactx.evaluation.measure import measure
-from megactx.evaluation.sheets import Sheet, number
 from megactx.focus.lensnet import LensNet
+from megactx.focus.values import continuation_nll
 from megactx.framework.resume import best, read
 from megactx.gist import GistNet
+from megactx.gist.scoring import nll
 from megactx.lm import BaseLM
+from megactx.lm.adapters import adapters_of
+from megactx.memory import MegaContextTree, WorkingContext
 from megactx.stages.export import load_run
 from megactx.stages.gist import GistStage
-from megactx.stages.joint_report import lost, plain_nll
 from megactx.stages.lens import LensStage
 
 from .tables import show, write
+from .together_report import sheet, summarise
 from .trained import bar, held_out, quiet
 
 BODY = 4  # the first offset of recovery_body
@@ -51,7 +55,7 @@ class Parts:
     steps: int
     tokens: int | None
     flops: int | None
-    stage: object  # of a joint run, which knows the untouched base LM; None of another one
+    changed: bool  # whether the base LM is no longer what it was
 
 
 def parts_of(folder: str | Path) -> Parts:
@@ -67,10 +71,10 @@ def parts_of(folder: str | Path) -> Parts:
     checkpoint = read(path)
     given = checkpoint["hyper_parameters"]
     settings = {"map_location": "cpu", "weights_only": True}
-    lens, tokens, joint = None, None, None
+    tokens, changed = None, False
     if "train_base" in given:
         stage, _ = load_run(folder)
-        joint, tokens = stage, int(stage.tokens)
+        tokens, changed = int(stage.tokens), stage.train_base != "frozen"
     elif "controls" in given:
         stage = GistStage.load_from_checkpoint(path, **settings)
     elif "lensnet" in given:
@@ -80,7 +84,7 @@ def parts_of(folder: str | Path) -> Parts:
     stage.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     lens = getattr(stage, "lens", None) or LensNet(stage.base.width, stage.gistnet.block_size).to(stage.device).eval()
     return Parts(
-        name=folder.resolve().name if folder.resolve().parent.name == "runs" else "/".join(folder.resolve().parts[-2:]),
+        name=name_of(folder),
         base=stage.base.float(),
         base_name=given["base"]["name"],
         gistnet=stage.gistnet,
@@ -90,106 +94,74 @@ def parts_of(folder: str | Path) -> Parts:
         steps=checkpoint["global_step"],
         tokens=tokens,
         flops=checkpoint.get("callbacks", {}).get("Flops", {}).get("total"),
-        stage=joint,
+        changed=changed,
     )
 
 
-@torch.no_grad()
-def measure_run(run: Parts, documents: list[dict], blocks: list[dict], budgets: list[float]) -> dict:
-    """Plain numbers of one run, see ``summarise``."""
-    allocator = run.allocator or {"kind": "greedy"}
-    progress = bar(f"{run.name}: windows")
-    scores = measure_focus(run.base, run.gistnet, run.lens, allocator, documents, budgets, progress=progress)
-    spans = measure(run.base, {"gistnet": run.gistnet}, blocks, run.horizon, with_controls=False)
-    found = {"name": run.name, "steps": run.steps, "tokens": run.tokens, "flops": run.flops, "scores": scores}
-    found["recovery_body"] = recovery_intervals(spans, ["gistnet"], BODY)["gistnet"]._asdict()
-    if run.stage is not None:
-        return found | lost(run.stage, documents)
-    plain = [plain_nll(run.base, document["ids"].to(run.base.model.device)) for document in documents]
-    mean = sum(plain) / len(plain)
-    return found | {"nll_before": mean, "nll_after": mean, "adapter_parameters": 0}
+def name_of(folder: Path) -> str:
+    """The folder's own, and of the one above unless that is ``runs``; a folder that is a number is a seed of it."""
+    folder = folder.resolve()
+    folder = folder.parent if folder.name.isdigit() else folder
+    return folder.name if folder.parent.name == "runs" else "/".join(folder.parts[-2:])
 
 
 @torch.no_grad()
-def untouched(name: str, documents: list[dict], device) -> Tensor:
-    """NLL of what follows each document's cursor, over the full context: [documents] nats per token."""
-    base, out = BaseLM.from_pretrained(name, "float32").freeze().to(device), []
+def plain(base: BaseLM, documents: list[dict]) -> list[Tensor]:
+    """NLL of every token but the first over the full context: a tensor [T + H - 1] per document, in nats."""
+    device = base.model.device
+    found = []
     for document in documents:
         ids = document["ids"].to(device)[None]
-        hidden = base(base.embed(ids[:, :-1]), None)[0, document["cursor"] - 1 :]
-        logits = base.logits(hidden).float()
-        out.append(torch.nn.functional.cross_entropy(logits, ids[0, document["cursor"] :]).item())
-    return torch.tensor(out, dtype=torch.float64)
+        found.append(nll(base, base(base.embed(ids[:, :-1]), None)[0], ids[0, 1:]).cpu())
+    return found
 
 
-def summarise(found: list[dict], full: Tensor) -> list[dict]:
-    """Rows: a run at a budget, with the interval of its cost and of what it costs less than the first run."""
-    first: FocusScores = found[0]["scores"]
-    document, rows = torch.tensor(first.document), []
-    for run in found:
-        scores: FocusScores = run["scores"]
-        for budget, nll in scores.nll.items():
-            mine, theirs = (torch.tensor(s.nll[budget][LENS], dtype=torch.float64) for s in (scores, first))
-            recency = torch.tensor(nll[RECENCY], dtype=torch.float64)
-            told = [value for value in scores.telemetry[budget]["swap_rate"] if value == value]
-            rows.append(
-                {
-                    "run": run["name"],
-                    "steps": run["steps"],
-                    "tokens": run["tokens"],
-                    "flops": run["flops"],
-                    "budget": budget,
-                    "nll": float(mine.mean()),
-                    "cost": mean_interval(document, mine - full)._asdict(),
-                    "less": mean_interval(document, mine - theirs)._asdict(),
-                    "recency": mean_interval(document, recency - full)._asdict(),
-                    "own_full": float(torch.tensor(nll[FULL], dtype=torch.float64).mean() - full.mean()),
-                    "recovery_body": run["recovery_body"],
-                    "swap_rate": sum(told) / max(1, len(told)),
-                    "base_lost": run["nll_after"] - run["nll_before"],
-                    "adapter_parameters": run["adapter_parameters"],
-                }
-            )
-    return rows
+def behind(document: dict, values: Tensor) -> float:
+    """Mean over what follows the cursor."""
+    return values[document["cursor"] - 1 :].mean().item()
 
 
-def sheet(rows: list[dict], budget: str) -> Sheet:
-    """The table of one budget."""
-    head = [
-        "run",
-        "steps",
-        "tokens",
-        "FLOPs",
-        "cost",
-        "than the first",
-        "its recency",
-        "recovery h>=4",
-        "swaps",
-        "base lost",
-    ]
-    lines = [
-        [
-            row["run"],
-            f"{row['steps']:,}",
-            "-" if row["tokens"] is None else f"{row['tokens']:,}",
-            "-" if row["flops"] is None else f"{row['flops']:.1e}",
-            _interval(row["cost"]),
-            _interval(row["less"]),
-            number(row["recency"]["point"]),
-            number(row["recovery_body"]["point"], "{:.2f}"),
-            number(row["swap_rate"], "{:.2f}"),
-            number(row["base_lost"], "{:+.3f}"),
-        ]
-        for row in rows
-        if row["budget"] == budget
-    ]
-    return Sheet(f"budget {budget} of the tokens; cost in nats per token above the untouched base LM", head, lines)
+@torch.no_grad()
+def measure_run(run: Parts, documents: list[dict], blocks: list[dict], budgets: list[float], full: list[Tensor]):
+    """Plain numbers of one run, see ``summarise``.
+
+    Args:
+        full: of ``plain`` with the untouched base LM.
+    """
+    allocator, device = run.allocator or {"kind": "greedy"}, run.base.model.device
+    found = {name: getattr(run, name) for name in ("name", "steps", "tokens", "flops")}
+    found |= {"lens": {}, "recency": {}, "swap_rate": {}}
+    for document in bar(f"{run.name}: windows")(documents):
+        ids, cursor = document["ids"].to(device)[None], document["cursor"]
+        tree = MegaContextTree.from_tokens(ids[:, :cursor], run.gistnet, run.base)
+        for share in budgets:
+            budget, telemetry = int(share * cursor), {}
+            windows = {"recency": WorkingContext.recency(tree, budget)}
+            windows["lens"] = focused(tree, budget, run.lens, allocator, telemetry)
+            for name, context in windows.items():
+                cost = continuation_nll(run.base, context, ids[:, cursor:]).mean().item()
+                found[name].setdefault(f"{share:g}", []).append(cost)
+            told = [value for value in telemetry["swap_rate"] if value == value]
+            found["swap_rate"].setdefault(f"{share:g}", []).extend(told)
+    spans = measure(run.base, {"gistnet": run.gistnet}, blocks, run.horizon, with_controls=False)
+    found["recovery_body"] = recovery_intervals(spans, ["gistnet"], BODY)["gistnet"]._asdict()
+    own = plain(run.base, documents) if run.changed else full
+    found["own_full"] = [behind(document, values) for document, values in zip(documents, own, strict=True)]
+    found["base_lost"] = float(torch.stack([(a - b).mean() for a, b in zip(own, full, strict=True)]).mean())
+    found["adapter_parameters"] = sum(p.numel() for p in adapters_of(run.base).values())
+    return found
 
 
-def _interval(value: dict) -> str:
-    if value["low"] != value["low"]:
-        return number(value["point"])
-    return f"{value['point']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+@torch.no_grad()
+def dropping(base: BaseLM, documents: list[dict], budgets: list[float]) -> dict[str, list[float]]:
+    """NLL of what follows behind the newest raw tokens alone, by the untouched base LM: budget -> per document."""
+    found = {}
+    for share in budgets:
+        for document in documents:
+            cut = document["cursor"] - int(share * document["cursor"])
+            near = {"ids": document["ids"][cut:], "cursor": document["cursor"] - cut}
+            found.setdefault(f"{share:g}", []).append(behind(near, plain(base, [near])[0]))
+    return found
 
 
 def study(folders: list[str], documents: int, tokens: int, budgets: list[float], path: str | None, blocks: int) -> dict:
@@ -216,10 +188,14 @@ def study(folders: list[str], documents: int, tokens: int, budgets: list[float],
         for batch in long[:documents]
     ]
     spans = held_out(first.base, path, block, horizon, max(tokens // 4, 2 * block + horizon), blocks)
-    full = untouched(first.base_name, chosen, first.base.model.device)
-    found = [measure_run(run, chosen, spans, budgets) for run in runs]
+    untouched = BaseLM.from_pretrained(first.base_name, "float32").freeze().to(first.base.model.device)
+    every = plain(untouched, chosen)
+    dropped = dropping(untouched, chosen, budgets)
+    found = [measure_run(run, chosen, spans, budgets, every) for run in runs]
+    full = torch.tensor([behind(*pair) for pair in zip(chosen, every, strict=True)], dtype=torch.float64)
+    text = torch.tensor([document["text"] for document in chosen])
     about = {"documents": len(chosen), "tokens": tokens, "horizon": horizon, "base": first.base_name}
-    return about | {"full": float(full.mean()), "rows": summarise(found, full)}
+    return about | {"full": float(full.mean()), "rows": summarise(found, full, text, dropped)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -242,7 +218,8 @@ def main(arguments: list[str] | None = None) -> int:
     sheets = [sheet(found["rows"], budget) for budget in dict.fromkeys(row["budget"] for row in found["rows"])]
     notes = [
         f"{found['documents']} held-out documents of {found['tokens']:,} tokens, H = {found['horizon']}; the untouched"
-        f" base LM has {found['full']:.3f} nats per token there. Intervals: 95 %, paired bootstrap over documents.",
+        f" base LM has {found['full']:.3f} nats per token there. Means over seeds; intervals: 95 %, paired bootstrap"
+        " over documents.",
         "its recency: the cost of that run's cold starts. base lost: nats of its own NLL, without any windows.",
     ]
     show(sheets, notes)

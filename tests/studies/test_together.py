@@ -1,22 +1,20 @@
 """Runs that learned together and apart, in one table; and the whole road in miniature."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from megactx.evaluation.focus import FULL, LENS, RECENCY, FocusScores
 from megactx.framework.app import run
-from megactx.studies.together import main, sheet, summarise
+from megactx.studies.together import main, name_of
+from megactx.studies.together_report import DROP, sheet, summarise
 
 
-def found(name: str, nll: list[float], full: list[float]) -> dict:
-    scores = FocusScores(document=list(range(len(nll))), domain=["code"] * len(nll))
-    scores.nll = {"0.25": {RECENCY: [value + 0.5 for value in nll], LENS: nll, FULL: full}}
-    scores.telemetry = {"0.25": {"swap_rate": [0.1, float("nan"), 0.3]}}
-    recovery = {"point": 0.5, "low": 0.4, "high": 0.6}
-    numbers = {"nll_before": 3.0, "nll_after": 3.1, "adapter_parameters": 7, "recovery_body": recovery}
-    return {"name": name, "steps": 10, "tokens": None, "flops": None, "scores": scores} | numbers
+def found(name: str, nll: list[float], own_full: list[float]) -> dict:
+    given = {"lens": {"0.25": nll}, "recency": {"0.25": [value + 0.5 for value in nll]}, "own_full": own_full}
+    given |= {"swap_rate": {"0.25": [0.1, 0.3]}, "base_lost": 0.1, "adapter_parameters": 7}
+    return given | {"name": name, "steps": 10, "tokens": None, "flops": None, "recovery_body": {"point": 0.5}}
 
 
 def test_cost_is_above_the_untouched_base_and_differences_are_paired_with_the_first_run():
@@ -24,14 +22,25 @@ def test_cost_is_above_the_untouched_base_and_differences_are_paired_with_the_fi
     full = 2 + torch.rand(50, generator=generator, dtype=torch.float64)
     first = found("apart", (full + 0.4).tolist(), full.tolist())
     # Its own full context is worse, which must gain it nothing.
-    second = found("together", (full + 0.1).tolist(), (full + 1).tolist())
-    apart, together = summarise([first, second], full)
-    assert apart["cost"]["point"] == pytest.approx(0.4) and together["cost"]["point"] == pytest.approx(0.1)
+    seeds = [found("together", (full + cost).tolist(), (full + 1).tolist()) for cost in (0.1, 0.2)]
+    dropped = {"0.25": (full + 0.3).tolist()}
+    rows = summarise([first, *seeds], full, torch.arange(50), dropped)
+    apart, together, alone = rows
+    assert apart["cost"]["point"] == pytest.approx(0.4) and together["cost"]["point"] == pytest.approx(0.15)
+    assert together["cost_of_seeds"] == pytest.approx([0.1, 0.2]) and together["seeds"] == 2
+    assert together["less_of_seeds"] == pytest.approx([-0.3]), "paired with the seeds that there are"
     assert together["less"]["high"] == pytest.approx(-0.3) and apart["less"]["point"] == 0
-    assert together["recency"]["point"] == pytest.approx(0.6) and together["own_full"] == pytest.approx(1)
+    assert together["recency"]["point"] == pytest.approx(0.65) and together["own_full"] == pytest.approx(1)
     assert together["swap_rate"] == pytest.approx(0.2) and together["base_lost"] == pytest.approx(0.1)
-    (title, header, rows, _) = sheet([apart, together], "0.25")
-    assert [row[0] for row in rows] == ["apart", "together"] and all(len(row) == len(header) for row in rows)
+    assert alone["run"] == DROP and alone["less"]["point"] == pytest.approx(-0.1)
+    (title, header, lines, _) = sheet(rows, "0.25")
+    assert [line[0] for line in lines] == ["apart", "together", DROP]
+    assert all(len(line) == len(header) for line in lines)
+
+
+def test_folders_that_are_numbers_are_seeds_of_the_folder_above():
+    assert name_of(Path("/a/runs/end/0")) == name_of(Path("/a/runs/end/1")) == name_of(Path("/a/runs/end")) == "end"
+    assert name_of(Path("/a/study/end/0")) == "study/end"
 
 
 def test_a_folder_that_is_no_run_is_told(tmp_path, capsys):
@@ -72,6 +81,7 @@ def test_from_a_gist_run_over_a_lens_run_to_parts_that_learn_together_and_are_ex
     sizes = ["--documents", "3", "--tokens", "300", "--budgets", "0.6", "--blocks", "8", "--path", str(texts)]
     assert main([*folders, *sizes, "--out", str(tmp_path / "table")]) == 0
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert [row["run"].split("/")[-1] for row in rows] == ["gist", "lens", "turn", "once"]
+    alone = rows.pop()
+    assert [row["run"].split("/")[-1] for row in rows] == ["gist", "lens", "turn", "once"] and alone["run"] == DROP
     assert [row["tokens"] is None for row in rows] == [True, True, False, False]
     assert rows[0]["base_lost"] == rows[1]["base_lost"] == 0 and rows[3]["adapter_parameters"] > 0
