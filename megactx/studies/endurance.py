@@ -140,7 +140,7 @@ def about(session: Session, watch: Watch, process: psutil.Process, nll: Tensor) 
         "resident": process.memory_info().rss,
         "working": session.stream.reader.bytes(),
         "tree": tree.bytes(),
-        "formula": formula(stored, tree.block_size, tree.width, tree.dtype.itemsize),
+        "formula": formula(stored, tree.block_size, tree.width, tree.dtype.itemsize if tree.dtype else 0),
     }
 
 
