@@ -4,8 +4,9 @@
     python -m megactx.runtime.chat --session FOLDER
     echo "What is a gist?" | python -m megactx.runtime.chat
 
-The model is given plain lines, ``User: ...`` and ``Assistant: ...``, and an answer ends where it begins a line of the
-user's. Ctrl-C ends an answer; at the prompt it saves the session, where it has a folder, and leaves.
+Turns are written by the chat template that the model's tokenizer brings. A model without one is given plain lines,
+``User: ...`` and ``Assistant: ...``, and an answer ends where it begins a line of the user's. Ctrl-C ends an answer; at
+the prompt it saves the session, where it has a folder, and leaves.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from rich.console import Console
 from .chat_commands import HELP, obey
 from .command_line import add_models, add_sampling, controller_of, run, sampling_of, session_of
 from .events import Refocused
-from .framing import Framing
+from .framing import framing_of
 from .text import encodable, from_bytes, printable
 
 
@@ -30,8 +31,8 @@ class Chat:
 
     def __init__(self, asked: argparse.Namespace):
         self.sampling, self.tokens = sampling_of(asked), asked.tokens
-        self.framing = Framing()
         self.controller = controller_of(asked)
+        self.framing = framing_of(self.controller.models.base.tokenizer)
         self.console = Console(soft_wrap=True)
         self.last: Refocused | None = None
         self.session = session_of(asked.session, self.controller, [self.seen])
@@ -48,7 +49,7 @@ class Chat:
         try:
             for piece in self.session.generate(self.tokens, self.sampling, self.framing.stops):
                 print(printable(piece.text), end="", flush=True)
-                if piece.stopped in self.framing.stops:
+                if self.framing.ends(piece.stopped):
                     about["turn"] = "asking"
         except KeyboardInterrupt:
             print(" (stopped)", end="")

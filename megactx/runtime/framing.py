@@ -1,11 +1,19 @@
-"""How turns of a talk are written for a model that was trained on plain text."""
+"""How turns of a talk are written for a model: by the chat template that its tokenizer brings, or as plain lines."""
 
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .text import encodable
+
+OWN_END = "end"  # ``Piece.stopped`` where the model itself ends its answer
+TOLD, ANSWERED = "\ue000told\ue000", "\ue000answered\ue000"  # stand for what is said; private-use characters
 
 
 @dataclass(frozen=True)
 class Framing:
-    """Lines that begin with who speaks."""
+    """Lines that begin with who speaks, for a model that was trained on plain text."""
 
     user: str = "User:"
     assistant: str = "Assistant:"
@@ -14,6 +22,10 @@ class Framing:
     def stops(self) -> list[str]:
         """Where an answer ends: the model begins a line of the user's, which is then part of the history."""
         return [f"\n{self.user}"]
+
+    def ends(self, stopped: str | None) -> bool:
+        """Whether the history now ends where the user's turn begins."""
+        return stopped in self.stops
 
     def asked(self, text: str, turn: str) -> str:
         """What is appended to the history.
@@ -24,3 +36,63 @@ class Framing:
         """
         begin = {"new": self.user, "asking": "", "answering": f"\n{self.user}"}[turn]
         return f"{begin} {text}\n{self.assistant}"
+
+
+class Template:
+    """The tokenizer's own chat template. What a person types is text in it, whatever it looks like.
+
+    Raises:
+        ValueError: the template does not show what is said, or cannot be rendered.
+    """
+
+    stops: list[str] = []
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        first = self._rendered([{"role": "user", "content": TOLD}])
+        bos = tokenizer.bos_token or ""
+        self.first = self._around(first.removeprefix(bos) if bos else first)
+        whole = self._rendered(
+            [
+                {"role": "user", "content": "."},
+                {"role": "assistant", "content": ANSWERED},
+                {"role": "user", "content": TOLD},
+            ]
+        )
+        if ANSWERED not in whole:
+            raise ValueError("chat_template: it does not show the model's answer")
+        self.later = self._around(whole.partition(ANSWERED)[2])
+
+    def ends(self, stopped: str | None) -> bool:
+        """Whether the history ends with the model's own end of its turn."""
+        return stopped == OWN_END
+
+    def asked(self, text: str, turn: str) -> Tensor:
+        """What is appended to the history, ids [N]; ``turn`` as of ``Framing``."""
+        before, after = self.first if turn == "new" else self.later
+        eos = self.tokenizer.eos_token
+        if turn == "asking" and eos:  # it is there already
+            before = before.removeprefix(eos)
+        ids = [*self._ids(before), *self._ids(encodable(text), plain=True), *self._ids(after)]
+        return torch.tensor(ids, dtype=torch.long)
+
+    def _rendered(self, messages: list[dict]) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # it is a program of whoever made the tokenizer
+            raise ValueError(f"chat_template: it cannot be rendered ({error})") from error
+
+    def _around(self, rendered: str) -> tuple[str, str]:
+        if rendered.count(TOLD) != 1:
+            raise ValueError("chat_template: it does not show once what the user says")
+        before, _, after = rendered.partition(TOLD)
+        return before, after
+
+    def _ids(self, text: str, plain: bool = False) -> list[int]:
+        given = {"add_special_tokens": False, "split_special_tokens": plain, "verbose": False}
+        return self.tokenizer(text, **given)["input_ids"] if text else []
+
+
+def framing_of(tokenizer) -> Framing | Template:
+    """The template that a tokenizer brings, else plain lines."""
+    return Template(tokenizer) if getattr(tokenizer, "chat_template", None) else Framing()

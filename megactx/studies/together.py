@@ -57,6 +57,11 @@ class Parts:
     flops: int | None
     changed: bool  # whether the base LM is no longer what it was
 
+    @property
+    def block_size(self) -> int:
+        """K, tokens."""
+        return self.gistnet.block_size
+
 
 def parts_of(folder: str | Path) -> Parts:
     """Read a run of any of the four stages.
@@ -122,10 +127,13 @@ def behind(document: dict, values: Tensor) -> float:
 
 
 @torch.no_grad()
-def measure_run(run: Parts, documents: list[dict], blocks: list[dict], budgets: list[float], full: list[Tensor]):
+def measure_run(
+    run: Parts, documents: list[dict], blocks: list[dict], horizon: int, budgets: list[float], full: list[Tensor]
+) -> dict:
     """Plain numbers of one run, see ``summarise``.
 
     Args:
+        horizon: H, of the recovery.
         full: of ``plain`` with the untouched base LM.
     """
     allocator, device = run.allocator or {"kind": "greedy"}, run.base.model.device
@@ -143,7 +151,7 @@ def measure_run(run: Parts, documents: list[dict], blocks: list[dict], budgets: 
                 found[name].setdefault(f"{share:g}", []).append(cost)
             told = [value for value in telemetry["swap_rate"] if value == value]
             found["swap_rate"].setdefault(f"{share:g}", []).extend(told)
-    spans = measure(run.base, {"gistnet": run.gistnet}, blocks, run.horizon, with_controls=False)
+    spans = measure(run.base, {"gistnet": run.gistnet}, blocks, horizon, with_controls=False)
     found["recovery_body"] = recovery_intervals(spans, ["gistnet"], BODY)["gistnet"]._asdict()
     own = plain(run.base, documents) if run.changed else full
     found["own_full"] = [behind(document, values) for document, values in zip(documents, own, strict=True)]
@@ -174,14 +182,14 @@ def study(folders: list[str], documents: int, tokens: int, budgets: list[float],
         blocks: about so many, of documents of a quarter of the tokens, for recovery.
 
     Raises:
-        ValueError: runs of other base LMs or horizons; no text is that long.
+        ValueError: runs of other base LMs or blocks of other sizes; no text is that long.
     """
     runs = [parts_of(folder) for folder in folders]
-    for what in ("base_name", "horizon"):
-        if len(values := {run.name: getattr(run, what) for run in runs}) and len({*values.values()}) > 1:
+    for what in ("base_name", "block_size"):
+        if len({*(values := {run.name: getattr(run, what) for run in runs}).values()}) > 1:
             raise ValueError(f"the runs differ in {what}: {values}")
     first = runs[0]
-    block, horizon = first.gistnet.block_size, first.horizon
+    block, horizon = first.block_size, first.horizon  # others may have learned from farther
     long = held_out(first.base, path, block, horizon, tokens + horizon, None)
     chosen = [
         {"ids": batch["ids"][0], "cursor": tokens, "domain": batch["domain"][0], "text": int(batch["document"][0])}
@@ -191,7 +199,7 @@ def study(folders: list[str], documents: int, tokens: int, budgets: list[float],
     untouched = BaseLM.from_pretrained(first.base_name, "float32").freeze().to(first.base.model.device)
     every = plain(untouched, chosen)
     dropped = dropping(untouched, chosen, budgets)
-    found = [measure_run(run, chosen, spans, budgets, every) for run in runs]
+    found = [measure_run(run, chosen, spans, horizon, budgets, every) for run in runs]
     full = torch.tensor([behind(*pair) for pair in zip(chosen, every, strict=True)], dtype=torch.float64)
     text = torch.tensor([document["text"] for document in chosen])
     about = {"documents": len(chosen), "tokens": tokens, "horizon": horizon, "base": first.base_name}
