@@ -39,7 +39,7 @@ def register() -> None:
     grids.register()
     # Our launchers' files have the names of the plugins' own, on purpose: the values in them suit training.
     warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
-    OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)
+    OmegaConf.register_new_resolver("times", lambda a, b: None if a is None else a * b, replace=True)
     OmegaConf.register_new_resolver("plus", lambda *values: sum(values), replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)

@@ -34,8 +34,10 @@ class JointStage(lightning.LightningModule):
         base: ``name`` and ``dtype`` of the base LM.
         gistnet: the GistNet to start with: ``asset:NAME``, a folder of ``save_gistnet``, a run folder or a checkpoint.
         lensnet: keyword arguments of ``LensNet`` other than width and block size.
-        lens: a run folder or checkpoint of a lens stage, whose LensNet is the first one; ``None``: a new one.
-        init: a run folder or checkpoint of a joint stage, from which all parts are taken; ``None``: none.
+        lens: the first LensNet, of that GistNet: ``asset:NAME``, a folder of ``save_lensnet``, a run folder or a
+            checkpoint of a lens stage; ``None``: a new one.
+        init: a run folder or checkpoint of a joint or lens stage, from which all parts are taken, so that ``lens``
+            does not count; ``None``: none.
         allocator: keyword arguments of ``FocusAllocator``.
         lora: ``rank`` (0: no adapters), ``layers`` and ``embeddings``, see ``adapt``.
         train_base: ``frozen``, ``lora`` or ``full``: what of the base LM may learn.
@@ -83,12 +85,12 @@ class JointStage(lightning.LightningModule):
         base = base if str(base["name"]).startswith("asset:") else base | {"name": resolve(base["name"])}
         # Absolute, so that a checkpoint loads from any folder.
         gistnet = gistnet if str(gistnet).startswith("asset:") else str(Path(gistnet).expanduser().absolute())
-        lens = lens and str(Path(lens).expanduser().absolute())
+        lens = lens if str(lens).startswith("asset:") else lens and str(Path(lens).expanduser().absolute())
         self.save_hyperparameters()
         self._check()
         self.base = BaseLM.from_pretrained(**base).freeze()
         self.gistnet = gistnet_of(gistnet, self.base)
-        self.lens = lensnet_of(lens, lensnet, self.gistnet)
+        self.lens = lensnet_of(None if init else lens, lensnet, self.gistnet)
         self._reference: tuple[BaseLM, ...] = ()  # not a submodule: it is in no checkpoint
         if lora["rank"]:
             adapt(self.base, **lora)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from megactx.assets import resolve
 from megactx.focus.lensnet import LensNet
 from megactx.focus.pretrained import SETTINGS, load_lensnet
 from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
@@ -21,7 +22,8 @@ def lensnet_of(path: str | None, settings: dict, gistnet: GistNet) -> LensNet:
     """A LensNet that can be trained: a new one, or that of a lens run.
 
     Args:
-        path: a run folder or checkpoint of a lens stage, or a folder of ``save_lensnet``; ``None``: a new one.
+        path: ``asset:NAME``, a run folder or checkpoint of a lens stage, or a folder of ``save_lensnet``; ``None``: a
+            new one.
         settings: keyword arguments of ``LensNet`` other than width and block size, of a new one.
 
     Raises:
@@ -30,11 +32,14 @@ def lensnet_of(path: str | None, settings: dict, gistnet: GistNet) -> LensNet:
     net = LensNet(gistnet.width, gistnet.block_size, **settings)
     if path is None:
         return net
-    folder = Path(path).expanduser()
+    folder = Path(resolve(path) if str(path).startswith("asset:") else path).expanduser()
     if not folder.exists():
         raise ValueError(f"stage.lens={path}: there is no such folder or checkpoint")
     if (folder / SETTINGS).exists():
-        weights = load_lensnet(folder, gistnet).state_dict()
+        try:
+            weights = load_lensnet(folder, gistnet).state_dict()
+        except ValueError as error:
+            raise ValueError(f"stage.lens={path}: {error}; stage.lens=null starts a new one") from error
     else:
         weights = _under(read(best(folder) if folder.is_dir() else folder), "lens.")
     if not weights:

@@ -37,7 +37,11 @@ def joint_settings(base_folder, texts, tmp_path_factory):
     save_gistnet(net, given, base, folder / "net")
     return [
         *["preset=demo", "data=files", f"data.path={texts}", f"base.name={base_folder}"],
-        *[f"stage.gistnet={folder / 'net'}", "data.weights={narrative: 0.5, code: 0.5, structured: 0}"],
+        *[
+            f"stage.gistnet={folder / 'net'}",
+            "stage.lens=null",
+            "data.weights={narrative: 0.5, code: 0.5, structured: 0}",
+        ],
         *["block_size=8", "horizon.tokens=8", "lensnet.num_heads=4", "lensnet.dropout=0.1", "preset.warmup=1"],
         *["datamodule.min_tokens=300", "datamodule.max_tokens=400", "datamodule.batch=2", "datamodule.documents=2"],
         *["datamodule.validation_windows=3", "stage.budgets=[0.6, 0.7]", "stage.evaluate.documents=3"],

@@ -199,6 +199,7 @@ def test_a_plateau_ends_it_before_its_last_cycle(settings, tmp_path, capsys):
         ("stage.budgets=[1.5]", "is not allowed: shares above 0, up to 1"),
         ("stage.windows.per_round=1", "stage.windows.per_round=1 is not allowed: at least 2"),
         ("stage.lens=nowhere", "there is no such folder or checkpoint"),
+        ("stage.lens=asset:tiny-lensnet", "stage.lens=null starts a new one"),
         ("stage.init=nowhere", "there is no such checkpoint or run folder"),
         ("datamodule.spans=-1", "datamodule.spans=-1 is not allowed"),
         ("trainer.max_steps=5", "stage.cycles and stage.steps make 12"),
