@@ -155,7 +155,7 @@ def test_every_name_in_the_dashboard_and_the_rules_is_measured(scraped):
 
 def test_the_rules_watch_the_healthy_ranges_of_the_allocator():
     rules = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
-    limits = {rule["alert"]: float(re.search(r"[<>] ([\d.]+)$", rule["expr"])[1]) for rule in rules}
+    limits = {rule["alert"]: float(re.search(r"[<>] ([\d.]+)", rule["expr"])[1]) for rule in rules}
     assert limits["MegactxSwapRateHigh"] == SWAP_RATE_ALARM
     assert (limits["MegactxSwapRateAboveHealthy"], limits["MegactxSwapRateBelowHealthy"]) == SWAP_RATE[::-1]
     assert limits["MegactxResidencyShort"] == RESIDENCY
