@@ -59,7 +59,8 @@ class Stream:
         self.refocuses = 0
         self._following: Tensor | None = None  # [B], position of the first token behind the window
         self._decoded = 0.0  # seconds, of the waiting tokens
-        self._before, self._ends = (), self.tree.lengths  # of the last refocus: windows for observers, [B] tokens of them
+        self._before = ()  # windows as the last refocus left them, for observers
+        self._ends = self.tree.lengths  # [B], tokens that they stood for
 
     @property
     def lengths(self) -> Tensor:

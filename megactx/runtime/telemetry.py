@@ -2,22 +2,25 @@
 
     session = Session(controller, observers=[Telemetry(controller.models)])
 
-Without a meter provider that the program has set, OpenTelemetry's own no-op meter takes it all and keeps nothing. The
-commands set one up with ``--metrics PORT``, see ``prometheus``.
+OpenTelemetry is imported when a ``Telemetry`` is made and not before. Without a meter provider that the program has set
+its own no-op meter takes it all and keeps nothing. The commands set one up with ``--metrics PORT``, see ``prometheus``.
 
-``measured`` says what is measured, in one place: whoever keeps it elsewhere, such as a training run, reads it too.
+``measured`` says what is measured, in one place: whoever keeps it elsewhere, as ``callbacks=sessions`` does of a
+training run, reads it too.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from opentelemetry import metrics
 
 from .events import Refocused
 from .models import Models
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import Meter
 
 COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
 BINS = 10  # of scores, from -1 to 1
@@ -135,10 +138,18 @@ class Telemetry:
     Args:
         models: of the session, for what does not change; ``None``: it is left out.
         meter: ``None``: that of the provider which the program has set, and nothing at all where it has set none.
+
+    Raises:
+        ValueError: there is no meter, and the extra ``telemetry`` is not installed.
     """
 
-    def __init__(self, models: Models | None = None, meter: metrics.Meter | None = None):
-        meter = metrics.get_meter("megactx") if meter is None else meter
+    def __init__(self, models: Models | None = None, meter: "Meter | None" = None):
+        if meter is None:
+            try:
+                from opentelemetry.metrics import get_meter
+            except ImportError as error:
+                raise ValueError(f"telemetry: pip install 'megactx[telemetry]' first ({error})") from error
+            meter = get_meter("megactx")
         self._instruments = {name: _instrument(meter, name, metric) for name, metric in METRICS.items()}
         for value in rope_scales(models) if models is not None else ():
             self._keep(value)
@@ -160,7 +171,7 @@ class Telemetry:
             instrument.record(value, attributes)
 
 
-def _instrument(meter: metrics.Meter, name: str, metric: Metric):
+def _instrument(meter: "Meter", name: str, metric: Metric):
     if metric.kind == COUNTER:
         return meter.create_counter(name, metric.unit, metric.meaning)
     if metric.kind == GAUGE:

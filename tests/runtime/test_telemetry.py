@@ -1,8 +1,10 @@
-"""What a session says of itself: off by default, exact, fetched as Prometheus does, drawn and watched under its names."""
+"""What a session says of itself: off by default, exact, fetched as Prometheus does, drawn and watched by its names."""
 
 import json
 import re
 import socket
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -68,6 +70,19 @@ def families(text):
 def series(text):
     """Names as queries use them: those of histograms have endings."""
     return {name.partition("{")[0] for name in values(text)}
+
+
+def test_a_session_that_nobody_watches_imports_no_opentelemetry():
+    program = (
+        "import sys, megactx.runtime.telemetry, megactx.runtime.chat, megactx.runtime.view.__main__\n"
+        "from megactx.runtime import Controller, Session, Settings, load_models\n"
+        "session = Session(Controller(load_models(), Settings(budget=512)))\n"
+        "session.append('def read(path): ' * 200, score=True)\n"
+        "assert session.stream.refocuses > 3\n"
+        "found = [name for name in sys.modules if name.split('.')[0] in ('opentelemetry', 'prometheus_client')]\n"
+        "assert not found, found\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)
 
 
 def test_nothing_is_kept_where_no_provider_was_set(told):
@@ -186,14 +201,21 @@ def test_a_command_serves_metrics_where_asked_and_refuses_what_it_cannot(exporte
         taken.listen()
         assert generate.main([TEXT, *own, "--metrics", str(taken.getsockname()[1])]) == 2
     assert "is in use by another program; --metrics 0" in capsys.readouterr().err
+    assert generate.main([TEXT, *own, "--metrics", "70000"]) == 2
+    assert capsys.readouterr().err.startswith("megactx: --metrics=70000 is not allowed")
     assert generate.main([TEXT, *own, "--metrics", "0", "--megacontext", "none"]) == 2
     assert "no working context to measure" in capsys.readouterr().err
 
 
-def test_without_the_extra_a_person_is_told_what_to_install(monkeypatch, exported, capsys):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.metrics", None)
+@pytest.mark.parametrize("missing", ["opentelemetry.exporter.prometheus", "opentelemetry.sdk.metrics"])
+def test_without_the_extra_a_command_says_what_to_install(monkeypatch, exported, capsys, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
     assert generate.main([TEXT, "--model", str(exported), "--budget", "400", "--metrics", "0"]) == 2
-    assert "megactx[telemetry]" in capsys.readouterr().err
-    assert Telemetry(Models(None)) is not None  # the interface itself needs no more than the API
+    told = capsys.readouterr().err.strip().splitlines()
+    assert "--metrics=0: pip install 'megactx[telemetry]' first" in told[-1] and "Traceback" not in " ".join(told)
+
+
+def test_without_the_extra_an_observer_of_ones_own_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "opentelemetry.metrics", None)
+    with pytest.raises(ValueError, match=r"pip install 'megactx\[telemetry\]'"):
+        Telemetry(Models(None))
