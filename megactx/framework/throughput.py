@@ -31,9 +31,10 @@ PEAK = {
 class Throughput(Callback):
     """``speed/tokens_per_second``, ``spans_per_second``, ``documents_per_second``, ``step_seconds`` and ``mfu``.
 
-    Means over the steps since the last row of the log, validation left out, all processes together. Tokens are those of
-    the documents, without padding. What is on the device is added up there and read once per row. MFU is shown on a
-    card whose peak is known (``PEAK``), in 16-bit precision, by the formula of ``Work``.
+    Means over the steps since the last row of the log, validation left out, all processes together; MFU is per card.
+    Tokens are those of the documents, without padding, or what a stage has counted itself (``stage.tokens``). What is
+    on the device is added up there and read once per row. MFU is shown on a card whose peak is known (``PEAK``), in
+    16-bit precision, by the formula of ``Work``.
     """
 
     def setup(self, trainer, pl_module, stage: str) -> None:  # before a strategy wraps or shards the base
@@ -43,39 +44,36 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer, pl_module) -> None:
         self.step = trainer.global_step
-        self._restart()
+        self._restart(pl_module)
 
-    def _restart(self) -> None:
+    def _restart(self, stage) -> None:
+        self.before = _counted(stage)
         self.begin, self.first = time.monotonic(), self.step
         self.tokens = self.flops = 0  # become tensors on the device
         self.spans = self.documents = 0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if not isinstance(batch, dict) or "ids" not in batch:
-            return
-        self.documents += len(batch["ids"])
-        self.spans += sum(batch[name].numel() for name in ("starts", "starts2") if name in batch)
-        self.tokens = self.tokens + (batch["lengths"].sum() if "lengths" in batch else batch["ids"].numel())
-        if self.work:
-            self.flops = self.flops + self.work(batch)
+        if isinstance(batch, dict) and "ids" in batch:
+            self.documents += len(batch["ids"])
+            self.spans += sum(batch[name].numel() for name in ("starts", "starts2") if name in batch)
+            self.tokens = self.tokens + (batch["lengths"].sum() if "lengths" in batch else batch["ids"].numel())
+            if self.work:
+                self.flops = self.flops + self.work(batch)
         if trainer.global_step == self.step:  # gradients are being accumulated
             return
         self.step = trainer.global_step
         if trainer.log_every_n_steps and self.step % trainer.log_every_n_steps == 0:
-            for name, value in self._values(trainer.world_size).items():
+            for name, value in self._values(trainer.world_size, pl_module).items():
                 pl_module.log(f"speed/{name}", value)
-            self._restart()
+            self._restart(pl_module)
 
-    def _values(self, processes: int) -> dict[str, float]:
-        tokens, flops = float(self.tokens), float(self.flops)  # waits for the device, then the time is right
-        seconds = time.monotonic() - self.begin
-        found = {
-            "tokens_per_second": processes * tokens / seconds,
-            "documents_per_second": processes * self.documents / seconds,
-            "step_seconds": seconds / (self.step - self.first),
-        }
-        if self.spans:
-            found["spans_per_second"] = processes * self.spans / seconds
+    def _values(self, processes: int, stage) -> dict[str, float]:
+        tokens = float(self.tokens) or _counted(stage) - self.before  # waits for the device, then the time is right
+        flops, seconds = float(self.flops), time.monotonic() - self.begin
+        found = {"step_seconds": seconds / (self.step - self.first)}
+        for name, count in (("tokens", tokens), ("documents", self.documents), ("spans", self.spans)):
+            if count:
+                found[f"{name}_per_second"] = processes * count / seconds
         if flops:
             found["mfu"] = flops / seconds / self.peak
         return found
@@ -85,6 +83,11 @@ class Throughput(Callback):
 
     def on_validation_end(self, trainer, pl_module) -> None:
         self.begin += time.monotonic() - self.paused
+
+
+def _counted(stage) -> float:
+    """Tokens that a stage has learned from, where it counts them."""
+    return float(getattr(stage, "tokens", 0))
 
 
 def peak(name: str) -> float | None:

@@ -15,7 +15,7 @@ import sys
 from rich.console import Console
 
 from .chat_commands import HELP, obey
-from .command_line import add_models, add_sampling, controller_of, run, sampling_of, session_of
+from .command_line import add_models, add_sampling, controller_of, observers_of, run, sampling_of, session_of
 from .events import Refocused
 from .framing import framing_of
 from .text import encodable, from_bytes, printable
@@ -35,7 +35,8 @@ class Chat:
         self.framing = framing_of(self.controller.models.base.tokenizer)
         self.console = Console(soft_wrap=True)
         self.last: Refocused | None = None
-        self.session = session_of(asked.session, self.controller, [self.seen])
+        self.observers = [self.seen, *observers_of(asked, self.controller)]
+        self.session = session_of(asked.session, self.controller, self.observers)
 
     def seen(self, event: Refocused) -> None:
         """An observer of the session."""

@@ -84,7 +84,7 @@ def load(chat, folder: str) -> None:
     """Another session in place of this one, which is saved where it has a folder."""
     if not folder:
         raise ValueError("/load: name a folder")
-    session = Session.load(folder, chat.controller, [chat.seen])
+    session = Session.load(folder, chat.controller, chat.observers)
     if chat.session.folder is not None:
         chat.session.save()
     chat.session.close()

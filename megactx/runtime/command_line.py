@@ -8,6 +8,7 @@ from pathlib import Path
 from megactx.framework.errors import DONE, INTERRUPTED, verdict
 
 from .controller import Controller
+from .events import Observer
 from .models import load_models
 from .sampling import Sampling
 from .session import Session
@@ -24,6 +25,9 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--positions", choices=POSITIONS, default="rebased", help="beyond the trained range (default rebased)"
+    )
+    parser.add_argument(
+        "--metrics", type=int, metavar="PORT", help="give Prometheus numbers at 127.0.0.1:PORT/metrics (default: none)"
     )
 
 
@@ -53,6 +57,23 @@ def controller_of(asked: argparse.Namespace) -> Controller:
     for note in controller.notes:
         print(note, file=sys.stderr)
     return controller
+
+
+def observers_of(asked: argparse.Namespace, controller: Controller) -> list[Observer]:
+    """The telemetry that was asked for, if any; its server ends with the process.
+
+    Raises:
+        ValueError: the port is taken, what it needs is not installed, or there is nothing to measure.
+    """
+    if asked.metrics is None:
+        return []
+    if controller.settings.megacontext == "none":
+        raise ValueError("--metrics: megacontext=none has no working context to measure; focus and recency have one")
+    from .prometheus import Prometheus
+
+    found = Prometheus(asked.metrics, controller.models)
+    print(f"metrics: {found.address}", file=sys.stderr)
+    return [found.telemetry]
 
 
 def session_of(folder: str | Path | None, controller: Controller, observers=()) -> Session:

@@ -14,7 +14,7 @@ import torch
 
 from megactx.data.tokenizer import bos_id
 
-from .command_line import add_models, add_sampling, controller_of, run, sampling_of, session_of
+from .command_line import add_models, add_sampling, controller_of, observers_of, run, sampling_of, session_of
 from .controller import Controller, decode
 from .sampling import Sampling
 from .session import Session, end_ids
@@ -30,13 +30,14 @@ def generate(asked: argparse.Namespace) -> None:
     sampling, prompts = sampling_of(asked), _prompts(asked)
     Answer(None, frozenset(), asked.stop)  # refuses stop strings before anything is loaded
     controller = controller_of(asked)
+    observers = observers_of(asked, controller)
     if len(prompts) > 1:
         for prompt, answer in zip(
-            prompts, answers(controller, prompts, asked.tokens, sampling, asked.stop), strict=True
+            prompts, answers(controller, prompts, asked.tokens, sampling, asked.stop, observers), strict=True
         ):
             print(printable(f"{prompt}{answer}"), end="\n\n")
         return
-    with session_of(asked.session, controller) as session:
+    with session_of(asked.session, controller, observers) as session:
         session.append(prompts[0])
         try:
             _tell(session, asked, sampling)
@@ -52,7 +53,7 @@ def _tell(session: Session, asked: argparse.Namespace, sampling: Sampling) -> No
 
 
 def answers(
-    controller: Controller, prompts: list[str], max_tokens: int, sampling: Sampling, stop: list[str]
+    controller: Controller, prompts: list[str], max_tokens: int, sampling: Sampling, stop: list[str], observers=()
 ) -> list[str]:
     """Continuations of texts, decoded as one batch."""
     base = controller.models.base
@@ -64,7 +65,7 @@ def answers(
     ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
     for row, own in enumerate(rows):
         ids[row, : len(own)] = torch.tensor(own)
-    stream = controller.stream(len(rows))
+    stream = controller.stream(len(rows), observers=observers)
     stream.append(ids, lengths)
     told = [Answer(base.tokenizer, end_ids(base), stop) for _ in rows]
     texts = [""] * len(rows)

@@ -18,7 +18,7 @@ from rich import progress
 
 from megactx.data.files import Files
 
-from .command_line import add_models, controller_of, run, session_of
+from .command_line import add_models, controller_of, observers_of, run, session_of
 from .session import Session
 from .text import encodable
 
@@ -37,7 +37,7 @@ def ingest(asked: argparse.Namespace) -> None:
         raise ValueError("--megacontext=none keeps no tree, there is nothing to build")
     paths = find(asked.files)
     controller = controller_of(asked)
-    with session_of(asked.out, controller) as session:
+    with session_of(asked.out, controller, observers_of(asked, controller)) as session:
         began, before = time.monotonic(), session.length
         try:
             take(session, paths)

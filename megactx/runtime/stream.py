@@ -59,7 +59,8 @@ class Stream:
         self.refocuses = 0
         self._following: Tensor | None = None  # [B], position of the first token behind the window
         self._decoded = 0.0  # seconds, of the waiting tokens
-        self._before = ()
+        self._before = ()  # windows as the last refocus left them, for observers
+        self._ends = self.tree.lengths  # [B], tokens that they stood for
 
     @property
     def lengths(self) -> Tensor:
@@ -148,6 +149,7 @@ class Stream:
         """Go on with a window, and read it anew; ``None``: one is put together when it is needed."""
         self.context, self.hidden = context, None
         self._before = views(context) if self.observers else ()
+        self._ends = self.tree.lengths if context is None else context.ends().cpu()
         self.reader.forget()
 
     def _check_begun(self, new: Tensor) -> None:
@@ -241,11 +243,12 @@ class Stream:
             began = self._now()
             self._read()
             seconds["read"] = self._now() - began
+        before, self._ends = self._ends, (ends := self.context.ends().cpu())
         if self.observers:
             event = Refocused(
                 number=self.refocuses,
                 tokens=self.lengths,
-                new=new,
+                new=ends - before,
                 before=self._before,
                 started=started,
                 room=room,

@@ -106,6 +106,16 @@ def test_batches_without_spans_or_without_tokens_do_no_harm(clock):
     assert run.logged == before
 
 
+def test_a_stage_that_counts_its_tokens_has_speeds_with_batches_of_any_kind(clock):
+    run = Run(clock)
+    run.stage.tokens = torch.tensor(100)
+    run.callback.on_train_start(run.trainer, run.stage)
+    for _ in range(2):
+        run.stage.tokens += 60
+        run.batch({"windows": []}, seconds=3.0)
+    assert run.logged == {"speed/step_seconds": 3.0, "speed/tokens_per_second": 20.0}
+
+
 def test_mfu_is_work_by_time_by_the_peak_and_absent_where_the_card_is_not_known(clock):
     run = Run(clock, every=1)
     run.batch(spans(), seconds=2.0)

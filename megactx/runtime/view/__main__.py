@@ -14,7 +14,15 @@ import secrets
 import sys
 from pathlib import Path
 
-from megactx.runtime.command_line import add_models, add_sampling, controller_of, run, sampling_of, session_of
+from megactx.runtime.command_line import (
+    add_models,
+    add_sampling,
+    controller_of,
+    observers_of,
+    run,
+    sampling_of,
+    session_of,
+)
 from megactx.runtime.events import Refocused
 from megactx.runtime.serving import HOST, Server
 from megactx.runtime.text import encodable, from_bytes
@@ -40,7 +48,8 @@ def view(asked: argparse.Namespace) -> None:
     write = writer(asked.export) if asked.export else None
     server = None if write else Server(asked.port, asked.host)
     try:
-        with session_of(asked.session, controller_of(asked)) as session:
+        controller = controller_of(asked)
+        with session_of(asked.session, controller, observers_of(asked, controller)) as session:
             player = Player(session, sampling).start()
             try:
                 if write:
