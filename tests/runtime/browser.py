@@ -52,6 +52,7 @@ class Browser:
             command,
             preexec_fn=three_and_four,
             pass_fds=(3, 4),
+            env={**os.environ, "TMPDIR": str(profile.parent)},  # or it leaves folders behind
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
