@@ -62,6 +62,7 @@ def measure(base: str, variants: int, kind: str, tokens: int, steps: int, device
     from megactx.framework.search_path import compose
 
     overrides = ["experiment=end_to_end", "preset=demo", f"base.name={base}", f"stage.gistnet={gistnet}"]
+    overrides += ["stage.lens=null"]  # what it weighs does not depend on what it has learned
     overrides += [f"stage.windows.sources={max(1, variants // 4)}", f"stage.windows.variants={variants}"]
     overrides += ["stage.budgets=[0.125]", "folder=unused", *KINDS[kind]]
     stage = instantiate(compose(overrides).stage, _convert_="all")
