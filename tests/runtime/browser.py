@@ -27,6 +27,7 @@ class Browser:
     """
 
     def __init__(self, profile: Path, size: tuple[int, int] = (1280, 1100)):
+        self._profile = profile
         command = [
             chromium(),
             "--headless",
@@ -52,7 +53,6 @@ class Browser:
             command,
             preexec_fn=three_and_four,
             pass_fds=(3, 4),
-            env={**os.environ, "TMPDIR": str(profile.parent)},  # or it leaves folders behind
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -126,7 +126,9 @@ class Browser:
         return found
 
     def close(self) -> None:
-        """End the browser that this object has started."""
+        """End the browser that this object has started, and remove what it leaves outside of its profile."""
+        link = self._profile / "SingletonSocket"  # into a folder of the browser's own, which a signal leaves behind
+        beside = link.readlink().parent if link.is_symlink() else None
         self._process.terminate()
         try:
             self._process.wait(10)
@@ -135,6 +137,8 @@ class Browser:
             self._process.wait()
         os.close(self._out)
         os.close(self._in)
+        if beside is not None and beside.name.startswith("org.chromium."):
+            shutil.rmtree(beside, ignore_errors=True)
 
     def _next(self) -> dict:
         end = time.monotonic() + PATIENCE
