@@ -166,6 +166,7 @@ def test_ctrl_c_saves_the_session_and_ends_with_130(exported, tmp_path):
         [sys.executable, "-m", "megactx.runtime.view", TEXT, "--tokens", "20", *arguments],
         cwd=Path(models.__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
