@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     show(tables, notes)
     stem = (asked.out or (Path(asked.runs[0]) if asked.runs else Path("runs/caching"))) / "caching"
     write(stem, "Gist caching", tables, notes, rows_of(numbers), numbers)
-    print(f"Caching: {stem.with_suffix('.md')}, .csv and .json")
+    print(f"Caching: {stem}.md, .csv and .json")
     return 0
 
 

@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     show(sheets(numbers), NOTES)
     stem = asked.out / "pooling_by_attention"
     write(stem, "Can attention learn to pool?", sheets(numbers), NOTES, rows_of(numbers), numbers)
-    print(f"Residuals: {stem.with_suffix('.md')}, .csv and .json")
+    print(f"Residuals: {stem}.md, .csv and .json")
     return 0
 
 

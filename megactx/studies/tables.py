@@ -23,14 +23,14 @@ def write(stem: Path, title: str, sheets: list[Sheet], notes: list[str], rows: l
         rows: of the CSV; a column that a row does not have stays empty.
         numbers: of the JSON; NaN becomes ``null``.
     """
-    with replacing(stem.with_suffix(".md")) as part:
+    with replacing(stem.with_name(f"{stem.name}.md")) as part:
         lines = [f"# {title}", "", *map(markdown_sheet, sheets), *[f"- {note}" for note in notes], ""]
         part.write_text("\n".join(lines), encoding="utf-8")
-    with replacing(stem.with_suffix(".csv")) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with replacing(stem.with_name(f"{stem.name}.csv")) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(without_nan(rows))
-    with replacing(stem.with_suffix(".json")) as part:
+    with replacing(stem.with_name(f"{stem.name}.json")) as part:
         part.write_text(json.dumps(without_nan(numbers), indent=1, allow_nan=False))
 
 

@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     show(sheets, notes)
     flat = [{k: v["point"] if isinstance(v, dict) else v for k, v in row.items()} for row in found["rows"]]
     write(asked.out, TITLE, sheets, notes, flat, found)
-    print(f"Tables: {asked.out.with_suffix('.md')}, .csv and .json")
+    print(f"Tables: {asked.out}.md, .csv and .json")
     return 0
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megactx.framework.app import run
+from megactx.studies.tables import write
 from megactx.studies.together import main, name_of
 from megactx.studies.together_report import DROP, sheet, summarise
 
@@ -85,3 +86,8 @@ def test_from_a_gist_run_over_a_lens_run_to_parts_that_learn_together_and_are_ex
     assert [row["run"].split("/")[-1] for row in rows] == ["gist", "lens", "turn", "once"] and alone["run"] == DROP
     assert [row["tokens"] is None for row in rows] == [True, True, False, False]
     assert rows[0]["base_lost"] == rows[1]["base_lost"] == 0 and rows[3]["adapter_parameters"] > 0
+
+
+def test_a_stem_with_a_dot_keeps_it(tmp_path):
+    write(tmp_path / "table_0.125", "Title", [], [], [{"a": 1}], {"a": 1})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"table_0.125.{kind}" for kind in ("csv", "json", "md")]
