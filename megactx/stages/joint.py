@@ -84,8 +84,10 @@ class JointStage(lightning.LightningModule):
         super().__init__()
         base = base if str(base["name"]).startswith("asset:") else base | {"name": resolve(base["name"])}
         # Absolute, so that a checkpoint loads from any folder.
-        gistnet = gistnet if str(gistnet).startswith("asset:") else str(Path(gistnet).expanduser().absolute())
-        lens = lens if str(lens).startswith("asset:") else lens and str(Path(lens).expanduser().absolute())
+        gistnet, lens = (
+            path if path is None or path.startswith("asset:") else str(Path(path).expanduser().absolute())
+            for path in (gistnet, lens)
+        )
         self.save_hyperparameters()
         self._check()
         self.base = BaseLM.from_pretrained(**base).freeze()

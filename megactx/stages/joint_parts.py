@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megactx.assets import resolve
 from megactx.focus.lensnet import LensNet
 from megactx.focus.pretrained import SETTINGS, load_lensnet
 from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
 from megactx.framework.resume import best, read
 from megactx.gist import GistNet
 from megactx.lm.adapters import adapters_of
+
+from .trained import folder_of
 
 BETAS = (0.9, 0.999)
 TRAIN_BASE = ("frozen", "lora", "full")
@@ -32,9 +33,7 @@ def lensnet_of(path: str | None, settings: dict, gistnet: GistNet) -> LensNet:
     net = LensNet(gistnet.width, gistnet.block_size, **settings)
     if path is None:
         return net
-    folder = Path(resolve(path) if str(path).startswith("asset:") else path).expanduser()
-    if not folder.exists():
-        raise ValueError(f"stage.lens={path}: there is no such folder or checkpoint")
+    folder = folder_of(path, "stage.lens")
     if (folder / SETTINGS).exists():
         try:
             weights = load_lensnet(folder, gistnet).state_dict()

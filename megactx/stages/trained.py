@@ -23,7 +23,7 @@ def gistnet_of(path: str, base: BaseLM) -> GistNet:
     Raises:
         ValueError: there is none, it is of another compressor, or of another base.
     """
-    folder = _folder(path)
+    folder = folder_of(path, "gistnet")
     if (folder / SETTINGS).exists():
         return load_gistnet(folder, base)
     found = read(best(folder) if folder.is_dir() else folder)["state_dict"]
@@ -44,15 +44,20 @@ def gistnet_settings(path: str) -> dict:
     Raises:
         ValueError: there is no such folder or checkpoint.
     """
-    folder = _folder(path)
+    folder = folder_of(path, "gistnet")
     if (folder / SETTINGS).exists():
         return json.loads((folder / SETTINGS).read_text())["settings"]
     given = read(best(folder) if folder.is_dir() else folder)["hyper_parameters"]["gistnet"]
     return given if isinstance(given, dict) else gistnet_settings(given)  # it started from another one's
 
 
-def _folder(path: str) -> Path:
+def folder_of(path: str, setting: str) -> Path:
+    """Where an asset, a run or a checkpoint lies; ``setting`` names it in the message.
+
+    Raises:
+        ValueError: nowhere.
+    """
     folder = Path(resolve(path) if str(path).startswith("asset:") else path).expanduser()
     if not folder.exists():
-        raise ValueError(f"gistnet={path}: there is no such folder or checkpoint")
+        raise ValueError(f"{setting}={path}: there is no such folder or checkpoint")
     return folder

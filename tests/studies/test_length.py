@@ -5,14 +5,8 @@ import json
 import pytest
 import torch
 
-from megactx.focus import LensNet
-from megactx.focus.pretrained import save_lensnet
-from megactx.gist import GistNet
-from megactx.gist.pretrained import save_gistnet
 from megactx.gist.scoring import nll
-from megactx.lm import BaseLM
 from megactx.memory import MegaContextTree
-from megactx.runtime import Models
 from megactx.studies import length_planted as planted
 from megactx.studies.length import main
 from megactx.studies.length_policies import DROP, FOCUS, FULL, RECENCY, dropping, full_context, session
@@ -20,29 +14,6 @@ from megactx.studies.length_report import notes_on, rows_of, sheets, summarise
 from megactx.studies.length_text import Texts, gather, tree_of
 
 K, NEAR, SCORED, BUDGET, LIMIT = 4, 256, 32, 232, 256
-GISTNET = dict(block_size=K, num_heads=4, skip="none")
-LENSNET = dict(layers=1, num_heads=4)
-
-
-@pytest.fixture(scope="module")
-def models(base_folder):
-    base = BaseLM.from_pretrained(str(base_folder), "float32").freeze()  # takes 512 positions
-    torch.manual_seed(0)
-    gistnet = GistNet(base.width, base.embedding_rms(), **GISTNET).eval().requires_grad_(False)
-    lensnet = LensNet(base.width, K, **LENSNET).eval().requires_grad_(False)
-    torch.nn.init.normal_(lensnet.last.weight, std=0.05)
-    return Models(base, gistnet, lensnet, "small")
-
-
-@pytest.fixture(scope="module")
-def exported(models, tmp_path_factory):
-    """A folder that the command takes; without the LensNet, which lies beside it."""
-    folder = tmp_path_factory.mktemp("length") / "models"
-    models.base.model.save_pretrained(folder)
-    models.base.tokenizer.save_pretrained(folder)
-    save_gistnet(models.gistnet, GISTNET, models.base, folder / "gistnet")
-    save_lensnet(models.lensnet, LENSNET, models.gistnet, folder.parent / "lensnet")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from megactx.studies.endurance import formula, main, summary, text_of
 
 @pytest.fixture
 def command(exported, texts, tmp_path):
-    own = ["--model", str(exported), "--budget", "400", "--path", str(texts), "--every", "256"]
+    model = shutil.copytree(exported, tmp_path / "model")
+    shutil.copytree(exported.parent / "lensnet", model / "lensnet")
+    own = ["--model", str(model), "--budget", "400", "--path", str(texts), "--every", "256"]
     return [*own, "--out", str(tmp_path / "out")]
 
 
@@ -23,7 +26,7 @@ def test_a_session_leaves_a_row_per_stretch_and_its_tree_takes_exactly_what_the_
     rows = found["rows"]
     assert [row["tokens"] for row in rows] == [257, 513, 769, 1025, 1281, 1501]  # BOS, and a last piece
     assert all(row["tree"] == row["formula"] > 0 and row["ms"] > 0 and row["entries"] <= 400 for row in rows)
-    assert rows[-1]["working"] == rows[-2]["working"] or rows[-1]["working"] < 1.5 * rows[-2]["working"]
+    assert 0 < rows[-1]["working"] < 1.2 * rows[-3]["working"], "the window was full by then"
     assert rows[-1]["swap"] is not None and 0 <= rows[-1]["reuse"] <= 1 and rows[-1]["nll"] > 0
     assert found["summary"]["exact"] and found["summary"]["refocuses"] == sum(row["refocuses"] for row in rows)
     with (tmp_path / "out" / "endurance.csv").open() as file:
