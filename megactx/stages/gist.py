@@ -47,8 +47,8 @@ class GistStage(lightning.LightningModule):
         objective: ``kl`` or ``delta_nll``.
         contrastive: ``weight`` (lambda) and ``margin``.
         lr, min_lr, weight_decay, warmup, max_steps: AdamW with linear warm-up and a cosine over ``max_steps``.
-        muon_lr: learning rate of Muon for the GistNet's matrices; ``None`` leaves all to AdamW. Controls keep AdamW,
-            which measured better for them.
+        muon_lr: learning rate of Muon for the matrices of GistNets, the controls too; ``None`` leaves all to AdamW.
+            Without a backbone it is AdamW always, which measured better there.
         targets: metric name -> number, printed beside the result.
         evaluate: what the end-of-run report measures. ``blocks``: about how many; ``controls``: the untrained controls
             too, or not; ``copies``: blocks per distance for copy recovery; ``level2``: spans of K^2 tokens that gists

@@ -40,14 +40,14 @@ def build_nets(base: BaseLM, compressor: dict, gistnet: dict, controls: dict) ->
 
 
 def optimizer_of(nets: nn.ModuleDict, lr: float, muon_lr: float | None, weight_decay: float, controls: dict):
-    """AdamW for everything, or Muon for the matrices of the first net where it is a GistNet.
+    """AdamW for everything, but Muon for the matrices of every GistNet with a backbone.
 
     Args:
         lr: of AdamW; a control with an ``lr`` of its own has that.
-        muon_lr: ``None`` leaves all to AdamW. Controls keep AdamW, which measured better for them.
+        muon_lr: ``None`` leaves all to AdamW. What has no backbone keeps AdamW, which measured better for it.
     """
-    main: Compressor = next(iter(nets.values()))
-    matrices = [p for p in main.parameters() if p.ndim == 2] if muon_lr is not None and main.makes_vectors else []
+    muon = muon_lr is not None
+    matrices = [p for net in nets.values() if muon and with_backbone(net) for p in net.parameters() if p.ndim == 2]
     known, groups = {id(p) for p in matrices}, {}
     for name, net in nets.items():
         rate = (controls.get(name) or {}).get("lr") or lr
@@ -56,6 +56,11 @@ def optimizer_of(nets: nn.ModuleDict, lr: float, muon_lr: float | None, weight_d
     if matrices:
         return MuonWithAdamW(matrices, groups, muon_lr, lr, weight_decay, betas=BETAS)
     return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=1e-8, weight_decay=weight_decay)
+
+
+def with_backbone(net: Compressor) -> bool:
+    """A GistNet that is more than a map of its block's mean."""
+    return getattr(net, "backbone", None) is not None
 
 
 def take_weights(nets: nn.ModuleDict, path: Path, gistnet: dict) -> str:

@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
+from megactx.data.files import Files
 from megactx.evaluation.history import measure_history, segments
 from megactx.evaluation.measure import measure, untrained
 from megactx.gist.carriers.avgpool import AvgPool
+from megactx.gist.carriers.history_oracle import HistoryOracle
 from megactx.gist.carriers.oracle import Oracle
 from megactx.gist.substitution import teach
 from megactx.stages.gist import GistStage
@@ -32,20 +34,21 @@ class Ladder(GistStage):
     """A gist stage that ends with the ladder.
 
     Args:
-        ladder: ``oracle``: blocks that get a fitted vector each, 0 for none; ``oracle_steps``: of each fit.
+        ladder: ``oracle``: blocks that get a fitted vector each, 0 for none; ``history_oracle``: histories whose
+            vectors are fitted together, 0 for none; ``oracle_steps``: of each fit.
         settings: of ``GistStage``; its ``evaluate.blocks`` and ``evaluate.history`` are the ladder's too.
     """
 
     def __init__(self, ladder: dict, **settings):
-        for name, least in (("oracle", 0), ("oracle_steps", 1)):
+        for name, least in (("oracle", 0), ("history_oracle", 0), ("oracle_steps", 1)):
             if ladder[name] < least:
                 raise ValueError(f"stage.ladder.{name}={ladder[name]} is not allowed: at least {least}")
         super().__init__(**settings)  # which also saves what it does not know as hyperparameters
 
     @torch.inference_mode()
     def finish(self, folder: Path, datamodule) -> None:
-        super().finish(folder, datamodule)
-        batches = datamodule.evaluation_documents(self.hparams.evaluate["blocks"])
+        count, path = self.hparams.evaluate["blocks"], self.hparams.evaluate["path"]
+        batches = datamodule.held_out(Files(path), count) if path else datamodule.evaluation_documents(count)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.base.model.dtype == torch.bfloat16):
             numbers = self._measure(batches)
         write(folder, [numbers])
@@ -57,14 +60,23 @@ class Ladder(GistStage):
         block = self.main.block_size
         nets = dict(self.nets) | {"avgpool": AvgPool(block), "avgpool at the end": AvgPool(block, "end")}
         scores = measure(self.base, nets, batches, horizon, progress=_bar("all carriers, one block at a time"))
-        parts = {"span": scores, "history": None, "oracle": None}
-        if asked["history"]:
-            sizes = {name: self.hparams.history[name] for name in ("segment", "recency")}
-            if found := segments(batches, block, asked["history"], **sizes):
-                rest = nets | untrained(self.base, block, self.main.position)
-                parts["history"] = measure_history(self.base, rest, found, **sizes, progress=_bar("histories"))
+        parts = {"span": scores, "history": None, "oracle": None, "history oracle": None}
+        settings = {"position": self.main.position, "steps": ladder["oracle_steps"]}
+        sizes = {name: self.hparams.history[name] for name in ("segment", "recency")}
+        rest = nets | untrained(self.base, block, self.main.position)
+        if asked["history"] and (found := segments(batches, block, asked["history"], **sizes)):
+            parts["history"] = measure_history(self.base, rest, found, **sizes, progress=_bar("histories"))
+        # One segment of each document: it is fitted to all of its old blocks at once.
+        if (count := ladder["history_oracle"]) and (found := segments(batches, block, count, **sizes)):
+            found = [batch | {"starts": batch["starts"][:, -1:]} for batch in found]
+            fitted = {
+                name: HistoryOracle(**sizes, block_size=block, samples=samples, **settings)
+                for name, samples in ORACLES.items()
+            }
+            parts["history oracle"] = measure_history(
+                self.base, rest | fitted, found, **sizes, progress=_bar("vectors fitted to every history")
+            )
         if ladder["oracle"]:
-            settings = {"position": self.main.position, "steps": ladder["oracle_steps"]}
             fitted = {name: Oracle(horizon, block, samples=count, **settings) for name, count in ORACLES.items()}
             some = _first_blocks(batches, ladder["oracle"])
             parts["oracle"] = measure(

@@ -16,7 +16,8 @@ LEGEND = (
     "recovery = 1 - sum dNLL / sum dNLL_drop, over h >= 1 (keys and values have no output row, so nothing predicts the"
     " token at h = 0: a column of its own), over h >= 4. history: all blocks behind the recency window compressed;"
     " gain: NLL of as many more raw tokens minus NLL of the carriers, in nats. bytes: 16 bit, per compressed token."
-    " Brackets: 95 %, paired bootstrap over documents; with several runs mean ± std."
+    " Brackets: 95 %, paired bootstrap over documents; with several runs mean ± std, and"
+    " a verdict where every run gives it."
 )
 
 
@@ -24,11 +25,12 @@ def rungs(parts: dict, about: dict, subject: str, block: int, base: str) -> dict
     """Scores of one run -> plain numbers.
 
     Args:
-        parts: ``span``, ``history``, ``oracle``: ``BlockScores``, or ``None`` where it was not measured.
+        parts: ``span``, ``history``, ``oracle``, ``history oracle``: ``BlockScores``, or ``None`` where it was not
+            measured.
         about: carrier -> ``bytes_per_token``, ``parameters``, ``first``.
         subject: the carrier that all others are compared with.
     """
-    span, history, oracle = (parts[name] for name in ("span", "history", "oracle"))
+    span, history = parts["span"], parts["history"]
     out = {"subject": subject, "base": base, "block_size": block, "horizon": span.horizon}
     out |= {"blocks": len(span), "documents": span.document.unique().numel(), "block_hash": span.block_hash()}
     names = list(span.carriers)
@@ -56,12 +58,13 @@ def rungs(parts: dict, about: dict, subject: str, block: int, base: str) -> dict
         gains = {name: (history.carriers[MORE_RAW] - history.carriers[name]).double().mean(1) for name in names}
         _put(out, "gain", {name: mean_interval(history.document, gain) for name, gain in gains.items()})
         out["more_raw"] = recovery_intervals(history, [MORE_RAW])[MORE_RAW]._asdict()
-    if oracle is not None:
-        names = list(oracle.carriers)
-        out["oracle"] = {"blocks": len(oracle), "documents": oracle.document.unique().numel(), "recovery": {}}
-        for key, first in (("recovery", WITH_ROW), ("body", BODY)):
-            found = recovery_intervals(oracle, names, first)
-            out["oracle"].setdefault(key, {}).update({name: i._asdict() for name, i in found.items()})
+    for part, keys in (("oracle", {"recovery": WITH_ROW, "body": BODY}), ("history oracle", {"recovery": 0})):
+        if (scores := parts[part]) is not None:
+            names = [name for name in scores.carriers if name != MORE_RAW]
+            out[part] = {"blocks": len(scores), "documents": scores.document.unique().numel()}
+            for key, first in keys.items():
+                found = recovery_intervals(scores, names, first)
+                out[part][key] = {name: interval._asdict() for name, interval in found.items()}
     return without_nan(out)
 
 
@@ -94,6 +97,11 @@ def combine(runs: list[dict]) -> dict:
             points = [value["point"] for value in found if value and value["point"] is not None]
             if len(points) == len(runs) > 1:
                 carrier[key] |= {"point": statistics.mean(points), "std": statistics.stdev(points)}
+        for key in ("recovery_below_subject", "body_below_subject", "history_below_subject"):
+            found = [run["carriers"][name][key] for run in runs if key in run["carriers"].get(name, {})]
+            if len(found) > 1 and all(value["low"] is not None for value in found):
+                # A verdict needs every seed: the widest interval that holds all of theirs.
+                carrier[key] |= {"low": min(v["low"] for v in found), "high": max(v["high"] for v in found)}
     return out
 
 
@@ -148,11 +156,15 @@ def sheets(numbers: dict) -> list[Sheet]:
             f" {numbers['cost_of_no_history']:.3f} nat, as many more raw tokens recover {_cell(numbers['more_raw'])}"
         )
     out = [Sheet(title, header, rows, (order.index(numbers["subject"]),))]
-    if oracle := numbers.get("oracle"):
-        names = sorted(oracle["recovery"], key=lambda name: -_point(oracle["recovery"][name]))
-        rows = [[name, _cell(oracle["recovery"][name]), _cell(oracle["body"][name])] for name in names]
-        title = f"a vector fitted to every block: {oracle['blocks']:,} blocks of {oracle['documents']:,} documents"
-        out.append(Sheet(title, header[:1] + header[2:4], rows, (names.index(numbers["subject"]),)))
+    for part, what in (("oracle", "a vector fitted to every block"), ("history oracle", "all vectors fitted together")):
+        if oracle := numbers.get(part):
+            names = sorted(oracle["recovery"], key=lambda name: -_point(oracle["recovery"][name]))
+            keys = [key for key in ("recovery", "body") if key in oracle]
+            rows = [[name, *[_cell(oracle[key][name]) for key in keys]] for name in names]
+            header = ["in place of the block", "h >= 1", "h >= 4"] if len(keys) > 1 else ["in the history", "recovery"]
+            counted = f"{oracle['blocks']:,} {'blocks' if len(keys) > 1 else 'histories'}"
+            title = f"{what}: {counted} of {oracle['documents']:,} documents"
+            out.append(Sheet(title, header, rows, (names.index(numbers["subject"]),)))
     return out
 
 

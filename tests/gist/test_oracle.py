@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from megactx.gist.carriers.history_oracle import HistoryOracle
 from megactx.gist.carriers.last_token import LastToken
 from megactx.gist.carriers.oracle import Oracle, _continued
+from megactx.gist.history import with_carriers, with_everything
 from megactx.gist.scoring import score
 from megactx.gist.substitution import blocks, rows_at, substituted, teach
 
@@ -69,3 +71,22 @@ def test_settings_that_are_not_allowed_are_refused_by_name():
         Oracle(H, K, samples=-1)
     with pytest.raises(ValueError, match="oracle.steps=0"):
         Oracle(H, K, steps=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("samples", [0, 2])
+def test_the_vectors_of_a_history_are_fitted_to_the_segment_behind_them(read, samples):
+    base, teacher, _ = read
+    old, segment, recency = torch.tensor([[8, 16, 24]]), 2 * K, K
+    starts = old[:, -1:] + K + recency
+    wanted = with_everything(teacher, starts, segment).flatten(0, 2)
+    targets = blocks(teacher.ids, starts, segment).flatten()
+
+    def kl_of(carriers):
+        hidden = with_carriers(base, teacher, starts, carriers, K, segment, recency)
+        return score(base, hidden.flatten(0, 2)[None], wanted, targets)[1]["kl"].mean()
+
+    oracle = HistoryOracle(segment, recency, K, samples=samples, steps=30)
+    fitted = oracle.compress(base, teacher, old)
+    assert fitted.vectors.shape == (1, 3, base.width)
+    assert kl_of(fitted) < 0.9 * kl_of(LastToken(K).compress(base, teacher, old))

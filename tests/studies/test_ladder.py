@@ -21,6 +21,7 @@ SMALL = [
     "stage.history.segment=16",
     "stage.history.recency=32",
     "stage.ladder.oracle=3",
+    "stage.ladder.history_oracle=2",
     "stage.ladder.oracle_steps=2",
 ]
 
@@ -55,6 +56,7 @@ def test_every_carrier_stands_on_the_same_blocks_with_its_bytes(runs):
     assert all(carriers[name]["bytes_per_token"] == 2 * 2 * 2 * 32 / 8 for name in by_keys), "layers, keys and values"
     assert all(("h0" in carrier) != (name in by_keys) for name, carrier in carriers.items())
     assert {"oracle-fit", "oracle-transfer", "gistnet", "gistpool"} <= set(numbers["oracle"]["recovery"])
+    assert {"oracle-fit", "oracle-transfer", "gistnet", "gistpool"} <= set(numbers["history oracle"]["recovery"])
     assert all("history" in carriers[name] for name in trained | by_keys | {"last token"})
 
 

@@ -1,0 +1,67 @@
+"""The ceiling of vectors in history mode: all those of a document's old blocks are fitted together."""
+
+import torch
+from torch import Tensor
+
+from megactx.gist.carrier import Vectors
+from megactx.gist.history import with_carriers, with_everything
+from megactx.gist.scoring import score
+from megactx.gist.substitution import Teacher, blocks, teach
+from megactx.lm import BaseLM
+
+from .oracle import Oracle
+
+
+class HistoryOracle(Oracle):
+    """Vectors of the blocks behind one segment, optimised so that the base LM reads it as over the full context.
+
+    ``samples`` as those of ``Oracle``: with 0 they have seen the segment that is then scored, M x D numbers for S
+    tokens, so this is a loose upper bound; with 8 they are fitted on segments that the base LM samples itself.
+
+    Args:
+        segment, recency: S and R, tokens. The blocks that ``compress`` gets end R tokens before the segment.
+        samples, steps, lr, seed: see ``Oracle``.
+    """
+
+    def __init__(
+        self,
+        segment: int,
+        recency: int,
+        block_size: int = 32,
+        position: str = "end",
+        samples: int = 8,
+        steps: int = 100,
+        lr: float = 0.1,
+        seed: int = 0,
+    ):
+        super().__init__(segment, block_size, position, samples, steps, lr, seed)
+        self.recency = recency
+
+    @torch.inference_mode(False)
+    def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Vectors:
+        """Vectors of the blocks at starts [1, M], of one document and in order."""
+        ends = starts[:, -1:] + self.block_size + self.recency
+        upto = teacher.ids[:, : int(ends)].clone()  # no inference tensors in a graph
+        with torch.no_grad():
+            segments = (
+                self._sampled(base, teacher, ends)[0, 0] if self.samples else blocks(teacher.ids, ends, self.horizon)[0]
+            )
+            whole = teach(base, torch.cat([upto.expand(len(segments), -1), segments], dim=1))
+            ends = ends.expand(len(segments), -1).clone()
+            wanted = with_everything(whole, ends, self.horizon).flatten(0, 2)
+            rms = base.embedding_rms()
+            last = base.embed(upto.gather(1, starts + self.block_size - 1)).float() / rms
+        vectors = last.clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([vectors], lr=self.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        with torch.enable_grad():
+            for _ in range(self.steps):
+                optimizer.zero_grad()
+                carriers = Vectors((vectors * rms).expand(len(segments), -1, -1), self.offset)
+                sizes = (self.block_size, self.horizon, self.recency)
+                hidden = with_carriers(base, whole, ends, carriers, *sizes).flatten(0, 2)
+                loss, _ = score(base, hidden[None], wanted, segments.flatten())
+                loss.mean().backward()
+                optimizer.step()
+                schedule.step()
+        return Vectors(vectors.detach() * rms, self.offset)
