@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from megactx.data.files import ALL_DOMAINS
+from megactx.gist.packed_loss import SEAM
 
 from .scores import BlockScores
 from .sums import WEAK, DomainSums
 
-BODY = 4  # first offset behind the seam, where most of the cost of a missing block sits
+BODY = SEAM  # first offset behind the seam, where most of the cost of a missing block sits
 SUBSTITUTABLE = 1.0  # nats of mean dNLL below which a block counts as replaceable
 BANDS = {"h0": (0, 1), "h1_3": (1, 4), "h4_15": (4, 16), "h16_up": (16, None)}
 LOWER_IS_BETTER = ("dnll", "kl", "ppl_ratio")

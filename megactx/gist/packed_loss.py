@@ -15,6 +15,8 @@ from .reading import read_carriers
 from .scoring import score
 from .substitution import Teacher, blocks, check_blocks, rows_at
 
+SEAM = 4  # offsets right behind the block, which one vector that says how the block ended serves; then comes the body
+
 
 def substitution_loss(
     base: BaseLM,
@@ -25,6 +27,7 @@ def substitution_loss(
     horizon: int,
     objective: str = "kl",
     level: int = 1,
+    seam_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor, list[Vectors | Slots]]:
     """-> (loss per net [C] with gradient, dNLL per net [C], carriers of the blocks).
 
@@ -35,6 +38,7 @@ def substitution_loss(
         starts: of blocks [B, N], or with ``level`` 2 of spans of K^2 tokens, for which gists of gists stand.
         lengths: tokens of each document, [B].
         objective: ``kl`` or ``delta_nll``.
+        seam_weight: of the first ``SEAM`` offsets in the loss, see ``offset_weights``.
 
     Raises:
         ValueError: a block that is not eligible, or an unknown objective.
@@ -51,9 +55,23 @@ def substitution_loss(
         blocks(teacher.ids, starts + tokens, horizon).flatten(),
         objective,
     )
+    weighted = loss.view(-1, horizon) * offset_weights(horizon, seam_weight, loss.device)
     found = []
-    for values in (loss, numbers["nll"] - numbers["full"]):
+    for values in (weighted, numbers["nll"] - numbers["full"]):
         each = zip(values.view(len(carriers), -1, horizon), carriers, strict=True)
         # What has no output row has no say in the first token either.
         found.append(torch.stack([rows[:, carrier.first :].mean() for rows, carrier in each]))
     return *found, carriers
+
+
+def offset_weights(horizon: int, seam_weight: float, device=None) -> Tensor:
+    """Weights of the offsets h = 0 .. H-1 in the loss, [H], 1 on average.
+
+    Nearly all of the loss is at the seam (SPEC 5), so what a gist says about the rest is learned late: below 1, the
+    ``SEAM`` first offsets count ``seam_weight`` and the others as much more. A horizon that is all seam has no weights.
+    """
+    weights = torch.ones(horizon, device=device)
+    if horizon > SEAM:
+        weights[:SEAM] = seam_weight
+        weights[SEAM:] = (horizon - SEAM * seam_weight) / (horizon - SEAM)
+    return weights

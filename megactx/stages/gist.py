@@ -45,6 +45,7 @@ class GistStage(lightning.LightningModule):
             ``name``, and ``lr`` where it has its own; ``None`` leaves it out.
         horizon: H, tokens.
         objective: ``kl`` or ``delta_nll``.
+        seam_weight: of the first 4 offsets of the horizon in the loss, from 0 to 1; the others have as much more.
         contrastive: ``weight`` (lambda) and ``margin``.
         lr, min_lr, weight_decay, warmup, max_steps: AdamW with linear warm-up and a cosine over ``max_steps``.
         muon_lr: learning rate of Muon for the matrices of GistNets, the controls too; ``None`` leaves all to AdamW.
@@ -83,6 +84,7 @@ class GistStage(lightning.LightningModule):
         level2_weight: float = 0.0,
         compressor: dict | None = None,
         history: dict | None = None,
+        seam_weight: float = 1.0,
     ):
         super().__init__()
         if not str(base["name"]).startswith("asset:"):
@@ -90,6 +92,8 @@ class GistStage(lightning.LightningModule):
         self.save_hyperparameters()
         if objective not in OBJECTIVES:
             raise ValueError(f"stage.objective={objective} is not known, allowed are {', '.join(OBJECTIVES)}")
+        if not 0 <= seam_weight <= 1:
+            raise ValueError(f"stage.seam_weight={seam_weight} is not allowed: from 0 to 1")
         check_targets(targets, horizon)
         self.base = BaseLM.from_pretrained(**base).freeze()
         self.nets = build_nets(self.base, compressor or {}, gistnet, controls)
@@ -142,7 +146,7 @@ class GistStage(lightning.LightningModule):
         teacher = teacher or teach(self.base, batch["ids"], self.with_states)
         starts, asked = batch["starts" if level == 1 else "starts2"], self.hparams
         nets, sizes = list(self.nets.values()), (batch["lengths"], asked.horizon, asked.objective)
-        return substitution_loss(self.base, nets, teacher, starts, *sizes, level)
+        return substitution_loss(self.base, nets, teacher, starts, *sizes, level, asked.seam_weight)
 
     def history_loss(self, batch: dict, teacher: Teacher):
         """-> (loss per net [C], dNLL per net [C]) over segments behind compressed histories."""

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from megactx.evaluation.bootstrap import difference_intervals, mean_interval, recovery_intervals
 from megactx.evaluation.files import replacing, without_nan
+from megactx.evaluation.metrics import BODY
 from megactx.evaluation.scores import MORE_RAW, BlockScores
 from megactx.evaluation.sheets import Sheet, markdown_sheet, print_sheet
 
-WITH_ROW, BODY = 1, 4  # first offset that all carriers can be scored at; first offset of the body
+WITH_ROW = 1  # first offset that all carriers can be scored at
 LEGEND = (
     "recovery = 1 - sum dNLL / sum dNLL_drop, over h >= 1 (keys and values have no output row, so nothing predicts the"
     " token at h = 0: a column of its own), over h >= 4. history: all blocks behind the recency window compressed;"

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 
 from megactx.framework.app import run
 from megactx.framework.search_path import compose
@@ -112,6 +113,37 @@ def test_training_lowers_the_loss_of_the_gistnet_and_of_its_control_and_leaves_t
         optimizer.step()
     assert (losses[-1] < 0.8 * losses[0]).all(), torch.stack([losses[0], losses[-1]])
     assert all(torch.equal(p, before[name]) for name, p in stage.base.state_dict().items())
+
+
+@pytest.mark.parametrize("seam_weight", [0.0, 0.3])
+def test_the_seam_counts_as_much_as_it_is_told_to(gist_run, seam_weight):
+    def loss_of(horizon, seam_weight=1.0):
+        torch.manual_seed(0)
+        stage = stage_of([*gist_run, f"horizon.tokens={horizon}", f"stage.seam_weight={seam_weight}"])
+        with torch.no_grad():
+            return stage.substitution_loss(batch)[0]
+
+    batch = batch_of(data_of(gist_run, stage_of(gist_run)))
+    plain, seam = loss_of(16), loss_of(4, seam_weight)  # all of a horizon of 4 is seam
+    body = (16 * plain - 4 * seam) / 12
+    weighted = (4 * seam_weight * seam + (16 - 4 * seam_weight) * body) / 16
+    torch.testing.assert_close(loss_of(16, seam_weight), weighted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("seam_weight", [-0.1, 1.1])
+def test_a_seam_weight_outside_0_to_1_is_refused_by_name(gist_run, seam_weight):
+    with pytest.raises(InstantiationException, match=f"stage.seam_weight={seam_weight} is not allowed: from 0 to 1"):
+        stage_of([*gist_run, f"stage.seam_weight={seam_weight}"])
+
+
+def test_every_gistnet_with_a_backbone_has_muon_and_nothing_else_has(gist_run):
+    more = "stage.controls.{}={{{},block_size:32}}"
+    nets = {"second": "layers:1,num_heads:4", "blockmean_mlp": "type:mean,head:mlp"}
+    stage = stage_of([*gist_run, "stage.muon_lr=0.01", *[f"+{more.format(*net)}" for net in nets.items()]])
+    held = {id(p) for group in stage.configure_optimizers()["optimizer"].muon.param_groups for p in group["params"]}
+    for name, net in stage.nets.items():
+        matrices = {id(p) for p in net.parameters() if p.ndim == 2}
+        assert matrices <= held if name in ("gistnet", "second") else not matrices & held, name
 
 
 def test_a_control_does_not_change_the_gistnets_gradient_even_through_clipping(gist_run):
