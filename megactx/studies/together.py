@@ -34,6 +34,7 @@ from megactx.stages.gist import GistStage
 from megactx.stages.lens import LensStage
 
 from .tables import show, write
+from .together_plot import plot
 from .together_report import sheet, summarise
 from .trained import bar, held_out, quiet
 
@@ -215,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.125], help="entries of a window over T")
     parser.add_argument("--blocks", type=int, default=400, help="about so many, for recovery")
     parser.add_argument("--path", help="files to measure on; without it the held-out embedded text")
-    parser.add_argument("--out", type=Path, default=Path("runs/together"), help="stem of .md, .csv and .json")
+    parser.add_argument("--out", type=Path, default=Path("runs/together"), help="stem of .md, .csv, .json and .png")
     asked = parser.parse_args(arguments)
     quiet()
     try:
@@ -233,7 +234,9 @@ def main(arguments: list[str] | None = None) -> int:
     show(sheets, notes)
     flat = [{k: v["point"] if isinstance(v, dict) else v for k, v in row.items()} for row in found["rows"]]
     write(asked.out, TITLE, sheets, notes, flat, found)
-    print(f"Tables: {asked.out}.md, .csv and .json")
+    picture = asked.out.with_name(f"{asked.out.name}.png")
+    plot(picture, found["rows"])
+    print(f"Tables: {asked.out}.md, .csv and .json   picture: {picture}")
     return 0
 
 

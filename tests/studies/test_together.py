@@ -9,6 +9,7 @@ import torch
 from megactx.framework.app import run
 from megactx.studies.tables import write
 from megactx.studies.together import main, name_of
+from megactx.studies.together_plot import plot
 from megactx.studies.together_report import DROP, sheet, summarise
 
 
@@ -85,9 +86,21 @@ def test_from_a_gist_run_over_a_lens_run_to_parts_that_learn_together_and_are_ex
     alone = rows.pop()
     assert [row["run"].split("/")[-1] for row in rows] == ["gist", "lens", "turn", "once"] and alone["run"] == DROP
     assert [row["tokens"] is None for row in rows] == [True, True, False, False]
+    assert (tmp_path / "table.png").read_bytes()[:4] == b"\x89PNG"
     assert rows[0]["base_lost"] == rows[1]["base_lost"] == 0 and rows[3]["adapter_parameters"] > 0
 
 
 def test_a_stem_with_a_dot_keeps_it(tmp_path):
     write(tmp_path / "table_0.125", "Title", [], [], [{"a": 1}], {"a": 1})
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"table_0.125.{kind}" for kind in ("csv", "json", "md")]
+
+
+def test_a_run_whose_tokens_were_not_counted_and_an_undefined_interval_do_not_stop_the_picture(tmp_path):
+    nan = float("nan")
+    rows = [
+        {"run": "a", "budget": "0.25", "tokens": 100, "flops": None, "less": {"point": 0.0, "low": nan, "high": nan}},
+        {"run": "b", "budget": "0.25", "tokens": None, "flops": 1e9, "less": {"point": 0.1, "low": 0.0, "high": 0.2}},
+        {"run": DROP, "budget": "0.25", "less": {"point": 0.1, "low": 0.0, "high": 0.2}},
+    ]
+    plot(tmp_path / "a.png", rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
