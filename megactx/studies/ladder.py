@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("megactx: give run folders to combine, or settings of a new run, not both", file=sys.stderr)
         return 2
     try:
-        found = [_read(folder) for folder in folders]
+        found = [read_ladder(folder) for folder in folders]
         combined = combine(found)
     except ValueError as error:
         print(f"megactx: {error}", file=sys.stderr)
@@ -132,7 +132,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _read(folder: Path) -> dict:
+def read_ladder(folder: Path) -> dict:
+    """The numbers of a finished ladder, see ``rungs``.
+
+    Raises:
+        ValueError: there is none in the folder.
+    """
     path = folder / "ladder.json"
     if not path.exists():
         raise ValueError(f"{folder}: there is no ladder.json in it; a run of experiment=ladder writes one at its end")

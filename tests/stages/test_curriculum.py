@@ -72,6 +72,9 @@ def test_a_stage_alone_starts_from_any_checkpoint_of_the_same_gistnet(curriculum
     given = f"stage.init={tmp_path / 'one'}"
     assert run(["experiment=gist_stage2", *alone, given, f"folder={tmp_path / 'two'}", "debug=fdr"]) == 0
     assert "gistnet, blockmean_linear" in capsys.readouterr().out
+    wider = [o for o in alone if not o.startswith("block_size=")] + ["block_size=16", f"folder={tmp_path / 'wider'}"]
+    assert run(["experiment=gist_stage2", *wider, given, "debug=fdr"]) == 0, "no weight knows its block size"
+    assert "gistnet, blockmean_linear" in capsys.readouterr().out
     other = ["experiment=gist_stage2", *alone, given, f"folder={tmp_path / 'three'}", "depth=d1"]
     assert run(other) == 2
     said = capsys.readouterr().err
