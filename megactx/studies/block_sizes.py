@@ -92,9 +92,7 @@ def rows_of(ladders: dict[int, dict]) -> list[dict]:
 
 
 def _cell(value: dict | None) -> str:
-    if value and "std" in value:
-        return f"{value['point']:.3f} ± {value['std']:.3f}"
-    return interval(value)
+    return interval(value) + (f" ± {value['std']:.3f}" if value and "std" in value else "")
 
 
 def main(arguments: list[str] | None = None) -> int:

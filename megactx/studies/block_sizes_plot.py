@@ -45,11 +45,11 @@ def plot(path: Path, ladders: dict[int, dict]) -> None:
 
 
 def _bars(values: list[dict]) -> list[list[float]]:
-    """Distances below and above: the standard deviation over seeds where there is one."""
+    """Distances below and above; none where there is no interval."""
     below, above = [], []
     for value in values:
         point, low, high = value["point"], value["low"], value["high"]
         low, high = (point, point) if low is None else (low, high)
-        below.append(value.get("std", max(0.0, point - low)))
-        above.append(value.get("std", max(0.0, high - point)))
+        below.append(max(0.0, point - low))
+        above.append(max(0.0, high - point))
     return [below, above]

@@ -39,6 +39,9 @@ class Ladder(GistStage):
         settings: of ``GistStage``; its ``evaluate.blocks`` and ``evaluate.history`` are the ladder's too.
     """
 
+    # All rungs are measured behind their last step: a checkpoint that the subject's validation chose would favour it.
+    monitor, reports_best = None, False
+
     def __init__(self, ladder: dict, **settings):
         for name, least in (("oracle", 0), ("history_oracle", 0), ("oracle_steps", 1)):
             if ladder[name] < least:

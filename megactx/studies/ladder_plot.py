@@ -6,6 +6,7 @@ from megactx.evaluation.files import replacing
 
 COLOURS = ("#0072B2", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#A6761D", "#666666")
 SUBJECT = "#009E73"
+SIDE, GAP = 1.05, 0.042  # between carriers of as many bytes, a factor; between their names, of the height
 LINES = 7  # carriers with a line of their own in the middle panel
 
 
@@ -29,21 +30,41 @@ def plot(path: Path, numbers: dict) -> None:
 
 
 def _bytes(axes, numbers: dict, names: list[str], colours: dict) -> None:
-    axes.set_xscale("log")
+    axes.set_xscale("log", base=2)
     axes.grid(alpha=0.25)
     axes.axhline(0, color="black", linestyle="--", linewidth=1)
-    stored = [name for name in names if numbers["carriers"][name]["bytes_per_token"]]
-    seen: dict[float, int] = {}
-    for name in stored:
-        carrier = numbers["carriers"][name]
-        x, value = carrier["bytes_per_token"], carrier["recovery"]
-        place = seen[x] = seen.get(x, -1) + 1
-        x *= 1.09**place  # of those with as many bytes each stands a little to the right
-        axes.errorbar(x, value["point"], _bars(value), fmt="o", color=colours[name], capsize=3, markersize=7)
-        axes.annotate(name, (x, value["point"]), (6, 4), textcoords="offset points", fontsize=8, rotation=25)
+    columns: dict[float, list[str]] = {}
+    for name in names:
+        if size := numbers["carriers"][name]["bytes_per_token"]:
+            columns.setdefault(size, []).append(name)
+    values = {name: numbers["carriers"][name]["recovery"] for found in columns.values() for name in found}
+    for size, found in columns.items():
+        for place, name in enumerate(found):
+            x = size * SIDE ** (place % 4)  # carriers of as many bytes stand a little beside each other
+            axes.errorbar(x, values[name]["point"], _bars(values[name]), fmt="o", color=colours[name], capsize=3)
+    low, high = axes.get_ylim()
+    for size, found in columns.items():
+        heights = _apart([values[name]["point"] for name in found], (high - low) * GAP)
+        for name, place, height in zip(found, range(len(found)), heights, strict=True):
+            at = (size * SIDE ** (place % 4), values[name]["point"])
+            leader = {"arrowstyle": "-", "color": colours[name], "alpha": 0.5, "linewidth": 0.8}
+            to = (size * SIDE**8, height)
+            axes.annotate(name, at, to, fontsize=8, va="center", color=colours[name], arrowprops=leader)
+    if columns:
+        axes.set_xlim(min(columns) / SIDE**4, max(columns) * SIDE**30)
+        axes.set_xticks(sorted(columns), [f"{size:g}" for size in sorted(columns)])
+        axes.minorticks_off()
     axes.set_xlabel("bytes per token that is compressed, 16 bit (log scale)")
     axes.set_ylabel("recovery, h >= 1")
     axes.set_title("What a block is worth behind each carrier")
+
+
+def _apart(heights: list[float], gap: float) -> list[float]:
+    """Heights in falling order, moved down where two are nearer than ``gap``."""
+    out: list[float] = []
+    for height in heights:
+        out.append(min(height, out[-1] - gap) if out else height)
+    return out
 
 
 def _offsets(axes, numbers: dict, names: list[str], colours: dict) -> None:
@@ -84,8 +105,6 @@ def _defined(value: dict | None) -> bool:
 
 
 def _bars(value: dict):
-    if "std" in value:
-        return [[value["std"]], [value["std"]]]
     if value["low"] is None:
         return None
-    return [[value["point"] - value["low"]], [value["high"] - value["point"]]]
+    return [[max(0.0, value["point"] - value["low"])], [max(0.0, value["high"] - value["point"])]]

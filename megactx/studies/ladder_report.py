@@ -17,8 +17,8 @@ LEGEND = (
     "recovery = 1 - sum dNLL / sum dNLL_drop, over h >= 1 (keys and values have no output row, so nothing predicts the"
     " token at h = 0: a column of its own), over h >= 4. history: all blocks behind the recency window compressed;"
     " gain: NLL of as many more raw tokens minus NLL of the carriers, in nats. bytes: 16 bit, per compressed token."
-    " Brackets: 95 %, paired bootstrap over documents; with several runs mean ± std, and"
-    " a verdict where every run gives it."
+    " Brackets: 95 %, paired bootstrap over documents; with several runs the mean of points and of"
+    " ends, ± their standard deviation, and a verdict where every run gives it."
 )
 
 
@@ -96,8 +96,13 @@ def combine(runs: list[dict]) -> dict:
         for key in ("recovery", "body", "h0", "history", "gain"):
             found = [run["carriers"].get(name, {}).get(key) for run in runs]
             points = [value["point"] for value in found if value and value["point"] is not None]
-            if len(points) == len(runs) > 1:
-                carrier[key] |= {"point": statistics.mean(points), "std": statistics.stdev(points)}
+            if len(points) == len(runs) and len({*points}) > 1:  # what learns nothing is the same in every run
+                ends = {
+                    end: statistics.mean(value[end] for value in found)
+                    for end in ("low", "high")
+                    if all(value[end] is not None for value in found)
+                }
+                carrier[key] |= {"point": statistics.mean(points), "std": statistics.stdev(points)} | ends
         for key in ("recovery_below_subject", "body_below_subject", "history_below_subject"):
             found = [run["carriers"][name][key] for run in runs if key in run["carriers"].get(name, {})]
             if len(found) > 1 and all(value["low"] is not None for value in found):
@@ -191,11 +196,10 @@ def _cell(value: dict | None, digits: int = 2) -> str:
         return "-"
     if value["point"] is None:
         return "undefined"
-    if "std" in value:
-        return f"{value['point']:.{digits + 1}f} ± {value['std']:.{digits + 1}f}"
-    if value["low"] is None:
-        return f"{value['point']:.{digits}f}"
-    return f"{value['point']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+    text = f"{value['point']:.{digits}f}"
+    if value["low"] is not None:
+        text += f" [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+    return text + (f" ± {value['std']:.{digits + 1}f}" if "std" in value else "")
 
 
 def _flat(carrier: dict) -> dict:

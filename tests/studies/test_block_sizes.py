@@ -53,7 +53,7 @@ def test_table_rows_and_picture_are_written(folders, tmp_path, capsys):
     out = tmp_path / "out" / "sizes"
     assert main([*map(str, folders), "--out", str(out)]) == 0
     text = out.with_name("sizes.md").read_text()
-    assert "0.450 ± 0.071" in text and "0.20 [0.18, 0.22]" in text and "undefined" in text
+    assert "0.45 [0.43, 0.47] ± 0.071" in text and "0.20 [0.18, 0.22]" in text and "undefined" in text
     assert "cost of none, nats" in text and "recovery by block size" in capsys.readouterr().out
     with out.with_name("sizes.csv").open() as file:
         rows = {(row["carrier"], row["block_size"]): row for row in csv.DictReader(file)}

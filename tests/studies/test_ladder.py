@@ -10,6 +10,7 @@ import torch
 from megactx.stages.gist import GistStage
 from megactx.studies.ladder import Ladder, main
 from megactx.studies.ladder_report import combine
+from megactx.studies.trained import load
 
 SMALL = [
     "block_size=8",
@@ -85,6 +86,14 @@ def test_a_run_on_other_blocks_is_not_combined(runs):
     one, two = (json.loads((folder / "ladder.json").read_text())["runs"][0] for folder in runs)
     with pytest.raises(ValueError, match="the runs differ in block_hash"):
         combine([one, two | {"block_hash": "another"}])
+
+
+def test_no_rung_is_favoured_by_a_checkpoint_that_the_validation_of_one_chose(runs):
+    assert not (runs[0] / "checkpoints" / "best.ckpt").exists()
+    numbers, ladder = json.loads((runs[0] / "ladder.json").read_text())["runs"][0], load([runs[0]])[0]
+    last = torch.load(runs[0] / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, last[f"nets.gistnet.{key}"]) for key, value in ladder.main.state_dict().items())
+    assert set(ladder.nets) <= set(numbers["carriers"])
 
 
 def test_its_checkpoint_loads_from_its_path_alone_and_holds_no_weight_of_the_base(runs):
