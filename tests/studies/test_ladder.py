@@ -9,6 +9,7 @@ import torch
 
 from megactx.stages.gist import GistStage
 from megactx.studies.ladder import Ladder, main
+from megactx.studies.ladder_plot import _apart
 from megactx.studies.ladder_report import combine
 from megactx.studies.trained import load
 
@@ -79,7 +80,17 @@ def test_seeds_are_combined_into_mean_and_spread(runs, capsys):
     assert math.isclose(gain["point"], sum(points) / 2) and math.isclose(
         gain["std"], torch.tensor(points).std().item(), rel_tol=1e-4
     )
+    both = combine(found)["carriers"]
+    assert "std" not in both["last token"]["recovery"], "what learns nothing is the same in both"
+    ends = [run["carriers"]["gistnet"]["recovery"]["low"] for run in found]
+    assert both["gistnet"]["recovery"]["low"] == pytest.approx(sum(ends) / 2)
     assert (runs[0].parent / "ladder.md").exists()
+
+
+def test_names_in_the_picture_keep_apart_and_in_order():
+    assert _apart([0.5, 0.49, 0.2], 0.04) == pytest.approx([0.5, 0.46, 0.2])
+    assert _apart([0.5, 0.5, 0.47], 0.04) == pytest.approx([0.5, 0.46, 0.42])
+    assert _apart([], 0.04) == []
 
 
 def test_a_run_on_other_blocks_is_not_combined(runs):
