@@ -12,7 +12,6 @@ from megactx.evaluation.metrics import BODY
 from megactx.evaluation.scores import MORE_RAW, BlockScores
 from megactx.evaluation.sheets import Sheet, markdown_sheet, print_sheet
 
-ROUNDING = 5e-4  # runs that differ by less do so by arithmetic: what learns nothing is the same in each
 WITH_ROW = 1  # first offset that all carriers can be scored at
 LEGEND = (
     "recovery = 1 - sum dNLL / sum dNLL_drop, over h >= 1 (keys and values have no output row, so nothing predicts the"
@@ -97,7 +96,7 @@ def combine(runs: list[dict]) -> dict:
         for key in ("recovery", "body", "h0", "history", "gain"):
             found = [run["carriers"].get(name, {}).get(key) for run in runs]
             points = [value["point"] for value in found if value and value["point"] is not None]
-            if len(points) == len(runs) > 1 and max(points) - min(points) > ROUNDING:
+            if len(points) == len(runs) > 1 and carrier["parameters"]:  # what learns nothing is the same in each
                 ends = {
                     end: statistics.mean(value[end] for value in found)
                     for end in ("low", "high")

@@ -19,7 +19,7 @@ def ladder(size, recovery, history=0.1, **changes):
         "last token": {"recovery": interval(recovery / 2, 0.0, recovery), "history": interval(None)},
     }
     for carrier in carriers.values():
-        carrier |= {"bytes_per_token": 512 / size, "parameters": 0, "first": 0, "body": interval(0.05, 0.0, 0.1)}
+        carrier |= {"bytes_per_token": 512 / size, "parameters": 9, "first": 0, "body": interval(0.05, 0.0, 0.1)}
     about = {"subject": "gistnet", "base": "asset:tiny-base", "horizon": 6, "blocks": 10, "documents": 5}
     about |= {"block_hash": f"h{size}", "history_hash": f"s{size}", "cost_of_no_history": 0.25}
     dropped = {"by_offset": {"dropped": [4.0, 0.6, 0.3, 0.3, 0.1, 0.2]}}
