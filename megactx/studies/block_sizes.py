@@ -62,9 +62,9 @@ def costs(ladder: dict) -> dict[str, float | None]:
 
 def sheets(ladders: dict[int, dict]) -> list[Sheet]:
     names, out = shared(ladders), []
-    counted = ", ".join(
-        f"{k}: {run['blocks']:,} blocks of {run['documents']:,} documents" for k, run in ladders.items()
-    )
+    each = {k: f"{run['blocks']:,} blocks of {run['documents']:,} documents" for k, run in ladders.items()}
+    alike = f"{each[min(each)]} each" if len({*each.values()}) == 1 else ""
+    counted = alike or ", ".join(f"{k}: {text}" for k, text in each.items())
     for mode, title in MODES.items():
         if not any(mode in ladder["carriers"][name] for ladder in ladders.values() for name in names):
             continue

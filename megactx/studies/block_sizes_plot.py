@@ -19,7 +19,7 @@ def plot(path: Path, ladders: dict[int, dict]) -> None:
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(name for name in names if name != subject)}
     colours[subject] = SUBJECT
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(16, 5.2), dpi=100, layout="constrained")
+        figure = Figure(figsize=(17, 5.2), dpi=100, layout="constrained")
         for axes, (mode, title) in zip(figure.subplots(1, 3), MODES.items(), strict=True):
             axes.axhline(0, color="black", linestyle="--", linewidth=1)
             for place, name in enumerate(names):
@@ -39,7 +39,9 @@ def plot(path: Path, ladders: dict[int, dict]) -> None:
             axes.set_ylabel("recovery")
             axes.set_title(title)
             axes.grid(alpha=0.25)
-        figure.axes[0].legend(frameon=False, fontsize=8)
+        handles = figure.axes[0].get_legend_handles_labels()
+        if handles[0]:  # on a weak base every recovery is undefined
+            figure.legend(*handles, loc="outside right upper", frameon=False, fontsize=9)
         with replacing(path) as part:
             figure.savefig(part, format="png")
 
