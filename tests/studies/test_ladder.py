@@ -81,9 +81,9 @@ def test_seeds_are_combined_into_mean_and_spread(runs, capsys):
         gain["std"], torch.tensor(points).std().item(), rel_tol=1e-4
     )
     both = combine(found)["carriers"]
-    assert "std" not in both["last token"]["recovery"], "what learns nothing is the same in both"
-    ends = [run["carriers"]["gistnet"]["recovery"]["low"] for run in found]
-    assert both["gistnet"]["recovery"]["low"] == pytest.approx(sum(ends) / 2)
+    assert "std" not in both["last token"]["gain"], "what learns nothing is the same in both"
+    ends = [run["carriers"]["gistnet"]["gain"]["low"] for run in found]
+    assert both["gistnet"]["gain"]["low"] == pytest.approx(sum(ends) / 2)
     assert (runs[0].parent / "ladder.md").exists()
 
 
