@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megactx.lm import BaseLM
-from megactx.lm.masks import branches, causal
+from megactx.lm.masks import CAUSAL, branches
 
 from .bootstrap import mean_interval
 
@@ -166,8 +166,7 @@ def cut_cost(
         costs, size = [], max(1, tokens_per_pass // positions.shape[2])
         for part in range(0, len(inputs), size):
             some = slice(part, part + size)
-            mask = causal(positions.shape[2], device)
-            hidden = base(base.embed(inputs[some]), positions.flatten(0, 1)[some], mask)
+            hidden = base(base.embed(inputs[some]), positions.flatten(0, 1)[some], CAUSAL)
             costs.append(_scored(base, hidden[:, -SEGMENT:], wanted[some]))
         _put(out, rows, torch.cat(costs).view_as(full).sub(full).mean((1, 2)))
     return out

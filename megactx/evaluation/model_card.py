@@ -14,7 +14,8 @@ def model_card(facts: dict, use: dict) -> str:
 
     Args:
         facts: ``name``, ``data`` (a sentence), ``steps``, ``tokens``, ``parameters``, ``validation`` (domain -> NLL in
-            nats per token), and optionally ``license``, ``training`` (setting -> value) and ``notes`` (sentences).
+            nats per token), and optionally ``license``, ``training`` (setting -> value), ``notes`` (sentences) and
+            ``weights`` (of which model it began with).
         use: what ``context_use`` returned.
 
     Raises:
@@ -26,8 +27,9 @@ def model_card(facts: dict, use: dict) -> str:
     lines += ["pipeline_tag: text-generation", "library_name: transformers", "tags: [megactx]", "---", ""]
     lines += [f"# {facts['name']}", ""]
     lines += [
-        f"A causal language model of {facts['parameters']:,} parameters, trained from random weights. It is small: its "
-        "use is to be the frozen base on which gists are trained and measured, not to write text.",
+        f"A causal language model of {facts['parameters']:,} parameters, trained from "
+        f"{facts.get('weights') or 'random weights'}. It is small: its use is to be the frozen base on which gists are "
+        "trained and measured, not to write text.",
         "",
         "## Training",
         "",

@@ -29,7 +29,7 @@ class Rows:
         return base(
             taken(self.embeddings, self.order),
             taken(self.positions, self.order),
-            masks.causal(self.order.shape[1], self.order.device),
+            masks.CAUSAL,
             cache,
             None if self.sigma is None else taken(self.sigma, self.order),
         )

@@ -67,8 +67,8 @@ def read_stream(base: BaseLM, teacher: Teacher, vectors: Tensor, positions: Tens
     sink = torch.arange(block, device=positions.device).expand(len(positions), -1)
     if sigma is not None:
         sigma = torch.cat([torch.zeros_like(sink, dtype=sigma.dtype), sigma], dim=1)
-    cache, mask = DynamicCache(), masks.causal(rows.shape[1], rows.device)
-    base(rows, torch.cat([sink, positions], dim=1), mask, cache, sigma)
+    cache = DynamicCache()
+    base(rows, torch.cat([sink, positions], dim=1), masks.CAUSAL, cache, sigma)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 

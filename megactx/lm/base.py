@@ -7,15 +7,19 @@ Shapes: B batch, Q query rows, S visible columns (cache + Q), D width, V vocabul
 """
 
 import copy
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from megactx.assets import resolve
 
-from . import masks
-from .branches import NAME, Branches
+from . import branches as packed
+from . import masks, plain_causal
+from .branches import Branches
 from .gaussian_rope import spread
+from .masks import CAUSAL
+from .plain_causal import PlainCausal
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -131,11 +135,13 @@ class BaseLM(nn.Module):
         self,
         embeddings: Tensor,
         positions: Tensor | None,
-        mask: Tensor | None = None,
+        mask: Tensor | str | None = None,
         cache=None,
         sigma: Tensor | None = None,
     ) -> Tensor:
         """embeddings [B, Q, D], positions [B, Q], mask bool [B or 1, 1, Q, S] (True = sees) -> hidden [B, Q, D].
+
+        ``mask=CAUSAL`` means ``masks.causal(Q)``, for any positions, and is faster; an empty cache may be filled by it.
 
         ``sigma`` [B, Q]: standard deviation of each position in tokens, see ``gaussian_rope``; ``None``: points.
 
@@ -144,9 +150,11 @@ class BaseLM(nn.Module):
         attention would be cut there, silently; so positions and a mask come together or not at all.
         """
         assert (mask is None) == (positions is None), "positions and an explicit 4-D mask come together"
-        if mask is None:
+        if mask is None or mask is CAUSAL:
             assert cache is None or cache.get_seq_length() == 0, "a pass over a filled cache needs an explicit 4-D mask"
-        else:
+        if mask is CAUSAL:
+            return self._plain_causal(embeddings, positions, cache, sigma)
+        if mask is not None:
             assert mask.ndim == 4 and mask.dtype == torch.bool, "the mask is bool [B, 1, Q, S]"
             mask = masks.additive(mask, self._pass_dtype(embeddings))
         decoder = self.model.get_decoder()
@@ -159,6 +167,39 @@ class BaseLM(nn.Module):
                 use_cache=cache is not None,
             )
         return output.last_hidden_state
+
+    def _plain_causal(self, embeddings: Tensor, positions: Tensor, cache, sigma: Tensor | None) -> Tensor:
+        """``forward`` under ``CAUSAL``."""
+        decoder, seen = self.model.get_decoder(), PlainCausal()
+        with self._attention(plain_causal.NAME), spread(decoder, sigma):
+            output = decoder(
+                inputs_embeds=embeddings,
+                position_ids=positions,
+                attention_mask=masks.causal(1, embeddings.device),  # see _attention
+                past_key_values=cache,
+                use_cache=cache is not None,
+                plain_causal=seen,
+            )
+        self._require_interface(seen.layers > 0)
+        return output.last_hidden_state
+
+    @contextmanager
+    def _attention(self, name: str):
+        """Inside, every layer attends by the function of that name; it gets the keyword arguments of the pass.
+
+        Any 4-D mask keeps jumps in position from being read as borders: hand one over, the function knows the real one.
+        """
+        config = self.model.get_decoder().config
+        usual = config._attn_implementation
+        config._attn_implementation = name
+        try:
+            yield
+        finally:
+            config._attn_implementation = usual
+
+    def _require_interface(self, used: bool) -> None:
+        if not used:
+            raise ValueError(f"base: {self.config.model_type} does not use transformers' attention interface")
 
     def read(self, embeddings: Tensor, positions: Tensor, lengths: Tensor, sigma: Tensor | None = None) -> Tensor:
         """Read working contexts: tokens and gists in the order of their positions, each row sees all before it.
@@ -189,7 +230,7 @@ class BaseLM(nn.Module):
         hidden = self(
             torch.where(there[..., None], embeddings, 0.0),
             torch.where(there, positions, 0),
-            masks.causal(w, embeddings.device),
+            CAUSAL,
             sigma=None if sigma is None else torch.where(there, sigma, 0.0),
         )
         return torch.where(there[..., None], hidden, 0.0)
@@ -226,22 +267,15 @@ class BaseLM(nn.Module):
         b, n, r, d = embeddings.shape
         branches = Branches(kept, prefix, r, self._pass_dtype(embeddings), since, slots)
         decoder = self.model.get_decoder()
-        usual = decoder.config._attn_implementation
-        decoder.config._attn_implementation = NAME
-        try:
-            with spread(decoder, None if sigma is None else sigma.reshape(b, n * r)):
-                output = decoder(
-                    inputs_embeds=embeddings.reshape(b, n * r, d),
-                    position_ids=positions.reshape(b, n * r),
-                    # Any 4-D mask keeps jumps in position from being read as borders; the groups hold the real ones.
-                    attention_mask=masks.causal(1, embeddings.device),
-                    use_cache=False,
-                    branches=branches,
-                )
-        finally:
-            decoder.config._attn_implementation = usual
-        if branches.layers != len(kept):
-            raise ValueError(f"base: {self.config.model_type} does not use transformers' attention interface")
+        with self._attention(packed.NAME), spread(decoder, None if sigma is None else sigma.reshape(b, n * r)):
+            output = decoder(
+                inputs_embeds=embeddings.reshape(b, n * r, d),
+                position_ids=positions.reshape(b, n * r),
+                attention_mask=masks.causal(1, embeddings.device),  # see _attention
+                use_cache=False,
+                branches=branches,
+            )
+        self._require_interface(branches.layers == len(kept))
         return output.last_hidden_state.view(b, n, r, d)
 
     @staticmethod

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+CAUSAL = "causal"  # in place of ``causal(Q)``: the same to ``BaseLM.forward``, which then needs no mask
+
 
 def causal(length: int, device=None) -> Tensor:
     """Plain causal mask [1, 1, T, T]; handed over whenever positions jump."""

@@ -1,4 +1,4 @@
-"""Stage ``base_lm``: train a small base LM that uses its context.
+"""Stage ``base_lm``: train a small base LM that uses its context, from random weights or from those of an earlier one.
 
 Muon for the matrices with AdamW for the rest, warm-up, flat, linear decay; lengths grow as ``PretrainingBatches`` says.
 The result is a Hugging Face folder with a model card of measured figures.
@@ -18,7 +18,7 @@ from megactx.evaluation.context_use import context_use
 from megactx.evaluation.model_card import write_model_card
 from megactx.framework.optimizers import MuonWithAdamW, warmup_stable_decay
 from megactx.lm import BaseLM
-from megactx.lm.masks import causal
+from megactx.lm.masks import CAUSAL
 
 
 class BaseLMStage(lightning.LightningModule):
@@ -26,6 +26,7 @@ class BaseLMStage(lightning.LightningModule):
 
     Args:
         config: Hugging Face config with ``model_type``; the vocabulary and special ids are the tokenizer's.
+        weights: Hugging Face name, folder or ``asset:NAME`` of that config to go on from; ``None``: random weights.
         muon_lr, adamw_lr, weight_decay: optimizer settings.
         warmup: steps of linear warm-up.
         decay: share of all steps in the final linear decay.
@@ -38,6 +39,7 @@ class BaseLMStage(lightning.LightningModule):
     def __init__(
         self,
         config: dict,
+        weights: str | None,
         muon_lr: float,
         adamw_lr: float,
         weight_decay: float,
@@ -49,6 +51,19 @@ class BaseLMStage(lightning.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.base = BaseLM.from_config(config)
+        if weights is not None:
+            self._start_from(weights)
+
+    def _start_from(self, weights: str) -> None:
+        given, wanted = BaseLM.from_pretrained(weights, "float32").model.state_dict(), self.base.model.state_dict()
+        wrong = [name for name in {**given, **wanted} if name not in given or name not in wanted]
+        wrong += [name for name in given if name in wanted and given[name].shape != wanted[name].shape]
+        if wrong:
+            raise ValueError(
+                f"stage.weights={weights} are not of stage.config: {len(wrong)} tensors are missing, too many or of"
+                f" another shape, the first is {wrong[0]}"
+            )
+        self.base.model.load_state_dict(given)
 
     def prepare(self, datamodule) -> None:
         """Refuse a tokenizer with ids beyond the embedding rows."""
@@ -60,7 +75,7 @@ class BaseLMStage(lightning.LightningModule):
 
     def loss_per_token(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids, positions [B, T] -> NLL [B, T - 1] in nats."""
-        hidden = self.base(self.base.embed(ids), positions, causal(ids.shape[1], ids.device))
+        hidden = self.base(self.base.embed(ids), positions, CAUSAL)
         logits = self.base.logits(hidden[:, :-1])
         return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
 
@@ -133,6 +148,7 @@ class BaseLMStage(lightning.LightningModule):
         windows = ", ".join(f"{p['steps']} steps of {p['batch']} x {p['tokens']}" for p in datamodule.phases)
         return {
             **h.card,
+            "weights": h.weights,
             "steps": self.global_step,
             "tokens": datamodule.tokens(self.global_step),
             "parameters": sum(p.numel() for p in self.base.parameters()),

@@ -78,8 +78,7 @@ def dropping(base: BaseLM, ids: Tensor, scored: Tensor, budget: int, block: int,
         place = torch.cat([sink, start + torch.arange(new + block, device=device)], dim=1)  # [B, W + K]
         tokens = ids[place]
         at = place if positions == "absolute" else torch.arange(budget + block, device=device).expand_as(place)
-        rows = budget + block - 1
-        hidden = base(base.embed(tokens[:, :-1]), at[:, :-1], masks.causal(rows, device))[:, budget - 1 :]
+        hidden = base(base.embed(tokens[:, :-1]), at[:, :-1], masks.CAUSAL)[:, budget - 1 :]
         out.append(nll(base, hidden.flatten(0, 1), tokens[:, budget:].flatten()))
     return Found(torch.cat(out)[: len(scored)].cpu(), clock(device) - began)
 

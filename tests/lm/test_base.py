@@ -35,6 +35,27 @@ def test_a_cached_pass_with_an_explicit_mask_equals_one_pass(kind):
     torch.testing.assert_close(rest, whole[:, 16:], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_plain_causal_attention_equals_its_mask_at_positions_that_jump_with_gradients_and_a_cache_filled(kind):
+    from transformers import DynamicCache
+
+    base = small(kind)
+    ids = torch.randint(3, 97, (2, 24))
+    positions = torch.arange(24).expand(2, -1).clone()
+    positions[0, 10:] += 7
+    positions[1, 3:] += 200
+    sigma = torch.zeros(2, 24)
+    sigma[:, 5] = 4.0
+    found = {}
+    for name, mask in (("plain", masks.CAUSAL), ("masked", masks.causal(24))):
+        rows, cache = base.embed(ids).requires_grad_(), DynamicCache()
+        hidden = base(rows, positions, mask, cache, sigma)
+        gradient = torch.autograd.grad(hidden.square().sum(), rows)[0]
+        found[name] = [hidden, gradient, *(part for layer in cache.layers for part in (layer.keys, layer.values))]
+    for plain, masked in zip(found["plain"], found["masked"], strict=True):
+        torch.testing.assert_close(plain, masked, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_a_jump_in_positions_does_not_cut_attention():
     """transformers reads a jump without a mask as a border between packed sequences: our pass must not be cut there."""

@@ -10,12 +10,25 @@ from megactx.stages.base_lm import BaseLMStage
 
 CONFIG = dict(model_type="llama", vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
 CONFIG |= dict(num_attention_heads=2, max_position_embeddings=256, tie_word_embeddings=True)
-SETTINGS = dict(muon_lr=0.02, adamw_lr=3e-3, weight_decay=0.1, warmup=2, decay=0.2, max_steps=10, card={})
+SETTINGS = dict(weights=None, muon_lr=0.02, adamw_lr=3e-3, weight_decay=0.1, warmup=2, decay=0.2, max_steps=10, card={})
 
 
 def stage() -> BaseLMStage:
     torch.manual_seed(0)
     return BaseLMStage(CONFIG, **SETTINGS)
+
+
+def test_training_goes_on_from_the_weights_of_an_earlier_base_and_refuses_those_of_another_config(
+    tmp_path, tiny_tokenizer
+):
+    torch.manual_seed(1)
+    BaseLM.from_config(CONFIG).model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    begun = BaseLMStage(CONFIG, **SETTINGS | {"weights": str(tmp_path)}).base.model.state_dict()
+    wanted = BaseLM.from_pretrained(str(tmp_path)).model.state_dict()
+    assert all(torch.equal(begun[name], wanted[name]) for name in wanted)
+    with pytest.raises(ValueError, match="stage.weights=.* are not of stage.config: 6 tensors"):
+        BaseLMStage(CONFIG | {"intermediate_size": 48}, **SETTINGS | {"weights": str(tmp_path)})
 
 
 def test_matrices_go_to_muon_embeddings_and_vectors_to_adamw_and_nothing_is_left_out():
