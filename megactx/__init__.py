@@ -1,6 +1,7 @@
 """MegaContext: a fixed-size working context over a tree of gists.
 
-The public names are imported on first use, so that ``import megactx`` costs nothing.
+The public names are imported on first use, so that ``import megactx`` costs nothing. "Method 3" in a docstring is
+section 3 of docs/method.md: definitions and formulas.
 """
 
 _EXPORTS = {

@@ -1,4 +1,4 @@
-"""Documents in which something was told far back and is needed now: what focus is for (SPEC 10).
+"""Documents in which something was told far back and is needed now: what focus is for (method 10).
 
     copy        ... [ a foreign passage, 32 tokens ] ...            its first 12 tokens | the other 20
     passage     ... [ a foreign passage, ][ 64 tokens ] ...         its first 32 tokens | the other 32

@@ -1,4 +1,4 @@
-"""Where scored segments of history mode lie in a document (SPEC 3)."""
+"""Where scored segments of history mode lie in a document (method 3)."""
 
 import numpy as np
 

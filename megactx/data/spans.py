@@ -1,4 +1,4 @@
-"""Batches for a gist stage: documents, and in each of them the starts of blocks to replace (SPEC 3).
+"""Batches for a gist stage: documents, and in each of them the starts of blocks to replace (method 3).
 
 Batch ``i`` is a function of (seed, i) alone: that is what makes resuming exact.
 """

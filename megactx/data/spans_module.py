@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 LONGEST_DOCUMENT = 16_384
 
 # Of an evaluation. The blocks of a document share the teacher's pass over it: with two of them a block costs twice as
-# much as with eight. Fewer than 50 documents would not carry an interval (SPEC 5).
+# much as with eight. Fewer than 50 documents would not carry an interval (method 5).
 BLOCKS_PER_DOCUMENT = 8
 FEWEST_DOCUMENTS = 50
 

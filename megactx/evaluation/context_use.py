@@ -1,4 +1,4 @@
-"""Whether a base LM uses its context, by four measures (SPEC 1). Where it does not, no gist can be measured.
+"""Whether a base LM uses its context, by four measures (method 1). Where it does not, no gist can be measured.
 
 Loss by position; what a passage gains the second time; what a missing block costs; what cutting the far context costs.
 Every figure is a mean over held-out documents with a 95 % bootstrap interval over their texts. NLL in nats per token.
@@ -108,7 +108,7 @@ def copy_gain(
 def drop_cost(base: BaseLM, documents: list[dict], length: int, seed: int = 0, tokens_per_pass: int = 16384) -> dict:
     """Band of offsets -> {document index: NLL without a 32-token block minus NLL with it}.
 
-    Exactly NLL_drop of SPEC 3: the rows behind the block keep their positions and see the text before it and
+    Exactly NLL_drop of method 3: the rows behind the block keep their positions and see the text before it and
     themselves; the first target is scored from the row before the block.
     """
     from transformers import DynamicCache

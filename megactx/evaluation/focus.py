@@ -1,4 +1,4 @@
-"""What focus is worth: windows of one budget by LensNet and by every simple rule, judged by what comes next (SPEC 10).
+"""What focus is worth: windows of one budget by LensNet and by simple rules, judged by what comes next (method 10).
 
     NLL_H(window) = mean_{h<H} -log P(x[T + h] | window, x[T .. T + h))
 

@@ -1,4 +1,4 @@
-"""How gists lie in their space: diversity, distance of neighbours, and how sharply a GistNet attends (SPEC 5).
+"""How gists lie in their space: diversity, distance of neighbours, and how sharply a GistNet attends (method 5).
 
 Cosine distance is 1 - cosine. N gists, D width.
 """

@@ -1,4 +1,4 @@
-"""What is left of a history whose old blocks are all compressed (SPEC 3, 5).
+"""What is left of a history whose old blocks are all compressed (method 3, 5).
 
     history recovery      1 - (NLL_carriers - NLL_full) / (NLL_nothing - NLL_full)
     gain at equal budget  NLL of as many more raw tokens as there are carriers - NLL_carriers

@@ -1,4 +1,4 @@
-"""Measure carriers and every control on the same blocks, through the packed pass (SPEC 5)."""
+"""Measure carriers and every control on the same blocks, through the packed pass (method 5)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -88,7 +88,7 @@ def measure(
 
 
 def untrained(base: BaseLM, block: int, position: str, seed: int = 0) -> dict[str, Compressor]:
-    """The untrained controls that stand beside every carrier (SPEC 5); the drop control is no carrier."""
+    """The untrained controls that stand beside every carrier (method 5); the drop control is no carrier."""
     rms = base.embedding_rms()
     return {
         LAST_TOKEN: LastToken(block),

@@ -1,4 +1,4 @@
-"""How good gists are, from NLL per block and offset (SPEC 5).
+"""How good gists are, from NLL per block and offset (method 5).
 
 Everything is computed from sums over blocks, so that batches, processes and whole files give the same figures:
 recovery is a ratio of sums, not a mean of ratios. M blocks, H offsets h = 0..H-1, NLL and KL in nats.

@@ -1,4 +1,4 @@
-"""Documents made from held-out ones, for two figures that ordinary blocks cannot give (SPEC 5).
+"""Documents made from held-out ones, for two figures that ordinary blocks cannot give (method 5).
 
 **Copy recovery.** A block at s comes back word for word at c = s + K + distance. Its second occurrence is scored with
 the first one in place, replaced by its gist, and dropped:

@@ -1,4 +1,4 @@
-"""How much of its block a gist still holds word for word: a small decoder, for diagnosis only (SPEC 5).
+"""How much of its block a gist still holds word for word: a small decoder, for diagnosis only (method 5).
 
 It reads the gist and nothing else, and is trained on gists that are cut from their graph: neither the GistNet nor the
 base LM learns from it. M blocks, K tokens, D width, V vocabulary.

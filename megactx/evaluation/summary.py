@@ -1,4 +1,4 @@
-"""The numbers of an end-of-run report: every carrier beside its controls, intervals, verdicts and targets (SPEC 4, 5).
+"""The numbers of an end-of-run report: every carrier beside its controls, intervals, verdicts, targets (method 4, 5).
 
 A claim that a gist is better than a control holds only over all h **and** over h >= 4, so both are always there. A
 target is printed with the dropped block's own value; one that dropping meets too says nothing about gists, and does not

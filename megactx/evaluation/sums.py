@@ -1,6 +1,6 @@
 """The base of every metric here: sums of rows per domain. Batches, processes and whole files give the same figures.
 
-Most figures of SPEC 5 are ratios of sums, not means of ratios, so sums are all that has to be kept, and all that
+Most figures of method 5 are ratios of sums, not means of ratios, so sums are all that has to be kept, and all that
 processes have to exchange. M rows (blocks), float64.
 """
 
@@ -69,7 +69,7 @@ class RatioOfSums(DomainSums):
     """Recovery over whole scored passages: ``1 - sum(NLL_gist - NLL_full) / sum(NLL_without - NLL_full)``.
 
     Never clipped; NaN where being without costs less than 0.01 nat per token. Copy recovery and history recovery are
-    this, with other passages (SPEC 5).
+    this, with other passages (method 5).
 
     Args:
         name: of the figure; ``{name}_cost``, what being without costs in nats per token, stands beside it.
@@ -95,7 +95,7 @@ class RatioOfSums(DomainSums):
 
 
 class MeanDifference(DomainSums):
-    """Mean of ``NLL_a - NLL_b`` in nats per token: dNLL of gists of gists, and the gain at equal budget (SPEC 5).
+    """Mean of ``NLL_a - NLL_b`` in nats per token: dNLL of gists of gists, and the gain at equal budget (method 5).
 
     Args:
         name: of the figure.

@@ -1,4 +1,4 @@
-"""What one validation says of a GistNet: every metric of SPEC 5 that needs no documents of its own."""
+"""What one validation says of a GistNet: every metric of method 5 that needs no documents of its own."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""Where detail is worth having: measured values, LensNet, FocusAllocator (SPEC 10, 11)."""
+"""Where detail is worth having: measured values, LensNet, FocusAllocator (method 10, 11)."""
 
 from .allocator import FocusAllocator
 from .edits import Edits, Moves, moves

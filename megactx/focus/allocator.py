@@ -1,4 +1,4 @@
-"""FocusAllocator: turns scores into edits that keep a working context within its budget (SPEC 11).
+"""FocusAllocator: turns scores into edits that keep a working context within its budget (method 11).
 
     expands    score > +threshold, best first         0.9   0.7   0.4   0.3
     collapses  mean of K siblings < -threshold       -0.8  -0.5  -0.3
@@ -30,7 +30,7 @@ from megactx.memory import WorkingContext
 from .edits import PROTECTED, Edits, Moves, moves
 
 KINDS = ("greedy", "stochastic")
-SWAP_RATE, SWAP_RATE_ALARM = (0.05, 0.20), 0.25  # healthy from .. to, and too restless (SPEC 11)
+SWAP_RATE, SWAP_RATE_ALARM = (0.05, 0.20), 0.25  # healthy from .. to, and too restless (method 11)
 RESIDENCY = 3  # refocuses that an entry should stand on average, at least
 UTILISATION = (0.80, 1.00)  # share of the budget that should be in use
 REMEMBERED = 16  # refocuses for which edits are remembered: residency counts no further
@@ -53,7 +53,7 @@ class FocusAllocator:
 
     Args:
         kind: ``greedy`` makes the best edits; ``stochastic`` draws them, better ones more often.
-        threshold: of scores: what is closer to 0 stays as it is. SPEC 11 has 0.2; estimates of expected values are
+        threshold: of scores: what is closer to 0 stays as it is. method 11 has 0.2; estimates of expected values are
             small beside tau, and a tenth of the needed blocks stayed closed for it (RESULTS.md).
         max_edits: of a row and refocus, better an even number, as a swap takes two; ``None``: max(4, W_max / 512).
         cooldown: refocuses for which a gist that was expanded or collapsed stays as it is.

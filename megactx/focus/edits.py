@@ -1,4 +1,4 @@
-"""What may be changed in a working context, and a change of it (SPEC 10, 11).
+"""What may be changed in a working context, and a change of it (method 10, 11).
 
 An entry that is a gist can be *expanded* into its K children. K siblings that all stand in the window can be
 *collapsed* into their parent. Both are named by the gist that goes or comes, so an edit and its undoing have one name.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megactx.memory import WorkingContext
 
-PROTECTED = 128  # newest tokens that are never collapsed (SPEC 11)
+PROTECTED = 128  # newest tokens that are never collapsed (method 11)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""LensNet: what the detail of each entry of a working context is worth for what comes next (SPEC 10).
+"""LensNet: what the detail of each entry of a working context is worth for what comes next (method 10).
 
 It reads the whole window at once, not causally: an old entry's value depends on the newest tokens, which ask the
 question. For every entry it estimates two values, in nats per token:

@@ -1,4 +1,4 @@
-"""What LensNet is trained on: measured values of edits, or which of two windows was better (SPEC 10)."""
+"""What LensNet is trained on: measured values of edits, or which of two windows was better (method 10)."""
 
 import torch
 import torch.nn.functional as F

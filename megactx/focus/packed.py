@@ -1,4 +1,4 @@
-"""What many windows of one document cost, in one packed pass, with gradients into gists and base LM (SPEC 12).
+"""What many windows of one document cost, in one packed pass, with gradients into gists and base LM (method 12).
 
     window 1   [ tokens and gists ] y0 y1 ... y(H-2)         read together, each row on its own
     window 2   [ tokens and gists ] y0 y1 ... y(H-2)

@@ -1,4 +1,4 @@
-"""What detail costs in a working context at the moment, and which entries are worth more or less than that (SPEC 10).
+"""What detail costs in a working context at the moment, and which entries are worth more or less than that (method 10).
 
 All rows share one currency, nats per token, and each has a fixed number of entries to spend. The price is where demand
 meets supply: gists worth more than it want to be expanded, siblings worth less than it may pay by being collapsed.

@@ -1,4 +1,4 @@
-"""Windows to learn from: random ones, cold starts, and those that LensNet itself arrives at (SPEC 10).
+"""Windows to learn from: random ones, cold starts, and those that LensNet itself arrives at (method 10).
 
 A LensNet that saw only random windows would meet others in use: its own choices change what there is to choose. So a
 share of the windows are refocused by the LensNet and the allocator of the moment, and all are then disturbed a little.

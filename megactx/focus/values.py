@@ -1,4 +1,4 @@
-"""What detail is worth, measured: the value of every edit of a working context, in nats per token (SPEC 10).
+"""What detail is worth, measured: the value of every edit of a working context, in nats per token (method 10).
 
     plain        [ entries of the window                         ] y0 y1 ... y(H-1)       one pass, its cache is kept
     an edit      cache of entries < c [ what comes ][ the others ] y0 y1 ... y(H-2)       one branch

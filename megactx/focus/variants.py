@@ -1,4 +1,4 @@
-"""Windows of one document that differ, edits of them, and what LensNet learns from which edits were worth it (SPEC 12).
+"""Windows of one document that differ, edits of them, and what LensNet learns from which edits were good (method 12).
 
     sources     N1 windows: the cold start, and random ones
     variants    N2 / N1 of each: the source itself, what LensNet and the allocator make of it, a random one

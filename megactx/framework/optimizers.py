@@ -75,7 +75,7 @@ def warmup_stable_decay(step: int, warmup: int, total: int, decay: float) -> flo
 
 
 def warmup_cosine(step: int, warmup: int, total: int, floor: float) -> float:
-    """Factor of the peak learning rate: linear warm-up, then a cosine down to ``floor`` at ``total`` (SPEC 4)."""
+    """Factor of the peak learning rate: linear warm-up, then a cosine down to ``floor`` at ``total`` (method 4)."""
     if step < warmup:
         return (step + 1) / warmup
     share = min(1.0, (step - warmup) / max(1, total - warmup))

@@ -26,7 +26,7 @@ class Seen(NamedTuple):
 
 
 class GistNet(Compressor):
-    """32 -> 1 compressor (SPEC 2).
+    """32 -> 1 compressor (method 2).
 
     The gist is ``skip + head(pool(backbone(block)))``, at the scale of the base LM's token embeddings.
 

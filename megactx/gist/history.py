@@ -1,4 +1,4 @@
-"""History mode: every block older than a recency window is compressed at once, as at run time (SPEC 3).
+"""History mode: every block older than a recency window is compressed at once, as at run time (method 3).
 
     document   [sink] [ block 1 ] [ block 2 ] ... [ block n ] r0 .......... r(R-1) y0 ....... y(S-1)
     stream     [sink]   gist 1      gist 2   ...    gist n                            once per document

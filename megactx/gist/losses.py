@@ -1,4 +1,4 @@
-"""Loss terms of GistNet that need no base LM (SPEC 4)."""
+"""Loss terms of GistNet that need no base LM (method 4)."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The loss of compressors on sampled blocks: what their carriers do to the base LM, all in one packed pass (SPEC 3, 4).
+"""The loss of compressors on sampled blocks: what their carriers do to the base LM, in one packed pass (method 3, 4).
 
 C compressors, B documents, N blocks, H horizon, K block.
 """
@@ -67,7 +67,7 @@ def substitution_loss(
 def offset_weights(horizon: int, seam_weight: float, device=None) -> Tensor:
     """Weights of the offsets h = 0 .. H-1 in the loss, [H], 1 on average.
 
-    Nearly all of the loss is at the seam (SPEC 5), so what a gist says about the rest is learned late: below 1, the
+    Nearly all of the loss is at the seam (method 5), so what a gist says about the rest is learned late: below 1, the
     ``SEAM`` first offsets count ``seam_weight`` and the others as much more. A horizon that is all seam has no weights.
     """
     weights = torch.ones(horizon, device=device)

@@ -1,4 +1,4 @@
-"""The LM head on scored rows only, in chunks: no [rows, vocabulary] tensor outlives its chunk (SPEC 3).
+"""The LM head on scored rows only, in chunks: no [rows, vocabulary] tensor outlives its chunk (method 3).
 
 C students (branches of several carriers), M rows, D width, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Packed substitution: what a gist costs the base LM, for many blocks of a document at once, exactly (SPEC 3).
+"""Packed substitution: what a gist costs the base LM, for many blocks of a document at once, exactly (method 3).
 
     teacher      x0 ........ [ block s ] y0 y1 y2 ... y(H-1)         one pass, its keys and values are kept
     branch k     cache t < s [   gist  ] y0 y1 ... y(H-2)            H rows, original positions
@@ -57,7 +57,7 @@ def blocks(ids: Tensor, starts: Tensor, block: int) -> Tensor:
 
 
 def check_blocks(starts: Tensor, lengths: Tensor, block: int, horizon: int) -> None:
-    """Every block must lie on the grid, after the sink block, with its whole horizon inside its document (SPEC 3).
+    """Every block must lie on the grid, after the sink block, with its whole horizon inside its document (method 3).
 
     Raises:
         ValueError: naming the first block that does not.

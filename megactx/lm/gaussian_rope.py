@@ -1,4 +1,4 @@
-"""Gaussian RoPE: the position of an entry is N(mu, sigma^2), not a point (SPEC 9).
+"""Gaussian RoPE: the position of an entry is N(mu, sigma^2), not a point (method 9).
 
     E[R(w p)] = exp(-(w sigma)^2 / 2) R(w mu)        p ~ N(mu, sigma^2), R the rotation of one pair of channels
 

@@ -12,7 +12,7 @@ from bisect import bisect_left
 import torch
 from torch import Tensor
 
-RAW, FINE = 256, 2_048  # tokens at LOD0, tokens before them at LOD1 (SPEC 8)
+RAW, FINE = 256, 2_048  # tokens at LOD0, tokens before them at LOD1 (method 8)
 
 
 def entries(tree, budget: int) -> tuple[Tensor, Tensor, Tensor]:

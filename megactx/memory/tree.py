@@ -1,4 +1,4 @@
-"""MegaContextTree: all that was ever read, as tokens, gists of tokens, gists of gists (SPEC 7).
+"""MegaContextTree: all that was ever read, as tokens, gists of tokens, gists of gists (method 7).
 
     level 2    [            gist of 1,024            ][
     level 1    [ gist of 32 ][ gist of 32 ] ...

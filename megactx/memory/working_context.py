@@ -1,4 +1,4 @@
-"""WorkingContext: the fixed-budget mix of tokens and gists that the base LM really sees (SPEC 8).
+"""WorkingContext: the fixed-budget mix of tokens and gists that the base LM really sees (method 8).
 
     [ sink: 32 tokens ][ gists of 1,024 ... ][ gists of 32 ... ][ last tokens ]
 
@@ -53,7 +53,7 @@ class WorkingContext:
         return WorkingContext(self.tree, self.lod, self.index, self.counts, self.budget, self.debug)
 
     def check(self) -> None:
-        """Raises ValueError where one of the eight invariants of SPEC 8 does not hold."""
+        """Raises ValueError where one of the eight invariants of method 8 does not hold."""
         from .invariants import violations
 
         if wrong := violations(self):

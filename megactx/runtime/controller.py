@@ -1,4 +1,4 @@
-"""Controller: the models and settings of sessions, and the four verbs of the loop (SPEC 13).
+"""Controller: the models and settings of sessions, and the four verbs of the loop (method 13).
 
     controller = Controller(load_models())
     tree = controller.build_tree(ids)               # [B, T] -> gists of everything

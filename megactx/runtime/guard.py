@@ -1,4 +1,4 @@
-"""What every small server of this room refuses before it answers, and the headers of what it answers (SPEC 15).
+"""What every small server of this room refuses before it answers, and the headers of what it answers (method 14).
 
 Host       a name that an attacker's DNS may have turned to this machine (rebinding): 403
 Origin     a page of another site: 403; there is no CORS, so no other site reads an answer either

@@ -1,4 +1,4 @@
-"""Where entries and new tokens sit, once a history is longer than the base LM was trained for (SPEC 8).
+"""Where entries and new tokens sit, once a history is longer than the base LM was trained for (method 8).
 
 Positions that move cost a new reading of everything. So the last entry is put some way below the limit, new tokens go
 on from there at their own spacing, and only when the limit is reached is all of it moved again.

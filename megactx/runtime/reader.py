@@ -1,4 +1,4 @@
-"""Reads a window again and again, and computes only what has changed: the dirty suffix (SPEC 13).
+"""Reads a window again and again, and computes only what has changed: the dirty suffix (method 13).
 
 An entry's keys and values depend on what stands before it and on nothing else. So up to the first entry whose
 embedding, position or spread is another one than at the last reading, all of them are kept; from there on they are

@@ -1,4 +1,4 @@
-"""Stage ``alternating``: GistNet, LensNet and LoRA on the base LM learn in turn, in cycles (SPEC 12).
+"""Stage ``alternating``: GistNet, LensNet and LoRA on the base LM learn in turn, in cycles (method 12).
 
     cycle 1   [ GistNet ][ fresh labels, LensNet ][ LoRA ]   cycle 2   [ GistNet ][ fresh labels, LensNet ] ...
 

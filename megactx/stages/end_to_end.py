@@ -1,4 +1,4 @@
-"""Stage ``end_to_end``: GistNet, LensNet and where asked the base LM learn at once, from windows (SPEC 12).
+"""Stage ``end_to_end``: GistNet, LensNet and where asked the base LM learn at once, from windows (method 12).
 
 document of C tokens -> tree -> N1 windows, one of them the cold start -> LensNet, allocator -> N2 variants
 -> each kind once -> one packed pass of all [window | H true tokens] -> loss on the H

@@ -1,4 +1,4 @@
-"""Stage ``gist``: train a GistNet, or another compressor, against a frozen base LM by packed substitution (SPEC 3, 4).
+"""Stage ``gist``: train a GistNet or another compressor against a frozen base LM by packed substitution (method 3, 4).
 
 Trained controls (``blockmean_linear`` by default) learn beside it: the same blocks, the same teacher pass, the same
 steps and learning rate, each with its own gradient clipping. So the table at the end compares like with like.

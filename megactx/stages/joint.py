@@ -1,4 +1,4 @@
-"""What the stages share in which GistNet, LensNet and the base LM learn together (SPEC 12).
+"""What the stages share in which GistNet, LensNet and the base LM learn together (method 12).
 
 They are judged by what counts in the end: windows of a fixed budget, chosen by LensNet from gists of GistNet, read by
 the base LM with whatever it has learned. ``val/cost`` is the NLL of the tokens behind such windows, less that of the

@@ -1,4 +1,4 @@
-"""Stage ``lens``: train a LensNet on measured values of detail, against a frozen base LM and GistNet (SPEC 10).
+"""Stage ``lens``: train a LensNet on measured values of detail, against a frozen base LM and GistNet (method 10).
 
 Training goes in rounds. At the start of each, windows are drawn from training documents, among them some that the
 LensNet of the moment arrives at, and the values of their edits are measured and kept in the run folder. Between, the

@@ -1,4 +1,4 @@
-"""Who learns at which step of an alternating run: a function of the step, so that a run goes on anywhere (SPEC 12)."""
+"""Who learns at which step of an alternating run: a function of the step, so a run goes on anywhere (method 12)."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""History mode of finished runs on many histories: what is left when all old blocks are compressed at once (SPEC 3, 5).
+"""Finished runs on many histories: what is left when old blocks are all compressed at once (method 3, 5).
 
     python -m megactx.studies.histories RUN [RUN ...]                     runs of gist stages, on the embedded text
     python -m megactx.studies.histories SEED0 SEED1 SEED2 --path TEXTS --segment 64 --recency 32 --count 2000

@@ -1,4 +1,4 @@
-"""The ladder: every way to compress a block, on the same blocks, trained in the same run (SPEC 5, 6).
+"""The ladder: every way to compress a block, on the same blocks, trained in the same run (method 5, 6).
 
     python -m megactx.studies.ladder preset=quick                       train all carriers, measure, tables and pictures
     python -m megactx.studies.ladder base.name=FOLDER data=files data.path=TEXTS      the same for any model and text

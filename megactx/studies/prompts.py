@@ -8,7 +8,7 @@
     prompt     [sink][ block 1 ] ... [ block n ][ block n+1 .... ]        the n oldest blocks are compressed
     entries    [sink]    c1    ...       cn     [ raw tokens ..... ]
 
-The sink is never compressed (SPEC 1), so compression is that of what lies behind it: K : 1 where all blocks are.
+The sink is never compressed (method 1), so compression is that of what lies behind it: K : 1 where all blocks are.
 Carriers have one block size each; compressions in between leave the newest blocks raw, as a working context does.
 
 B prompts, T tokens, N blocks behind the sink, n of them compressed, K block, A tokens of an input, Q rows, D width.

@@ -26,7 +26,7 @@ def some(scores, rows) -> BlockScores:
 
 
 def plain(scores, carrier="gistnet"):
-    """The definitions of SPEC 5, block by block and offset by offset."""
+    """The definitions of method 5, block by block and offset by offset."""
     full, drop, gist = (x.double().tolist() for x in (scores.full, scores.drop, scores.carriers[carrier]))
     blocks, horizon = len(full), len(full[0])
 

@@ -67,7 +67,7 @@ def names(edits: Edits) -> list[tuple[int, int, int, bool]]:
 
 
 def by_hand(context, scores, allocator, free, tired) -> list[tuple[int, int, int, bool]]:
-    """What SPEC 11 says, one row and one edit after the other; ``free``: rows where lone collapses are allowed."""
+    """What method 11 says, one row and one edit after the other; ``free``: rows where lone collapses are allowed."""
     legal, out = moves(context, allocator.protected), []
     most = allocator.max_edits or max(4, context.budget // 512)
     for row, count in enumerate(context.counts.tolist()):

@@ -8,7 +8,7 @@ from megactx.lm import BaseLM
 
 
 class LastToken(Compressor):
-    """One entry for one entry: the bar that a gist must clear (SPEC 5)."""
+    """One entry for one entry: the bar that a gist must clear (method 5)."""
 
     def __init__(self, block_size: int = 32):
         super().__init__(block_size, "end")
