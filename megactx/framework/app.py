@@ -134,13 +134,16 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
         cfg.trainer.get("strategy"),
     )
 
+    named = any(override.startswith("folder=") for override in here.overrides.task)
+
     def decide() -> tuple[Path | None, Path]:
         if cfg.curriculum:
-            return None, find_curriculum(cfg, folder, here.mode == RunMode.MULTIRUN)
+            fixed = here.mode == RunMode.MULTIRUN or (named and cfg.resume == "auto")
+            return None, find_curriculum(cfg, folder, fixed)
         if here.mode == RunMode.MULTIRUN:
             processes.refuse_sweep(device.count)
             return last_of(cfg, folder), folder
-        return find(cfg, folder)
+        return find(cfg, folder, named)
 
     with _early_logs():
         checkpoint, target = processes.agreed(decide)

@@ -1,7 +1,8 @@
 """Where a run goes on: ``resume=never | auto | PATH``. Never a silent fresh start, never another run's weights.
 
-``auto`` goes on in the folder of the newest unfinished run of the same settings. ``PATH`` (a checkpoint, or a run
-folder, of which the last one counts) starts a new folder from there. Checkpoints are read with ``weights_only``.
+``auto`` goes on in the folder of the newest unfinished run of the same settings, or in ``folder=`` where that is given.
+``PATH`` (a checkpoint, or a run folder, of which the last one counts) starts a new folder from there. Checkpoints are
+read with ``weights_only``.
 """
 
 import logging
@@ -25,11 +26,12 @@ def plain(cfg: DictConfig) -> dict:
     return hide_secrets(OmegaConf.to_container(cfg, resolve=True))
 
 
-def find(cfg: DictConfig, folder: Path) -> tuple[Path | None, Path]:
+def find(cfg: DictConfig, folder: Path, named: bool = False) -> tuple[Path | None, Path]:
     """The checkpoint to go on from, if any, and the folder to write to.
 
     Args:
         folder: the folder that this run would have as a new one.
+        named: it was asked for, so ``auto`` means the run in it and no other.
 
     Raises:
         ValueError: ``resume`` names nothing that exists, or ``auto`` finds only runs with other settings.
@@ -37,6 +39,10 @@ def find(cfg: DictConfig, folder: Path) -> tuple[Path | None, Path]:
     wanted = str(cfg.resume)
     if wanted == "never":
         return None, folder
+    if wanted == "auto" and named:
+        if (last := last_of(cfg, folder)) is None:
+            log.info("resume=auto: no run in %s; starting fresh", folder)
+        return last, folder
     if wanted == "auto":
         return _newest(cfg, folder)
     path = Path(wanted).expanduser()
@@ -68,7 +74,7 @@ def _newest(cfg: DictConfig, folder: Path) -> tuple[Path | None, Path]:
 
 
 def last_of(cfg: DictConfig, folder: Path) -> Path | None:
-    """The last checkpoint of a run that always has this folder: a job of a sweep, a stage of a curriculum.
+    """The last checkpoint of a run that must have this folder: a job of a sweep, a stage of a curriculum, ``folder=``.
 
     Raises:
         ValueError: it was begun with other settings.

@@ -171,7 +171,7 @@ def test_a_run_of_two_processes_goes_on_exactly_where_it_stopped(settings, tmp_p
     assert not torch.equal(*states)  # each drops out channels of its own
     shutil.copy(saved / "step_000001.ckpt", saved / "last.ckpt")  # as if the machine had failed after step 1
     (tmp_path / "a" / "run" / "done").unlink()
-    assert "step 1" in python(*train, f"folder={tmp_path / 'a' / 'new'}", "resume=auto")
+    assert "step 1" in python(*train, f"folder={tmp_path / 'a' / 'run'}", "resume=auto")
     resumed = torch.load(saved / "last.ckpt", weights_only=True)
     for name, value in straight["state_dict"].items():
         assert torch.equal(resumed["state_dict"][name], value), name

@@ -108,7 +108,7 @@ def assert_ended_alike(folder: Path, uninterrupted: Path) -> None:
 def test_a_run_that_was_killed_while_it_saved_goes_on_to_the_same_end(settings, uninterrupted, tmp_path, capsys):
     kill("saving", settings, tmp_path / "run")
     capsys.readouterr()
-    assert run([*settings, f"folder={tmp_path / 'new'}", "resume=auto"]) == 0
+    assert run([*settings, f"folder={tmp_path / 'run'}", "resume=auto"]) == 0
     assert_went_on(tmp_path / "run", capsys.readouterr().out, "saving")
     assert_ended_alike(tmp_path / "run", uninterrupted)
     assert len([row for row in rows(uninterrupted) if "train/loss" in row]) == STEPS  # it logs every step
@@ -120,7 +120,7 @@ def test_a_run_that_was_killed_while_it_saved_goes_on_to_the_same_end(settings, 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_wherever_a_run_is_killed_it_goes_on_to_the_same_end(moment, workers, settings, uninterrupted, tmp_path):
     kill(moment, [*settings, workers], tmp_path / "run")
-    done = python(REPOSITORY / "train.py", *settings, workers, f"folder={tmp_path / 'new'}", "resume=auto")
+    done = python(REPOSITORY / "train.py", *settings, workers, f"folder={tmp_path / 'run'}", "resume=auto")
     assert done.returncode == 0, done.stderr
     assert_went_on(tmp_path / "run", done.stdout, moment)
     assert_ended_alike(tmp_path / "run", uninterrupted)

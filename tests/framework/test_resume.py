@@ -56,6 +56,16 @@ def test_auto_starts_fresh_where_there_is_none_and_says_so(tmp_path, caplog):
     assert "starting fresh" in caplog.text
 
 
+def test_auto_with_a_folder_of_ones_own_looks_nowhere_else(tmp_path):
+    leave_a_run(tmp_path / "other", "seed=1")  # unfinished, in the same place
+    new = tmp_path / "new"
+    assert find(config(new, "resume=auto"), new, named=True) == (None, new)
+    leave_a_run(new)
+    assert find(config(new, "resume=auto"), new, named=True) == (new / "checkpoints" / "last.ckpt", new)
+    with pytest.raises(ValueError, match="new was begun with other settings: .*seed: 0 -> 2"):
+        find(config(new, "resume=auto", "seed=2"), new, named=True)
+
+
 def test_auto_stops_at_a_near_miss_and_names_the_settings_that_differ(tmp_path):
     leave_a_run(tmp_path / "old")
     cfg = config(tmp_path / "new", "resume=auto", "stage.muon_lr=0.5", "+stage.config.attention_bias=true")
