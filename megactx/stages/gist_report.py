@@ -1,11 +1,9 @@
 """What a gist stage measures when its training is over: tables, pictures and scores in the run folder."""
 
-import sys
 from functools import partial
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from torch.utils.data import default_convert
 
 from megactx.data.files import Files
@@ -17,6 +15,7 @@ from megactx.evaluation.reconstruction import reconstruction, train_decoder
 from megactx.evaluation.report import print_report, write_report
 from megactx.evaluation.summary import summarise
 from megactx.evaluation.validation import SpaceMetrics
+from megactx.framework.bar import bar
 
 
 def report(stage, folder: Path, datamodule) -> None:
@@ -48,7 +47,7 @@ def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, wei
         nets = (stage.base, stage.nets)
         settings = {
             "with_controls": asked["controls"],
-            "progress": partial(track, description=f"measuring {what}", disable=not sys.stdout.isatty()),
+            "progress": bar(f"measuring {what}"),
         }
         scores = measure(*nets, batches, horizon, **settings)
         if asked["copies"]:

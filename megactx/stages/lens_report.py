@@ -1,15 +1,12 @@
 """What a lens stage measures when its training is over."""
 
-import sys
-from functools import partial
 from pathlib import Path
-
-from rich.progress import track
 
 from megactx.data.files import Files
 from megactx.evaluation.focus import measure_focus
 from megactx.evaluation.focus_report import report_focus, summarise_focus
 from megactx.evaluation.planted import measure_planted, summarise_planted
+from megactx.framework.bar import bar
 
 
 def report(stage, folder: Path, datamodule) -> None:
@@ -36,12 +33,11 @@ def _report(stage, folder: Path, documents: list[dict], cases: list[dict], what:
     if not documents:
         raise ValueError(f"stage.evaluate.tokens={asked['tokens']}: none of {what} has so many tokens; take fewer")
     parts = (stage.base, stage.gistnet, stage.lens, stage.hparams.allocator)
-    bar = partial(track, disable=not sys.stdout.isatty())
-    shown = partial(bar, description=f"measuring {what}")
+    shown = bar(f"measuring {what}")
     scores = measure_focus(*parts, documents, asked["budgets"], asked["oracle"], progress=shown)
     numbers = summarise_focus(scores, stage.hparams.horizon)
     if cases:
-        largest, shown = max(asked["budgets"]), partial(bar, description="measuring planted facts")
+        largest, shown = max(asked["budgets"]), bar("measuring planted facts")
         numbers["planted"] = summarise_planted(measure_planted(*parts, cases, largest, progress=shown))
         numbers["planted"] |= {"budget": largest, "tokens": cases[0]["cursor"]}
     print(f"\nResult on {what}")

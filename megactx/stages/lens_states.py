@@ -1,21 +1,17 @@
 """Windows with measured values, made as a lens stage needs them: files in the run folder, each written once."""
 
-import logging
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from megactx.focus import moves
 from megactx.focus.allocator import FocusAllocator
 from megactx.focus.sampling import KINDS, draw, measured_share
 from megactx.focus.states import save
 from megactx.focus.values import measure_values
+from megactx.framework.bar import bar
 from megactx.memory import MegaContextTree
-
-log = logging.getLogger(__name__)
 
 HELD = "held"
 
@@ -44,11 +40,9 @@ def ensure(stage, datamodule, folder: Path, what: int | str, count: int, pairs: 
     asked, training = stage.hparams, stage.lens.training
     stage.lens.eval()
     held = datamodule.held_documents(count) if what == HELD else None
-    shown = track(missing, f"measuring windows ({what})", disable=not sys.stdout.isatty())
+    shown = bar(f"measuring windows ({what})")(missing)
     with torch.no_grad(), torch.autocast(stage.device.type, torch.bfloat16, enabled=stage.half):
-        for done, index in enumerate(shown):
-            if done and done % 50 == 0:
-                log.info("%d of %d windows of %s measured", done, len(missing), folder_of(folder, what).name)
+        for index in shown:
             text = index // 2 if pairs else index
             rng = np.random.default_rng([datamodule.seed, 2**31 if what == HELD else what, index])
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))

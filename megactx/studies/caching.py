@@ -11,11 +11,13 @@ recovery of each run on each domain; drift of stored gists.
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from megactx.evaluation.measure import LAST_TOKEN, in_eval_mode
+from megactx.framework.bar import bar
 from megactx.gist.carrier import Compressor
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.last_token import LastToken
@@ -29,15 +31,15 @@ from .caching_report import notes_on, rows_of, sheets
 from .drift import check, measure_drift
 from .prompts import again, cached, compressed, levels
 from .tables import show, write
-from .trained import NOTHING, Nothing, Trained, bar, held_out, load, quiet, same
+from .trained import NOTHING, Nothing, Trained, held_out, load, quiet, same
 from .transfer import measure_transfer
 
 BASE, GISTNET, BLOCK, HORIZON = "asset:tiny-base", "asset:tiny-gistnet", 32, 32  # without a run
 SIZES = ("tokens", "input", "answer", "documents", "blocks", "repeats")
 
 
-def study(asked: argparse.Namespace) -> dict:
-    """Everything that was asked for, as plain numbers.
+def study(asked: argparse.Namespace) -> Iterator[dict]:
+    """Everything that was asked for, as plain numbers: more of it after each part.
 
     Raises:
         ValueError: a setting that is not allowed, runs that do not belong together, or no text that is long enough.
@@ -69,6 +71,7 @@ def study(asked: argparse.Namespace) -> dict:
         leader = next(iter(nets.values()))
         numbers["costs"] = _costs(base, leader, prompt, rest, counts, asked)
         numbers["making"] = measure_making(base, nets, prompt)
+        yield numbers
         own = {
             "tokens": asked.tokens,
             "answer": asked.answer,
@@ -76,10 +79,14 @@ def study(asked: argparse.Namespace) -> dict:
             "progress": bar("greedy continuations"),
         }
         numbers["overlap"] = measure_overlap(base, nets | controls, batches[: asked.documents], **own)
-        numbers["transfer"] = measure_transfer(runs, batches, horizon, bar("domains")) if runs else None
+        yield numbers
+        if runs:
+            numbers["transfer"] = measure_transfer(runs, batches, horizon, bar("domains"))
+            yield numbers
         drifting = {"seed": asked.seed, "progress": bar("drift")}
-        numbers["drift"] = measure_drift(base, nets, asked.drift, batches, horizon, **drifting) if asked.drift else []
-    return numbers
+        if asked.drift:
+            numbers["drift"] = measure_drift(base, nets, asked.drift, batches, horizon, **drifting)
+            yield numbers
 
 
 def _costs(base: BaseLM, net: Compressor, ids, rest, counts: dict[float, int], asked) -> list[dict]:
@@ -145,15 +152,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the changes (default 0)")
     parser.add_argument("--out", type=Path, help="folder for the tables (default: the first run's, else runs/caching)")
     asked = parser.parse_args(arguments)
+    stem = (asked.out or (Path(asked.runs[0]) if asked.runs else Path("runs/caching"))) / "caching"
     try:
-        numbers = study(asked)
+        for numbers in study(asked):
+            tables, notes = sheets(numbers), notes_on(numbers)
+            write(stem, "Gist caching", tables, notes, rows_of(numbers), numbers)
     except ValueError as error:
         print(f"megactx: {error}", file=sys.stderr)
         return 2
-    tables, notes = sheets(numbers), notes_on(numbers)
     show(tables, notes)
-    stem = (asked.out or (Path(asked.runs[0]) if asked.runs else Path("runs/caching"))) / "caching"
-    write(stem, "Gist caching", tables, notes, rows_of(numbers), numbers)
     print(f"Caching: {stem}.md, .csv and .json")
     return 0
 

@@ -20,13 +20,9 @@ LEGEND = (
 
 
 def sheets(numbers: dict) -> list[Sheet]:
-    """What an answer costs, what gists cost once, what they keep of the answer, domains, drift."""
-    out = [_costs(numbers), _making(numbers), _overlap(numbers)]
-    if numbers["transfer"]:
-        out.append(_transfer(numbers))
-    if numbers["drift"]:
-        out.append(_drift(numbers))
-    return out
+    """What an answer costs, what gists cost once, what they keep of the answer, domains, drift: as far as measured."""
+    parts = {"costs": _costs, "making": _making, "overlap": _overlap, "transfer": _transfer, "drift": _drift}
+    return [table(numbers) for part, table in parts.items() if part in numbers]
 
 
 def _costs(numbers: dict) -> Sheet:
@@ -128,12 +124,12 @@ def rows_of(numbers: dict) -> list[dict]:
     """Everything as rows of one CSV; ``table`` says which it is."""
     rows = [{"table": "cost"} | row for row in numbers["costs"]]
     rows += [{"table": "making", "carrier": name} | cost for name, cost in numbers["making"].items()]
-    for name, found in numbers["overlap"]["rouge"].items():
+    for name, found in numbers.get("overlap", {"rouge": {}})["rouge"].items():
         rows += [{"table": "rouge", "carrier": name, "compression": c} | value for c, value in found.items()]
-    for name, row in (numbers["transfer"] or {"rows": {}})["rows"].items():
+    for name, row in numbers.get("transfer", {"rows": {}})["rows"].items():
         for domain in [key for key in row if key != "trained"]:
             rows.append({"table": "domain", "carrier": name, "domain": domain} | row[domain])
-    for row in numbers["drift"]:
+    for row in numbers.get("drift", []):
         flat = {key: value for key, value in row.items() if not isinstance(value, dict)}
         for what in ("fresh", "kept", "lost"):
             flat |= {what if part == "point" else f"{what}_{part}": value for part, value in row[what].items()}

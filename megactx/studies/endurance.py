@@ -28,11 +28,12 @@ from megactx.data.embedded import Embedded
 from megactx.data.files import Files
 from megactx.evaluation.files import replacing
 from megactx.evaluation.sheets import Sheet
+from megactx.framework.bar import bar
 from megactx.runtime import Session
 from megactx.runtime.command_line import add_models, controller_of, run, session_of
 
 from .tables import show, write
-from .trained import bar, quiet
+from .trained import quiet
 
 MIB = 2**20
 ABOUT, HOW = "endurance", "endurance_settings"  # what a saved session knows of its study
@@ -102,14 +103,15 @@ def carry(session: Session, ids: Tensor, every: int) -> list[dict]:
     process, saved = psutil.Process(), time.monotonic()
     gpu = session.stream.device.type != "cpu"
     firsts = list(range(len(rows) * every, len(ids), every))
-    for first in bar("tokens")(firsts):
+    terminal = sys.stdout.isatty()
+    for first in bar("tokens")(firsts) if terminal else firsts:
         watch.clear()
         began = time.perf_counter() if gpu else time.process_time()
         nll = session.append(ids[first : first + every], score=True)
         seconds = (time.perf_counter() if gpu else time.process_time()) - began
         row = about(session, watch, process, nll) | {"ms": 1e3 * seconds / len(nll)}
         rows.append(row)
-        if not sys.stdout.isatty():
+        if not terminal:
             print(
                 f"{row['tokens']:>10,} tokens  {row['ms']:6.2f} ms per token  resident {row['resident'] / MIB:7.1f} MiB"
                 f"  tree {row['tree'] / MIB:6.2f} MiB  NLL {row['nll']:.3f}",

@@ -19,10 +19,11 @@ from megactx.evaluation.history import measure_history, segments
 from megactx.evaluation.measure import untrained
 from megactx.evaluation.scores import MORE_RAW, BlockScores
 from megactx.evaluation.sheets import Sheet
+from megactx.framework.bar import bar
 from megactx.gist.carriers.avgpool import AvgPool
 
 from .tables import interval, show, write
-from .trained import Trained, bar, held_out, load, same
+from .trained import Trained, held_out, load, same
 
 NOTE = (
     "recovery = 1 - (NLL_carriers - NLL_full) / (NLL_nothing - NLL_full) over the scored tokens; gain = NLL of as many"

@@ -15,10 +15,11 @@ from megactx.evaluation.measure import measure
 from megactx.evaluation.metrics import BODY
 from megactx.evaluation.scores import BlockScores
 from megactx.evaluation.sheets import Sheet
+from megactx.framework.bar import bar
 from megactx.gist.carriers.avgpool import AvgPool
 
 from .tables import interval, show, write
-from .trained import Trained, bar, held_out, load, same
+from .trained import Trained, held_out, load, same
 
 BANDS = {"recovery": 1, "body": BODY}  # name -> first offset; keys and values predict nothing at h = 0
 NOTE = (

@@ -10,15 +10,14 @@ same teacher pass, the same steps.
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
-from rich.progress import track
 
 from megactx.data.files import Files
 from megactx.evaluation.history import measure_history, segments
 from megactx.evaluation.measure import measure, untrained
+from megactx.framework.bar import bar
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.history_oracle import HistoryOracle
 from megactx.gist.carriers.oracle import Oracle
@@ -62,13 +61,13 @@ class Ladder(GistStage):
         asked, ladder, horizon = self.hparams.evaluate, self.hparams.ladder, self.hparams.horizon
         block = self.main.block_size
         nets = dict(self.nets) | {"avgpool": AvgPool(block), "avgpool at the end": AvgPool(block, "end")}
-        scores = measure(self.base, nets, batches, horizon, progress=_bar("all carriers, one block at a time"))
+        scores = measure(self.base, nets, batches, horizon, progress=bar("all carriers, one block at a time"))
         parts = {"span": scores, "history": None, "oracle": None, "history oracle": None}
         settings = {"position": self.main.position, "steps": ladder["oracle_steps"]}
         sizes = {name: self.hparams.history[name] for name in ("segment", "recency")}
         rest = nets | untrained(self.base, block, self.main.position)
         if asked["history"] and (found := segments(batches, block, asked["history"], **sizes)):
-            parts["history"] = measure_history(self.base, rest, found, **sizes, progress=_bar("histories"))
+            parts["history"] = measure_history(self.base, rest, found, **sizes, progress=bar("histories"))
         # One segment of each document: it is fitted to all of its old blocks at once.
         if (count := ladder["history_oracle"]) and (found := segments(batches, block, count, **sizes)):
             found = [batch | {"starts": batch["starts"][:, -1:]} for batch in found]
@@ -77,13 +76,13 @@ class Ladder(GistStage):
                 for name, samples in ORACLES.items()
             }
             parts["history oracle"] = measure_history(
-                self.base, rest | fitted, found, **sizes, progress=_bar("vectors fitted to every history")
+                self.base, rest | fitted, found, **sizes, progress=bar("vectors fitted to every history")
             )
         if ladder["oracle"]:
             fitted = {name: Oracle(horizon, block, samples=count, **settings) for name, count in ORACLES.items()}
             some = _first_blocks(batches, ladder["oracle"])
             parts["oracle"] = measure(
-                self.base, nets | fitted, some, horizon, progress=_bar("a vector fitted to every block")
+                self.base, nets | fitted, some, horizon, progress=bar("a vector fitted to every block")
             )
         about = {name: self._about(net) for name, net in (nets | untrained(self.base, block, "end")).items()}
         return rungs(parts, about, next(iter(self.nets)), block, self.hparams.base["name"])
@@ -105,10 +104,6 @@ def _first_blocks(batches: list[dict], count: int) -> list[dict]:
     each = -(-count // len(batches))
     kept = [batch | {"starts": batch["starts"][:, :each]} for batch in batches]
     return kept[: -(-count // each)]
-
-
-def _bar(what: str):
-    return partial(track, description=f"measuring: {what}", disable=not sys.stdout.isatty())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,8 +14,7 @@ import argparse
 import json
 import logging
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from megactx.assets import resolve
 from megactx.evaluation.files import replacing, without_nan
 from megactx.evaluation.planted import in_detail
 from megactx.focus.pretrained import identity, load_lensnet
+from megactx.framework.bar import bar
 from megactx.memory import MegaContextTree
 from megactx.memory.encoding import identity_of_base
 from megactx.runtime import Models, Settings, load_models
@@ -36,7 +36,7 @@ from .length_policies import DROP, FOCUS, FULL, RECENCY, Found, dropping, full_c
 from .length_report import notes_on, rows_of, sheets, summarise
 from .length_text import Texts, gather, tree_of
 from .tables import show, write
-from .trained import bar, quiet
+from .trained import quiet
 
 SETTINGS = "settings.json"
 DOCUMENTS, CASES = "documents", "planted"
@@ -106,7 +106,7 @@ class Study:
         work = [item for item in work if not self._path(*item[:2]).exists()]
         work.sort(key=lambda item: (item[2]["domain"], item[0] == CASES, item[1]))
         domain, known = None, None
-        for what, number, item in steps(work, "documents and cases"):
+        for what, number, item in bar("documents and cases")(work):
             if item["domain"] != domain:
                 domain, known = item["domain"], None
                 if domain in self.texts.fillers:
@@ -150,18 +150,6 @@ class Study:
 
     def _path(self, what: str, number: int) -> Path:
         return self.folder / what / f"{number:04d}.json"
-
-
-def steps(items: list, what: str) -> Iterable:
-    """A progress bar in a terminal, a line every tenth elsewhere."""
-    if sys.stdout.isatty():
-        yield from bar(what)(items)
-        return
-    began = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        if 10 * done // len(items) > 10 * (done - 1) // len(items):
-            print(f"{what}: {done} of {len(items)}, {time.monotonic() - began:.0f} s", flush=True)
 
 
 def study(asked: argparse.Namespace) -> None:

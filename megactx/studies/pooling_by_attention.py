@@ -23,6 +23,7 @@ from megactx.data.embedded import Embedded
 from megactx.data.files import DOMAINS, Files
 from megactx.data.spans_module import SpanData
 from megactx.evaluation.sheets import Sheet
+from megactx.framework.bar import bar
 from megactx.framework.optimizers import warmup_cosine
 from megactx.framework.search_path import compose, root
 from megactx.gist.carrier import Compressor, Slots, windows
@@ -33,7 +34,7 @@ from megactx.lm import BaseLM
 from megactx.lm.layers import keys_values
 
 from .tables import show, write
-from .trained import bar, quiet
+from .trained import quiet
 
 POINTS = 6  # columns of the table of residuals over steps
 MEAN_OVER = 8  # batches that the constant state is the mean of

@@ -14,10 +14,11 @@ import sys
 from megactx.data.probes import KINDS, make_probes
 from megactx.evaluation.measure import untrained
 from megactx.evaluation.probes import measure_probes
+from megactx.framework.bar import bar
 
 from .probes_report import notes_on, rows_of, sheets, summarise
 from .tables import show, write
-from .trained import NOTHING, Nothing, Trained, bar, held_out, load
+from .trained import NOTHING, Nothing, Trained, held_out, load
 
 DOCUMENTS = 200  # of text around the probes; with fewer, some come again
 

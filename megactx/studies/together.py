@@ -23,6 +23,7 @@ from megactx.evaluation.focus import focused
 from megactx.evaluation.measure import measure
 from megactx.focus.lensnet import LensNet
 from megactx.focus.values import continuation_nll
+from megactx.framework.bar import bar
 from megactx.framework.resume import best, read
 from megactx.gist import GistNet
 from megactx.gist.scoring import nll
@@ -36,7 +37,7 @@ from megactx.stages.lens import LensStage
 from .tables import show, write
 from .together_plot import plot
 from .together_report import sheet, summarise
-from .trained import bar, held_out, quiet
+from .trained import held_out, quiet
 
 BODY = 4  # the first offset of recovery_body
 TITLE = "Learned together, learned apart"

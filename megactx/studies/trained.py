@@ -2,16 +2,14 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
 import yaml
-from rich.progress import track
 from torch import Tensor
 
 from megactx.data.embedded import Embedded
@@ -113,11 +111,6 @@ def quiet() -> None:
     if not sys.stdout.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-
-
-def bar(what: str) -> Callable[[Iterable], Iterable]:
-    """A progress bar around an iterable, in a terminal only."""
-    return partial(track, description=what, disable=not sys.stdout.isatty())
 
 
 def _load(folder: Path, name: str) -> Trained:

@@ -11,6 +11,7 @@ from megactx.evaluation.measure import LAST_TOKEN, measure
 from megactx.evaluation.metrics import recovery_of_sums
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.lm import BaseLM
+from megactx.studies import caching
 from megactx.studies.caching import main
 from megactx.studies.caching_overlap import measure_overlap, rouge_l
 from megactx.studies.trained import NOTHING, Nothing, held_out, load
@@ -94,7 +95,18 @@ def test_without_a_run_another_base_has_no_trained_gist_which_is_said(base_folde
     assert main([*small, "--drift", "--compression", "1", "32"]) == 0
     assert "There is no trained gist here" in capsys.readouterr().out
     numbers = json.loads((tmp_path / "caching.json").read_text())
-    assert numbers["transfer"] is None and not numbers["drift"]
+    assert "transfer" not in numbers and "drift" not in numbers
+
+
+def test_what_is_measured_is_written_before_the_next_part_begins(texts, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(caching, "measure_drift", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main([*SMALL, "--path", str(texts), "--out", str(tmp_path), "--drift", "0.05", "--compression", "32"])
+    assert {"costs", "making", "overlap"} <= json.loads((tmp_path / "caching.json").read_text()).keys()
+    assert "ROUGE-L" in (tmp_path / "caching.md").read_text()
 
 
 def test_without_a_run_and_a_base_it_is_the_gistnet_that_ships_with_the_embedded_one(texts, tmp_path):

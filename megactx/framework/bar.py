@@ -1,0 +1,28 @@
+"""A bar around a loop that takes long: rich in a terminal, a line now and then elsewhere. Training has its own."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+
+from rich.progress import track
+
+EVERY = 30  # seconds between two lines
+
+
+def bar(what: str) -> Callable[[Iterable], Iterator]:
+    """-> what wraps an iterable, to show how far it is."""
+
+    def shown(items: Iterable) -> Iterator:
+        return iter(track(items, description=what)) if sys.stdout.isatty() else _lines(items, what)
+
+    return shown
+
+
+def _lines(items: Iterable, what: str) -> Iterator:
+    of = f" of {len(items)}" if isinstance(items, Sized) else ""
+    began = told = time.monotonic()
+    for done, item in enumerate(items, start=1):
+        yield item
+        if (now := time.monotonic()) - told > EVERY:
+            told = now
+            print(f"{what}: {done}{of}, {now - began:.0f} s", flush=True)
