@@ -26,6 +26,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/focus.py
 	$(BIN)/python benchmarks/encode.py
+	$(BIN)/python benchmarks/causal.py
 	$(BIN)/python benchmarks/runtime.py
 
 sweep: $(STAMP)
