@@ -11,6 +11,11 @@ def eligible_segments(length: int, block: int, segment: int = SEGMENT, recency: 
     return np.arange(first, length - segment + 1, block)
 
 
+def draw_told(rng, starts: np.ndarray, block: int, recency: int) -> np.ndarray:
+    """One of the old blocks of each segment, to come back there: starts of segments -> starts of blocks."""
+    return block * rng.integers(1, (starts - recency) // block)
+
+
 def check_history(history: dict, block: int, min_tokens: int) -> None:
     """Segments and raw tokens lie on the block grid, and every document has room for one.
 
@@ -25,7 +30,6 @@ def check_history(history: dict, block: int, min_tokens: int) -> None:
     needed = 2 * block + history["recency"] + history["segment"]
     if min_tokens < needed:
         raise ValueError(
-            f"history.weight={history['weight']} does not fit into data.min_tokens={min_tokens}: a document needs the"
-            f" sink block, a block, history.recency={history['recency']} and history.segment={history['segment']}"
-            f" tokens, {needed} in all"
+            f"history mode does not fit into data.min_tokens={min_tokens}: a document needs the sink block, a block,"
+            f" history.recency={history['recency']} and history.segment={history['segment']} tokens, {needed} in all"
         )

@@ -8,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 
-from .segments import eligible_segments
+from .segments import draw_told, eligible_segments
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ class SpanBatches:
 
     Each item is a dict: ``ids`` int64 [B, T], padded with 0; ``lengths`` int64 [B]; ``starts`` int64 [B, N];
     ``domain``, a list of B strings; ``document`` int64 [B], the index of the source text; and, with ``level2_spans``,
-    ``starts2`` int64 [B, N2], on the grid of K^2; with ``history``, ``segments`` int64 [B, N3], starts of segments.
+    ``starts2`` int64 [B, N2], on the grid of K^2; with ``history``, ``segments`` int64 [B, N3], starts of segments, and
+    ``told``, of the same shape, an old block for each of them.
 
     Raises:
         ValueError: a weight above 0 for a domain without documents, or no weight above 0.
@@ -121,6 +122,7 @@ class SpanBatches:
             item["starts2"] = np.stack(found)
         if self.history:
             item["segments"] = np.stack([self._segments(rng, length) for length in lengths])
+            item["told"] = draw_told(rng, item["segments"], self.block, self.history["recency"])
         return item
 
     def _document(self, rng, near: float) -> dict:

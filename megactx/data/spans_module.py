@@ -44,7 +44,7 @@ class SpanData(Shares):
         level2_spans: spans of K^2 tokens per training document, for gists of gists; 0 for none. ``min_tokens`` is then
             at least 2 K^2 + H.
         history: ``weight`` of history mode, and ``segments`` per training document, of ``segment`` tokens behind
-            ``recency`` raw ones; with a weight of 0, or ``None``, there are none.
+            ``recency`` raw ones; with a ``weight`` and a ``recall`` of 0, or ``None``, there are none.
 
     Raises:
         ValueError: a length that does not fit, or nothing left that is long enough; it names the setting.
@@ -81,7 +81,7 @@ class SpanData(Shares):
             if value < 1:
                 raise ValueError(f"preset.{name}={value} is not allowed: it must be 1 or more")
         self.interleave, self.adversarial, self.level2_spans = interleave, adversarial, level2_spans
-        self.history = history if history and history["weight"] else None
+        self.history = history if history and (history["weight"] or history.get("recall")) else None
         _check_shares(interleave, adversarial)
         self.limit_to(LONGEST_DOCUMENT)
 

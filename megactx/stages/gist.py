@@ -23,6 +23,7 @@ from megactx.gist.footprint import footprint, in_words
 from megactx.gist.history import check_segments, old_blocks, with_carriers, with_everything
 from megactx.gist.losses import contrastive
 from megactx.gist.packed_loss import substitution_loss
+from megactx.gist.recall import full, mixed
 from megactx.gist.scoring import OBJECTIVES, score
 from megactx.gist.substitution import Teacher, blocks, teach
 from megactx.lm import BaseLM
@@ -55,7 +56,9 @@ class GistStage(lightning.LightningModule):
             too, or not; ``copies``: blocks per distance for copy recovery; ``level2``: spans of K^2 tokens that gists
             of gists replace; ``reconstruction``: steps of a decoder trained to tell what gists keep (0: none of it);
             ``path``: files to report on besides the held-out documents (``None``: only those).
-        history: ``weight`` of history mode in the loss; span mode has the rest. The rest of it: see ``SpanData``.
+        history: ``weight`` of history mode in the loss; span mode has the rest. ``recall``: weight of the NLL of an old
+            block that comes back, itself in tokens and all others compressed (``gist.recall``), for compressors that
+            make vectors. The rest of it: see ``SpanData``.
         level2_weight: of the loss of gists of gists, which replace ``level2_spans`` spans of K^2 tokens per document; 0
             trains gists of tokens only.
         init: checkpoint or run folder that ``start_from`` reads before a fresh run; ``None`` starts from nothing.
@@ -102,6 +105,14 @@ class GistStage(lightning.LightningModule):
             refuse_without_vectors(self.hparams)
         if history and not 0 <= history["weight"] <= 1:
             raise ValueError(f"history.weight={history['weight']} is not allowed: from 0 to 1")
+        if recall := (history or {}).get("recall", 0.0):
+            if recall < 0:
+                raise ValueError(f"history.recall={recall} is not allowed: 0 or more")
+            if slots := [name for name, net in self.nets.items() if not net.makes_vectors]:
+                raise ValueError(
+                    f"history.recall={recall} is not allowed with {slots[0]}, which makes keys and values, not vectors:"
+                    " set it to 0"
+                )
 
     @property
     def main(self) -> Compressor:
@@ -169,6 +180,25 @@ class GistStage(lightning.LightningModule):
         )
         return loss.mean(dim=1), (numbers["nll"] - numbers["full"]).mean(dim=1)
 
+    def recall_loss(self, batch: dict, teacher: Teacher):
+        """-> dNLL per net [C] of old blocks that come back, each in tokens among gists; with gradient.
+
+        Not the KL from the full context, which has more text that could go on, and so copies less surely.
+        """
+        starts, told, asked = batch["segments"], batch["told"], self.hparams.history
+        block, recency = self.main.block_size, asked["recency"]
+        check_segments(starts, batch["lengths"], block, asked["segment"], recency)
+        old = old_blocks(starts, block, recency)
+        hidden = torch.stack(
+            [
+                mixed(self.base, teacher, starts, told, old, net.compress(self.base, teacher, old), block, recency)
+                for net in self.nets.values()
+            ]
+        )
+        again = blocks(batch["ids"], told, block).flatten()
+        known = full(self.base, teacher, starts, told, block).flatten(0, 2)
+        return score(self.base, hidden.flatten(1, 3), known, again, "delta_nll")[0].mean(dim=1)
+
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
         teacher = teach(self.base, batch["ids"], self.with_states)
         weight = self.hparams.history["weight"] if self.hparams.history else 0.0
@@ -185,6 +215,10 @@ class GistStage(lightning.LightningModule):
             losses, dnll = self.history_loss(batch, teacher)
             self._log_training(losses, dnll, "history/")
             total = total + weight * losses.sum()
+        if share := (self.hparams.history or {}).get("recall", 0.0):
+            losses = self.recall_loss(batch, teacher)
+            self._log_training(losses, losses.detach(), "recall/")
+            total = total + share * losses.sum()
         if share := self.hparams.level2_weight:
             losses, dnll, _ = self.substitution_loss(batch, 2, teacher)
             self._log_training(losses, dnll, "level2/")

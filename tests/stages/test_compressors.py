@@ -9,6 +9,7 @@ from torch.utils.data import default_convert
 
 from megactx.framework.app import run
 from megactx.framework.search_path import compose
+from megactx.gist.substitution import teach
 
 SHORT = ["block_size=8", "stage.evaluate.copies=0"]
 HISTORY = ["stage.history.weight=0.5", "stage.history.segment=16", "stage.history.recency=32"]
@@ -58,6 +59,30 @@ def test_history_mode_has_its_share_of_the_loss_and_reaches_the_gistnet(gist_run
     assert all(p.grad is not None for name, p in stage.main.named_parameters() if "backbone" not in name)
 
 
+def test_a_block_that_comes_back_has_its_weight_in_the_loss_and_reaches_the_gistnet(gist_run):
+    parts = {}
+    for recall in (0.0, 0.5, 1.0):
+        torch.manual_seed(0)
+        asked = [*gist_run, *SHORT, *HISTORY, "stage.history.weight=0", f"stage.history.recall={recall}"]
+        stage, batch = built(asked)
+        logged = {}
+        stage.log = lambda name, value, logged=logged, **kwargs: logged.update({name: value})
+        parts[recall] = stage.training_step(batch, 0)
+        assert ("told" in batch) == ("train/recall/dnll" in logged) == (recall > 0)
+    assert parts[0.0] != parts[1.0]
+    torch.testing.assert_close(parts[0.5], (parts[0.0] + parts[1.0]) / 2, rtol=1e-4, atol=1e-6)
+    stage.zero_grad()
+    stage.recall_loss(batch, teach(stage.base, batch["ids"])).sum().backward()
+    assert all(p.grad is not None for name, p in stage.main.named_parameters() if "backbone" not in name)
+
+
+def test_what_comes_back_is_any_old_block_of_its_segment(gist_run):
+    batch = built([*gist_run, *SHORT, *HISTORY, "stage.history.segments=500"])[1]
+    told, last = batch["told"], batch["segments"] - 32 - 8
+    assert told.shape == last.shape and (told % 8 == 0).all() and (told >= 8).all() and (told <= last).all()
+    assert (told == 8).any() and (told == last).any() and len(told.unique()) > 5
+
+
 def test_segments_are_a_function_of_the_seed_and_the_index_and_leave_the_rest_of_the_batch_as_it_was(gist_run):
     _, plain = built([*gist_run, *SHORT])
     _, one = built([*gist_run, *SHORT, *HISTORY])
@@ -104,6 +129,8 @@ def test_a_run_of_gistpool_goes_on_to_the_same_weights(pool_run, tmp_path):
         (["compressor=gistpool", "compressor.position=middle"], "compressor.position=middle"),
         (["compressor.name=avgpool"], "compressor.name=avgpool is not allowed"),
         (["compressor.name=gistpol"], "compressor.name=gistpol is not known"),
+        (["compressor=gistpool", "stage.history.recall=0.1"], "history.recall=0.1 is not allowed with gistpool"),
+        (["stage.history.recall=-1"], "history.recall=-1"),
         (["stage.history.weight=1.5"], "stage.history.weight=1.5"),
         (["stage.history.weight=1", "stage.history.segment=20"], "history.segment=20"),
         (["stage.history.weight=1"], "data.min_tokens=200"),

@@ -1,0 +1,81 @@
+"""Recall behind a mixed context: one old block is in tokens, all others are compressed, and it comes back (method 4).
+
+    [sink] gist 1 ... gist j-1 [ block j ] gist j+1 ... gist n  r0 .. r(R-1) | block j again
+                                                                               scored
+
+What a working context is for is what its expanded blocks say word for word. Gists that are trained to be read, and
+never beside a copy, are in its way (the ledger has the figures), so this asks for the copy itself.
+
+Shapes: B documents, N cases per document, M old blocks, K block, R recency, D width.
+"""
+
+import torch
+from torch import Tensor
+
+from megactx.lm import BaseLM
+
+from .carrier import Vectors
+from .substitution import Teacher, blocks, rows_at
+
+
+def mixed(
+    base: BaseLM,
+    teacher: Teacher,
+    starts: Tensor,
+    told: Tensor,
+    old: Tensor,
+    carriers: Vectors,
+    block: int,
+    recency: int,
+) -> Tensor:
+    """Hidden states that predict the block at ``told`` when it comes again at ``starts``: [B, N, K, D].
+
+    Args:
+        starts: where it comes again [B, N], on the block grid.
+        told: start of the block that is in tokens [B, N], one of the old ones.
+        old: starts of all blocks that any case sees compressed [B, M], see ``history.old_blocks``.
+        carriers: of these.
+        recency: R, raw tokens before ``starts``.
+    """
+    b, n = starts.shape
+    length, compressed = teacher.ids.shape[1], old.shape[1]
+    # All that a case can read, the document's tokens and then the vectors; a case is a list of places in it.
+    vectors = carriers.vectors.to(teacher.hidden.dtype)
+    pool = torch.cat([base.embed(teacher.ids).to(vectors.dtype), vectors], dim=1)  # [B, T + M, D]
+    many, at = (starts - recency) // block - 1, told // block - 1  # old blocks of a case, and which of them is told
+    parts = (torch.full_like(at, block), at, torch.full_like(at, block), many - 1 - at)
+    parts = (*parts, torch.full_like(at, recency), torch.full_like(at, block - 1))
+    ends = torch.stack(parts, dim=-1).cumsum(dim=-1)  # [B, N, 6]: sink, gists, tokens, gists, raw, the copy
+    column = torch.arange(int(ends[..., -1].max()), device=starts.device).expand(b, n, -1)  # [B, N, W]
+    part = (column[..., None] >= ends[..., None, :]).sum(dim=-1)  # 6 in the padding
+    inside = column - torch.cat([torch.zeros_like(ends[..., :1]), ends], dim=-1).gather(2, part)
+    nothing = torch.zeros_like(at)
+
+    def of(*values: Tensor) -> Tensor:  # one value [B, N] per part -> [B, N, W]
+        return torch.stack([*values, nothing], dim=-1).gather(2, part)
+
+    place = of(nothing, nothing + length, told, length + at + 1, starts - recency, told) + inside
+    place = place.where(part < 6, 0)
+    is_gist = (part == 1) | (part == 3)
+    which = (place - length).clamp(0, compressed - 1)
+    at_gist = (old + carriers.offset)[:, None].expand(-1, n, -1).gather(2, which)
+    position = torch.where(is_gist, at_gist, place + of(*[nothing] * 5, starts - told))
+    rows = pool.gather(1, place.flatten(1)[..., None].expand(-1, -1, pool.shape[-1])).view(*place.shape, -1)
+    sigma = None if carriers.sigma is None else torch.where(is_gist, carriers.sigma, 0.0).flatten(0, 1)
+    lengths = ends[..., -1].flatten()
+    hidden = base.read(rows.flatten(0, 1), position.flatten(0, 1), lengths, sigma)
+    scored = (lengths - block)[:, None] + torch.arange(block, device=starts.device)
+    taken = hidden.gather(1, scored[..., None].expand(-1, -1, hidden.shape[-1]))
+    return taken.view(b, n, block, -1)
+
+
+@torch.no_grad()
+def full(base: BaseLM, teacher: Teacher, starts: Tensor, told: Tensor, block: int) -> Tensor:
+    """The same of the full context, which the block at ``told`` follows at ``starts``: [B, N, K, D]."""
+    first = rows_at(teacher.hidden, starts - 1, 1)
+    if block == 1:
+        return first
+    steps = torch.arange(block - 1, device=starts.device)
+    rows = base.embed(blocks(teacher.ids, told, block - 1)).to(teacher.hidden.dtype)
+    again = base.forward_branches(rows, starts[..., None] + steps, teacher.cache, starts)
+    return torch.cat([first, again], dim=2)

@@ -1,0 +1,117 @@
+"""Recall behind a mixed context equals a fresh prefill per case, with one block in tokens and all others as gists."""
+
+import pytest
+import torch
+
+from megactx.gist import GistNet
+from megactx.gist.carrier import Vectors
+from megactx.gist.history import old_blocks
+from megactx.gist.recall import full, mixed
+from megactx.gist.substitution import blocks, teach
+
+K, WIDTH, R = 8, 64, 16
+
+
+@pytest.fixture
+def setting(make_base):
+    def of(kind):
+        base = make_base(kind)
+        ids = torch.randint(3, 97, (2, 120))
+        starts, told = torch.tensor([[32, 96, 56], [88, 40, 64]]), torch.tensor([[8, 72, 24], [8, 16, 40]])
+        return base, ids, starts, told, teach(base, ids)
+
+    return of
+
+
+def plain(base, net, ids, start, told):
+    """One case on its own: sink, gists, the told block's tokens among them, raw tokens, the block again."""
+    embedded, sigma = base.embed(ids[None])[0], net.sigma(1)
+    rows, at, wide = [embedded[:K]], [torch.arange(K)], [torch.zeros(K)]
+    for s in range(K, start - R, K):
+        if s == told:
+            rows, at, wide = [*rows, embedded[s : s + K]], [*at, torch.arange(s, s + K)], [*wide, torch.zeros(K)]
+            continue
+        rows.append(net.encode_span(embedded[None, s : s + K]))
+        at.append(torch.tensor([s + net.offset]))
+        wide.append(torch.zeros(1) if sigma is None else sigma[None])
+    rows += [embedded[start - R : start], embedded[told : told + K - 1]]
+    at.append(torch.arange(start - R, start + K - 1))
+    wide.append(torch.zeros(R + K - 1))
+    x = torch.cat(rows)[None]
+    spread = None if sigma is None else torch.cat(wide)[None]
+    return base.read(x, torch.cat(at)[None], torch.tensor([x.shape[1]]), spread)[0, -K:]
+
+
+@pytest.mark.parametrize("gaussian_rope", ["plain", "learned"])
+@pytest.mark.parametrize("position", ["centre", "end"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "nanochat"])
+def test_states_and_gradients_equal_a_fresh_prefill_per_case(setting, kind, position, gaussian_rope):
+    base, ids, starts, told, teacher = setting(kind)
+    net = GistNet(
+        WIDTH, base.embedding_rms(), block_size=K, skip="none", position=position, gaussian_rope=gaussian_rope
+    )
+    old = old_blocks(starts, K, R)
+
+    hidden = mixed(base, teacher, starts, told, old, net.compress(base, teacher, old), K, R)
+    weights = torch.randn_like(hidden)
+    (hidden * weights).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+
+    cases = [[plain(base, net, ids[b], int(starts[b, n]), int(told[b, n])) for n in range(3)] for b in range(2)]
+    wanted = torch.stack([torch.stack(row) for row in cases])
+    (wanted * weights).sum().backward()
+    torch.testing.assert_close(hidden, wanted, rtol=1e-4, atol=1e-4)
+    assert len(gradients) == sum(p.grad is not None for p in net.parameters()) > 0
+    for name, p in net.named_parameters():
+        if p.grad is not None:
+            error = (gradients[name] - p.grad).norm() / p.grad.norm()
+            assert error < 1e-4, f"gradient of {name} differs by {error:.1e}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "nanochat"])
+def test_the_full_context_is_the_document_followed_by_the_block(setting, kind):
+    base, ids, starts, told, teacher = setting(kind)
+    hidden = full(base, teacher, starts, told, K)
+    for b, n in ((0, 1), (1, 0), (1, 2)):
+        start, block = int(starts[b, n]), int(told[b, n])
+        again = torch.cat([ids[b, :start], ids[b, block : block + K]])[None]
+        torch.testing.assert_close(hidden[b, n], teach(base, again).hidden[0, start - 1 : -1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_where_the_only_old_block_is_in_tokens_nothing_is_lost(setting):
+    base, ids, _, _, teacher = setting("llama")
+    starts, told = torch.full((2, 1), 2 * K + R), torch.full((2, 1), K)
+    old = old_blocks(starts, K, R)
+    nonsense = Vectors(torch.full((2, 1, WIDTH), torch.nan), K - 1)
+    hidden = mixed(base, teacher, starts, told, old, nonsense, K, R)
+    torch.testing.assert_close(hidden, full(base, teacher, starts, told, K), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_case_is_the_same_alone_and_beside_longer_ones(setting):
+    base, ids, starts, told, teacher = setting("llama")
+    net = GistNet(WIDTH, base.embedding_rms(), block_size=K, skip="none")
+    old = old_blocks(starts, K, R)
+    together = mixed(base, teacher, starts, told, old, net.compress(base, teacher, old), K, R)
+    for b, n in ((0, 0), (1, 1)):
+        one, block = starts[b : b + 1, n : n + 1], told[b : b + 1, n : n + 1]
+        own = teach(base, ids[b : b + 1, : int(one)])
+        few = old_blocks(one, K, R)
+        alone = mixed(base, own, one, block, few, net.compress(base, own, few), K, R)
+        torch.testing.assert_close(together[b : b + 1, n : n + 1], alone, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            full(base, teacher, starts, told, K)[b : b + 1, n : n + 1], full(base, own, one, block, K)
+        )
+
+
+@torch.no_grad()
+def test_blocks_of_one_token_come_back_as_one_token(setting):
+    base, ids, _, _, teacher = setting("llama")
+    starts, told = torch.tensor([[20], [30]]), torch.tensor([[3], [5]])
+    old = old_blocks(starts, 1, R)
+    raw = Vectors(base.embed(blocks(ids, old, 1)).flatten(2), 0)  # each carrier is its token: nothing is compressed
+    hidden = mixed(base, teacher, starts, told, old, raw, 1, R)
+    torch.testing.assert_close(hidden, full(base, teacher, starts, told, 1), rtol=1e-4, atol=1e-4)
