@@ -81,11 +81,31 @@ def test_the_carrier_of_the_page_learns_as_a_control_and_stands_in_the_table(add
     assert (saved["nets.weighted.weights"] - 1 / 32).abs().max() > 0
 
 
+def test_the_carrier_of_the_page_can_be_what_the_stage_is_about(added, gist_run, tmp_path):
+    given = added("megactx/gist/carriers/weighted.py", "configs/compressor/weighted.yaml")
+    asked = [override for override in gist_run if not override.startswith("gistnet.")]
+    settings = ["compressor=weighted", "stage.evaluate.controls=false", "stage.evaluate.copies=0"]
+    assert run([*given, *asked, *settings]) == 0
+    assert '"subject": "weighted"' in (tmp_path / "run" / "report.json").read_text()
+
+
+def test_a_part_whose_class_has_another_name_is_told(added, monkeypatch):
+    from megactx.gist import GistNet
+
+    monkeypatch.setitem(FILES, "megactx/gist/poolings/widest.py", FILES["megactx/gist/poolings/largest.py"])
+    added("megactx/gist/poolings/widest.py")
+    with pytest.raises(ValueError, match="gistnet.pooling=widest: .*widest.py has no class Widest"):
+        GistNet(64, 1.0, pooling="widest", num_heads=4)
+
+
 def test_the_data_source_of_the_page_can_be_chosen_and_read(added, tmp_path):
     given = added("megactx/data/counting.py", "configs/data/counting.yaml")
     short = ["experiment=tokenizer", "stage.vocab_size=300", "+data.source.numbers=50", f"folder={tmp_path / 'run'}"]
     assert run([*given, "data=counting", *short]) == 0
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").exists()
+    few = ["data.source.texts=40", "preset.steps=1", "preset.accumulate=1", "preset.spans=1", "trainer=cpu"]
+    printed = re.search(r"python train.py (experiment=.*data=counting)\n", ADDING)[1].split()
+    assert run([*given, *printed, *few, f"folder={tmp_path / 'gist'}", "debug=limit"]) == 0
 
 
 def test_a_misspelt_setting_of_an_added_source_is_told(added, tmp_path, capsys):

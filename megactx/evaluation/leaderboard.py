@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megactx.framework import command_line
+
 from .bootstrap import Interval, difference_intervals, verdict
 from .leaderboard_tables import SPANS, in_runs, show, write
 from .runs import Run, find_runs, in_words, labels, same_but_seed
@@ -187,22 +189,22 @@ def report(folders, out: str | Path) -> Board:
     return board
 
 
+def command(asked: argparse.Namespace) -> int:
+    """-> 3 where no run has a result."""
+    board = report(asked.folders, asked.out or asked.folders[0])
+    if not board.rows:
+        show(board)
+    return 0 if board.rows else 3
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; -> 0, 2 for a mistake, 3 where no run has a result."""
+    """The command line; -> exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m megactx.evaluation.leaderboard", description=__doc__.split("\n")[0]
     )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders, or folders of them")
     parser.add_argument("--out", metavar="FOLDER", help="where the files go; without it the first FOLDER")
-    asked = parser.parse_args(arguments)
-    try:
-        board = report(asked.folders, asked.out or asked.folders[0])
-    except ValueError as error:
-        print(f"megactx: {error}", file=sys.stderr)
-        return 2
-    if not board.rows:
-        show(board)
-    return 0 if board.rows else 3
+    return command_line.run(command, parser, arguments)
 
 
 if __name__ == "__main__":

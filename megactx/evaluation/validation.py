@@ -41,8 +41,11 @@ class SpaceMetrics(nn.Module):
         with in_eval_mode(net):
             own, right = (net.compress(base, teacher, at).vectors for at in (starts, there))
             self.geometry.update(own.flatten(0, 1), domain, paired.flatten(), right[paired])
-            embedded = base.embed(blocks(ids, starts, block)).flatten(0, 1)
-            self.attention.update(net.attention(embedded, net.seen(base, teacher, starts)), domain)
+            weights = None  # other carriers than GistNets have none to show
+            if isinstance(net, GistNet):
+                embedded = base.embed(blocks(ids, starts, block)).flatten(0, 1)
+                weights = net.attention(embedded, net.seen(base, teacher, starts))
+            self.attention.update(weights, domain)
 
     def compute(self) -> dict[str, Tensor]:
         """``diversity``, ``cosine_std``, ``adjacent_distance``, ``contrastive_gap`` (cosine distances),

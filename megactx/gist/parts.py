@@ -14,9 +14,13 @@ def find(package: ModuleType, name: str, setting: str) -> type:
     """The class of part ``name``, called as its file but in CamelCase.
 
     Raises:
-        ValueError: there is no such file; ``setting`` and the allowed names are in the message.
+        ValueError: there is no such file, or no class of that name in it; ``setting`` is in the message.
     """
     if name not in names(package):
         raise ValueError(f"{setting}={name} is not known, allowed are {', '.join(names(package))}")
     module = importlib.import_module(f"{package.__name__}.{name}")
-    return next(value for key, value in vars(module).items() if key.lower() == name.replace("_", ""))
+    found = [value for key, value in vars(module).items() if key.lower() == name.replace("_", "")]
+    if not found:
+        camel = name.title().replace("_", "")
+        raise ValueError(f"{setting}={name}: {module.__file__} has no class {camel}, called as the file in CamelCase")
+    return found[0]

@@ -14,8 +14,10 @@ import sys
 
 from rich.console import Console
 
+from megactx.framework.command_line import run
+
 from .chat_commands import HELP, obey
-from .command_line import add_models, add_sampling, controller_of, observers_of, run, sampling_of, session_of
+from .command_line import add_models, add_sampling, controller_of, observers_of, sampling_of, session_of
 from .events import Refocused
 from .framing import framing_of
 from .text import encodable, from_bytes, printable

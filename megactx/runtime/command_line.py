@@ -1,11 +1,8 @@
-"""What the commands of this room have in common: models, settings, sampling, and how a mistake is told."""
+"""What the commands of this room have in common: models, settings, sampling."""
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
-
-from megactx.framework.errors import DONE, INTERRUPTED, verdict
 
 from .controller import Controller
 from .events import Observer
@@ -16,10 +13,10 @@ from .session_files import is_session
 from .settings import KINDS, POSITIONS, Settings
 
 
-def add_models(parser: argparse.ArgumentParser) -> None:
+def add_models(parser: argparse.ArgumentParser, budget: int = 2048) -> None:
     """``--model`` and what decides how a history is read."""
     parser.add_argument("--model", help="a run folder or an exported folder (default: the embedded models)")
-    parser.add_argument("--budget", type=int, default=2048, help="entries of the working context (default 2048)")
+    parser.add_argument("--budget", type=int, default=budget, help=f"entries of the working context (default {budget})")
     parser.add_argument(
         "--megacontext", choices=KINDS, default="focus", help="focus, recency, or none: the plain model (default focus)"
     )
@@ -95,23 +92,3 @@ def quiet() -> None:
 
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
-
-
-def run(command: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, arguments) -> int:
-    """Run a command; -> its exit code: 0 done, 2 a mistake, 3 failed on its own, 130 interrupted."""
-    asked = parser.parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
-    try:
-        return command(asked) or DONE
-    except KeyboardInterrupt:
-        print("\nmegactx: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has gone
-        sys.stderr.close()
-        return DONE
-    except Exception as error:
-        code, message = verdict(error)
-        print(f"megactx: {message}", file=sys.stderr)
-        return code

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from megactx.data.tokenizer import bos_id
+from megactx.framework.command_line import run
 
-from .command_line import add_models, add_sampling, controller_of, observers_of, run, sampling_of, session_of
+from .command_line import add_models, add_sampling, controller_of, observers_of, sampling_of, session_of
 from .controller import Controller, decode
 from .sampling import Sampling
 from .session import Session, end_ids

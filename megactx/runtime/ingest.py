@@ -17,8 +17,9 @@ from pathlib import Path
 from rich import progress
 
 from megactx.data.files import Files
+from megactx.framework.command_line import run
 
-from .command_line import add_models, controller_of, observers_of, run, session_of
+from .command_line import add_models, controller_of, observers_of, session_of
 from .session import Session
 from .text import encodable
 

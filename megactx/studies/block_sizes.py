@@ -12,11 +12,12 @@ import sys
 from pathlib import Path
 
 from megactx.evaluation.sheets import Sheet
+from megactx.framework.command_line import run
 
 from .block_sizes_plot import MODES, plot
 from .ladder import read_ladder
 from .ladder_report import combine
-from .tables import interval, show, write
+from .tables import interval, show, usable, write
 
 NOTES = [
     "recovery = 1 - sum dNLL / sum dNLL_drop. Brackets: 95 %, bootstrap over documents; with several runs of a size ±"
@@ -95,24 +96,23 @@ def _cell(value: dict | None) -> str:
     return interval(value) + (f" ± {value['std']:.3f}" if value and "std" in value else "")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; -> 0, 2 for a mistake."""
-    parser = argparse.ArgumentParser(prog="python -m megactx.studies.block_sizes", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished ladders")
-    parser.add_argument("--out", type=Path, default=Path("runs/block_sizes"), help="default runs/block_sizes")
-    asked = parser.parse_args(arguments)
-    try:
-        ladders = by_size([read_ladder(Path(folder)) for folder in asked.runs])
-    except ValueError as error:
-        print(f"megactx: {error}", file=sys.stderr)
-        return 2
+def command(asked: argparse.Namespace) -> None:
+    """Tables and a picture of finished ladders."""
+    ladders = by_size([read_ladder(Path(folder)) for folder in asked.runs])
     tables = sheets(ladders)
     show(tables, NOTES)
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    usable(asked.out.parent)
     write(asked.out, "Block sizes", tables, NOTES, rows_of(ladders), {str(k): run for k, run in ladders.items()})
     plot(asked.out.with_name(f"{asked.out.name}.png"), ladders)
     print(f"Block sizes: {asked.out}.md, .csv, .json and .png")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; -> exit code."""
+    parser = argparse.ArgumentParser(prog="python -m megactx.studies.block_sizes", description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished ladders")
+    parser.add_argument("--out", type=Path, default=Path("runs/block_sizes"), help="default runs/block_sizes")
+    return run(command, parser, arguments)
 
 
 if __name__ == "__main__":

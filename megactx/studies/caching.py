@@ -18,6 +18,7 @@ import torch
 
 from megactx.evaluation.measure import LAST_TOKEN, in_eval_mode
 from megactx.framework.bar import bar
+from megactx.framework.command_line import run
 from megactx.gist.carrier import Compressor
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.last_token import LastToken
@@ -30,7 +31,7 @@ from .caching_overlap import measure_overlap
 from .caching_report import notes_on, rows_of, sheets
 from .drift import check, measure_drift
 from .prompts import again, cached, compressed, levels
-from .tables import show, write
+from .tables import show, usable, write
 from .trained import NOTHING, Nothing, Trained, held_out, load, quiet, same
 from .transfer import measure_transfer
 
@@ -129,8 +130,19 @@ def _check(asked) -> None:
         check(change)
 
 
+def command(asked: argparse.Namespace) -> None:
+    """Measure, and write the tables after every part."""
+    own = asked.out or not asked.runs
+    stem = (usable(asked.out or Path("runs/caching")) if own else Path(asked.runs[0])) / "caching"
+    for numbers in study(asked):
+        tables, notes = sheets(numbers), notes_on(numbers)
+        write(stem, "Gist caching", tables, notes, rows_of(numbers), numbers)
+    show(tables, notes)
+    print(f"Caching: {stem}.md, .csv and .json")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; -> 0, 2 for a mistake."""
+    """The command line; -> exit code."""
     parser = argparse.ArgumentParser(prog="python -m megactx.studies.caching", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders of gist stages; none: the embedded GistNet")
     parser.add_argument("--base", help=f"a base LM without a GistNet (default: {BASE} and {GISTNET})")
@@ -151,18 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the changes (default 0)")
     parser.add_argument("--out", type=Path, help="folder for the tables (default: the first run's, else runs/caching)")
-    asked = parser.parse_args(arguments)
-    stem = (asked.out or (Path(asked.runs[0]) if asked.runs else Path("runs/caching"))) / "caching"
-    try:
-        for numbers in study(asked):
-            tables, notes = sheets(numbers), notes_on(numbers)
-            write(stem, "Gist caching", tables, notes, rows_of(numbers), numbers)
-    except ValueError as error:
-        print(f"megactx: {error}", file=sys.stderr)
-        return 2
-    show(tables, notes)
-    print(f"Caching: {stem}.md, .csv and .json")
-    return 0
+    return run(command, parser, arguments)
 
 
 if __name__ == "__main__":

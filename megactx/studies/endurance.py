@@ -29,8 +29,9 @@ from megactx.data.files import Files
 from megactx.evaluation.files import replacing
 from megactx.evaluation.sheets import Sheet
 from megactx.framework.bar import bar
+from megactx.framework.command_line import run
 from megactx.runtime import Session
-from megactx.runtime.command_line import add_models, controller_of, run, session_of
+from megactx.runtime.command_line import add_models, controller_of, observers_of, session_of
 
 from .tables import show, write
 from .trained import quiet
@@ -247,7 +248,7 @@ def study(asked: argparse.Namespace) -> None:
     ids = text_of(controller.models.base.tokenizer, asked.path, asked.tokens, asked.seed)
     how = {name: getattr(asked, name) for name in ("budget", "megacontext", "positions", "every", "seed")}
     how["path"] = asked.path and str(Path(asked.path).absolute())
-    with session_of(out / "session", controller) as session:
+    with session_of(out / "session", controller, observers_of(asked, controller)) as session:
         if wrong := [f"{k}={v}, not {how[k]}" for k, v in session.about.get(HOW, how).items() if v != how[k]]:
             raise ValueError(f"--out={out}: it holds a study with other settings: {'; '.join(wrong)}")
         session.about[HOW] = how
@@ -284,8 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; -> exit code."""
     parser = argparse.ArgumentParser(prog="python -m megactx.studies.endurance", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add_models(parser)
-    parser.set_defaults(budget=512)
+    add_models(parser, budget=512)
     add("--path", help="files with text (default: the held-out part of the embedded text)")
     add("--tokens", type=int, default=32_768, help="to read (default 32768)")
     add("--every", type=int, default=4096, help="tokens per row of the table (default 4096)")

@@ -19,6 +19,7 @@ from megactx.evaluation.history import measure_history, segments
 from megactx.evaluation.measure import untrained
 from megactx.evaluation.scores import MORE_RAW, BlockScores
 from megactx.evaluation.sheets import Sheet
+from megactx.framework import command_line
 from megactx.framework.bar import bar
 from megactx.gist.carriers.avgpool import AvgPool
 
@@ -143,8 +144,19 @@ def rows_of(numbers: dict) -> list[dict]:
     ]
 
 
+def command(asked: argparse.Namespace) -> None:
+    """Measure, show and write."""
+    runs = [_only(run, asked.only) if asked.only else run for run in load(asked.runs)]
+    numbers = study(runs, asked.path, asked.segment, asked.recency, asked.tokens, asked.count)
+    tables = sheets(numbers)
+    show(tables, [NOTE])
+    stem = runs[0].folder / "histories"
+    write(stem, "Histories", tables, [NOTE], rows_of(numbers), numbers)
+    print(f"Histories: {stem}.md, .csv and .json")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; -> 0, 2 for a mistake."""
+    """The command line; -> exit code."""
     parser = argparse.ArgumentParser(prog="python -m megactx.studies.histories", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of gist stages, such as seeds")
     parser.add_argument("--path", help="files to measure on; without it the held-out part of the embedded text")
@@ -153,19 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=1024, help="of a document (default 1024)")
     parser.add_argument("--count", type=int, default=2000, help="histories at most (default 2000)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the runs' compressors (default: all)")
-    asked = parser.parse_args(arguments)
-    try:
-        runs = [_only(run, asked.only) if asked.only else run for run in load(asked.runs)]
-        numbers = study(runs, asked.path, asked.segment, asked.recency, asked.tokens, asked.count)
-    except ValueError as error:
-        print(f"megactx: {error}", file=sys.stderr)
-        return 2
-    tables = sheets(numbers)
-    show(tables, [NOTE])
-    stem = runs[0].folder / "histories"
-    write(stem, "Histories", tables, [NOTE], rows_of(numbers), numbers)
-    print(f"Histories: {stem}.md, .csv and .json")
-    return 0
+    return command_line.run(command, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from megactx.evaluation.metrics import BODY
 from megactx.evaluation.scores import BlockScores
 from megactx.evaluation.sheets import Sheet
 from megactx.framework.bar import bar
+from megactx.framework.command_line import run
 from megactx.gist.carriers.avgpool import AvgPool
 
 from .tables import interval, show, write
@@ -101,27 +102,26 @@ def rows_of(numbers: dict) -> list[dict]:
     ]
 
 
+def command(asked: argparse.Namespace) -> None:
+    """Measure, show and write."""
+    runs = load(asked.runs)
+    numbers = study(runs, asked.path, asked.horizons, asked.tokens, asked.blocks)
+    tables = sheets(numbers)
+    show(tables, [NOTE])
+    stem = runs[0].folder / "horizons"
+    write(stem, "Horizons", tables, [NOTE], rows_of(numbers), numbers)
+    print(f"Horizons: {stem}.md, .csv and .json")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; -> 0, 2 for a mistake."""
+    """The command line; -> exit code."""
     parser = argparse.ArgumentParser(prog="python -m megactx.studies.horizons", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of gist stages, of one block size")
     parser.add_argument("--path", help="files to measure on; without it the held-out part of the embedded text")
     parser.add_argument("--horizons", type=int, nargs="+", default=[32, 64, 128], help="default 32 64 128")
     parser.add_argument("--tokens", type=int, default=1024, help="of a document (default 1024)")
     parser.add_argument("--blocks", type=int, default=1000, help="about so many (default 1000)")
-    asked = parser.parse_args(arguments)
-    try:
-        runs = load(asked.runs)
-        numbers = study(runs, asked.path, asked.horizons, asked.tokens, asked.blocks)
-    except ValueError as error:
-        print(f"megactx: {error}", file=sys.stderr)
-        return 2
-    tables = sheets(numbers)
-    show(tables, [NOTE])
-    stem = runs[0].folder / "horizons"
-    write(stem, "Horizons", tables, [NOTE], rows_of(numbers), numbers)
-    print(f"Horizons: {stem}.md, .csv and .json")
-    return 0
+    return run(command, parser, arguments)
 
 
 if __name__ == "__main__":

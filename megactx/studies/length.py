@@ -25,10 +25,10 @@ from megactx.evaluation.files import replacing, without_nan
 from megactx.evaluation.planted import in_detail
 from megactx.focus.pretrained import identity, load_lensnet
 from megactx.framework.bar import bar
+from megactx.framework.command_line import run
 from megactx.memory import MegaContextTree
 from megactx.memory.encoding import identity_of_base
 from megactx.runtime import Models, Settings, load_models
-from megactx.runtime.command_line import run
 
 from . import length_planted as planted
 from .length_plot import plot

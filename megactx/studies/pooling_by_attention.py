@@ -24,6 +24,7 @@ from megactx.data.files import DOMAINS, Files
 from megactx.data.spans_module import SpanData
 from megactx.evaluation.sheets import Sheet
 from megactx.framework.bar import bar
+from megactx.framework.command_line import run
 from megactx.framework.optimizers import warmup_cosine
 from megactx.framework.search_path import compose, root
 from megactx.gist.carrier import Compressor, Slots, windows
@@ -33,7 +34,7 @@ from megactx.gist.substitution import Teacher, teach
 from megactx.lm import BaseLM
 from megactx.lm.layers import keys_values
 
-from .tables import show, write
+from .tables import show, usable, write
 from .trained import quiet
 
 POINTS = 6  # columns of the table of residuals over steps
@@ -217,8 +218,17 @@ def study(asked: argparse.Namespace) -> dict:
     return about | train(base, nets, data.training, held, asked.steps, asked.lr)
 
 
+def command(asked: argparse.Namespace) -> None:
+    """Train, measure, show and write."""
+    stem = usable(asked.out) / "pooling_by_attention"
+    numbers = study(asked)
+    show(sheets(numbers), NOTES)
+    write(stem, "Can attention learn to pool?", sheets(numbers), NOTES, rows_of(numbers), numbers)
+    print(f"Residuals: {stem}.md, .csv and .json")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; -> 0, 2 for a mistake."""
+    """The command line; -> exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m megactx.studies.pooling_by_attention", description=__doc__.split("\n")[0]
     )
@@ -231,17 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=544, help="of a document (default 544)")
     parser.add_argument("--seed", type=int, default=0, help="of initialisation and sampling (default 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/pooling_by_attention"), help="folder for the tables")
-    asked = parser.parse_args(arguments)
-    try:
-        numbers = study(asked)
-    except ValueError as error:
-        print(f"megactx: {error}", file=sys.stderr)
-        return 2
-    show(sheets(numbers), NOTES)
-    stem = asked.out / "pooling_by_attention"
-    write(stem, "Can attention learn to pool?", sheets(numbers), NOTES, rows_of(numbers), numbers)
-    print(f"Residuals: {stem}.md, .csv and .json")
-    return 0
+    return run(command, parser, arguments)
 
 
 if __name__ == "__main__":

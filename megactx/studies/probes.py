@@ -14,6 +14,7 @@ import sys
 from megactx.data.probes import KINDS, make_probes
 from megactx.evaluation.measure import untrained
 from megactx.evaluation.probes import measure_probes
+from megactx.framework import command_line
 from megactx.framework.bar import bar
 
 from .probes_report import notes_on, rows_of, sheets, summarise
@@ -58,8 +59,18 @@ def study(run: Trained, path: str | None, per_class: int, blocks: int, recency: 
     return summarise(answers, about | sizes)
 
 
+def command(asked: argparse.Namespace) -> None:
+    """Ask all runs, show and write."""
+    for run in load(asked.runs):
+        numbers = study(run, asked.path, asked.per_class, asked.blocks, asked.recency, asked.seed)
+        tables, notes = sheets(numbers), notes_on(numbers)
+        show(tables, notes)
+        write(run.folder / "probes", "Exact recall", tables, notes, rows_of(numbers), numbers)
+        print(f"Probes: {run.folder / 'probes.md'}, .csv and .json")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; -> 0, 2 for a mistake."""
+    """The command line; -> exit code."""
     parser = argparse.ArgumentParser(prog="python -m megactx.studies.probes", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of gist stages")
     parser.add_argument("--path", help="files for the text around; without it the embedded text")
@@ -67,18 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--blocks", type=int, default=8, help="old blocks of each document (default 8)")
     parser.add_argument("--recency", type=int, help="raw tokens behind them (default: as the run has it)")
     parser.add_argument("--seed", type=int, default=0, help="of the probes (default 0)")
-    asked = parser.parse_args(arguments)
-    try:
-        for run in load(asked.runs):
-            numbers = study(run, asked.path, asked.per_class, asked.blocks, asked.recency, asked.seed)
-            tables, notes = sheets(numbers), notes_on(numbers)
-            show(tables, notes)
-            write(run.folder / "probes", "Exact recall", tables, notes, rows_of(numbers), numbers)
-            print(f"Probes: {run.folder / 'probes.md'}, .csv and .json")
-    except ValueError as error:
-        print(f"megactx: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command_line.run(command, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tempfile
 from pathlib import Path
 
 from megactx.evaluation.files import replacing, without_nan
@@ -14,6 +15,20 @@ def show(sheets: list[Sheet], notes: list[str], width: int = 170) -> None:
         print_sheet(sheet, width=width)
     for note in notes:
         print(note)
+
+
+def usable(out: Path) -> Path:
+    """The folder, made if need be: what cannot be written is said before anything is measured, not after.
+
+    Raises:
+        ValueError: it cannot be a folder, or nothing can be written there.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return out
+    except OSError as error:
+        raise ValueError(f"--out: {out} cannot be used as a folder ({error.strerror})") from error
 
 
 def write(stem: Path, title: str, sheets: list[Sheet], notes: list[str], rows: list[dict], numbers: dict) -> None:

@@ -24,6 +24,7 @@ from megactx.evaluation.measure import measure
 from megactx.focus.lensnet import LensNet
 from megactx.focus.values import continuation_nll
 from megactx.framework.bar import bar
+from megactx.framework.command_line import run
 from megactx.framework.resume import best, read
 from megactx.gist import GistNet
 from megactx.gist.scoring import nll
@@ -34,7 +35,7 @@ from megactx.stages.export import load_run
 from megactx.stages.gist import GistStage
 from megactx.stages.lens import LensStage
 
-from .tables import show, write
+from .tables import show, usable, write
 from .together_plot import plot
 from .together_report import sheet, summarise
 from .trained import held_out, quiet
@@ -186,6 +187,12 @@ def study(folders: list[str], documents: int, tokens: int, budgets: list[float],
     Raises:
         ValueError: runs of other base LMs or blocks of other sizes; no text is that long.
     """
+    for name, value, least in (("documents", documents, 1), ("tokens", tokens, 256), ("blocks", blocks, 1)):
+        if value < least:
+            raise ValueError(f"--{name}={value} is not allowed: at least {least}")
+    for share in budgets:
+        if not 0 < share <= 1:
+            raise ValueError(f"--budgets={share:g} is not allowed: above 0, and at most 1, the whole text")
     runs = [parts_of(folder) for folder in folders]
     for what in ("base_name", "block_size"):
         if len({*(values := {run.name: getattr(run, what) for run in runs}).values()}) > 1:
@@ -208,23 +215,11 @@ def study(folders: list[str], documents: int, tokens: int, budgets: list[float],
     return about | {"full": float(full.mean()), "rows": summarise(found, full, text, dropped)}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; -> exit code."""
-    parser = argparse.ArgumentParser(prog="python -m megactx.studies.together", description=__doc__.partition("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--documents", type=int, default=100, help="held-out ones at most")
-    parser.add_argument("--tokens", type=int, default=4096, help="T, before the cursor")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.125], help="entries of a window over T")
-    parser.add_argument("--blocks", type=int, default=400, help="about so many, for recovery")
-    parser.add_argument("--path", help="files to measure on; without it the held-out embedded text")
-    parser.add_argument("--out", type=Path, default=Path("runs/together"), help="stem of .md, .csv, .json and .png")
-    asked = parser.parse_args(arguments)
+def command(asked: argparse.Namespace) -> None:
+    """Measure, show and write, with a picture."""
     quiet()
-    try:
-        found = study(asked.runs, asked.documents, asked.tokens, asked.budgets, asked.path, asked.blocks)
-    except ValueError as error:
-        print(f"megactx: {error}", file=sys.stderr)
-        return 2
+    usable(asked.out.parent)
+    found = study(asked.runs, asked.documents, asked.tokens, asked.budgets, asked.path, asked.blocks)
     sheets = [sheet(found["rows"], budget) for budget in dict.fromkeys(row["budget"] for row in found["rows"])]
     notes = [
         f"{found['documents']} held-out documents of {found['tokens']:,} tokens, H = {found['horizon']}; the untouched"
@@ -238,7 +233,32 @@ def main(arguments: list[str] | None = None) -> int:
     picture = asked.out.with_name(f"{asked.out.name}.png")
     plot(picture, found["rows"])
     print(f"Tables: {asked.out}.md, .csv and .json   picture: {picture}")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; -> exit code."""
+    parser = argparse.ArgumentParser(prog="python -m megactx.studies.together", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folders of gist, lens, alternating or end_to_end stages"
+    )
+    parser.add_argument("--documents", type=int, default=100, help="held-out ones at most (default 100)")
+    parser.add_argument("--tokens", type=int, default=4096, help="T, before the cursor (default 4096)")
+    parser.add_argument(
+        "--budgets",
+        type=float,
+        nargs="+",
+        default=[0.25, 0.125],
+        help="entries of a window over T (default 0.25 0.125)",
+    )
+    parser.add_argument("--blocks", type=int, default=400, help="about so many, for recovery (default 400)")
+    parser.add_argument("--path", help="files to measure on; without it the held-out embedded text")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/together"),
+        help="stem of .md, .csv, .json and .png (default runs/together)",
+    )
+    return run(command, parser, arguments)
 
 
 if __name__ == "__main__":

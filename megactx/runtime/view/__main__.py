@@ -14,12 +14,12 @@ import secrets
 import sys
 from pathlib import Path
 
+from megactx.framework.command_line import run
 from megactx.runtime.command_line import (
     add_models,
     add_sampling,
     controller_of,
     observers_of,
-    run,
     sampling_of,
     session_of,
 )

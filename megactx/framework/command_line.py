@@ -1,0 +1,27 @@
+"""How every command ends: 0 done, 2 a mistake, 3 failed on its own, 130 interrupted; one message, no traceback."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from .errors import DONE, INTERRUPTED, verdict
+
+
+def run(command: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, arguments) -> int:
+    """Parse the arguments and run a command; -> its exit code."""
+    asked = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    try:
+        return command(asked) or DONE
+    except KeyboardInterrupt:
+        print("\nmegactx: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has gone
+        sys.stderr.close()
+        return DONE
+    except Exception as error:
+        code, message = verdict(error)
+        print(f"megactx: {message}", file=sys.stderr)
+        return code
