@@ -7,6 +7,7 @@ The two take turns and the median counts; on a CPU one thread and CPU time, so t
 """
 
 import argparse
+import sys
 import time
 from statistics import median
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+from megactx.framework.command_line import run
 from megactx.lm import BaseLM, masks
 
 CUDA = torch.cuda.is_available()
@@ -42,10 +44,7 @@ def seconds(base: BaseLM, length: int, dense: bool) -> float:
     return clock() - began
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--base", default="asset:tiny-base")
-    asked = parser.parse_args()
+def benchmark(asked: argparse.Namespace) -> None:
     if not CUDA:
         torch.set_num_threads(1)
     base = BaseLM.from_pretrained(asked.base, "float32").to(DEVICE).train()
@@ -62,5 +61,11 @@ def main() -> None:
     Console().print(table)
 
 
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base", default="asset:tiny-base")
+    return run(benchmark, parser, arguments)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,6 +14,7 @@ and the median of the repeats counts, on a CPU on one thread and in CPU time, so
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megactx.framework.command_line import run
 from megactx.framework.search_path import compose
 from megactx.gist import GistNet
 from megactx.gist.carriers.avgpool import AvgPool
@@ -157,12 +159,7 @@ def bench_matmul(width: int, dtype: str, blocks: int) -> dict:
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--base", default="asset:tiny-base")
-    parser.add_argument("--widths", type=int, nargs="+", help="of the GistNet (default: the base's, on a GPU 2048 too)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/encode.json"))
-    arguments = parser.parse_args()
+def benchmark(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     stage = stage_of(arguments.base)
     nets = dict(stage.nets) | {"avgpool": AvgPool(stage.main.block_size)}
@@ -195,5 +192,13 @@ def main():
     print(f"Written to {arguments.out}")
 
 
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base", default="asset:tiny-base")
+    parser.add_argument("--widths", type=int, nargs="+", help="of the GistNet (default: the base's, on a GPU 2048 too)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/encode.json"))
+    return run(benchmark, parser, arguments)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -43,6 +43,7 @@ from megactx.focus.allocator import FocusAllocator
 from megactx.focus.lensnet import LensNet
 from megactx.focus.sampling import draw, measured_share
 from megactx.focus.values import continuation_nll, measure_values
+from megactx.framework.command_line import run
 from megactx.framework.device import choose
 from megactx.lm import BaseLM, masks
 from megactx.memory import MegaContextTree, WorkingContext
@@ -219,21 +220,7 @@ def sheet(title: str, headings: tuple, rows: list) -> None:
     Console(width=130).print(table)
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", choices=("tiny", "smollm3"), default="tiny", help="smollm3: random weights")
-    parser.add_argument("--base", default="asset:tiny-base", help="of --shapes tiny")
-    parser.add_argument("--layers", type=int, default=36, help="of --shapes smollm3; fewer for a miniature")
-    parser.add_argument("--width", type=int, default=2048, help="likewise, a multiple of 16")
-    parser.add_argument("--vocabulary", type=int, default=128_256, help="likewise")
-    parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 4096], help="T; none: no first table")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.125], help="shares of T")
-    parser.add_argument("--sample", type=int, default=16, help="edits that are measured by plain re-runs too")
-    parser.add_argument("--windows", type=int, nargs="*", default=[512, 2048, 8192], help="W; none: no second table")
-    parser.add_argument("--repeats", type=int, default=3, help="that are timed; one before them is not")
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--out", type=Path, default=None, help="benchmarks/out/focus.json, or focus_smollm3.json")
-    arguments = parser.parse_args(argv)
+def benchmark(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     has_cuda = torch.cuda.is_available() and not arguments.cpu
     chosen = choose("cuda" if has_cuda else "cpu", "auto" if has_cuda else "32-true")
@@ -280,6 +267,23 @@ def main(argv=None) -> None:
     found = settings | {"device": chosen.why, "parameters": parameters, "labels": first, "refocusing": second}
     out.write_text(json.dumps(found, indent=1))
     print(f"Written to {out}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", choices=("tiny", "smollm3"), default="tiny", help="smollm3: random weights")
+    parser.add_argument("--base", default="asset:tiny-base", help="of --shapes tiny")
+    parser.add_argument("--layers", type=int, default=36, help="of --shapes smollm3; fewer for a miniature")
+    parser.add_argument("--width", type=int, default=2048, help="likewise, a multiple of 16")
+    parser.add_argument("--vocabulary", type=int, default=128_256, help="likewise")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 4096], help="T; none: no first table")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.125], help="shares of T")
+    parser.add_argument("--sample", type=int, default=16, help="edits that are measured by plain re-runs too")
+    parser.add_argument("--windows", type=int, nargs="*", default=[512, 2048, 8192], help="W; none: no second table")
+    parser.add_argument("--repeats", type=int, default=3, help="that are timed; one before them is not")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--out", type=Path, default=None, help="benchmarks/out/focus.json, or focus_smollm3.json")
+    return run(benchmark, parser, arguments)
 
 
 if __name__ == "__main__":

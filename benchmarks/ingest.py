@@ -11,6 +11,7 @@ machine changes little. GistNet's weights are fresh: training changes what it sa
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -21,6 +22,7 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from megactx import BaseLM, GistNet, MegaContextTree
+from megactx.framework.command_line import run
 
 PIECE, REPEATS = 4_096, 3
 
@@ -60,12 +62,7 @@ def bench(base: BaseLM, gistnet: GistNet, tokens: int) -> dict:
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4_096, 16_384])
-    parser.add_argument("--base", default="asset:tiny-base")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/ingest.json"))
-    arguments = parser.parse_args()
+def benchmark(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     base = BaseLM.from_pretrained(arguments.base, "float32").freeze()
     gistnet = GistNet(base.width, base.embedding_rms()).eval()
@@ -91,5 +88,13 @@ def main():
     print(f"Written to {arguments.out}")
 
 
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4_096, 16_384])
+    parser.add_argument("--base", default="asset:tiny-base")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/ingest.json"))
+    return run(benchmark, parser, arguments)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

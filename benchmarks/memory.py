@@ -16,6 +16,7 @@ wall time: the entries alone, and with the embeddings that the base LM reads.
 import argparse
 import json
 import multiprocessing
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megactx.framework.command_line import run
 from megactx.memory import MegaContextTree, WorkingContext
 
 BLOCK, PIECE = 32, 4_096
@@ -121,17 +123,7 @@ def alone(function, *arguments):
         return pool.apply(function, arguments)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[10_000, 100_000, 1_000_000, 10_000_000])
-    parser.add_argument("--width", type=int, default=256, help="of the trees of all lengths")
-    parser.add_argument(
-        "--wide", type=int, default=2048, help="of the tree whose bytes per token are compared with 136"
-    )
-    parser.add_argument("--assemble", type=int, default=1_000_000, help="tokens of the tree for working contexts")
-    parser.add_argument("--budget", type=int, default=8192)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/memory.json"))
-    arguments = parser.parse_args()
+def benchmark(arguments: argparse.Namespace) -> None:
     rows = [alone(appending, tokens, arguments.width) for tokens in arguments.tokens]
     rows.append(alone(appending, arguments.assemble, arguments.wide))
     table = Table(title="appending, one thread, encoder = mean, fp16")
@@ -162,5 +154,18 @@ def main():
     print(f"Written to {arguments.out}")
 
 
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[10_000, 100_000, 1_000_000, 10_000_000])
+    parser.add_argument("--width", type=int, default=256, help="of the trees of all lengths")
+    parser.add_argument(
+        "--wide", type=int, default=2048, help="of the tree whose bytes per token are compared with 136"
+    )
+    parser.add_argument("--assemble", type=int, default=1_000_000, help="tokens of the tree for working contexts")
+    parser.add_argument("--budget", type=int, default=8192)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/memory.json"))
+    return run(benchmark, parser, arguments)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -39,6 +39,7 @@ from rich.progress import track
 from rich.table import Table
 
 from megactx.focus import LensNet
+from megactx.framework.command_line import run
 from megactx.framework.device import choose
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
@@ -173,22 +174,7 @@ def sheet(title: str, headings: tuple, rows: list) -> None:
     Console(width=130).print(table)
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", choices=("own", "smollm3"), default="own", help="smollm3: random weights")
-    parser.add_argument("--model", help="of --shapes own: a run or export (default: the embedded models)")
-    parser.add_argument("--layers", type=int, default=36, help="of --shapes smollm3; fewer for a miniature")
-    parser.add_argument("--width", type=int, default=2048, help="likewise, a multiple of 16")
-    parser.add_argument("--vocabulary", type=int, default=128_256, help="likewise")
-    parser.add_argument("--budget", type=int, default=2048, help="entries of the working context")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[1_000, 10_000, 100_000, 1_000_000])
-    parser.add_argument("--prompts", type=int, nargs="*", default=[8_192, 32_768, 131_072], help="tokens, two or more")
-    parser.add_argument("--full-most", type=int, help="the longest prompt for full attention (CPU: 8192; GPU: all)")
-    parser.add_argument("--blocks", type=int, default=8, help="of 32 tokens that are timed")
-    parser.add_argument("--repeats", type=int, default=1, help="of the second table")
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/out/runtime.json, or runtime_smollm3.json")
-    asked = parser.parse_args(argv)
+def benchmark(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     has_cuda = torch.cuda.is_available() and not asked.cpu
     chosen = choose("cuda" if has_cuda else "cpu", "auto" if has_cuda else "32-true")
@@ -245,6 +231,24 @@ def main(argv=None) -> None:
     found = settings | {"device": chosen.why, "per_token": rows, "until_first": first if prompts else []}
     out.write_text(json.dumps(found | {"fits": fits, "crossover": crossed}, indent=1))
     print(f"Written to {out}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", choices=("own", "smollm3"), default="own", help="smollm3: random weights")
+    parser.add_argument("--model", help="of --shapes own: a run or export (default: the embedded models)")
+    parser.add_argument("--layers", type=int, default=36, help="of --shapes smollm3; fewer for a miniature")
+    parser.add_argument("--width", type=int, default=2048, help="likewise, a multiple of 16")
+    parser.add_argument("--vocabulary", type=int, default=128_256, help="likewise")
+    parser.add_argument("--budget", type=int, default=2048, help="entries of the working context")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--prompts", type=int, nargs="*", default=[8_192, 32_768, 131_072], help="tokens, two or more")
+    parser.add_argument("--full-most", type=int, help="the longest prompt for full attention (CPU: 8192; GPU: all)")
+    parser.add_argument("--blocks", type=int, default=8, help="of 32 tokens that are timed")
+    parser.add_argument("--repeats", type=int, default=1, help="of the second table")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/out/runtime.json, or runtime_smollm3.json")
+    return run(benchmark, parser, arguments)
 
 
 if __name__ == "__main__":

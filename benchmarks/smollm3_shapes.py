@@ -23,6 +23,7 @@ from rich.table import Table
 from torch.utils.data import default_convert
 
 from megactx.data.spans import SpanBatches
+from megactx.framework.command_line import run
 from megactx.framework.device import choose
 from megactx.gist import GistNet
 from megactx.gist.footprint import footprint, in_words
@@ -104,19 +105,9 @@ def bench(arguments, device: str, bf16: bool) -> dict:
     return {"seconds": seconds[1:], "losses": losses[1:], "peak": peak, "expected": sum(expected.values())}
 
 
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
-    parser.add_argument("--tokens", type=int, default=16384, help="of a document")
-    parser.add_argument("--batch", type=int, default=1, help="documents")
-    parser.add_argument("--spans", type=int, default=16, help="blocks of a document")
-    parser.add_argument("--horizon", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=10, help="that are timed; one before them is not")
-    parser.add_argument("--cpu", action="store_true", help="for a miniature; a figure of the CPU says little")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/smollm3_shapes.json"))
-    arguments = parser.parse_args(argv)
+def benchmark(arguments: argparse.Namespace) -> None:
     if not arguments.cpu and not torch.cuda.is_available():
-        parser.error("no CUDA on this machine; a miniature runs with --cpu --layers 2 --tokens 512 --spans 2 --steps 2")
+        raise ValueError("no CUDA on this machine; a miniature is --cpu --layers 2 --tokens 512 --spans 2 --steps 2")
     chosen = choose("cpu" if arguments.cpu else "cuda", "auto")
     print(f"Device  {chosen.why}", flush=True)
     row = bench(arguments, chosen.accelerator, chosen.precision == "bf16-mixed")
@@ -142,6 +133,19 @@ def main(argv=None) -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(settings | row, indent=1))
     print(f"Written to {arguments.out}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
+    parser.add_argument("--tokens", type=int, default=16384, help="of a document")
+    parser.add_argument("--batch", type=int, default=1, help="documents")
+    parser.add_argument("--spans", type=int, default=16, help="blocks of a document")
+    parser.add_argument("--horizon", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=10, help="that are timed; one before them is not")
+    parser.add_argument("--cpu", action="store_true", help="for a miniature; a figure of the CPU says little")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/smollm3_shapes.json"))
+    return run(benchmark, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ attention where its positions allow it. All four give the same numbers; the larg
 import argparse
 import json
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache
 
+from megactx.framework.command_line import run
 from megactx.gist.scoring import score
 from megactx.gist.substitution import blocks, rows_at, substituted, teach
 from megactx.lm import BaseLM, masks
@@ -130,14 +132,7 @@ def bench(base, tokens, horizon, seed=0):
     return out
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--horizons", type=int, nargs="+", default=[32, 64, 128])
-    parser.add_argument("--base", default="asset:tiny-base")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/substitution.json"))
-    arguments = parser.parse_args()
+def benchmark(arguments: argparse.Namespace) -> None:
     base = BaseLM.from_pretrained(arguments.base, arguments.dtype).freeze()
     table = Table(
         title=f"spans per second, T = {arguments.tokens}, {arguments.dtype}, {torch.get_num_threads()} threads"
@@ -176,5 +171,15 @@ def main():
     print(f"Written to {arguments.out}")
 
 
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--horizons", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--base", default="asset:tiny-base")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/substitution.json"))
+    return run(benchmark, parser, arguments)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,10 +1,12 @@
 """Every command that the README and the experiments show can be run as written."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from megactx.framework.search_path import VERSION_BASE, compose, register, root
@@ -102,3 +104,12 @@ def test_all_python_of_the_readme_is_run_and_a_text_takes_ten_lines_to_its_logit
     code = python_of_the_readme()
     assert {*code} == {*PRINTED}
     assert sum(bool(line) for line in code["A history as a tree"].splitlines()) == 10
+
+
+@pytest.mark.parametrize("name", ["causal", "encode", "end_to_end", "focus", "ingest", "runtime", "substitution"])
+def test_a_benchmark_tells_a_mistake_in_one_line(name, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # it would hold for the tests that follow
+    main = runpy.run_path(str(REPOSITORY / "benchmarks" / f"{name}.py"))["main"]
+    assert main(["--model" if name == "runtime" else "--base", "/no/such"]) == 2
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    assert message.startswith("megactx: ") and "/no/such" in message

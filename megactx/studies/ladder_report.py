@@ -13,11 +13,12 @@ from megactx.evaluation.scores import MORE_RAW, BlockScores
 from megactx.evaluation.sheets import Sheet, markdown_sheet, print_sheet
 
 WITH_ROW = 1  # first offset that all carriers can be scored at
+COMPARED = {"all": "all h", "recovery": "h >= 1", "body": "h >= 4", "history": "history"}  # key -> column
 LEGEND = (
-    "recovery = 1 - sum dNLL / sum dNLL_drop, over h >= 1 (keys and values have no output row, so nothing predicts the"
-    " token at h = 0: a column of its own), over h >= 4. history: all blocks behind the recency window compressed;"
-    " gain: NLL of as many more raw tokens minus NLL of the carriers, in nats. bytes: 16 bit, per compressed token."
-    " Brackets: 95 %, paired bootstrap over documents; with several runs the mean of points and of"
+    "recovery = 1 - sum dNLL / sum dNLL_drop, over all h, h >= 1 and h >= 4 (keys and values have no output row, so"
+    " nothing predicts the token at h = 0: all h is for vectors). history: all blocks behind the recency window"
+    " compressed; gain: NLL of as many more raw tokens minus NLL of the carriers, in nats. bytes: 16 bit, per"
+    " compressed token. Brackets: 95 %, paired bootstrap over documents; with several runs the mean of points and of"
     " ends, ± their standard deviation, and a verdict where every run gives it."
 )
 
@@ -36,13 +37,13 @@ def rungs(parts: dict, about: dict, subject: str, block: int, base: str) -> dict
     out |= {"blocks": len(span), "documents": span.document.unique().numel(), "block_hash": span.block_hash()}
     names = list(span.carriers)
     out["carriers"] = {name: about.get(name, {"bytes_per_token": None, "parameters": 0, "first": 0}) for name in names}
-    for key, first in (("recovery", WITH_ROW), ("body", BODY)):
-        _put(out, key, recovery_intervals(span, names, first))
-        rest = [name for name in names if name != subject]
-        _put(out, f"{key}_below_subject", difference_intervals(span, subject, rest, first))
-    first_only = _columns(span, slice(0, 1))
     with_row = [name for name in names if out["carriers"][name]["first"] == 0]
-    _put(out, "h0", recovery_intervals(first_only, with_row))
+    for key, first, known in (("all", 0, with_row), ("recovery", WITH_ROW, names), ("body", BODY, names)):
+        _put(out, key, recovery_intervals(span, known, first))
+        if subject in known:
+            rest = [name for name in known if name != subject]
+            _put(out, f"{key}_below_subject", difference_intervals(span, subject, rest, first))
+    _put(out, "h0", recovery_intervals(_columns(span, slice(0, 1)), with_row))
     out["by_offset"] = {name: (values - span.full).mean(0).tolist() for name, values in span.carriers.items()}
     out["by_offset"]["dropped"] = (span.drop - span.full).mean(0).tolist()
     out["domains"] = {}
@@ -93,7 +94,7 @@ def combine(runs: list[dict]) -> dict:
     out = json.loads(json.dumps(runs[0]))
     out["seeds"] = len(runs)
     for name, carrier in out["carriers"].items():
-        for key in ("recovery", "body", "h0", "history", "gain"):
+        for key in ("all", "recovery", "body", "h0", "history", "gain"):
             found = [run["carriers"].get(name, {}).get(key) for run in runs]
             points = [value["point"] for value in found if value and value["point"] is not None]
             if len(points) == len(runs) > 1 and carrier["parameters"]:  # what learns nothing is the same in each
@@ -103,7 +104,7 @@ def combine(runs: list[dict]) -> dict:
                     if all(value[end] is not None for value in found)
                 }
                 carrier[key] |= {"point": statistics.mean(points), "std": statistics.stdev(points)} | ends
-        for key in ("recovery_below_subject", "body_below_subject", "history_below_subject"):
+        for key in (f"{part}_below_subject" for part in COMPARED):
             found = [run["carriers"][name][key] for run in runs if key in run["carriers"].get(name, {})]
             if len(found) > 1 and all(value["low"] is not None for value in found):
                 # A verdict needs every seed: the widest interval that holds all of theirs.
@@ -145,13 +146,13 @@ def sheets(numbers: dict) -> list[Sheet]:
             [
                 name,
                 "-" if bytes_ is None else f"{bytes_:.3g}",
-                *[_cell(carrier.get(key)) for key in ("recovery", "body", "h0", "history")],
+                *[_cell(carrier.get(key)) for key in COMPARED],
                 _cell(carrier.get("gain"), 3),
-                *[_verdict(carrier, key) for key in ("recovery", "body", "history")],
+                *[_verdict(carrier, key) for key in COMPARED],
             ]
         )
-    header = ["in place of the block", "bytes", "h >= 1", "h >= 4", "h = 0", "history", "gain, nats"]
-    header += ["vs h >= 1", "vs h >= 4", "vs history"]
+    header = ["in place of the block", "bytes", *COMPARED.values(), "gain, nats"]
+    header += [f"vs {column}" for column in COMPARED.values()]
     title = (
         f"the ladder: {numbers['blocks']:,} blocks of {numbers['block_size']} tokens, {numbers['documents']:,}"
         f" documents, H = {numbers['horizon']}, hash {numbers['block_hash']}"

@@ -56,7 +56,9 @@ def test_every_carrier_stands_on_the_same_blocks_with_its_bytes(runs):
     assert set(carriers) == trained | by_keys | untrained
     assert all(carriers[name]["bytes_per_token"] == 2 * 32 / 8 for name in trained)
     assert all(carriers[name]["bytes_per_token"] == 2 * 2 * 2 * 32 / 8 for name in by_keys), "layers, keys and values"
-    assert all(("h0" in carrier) != (name in by_keys) for name, carrier in carriers.items())
+    for key in ("all", "h0"):
+        assert all((key in carrier) != (name in by_keys) for name, carrier in carriers.items()), "no row at h = 0"
+    assert {name for name in carriers if "all_below_subject" in carriers[name]} == (trained | untrained) - {"gistnet"}
     assert {"oracle-fit", "oracle-transfer", "gistnet", "gistpool"} <= set(numbers["oracle"]["recovery"])
     assert {"oracle-fit", "oracle-transfer", "gistnet", "gistpool"} <= set(numbers["history oracle"]["recovery"])
     assert all("history" in carriers[name] for name in trained | by_keys | {"last token"})
@@ -65,6 +67,7 @@ def test_every_carrier_stands_on_the_same_blocks_with_its_bytes(runs):
 def test_tables_csv_and_picture_are_written(runs):
     text = (runs[0] / "ladder.md").read_text()
     assert "the ladder" in text and "a vector fitted to every block" in text and "**gistnet**" in text
+    assert "| all h | h >= 1 | h >= 4 | history |" in text and "| vs all h |" in text
     with (runs[0] / "ladder.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 17 and {"carrier", "recovery", "recovery_low", "history", "gain"} <= set(rows[0])
