@@ -31,7 +31,7 @@ def run(argv: list[str] | None = None) -> int:
     before = sys.argv
     arguments = sys.argv[1:] if argv is None else list(argv)
     if {"-h", "--help"} & {*arguments}:
-        print(help_text())
+        _tell(help_text())
         return DONE
     sys.argv = [before[0] if argv is None else "train.py", *arguments]
     overrides = [a for a in arguments if not a.startswith("-")]
@@ -55,10 +55,17 @@ def run(argv: list[str] | None = None) -> int:
         sys.argv = before
         GlobalHydra.instance().clear()
     if _shows_config(arguments):
-        sys.stdout.write(_without_secrets(shown.getvalue()))
+        _tell(_without_secrets(shown.getvalue()).removesuffix("\n"))
     told = sweep.summary()
     _code = _code if _code == INTERRUPTED else told or _code
     return _code
+
+
+def _tell(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever read it, such as head, has gone; Python would complain once more at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @hydra.main(config_path=str(root("configs")), config_name="config", version_base=VERSION_BASE)

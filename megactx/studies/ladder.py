@@ -5,7 +5,7 @@
     python -m megactx.studies.ladder RUN [RUN ...]                      several finished runs, such as seeds, as one
 
 It is ``train.py experiment=ladder``: a gist stage whose controls are the other carriers. They see the same blocks, the
-same teacher pass, the same steps.
+same teacher pass, the same steps. Its settings are those of ``train.py --help``.
 """
 
 import json
@@ -112,6 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     arguments = sys.argv[1:] if arguments is None else arguments
     folders = [Path(argument) for argument in arguments if "=" not in argument and not argument.startswith("-")]
+    if {"-h", "--help"} & {*arguments}:
+        print(__doc__.strip())
+        return 0
     if not folders:
         return run(["experiment=ladder", *arguments])
     if len(folders) < len(arguments):

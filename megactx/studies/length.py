@@ -164,7 +164,7 @@ def study(asked: argparse.Namespace) -> None:
     if models.gistnet is None:
         raise ValueError(f"--model={asked.model}: there is no GistNet in it")
     if asked.lensnet:
-        lensnet = load_lensnet(resolve(asked.lensnet), models.gistnet)
+        lensnet = load_lensnet(resolve(asked.lensnet, "--lensnet"), models.gistnet)
         models = replace(models, lensnet=lensnet.to(models.base.model.device))
     check(asked, models)
     near, longest = asked.lengths[0], asked.lengths[-1]
@@ -191,7 +191,6 @@ def check(asked: argparse.Namespace, models: Models) -> None:
     """
     block, most = models.gistnet.block_size, models.base.max_positions
     asked.lengths, asked.budgets = sorted({*asked.lengths}), sorted({*asked.budgets})
-    asked.limit = most // 2 if asked.limit is None else asked.limit
     if wrong := [length for length in asked.lengths if length < 2 * block or length % block]:
         raise ValueError(f"--lengths={wrong[0]} is not allowed: a multiple of block_size={block}, at least twice it")
     for name, least in (("tokens", block), ("documents", 1), ("planted", 0), ("refocuses", 0)):
@@ -199,8 +198,14 @@ def check(asked: argparse.Namespace, models: Models) -> None:
             raise ValueError(f"--{name}={value} is not allowed: at least {least}")
     if asked.tokens % block:
         raise ValueError(f"--tokens={asked.tokens} is not allowed: a multiple of block_size={block}")
-    if not 1 <= asked.limit <= most:
-        raise ValueError(f"--limit={asked.limit} is not allowed: 1 to {most}, the positions of the base LM")
+    least = asked.budgets[-1] + 2 * block  # entries of a window, and room for new tokens
+    if asked.limit is None:
+        asked.limit = most // 2
+    elif not least <= asked.limit <= most:
+        raise ValueError(
+            f"--limit={asked.limit} is not allowed: {least} for --budgets={asked.budgets[-1]}, to {most}, the positions"
+            " of the base LM"
+        )
     for budget in asked.budgets:
         Settings(budget).check(block, asked.limit)
         if budget > asked.lengths[0]:

@@ -38,9 +38,9 @@ def study(run: Trained, path: str | None, per_class: int, blocks: int, recency: 
         ValueError: a setting that is not allowed, or no text that is long enough; the message names it.
     """
     block, recency = run.main.block_size, run.recency if recency is None else recency
-    for name, value in (("--per-class", per_class), ("--blocks", blocks)):
-        if value < 1:
-            raise ValueError(f"{name}={value} is not allowed: at least 1")
+    for name, value, least in (("--per-class", per_class, 1), ("--blocks", blocks, 1), ("--seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{name}={value} is not allowed: at least {least}")
     if recency < block or recency % block:
         raise ValueError(f"--recency={recency} is not allowed: a multiple of block_size={block}")
     tokens = (blocks + 1) * block + recency

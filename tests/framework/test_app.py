@@ -132,6 +132,15 @@ def test_config_and_typos_answer_without_importing_torch(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("asked", [["--help"], ["--cfg", "job"]])
+def test_a_reader_that_leaves_early_is_no_error(asked):
+    command = [sys.executable, str(REPOSITORY / "train.py"), *asked]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 0 and not said
+
+
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tiny_run, tmp_path):
     command = [sys.executable, str(REPOSITORY / "train.py"), *tiny_run, "preset.steps=100000", "folder=a"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -207,8 +207,9 @@ def test_the_study_in_miniature_goes_on_where_it_was_stopped(exported, texts, tm
         (["--tokens", "6"], "--tokens=6"),
         (["--budgets", "40"], "budget=40"),
         (["--limit", "513"], "--limit=513"),
+        (["--limit", "10"], "--limit=10"),
         (["--documents", "0"], "--documents=0"),
-        (["--lensnet", "/nowhere"], "no such folder"),
+        (["--lensnet", "/nowhere"], "--lensnet=/nowhere: there is no such folder"),
     ],
 )
 def test_a_mistake_is_one_message(exported, tmp_path, capsys, wrong, told):

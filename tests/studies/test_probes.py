@@ -63,6 +63,7 @@ def test_the_command_measures_a_run_and_its_controls(trained_runs, texts, capsys
     ("arguments", "named"),
     [
         (["--per-class", "0"], "--per-class=0 is not allowed"),
+        (["--seed", "-1"], "--seed=-1 is not allowed"),
         (["--recency", "12"], "--recency=12 is not allowed: a multiple of block_size=8"),
         (["--blocks", "2", "--recency", "32"], "blocks=2"),
         (["--blocks", "100"], "the base takes 512"),
