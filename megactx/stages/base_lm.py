@@ -32,6 +32,7 @@ class BaseLMStage(lightning.LightningModule):
         decay: share of all steps in the final linear decay.
         max_steps: optimizer steps in all.
         card: what the model card says of ``name``, ``data`` and ``license``.
+        evaluate: ``documents``: held-out ones that the model card is measured on.
     """
 
     monitor = "val/nll"  # of which a new minimum is worth a checkpoint
@@ -47,6 +48,7 @@ class BaseLMStage(lightning.LightningModule):
         decay: float,
         max_steps: int,
         card: dict,
+        evaluate: dict,
     ):
         super().__init__()
         self.save_hyperparameters()
@@ -141,13 +143,12 @@ class BaseLMStage(lightning.LightningModule):
         print(f"Model and card: {final}")
         print(f"Next: python train.py experiment=demo base.name={final}")
 
-    @staticmethod
-    def _context_use(base: BaseLM, datamodule) -> dict:
+    def _context_use(self, base: BaseLM, datamodule) -> dict:
         held_out, _ = cut(datamodule.rows, VALIDATION, datamodule.tokenizer, 1, min(CARD_TOKENS, base.max_positions))
         # All in windows of one length, so that the same documents stand in every row of a table.
         length = max(len(document["input_ids"]) for document in held_out)
         documents = [document for document in held_out if len(document["input_ids"]) == length]
-        return context_use(base, _balanced(documents, CARD_DOCUMENTS), length)
+        return context_use(base, _balanced(documents, self.hparams.evaluate["documents"]), length)
 
     def _facts(self, datamodule, use: dict) -> dict:
         h = self.hparams
@@ -169,7 +170,7 @@ class BaseLMStage(lightning.LightningModule):
         }
 
 
-CARD_DOCUMENTS, CARD_TOKENS = 90, 4096  # what the model card is measured on
+CARD_TOKENS = 4096  # the longest windows that the model card is measured on
 
 
 def _balanced(documents: list[dict], count: int) -> list[dict]:

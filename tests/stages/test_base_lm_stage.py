@@ -10,7 +10,17 @@ from megactx.stages.base_lm import BaseLMStage
 
 CONFIG = dict(model_type="llama", vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
 CONFIG |= dict(num_attention_heads=2, max_position_embeddings=256, tie_word_embeddings=True)
-SETTINGS = dict(weights=None, muon_lr=0.02, adamw_lr=3e-3, weight_decay=0.1, warmup=2, decay=0.2, max_steps=10, card={})
+SETTINGS = dict(
+    weights=None,
+    muon_lr=0.02,
+    adamw_lr=3e-3,
+    weight_decay=0.1,
+    warmup=2,
+    decay=0.2,
+    max_steps=10,
+    card={},
+    evaluate={"documents": 6},
+)
 
 
 def stage() -> BaseLMStage:
