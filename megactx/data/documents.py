@@ -5,13 +5,12 @@ split; the split is by hash of the source text, never by window. Ids stay on dis
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,10 +103,10 @@ def _key(fingerprint: str, tokenizer: str) -> str:
 
 def _write(documents: Iterable[dict], path: Path, encoder: Encoder, told: "_Told") -> None:
     import pyarrow as pa
-    from datasets import Features, Sequence, Value
+    from datasets import Features, List, Value
 
     strings = ("domain", "source", "split")
-    features = Features({name: Value("string") for name in strings} | {"input_ids": Sequence(Value("int32"))})
+    features = Features({name: Value("string") for name in strings} | {"input_ids": List(Value("int32"))})
     with cache_file(path) as file:
         writer = pa.ipc.new_stream(file, features.arrow_schema)
         for rows in _batches(documents):
@@ -117,14 +116,16 @@ def _write(documents: Iterable[dict], path: Path, encoder: Encoder, told: "_Told
             ids = encoder(texts)
             ends = np.cumsum([0, *map(len, ids)], dtype=np.int64)
             if ends[-1] >= 2**31:
-                raise ValueError(f"data: the text {columns['source'][0]} has more than 2^31 tokens; cut it into several")
+                raise ValueError(
+                    f"data: the text {columns['source'][0]} has more than 2^31 tokens; cut it into several"
+                )
             values = ids[0] if len(ids) == 1 else np.concatenate(ids)
             lists = pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(values))
             arrays = [pa.array(columns[name], pa.string()) for name in strings]
-            with _cache_errors(path):
+            with cache_errors(path):
                 writer.write_batch(pa.record_batch([*arrays, lists], schema=features.arrow_schema))
             told.more(sum(map(len, texts)))
-        with _cache_errors(path):
+        with cache_errors(path):
             writer.close()
 
 
@@ -172,14 +173,14 @@ def cache_file(path: Path):
         CacheFailed: it cannot be written.
     """
     part = path.with_name(f"{path.stem}.{os.getpid()}.part")
-    with _cache_errors(path):
+    with cache_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = part.open("wb")
     try:
         with contextlib.suppress(OSError):  # a file system without locks: then nobody clears up behind a kill
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield file
-        with _cache_errors(path):
+        with cache_errors(path):
             file.flush()
             os.replace(part, path)
     finally:
@@ -189,7 +190,7 @@ def cache_file(path: Path):
 
 
 @contextlib.contextmanager
-def _cache_errors(path: Path):
+def cache_errors(path: Path):
     try:
         yield
     except OSError as error:
@@ -249,6 +250,19 @@ class Document(Mapping):
         return {**self, **other}
 
 
+class IdsOf(Sequence):
+    """The ids of documents, int64 [T] each, read when they are asked for."""
+
+    def __init__(self, documents: Sequence[Mapping]):
+        self.documents = documents
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.documents[index]["input_ids"]
+
+
 def length_of(document: Mapping) -> int:
     """T, tokens of a document, without reading them where they are on disk."""
     return len(document.piece) + 1 if isinstance(document, Document) else len(document["input_ids"])
@@ -276,7 +290,8 @@ def cut(rows, split: str | None, tokenizer, min_tokens: int, max_tokens: int):
         )
     bos = bos_id(tokenizer)
     documents, dropped = [], 0
-    about = zip(views(rows), *(rows.data.column(name).to_pylist() for name in ("split", "domain", "source")), strict=True)
+    columns = [rows.data.column(name).to_pylist() for name in ("split", "domain", "source")]
+    about = zip(views(rows), *columns, strict=True)
     for index, (ids, side, domain, source) in enumerate(about):
         if split is not None and side != split:
             continue

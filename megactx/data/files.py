@@ -207,6 +207,8 @@ class Files:
                     self._check_limit(path, size)
                     for index in range(batch.num_rows):
                         yield {name: batch.column(name)[index].as_py() for name in batch.schema.names}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"data.path={path}: not UTF-8 text ({error})") from error
         except (OSError, pyarrow.ArrowException) as error:
             raise ValueError(f"data.path={path}: cannot be read as parquet ({error})") from error
 
@@ -360,7 +362,9 @@ def _known(path: str, found: list[Path]) -> list[Path]:
     left = Counter(_ending(p) or p.name for p in set(found) - set(known))
     if known and left:
         endings = _some([f"{ending} ({count})" for ending, count in sorted(left.items())])
-        log.warning("data.path=%s: files that are no known text are left out: %s; name them to read them", path, endings)
+        log.warning(
+            "data.path=%s: files that are no known text are left out: %s; name them to read them", path, endings
+        )
     gone = [str(p) for p in known if not p.is_file()]
     if gone:
         raise ValueError(f"data.path={path}: no file to read, or a link that leads nowhere: {_some(gone)}")
