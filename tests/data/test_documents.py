@@ -166,6 +166,22 @@ def test_one_word_that_is_longer_than_a_piece_loses_nothing(tiny_tokenizer):
     assert tiny_tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
+def test_words_that_are_encoded_alone_give_the_ids_of_the_text(tiny_tokenizer):
+    rng, encoder = np.random.default_rng(0), Encoder(tiny_tokenizer)
+    kinds = list("aBé7½.'s_\n\r\t   \xa0你🙂\u0301lt") + [
+        "'ll",
+        "<|bos|>",
+        "12 3",
+        "\n    ",
+        *'()[]{}"@~^',
+        "def",
+        " x",
+    ]
+    texts = ["".join(rng.choice(kinds, 30)) for _ in range(1000)]
+    assert encoder.known is not None
+    assert [ids.tolist() for ids in encoder(texts)] == tiny_tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
 def test_truncation_and_padding_of_a_tokenizer_do_not_reach_the_corpus(tiny_tokenizer, tmp_path):
     tiny_tokenizer.save_pretrained(tmp_path)
     other = load_tokenizer(tmp_path)
