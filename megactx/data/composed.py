@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from .adversarial import KINDS, Vocabulary, disturbed
+from .documents import IdsOf
 from .files import ADVERSARIAL, MIXED
 from .interleave import interleaved
 
@@ -29,7 +30,7 @@ class Composed:
         self, documents, weights, interleave: float, adversarial: float, block: int, vocabulary: Vocabulary | None
     ):
         self.interleave, self.adversarial, self.block, self.vocabulary = interleave, adversarial, block, vocabulary
-        pools = {domain: [d["input_ids"] for d in documents if d["domain"] == domain] for domain in weights}
+        pools = {domain: IdsOf([d for d in documents if d["domain"] == domain]) for domain in weights}
         self.pools = [pool for pool in pools.values() if pool]
         shares = np.asarray([weights[domain] for domain, pool in pools.items() if pool])
         self.shares = shares / shares.sum()

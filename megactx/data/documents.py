@@ -1,20 +1,31 @@
 """Raw text -> token documents, tokenised once and cached on disk; the split into train and validation.
 
 A document opens with BOS. A long text is cut into consecutive documents that share its ``source`` and its side of the
-split; the split is by hash of the source text, never by window.
+split; the split is by hash of the source text, never by window. Ids stay on disk, memory-mapped, until they are read.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import logging
 import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from .encoding import BATCH, Encoder
 from .tokenizer import bos_id, tokenizer_hash
 
 log = logging.getLogger(__name__)
 
 TRAIN, VALIDATION = "train", "validation"
 VALIDATION_PERCENT = 10
+SAY_EVERY = 10.0  # seconds, while a corpus is tokenised
+ROWS = 1000  # of a batch on disk, at most
+STALE = 60.0  # seconds from which on a temporary file that nobody holds is what a killed process has left
 
 
 def cache_folder() -> Path:
@@ -22,48 +33,182 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MEGACTX_CACHE", "~/.cache/megactx")).expanduser()
 
 
+class CacheFailed(OSError):
+    """The cache cannot be written: its disk is full, or it may not be written. The message says where."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some documents of a source, which are tokenised and kept together."""
+
+    fingerprint: str
+    documents: Callable[[], Iterable[dict]]  # -> dicts of the strings ``text``, ``domain``, ``source``
+
+
+def parts_of(source) -> list[Part]:
+    """The parts of a source, in order; a source without ``parts`` is one, of what it loads."""
+    return source.parts() if hasattr(source, "parts") else [Part(source.fingerprint(), source.load)]
+
+
+def as_dataset(documents: Iterable[dict]):
+    """Dicts of strings -> ``datasets.Dataset`` with columns ``text``, ``domain``, ``source``."""
+    import pyarrow as pa
+    from datasets import Dataset
+
+    names = ("text", "domain", "source")
+    schema = pa.schema([(name, pa.string()) for name in names])
+    batches = [
+        pa.record_batch([pa.array([row[name] for row in rows], pa.string()) for name in names], schema=schema)
+        for rows in _batches(documents)
+    ]
+    return Dataset(pa.Table.from_batches(batches, schema=schema))
+
+
 def tokenised(source, tokenizer):
-    """Tokenise a source once; later calls read the cache.
+    """Tokenise a source once; later calls read the cache. What was tokenised before a kill is not done again.
 
     Args:
-        source: anything with ``fingerprint() -> str`` and ``load() -> Dataset(text, domain, source)``.
+        source: anything with ``fingerprint() -> str`` and ``load() -> Dataset(text, domain, source)``; one with
+            ``parts()`` is kept part by part.
         tokenizer: a Hugging Face tokenizer.
 
     Returns:
         ``datasets.Dataset`` with ``input_ids`` (list of int32, without BOS), ``domain``, ``source``, ``split``.
-    """
-    from datasets import Dataset, Features, Sequence, Value
 
-    key = hashlib.sha256(f"v1 {source.fingerprint()} {tokenizer_hash(tokenizer)}".encode()).hexdigest()[:20]
-    folder = cache_folder()
-    final = folder / f"{key}.arrow"
-    if not final.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{key}.{os.getpid()}.part"
-        raw = source.load()
-        if len(raw) == 0:
-            raise ValueError("data: the source has no documents")
-        features = Features(
-            {name: Value("string") for name in ("domain", "source", "split")} | {"input_ids": Sequence(Value("int32"))}
-        )
-        try:
-            raw.map(
-                lambda rows: {
-                    "input_ids": tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"],
-                    "split": [split_of(text) for text in rows["text"]],
-                },
-                batched=True,
-                batch_size=64,
-                remove_columns=["text"],
-                features=features,
-                cache_file_name=str(part),
-                new_fingerprint=key,
-                desc="tokenising (once; cached)",
-            )
-            os.replace(part, final)
-        finally:
-            part.unlink(missing_ok=True)
-    return Dataset.from_file(str(final))
+    Raises:
+        ValueError: there are no documents.
+        CacheFailed: the cache cannot be written.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    parts, own = parts_of(source), tokenizer_hash(tokenizer)
+    paths = [cache_folder() / f"{_key(part.fingerprint, own)}.arrow" for part in parts]
+    missing = [(part, path) for part, path in zip(parts, paths, strict=True) if not path.exists()]
+    if missing:
+        clear_stale()
+        encoder, told = Encoder(tokenizer), _Told(len(missing))
+        for part, path in missing:
+            _write(part.documents(), path, encoder, told)
+            told.done += 1
+        told.end()
+    rows = [Dataset.from_file(str(path)) for path in paths]
+    if not any(map(len, rows)):
+        raise ValueError("data: the source has no documents")
+    return concatenate_datasets(rows) if len(rows) > 1 else rows[0]
+
+
+def _key(fingerprint: str, tokenizer: str) -> str:
+    return hashlib.sha256(f"v2 {fingerprint} {tokenizer}".encode()).hexdigest()[:20]
+
+
+def _write(documents: Iterable[dict], path: Path, encoder: Encoder, told: "_Told") -> None:
+    import pyarrow as pa
+    from datasets import Features, List, Value
+
+    strings = ("domain", "source", "split")
+    features = Features({name: Value("string") for name in strings} | {"input_ids": List(Value("int32"))})
+    with cache_file(path) as file:
+        writer = pa.ipc.new_stream(file, features.arrow_schema)
+        for rows in _batches(documents):
+            columns = {name: [row[name] for row in rows] for name in ("text", "domain", "source")}
+            texts = columns.pop("text")
+            columns["split"] = [split_of(text) for text in texts]
+            ids = encoder(texts)
+            ends = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+            if ends[-1] >= 2**31:
+                raise ValueError(
+                    f"data: the text {columns['source'][0]} has more than 2^31 tokens; cut it into several"
+                )
+            values = ids[0] if len(ids) == 1 else np.concatenate(ids)
+            lists = pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(values))
+            arrays = [pa.array(columns[name], pa.string()) for name in strings]
+            with cache_errors(path):
+                writer.write_batch(pa.record_batch([*arrays, lists], schema=features.arrow_schema))
+            told.more(sum(map(len, texts)))
+        with cache_errors(path):
+            writer.close()
+
+
+def _batches(documents: Iterable[dict]) -> Iterator[list[dict]]:
+    """Some documents at a time: so much text as is encoded at once, or one document that has more."""
+    rows, size = [], 0
+    for row in documents:
+        if rows and (len(rows) == ROWS or size + len(row["text"]) > BATCH):
+            yield rows
+            rows, size = [], 0
+        rows.append(row)
+        size += len(row["text"])
+    if rows:
+        yield rows
+
+
+class _Told:
+    """A line from time to time about how far the tokenising is."""
+
+    def __init__(self, parts: int):
+        self.parts, self.done, self.characters = parts, 0, 0
+        self.began = self.said = time.monotonic()
+
+    def more(self, characters: int) -> None:
+        self.characters += characters
+        now = time.monotonic()
+        if now - self.said >= SAY_EVERY:
+            self.said = now
+            log.info("tokenising: %s, part %d of %d", self._so_far(now), self.done + 1, self.parts)
+
+    def end(self) -> None:
+        if self.said > self.began:
+            log.info("tokenised: %s", self._so_far(time.monotonic()))
+
+    def _so_far(self, now: float) -> str:
+        millions, seconds = self.characters / 1e6, now - self.began
+        return f"{millions:.1f} million characters in {seconds:.0f} s ({millions / max(seconds, 1e-9):.1f} per second)"
+
+
+@contextlib.contextmanager
+def cache_file(path: Path):
+    """A binary file to write, which takes the place of ``path`` if the block ends without an error.
+
+    Raises:
+        CacheFailed: it cannot be written.
+    """
+    part = path.with_name(f"{path.stem}.{os.getpid()}.part")
+    with cache_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = part.open("wb")
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: then nobody clears up behind a kill
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield file
+        with cache_errors(path):
+            file.flush()
+            os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def cache_errors(path: Path):
+    try:
+        yield
+    except OSError as error:
+        raise CacheFailed(
+            error.errno,
+            f"{path.parent}: the cache of tokenised texts cannot be written"
+            f" ({os.strerror(error.errno) if error.errno else error}); what was tokenised before is kept. Make room"
+            " there, or set MEGACTX_CACHE to another folder",
+        ) from error
+
+
+def clear_stale() -> None:
+    """Remove temporary files that killed processes have left in the cache: those that no process holds."""
+    for part in cache_folder().glob("*.part"):
+        with contextlib.suppress(OSError), part.open("rb") as file:
+            if time.time() - part.stat().st_mtime > STALE:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()
 
 
 def split_of(text: str) -> str:
@@ -72,35 +217,86 @@ def split_of(text: str) -> str:
     return VALIDATION if bucket < VALIDATION_PERCENT else TRAIN
 
 
+class Document(Mapping):
+    """A document as a mapping: ``input_ids`` (int64 [T], BOS first), ``domain``, ``source``, ``text``.
+
+    ``input_ids`` are made anew each time they are asked for: what is kept is a view of the ids on disk.
+    """
+
+    __slots__ = ("piece", "bos", "domain", "source", "text")
+    NAMES = ("input_ids", "domain", "source", "text")
+
+    def __init__(self, piece: np.ndarray, bos: int, domain: str, source: str, text: int):
+        self.piece, self.bos, self.domain, self.source, self.text = piece, bos, domain, source, text
+
+    @property
+    def input_ids(self) -> np.ndarray:
+        ids = np.empty(len(self.piece) + 1, dtype=np.int64)
+        ids[0], ids[1:] = self.bos, self.piece
+        return ids
+
+    def __getitem__(self, name: str):
+        if name not in self.NAMES:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self):
+        return iter(self.NAMES)
+
+    def __len__(self) -> int:
+        return len(self.NAMES)
+
+    def __or__(self, other: Mapping) -> dict:
+        return {**self, **other}
+
+
+class IdsOf(Sequence):
+    """The ids of documents, int64 [T] each, read when they are asked for."""
+
+    def __init__(self, documents: Sequence[Mapping]):
+        self.documents = documents
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.documents[index]["input_ids"]
+
+
+def length_of(document: Mapping) -> int:
+    """T, tokens of a document, without reading them where they are on disk."""
+    return len(document.piece) + 1 if isinstance(document, Document) else len(document["input_ids"])
+
+
+def views(rows) -> list[np.ndarray]:
+    """Ids of every row of ``tokenised``, int32 [t]: views of what is on disk."""
+    found = []
+    for chunk in rows.data.column("input_ids").chunks:
+        values, ends = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
+        found += [values[first:last] for first, last in zip(ends[:-1], ends[1:], strict=True)]
+    return found
+
+
 def cut(rows, split: str | None, tokenizer, min_tokens: int, max_tokens: int):
     """Cut the texts of one split (``None``: of both) into documents of ``min_tokens..max_tokens`` tokens, BOS included.
 
     Returns:
-        ``(documents, dropped)``: a list of dicts ``input_ids`` (numpy int64, [T]), ``domain``, ``source``, ``text``
-        (index of the source text), and the number of texts that were too short.
+        ``(documents, dropped)``: a list of ``Document``, whose ``text`` is the index of the source text, and the number
+        of texts that were too short.
     """
-    import numpy as np
-
     if not 0 < min_tokens <= max_tokens:
         raise ValueError(
             f"data.min_tokens={min_tokens} is not allowed with data.max_tokens={max_tokens}: 0 < min <= max"
         )
     bos = bos_id(tokenizer)
     documents, dropped = [], 0
-    for index, row in enumerate(rows.with_format("numpy")):
-        if split is not None and row["split"] != split:
+    columns = [rows.data.column(name).to_pylist() for name in ("split", "domain", "source")]
+    about = zip(views(rows), *columns, strict=True)
+    for index, (ids, side, domain, source) in enumerate(about):
+        if split is not None and side != split:
             continue
-        ids = np.asarray(row["input_ids"], dtype=np.int64)
         pieces = [ids[start : start + max_tokens - 1] for start in range(0, len(ids), max_tokens - 1)]
         pieces = [piece for piece in pieces if len(piece) + 1 >= min_tokens]
         dropped += not pieces
-        for piece in pieces:
-            documents.append(
-                {
-                    "input_ids": np.concatenate([[bos], piece]),
-                    "domain": str(row["domain"]),
-                    "source": str(row["source"]),
-                    "text": index,
-                }
-            )
+        documents += [Document(piece, bos, domain, source, index) for piece in pieces]
     return documents, dropped

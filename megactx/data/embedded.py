@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import renderings
-from .documents import cache_folder
+from .documents import cache_errors, cache_folder
 from .files import CODE, NARRATIVE, STRUCTURED
 
 STANDARD_LIBRARY = "python"
@@ -88,7 +88,8 @@ class Embedded:
         """-> ``datasets.Dataset`` with string columns ``text``, ``domain``, ``source``."""
         from datasets import Dataset
 
-        self.write_list(self._kept_list)
+        with cache_errors(self._kept_list):
+            self.write_list(self._kept_list)
         return Dataset.from_list(self._corpus.documents)
 
     def files(self) -> list[tuple[str, str]]:

@@ -1,15 +1,19 @@
 """Documents from files: txt, md, source code, csv, json, jsonl, parquet; a file, a folder or a glob; gz too."""
 
-import codecs
 import glob
 import gzip
 import hashlib
+import json
 import logging
+import os
 import re
 import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
-from .documents import cache_folder
+from .documents import Part, as_dataset
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +31,9 @@ DOMAIN_OF = {
 }
 MARKUP = (".md", ".rst")
 MUCH_CODE = 1 / 3  # share of the lines in code blocks from which on such a text is structured
-RULES = 2  # of the domain by ending; part of every fingerprint, so that other rules are another corpus
+RULES = 3  # of the domain by ending; part of every fingerprint, so that other rules are another corpus
+GROUP = 2**24  # bytes of files that are tokenised and kept together
+PARQUET_BATCH = 2**22  # bytes of rows that are read at a time
 FENCE = re.compile(r" *(```+|~~~+)")
 # A literal block of reST: a line that ends with "::", but of the directives only those that hold code.
 LITERAL = re.compile(
@@ -42,12 +48,13 @@ class Files:
         path: a file, a folder (searched recursively) or a glob.
         domain: the domain of every document; ``None`` takes a ``domain`` column, or else the file's ending. Markdown
             and reST of which a third of the lines is code are ``structured``, else ``narrative``.
-        text_column: the column of jsonl and parquet rows that holds the text.
+        text_column: the column of jsonl and parquet rows that holds the text. Of the others only ``domain`` and
+            ``source`` are read.
         max_bytes: size limit of one file, after decompression.
 
     Raises:
-        ValueError: no such file, an unknown domain, or, at ``load``, a file that is empty, cut short, too large, not
-            UTF-8, or without such a column; it names the file and the setting.
+        ValueError: no such file, an unknown domain, or, at ``documents`` and ``load``, a file that is empty, cut short,
+            too large, not UTF-8, or without such a column; it names the file, the row and the setting.
     """
 
     def __init__(self, path: str, domain: str | None = None, text_column: str = "text", max_bytes: int = 2**33):
@@ -58,111 +65,169 @@ class Files:
             check_domain(domain)
         self.path = str(path)
         self.paths = _find(self.path)
+        self._digests: dict[Path, tuple[tuple, str]] = {}
 
     def fingerprint(self) -> str:
-        """Identity of the files by name, size and time of change, and of the settings."""
-        digest = hashlib.sha256(repr((self.domain, self.text_column, RULES)).encode())
-        for path in self.paths:
-            stat = path.stat()
-            digest.update(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        return digest.hexdigest()[:16]
+        """Identity of the files by name and content, and of the settings."""
+        return hashlib.sha256(" ".join(part.fingerprint for part in self.parts()).encode()).hexdigest()[:16]
+
+    def parts(self) -> list[Part]:
+        """A large file, or small ones that follow each other, at a time; all of them in the order of ``documents``."""
+        groups, size = [], GROUP
+        for path in self._in_order():
+            more = path.stat().st_size
+            if size + more > GROUP:
+                groups.append([])
+                size = 0
+            groups[-1].append(path)
+            size += more
+        return [Part(self._identity(group), partial(self._checked, group)) for group in groups]
+
+    def documents(self) -> Iterator[dict]:
+        """Dicts of the strings ``text``, ``domain``, ``source``, one at a time: rows first, then whole files."""
+        return self._checked(self._in_order())
 
     def load(self):
-        """-> ``datasets.Dataset`` with string columns ``text``, ``domain``, ``source``."""
-        from datasets import concatenate_datasets
+        """-> ``datasets.Dataset`` with string columns ``text``, ``domain``, ``source``, in memory."""
+        return as_dataset(self.documents())
 
-        parts = []
-        for kind in ("json", "parquet", None):
-            paths = [path for path in self.paths if ROW_FORMATS.get(_ending(path)) == kind]
-            if paths:
-                parts.append(self._rows(kind, paths) if kind else self._whole(paths))
-        return concatenate_datasets(parts)
+    def _in_order(self) -> list[Path]:
+        kinds = (".jsonl", ".parquet")
+        rows = [path for kind in kinds for path in self.paths if _ending(path) == kind]
+        return rows + [path for path in self.paths if _ending(path) not in kinds]
 
-    def _rows(self, kind, paths):
-        from datasets import load_dataset
-
+    def _identity(self, paths: list[Path]) -> str:
+        digest = hashlib.sha256(repr((self.domain, self.text_column, RULES)).encode())
         for path in paths:
-            self._check_rows(path)
-        try:
-            rows = load_dataset(
-                kind, data_files=[str(path) for path in paths], split="train", cache_dir=str(cache_folder() / "rows")
-            )
-        except Exception as error:  # datasets wraps every parse error in its own classes
-            cause = error.__cause__ or error
-            raise ValueError(f"data.path={self.path}: cannot be read as {kind} ({cause})") from error
-        if self.text_column not in rows.column_names:
-            raise ValueError(
-                f"data.text_column={self.text_column}: {paths[0].name} has no such column, it has {rows.column_names}"
-            )
-        domain = self.domain or (NARRATIVE if "domain" not in rows.column_names else None)
-        keep = {self.text_column, "domain", "source"}
-        rows = rows.remove_columns([name for name in rows.column_names if name not in keep])
-        if self.text_column != "text":
-            rows = rows.rename_column(self.text_column, "text")
-        self._check_texts(rows)
-        if domain is not None:
-            if "domain" in rows.column_names:
-                rows = rows.remove_columns("domain")
-            rows = rows.add_column("domain", [domain] * len(rows))
-        for found in rows.unique("domain"):
-            check_domain(found, f"data.path={self.path}: a row's domain")
-        if "source" not in rows.column_names:
-            rows = rows.add_column("source", [f"{paths[0].name}#{i}" for i in range(len(rows))])
-        return rows.select_columns(["text", "domain", "source"])
+            digest.update(f"{path}\0{self._digest(path)}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
 
-    def _check_texts(self, rows) -> None:
-        kind = str(getattr(rows.features["text"], "dtype", "list"))
-        if kind not in ("string", "large_string"):
-            raise ValueError(f"data.text_column={self.text_column}: holds {kind}, not text, in data.path={self.path}")
-        column = rows.data.column("text")
-        if column.null_count:
-            row = column.is_null().to_pylist().index(True)
-            raise ValueError(f"data.path={self.path}: row {row} has no {self.text_column}; mend or remove it")
+    def _digest(self, path: Path) -> str:
+        """Of the content: neither the size nor the time of change tells that a text is another one."""
+        state = _state(path)
+        if self._digests.get(path, ((), ""))[0] != state:
+            try:
+                with path.open("rb") as file:
+                    self._digests[path] = state, hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise ValueError(f"data.path={path}: cannot be read ({error})") from error
+        return self._digests[path][1]
 
-    def _whole(self, paths):
-        from datasets import Dataset
-
-        documents = []
+    def _checked(self, paths: list[Path]) -> Iterator[dict]:
+        count = 0
         for path in paths:
-            if text := self._read(path):
-                domain = self.domain or _domain(_ending(path), text)
-                documents.append({"text": text, "domain": domain, "source": str(path)})
-            elif len(self.paths) == 1:
-                raise ValueError(f"data.path={path}: the file is empty")
-            else:
-                log.warning("data.path=%s: the file is empty; left out", path)
-        if not documents:
+            before = _state(path)
+            for document in self._documents(path):
+                count += 1
+                yield document
+            known = self._digests.get(path)
+            if _state(path) != before or (known and known[0] != before):
+                raise ValueError(f"data.path={path}: the file was changed while it was read; start again")
+        if not count and len(paths) == len(self.paths):
             raise ValueError(f"data.path={self.path}: all of its files are empty")
-        return Dataset.from_list(documents)
+
+    def _documents(self, path: Path) -> Iterator[dict]:
+        kind = ROW_FORMATS.get(_ending(path))
+        if kind is None:
+            text = self._read(path)
+            found = [{"text": text, "domain": self.domain or _domain(_ending(path), text), "source": str(path)}]
+            found = found if text else []
+        else:
+            found = self._rows(path, self._json(path) if kind == "json" else self._parquet(path))
+        empty = True
+        for document in found:
+            empty = False
+            yield document
+        if empty and len(self.paths) == 1:
+            raise ValueError(f"data.path={path}: the file is empty")
+        if empty:
+            log.warning("data.path=%s: the file is empty; left out", path)
+
+    def _rows(self, path: Path, rows: Iterable[dict]) -> Iterator[dict]:
+        for number, row in enumerate(rows):
+            text, where = row.get(self.text_column), f"data.path={path}: row {number}"
+            if self.text_column not in row:
+                raise ValueError(
+                    f"data.text_column={self.text_column}: row {number} of {path} has no such column, it has {[*row]};"
+                    " the first row is 0"
+                )
+            if text is None:
+                raise ValueError(f"{where} has no {self.text_column} (the first row is 0); mend or remove it")
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"data.text_column={self.text_column}: row {number} of {path} holds {_shown(text)}, not text; the"
+                    " first row is 0"
+                )
+            domain, source = (None if name == self.text_column else row.get(name) for name in ("domain", "source"))
+            domain = self.domain or (NARRATIVE if domain is None else domain)
+            check_domain(domain, f"{where}: domain")
+            source = f"{path.name}#{number}" if source is None else _string(source)
+            if not _encodable(text) or not _encodable(source):
+                raise ValueError(f"{where} has half of a surrogate pair, which is not UTF-8 text; mend or remove it")
+            yield {"text": text, "domain": domain, "source": source}
+
+    def _json(self, path: Path) -> Iterator[dict]:
+        number = 0
+        for line in _lines(self._chunks(path)):
+            try:
+                text = line.decode("utf-8-sig" if number == 0 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"data.path={path}: row {number} is not UTF-8 text ({error})") from error
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"data.path={path}: row {number} cannot be read as json ({error})") from error
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"data.path={path}: row {number} cannot be read as json rows, it holds {_shown(row)}; a row is an"
+                    f' object on a line, like {{"{self.text_column}": "..."}}'
+                )
+            yield row
+            number += 1
+
+    def _parquet(self, path: Path) -> Iterator[dict]:
+        """Rows of the columns that are asked for. What the footer says about sizes is only a claim: it is counted."""
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+
+        size = 0
+        try:
+            with ParquetFile(path) as file:
+                names = file.schema_arrow.names
+                if self.text_column not in names:
+                    raise ValueError(f"data.text_column={self.text_column}: {path} has no such column, it has {names}")
+                about = file.metadata
+                each = sum(about.row_group(index).total_byte_size for index in range(about.num_row_groups))
+                rows = max(1, min(1024, PARQUET_BATCH * about.num_rows // max(1, each)))
+                columns = [name for name in {self.text_column: 0, "domain": 0, "source": 0} if name in names]
+                for batch in file.iter_batches(batch_size=rows, columns=columns):
+                    size += batch.nbytes
+                    self._check_limit(path, size)
+                    for index in range(batch.num_rows):
+                        yield {name: batch.column(name)[index].as_py() for name in batch.schema.names}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"data.path={path}: not UTF-8 text ({error})") from error
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"data.path={path}: cannot be read as parquet ({error})") from error
 
     def _read(self, path: Path) -> str:
-        raw, size = [], 0
-        for chunk in _chunks(path):
-            raw.append(chunk)
-            size += len(chunk)
-            self._check_limit(path, size)
         try:
-            return b"".join(raw).decode("utf-8")
+            return b"".join(self._chunks(path)).decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"data.path={path}: not UTF-8 text ({error})") from error
 
-    def _check_rows(self, path: Path) -> None:
-        """Refuse a file of rows that is too large or not UTF-8, before anything of it reaches memory or a cache."""
+    def _chunks(self, path: Path) -> Iterator[bytes]:
         size = 0
-        if _ending(path) == ".parquet":
-            for size in _parquet_sizes(path):
-                self._check_limit(path, size)
-            return
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        for chunk in _chunks(path):
-            size += len(chunk)
-            self._check_limit(path, size)
-            try:
-                decoder.decode(chunk)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"data.path={path}: not UTF-8 text ({error})") from error
-        if size == 0:
-            raise ValueError(f"data.path={path}: the file is empty")
+        try:
+            with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+                while chunk := file.read(2**20):
+                    size += len(chunk)
+                    self._check_limit(path, size)
+                    yield chunk
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"data.path={path}: cannot be read ({error})") from error
 
     def _check_limit(self, path: Path, size: int) -> None:
         if size > self.max_bytes:
@@ -177,9 +242,10 @@ def check_domain(domain, setting: str = "data.domain") -> None:
 
 def code_share(text: str) -> float:
     """Share of the lines with text that are in code blocks: fenced (Markdown), or indented under ``::`` (reST)."""
-    lines = [line.expandtabs() for line in text.splitlines() if line.strip()]
-    code, fence, indent = 0, None, None  # the fence that is open; the column of the line that ended with "::"
-    for line in lines:
+    code, count, fence, indent = 0, 0, None, None  # the fence that is open; the column of the line that ended with "::"
+    for line in _text_lines(text):
+        line = line.expandtabs()
+        count += 1
         if indent is not None and len(line) - len(line.lstrip()) <= indent:
             indent = None
         code += fence is not None or indent is not None
@@ -192,7 +258,16 @@ def code_share(text: str) -> float:
                 fence = found[1]
             elif found := LITERAL.fullmatch(line):
                 indent = len(found[1])
-    return code / max(1, len(lines))
+    return code / max(1, count)
+
+
+def _text_lines(text: str) -> Iterator[str]:
+    """Lines with text; some of them at a time, for a list of all would take more room than the text."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + 2**16) + 1 or len(text)
+        yield from (line for line in text[start:end].splitlines() if line.strip())
+        start = end
 
 
 def _domain(ending: str, text: str) -> str:
@@ -201,28 +276,38 @@ def _domain(ending: str, text: str) -> str:
     return DOMAIN_OF.get(ending, NARRATIVE)
 
 
-def _chunks(path: Path):
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    rest: list[bytes] = []
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        rest.append(first)
+        for line in others:
+            yield b"".join(rest)
+            rest = [line]
+    yield b"".join(rest)
+
+
+def _shown(value) -> str:
+    """What a row holds, for a message."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:40] + '...'}"
+
+
+def _string(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _encodable(text: str) -> bool:
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            while chunk := file.read(2**22):
-                yield chunk
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"data.path={path}: cannot be read ({error})") from error
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def _parquet_sizes(path: Path):
-    """Bytes decoded so far, batch by batch: what the footer says about sizes is only a claim."""
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    size = 0
-    try:
-        with ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                size += batch.nbytes
-                yield size
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"data.path={path}: cannot be read as parquet ({error})") from error
+def _state(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _ending(path: Path) -> str:
@@ -231,23 +316,60 @@ def _ending(path: Path) -> str:
 
 
 def _find(path: str) -> list[Path]:
-    known = set(DOMAIN_OF) | set(ROW_FORMATS)
+    """All files of a path that hold text; what is left out is said."""
     here = Path(path).expanduser()
     if here.is_dir():
-        found = sorted(p for p in here.rglob("*") if p.is_file() and _ending(p) in known and "MANIFEST" not in p.name)
-        what = f"the folder holds none of {', '.join(sorted(known))}"
+        found = _known(path, _walk(path, here))
+        what = f"the folder holds none of {', '.join(sorted({*DOMAIN_OF, *ROW_FORMATS}))}"
+    elif here.is_file():
+        found, what = [here], ""
     else:
-        found = (
-            [here]
-            if here.is_file()
-            else sorted(Path(p) for p in glob.glob(str(here), recursive=True) if Path(p).is_file())
-        )
+        matched = [Path(p) for p in glob.glob(str(here), recursive=True)]
+        found = sorted(p for p in matched if p.is_file())
         what = "no such file, and no file matches it as a glob"
+        # With ** every folder on the way is matched, and what is in it too.
+        if "**" not in path and (folders := [str(p) for p in matched if p.is_dir()]):
+            log.warning("data.path=%s: it matches folders, which are left out: %s", path, _some(sorted(folders)))
     if not found:
         raise ValueError(f"data.path={path}: {what}")
     full = [file for file in found if file.stat().st_size > 0]
-    for file in set(found) - set(full):
+    for file in sorted(set(found) - set(full)):
         log.warning("data.path=%s: the file is empty; left out", file)
     if not full:
         raise ValueError(f"data.path={found[0]}: the file is empty")
     return full
+
+
+def _walk(path: str, here: Path) -> list[Path]:
+    """Every file in a folder, behind links too."""
+
+    def refuse(error: OSError):
+        raise ValueError(f"data.path={path}: {error.filename} cannot be read ({error.strerror})") from error
+
+    found, seen = [], {here.resolve()}
+    for folder, folders, names in os.walk(here, onerror=refuse, followlinks=True):
+        for name in [*folders]:
+            real = Path(folder, name).resolve()
+            if Path(folder, name).is_symlink() and real in seen:
+                folders.remove(name)  # a link back to where its documents are read already
+            seen.add(real)
+        found += [Path(folder, name) for name in names]
+    return sorted(found)
+
+
+def _known(path: str, found: list[Path]) -> list[Path]:
+    known = [p for p in found if _ending(p) in DOMAIN_OF or _ending(p) in ROW_FORMATS]
+    left = Counter(_ending(p) or p.name for p in set(found) - set(known))
+    if known and left:
+        endings = _some([f"{ending} ({count})" for ending, count in sorted(left.items())])
+        log.warning(
+            "data.path=%s: files that are no known text are left out: %s; name them to read them", path, endings
+        )
+    gone = [str(p) for p in known if not p.is_file()]
+    if gone:
+        raise ValueError(f"data.path={path}: no file to read, or a link that leads nowhere: {_some(gone)}")
+    return known
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

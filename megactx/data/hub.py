@@ -1,12 +1,21 @@
 """Documents of a data set on a hub, or of a local folder in the same layout, read as a stream."""
 
+import errno
 import hashlib
 import json
+import logging
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from .documents import CacheFailed, Part, as_dataset
 from .files import NARRATIVE, check_domain
 
+log = logging.getLogger(__name__)
+
 DROP, JOIN = "drop", "join"
+RULES = 2  # of what a row gives; part of every fingerprint
+PATTERN = re.compile(r"[\[\]*?]|::")
 
 
 class Hub:
@@ -48,55 +57,97 @@ class Hub:
         self.max_documents, self.min_characters, self.short_rows = max_documents, min_characters, short_rows
 
     def fingerprint(self) -> str:
-        """Identity by the settings, and by the files where the data set is a local folder."""
-        digest = hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode())
-        folder = Path(self.name).expanduser()
-        if folder.is_dir():
-            for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-                stat = path.stat()
-                digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        """Identity by the settings, and by the content of the files where the data set is a local folder."""
+        digest = hashlib.sha256(json.dumps([RULES, vars(self)], sort_keys=True).encode())
+        for path in self._local():
+            with path.open("rb") as file:
+                digest.update(f"{path}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         return digest.hexdigest()[:16]
 
+    def parts(self) -> list[Part]:
+        return [Part(self.fingerprint(), self.documents)]
+
     def load(self):
-        """-> ``datasets.Dataset`` with string columns ``text``, ``domain``, ``source``.
+        """-> ``datasets.Dataset`` with string columns ``text``, ``domain``, ``source``, in memory."""
+        return as_dataset(self.documents())
+
+    def documents(self) -> Iterator[dict]:
+        """Dicts of the strings ``text``, ``domain``, ``source``, one at a time. A row without text is left out.
 
         Raises:
             ValueError: the data set cannot be reached or read, has no such column, or no long enough text.
+            CacheFailed: there is no room for what is downloaded.
         """
-        from datasets import Dataset, load_dataset
+        from datasets import load_dataset
 
-        where = f"data.name={self.name} (subset={self.subset}, split={self.split})"
+        where, count = f"data.name={self.name} (subset={self.subset}, split={self.split})", 0
+        local = self._local()
+        if odd := next((path for path in local if PATTERN.search(str(path.resolve()))), None):
+            raise ValueError(
+                f"{where}: the library that reads it takes [ ] * ? and :: in {odd} for a pattern; rename it, or use"
+                " data=files"
+            )
         try:
-            rows = load_dataset(self.name, self.subset, split=self.split, streaming=self.streaming)
-            documents = self._documents(rows)
+            # A local folder is always read as it is: the copy that the library keeps may be older than the files.
+            rows = load_dataset(self.name, self.subset, split=self.split, streaming=self.streaming or bool(local))
+            for document in self._documents(rows):
+                count += 1
+                yield document
         except _MissingColumn as error:
             raise ValueError(
                 f"data.text_column={self.text_column}: {where} has no such column of texts, {error}"
             ) from None
         except Exception as error:  # the libraries below raise a class of their own for every way to fail
+            if (full := _full(error)) is not None:
+                raise CacheFailed(
+                    full.errno,
+                    f"{where}: there is no room for it in the cache of data sets ({full}). Make room there, or set"
+                    " HF_HOME to another folder, or data.streaming=true",
+                ) from error
             cause = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise ValueError(f"{where}: the data set cannot be reached or read ({cause[0]})") from error
-        if not documents:
+        if not count:
             raise ValueError(f"{where}: no text has data.min_characters={self.min_characters} characters")
-        return Dataset.from_list(documents)
 
-    def _documents(self, rows) -> list[dict]:
-        documents, parts, size, first = [], [], 0, 0
+    def _local(self) -> list[Path]:
+        folder = Path(self.name).expanduser()
+        return sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
+
+    def _documents(self, rows) -> Iterator[dict]:
+        parts, size, first, count, without = [], 0, 0, 0, []
         for index, row in enumerate(rows):
-            text = row.get(self.text_column)
-            if not isinstance(text, str):
+            if self.text_column not in row:
                 raise _MissingColumn(f"row {index} has {sorted(row)}")
+            text = row[self.text_column]
+            if text is None:
+                without.append(index)
+                continue
+            if not isinstance(text, str):
+                raise _MissingColumn(f"row {index} holds {type(text).__name__}, not text")
             if not text.strip() or (self.short_rows == DROP and len(text) < self.min_characters):
                 continue
             first = first if parts else index
             parts.append(text)
             size += len(text)
             if size >= self.min_characters:
-                documents.append({"text": "\n\n".join(parts), "domain": self.domain, "source": f"{self.name}#{first}"})
-                parts, size = [], 0
-            if len(documents) == self.max_documents:
+                yield {"text": "\n\n".join(parts), "domain": self.domain, "source": f"{self.name}#{first}"}
+                parts, size, count = [], 0, count + 1
+            if count == self.max_documents:
                 break
-        return documents
+        if without:
+            log.warning(
+                "data.name=%s: %d rows have no %s and are left out, the first is row %d",
+                *(self.name, len(without), self.text_column, without[0]),
+            )
+
+
+def _full(error: BaseException | None) -> OSError | None:
+    """The full disk that an error is about, however often it was wrapped."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 class _MissingColumn(Exception):

@@ -1,7 +1,10 @@
 """Several sources, one per domain, as one source."""
 
 import hashlib
+from collections.abc import Iterator
+from functools import partial
 
+from .documents import Part, as_dataset, parts_of
 from .files import check_domain
 
 
@@ -23,12 +26,18 @@ class Mixture:
         parts = [f"{domain}={source.fingerprint()}" for domain, source in sorted(self.sources.items())]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
-    def load(self):
-        """-> ``datasets.Dataset`` with string columns ``text``, ``domain``, ``source``."""
-        from datasets import concatenate_datasets
+    def parts(self) -> list[Part]:
+        """The parts of the sources, domain by domain."""
+        return [
+            Part(f"{domain}={part.fingerprint}", partial(_labelled, part, domain))
+            for domain, source in sorted(self.sources.items())
+            for part in parts_of(source)
+        ]
 
-        parts = []
-        for domain, source in sorted(self.sources.items()):
-            rows = source.load().select_columns(["text", "source"])
-            parts.append(rows.add_column("domain", [domain] * len(rows)))
-        return concatenate_datasets(parts)
+    def load(self):
+        """-> ``datasets.Dataset`` with string columns ``text``, ``domain``, ``source``, in memory."""
+        return as_dataset(document for part in self.parts() for document in part.documents())
+
+
+def _labelled(part: Part, domain: str) -> Iterator[dict]:
+    return ({**document, "domain": domain} for document in part.documents())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .documents import TRAIN
+from .documents import TRAIN, views
 from .tokenizer import bos_id
 
 SHORTEST = 128  # tokens of a window: room for a passage of 32 twice, something before it and between
@@ -51,16 +51,16 @@ class PretrainingBatches:
                 )
         self.repeat, self.skip, self.max_position, self.seed = repeat, skip, max_position, seed
         self.bos = bos_id(tokenizer)
-        self.rows = rows.with_format("numpy")
-        lengths = np.asarray([len(ids) for ids in rows.data.column("input_ids").to_numpy()])
-        splits, domains = np.asarray(rows["split"]), np.asarray(rows["domain"])
+        self.texts = views(rows)
+        lengths = np.asarray([len(ids) for ids in self.texts])
+        splits, domains = (np.asarray(rows.data.column(name).to_pylist()) for name in ("split", "domain"))
         shortest = max(phase.tokens for phase in self.phases)
         self.pools = {}
         for domain, weight in weights.items():
             index = np.flatnonzero((splits == split) & (domains == domain) & (lengths >= shortest))
             if weight > 0 and len(index) == 0:
                 raise ValueError(
-                    f"data.weights.{domain}={weight}: no {split} document of that domain has {shortest} tokens;"
+                    f"datamodule.weights.{domain}={weight}: no {split} document of that domain has {shortest} tokens;"
                     f" set it to 0"
                 )
             if weight > 0:
@@ -68,7 +68,7 @@ class PretrainingBatches:
                 self.pools[domain] = (index, share, weight)
         total = sum(weight for *_, weight in self.pools.values())
         if total <= 0:
-            raise ValueError(f"data.weights={dict(weights)}: at least one weight must be above 0")
+            raise ValueError(f"datamodule.weights={dict(weights)}: at least one weight must be above 0")
         self.lengths = lengths
         self.domains = list(self.pools)
         self.shares = [self.pools[domain][2] / total for domain in self.domains]
@@ -93,7 +93,7 @@ class PretrainingBatches:
         index, share, _ = self.pools[self.domains[rng.choice(len(self.domains), p=self.shares)]]
         row = int(rng.choice(index, p=share))
         start = int(rng.integers(0, self.lengths[row] - tokens + 2))
-        ids = np.concatenate([[self.bos], self.rows[row]["input_ids"][start : start + tokens - 1]]).astype(np.int64)
+        ids = np.concatenate([[self.bos], self.texts[row][start : start + tokens - 1]]).astype(np.int64)
         copied = np.zeros(tokens, dtype=bool)
         if rng.random() < self.repeat:
             self._bring_back(rng, ids, copied)

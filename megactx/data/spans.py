@@ -8,6 +8,7 @@ from collections import Counter
 
 import numpy as np
 
+from .documents import length_of
 from .segments import draw_told, eligible_segments
 
 log = logging.getLogger(__name__)
@@ -88,11 +89,11 @@ class SpanBatches:
         self.shares = np.asarray(list(weights.values()))
         self.pools = {domain: [] for domain in self.domains}
         # By length: documents that are drawn together are then about equally long, and little is padding.
-        for document in sorted(documents, key=lambda document: len(document["input_ids"])):
+        for document in sorted(documents, key=length_of):
             if document["domain"] in self.pools:
                 self.pools[document["domain"]].append(document)
         few = sum(
-            len(eligible_starts(len(document["input_ids"]), block, horizon)) < spans
+            len(eligible_starts(length_of(document), block, horizon)) < spans
             for pool in self.pools.values()
             for document in pool
         )
@@ -106,10 +107,10 @@ class SpanBatches:
         rng = np.random.default_rng([self.seed, index])
         near = rng.random()
         documents = [self._document(rng, near) for _ in range(self.batch)]
-        lengths = np.asarray([len(document["input_ids"]) for document in documents])
+        lengths = np.asarray([length_of(document) for document in documents])
         ids = np.zeros((self.batch, lengths.max()), dtype=np.int64)
-        for row, document in zip(ids, documents, strict=True):
-            row[: len(document["input_ids"])] = document["input_ids"]
+        for row, length, document in zip(ids, lengths, documents, strict=True):
+            row[:length] = document["input_ids"]
         item = {
             "ids": ids,
             "lengths": lengths,

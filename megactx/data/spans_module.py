@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, default_convert
 
 from .adversarial import Vocabulary
 from .composed import Composed
-from .documents import TRAIN, VALIDATION, cut, tokenised
+from .documents import TRAIN, VALIDATION, cut, length_of, tokenised
 from .segments import check_history
 from .shares import Shares
 from .spans import SpanBatches, check_weights, eligible_starts, evenly, single
@@ -167,7 +167,7 @@ class SpanData(Shares):
         return [default_convert(single(document, s)) for document, s in zip(documents, starts, strict=True)]
 
     def _starts(self, document) -> np.ndarray:
-        return eligible_starts(len(document["input_ids"]), self.block, self.horizon)
+        return eligible_starts(length_of(document), self.block, self.horizon)
 
     def _cut(self, rows, split) -> list[dict]:
         documents, dropped = cut(rows, split, self.tokenizer, self.min_tokens, self.max_tokens)

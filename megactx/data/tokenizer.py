@@ -5,6 +5,7 @@ ordinary bytes, never the special token.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -86,7 +87,20 @@ def bos_id(tokenizer) -> int:
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """Identity of a tokenizer: a hash of its vocabulary and of how it encodes a fixed probe text (16 hex digits)."""
+    """Identity of a tokenizer (16 hex digits): of all that it does to a text, without how far it cuts or fills it up.
+
+    Two with one vocabulary may still split texts otherwise.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return vocabulary_hash(tokenizer)
+    state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
+    split = bool(getattr(tokenizer, "split_special_tokens", False))
+    return hashlib.sha256(json.dumps([state, split], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def vocabulary_hash(tokenizer) -> str:
+    """A hash of its vocabulary and of how it encodes a fixed probe text: what sessions were saved with before."""
     probe = "The probe: naïve 1987 <|bos|>\n\tdef f(x): return {'a': x}  # ok 你好"
     digest = hashlib.sha256()
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):

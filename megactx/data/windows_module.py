@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .documents import TRAIN, VALIDATION, cut, tokenised
+from .documents import TRAIN, VALIDATION, IdsOf, cut, length_of, tokenised
 from .planted import KINDS, plant
 from .shares import Shares
 from .spans import check_weights
@@ -105,7 +105,7 @@ class WindowData(Shares):
         rng = np.random.default_rng([self.seed, *key])
         pool = self.pools[self.domains[rng.choice(len(self.domains), p=self.shares)]]
         document = pool[rng.integers(len(pool))]
-        found = self._at(document, int(rng.integers(self.min_tokens, len(document["input_ids"]) - self.horizon + 1)))
+        found = self._at(document, int(rng.integers(self.min_tokens, length_of(document) - self.horizon + 1)))
         if rng.random() < self.planted:
             others = [pool[rng.integers(len(pool))]["input_ids"] for _ in range(8)]
             found = self._planted(found, others, KINDS[int(rng.integers(len(KINDS)))], rng) or found
@@ -132,7 +132,7 @@ class WindowData(Shares):
             tokens: T; ``None``: as many as a document has.
         """
         rng, documents = np.random.default_rng(self.seed), self.held_documents(tokens=tokens)
-        others, out = [document["input_ids"] for document in self.held], []
+        others, out = IdsOf(self.held), []
         for number in range(4 * count):  # a sentence may be too long for a block
             if len(out) == count or not documents:
                 break
@@ -159,8 +159,8 @@ class WindowData(Shares):
     def _placed(self, documents: list[dict], count: int | None, tokens: int | None) -> list[dict]:
         found = []
         for document in documents:
-            cursor = len(document["input_ids"]) - self.horizon if tokens is None else tokens
-            if cursor + self.horizon <= len(document["input_ids"]):
+            cursor = length_of(document) - self.horizon if tokens is None else tokens
+            if cursor + self.horizon <= length_of(document):
                 found.append(self._at(document, cursor))
             if len(found) == count:
                 break

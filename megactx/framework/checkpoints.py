@@ -106,17 +106,18 @@ class Best(ModelCheckpoint):
 
 
 class Record(Callback):
-    """Puts the resolved config of the run into its checkpoints, as a plain dict, and that the run had ended itself.
+    """Puts into checkpoints the run's resolved config, the fingerprint of its texts, and that it had ended itself.
 
     A run that ended before its last step (a plateau) and was killed while it reported does not train on when resumed;
     another run that starts from its checkpoint does.
     """
 
-    def __init__(self, config: dict):
-        self.config, self.ended = config, False
+    def __init__(self, config: dict, source: str | None = None):
+        self.config, self.source, self.ended = config, source, False
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint: dict) -> None:
         checkpoint["config"], checkpoint["ended"] = self.config, trainer.should_stop
+        checkpoint["source"] = self.source
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict) -> None:
         mine = Path(self.config["folder"]).absolute() / "checkpoints"

@@ -7,8 +7,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from . import processes
-from .errors import DONE, composition_message
-from .fit import build_and_run, finish_loggers
+from .errors import DONE, MISTAKE, composition_message, verdict
+from .fit import build_and_run, check_data, finish_loggers
 from .pace import settle
 from .resume import begun_with, best, differing, last_of, plain
 from .runfolder import close_folder, open_folder, short, show
@@ -79,7 +79,20 @@ def run_in_turn(
         folder: of the curriculum.
         kept: the run folders so far; each stage's is added.
         shared: the folder of the sweep that this is a job of, if any.
+
+    Raises:
+        ValueError: a stage has not the data that it needs; said before any of them trains.
     """
+    to_come = {name: stage for name, stage in stages.items() if not (folder / name / "done").exists()}
+    for name, stage in to_come.items() if len(to_come) > 1 else ():
+        log.info("Checking the data of stage %s", name)
+        try:
+            check_data(stage)
+        except Exception as error:
+            code, message = verdict(error)
+            if code == MISTAKE:
+                raise ValueError(f"curriculum, stage {name}: {message}") from error
+            raise
     before = None
     for index, (name, stage) in enumerate(stages.items()):
         own = folder / name

@@ -37,22 +37,24 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
         return None
     datamodule = instantiate(cfg.datamodule, _convert_="all")
     source = getattr(datamodule, "source", None)
+    fingerprint = source.fingerprint() if hasattr(source, "fingerprint") else None
     if hasattr(source, "write_list") and not processes.rank():  # what the text was, where nobody else can tell
         source.write_list(folder / "files.sha256")
     if hasattr(stage, "prepare"):
         stage.prepare(datamodule)
-    trainer = _trainer(cfg, config, folder, device)
+    trainer = _trainer(cfg, config, folder, device, fingerprint)
     if checkpoint is None and config["stage"].get("init"):
         print(stage.start_from(config["stage"]["init"]), flush=True)
     if not processes.rank():
         clear_parts(folder)
     if checkpoint is not None:
-        from .resume import check_accumulation, check_fits, differences
+        from .resume import check_accumulation, check_fits, check_source, differences
 
         saved = check_fits(stage, checkpoint)
         check_accumulation(saved, config)
+        changed = check_source(saved, fingerprint, str(cfg.resume))
         print(f"Going on from {checkpoint}, step {saved['global_step']}", flush=True)
-        for line in differences(saved.get("config", config), config):
+        for line in [*([changed] if changed else []), *differences(saved.get("config", config), config)]:
             print(f"  changed: {line}", flush=True)
         for logger in trainer.loggers:
             if hasattr(logger, "rewind"):  # what was logged behind the checkpoint will be logged again
@@ -72,6 +74,25 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
         stage.to(trainer.strategy.root_device)  # Lightning moves it to the CPU at the end
         stage.finish(folder, datamodule)
     return _lowest(trainer)
+
+
+def check_data(cfg: DictConfig) -> None:
+    """Build a stage and its data, and let the data find what it needs, without training.
+
+    Raises:
+        ValueError: a text or a domain is missing; it names the setting.
+    """
+    from hydra.utils import instantiate
+
+    if cfg.datamodule is None:
+        return
+    stage = instantiate(cfg.stage, _convert_="all")
+    datamodule = instantiate(cfg.datamodule, _convert_="all")
+    if hasattr(stage, "prepare"):
+        stage.prepare(datamodule)
+    datamodule.setup("fit")
+    if hasattr(stage, "check_data"):
+        stage.check_data(datamodule)
 
 
 def _lowest(trainer) -> float | None:
@@ -95,7 +116,7 @@ def _take_best(stage, path: Path, step: int) -> None:
         print(f"The report is of the best checkpoint, step {checkpoint['global_step']} of {step}", flush=True)
 
 
-def _trainer(cfg: DictConfig, config: dict, folder: Path, device):
+def _trainer(cfg: DictConfig, config: dict, folder: Path, device, source: str | None):
     from hydra.utils import instantiate
     from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
@@ -107,7 +128,7 @@ def _trainer(cfg: DictConfig, config: dict, folder: Path, device):
     return instantiate(cfg.trainer, _partial_=True, _convert_="all")(
         accelerator=device.accelerator,
         precision=device.precision,
-        callbacks=[StopOnBadLoss(), RandomState(), Record(config), *chosen, StopOnInterrupt(folder)],
+        callbacks=[StopOnBadLoss(), RandomState(), Record(config, source), *chosen, StopOnInterrupt(folder)],
         logger=[instantiate(node, _convert_="all") for node in cfg.logger.values() if node] or False,
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in chosen),

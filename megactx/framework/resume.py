@@ -186,6 +186,28 @@ def check_fits(stage, path: Path) -> dict:
     return checkpoint
 
 
+def check_source(checkpoint: dict, source: str | None, resume: str) -> str | None:
+    """Whether the texts are those of the checkpoint; -> what is to be said where they are not, and it was asked for.
+
+    Args:
+        source: fingerprint of the texts now.
+        resume: the setting; a path asks for this checkpoint, whatever has changed.
+
+    Raises:
+        ValueError: the run would go on by itself with other texts.
+    """
+    then = checkpoint.get("source")
+    if then is None or then == source:
+        return None
+    if resume in ("never", "auto"):
+        raise ValueError(
+            f"resume={resume}: the texts of data.source have changed since this run was stopped (fingerprint {then},"
+            f" now {source}). Put them back, or start a new run from the checkpoint with resume=PATH and another"
+            " folder, or start afresh with resume=never and another folder"
+        )
+    return f"the texts of data.source: fingerprint {then} -> {source}"
+
+
 def check_accumulation(checkpoint: dict, config: dict) -> None:
     """Refuse to go on with another accumulation: Lightning counts batches, and would end the steps elsewhere.
 

@@ -306,7 +306,8 @@ def _special(tree: dict, problems: list[str]) -> None:
             meant = did_you_mean(setting, known)
             problems.append(f"stage.controls.{name}.{setting}: a GistNet has no such setting.{meant}")
     path = _at(tree, "stage.evaluate.path")  # read only after the training
-    if isinstance(path, str) and not glob.glob(str(Path(path).expanduser()), recursive=True):
+    here = Path(path).expanduser() if isinstance(path, str) else None
+    if here is not None and not here.exists() and not glob.glob(str(here), recursive=True):
         problems.append(f"stage.evaluate.path={path}: no such file or folder, and no file matches it as a glob")
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megactx.data.tokenizer import tokenizer_hash
+from megactx.data.tokenizer import tokenizer_hash, vocabulary_hash
 from megactx.memory import MegaContextTree, WorkingContext
 
 from .lock import NAME as LOCK
@@ -90,7 +90,7 @@ def load(folder: Path, models, settings: Settings, observers=()) -> tuple[Stream
     manifest = _manifest(folder)
     try:
         data, about = folder / manifest["data"], manifest["about"]
-        if manifest["tokenizer"] != tokenizer_hash(models.base.tokenizer):
+        if manifest["tokenizer"] not in (tokenizer_hash(models.base.tokenizer), vocabulary_hash(models.base.tokenizer)):
             raise ValueError(f"{folder}: the session belongs to another tokenizer, {manifest['tokenizer']}")
         if data.is_symlink() or (data / STATE).is_symlink() or not isinstance(about, dict):
             raise ValueError(f"{folder}: {MANIFEST} is damaged, or leads elsewhere")

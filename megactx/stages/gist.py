@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megactx.assets import resolve
+from megactx.data.documents import length_of
 from megactx.evaluation.curriculum import write_curriculum
 from megactx.evaluation.summary import check_targets
 from megactx.evaluation.sums import loggable
@@ -99,6 +100,7 @@ class GistStage(lightning.LightningModule):
         if not 0 <= seam_weight <= 1:
             raise ValueError(f"stage.seam_weight={seam_weight} is not allowed: from 0 to 1")
         check_targets(targets, horizon)
+        self.without_pairs = 0  # batches in which the contrastive term had no pair
         self.base = BaseLM.from_pretrained(**base).freeze()
         self.nets = build_nets(self.base, compressor or {}, gistnet, controls)
         self.with_states = any(net.needs_hidden for net in self.nets.values())
@@ -141,6 +143,7 @@ class GistStage(lightning.LightningModule):
         self.base.to(torch.bfloat16 if mixed else torch.float32)
 
     def on_fit_start(self) -> None:
+        self.check_data(self.trainer.datamodule)
         flops = ", ".join(f"{name} {net.flops_per_block(self.base) / 1e6:.1f}" for name, net in self.nets.items())
         log.info("MFLOP per block of %d tokens: %s", self.main.block_size, flops)
         data = self.trainer.datamodule
@@ -211,6 +214,8 @@ class GistStage(lightning.LightningModule):
             if share := self.hparams.contrastive["weight"]:
                 term = self._contrastive(batch, teacher, carriers[0].vectors)
                 self.log("train/contrastive", term.detach(), sync_dist=True)
+                # Of the first process, since the run began: steps in which no block had a right neighbour.
+                self.log("train/contrastive_without_pairs", float(self.without_pairs), rank_zero_only=True)
                 total = total + share * term
         if weight:
             losses, dnll = self.history_loss(batch, teacher)
@@ -233,10 +238,27 @@ class GistStage(lightning.LightningModule):
             if index:
                 self.log(f"train/{what}{name}/dnll", dnll[index].detach(), sync_dist=True)
 
+    def check_data(self, datamodule) -> None:
+        """See that the contrastive term can have a pair.
+
+        Raises:
+            ValueError: no training document has room for a block with a right neighbour.
+        """
+        needed, weight = 3 * self.main.block_size, self.hparams.contrastive["weight"]
+        pools = datamodule.training.pools.values()
+        if weight and not any(length_of(document) >= needed for pool in pools for document in pool):
+            raise ValueError(
+                f"contrastive.weight={weight} is not allowed here: no training document has {needed} tokens, the sink"
+                " block, a block and its right neighbour; set it to 0, or data.min_tokens higher, or give longer texts"
+            )
+
     def _contrastive(self, batch: dict, teacher: Teacher, gists: Tensor) -> Tensor:
         block = self.main.block_size
         right = batch["starts"] + block
         paired = right + block <= batch["lengths"][:, None]
+        if not paired.any():  # a batch of documents that are too short for it is no reason to stop
+            self.without_pairs += 1
+            return gists.new_zeros(())
         # A block without a right neighbour gathers within the document, and is then left out.
         safe = torch.where(paired, right, batch["starts"])
         neighbours = self.main.compress(self.base, teacher, safe).vectors
@@ -268,10 +290,12 @@ class GistStage(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["without_pairs"] = self.without_pairs
         # The frozen base is named in the hyperparameters; its weights do not belong into every checkpoint.
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("base.")}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.without_pairs = checkpoint.get("without_pairs", 0)
         own = {f"base.{k}": v for k, v in self.base.state_dict().items()}
         checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
 

@@ -1,8 +1,23 @@
+import fcntl
+import logging
+import os
+import resource
+import subprocess
+import sys
+import sysconfig
+from functools import partial
+from pathlib import Path
+
+import numpy as np
 import pytest
 from datasets import Dataset
 
-from megactx.data.documents import TRAIN, VALIDATION, cut, split_of, tokenised
+from megactx.data import encoding
+from megactx.data.documents import TRAIN, VALIDATION, Part, cut, length_of, split_of, tokenised, views
+from megactx.data.encoding import Encoder
+from megactx.data.pretraining import PretrainingBatches
 from megactx.data.tokenizer import bos_id, load_tokenizer, tokenizer_hash, train_tokenizer
+from megactx.framework.errors import verdict
 
 
 class Texts:
@@ -34,27 +49,200 @@ def test_another_tokenizer_does_not_read_the_cache(tiny_tokenizer):
     assert source.loads == 2
 
 
-def test_an_interrupted_write_leaves_nothing_and_is_not_taken_for_a_cache(tiny_tokenizer, tmp_path, monkeypatch):
+class Parted(Texts):
+    """A source of several parts, of which one may fail."""
+
+    def __init__(self, texts, name, fails=None):
+        super().__init__(texts, name)
+        self.fails, self.read = fails, []
+
+    def parts(self):
+        return [Part(f"{self.name} {text}", partial(self._rows, i, text)) for i, text in enumerate(self.texts)]
+
+    def _rows(self, index, text):
+        if index == self.fails:
+            raise KeyboardInterrupt
+        self.read.append(index)
+        yield {"text": text, "domain": "code", "source": str(index)}
+
+
+def test_an_interrupted_tokenising_goes_on_with_the_part_that_it_was_at(tiny_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("MEGACTX_CACHE", str(tmp_path))
-    source = Texts([f"text {i}" for i in range(200)], "crash")
-
-    class Crash:
-        calls = 0
-
-        def __getattr__(self, name):
-            return getattr(tiny_tokenizer, name)
-
-        def __call__(self, texts, **settings):
-            self.calls += 1
-            if self.calls > 3:  # past the tokenizer's hash: within the second block of rows
-                raise KeyboardInterrupt
-            return tiny_tokenizer(texts, **settings)
-
+    texts = [f"text {i}" for i in range(4)]
+    first, again = Parted(texts, "parts", fails=2), Parted(texts, "parts")
     with pytest.raises(KeyboardInterrupt):
-        tokenised(source, Crash())
+        tokenised(first, tiny_tokenizer)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".arrow"}  # nothing half written
+    rows = tokenised(again, tiny_tokenizer)
+    assert (first.read, again.read) == ([0, 1], [2, 3])
+    assert [tiny_tokenizer.decode(ids) for ids in rows["input_ids"]] == texts
+
+
+def test_tokenising_tells_from_time_to_time_how_far_it_is(tiny_tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr("megactx.data.documents.SAY_EVERY", 0.0)
+    with caplog.at_level(logging.INFO):
+        tokenised(Parted(["one", "two"], "told"), tiny_tokenizer)
+    assert "part 1 of 2" in caplog.text and "part 2 of 2" in caplog.text and "per second" in caplog.text
+
+
+def test_a_full_disk_is_told_as_a_failed_run_with_the_place_and_leaves_no_temporary_file(
+    tiny_tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MEGACTX_CACHE", str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError) as failed:
+            tokenised(Texts(["some words " * 20_000], "full"), tiny_tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    code, message = verdict(failed.value)
+    assert code == 3 and str(tmp_path) in message and "MEGACTX_CACHE" in message and "folder=" not in message
     assert list(tmp_path.iterdir()) == []
-    assert len(tokenised(source, tiny_tokenizer)) == 200
-    assert [path.suffix for path in tmp_path.iterdir()] == [".arrow"]
+
+
+def test_a_cache_that_may_not_be_written_is_told_as_a_failed_run_with_the_place(tiny_tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("MEGACTX_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError) as failed:
+        tokenised(Texts(["some words"], "nowhere"), tiny_tokenizer)
+    code, message = verdict(failed.value)
+    assert code == 3 and str(tmp_path / "file") in message
+
+
+def test_the_next_start_removes_what_killed_ones_have_left_and_nothing_that_is_in_use(
+    tiny_tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MEGACTX_CACHE", str(tmp_path))
+    for name in ("left.1.part", "held.2.part"):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (0, 0))
+    with (tmp_path / "held.2.part").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        tokenised(Texts(["anything"], "stale"), tiny_tokenizer)
+        assert sorted(path.name for path in tmp_path.glob("*.part")) == ["held.2.part"]
+
+
+def tokenizers(tiny):
+    """One like GPT-2's, one that puts a mark in front of every text, one that lowers and drops white space."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    texts = ["The quick brown fox, and 17 others. über die Brücke\n" * 20]
+    marked = Tokenizer(models.BPE(byte_fallback=True))
+    marked.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    marked.decoder = decoders.ByteFallback()
+    special = ["<s>", *(f"<0x{i:02X}>" for i in range(256))]
+    # Words as units of the training, as in those that have such a backend.
+    words = [word for text in texts for word in text.replace(" ", " ▁").split(" ")]
+    marked.train_from_iterator(words, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False))
+    lower = Tokenizer(models.WordPiece(unk_token="<s>"))
+    lower.normalizer, lower.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    lower.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=200, special_tokens=["<s>"], show_progress=False)
+    )
+    return {"bytes": tiny} | {
+        name: PreTrainedTokenizerFast(tokenizer_object=one, bos_token="<s>")
+        for name, one in (("marked", marked), ("lower", lower))
+    }
+
+
+@pytest.mark.parametrize("name", ["bytes", "marked", "lower"])
+def test_a_long_text_has_the_ids_of_the_whole_text(tiny_tokenizer, name):
+    tokenizer = tokenizers(tiny_tokenizer)[name]
+    rng = np.random.default_rng(0)
+    words = ["The", "quick", "fox,", "17", "über", "\n", "\n\n", "  ", "\t", "voilà!", "🙂", "你好", "<s>", "..", "x_1"]
+    text = " ".join(rng.choice(words, 60_000))
+    assert len(text) > 3 * encoding.PIECE
+    ids, short = Encoder(tokenizer)([text, "The fox"])
+    assert ids.dtype == np.int32
+    assert ids.tolist() == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    assert short.tolist() == tokenizer("The fox", add_special_tokens=False)["input_ids"]
+
+
+def test_one_word_that_is_longer_than_a_piece_loses_nothing(tiny_tokenizer):
+    text = "".join(np.random.default_rng(0).choice(list("abcde"), 200_000)) + "a" * 200_000 + " " * 200_000 + "end"
+    (ids,) = Encoder(tiny_tokenizer)([text])
+    assert tiny_tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_words_that_are_encoded_alone_give_the_ids_of_the_text(tiny_tokenizer):
+    rng, encoder = np.random.default_rng(0), Encoder(tiny_tokenizer)
+    kinds = list("aBé7½.'s_\n\r\t   \xa0你🙂\u0301lt") + [
+        "'ll",
+        "<|bos|>",
+        "12 3",
+        "\n    ",
+        *'()[]{}"@~^',
+        "def",
+        " x",
+    ]
+    texts = ["".join(rng.choice(kinds, 30)) for _ in range(1000)]
+    assert encoder.known is not None
+    assert [ids.tolist() for ids in encoder(texts)] == tiny_tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def test_truncation_and_padding_of_a_tokenizer_do_not_reach_the_corpus(tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    other = load_tokenizer(tmp_path)
+    other(["one two three four", "one"], truncation=True, max_length=2, padding=True)
+    assert (
+        Encoder(other)(["one two three four"])[0].tolist()
+        == Encoder(tiny_tokenizer)(["one two three four"])[0].tolist()
+    )
+    assert tokenizer_hash(other) == tokenizer_hash(tiny_tokenizer)
+
+
+MEMORY = """
+import resource, sys
+from megactx.data.documents import tokenised, cut
+from megactx.data.files import Files
+from megactx.data.tokenizer import load_tokenizer
+tokenizer = load_tokenizer("asset:tiny-base")
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+tokenised(Files(sys.argv[1]), tokenizer)
+before = peak()
+cut(tokenised(Files(sys.argv[2]), tokenizer), None, tokenizer, 1, 1024)
+print((peak() - before) / int(sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+def test_a_long_text_takes_at_most_ten_bytes_of_memory_for_each_of_its_bytes(tmp_path):
+    library = Path(sysconfig.get_path("stdlib"))
+    text = "".join(path.read_text() for path in sorted(library.glob("*.py"))[:100])
+    size = 2**24
+    (tmp_path / "small.txt").write_text(text[:400_000])
+    (tmp_path / "large.txt").write_text((text * (size // len(text) + 1))[:size])
+    asked = [str(tmp_path / "small.txt"), str(tmp_path / "large.txt"), str(size)]
+    environment = os.environ | {"MEGACTX_CACHE": str(tmp_path / "cache"), "TOKENIZERS_PARALLELISM": "true"}
+    done = subprocess.run([sys.executable, "-c", MEMORY, *asked], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 10
+
+
+def test_documents_are_views_of_the_ids_on_disk(tiny_tokenizer):
+    rows = tokenised(Texts(["the quick brown fox. " * 60], "views"), tiny_tokenizer)
+    documents, _ = cut(rows, None, tiny_tokenizer, 32, 100)
+    assert documents[0].piece.dtype == np.int32 and all(np.shares_memory(d.piece, views(rows)[0]) for d in documents)
+    assert rows.cache_files and documents[0]["input_ids"].dtype == np.int64
+    assert length_of(documents[0]) == len(documents[0]["input_ids"]) == 100
+    assert (documents[0] | {"domain": "other"})["domain"] == "other" and set(documents[0]) == {
+        "input_ids",
+        "domain",
+        "source",
+        "text",
+    }
+
+
+def test_a_weight_without_documents_names_the_setting_that_decides(tiny_tokenizer):
+    rows = tokenised(Texts(["the quick brown fox. " * 200] * 20, "weights"), tiny_tokenizer)
+    phases = [dict(steps=1, tokens=128, batch=1)]
+    with pytest.raises(ValueError, match=r"datamodule\.weights\.narrative=1"):
+        PretrainingBatches(rows, tiny_tokenizer, phases, {"narrative": 1}, 0, 0, 512, 0)
+    with pytest.raises(ValueError, match=r"datamodule\.weights="):
+        PretrainingBatches(rows, tiny_tokenizer, phases, {"narrative": 0}, 0, 0, 512, 0)
 
 
 def test_a_write_that_was_killed_is_not_taken_for_a_cache(tiny_tokenizer, tmp_path, monkeypatch):
@@ -112,6 +300,19 @@ def test_a_tokenizer_keeps_its_hash_when_saved_and_another_has_another(tiny_toke
     tiny_tokenizer.save_pretrained(tmp_path)
     assert tokenizer_hash(load_tokenizer(tmp_path)) == tokenizer_hash(tiny_tokenizer)
     assert tokenizer_hash(train_tokenizer(["abc"], 260, progress=False)) != tokenizer_hash(tiny_tokenizer)
+
+
+def test_tokenizers_that_split_texts_otherwise_have_other_hashes(tiny_tokenizer, tmp_path):
+    from tokenizers import Regex, pre_tokenizers
+
+    tiny_tokenizer.save_pretrained(tmp_path)
+    other = load_tokenizer(tmp_path)
+    split = pre_tokenizers.Split(Regex("\\n"), "isolated")
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, tiny_tokenizer.backend_tokenizer.pre_tokenizer]
+    )
+    assert other.get_vocab() == tiny_tokenizer.get_vocab()
+    assert tokenizer_hash(other) != tokenizer_hash(tiny_tokenizer)
 
 
 @pytest.mark.parametrize("name", ["asset:no-such-base", "no/such/folder/here"])

@@ -1,10 +1,14 @@
 import gzip
 import json
 import logging
+import os
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
+from megactx.data.documents import tokenised
 from megactx.data.files import ALL_DOMAINS, DOMAINS, Files, code_share
 
 
@@ -190,3 +194,141 @@ def test_the_fingerprint_changes_with_the_files_and_the_settings(tmp_path):
     assert first != Files(str(tmp_path), domain="code").fingerprint()
     (tmp_path / "a.txt").write_text("xy")
     assert first != Files(str(tmp_path)).fingerprint()
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_bytes(jsonl(rows))
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?", "x::a1", "a[!2]"])
+def test_a_literal_path_with_pattern_characters_reads_that_file(tmp_path, name, ending):
+    write(tmp_path / f"a1{ending}", [{"text": "ONE"}])
+    write(tmp_path / f"{name}{ending}", [{"text": "two"}])
+    assert texts(tmp_path) == ["ONE", "two"]
+    assert texts(tmp_path / f"{name}{ending}") == ["two"]
+    (tmp_path / "b[1]").mkdir()
+    (tmp_path / f"{name}{ending}").rename(tmp_path / "b[1]" / f"{name}{ending}")
+    assert texts(tmp_path / "b[1]") == ["two"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt"])
+def test_a_changed_file_of_the_same_size_and_time_gives_the_new_text(tmp_path, tiny_tokenizer, name):
+    def tokens():
+        (ids,) = tokenised(Files(str(tmp_path / name)), tiny_tokenizer)["input_ids"]
+        return tiny_tokenizer.decode(ids)
+
+    for text in ("old", "new"):
+        if name == "a.txt":
+            (tmp_path / name).write_text(text)
+        else:
+            write(tmp_path / name, [{"text": text}])
+        os.utime(tmp_path / name, (10**9, 10**9))
+        assert texts(tmp_path / name) == [text]
+        assert tokens() == text
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl([{"text": "one"}, {"text": "two"}]))
+    documents = Files(str(tmp_path / "a.jsonl")).documents()
+    next(documents)
+    (tmp_path / "a.jsonl").write_bytes(jsonl([{"text": "other"}]))
+    with pytest.raises(ValueError, match="a.jsonl: the file was changed while it was read"):
+        list(documents)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_columns_that_nobody_asked_for_do_not_stop_the_load(tmp_path, ending):
+    write(tmp_path / f"a{ending}", [{"text": "one", "meta": None, "id": 1}, {"text": "two", "meta": None, "id": 2}])
+    write(tmp_path / f"b{ending}", [{"text": "three", "meta": "x", "id": "x1", "more": [1]}])
+    rows = Files(str(tmp_path)).load()
+    assert rows["text"] == ["one", "two", "three"]
+    assert rows["source"] == [f"a{ending}#0", f"a{ending}#1", f"b{ending}#0"]
+
+
+def test_rows_of_one_file_may_differ_in_what_else_they_hold(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"text":"one","id":1}\n\n{"id":"x1","text":"two","meta":{"a":[1]}}\r\n{"text":"3"}'
+    )
+    assert Files(str(tmp_path)).load()["text"] == ["one", "two", "3"]
+
+
+def test_text_domain_and_source_are_strings_before_anything_is_joined(tmp_path):
+    table = pa.table(
+        {
+            "text": pa.array(["large"], pa.large_string()),
+            "domain": pa.array(["code"]).dictionary_encode(),
+            "source": pa.array([{"url": "u", "line": 3}]),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    write(tmp_path / "b.parquet", [{"text": "number", "source": 7}])
+    write(tmp_path / "c.jsonl", [{"text": "row", "source": {"url": "u"}}, {"text": "none", "source": None}])
+    (tmp_path / "d.txt").write_text("whole")
+    rows = Files(str(tmp_path)).load()
+    found = dict(zip(rows["text"], zip(rows["domain"], rows["source"], strict=True), strict=True))
+    assert found == {
+        "large": ("code", '{"url": "u", "line": 3}'),
+        "number": ("narrative", "7"),
+        "row": ("narrative", '{"url": "u"}'),
+        "none": ("narrative", "c.jsonl#1"),
+        "whole": ("narrative", str(tmp_path / "d.txt")),
+    }
+    assert {str(feature.dtype) for feature in rows.features.values()} == {"string"}
+
+
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        ([{"text": "x"}, {"text": 3}], "row 1 of .*b.jsonl holds int 3, not text"),
+        ([{"text": "x"}, {"text": None}], "b.jsonl: row 1 has no text"),
+        ([{"text": "x"}, {"body": "x"}], "row 1 of .*b.jsonl has no such column"),
+        ([{"text": "x"}, {"text": "x", "domain": "poetry"}], "b.jsonl: row 1: domain=poetry is not allowed"),
+        ([{"text": "x"}, ["x"]], "b.jsonl: row 1 cannot be read as json rows, it holds list"),
+        ([{"text": "x"}, {"text": "\ud800"}], "b.jsonl: row 1 has half of a surrogate pair"),
+    ],
+)
+def test_a_message_about_a_row_names_its_file_and_the_row_in_it(tmp_path, rows, said):
+    (tmp_path / "a.jsonl").write_bytes(jsonl([{"text": "x"}] * 3))
+    (tmp_path / "b.jsonl").write_bytes(jsonl(rows))
+    with pytest.raises(ValueError, match=said):
+        Files(str(tmp_path)).load()
+
+
+def test_no_file_is_left_out_for_its_name(tmp_path):
+    names = ["THE COMMUNIST MANIFESTO.txt", "MANIFEST.md", ".hidden.txt", "b.TXT"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    assert texts(tmp_path) == sorted(names)
+
+
+def test_files_behind_a_link_are_read_once(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "a.txt").write_text("linked")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "there")
+    (tmp_path / "there" / "back").symlink_to(tmp_path / "there")
+    assert texts(tmp_path / "here") == ["linked"]
+
+
+def test_a_link_that_leads_nowhere_is_refused_by_name(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="gone.txt"):
+        Files(str(tmp_path))
+
+
+def test_what_a_folder_or_a_glob_leaves_out_is_said(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.pdf").write_bytes(b"%PDF")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "d.jsonl").write_text("\n")
+    assert texts(tmp_path) == ["x"]
+    assert ".pdf (1)" in caplog.text and "d.jsonl: the file is empty; left out" in caplog.text
+    caplog.clear()
+    assert texts(tmp_path / "[ac]*") == ["x"]
+    assert f"it matches folders, which are left out: {tmp_path / 'c'}" in caplog.text

@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from megactx.data.embedded import Embedded
 from megactx.data.files import DOMAINS, Files
 from megactx.data.hub import Hub
 from megactx.data.mixture import Mixture
+from megactx.framework.errors import verdict
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 
@@ -108,6 +111,46 @@ def test_short_rows_of_a_hub_source_are_dropped_or_joined(folder):
 def test_a_hub_source_refuses_a_bad_setting_by_name(folder, settings, said):
     with pytest.raises(ValueError, match=said):
         Hub(folder, **settings).load()
+
+
+def test_a_null_among_the_rows_of_a_hub_is_left_out_and_said(tmp_path, caplog):
+    rows = [{"text": "one"}, {"text": None}, {"text": "three"}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "hub" / "train.parquet")
+    assert Hub(str(tmp_path / "hub")).load()["text"] == ["one", "three"]
+    assert "1 rows have no text and are left out, the first is row 1" in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_changed_folder_of_the_same_size_and_time_gives_the_new_text(tmp_path, streaming):
+    fingerprints = set()
+    for text in ("old", "new"):
+        Dataset.from_list([{"text": text}]).to_parquet(tmp_path / "hub" / "train.parquet")
+        os.utime(tmp_path / "hub" / "train.parquet", (10**9, 10**9))
+        source = Hub(str(tmp_path / "hub"), streaming=streaming)
+        assert source.load()["text"] == [text]
+        fingerprints.add(source.fingerprint())
+    assert len(fingerprints) == 2
+
+
+def test_a_local_folder_that_would_be_taken_for_a_pattern_is_refused(tmp_path):
+    for name in ("hub1", "hub[1]"):
+        Dataset.from_list([{"text": name}]).to_parquet(tmp_path / name / "train.parquet")
+    with pytest.raises(ValueError, match="for a pattern; rename it"):
+        Hub(str(tmp_path / "hub[1]")).load()
+
+
+def test_a_full_disk_under_a_hub_source_is_told_as_a_failed_run(folder, monkeypatch):
+    def full(*args, **settings):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "/data/cache")
+        except OSError as error:
+            raise RuntimeError("An error occurred while generating the dataset") from error
+
+    monkeypatch.setattr("datasets.load_dataset", full)
+    with pytest.raises(OSError) as failed:
+        Hub(folder, text_column="content").load()
+    code, message = verdict(failed.value)
+    assert code == 3 and "/data/cache" in message and "HF_HOME" in message
 
 
 def test_a_data_set_that_cannot_be_reached_is_refused_by_name(tmp_path):

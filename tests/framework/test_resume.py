@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from megactx.framework.resume import check_accumulation, check_fits, differing, find, plain, read
+from megactx.framework.resume import check_accumulation, check_fits, check_source, differing, find, plain, read
 from megactx.framework.search_path import compose
 
 
@@ -119,3 +119,13 @@ def test_another_accumulation_is_refused_with_the_one_that_fits():
     check_accumulation({}, {"trainer": {"accumulate_grad_batches": 2}})  # it does not say
     with pytest.raises(ValueError, match="preset.accumulate=2.*written with 4"):
         check_accumulation(saved, {"trainer": {"accumulate_grad_batches": 2}})
+
+
+def test_changed_texts_are_refused_where_a_run_goes_on_by_itself_and_told_where_a_path_asks_for_it():
+    saved = {"source": "then"}
+    for resume in ("auto", "never"):  # never: a job of a sweep, a stage of a curriculum
+        assert check_source(saved, "then", resume) is None
+        with pytest.raises(ValueError, match="texts of data.source have changed .* then, now other"):
+            check_source(saved, "other", resume)
+    assert "then -> other" in check_source(saved, "other", "runs/a")
+    assert check_source({}, "other", "auto") is None  # an older checkpoint does not know

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megactx.framework.search_path import compose
-from megactx.framework.validate import locate, validate
+from megactx.framework.validate import _special, locate, validate
 
 
 def problems(*overrides: str, groups: tuple[str, ...] = ()) -> list[str]:
@@ -189,3 +189,11 @@ def test_an_experiment_file_with_mistakes_is_refused_before_anything_is_built(tm
     assert "Did you mean preset.steps?" in said and "preset.batch=many: allowed is a whole number from 1" in said
     assert "Did you mean gistnet.head?" in said and "Did you mean EarlyStopping?" in said
     assert len(said.strip().splitlines()) == 4 and not (tmp_path / "run").exists()
+
+
+def test_a_path_to_report_on_may_have_a_literal_name_with_pattern_characters(tmp_path):
+    (tmp_path / "a[1].txt").write_text("x")
+    problems = []
+    _special({"stage": {"evaluate": {"path": str(tmp_path / "a[1].txt")}}}, problems)
+    _special({"stage": {"evaluate": {"path": str(tmp_path / "a[2].txt")}}}, problems)
+    assert len(problems) == 1 and "a[2].txt" in problems[0]

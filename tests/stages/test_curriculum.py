@@ -1,11 +1,13 @@
 """Three stages from one command, each from the best of the one before, and exactly so after a stop."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megactx.framework.app import run
+from megactx.framework.curriculum import run_in_turn, stage_config
 from megactx.stages.gist import GistStage
 
 STAGES = ["gist_stage1", "gist_stage2", "gist_stage3"]
@@ -98,3 +100,14 @@ def test_a_mistake_in_a_later_stage_is_told_before_the_first_one_runs(curriculum
     assert run(wrong) == 2
     assert "gist_stage9" in capsys.readouterr().err
     assert not (tmp_path / "a" / "gist_stage1").exists()
+
+
+def test_the_data_of_all_stages_is_checked_before_the_first_one_trains(gist_settings, tmp_path):
+    overrides = [o for o in gist_settings if not o.startswith("experiment=")]
+    names = ("gist_stage1", "gist_stage2")
+    stages = {name: stage_config(name, overrides, tmp_path) for name in names}
+    stages["gist_stage2"].datamodule.weights = {"structured": 1.0}
+    device = SimpleNamespace(accelerator="cpu", precision="32-true", why="", count=1)
+    with pytest.raises(ValueError, match="curriculum, stage gist_stage2: data.weights.structured=1.0: there is no doc"):
+        run_in_turn(stages, overrides, tmp_path, device, [])
+    assert not list(tmp_path.rglob("*.ckpt")) and not (tmp_path / "gist_stage1").exists()

@@ -1,6 +1,9 @@
 """The stage trains its GistNet and nothing else, and what it trained is what it saves and reports."""
 
+import csv
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -170,8 +173,9 @@ def test_the_contrastive_term_takes_only_blocks_that_have_a_right_neighbour(gist
     expected = torch.relu(0.2 - (1 - torch.cosine_similarity(gists[0, :1], right))).mean()
     torch.testing.assert_close(stage._contrastive(batch, unread(ids), gists), expected)
     lonely = batch | {"starts": torch.tensor([[64, 64]])}
-    with pytest.raises(ValueError, match="no sampled block has a right neighbour"):
-        stage._contrastive(lonely, unread(ids), gists)
+    assert stage.without_pairs == 0
+    assert stage._contrastive(lonely, unread(ids), gists) == 0
+    assert stage.without_pairs == 1
 
 
 @pytest.mark.parametrize(
@@ -202,3 +206,43 @@ def test_a_users_mistake_exits_2_with_one_line_that_names_the_setting(gist_run, 
     )
     lines = capsys.readouterr().err.strip().split("\n")
     assert said in " ".join(lines) and "Traceback" not in " ".join(lines)
+
+
+def test_a_batch_without_a_pair_for_the_contrastive_term_ends_no_run_and_is_counted(gist_run, tmp_path, texts):
+    for path in sorted(
+        texts.iterdir()
+    ):  # one text has room for a pair; the others, and so nearly all batches, have not
+        (tmp_path / path.name).write_text(path.read_text()[:150])
+    (tmp_path / "long.md").write_text(sorted(texts.glob("*.md"))[0].read_text())
+    short = ["horizon.tokens=4", "preset.min_tokens=68", "preset.max_tokens=100", f"data.path={tmp_path}", "seed=3"]
+    short += ["preset.batch=1", "data.weights={narrative: null, code: null, structured: 0}", "preset.steps=6"]
+    assert run([*gist_run, *short, "contrastive.weight=0.1"]) == 0
+    with open(tmp_path / "run" / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/contrastive"]]
+    counts = [float(row["train/contrastive_without_pairs"]) for row in rows]
+    assert counts == sorted(counts) and counts[-1] > 0
+    assert any(float(row["train/contrastive"]) == 0 for row in rows)
+
+
+def test_a_contrastive_term_that_can_never_have_a_pair_is_refused(gist_run, tmp_path, capsys):
+    short = ["horizon.tokens=4", "preset.min_tokens=68", "preset.max_tokens=90", "contrastive.weight=0.1"]
+    assert run([*gist_run, *short]) == 2
+    assert "contrastive.weight=0.1 is not allowed here: no training document has 96 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_texts_that_changed_since_a_stop_are_refused_by_auto_and_told_to_a_path(gist_run, tmp_path, texts, capsys):
+    shutil.copytree(texts, tmp_path / "texts")
+    own = [*gist_run, f"data.path={tmp_path / 'texts'}", "preset.validate_every=1", "preset.minutes=null"]
+    assert run([*own, "preset.steps=1"]) == 0
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["source"]
+    path = sorted((tmp_path / "texts").glob("*.py"))[0]
+    times = path.stat()
+    path.write_text(path.read_text().replace("e", "a"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    capsys.readouterr()
+    assert run([*own, "preset.steps=2", "resume=auto"]) == 2
+    assert "the texts of data.source have changed since this run was stopped" in capsys.readouterr().err
+    own[[o.startswith("folder=") for o in own].index(True)] = f"folder={tmp_path / 'other'}"
+    assert run([*own, "preset.steps=2", f"resume={tmp_path / 'run'}"]) == 0
+    assert "changed: the texts of data.source: fingerprint" in capsys.readouterr().out
