@@ -5,6 +5,7 @@ The result is a Hugging Face folder with a model card of measured figures.
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megactx.data.documents import VALIDATION, cut
 from megactx.evaluation.context_use import context_use
 from megactx.evaluation.model_card import write_model_card
 from megactx.framework.optimizers import MuonWithAdamW, warmup_stable_decay
+from megactx.framework.resume import differences
 from megactx.lm import BaseLM
 from megactx.lm.masks import CAUSAL
 
@@ -55,7 +57,8 @@ class BaseLMStage(lightning.LightningModule):
             self._start_from(weights)
 
     def _start_from(self, weights: str) -> None:
-        given, wanted = BaseLM.from_pretrained(weights, "float32").model.state_dict(), self.base.model.state_dict()
+        there, mine = BaseLM.from_pretrained(weights, "float32").model, self.base.model
+        given, wanted = there.state_dict(), mine.state_dict()
         wrong = [name for name in {**given, **wanted} if name not in given or name not in wanted]
         wrong += [name for name in given if name in wanted and given[name].shape != wanted[name].shape]
         if wrong:
@@ -63,7 +66,15 @@ class BaseLMStage(lightning.LightningModule):
                 f"stage.weights={weights} are not of stage.config: {len(wrong)} tensors are missing, too many or of"
                 f" another shape, the first is {wrong[0]}"
             )
-        self.base.model.load_state_dict(given)
+        if changes := changed_function(there.config.to_dict(), mine.config.to_dict()):
+            raise ValueError(
+                f"stage.weights={weights} are not of stage.config, which makes another function of them:"
+                f" {'; '.join(changes)}. Set stage.config alike"
+            )
+        mine.load_state_dict(given)
+        # Two names of one tensor here that were two tensors there: the second has overwritten the first.
+        if lost := next((name for name, value in mine.state_dict().items() if not value.equal(given[name])), None):
+            raise ValueError(f"stage.weights={weights} are not of stage.config: {lost} is one tensor with another here")
 
     def prepare(self, datamodule) -> None:
         """Refuse a tokenizer with ids beyond the embedding rows."""
@@ -164,6 +175,32 @@ class BaseLMStage(lightning.LightningModule):
 
 
 CARD_DOCUMENTS, CARD_TOKENS = 90, 4096  # what the model card is measured on
+
+# Of a Hugging Face config: where it came from, special ids, what is drawn at random, and what a caller may ask for. All
+# else may change what the same weights compute, so a setting that nobody here knows counts.
+NO_FUNCTION = re.compile(
+    r"_name_or_path|architectures|transformers_version|(torch_)?dtype|use_cache|(bos|eos|pad|sep|cls|unk)_token_id"
+    r"|initializer_(range|factor)|.*(dropout|pdrop|_drop)(_prob|_rate)?|pretraining_tp|id2label|label2id|problem_type"
+    r"|return_dict|output_\w+|chunk_size_feed_forward|attn_implementation|experts_implementation|.*_loss_coef|auto_map|summary_\w+"
+    r"|use_return_dict|task_specific_params|gradient_checkpointing"
+)
+
+
+def changed_function(there: dict, here: dict) -> list[str]:
+    """``key: there -> here`` of the settings of two Hugging Face configs that make another function of one set of
+    weights, the kind of model first. Positions beyond those of training are a matter of the length only."""
+    kinds = {str(_rotary(config).get("rope_type", "default")) for config in (there, here)}
+    free = {"max_position_embeddings"} if kinds <= {"default", "linear", "llama3"} else set()
+
+    def told(config: dict) -> dict:
+        return {key: value for key, value in config.items() if key not in free and not NO_FUNCTION.fullmatch(key)}
+
+    changes = differences(told(there), told(here))
+    return sorted(changes, key=lambda change: not change.startswith("model_type"))
+
+
+def _rotary(config: dict) -> dict:
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
 def _balanced(documents: list[dict], count: int) -> list[dict]:

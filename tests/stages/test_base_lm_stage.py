@@ -31,6 +31,37 @@ def test_training_goes_on_from_the_weights_of_an_earlier_base_and_refuses_those_
         BaseLMStage(CONFIG | {"intermediate_size": 48}, **SETTINGS | {"weights": str(tmp_path)})
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rope_theta": 500000.0}, r"rope_parameters.rope_theta: 10000.0 -> 500000.0"),
+        ({"rms_norm_eps": 1e-2}, "rms_norm_eps: 1e-06 -> 0.01"),
+        ({"hidden_act": "gelu"}, "hidden_act: silu -> gelu"),
+        ({"num_attention_heads": 4, "head_dim": 8, "num_key_value_heads": 4}, "num_attention_heads: 2 -> 4"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type: default -> linear"),
+    ],
+)
+def test_weights_are_refused_where_the_config_makes_another_function_of_them(tmp_path, tiny_tokenizer, change, said):
+    BaseLM.from_config(CONFIG).model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"stage.weights=.* are not of stage.config.*{said}"):
+        BaseLMStage(CONFIG | change, **SETTINGS | {"weights": str(tmp_path)})
+
+
+def test_an_untied_checkpoint_does_not_load_into_a_tied_model(tmp_path, tiny_tokenizer):
+    BaseLM.from_config(CONFIG | {"tie_word_embeddings": False}).model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="stage.weights=.*tie_word_embeddings: False -> True"):
+        BaseLMStage(CONFIG, **SETTINGS | {"weights": str(tmp_path)})
+
+
+def test_weights_load_where_only_their_length_their_dropout_and_their_special_ids_differ(tmp_path, tiny_tokenizer):
+    BaseLM.from_config(CONFIG | {"pad_token_id": 1}).model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    longer = CONFIG | {"max_position_embeddings": 512, "attention_dropout": 0.1, "bos_token_id": 0}
+    assert BaseLMStage(longer, **SETTINGS | {"weights": str(tmp_path)}).base.max_positions == 512
+
+
 def test_matrices_go_to_muon_embeddings_and_vectors_to_adamw_and_nothing_is_left_out():
     module = stage()
     optimizer = module.configure_optimizers()["optimizer"]
