@@ -4,6 +4,7 @@ Muon for the matrices with AdamW for the rest, warm-up, flat, linear decay; leng
 The result is a Hugging Face folder with a model card of measured figures.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -15,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megactx.data.documents import VALIDATION, cut
+from megactx.data.tokenizer import bos_id
 from megactx.evaluation.context_use import context_use
 from megactx.evaluation.model_card import write_model_card
 from megactx.framework.optimizers import MuonWithAdamW, warmup_stable_decay
 from megactx.framework.resume import differences
 from megactx.lm import BaseLM
 from megactx.lm.masks import CAUSAL
+
+log = logging.getLogger(__name__)
 
 
 class BaseLMStage(lightning.LightningModule):
@@ -52,7 +56,8 @@ class BaseLMStage(lightning.LightningModule):
     ):
         super().__init__()
         self.save_hyperparameters()
-        self.base = BaseLM.from_config(config)
+        # Without a row for padding, which no window has: transformers would never train it, whatever token it is of.
+        self.base = BaseLM.from_config(config | dict.fromkeys(SPECIAL))
         if weights is not None:
             self._start_from(weights)
 
@@ -77,12 +82,17 @@ class BaseLMStage(lightning.LightningModule):
             raise ValueError(f"stage.weights={weights} are not of stage.config: {lost} is one tensor with another here")
 
     def prepare(self, datamodule) -> None:
-        """Refuse a tokenizer with ids beyond the embedding rows."""
+        """Take the tokenizer's special ids, and refuse one with ids beyond the embedding rows."""
         ids = len(datamodule.tokenizer)
         if ids > self.base.vocab_size:
             raise ValueError(
                 f"stage.config.vocab_size={self.base.vocab_size} is too small: the tokenizer of base.name has {ids} ids"
             )
+        for name, value in special_ids(datamodule.tokenizer).items():
+            if (asked := self.hparams.config.get(name)) not in (None, value):
+                log.warning("stage.config.%s=%s does not count: the tokenizer of base.name says %s", name, asked, value)
+            for config in (self.base.config, self.base.model.generation_config):
+                setattr(config, name, value)
 
     def loss_per_token(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids, positions [B, T] -> NLL [B, T - 1] in nats."""
@@ -97,7 +107,7 @@ class BaseLMStage(lightning.LightningModule):
             total, count = self._over_processes(nll.detach()[chosen].sum(), chosen.sum())
             if count:  # not every batch has a passage that comes back
                 self.log(name, total / count, prog_bar=True)
-        self.log("train/tokens", float((self.global_step + 1) * batch["ids"].numel() * self.trainer.world_size))
+        self.log("train/tokens", float(self.trainer.datamodule.tokens(self.global_step + 1)))
         return nll.mean()
 
     def _over_processes(self, *values: Tensor) -> Tensor:
@@ -156,7 +166,8 @@ class BaseLMStage(lightning.LightningModule):
 
     def _facts(self, datamodule, use: dict) -> dict:
         h = self.hparams
-        windows = ", ".join(f"{p['steps']} steps of {p['batch']} x {p['tokens']}" for p in datamodule.phases)
+        each = datamodule.each
+        windows = ", ".join(f"{p['steps']} steps of {p['batch'] * each} x {p['tokens']}" for p in datamodule.phases)
         return {
             **h.card,
             "weights": h.weights,
@@ -174,6 +185,14 @@ class BaseLMStage(lightning.LightningModule):
         }
 
 
+def special_ids(tokenizer) -> dict[str, int | None]:
+    """What a config says of a tokenizer. An id that texts have, such as that which opens them, is none of padding."""
+    in_texts = (bos_id(tokenizer), tokenizer.unk_token_id)
+    found = {name: getattr(tokenizer, name) for name in SPECIAL}
+    return found | {"pad_token_id": None if found["pad_token_id"] in in_texts else found["pad_token_id"]}
+
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 CARD_DOCUMENTS, CARD_TOKENS = 90, 4096  # what the model card is measured on
 
 # Of a Hugging Face config: where it came from, special ids, what is drawn at random, and what a caller may ask for. All

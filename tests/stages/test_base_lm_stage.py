@@ -1,8 +1,11 @@
 """The base LM's own stage: what is trained how, and the folder that it leaves."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from megactx.data.pretraining_module import PretrainingData
 from megactx.framework.app import run
 from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine, warmup_stable_decay
 from megactx.lm import BaseLM
@@ -178,3 +181,54 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(base_folde
     arguments += ["stage.config.vocab_size=300", f"folder={tmp_path / 'run'}"]
     assert run(arguments) == 2
     assert "stage.config.vocab_size=300 is too small" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def pretraining(tiny_tokenizer):
+    """Batches of windows whose length grows, served to a trainer that accumulates two of them."""
+    from datasets import Dataset
+
+    rows = [{"text": " ".join(f"the fox {i * n} jumps" for i in range(120)), "domain": "narrative"} for n in range(60)]
+
+    class Source:
+        def fingerprint(self):
+            return "foxes"
+
+        def load(self):
+            return Dataset.from_list([row | {"source": str(index)} for index, row in enumerate(rows)])
+
+    phases = [dict(steps=2, tokens=128, batch=2), dict(steps=9, tokens=256, batch=1)]
+    data = PretrainingData(Source(), tiny_tokenizer, phases, {"narrative": 1.0}, 0.4, 0.0, 512)
+    data.trainer = SimpleNamespace(accumulate_grad_batches=2, world_size=1, global_rank=0)
+    data.setup()
+    return data
+
+
+def test_a_phase_lasts_its_steps_however_many_batches_a_step_accumulates(pretraining):
+    shapes = [pretraining.training[index]["ids"].shape for index in range(6)]
+    assert shapes == [(2, 128)] * 4 + [(1, 256)] * 2
+    assert [pretraining.tokens(steps) for steps in (1, 2, 3)] == [512, 1024, 1536]  # what those batches hold
+
+
+def test_validation_has_windows_of_the_last_phase(pretraining):
+    assert pretraining.validation[0]["ids"].shape == (1, 256)
+
+
+def test_special_ids_come_from_the_tokenizer_and_no_row_of_the_embeddings_is_left_out(tiny_tokenizer):
+    module = BaseLMStage(CONFIG | {"pad_token_id": 5, "bos_token_id": 7}, **SETTINGS)
+    module.prepare(SimpleNamespace(tokenizer=tiny_tokenizer))
+    config = module.base.config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, None, 1)
+    assert module.base.model.generation_config.pad_token_id == 1
+    module.loss_per_token(torch.tensor([[0, 5, 1, 9]]), torch.arange(4)[None]).sum().backward()
+    assert (module.base.model.get_input_embeddings().weight.grad[[0, 1, 5]].abs().amax(1) > 0).all()
+
+
+def test_an_id_that_texts_have_is_not_that_of_padding(tiny_tokenizer):
+    from copy import deepcopy
+
+    tokenizer = deepcopy(tiny_tokenizer)
+    tokenizer.pad_token = tokenizer.bos_token  # as many take it: the id that opens every document
+    module = stage()
+    module.prepare(SimpleNamespace(tokenizer=tokenizer))
+    assert module.base.config.bos_token_id == 0 and module.base.config.pad_token_id is None
