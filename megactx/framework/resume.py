@@ -7,6 +7,7 @@ read with ``weights_only``.
 
 import logging
 import pickle
+import re
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +19,12 @@ log = logging.getLogger(__name__)
 # A run may be lengthened: these, and whatever is derived from them, may differ.
 LENGTH = ("preset.steps", "trainer.max_steps", "trainer.max_time", "trainer.max_epochs")
 WATCHERS = ("progress", "summary", "learning_rate", "grad_norm", "speed", "device")  # callbacks that change nothing
+# Settings of a stage that no tensor depends on, by the ends of their names or by what they belong to.
+WEIGHTLESS = re.compile(
+    r"(dropout|dtype|lr|eps|theta|decay|warmup|steps|horizon|objective|weight|folder|init|position|context|num_heads"
+    r"|input_layer|_token_id|hidden_act|initializer_range)$"
+    r"|^stage\.(evaluate|targets|allocator|budgets|windows|history|contrastive|card|weights|ladder)\b"
+)
 FREE = ("resume", "logger", "name", "folder", *(f"callbacks.{name}" for name in WATCHERS))
 
 
@@ -128,8 +135,8 @@ def differences(before, now, key: str = "") -> list[str]:
     return [] if before == now else [f"{key}: {before} -> {now}"]
 
 
-def read(path: Path) -> dict:
-    """A checkpoint's content.
+def read(path: Path, setting: str = "resume") -> dict:
+    """A checkpoint's content; ``setting`` is what has named it, for messages.
 
     Raises:
         ValueError: it is no checkpoint of plain dicts and tensors. Nothing in it is executed.
@@ -140,15 +147,47 @@ def read(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"resume={path}: refused, it holds more than plain dicts and tensors; nothing was executed"
+            f"{setting}={path}: refused, it holds more than plain dicts and tensors; nothing was executed"
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
         raise ValueError(
-            f"resume={path}: it is no checkpoint, or a damaged one ({str(error).splitlines()[0]})"
+            f"{setting}={path}: it is no checkpoint, or a damaged one ({str(error).splitlines()[0]})"
         ) from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
-        raise ValueError(f"resume={path}: it is no checkpoint of a training run")
+        raise ValueError(f"{setting}={path}: it is no checkpoint of a training run")
     return checkpoint
+
+
+def read_best(path: Path, setting: str) -> dict:
+    """The content of a checkpoint, or of the best one of a run folder; ``setting`` is what has named it, for messages.
+
+    Raises:
+        ValueError: there is none, or it is no checkpoint.
+    """
+    if not path.exists():
+        raise ValueError(f"{setting}={path}: there is no such checkpoint or run folder")
+    try:
+        path = best(path) if path.is_dir() else path
+    except ValueError as error:
+        raise ValueError(f"{setting}={error}") from error
+    return read(path, setting)
+
+
+def other_base(checkpoint: dict, mine: dict) -> str:
+    """How the base LM that a checkpoint was trained with differs from this one, in words, its name and width first.
+
+    Empty where it does not, or where a checkpoint of earlier days does not say.
+
+    Args:
+        mine: ``name``, ``width`` and ``embeddings`` (their hash) of this one, as a stage keeps them in checkpoints.
+    """
+    there = checkpoint.get("base")
+    if there is None or (there["width"], there["embeddings"]) == (mine["width"], mine["embeddings"]):
+        return ""
+    return (
+        f"it was trained with another base LM: {there['name']} of width {there['width']}, this one is {mine['name']} of"
+        f" width {mine['width']}{', with other embeddings' if there['width'] == mine['width'] else ''}"
+    )
 
 
 def check_fits(stage, path: Path) -> dict:
@@ -161,6 +200,8 @@ def check_fits(stage, path: Path) -> dict:
     probe = {**checkpoint, "state_dict": dict(checkpoint["state_dict"])}
     try:
         stage.on_load_checkpoint(probe)  # a stage may leave frozen weights out of its checkpoints
+    except ValueError as error:  # it says what of it is not this stage's
+        raise ValueError(f"resume={path}: {error}") from error
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"resume={path}: it is a checkpoint of another stage ({error})") from error
     saved = {name: tuple(value.shape) for name, value in probe["state_dict"].items()}
@@ -171,12 +212,18 @@ def check_fits(stage, path: Path) -> dict:
             gone, new = (", ".join(sorted(names)) or "nothing" for names in (there - here, here - there))
             raise ValueError(f"resume={path}: it is a checkpoint of another stage: only there {gone}; only here {new}")
         odd = next(name for name in sorted({*saved, *mine}) if saved.get(name) != mine.get(name))
-        keys = differences(checkpoint["hyper_parameters"], dict(stage.hparams), "stage")
+        keys = with_weights(differences(checkpoint["hyper_parameters"], dict(stage.hparams), "stage"))
         raise ValueError(
             f"resume={path}: it has another architecture: {'; '.join(keys) or 'see the tensor'}"
             f" ({odd}: {saved.get(odd, 'absent')} there, {mine.get(odd, 'absent')} here)"
         )
     return checkpoint
+
+
+def with_weights(changes: list[str]) -> list[str]:
+    """Those of ``differences`` that may be why tensors have other shapes: the base's first, and none that holds none."""
+    found = [line for line in changes if not WEIGHTLESS.search(line.partition(":")[0])]
+    return sorted(found, key=lambda line: (not line.startswith("stage.base."), "width" not in line.partition(":")[0]))
 
 
 def check_accumulation(checkpoint: dict, config: dict) -> None:

@@ -30,6 +30,7 @@ from megactx.lm import BaseLM
 
 from .gist_nets import build_nets, optimizer_of, refuse_without_vectors, take_weights
 from .gist_report import report
+from .trained import record_of, refuse_other_base
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ class GistStage(lightning.LightningModule):
             raise ValueError(f"stage.seam_weight={seam_weight} is not allowed: from 0 to 1")
         check_targets(targets, horizon)
         self.base = BaseLM.from_pretrained(**base).freeze()
+        self.base_record = record_of(self.base, base["name"])
         self.nets = build_nets(self.base, compressor or {}, gistnet, controls)
         self.with_states = any(net.needs_hidden for net in self.nets.values())
         if not self.main.makes_vectors:
@@ -132,7 +134,7 @@ class GistStage(lightning.LightningModule):
         Raises:
             ValueError: there is none, or its compressor has another architecture.
         """
-        return take_weights(self.nets, Path(path).expanduser(), self.hparams.gistnet)
+        return take_weights(self.nets, Path(path).expanduser(), self.hparams.gistnet, self.base_record)
 
     def setup(self, stage: str) -> None:
         # A frozen base needs no fp32 master weights: under bf16 its casts would be repeated at every call.
@@ -269,8 +271,10 @@ class GistStage(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         # The frozen base is named in the hyperparameters; its weights do not belong into every checkpoint.
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("base.")}
+        checkpoint["base"] = self.base_record
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        refuse_other_base(checkpoint, self.base_record)
         own = {f"base.{k}": v for k, v in self.base.state_dict().items()}
         checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
 

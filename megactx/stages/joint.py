@@ -24,7 +24,7 @@ from megactx.lm.adapters import adapt, adapters_of, switched_off
 
 from .joint_parts import TRAIN_BASE, kept_of_base, lensnet_of, take_parts
 from .joint_report import report
-from .trained import gistnet_of
+from .trained import gistnet_of, record_of, refuse_other_base
 
 
 class JointStage(lightning.LightningModule):
@@ -91,8 +91,9 @@ class JointStage(lightning.LightningModule):
         self.save_hyperparameters()
         self._check()
         self.base = BaseLM.from_pretrained(**base).freeze()
+        self.base_record = record_of(self.base, base["name"])  # as it is before it learns
         self.gistnet = gistnet_of(gistnet, self.base)
-        self.lens = lensnet_of(None if init else lens, lensnet, self.gistnet)
+        self.lens = lensnet_of(None if init else lens, lensnet, self.gistnet, self.base_record)
         self._reference: tuple[BaseLM, ...] = ()  # not a submodule: it is in no checkpoint
         if lora["rank"]:
             adapt(self.base, **lora)
@@ -256,8 +257,10 @@ class JointStage(lightning.LightningModule):
         kept = {f"base.{name}" for name in kept_of_base(self)}
         found = checkpoint["state_dict"].items()
         checkpoint["state_dict"] = {k: v for k, v in found if not k.startswith("base.") or k in kept}
+        checkpoint["base"] = self.base_record
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        refuse_other_base(checkpoint, self.base_record)
         own = {f"base.{k}": v for k, v in self.base.state_dict().items()}
         checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
 
