@@ -83,9 +83,26 @@ def main(cfg: DictConfig) -> float | None:
         if not (folder / "done").exists():
             sweep.note(folder, "running")
             return _run_job(cfg, here, folder, multirun=True)
-        value = sweep.value_before(folder)
-        sweep.note(folder, "done before", DONE, value=value)
-        return value
+        return _done_before(cfg, folder)
+
+
+def _done_before(cfg: DictConfig, folder: Path) -> float | None:
+    """A job of a sweep that has its result already; that of other settings, say of an experiment file that was edited
+    since, is refused."""
+    from .curriculum import changed
+
+    try:
+        changes = changed(cfg, list(HydraConfig.get().overrides.task), folder)
+    except Exception as error:  # a stage that does not compose any more, a record that cannot be read
+        changes = [verdict(error)[1]]
+    if changes:
+        message = f"{folder} was done with other settings: {'; '.join(changes)}. Remove it to run the job again"
+        _say(message)
+        sweep.note(folder, "refused", MISTAKE, message)
+        return None
+    value = sweep.value_before(folder)
+    sweep.note(folder, "done before", DONE, value=value)
+    return value
 
 
 def _run_job(cfg: DictConfig, here, folder: Path, multirun: bool) -> float | None:

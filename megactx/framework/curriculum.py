@@ -84,9 +84,23 @@ def run_in_turn(stages: dict[str, DictConfig], overrides: list[str], folder: Pat
             build_and_run(stage, config, own, device, checkpoint)
             finish_loggers(DONE)
             close_folder(own)
+        elif changes := differing(stage, own):  # its experiment was edited since
+            raise ValueError(f"{own} was done with other settings: {'; '.join(changes)}. Remove it to run it again")
         before = own
     if not processes.rank():
         locate(stage.stage["_target_"]).conclude(folder, list(stages))
+
+
+def changed(cfg: DictConfig, overrides: list[str], folder: Path) -> list[str]:
+    """``key: then -> now`` of each setting in which a run that is done differs from ``cfg``; of a curriculum, in any
+    of its stages."""
+    changes = differing(cfg, folder, finished=True)
+    for name in cfg.curriculum:
+        stage, own = stage_config(name, overrides, folder), folder / name
+        if (own / "config.yaml").exists():
+            stage.stage.init = OmegaConf.load(own / "config.yaml").stage.init  # it follows from the stage before
+            changes += [f"{name}: {line}" for line in differing(stage, own, finished=True)]
+    return changes
 
 
 def find_curriculum(cfg: DictConfig, folder: Path, fixed: bool) -> Path:

@@ -107,12 +107,19 @@ def best(run: Path) -> Path:
     raise ValueError(f"{run}: there is no checkpoint in it, neither best.ckpt nor last.ckpt")
 
 
-def differing(cfg: DictConfig, run: Path) -> list[str]:
-    """``key: then -> now`` of each setting in which ``cfg`` differs from the run in a folder, its length apart."""
+def differing(cfg: DictConfig, run: Path, finished: bool = False) -> list[str]:
+    """``key: then -> now`` of each setting in which ``cfg`` differs from the run in a folder.
+
+    Args:
+        finished: the run's results are asked for, not its checkpoint: then its length must be the same too.
+    """
     before = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
     trial = cfg.copy()
     OmegaConf.set_struct(trial, False)
-    for key in (*LENGTH, *FREE):  # taken over from there, so that whatever interpolates them agrees too
+    for key in (
+        *(() if finished else LENGTH),
+        *FREE,
+    ):  # taken over from there, so that whatever interpolates them agrees too
         value = OmegaConf.select(OmegaConf.create(before), key)
         if value is not None and OmegaConf.select(trial, key) is not None:
             OmegaConf.update(trial, key, value, merge=False)
@@ -221,7 +228,7 @@ def check_fits(stage, path: Path) -> dict:
 
 
 def with_weights(changes: list[str]) -> list[str]:
-    """Those of ``differences`` that may be why tensors have other shapes: the base's first, and none that holds none."""
+    """Those of ``differences`` that may be why tensors have other shapes, the base's first."""
     found = [line for line in changes if not WEIGHTLESS.search(line.partition(":")[0])]
     return sorted(found, key=lambda line: (not line.startswith("stage.base."), "width" not in line.partition(":")[0]))
 
