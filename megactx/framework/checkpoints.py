@@ -119,6 +119,11 @@ class Record(Callback):
         checkpoint["config"], checkpoint["ended"] = self.config, trainer.should_stop
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict) -> None:
+        # Lightning counts one more when it goes on, for its own checkpoints are written before it counts; that of the
+        # end of a run was written after it.
+        loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.state_dict", {})
+        if loop.get("_batches_that_stepped") == checkpoint["global_step"]:
+            loop["_batches_that_stepped"] -= 1
         mine = Path(self.config["folder"]).absolute() / "checkpoints"
         self.ended = checkpoint.get("ended", False) and Path(trainer.ckpt_path).absolute().parent == mine
 

@@ -83,6 +83,12 @@ def composition_message(error: Exception, overrides: list[str]) -> str:
         wrong = next((o for o in overrides if _is_group(o) and not re.match(r"[A-Za-z_]", o.partition("=")[2])), "")
         options = _options(wrong.partition("=")[0])
         return f"{wrong}: an option's name starts with a letter. There is {', '.join(options)}."
+    if match := re.match(r"Ambiguous value for argument '(.*)'$", text.partition("\n")[0]):
+        key, _, value = match[1].partition("=")
+        return (
+            f"{match[1]}: a comma stands between the values of a sweep, which -m starts; for one value with a comma"
+            f""" quote it twice: '{key}="{value}"'; for a list write '{key}=[{value}]'"""
+        )
     if wrong := getattr(error, "override", None):
         return (
             f"{wrong}: it cannot be read ({text.splitlines()[0]}); quote it for the shell, and for Hydra where needed"

@@ -94,6 +94,24 @@ def last_of(cfg: DictConfig, folder: Path) -> Path | None:
     return last
 
 
+def refuse_used(cfg: DictConfig, folder: Path) -> None:
+    """A fresh start must not write over anything of another run: checkpoints, a tokenizer, tables.
+
+    Raises:
+        ValueError: a run was finished in the folder, or begun with other settings.
+    """
+    if any((folder / "checkpoints").glob("*.ckpt")):
+        raise ValueError(f"folder={folder}: it holds the checkpoints of a run; use resume=auto, or another folder")
+    if (folder / "done").exists():
+        raise ValueError(f"folder={folder}: it holds a finished run; use another folder")
+    if (folder / "config.yaml").exists() and not (folder / "error.txt").exists():  # what failed was none, without one
+        if changes := differing(cfg, folder):
+            raise ValueError(
+                f"folder={folder}: it holds a run that was begun with other settings: {'; '.join(changes)}. Use another"
+                " folder, or remove it"
+            )
+
+
 def best(run: Path) -> Path:
     """The best checkpoint of a run folder, or the last one where its stage monitors nothing.
 

@@ -309,7 +309,7 @@ class BaseLM(nn.Module):
 
     @torch.no_grad()
     def embeddings(self) -> Tensor:
-        """What the model reads for each id, [V, D] in fp32: where it scales inside its embedding layer, not the table."""
+        """What the model reads for each id, [V, D] in fp32: not the table, where its embedding layer scales it."""
         return self.embed(torch.arange(self.vocab_size, device=self.model.device)).float()
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from megactx.data.documents import VALIDATION, cut
 from megactx.data.tokenizer import bos_id
 from megactx.evaluation.context_use import context_use
 from megactx.evaluation.model_card import write_model_card
+from megactx.framework.next_command import next_command
 from megactx.framework.optimizers import MuonWithAdamW, warmup_stable_decay
 from megactx.framework.resume import differences
 from megactx.lm import BaseLM
@@ -154,7 +155,8 @@ class BaseLMStage(lightning.LightningModule):
         for distance, value in use["copy_gain"].get("overall", {}).items():
             print(f"A passage the second time, at distance {distance}: {value['mean']:+.2f} nat per token gained")
         print(f"Model and card: {final}")
-        print(f"Next: python train.py experiment=demo base.name={final}")
+        kept = {"keep": ("data", "trainer"), "options": ("preset",)}
+        print(f"Next: {next_command(folder, 'demo', {'base.name': final}, **kept)}")
 
     @staticmethod
     def _context_use(base: BaseLM, datamodule) -> dict:

@@ -16,6 +16,7 @@ from megactx.evaluation.curriculum import write_curriculum
 from megactx.evaluation.summary import check_targets
 from megactx.evaluation.sums import loggable
 from megactx.evaluation.validation import ValidationMetrics
+from megactx.framework.next_command import next_command
 from megactx.framework.optimizers import warmup_cosine
 from megactx.gist import GistNet
 from megactx.gist.carrier import Compressor
@@ -307,10 +308,9 @@ class GistStage(lightning.LightningModule):
     def finish(self, folder: Path, datamodule) -> None:
         """Report on held-out documents and on ``evaluate.path``: tables, pictures, scores; then the next command."""
         report(self, folder, datamodule)
-        print(
-            f"Next: python train.py experiment=gist_stage2 preset=demo stage.init={folder} (go on from here), or"
-            " experiment=curriculum preset=demo (all stages), or python -m megactx.studies.ladder preset=quick (rivals)"
-        )
+        print(f"Next: {next_command(folder, 'gist_stage2', {'stage.init': folder})}  (go on from here)")
+        print(f"or:   {next_command(folder, 'curriculum', {})}  (all stages)")
+        print(f"or:   {next_command(folder, None, {}, program='python -m megactx.studies.ladder')}  (rivals)")
 
     @staticmethod
     def conclude(folder: Path, stages: list[str]) -> None:

@@ -5,6 +5,7 @@ the base LM with whatever it has learned. ``val/cost`` is the NLL of the tokens 
 untouched base LM over the full context, in nats per token.
 """
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -270,4 +271,5 @@ class JointStage(lightning.LightningModule):
         self.eval()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             report(self, folder, datamodule)
-        print(f"Next: python -m megactx.stages.export {folder} OUT (a plain Hugging Face folder with all parts)")
+        command = shlex.join(["python", "-m", "megactx.stages.export", str(folder)])
+        print(f"Next: {command} OUT (a plain Hugging Face folder with all parts)")
