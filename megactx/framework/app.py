@@ -149,7 +149,8 @@ def _run_job(cfg: DictConfig, here, folder: Path, multirun: bool) -> float | Non
 def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | None:
     from .curriculum import find_curriculum, run_in_turn, stages_of
     from .device import choose
-    from .resume import find, last_of, plain, refuse_used
+    from .pace import settle
+    from .resume import begun_with, find, last_of, plain, refuse_used
     from .runfolder import close_folder, held, logs, open_folder, quiet_bars, show
     from .validate import refuse_idle, validate
 
@@ -157,7 +158,10 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
     refuse_idle(list(here.overrides.task), here.runtime.choices)
     OmegaConf.set_struct(cfg, False)
     cfg.folder = short(folder)
-    validate(cfg, reference(here.runtime.choices))
+    known, shared = reference(here.runtime.choices), None
+    validate(cfg, known)
+    if here.mode == RunMode.MULTIRUN:
+        shared = Path(here.sweep.dir)
     device = choose(
         cfg.trainer.accelerator,
         cfg.trainer.precision,
@@ -182,6 +186,8 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
     if not cfg.curriculum and (checkpoint is None or checkpoint.parent != target / "checkpoints"):
         refuse_used(cfg, target)
     stages = stages_of(cfg, here, target, device)
+    if not stages:
+        settle(cfg, list(here.overrides.task), known, begun_with(checkpoint), device, shared)
     cfg.folder = short(target)
     config = plain(cfg)
     value = None
@@ -191,7 +197,7 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
         kept.append(target)
         stack.enter_context(logs(target))
         if stages:
-            run_in_turn(stages, list(here.overrides.task), target, device, kept)
+            run_in_turn(stages, list(here.overrides.task), known, target, device, kept, shared)
         else:
             show(config, device.why, cfg.folder)
             value = build_and_run(cfg, config, target, device, checkpoint)

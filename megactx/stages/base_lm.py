@@ -20,7 +20,7 @@ from megactx.data.tokenizer import bos_id
 from megactx.evaluation.context_use import context_use
 from megactx.evaluation.model_card import write_model_card
 from megactx.framework.next_command import next_command
-from megactx.framework.optimizers import MuonWithAdamW, warmup_stable_decay
+from megactx.framework.optimizers import MuonWithAdamW, fast_dtype, warmup_stable_decay
 from megactx.framework.resume import differences
 from megactx.lm import BaseLM
 from megactx.lm.masks import CAUSAL
@@ -135,7 +135,13 @@ class BaseLMStage(lightning.LightningModule):
         for p in self.base.parameters():
             (matrices if p.ndim == 2 and id(p) not in embeddings else others).append(p)
         h = self.hparams
-        optimizer = MuonWithAdamW(matrices, others, h.muon_lr, h.adamw_lr, h.weight_decay)
+        optimizer = MuonWithAdamW(
+            [
+                {"params": matrices, "lr": h.muon_lr, "weight_decay": h.weight_decay, "muon": True},
+                {"params": others, "lr": h.adamw_lr, "weight_decay": 0.0},  # embeddings and norms are not pulled to 0
+            ],
+            betas=(0.9, 0.95),
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_stable_decay(step, h.warmup, h.max_steps, h.decay)
         )
@@ -144,11 +150,11 @@ class BaseLMStage(lightning.LightningModule):
     def finish(self, folder: Path, datamodule) -> None:
         """Write ``folder/model``: a Hugging Face folder in bf16 with tokenizer and a model card of measured figures."""
         print("Measuring how the base uses its context", flush=True)
-        base, tokenizer = self.base.to(torch.bfloat16).freeze(), datamodule.tokenizer
+        base, tokenizer = self.base.to(torch.bfloat16).freeze(), datamodule.tokenizer  # as it is kept
         part, final = folder / "model.part", folder / "model"
         base.model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        use = self._context_use(base, datamodule)
+        use = self._context_use(base.to(fast_dtype(self.device)), datamodule)
         write_model_card(part, self._facts(datamodule, use), use)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)
