@@ -54,8 +54,8 @@ def next_command(
         key = override.lstrip("+").partition("=")[0]
         group = key.partition(".")[0]
         known = HIDDEN not in override and "=" in override and group in keep
-        if known and (key != group or group == "block_size"):
-            kept.setdefault(key, override)
+        if known and key not in changes and (key != group or group == "block_size"):
+            kept[key] = override  # the last one counts
     for key, value in _set_elsewhere(folder, [*first, *kept.values()], keep).items():
         kept.setdefault(key, setting(key, value))
     return shlex.join([*program.split(), *first, *kept.values()])

@@ -144,7 +144,8 @@ def differing(cfg: DictConfig, run: Path, finished: bool = False) -> list[str]:
     length = LENGTH if not finished else ("preset.steps", "trainer.max_steps") if paced else ("preset.minutes",)
     for key in (*length, *FREE, *(PACED if paced else ())):  # taken over, so that whatever interpolates them agrees too
         value = OmegaConf.select(OmegaConf.create(before), key)
-        if value is not None and OmegaConf.select(trial, key) is not None:
+        given = value is not None or key == "preset.minutes"  # that a run counts steps is its length too
+        if given and OmegaConf.select(trial, key) is not None:
             OmegaConf.update(trial, key, value, merge=False)
     return differences(before, plain(trial))
 

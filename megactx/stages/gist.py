@@ -31,7 +31,7 @@ from megactx.lm import BaseLM
 
 from .gist_nets import build_nets, optimizer_of, refuse_without_vectors, take_weights
 from .gist_report import report
-from .trained import record_of, refuse_other_base
+from .trained import leave_out_base, put_base_back, record_of, refuse_other_base
 
 log = logging.getLogger(__name__)
 
@@ -279,14 +279,12 @@ class GistStage(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        # The frozen base is named in the hyperparameters; its weights do not belong into every checkpoint.
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("base.")}
+        leave_out_base(checkpoint)
         checkpoint["base"] = self.base_record
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         refuse_other_base(checkpoint, self.base_record)
-        own = {f"base.{k}": v for k, v in self.base.state_dict().items()}
-        checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
+        put_base_back(checkpoint, self.base)
 
     def prepare(self, datamodule) -> None:
         """Tell the data how long a document the base takes, and see that it has what this stage is trained on.

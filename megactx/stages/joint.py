@@ -25,7 +25,7 @@ from megactx.lm.adapters import adapt, adapters_of, switched_off
 
 from .joint_parts import TRAIN_BASE, kept_of_base, lensnet_of, take_parts
 from .joint_report import report
-from .trained import gistnet_of, record_of, refuse_other_base
+from .trained import gistnet_of, leave_out_base, put_base_back, record_of, refuse_other_base
 
 
 class JointStage(lightning.LightningModule):
@@ -254,16 +254,13 @@ class JointStage(lightning.LightningModule):
         self.log("val/base_lost", plain - before)  # nats that the base LM's own NLL lost
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        # A frozen base is named in the hyperparameters. GistNet and LensNet are kept: their runs may be gone by then.
-        kept = {f"base.{name}" for name in kept_of_base(self)}
-        found = checkpoint["state_dict"].items()
-        checkpoint["state_dict"] = {k: v for k, v in found if not k.startswith("base.") or k in kept}
+        # GistNet and LensNet are kept: their runs may be gone by then.
+        leave_out_base(checkpoint, {f"base.{name}" for name in kept_of_base(self)})
         checkpoint["base"] = self.base_record
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         refuse_other_base(checkpoint, self.base_record)
-        own = {f"base.{k}": v for k, v in self.base.state_dict().items()}
-        checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
+        put_base_back(checkpoint, self.base)
 
     @torch.no_grad()
     def finish(self, folder: Path, datamodule) -> None:

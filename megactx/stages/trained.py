@@ -19,6 +19,27 @@ def record_of(base: BaseLM, name: str) -> dict:
     return {"name": str(name), "width": base.width, "embeddings": identity_of_base(base)}
 
 
+STATES = ("state_dict", "current_model_state")  # the second where weights are averaged: those that go on training
+
+
+def leave_out_base(checkpoint: dict, kept=frozenset()) -> None:
+    """A frozen base is named in the hyperparameters; its weights do not belong into every checkpoint.
+
+    Args:
+        kept: names of its tensors that do, for they are trained.
+    """
+    for states in set(STATES) & checkpoint.keys():
+        found = checkpoint[states].items()
+        checkpoint[states] = {k: v for k, v in found if not k.startswith("base.") or k in kept}
+
+
+def put_base_back(checkpoint: dict, base: BaseLM) -> None:
+    """What ``leave_out_base`` has left out."""
+    own = {f"base.{k}": v for k, v in base.state_dict().items()}
+    for states in set(STATES) & checkpoint.keys():
+        checkpoint[states] = {**own, **checkpoint[states]}
+
+
 def refuse_other_base(checkpoint: dict, mine: dict, what: str = "") -> None:
     """A checkpoint that was trained with another base LM is worth nothing with this one.
 

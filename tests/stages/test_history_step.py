@@ -1,4 +1,4 @@
-"""A step of the gist stage in history mode: what is computed once, what is never left out, and what it is said to cost."""
+"""A step of the gist stage in history mode: what is computed once, what is never left out, what it is said to cost."""
 
 from dataclasses import replace
 from types import SimpleNamespace
