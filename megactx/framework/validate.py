@@ -10,6 +10,7 @@ import inspect
 import math
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -333,7 +334,10 @@ def _lengths(tree: dict, problems: list[str]) -> None:
             f"trainer.max_steps={most}: the learning rate's schedule runs over {schedule} steps; set preset.steps,"
             " which is for both"
         )
-    if steps and every and every > steps and _at(tree, "trainer.limit_val_batches") != 0:
+    looked_at = HydraConfig.initialized() and HydraConfig.get().runtime.choices.get(
+        "debug"
+    )  # a look, whose best is none
+    if steps and every and every > steps and _at(tree, "trainer.limit_val_batches") != 0 and not looked_at:
         problems.append(
             f"preset.validate_every={every} is beyond preset.steps={steps}, so there would be no validation and no best"
             f" checkpoint: {steps} or less"
