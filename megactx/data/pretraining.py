@@ -20,7 +20,7 @@ SHORTEST = 128  # tokens of a window: room for a passage of 32 twice, something 
 
 @dataclass(frozen=True)
 class Phase:
-    """``steps`` batches of ``batch`` windows of ``tokens`` tokens."""
+    """``steps`` steps with batches of ``batch`` windows of ``tokens`` tokens."""
 
     steps: int
     tokens: int
@@ -33,6 +33,7 @@ class PretrainingBatches:
     Args:
         rows: tokenised texts, as ``documents.tokenised`` returns them.
         phases: lengths over time; the last one goes on for ever.
+        each: batches that make one step; a phase's steps are steps, however many batches one takes.
         weights: domain -> share of windows.
         repeat: share of windows in which a passage of 32..tokens/3 tokens comes back.
         skip: share of windows with position skips.
@@ -42,14 +43,14 @@ class PretrainingBatches:
     passage that came back).
     """
 
-    def __init__(self, rows, tokenizer, phases, weights, repeat, skip, max_position, seed, split=TRAIN):
+    def __init__(self, rows, tokenizer, phases, weights, repeat, skip, max_position, seed, split=TRAIN, each=1):
         self.phases = [Phase(**phase) for phase in phases]
         for phase in self.phases:
             if phase.tokens < SHORTEST:
                 raise ValueError(
                     f"datamodule.phases: windows of {phase.tokens} tokens are too short, allowed are {SHORTEST} or more"
                 )
-        self.repeat, self.skip, self.max_position, self.seed = repeat, skip, max_position, seed
+        self.repeat, self.skip, self.max_position, self.seed, self.each = repeat, skip, max_position, seed, each
         self.bos = bos_id(tokenizer)
         self.texts = views(rows)
         lengths = np.asarray([len(ids) for ids in self.texts])
@@ -78,15 +79,15 @@ class PretrainingBatches:
 
     def __getitem__(self, index: int) -> dict:
         rng = np.random.default_rng([self.seed, index])
-        phase = self._phase(index)
+        phase = self._phase(index // self.each)
         windows = [self._window(rng, phase.tokens) for _ in range(phase.batch)]
         return {name: np.stack([window[name] for window in windows]) for name in windows[0]}
 
-    def _phase(self, index: int) -> Phase:
+    def _phase(self, step: int) -> Phase:
         for phase in self.phases[:-1]:
-            if index < phase.steps:
+            if step < phase.steps:
                 return phase
-            index -= phase.steps
+            step -= phase.steps
         return self.phases[-1]
 
     def _window(self, rng, tokens: int) -> dict:

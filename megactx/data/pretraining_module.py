@@ -31,21 +31,27 @@ class PretrainingData(Shares):
     def setup(self, stage=None):
         if not hasattr(self, "training"):
             self.rows = rows = tokenised(self.source, self.tokenizer)
-            self.training = PretrainingBatches(rows, self.tokenizer, **self.settings, repeat=self.repeat)
-            fixed = self.settings | dict(phases=self.settings["phases"][:1], skip=0.0)
+            settings = self.settings | dict(repeat=self.repeat, each=self.each)
+            self.training = PretrainingBatches(rows, self.tokenizer, **settings)
+            fixed = self.settings | dict(phases=self.settings["phases"][-1:], skip=0.0)
             self.validation = PretrainingBatches(rows, self.tokenizer, **fixed, repeat=1.0, split=VALIDATION)
 
     @property
     def phases(self) -> list[dict]:
         return self.settings["phases"]
 
+    @property
+    def each(self) -> int:
+        """Batches of a step: accumulated ones, of all processes."""
+        return self.trainer.accumulate_grad_batches * self.trainer.world_size if self.trainer else 1
+
     def tokens(self, steps: int) -> int:
-        """Tokens served in the first ``steps`` batches."""
+        """Tokens served in the first ``steps`` steps."""
         total = 0
         for phase in self.phases[:-1]:
             total += min(steps, phase["steps"]) * phase["tokens"] * phase["batch"]
             steps -= min(steps, phase["steps"])
-        return total + steps * self.phases[-1]["tokens"] * self.phases[-1]["batch"]
+        return (total + steps * self.phases[-1]["tokens"] * self.phases[-1]["batch"]) * self.each
 
     def train_dataloader(self):
         return DataLoader(self.training, batch_size=None, sampler=self.indices(), num_workers=self.workers)

@@ -108,4 +108,4 @@ def _gists(base: BaseLM, net: GistNet, batch: dict) -> tuple[Tensor, Tensor, lis
 
 
 def _table(base: BaseLM) -> Tensor:
-    return base.model.get_input_embeddings().weight.detach().float()
+    return base.embeddings()

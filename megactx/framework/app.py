@@ -6,6 +6,7 @@ torch and lightning are imported inside the functions, so that ``--cfg job``, ``
 import contextlib
 import io
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def run(argv: list[str] | None = None) -> int:
     if {"-h", "--help"} & {*arguments}:
         _tell(help_text())
         return DONE
+    arguments = _flags_first(arguments)
     sys.argv = [before[0] if argv is None else "train.py", *arguments]
     overrides = [a for a in arguments if not a.startswith("-")]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here instead of being printed and exited
@@ -61,6 +63,12 @@ def run(argv: list[str] | None = None) -> int:
     return _code
 
 
+def _flags_first(arguments: list[str]) -> list[str]:
+    """``-m`` between two overrides means the same as in front of them; Hydra's parser would refuse what follows it."""
+    flags = [a for a in arguments if a in ("-m", "--multirun")]
+    return [*flags[:1], *(a for a in arguments if a not in flags)]
+
+
 def _tell(text: str) -> None:
     try:
         print(text, flush=True)
@@ -83,9 +91,26 @@ def main(cfg: DictConfig) -> float | None:
         if not (folder / "done").exists():
             sweep.note(folder, "running")
             return _run_job(cfg, here, folder, multirun=True)
-        value = sweep.value_before(folder)
-        sweep.note(folder, "done before", DONE, value=value)
-        return value
+        return _done_before(cfg, folder)
+
+
+def _done_before(cfg: DictConfig, folder: Path) -> float | None:
+    """A job of a sweep that has its result already; that of other settings, say of an experiment file that was edited
+    since, is refused."""
+    from .curriculum import changed
+
+    try:
+        changes = changed(cfg, list(HydraConfig.get().overrides.task), folder)
+    except Exception as error:  # a stage that does not compose any more, a record that cannot be read
+        changes = [verdict(error)[1]]
+    if changes:
+        message = f"{folder} was done with other settings: {'; '.join(changes)}. Remove it to run the job again"
+        _say(message)
+        sweep.note(folder, "refused", MISTAKE, message)
+        return None
+    value = sweep.value_before(folder)
+    sweep.note(folder, "done before", DONE, value=value)
+    return value
 
 
 def _run_job(cfg: DictConfig, here, folder: Path, multirun: bool) -> float | None:
@@ -125,8 +150,8 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
     from .curriculum import find_curriculum, run_in_turn, stages_of
     from .device import choose
     from .pace import settle
-    from .resume import begun_with, find, last_of, plain
-    from .runfolder import close_folder, logs, open_folder, quiet_bars, show
+    from .resume import begun_with, find, last_of, plain, refuse_used
+    from .runfolder import close_folder, held, logs, open_folder, quiet_bars, show
     from .validate import refuse_idle, validate
 
     quiet_bars()
@@ -159,22 +184,24 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
     with _early_logs():
         checkpoint, target = processes.agreed(decide)
     if not cfg.curriculum and (checkpoint is None or checkpoint.parent != target / "checkpoints"):
-        _refuse_used(target)
+        refuse_used(cfg, target)
     stages = stages_of(cfg, here, target, device)
     if not stages:
         settle(cfg, list(here.overrides.task), known, begun_with(checkpoint), device, shared)
     cfg.folder = short(target)
     config = plain(cfg)
-    open_folder(target, config, list(here.overrides.task), device.why)
-    kept.append(target)
     value = None
-    with logs(target):
+    # A job of a sweep holds its folder already.
+    with contextlib.nullcontext() if here.mode == RunMode.MULTIRUN else held(target), contextlib.ExitStack() as stack:
+        open_folder(target, config, list(here.overrides.task), device.why)
+        kept.append(target)
+        stack.enter_context(logs(target))
         if stages:
             run_in_turn(stages, list(here.overrides.task), known, target, device, kept, shared)
         else:
             show(config, device.why, cfg.folder)
             value = build_and_run(cfg, config, target, device, checkpoint)
-    close_folder(target)
+        close_folder(target)
     print(f"Everything is in {cfg.folder}")
     return value
 
@@ -199,13 +226,7 @@ def _how_to_go_on(what: str, kept: list[Path], overrides: list[str]) -> str:
     if not kept or not any(kept[0].rglob("last.ckpt")):
         return f"{what}; no checkpoint was saved yet"
     again = [override for override in hide_in_command(overrides) if not override.startswith("resume=")]
-    return f"{what}. Go on with: python train.py {' '.join([*again, 'resume=auto'])}"
-
-
-def _refuse_used(folder: Path) -> None:
-    """A fresh start must not write over another run's checkpoints."""
-    if any((folder / "checkpoints").glob("*.ckpt")):
-        raise ValueError(f"folder={folder}: it holds the checkpoints of a run; use resume=auto, or another folder")
+    return f"{what}. Go on with: {shlex.join(['python', 'train.py', *again, 'resume=auto'])}"
 
 
 def _shows_config(arguments: list[str]) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from .errors import RunFailed
@@ -113,18 +113,38 @@ class Record(Callback):
     """
 
     def __init__(self, config: dict, source: str | None = None):
-        self.config, self.source, self.ended = config, source, False
+        self.config, self.source, self.ended, self.running = config, source, False, {}
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint: dict) -> None:
         checkpoint["config"], checkpoint["ended"] = self.config, trainer.should_stop
         checkpoint["source"] = self.source
 
     def on_load_checkpoint(self, trainer, pl_module, checkpoint: dict) -> None:
+        # Lightning counts one more when it goes on, for its own checkpoints are written before it counts; that of the
+        # end of a run was written after it.
+        loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.state_dict", {})
+        if loop.get("_batches_that_stepped") == checkpoint["global_step"]:
+            loop["_batches_that_stepped"] -= 1
         mine = Path(self.config["folder"]).absolute() / "checkpoints"
         self.ended = checkpoint.get("ended", False) and Path(trainer.ckpt_path).absolute().parent == mine
 
     def on_train_start(self, trainer, pl_module) -> None:
         trainer.should_stop = trainer.should_stop or self.ended
+
+    def on_train_end(self, trainer, pl_module) -> None:  # before that of a callback that puts the average in its place
+        if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+            self.running = {name: p.detach().clone() for name, p in pl_module.named_parameters() if p.requires_grad}
+
+    @contextlib.contextmanager
+    def going_on(self, pl_module):
+        """Inside, the module has the weights that training would go on with, not the average of them."""
+        own = {name: p for name, p in pl_module.named_parameters() if name in self.running}
+        average = {name: p.detach().clone() for name, p in own.items()}
+        for values in (self.running, average):
+            for name, p in own.items():
+                p.data.copy_(values[name])
+            if values is self.running:
+                yield
 
 
 class RandomState(Callback):

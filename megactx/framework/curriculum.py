@@ -57,8 +57,15 @@ def stages_of(cfg: DictConfig, here, folder: Path, device) -> dict[str, DictConf
         )
     overrides, known = list(here.overrides.task), reference(here.runtime.choices)
     stages = {name: stage_config(name, overrides, folder) for name in cfg.curriculum}
-    for stage in stages.values():
+    for name, stage in stages.items():
         validate(stage, known)
+        kind = locate(stage.stage["_target_"])
+        if not (hasattr(kind, "start_from") and hasattr(kind, "conclude")):
+            raise ValueError(
+                f"curriculum: {name} is of a stage that cannot run in one; gist stages can, such as gist_stage1"
+            )
+    if len(stages) < len(cfg.curriculum):
+        raise ValueError(f"curriculum={list(cfg.curriculum)}: each experiment runs once, in a folder of its name")
     return stages
 
 
@@ -109,9 +116,23 @@ def run_in_turn(
             build_and_run(stage, config, own, device, checkpoint)
             finish_loggers(DONE)
             close_folder(own)
+        elif changes := differing(stage, own):  # its experiment was edited since
+            raise ValueError(f"{own} was done with other settings: {'; '.join(changes)}. Remove it to run it again")
         before = own
     if not processes.rank():
         locate(stage.stage["_target_"]).conclude(folder, list(stages))
+
+
+def changed(cfg: DictConfig, overrides: list[str], folder: Path) -> list[str]:
+    """``key: then -> now`` of each setting in which a run that is done differs from ``cfg``; of a curriculum, in any
+    of its stages."""
+    changes = differing(cfg, folder, finished=True)
+    for name in cfg.curriculum:
+        stage, own = stage_config(name, overrides, folder), folder / name
+        if (own / "config.yaml").exists():
+            stage.stage.init = OmegaConf.load(own / "config.yaml").stage.init  # it follows from the stage before
+            changes += [f"{name}: {line}" for line in differing(stage, own, finished=True)]
+    return changes
 
 
 def find_curriculum(cfg: DictConfig, folder: Path, fixed: bool) -> Path:

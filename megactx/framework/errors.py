@@ -81,10 +81,22 @@ def composition_message(error: Exception, overrides: list[str]) -> str:
         return f"{group}={option}: no such option.{meant} There is {', '.join(options)}."
     if "hydra_plugins." in text and ("Unknown plugin" in text or "Could not instantiate plugin" in text):
         return f"a Hydra plugin is not installed: pip install 'megactx[sweep,optuna]' ({text.splitlines()[0]})"
+    if store := next((o for o in overrides if o.lstrip("+").startswith("hydra.sweeper.storage=")), ""):
+        if not store.endswith("=null"):
+            return (
+                f"{store}: a store of the sweeper cannot be used, it needs SQLAlchemy below 2; leave it out: a second"
+                f" start goes on by the folders of its jobs ({type(error).__name__})"
+            )
     if "group override must be a string" in text:
         wrong = next((o for o in overrides if _is_group(o) and not re.match(r"[A-Za-z_]", o.partition("=")[2])), "")
         options = _options(wrong.partition("=")[0])
         return f"{wrong}: an option's name starts with a letter. There is {', '.join(options)}."
+    if match := re.match(r"Ambiguous value for argument '(.*)'$", text.partition("\n")[0]):
+        key, _, value = match[1].partition("=")
+        return (
+            f"{match[1]}: a comma stands between the values of a sweep, which -m starts; for one value with a comma"
+            f""" quote it twice: '{key}="{value}"'; for a list write '{key}=[{value}]'"""
+        )
     if wrong := getattr(error, "override", None):
         return (
             f"{wrong}: it cannot be read ({text.splitlines()[0]}); quote it for the shell, and for Hydra where needed"

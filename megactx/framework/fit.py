@@ -26,7 +26,7 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
     import lightning
     from hydra.utils import instantiate
 
-    from .checkpoints import clear_parts
+    from .checkpoints import Record, clear_parts
 
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     stage = instantiate(cfg.stage, _convert_="all")
@@ -67,7 +67,8 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
         raise
     if trainer.checkpoint_callbacks and not trainer.fast_dev_run:
         # The last step need not be one at which a checkpoint is due; what is reported is what is saved.
-        trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
+        with next(callback for callback in trainer.callbacks if isinstance(callback, Record)).going_on(stage):
+            trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
     if processes.leave(trainer) and hasattr(stage, "finish") and not trainer.fast_dev_run:
         if getattr(stage, "reports_best", False):
             _take_best(stage, folder / "checkpoints" / "best.ckpt", trainer.global_step)

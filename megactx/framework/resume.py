@@ -7,6 +7,7 @@ read with ``weights_only``.
 
 import logging
 import pickle
+import re
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +20,12 @@ log = logging.getLogger(__name__)
 LENGTH = ("preset.steps", "preset.minutes", "trainer.max_steps", "trainer.max_time", "trainer.max_epochs")
 PACED = ("preset.warmup", "preset.validate_every", "preset.plateau_window")
 WATCHERS = ("progress", "summary", "learning_rate", "grad_norm", "speed", "device")  # callbacks that change nothing
+# Settings of a stage that no tensor depends on, by the ends of their names or by what they belong to.
+WEIGHTLESS = re.compile(
+    r"(dropout|dtype|lr|eps|theta|decay|warmup|steps|horizon|objective|weight|folder|init|position|context|num_heads"
+    r"|input_layer|_token_id|hidden_act|initializer_range)$"
+    r"|^stage\.(evaluate|targets|allocator|budgets|windows|history|contrastive|card|weights|ladder)\b"
+)
 FREE = ("resume", "logger", "name", "folder", *(f"callbacks.{name}" for name in WATCHERS))
 
 
@@ -88,6 +95,24 @@ def last_of(cfg: DictConfig, folder: Path) -> Path | None:
     return last
 
 
+def refuse_used(cfg: DictConfig, folder: Path) -> None:
+    """A fresh start must not write over anything of another run: checkpoints, a tokenizer, tables.
+
+    Raises:
+        ValueError: a run was finished in the folder, or begun with other settings.
+    """
+    if any((folder / "checkpoints").glob("*.ckpt")):
+        raise ValueError(f"folder={folder}: it holds the checkpoints of a run; use resume=auto, or another folder")
+    if (folder / "done").exists():
+        raise ValueError(f"folder={folder}: it holds a finished run; use another folder")
+    if (folder / "config.yaml").exists() and not (folder / "error.txt").exists():  # what failed was none, without one
+        if changes := differing(cfg, folder):
+            raise ValueError(
+                f"folder={folder}: it holds a run that was begun with other settings: {'; '.join(changes)}. Use another"
+                " folder, or remove it"
+            )
+
+
 def begun_with(checkpoint: Path | None) -> dict | None:
     """The config of the run that wrote a checkpoint; ``None`` where there is no checkpoint, or no config in it."""
     return None if checkpoint is None else read(checkpoint).get("config")
@@ -106,15 +131,21 @@ def best(run: Path) -> Path:
     raise ValueError(f"{run}: there is no checkpoint in it, neither best.ckpt nor last.ckpt")
 
 
-def differing(cfg: DictConfig, run: Path) -> list[str]:
-    """``key: then -> now`` of each setting in which ``cfg`` differs from the run in a folder, its length apart."""
+def differing(cfg: DictConfig, run: Path, finished: bool = False) -> list[str]:
+    """``key: then -> now`` of each setting in which ``cfg`` differs from the run in a folder.
+
+    Args:
+        finished: the run's results are asked for, not its checkpoint: then its length must be the same too.
+    """
     before = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
     trial = cfg.copy()
     OmegaConf.set_struct(trial, False)
     paced = before.get("preset", {}).get("minutes") is not None  # time has decided these there
-    for key in (*LENGTH, *FREE, *(PACED if paced else ())):  # taken over, so that whatever interpolates them agrees too
+    length = LENGTH if not finished else ("preset.steps", "trainer.max_steps") if paced else ("preset.minutes",)
+    for key in (*length, *FREE, *(PACED if paced else ())):  # taken over, so that whatever interpolates them agrees too
         value = OmegaConf.select(OmegaConf.create(before), key)
-        if value is not None and OmegaConf.select(trial, key) is not None:
+        given = value is not None or key == "preset.minutes"  # that a run counts steps is its length too
+        if given and OmegaConf.select(trial, key) is not None:
             OmegaConf.update(trial, key, value, merge=False)
     return differences(before, plain(trial))
 
@@ -135,8 +166,8 @@ def differences(before, now, key: str = "") -> list[str]:
     return [] if before == now else [f"{key}: {before} -> {now}"]
 
 
-def read(path: Path) -> dict:
-    """A checkpoint's content.
+def read(path: Path, setting: str = "resume") -> dict:
+    """A checkpoint's content; ``setting`` is what has named it, for messages.
 
     Raises:
         ValueError: it is no checkpoint of plain dicts and tensors. Nothing in it is executed.
@@ -147,15 +178,47 @@ def read(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"resume={path}: refused, it holds more than plain dicts and tensors; nothing was executed"
+            f"{setting}={path}: refused, it holds more than plain dicts and tensors; nothing was executed"
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
         raise ValueError(
-            f"resume={path}: it is no checkpoint, or a damaged one ({str(error).splitlines()[0]})"
+            f"{setting}={path}: it is no checkpoint, or a damaged one ({str(error).splitlines()[0]})"
         ) from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
-        raise ValueError(f"resume={path}: it is no checkpoint of a training run")
+        raise ValueError(f"{setting}={path}: it is no checkpoint of a training run")
     return checkpoint
+
+
+def read_best(path: Path, setting: str) -> dict:
+    """The content of a checkpoint, or of the best one of a run folder; ``setting`` is what has named it, for messages.
+
+    Raises:
+        ValueError: there is none, or it is no checkpoint.
+    """
+    if not path.exists():
+        raise ValueError(f"{setting}={path}: there is no such checkpoint or run folder")
+    try:
+        path = best(path) if path.is_dir() else path
+    except ValueError as error:
+        raise ValueError(f"{setting}={error}") from error
+    return read(path, setting)
+
+
+def other_base(checkpoint: dict, mine: dict) -> str:
+    """How the base LM that a checkpoint was trained with differs from this one, in words, its name and width first.
+
+    Empty where it does not, or where a checkpoint of earlier days does not say.
+
+    Args:
+        mine: ``name``, ``width`` and ``embeddings`` (their hash) of this one, as a stage keeps them in checkpoints.
+    """
+    there = checkpoint.get("base")
+    if there is None or (there["width"], there["embeddings"]) == (mine["width"], mine["embeddings"]):
+        return ""
+    return (
+        f"it was trained with another base LM: {there['name']} of width {there['width']}, this one is {mine['name']} of"
+        f" width {mine['width']}{', with other embeddings' if there['width'] == mine['width'] else ''}"
+    )
 
 
 def check_fits(stage, path: Path) -> dict:
@@ -168,6 +231,8 @@ def check_fits(stage, path: Path) -> dict:
     probe = {**checkpoint, "state_dict": dict(checkpoint["state_dict"])}
     try:
         stage.on_load_checkpoint(probe)  # a stage may leave frozen weights out of its checkpoints
+    except ValueError as error:  # it says what of it is not this stage's
+        raise ValueError(f"resume={path}: {error}") from error
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"resume={path}: it is a checkpoint of another stage ({error})") from error
     saved = {name: tuple(value.shape) for name, value in probe["state_dict"].items()}
@@ -178,7 +243,7 @@ def check_fits(stage, path: Path) -> dict:
             gone, new = (", ".join(sorted(names)) or "nothing" for names in (there - here, here - there))
             raise ValueError(f"resume={path}: it is a checkpoint of another stage: only there {gone}; only here {new}")
         odd = next(name for name in sorted({*saved, *mine}) if saved.get(name) != mine.get(name))
-        keys = differences(checkpoint["hyper_parameters"], dict(stage.hparams), "stage")
+        keys = with_weights(differences(checkpoint["hyper_parameters"], dict(stage.hparams), "stage"))
         raise ValueError(
             f"resume={path}: it has another architecture: {'; '.join(keys) or 'see the tensor'}"
             f" ({odd}: {saved.get(odd, 'absent')} there, {mine.get(odd, 'absent')} here)"
@@ -206,6 +271,12 @@ def check_source(checkpoint: dict, source: str | None, resume: str) -> str | Non
             " folder, or start afresh with resume=never and another folder"
         )
     return f"the texts of data.source: fingerprint {then} -> {source}"
+
+
+def with_weights(changes: list[str]) -> list[str]:
+    """Those of ``differences`` that may be why tensors have other shapes, the base's first."""
+    found = [line for line in changes if not WEIGHTLESS.search(line.partition(":")[0])]
+    return sorted(found, key=lambda line: (not line.startswith("stage.base."), "width" not in line.partition(":")[0]))
 
 
 def check_accumulation(checkpoint: dict, config: dict) -> None:

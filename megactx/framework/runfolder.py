@@ -6,6 +6,7 @@ and speaks; another one leaves no more than the traceback of a failure of its ow
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import platform
@@ -84,6 +85,7 @@ def open_folder(folder: Path, config: dict, overrides: list[str], why: str) -> N
     write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
     record = {
         "command": ["python", "train.py", *hide_in_command(overrides)],
+        "choices": _choices(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "device": why,
         "git": git_commit(),
@@ -93,6 +95,42 @@ def open_folder(folder: Path, config: dict, overrides: list[str], why: str) -> N
     write(folder / "run.yaml", OmegaConf.to_yaml(OmegaConf.create(record)))
     for stale in ("error.txt", "done"):
         (folder / stale).unlink(missing_ok=True)
+
+
+def _choices() -> dict[str, str]:
+    """Group -> option of the run that Hydra runs now."""
+    from hydra.core.hydra_config import HydraConfig
+
+    found = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    return {group: option for group, option in found.items() if option is not None and "hydra/" not in group}
+
+
+@contextlib.contextmanager
+def held(folder: Path):
+    """Holds a run folder: a second ``resume=auto`` would go on in it at the same time.
+
+    Raises:
+        ValueError: another process trains in it.
+    """
+    if rank():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"folder={folder}: another process{f' ({who})' if (who := file.read().strip()) else ''} trains in it;"
+                " wait for it to end, or start another run with resume=never and another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(f"{os.getpid()}")
+        file.flush()
+        yield
 
 
 def close_folder(folder: Path) -> None:

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import re
 import warnings
 from pathlib import Path
 
@@ -79,11 +80,22 @@ def _run_name() -> str:
     return str(choices.get("experiment") or choices.get("stage") or "run").replace("/", "_")
 
 
-def _folder_name(overrides: str) -> str:
-    """The overrides of a sweep's job as one folder name of bounded length."""
-    name = overrides.replace("/", "_").replace(" ", "") or "defaults"
-    if len(name) > 120:
-        name = f"{name[:100]}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+def _folder_name(overrides: str, task=(), excluded=()) -> str:
+    """The overrides of a sweep's job as one folder name of bounded length, another one for each job.
+
+    Args:
+        overrides: as Hydra writes them in a row: what separates them, and a key from its value, may be in a value too.
+        task: the overrides themselves.
+        excluded: keys that do not count, such as ``resume``.
+    """
+    given = [one for one in task if one.lstrip("+~").partition("=")[0] not in excluded]
+    name = re.sub(r"[/\s\x00]", lambda match: "_" * (match[0] == "/"), overrides) or "defaults"
+    values = [override.partition("=")[2] for override in given]
+    unlike = name != (overrides or name) or any("=" in value or "__" in value for value in values)
+    if unlike or len(name.encode()) > 120:
+        full = "\0".join(sorted(given)) if unlike else name
+        short = name.encode()[:100].decode(errors="ignore")
+        name = f"{short}_{hashlib.sha256(full.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
     return name
 
 

@@ -32,9 +32,10 @@ class Throughput(Callback):
     """``speed/tokens_per_second``, ``spans_per_second``, ``documents_per_second``, ``step_seconds`` and ``mfu``.
 
     Means over the steps since the last row of the log, validation left out, all processes together; MFU is per card.
-    Tokens are those of the documents, without padding, or what a stage has counted itself (``stage.tokens``). What is
-    on the device is added up there and read once per row. MFU is shown on a card whose peak is known (``PEAK``), in
-    16-bit precision, by the formula of ``Work``.
+    Tokens are those of the documents, without padding, and once more those of the windows that history mode reads, or
+    what a stage has counted itself (``stage.tokens``); a window counts as a span. What is on the device is added up
+    there and read once per row. MFU is shown on a card whose peak is known (``PEAK``), in 16-bit precision, by the
+    formula of ``Work``.
     """
 
     def setup(self, trainer, pl_module, stage: str) -> None:  # before a strategy wraps or shards the base
@@ -55,8 +56,10 @@ class Throughput(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if isinstance(batch, dict) and "ids" in batch:
             self.documents += len(batch["ids"])
-            self.spans += sum(batch[name].numel() for name in ("starts", "starts2") if name in batch)
+            self.spans += sum(batch[name].numel() for name in ("starts", "starts2", "segments") if name in batch)
             self.tokens = self.tokens + (batch["lengths"].sum() if "lengths" in batch else batch["ids"].numel())
+            if "segments" in batch:  # read once more, behind what is compressed of the rest
+                self.tokens = self.tokens + batch["segments"].numel() * _window(pl_module)
             if self.work:
                 self.flops = self.flops + self.work(batch)
         if trainer.global_step == self.step:  # gradients are being accumulated
@@ -83,6 +86,12 @@ class Throughput(Callback):
 
     def on_validation_end(self, trainer, pl_module) -> None:
         self.begin += time.monotonic() - self.paused
+
+
+def _window(stage) -> int:
+    """Raw tokens of a segment of history mode and of what is before it, R + S."""
+    history = dict(getattr(stage, "hparams", {})).get("history") or {}
+    return history.get("segment", 0) + history.get("recency", 0)
 
 
 def _counted(stage) -> float:
@@ -116,6 +125,11 @@ class Work:
                                                          neighbours are left out); K + 1 times that for a span of
                                                          K^2 tokens, one gist of K gists
 
+        history    2 (2 P + 4 L A c) + 2 V D (1 + 2 C)   per row and the columns c that it sees: K + M of the stream of
+                                                         M carriers, R + S - 1 of a segment, which S scored ones end;
+                                                         3 FLOPs of a block for each of the M
+        recall     the same                              per row of a window [sink, gists, block, gists, raw, copy]
+
     A stage that trains its base and has no nets: 6 (P + V D) T + 6 L A T^2 per window.
     """
 
@@ -126,6 +140,11 @@ class Work:
     horizon: int = 0  # H
     nets: int = 0  # of all nets for one block, forward
     block: int = 0  # K
+    segment: int = 0  # S, of history mode; 0: it is off
+    recency: int = 0  # R
+    alone: bool = False  # history mode has all of the loss: no single block is replaced
+    read: bool = False  # history mode has a share of it
+    recall: bool = False  # blocks come back
 
     @classmethod
     def of(cls, stage) -> "Work | None":
@@ -144,7 +163,12 @@ class Work:
         with torch.random.fork_rng():  # a net's dropout draws numbers
             nets = sum(net.flops_per_block(stage.base) for net in stage.nets.values())
         block = next(iter(stage.nets.values())).block_size
-        return cls(body, head, attention, len(stage.nets), stage.hparams["horizon"], nets, block)
+        asked = dict(stage.hparams)
+        history = asked.get("history") or {}
+        weight, recall = history.get("weight", 0), bool(history.get("recall"))
+        sizes = (history["segment"], history["recency"]) if weight or recall else (0, 0)
+        about = (len(stage.nets), asked["horizon"], nets, block, *sizes, weight == 1, weight > 0, recall)
+        return cls(body, head, attention, *about)
 
     @torch.no_grad()
     def __call__(self, batch: dict) -> Tensor | float:
@@ -155,11 +179,33 @@ class Work:
         lengths = batch["lengths"].double()
         work = 2 * self.body * lengths.sum() + 2 * self.attention * lengths.square().sum()  # the teacher
         for name, encoded in (("starts", 1), ("starts2", self.block + 1)):  # blocks that a net encodes for each
-            if name not in batch:
+            if name not in batch or name == "starts" and self.alone:
                 continue
             starts = batch[name].double()
             rows = starts.numel() * self.horizon
             seen = self.horizon * (starts + (self.horizon + 1) / 2).sum()  # columns, over the rows of one net
             work = work + 2 * self.carriers * (2 * self.body * rows + 4 * self.attention * seen)
             work = work + 2 * self.head * (1 + 2 * self.carriers) * rows + 3 * self.nets * encoded * starts.numel()
+        return work + self._history(batch["segments"].double()) if self.segment and "segments" in batch else work
+
+    def _history(self, starts: Tensor) -> Tensor:
+        """Of segments at starts [B, N]."""
+        k, scored = self.block, 2 * self.head * (1 + 2 * self.carriers)
+        old = (starts - self.recency).div(k, rounding_mode="floor") - 1  # carriers that each segment sees
+        most = old.max()  # all documents have as many
+        work = 3 * self.nets * len(starts) * most
+
+        def passed(rows: Tensor, columns: Tensor) -> Tensor:  # rows, and the columns that all of them see together
+            return 2 * self.carriers * (2 * self.body * rows + 4 * self.attention * columns)
+
+        if self.read:
+            stream, rows = k + most, torch.full_like(starts, self.recency + self.segment - 1)
+            work = work + len(starts) * passed(stream, stream * (stream + 1) / 2)
+            work = work + passed(rows, rows * (k + old) + rows * (rows + 1) / 2).sum()
+            work = work + scored * self.segment * starts.numel()
+        if self.recall:
+            rows = 3 * k + self.recency + old - 2
+            work = work + passed(rows, rows * (rows + 1) / 2).sum() + scored * k * starts.numel()
+            again = 2 * self.body * (k - 1) * starts.numel()  # over the full context, forward
+            work = work + again + 4 * self.attention * (k - 1) * (starts + k / 2).sum()
         return work

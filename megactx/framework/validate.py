@@ -10,6 +10,7 @@ import inspect
 import math
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -91,7 +92,9 @@ def validate(cfg: DictConfig, reference: DictConfig) -> None:
         ValueError: one line per problem.
     """
     problems = []
-    raw = OmegaConf.to_container(cfg, resolve=False)
+    raw, known = (OmegaConf.to_container(config, resolve=False) for config in (cfg, reference))
+    if gone := [name for name in known if name not in raw and name not in MAPPINGS]:  # others refer to it
+        raise ValueError("\n".join(f"{name}: it is gone, and every run needs it; leave ~{name} out" for name in gone))
     for key in flatten(raw):
         if _at(raw, key) == "???":
             problems.append(f"{key}: it has no value yet; set {key}=...")
@@ -99,13 +102,13 @@ def validate(cfg: DictConfig, reference: DictConfig) -> None:
         tree = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError("\n".join(problems) or str(error).splitlines()[0]) from error
-    known = OmegaConf.to_container(reference, resolve=False)
     problems += [f"{name}: it is gone; {name}=none leaves it out" for name in MAPPINGS if name not in raw]
     _keys(raw, known, "", flatten(known), problems, reference)
     _targets(tree, raw, "", problems)
     for key, rule in RANGES.items():
         _value(tree, key, *rule, problems)
     _special(tree, problems)
+    _lengths(tree, problems)
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
 
@@ -140,6 +143,9 @@ def _keys(tree: dict, known, prefix: str, all_known: list[str], problems: list[s
                 problems.append(f"{key}: no such setting.{did_you_mean(key, all_known)}")
             continue
         old = known[name]
+        if isinstance(value, str) and not value.strip() and old != value:
+            problems.append(f"{key}={value}: it is empty; set it, or leave it out")
+            continue
         if isinstance(value, dict) and _refers(old) and OmegaConf.is_dict(found := OmegaConf.select(reference, key)):
             old = OmegaConf.to_container(found, resolve=False)
         if isinstance(value, dict) and isinstance(old, dict):
@@ -309,6 +315,44 @@ def _special(tree: dict, problems: list[str]) -> None:
     here = Path(path).expanduser() if isinstance(path, str) else None
     if here is not None and not here.exists() and not glob.glob(str(here), recursive=True):
         problems.append(f"stage.evaluate.path={path}: no such file or folder, and no file matches it as a glob")
+
+
+def _lengths(tree: dict, problems: list[str]) -> None:
+    """Numbers of steps that contradict each other: each would be taken, and the run would be another than it says."""
+
+    def number(key: str) -> int | None:
+        value = _at(tree, key)
+        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+    if not isinstance(tree.get("datamodule"), dict):  # it trains in no steps
+        return
+    schedule, most = number("stage.max_steps"), number("trainer.max_steps")
+    steps, every, warmup = schedule or number("preset.steps"), number("preset.validate_every"), number("stage.warmup")
+    if _at(tree, "trainer.max_steps") is MISSING:
+        problems.append("trainer.max_steps: it is gone, and the run would never end; leave ~trainer.max_steps out")
+    if schedule and most and schedule != most:
+        problems.append(
+            f"trainer.max_steps={most}: the learning rate's schedule runs over {schedule} steps; set preset.steps,"
+            " which is for both"
+        )
+    looked_at = HydraConfig.initialized() and HydraConfig.get().runtime.choices.get(
+        "debug"
+    )  # a look, whose best is none
+    if steps and every and every > steps and _at(tree, "trainer.limit_val_batches") != 0 and not looked_at:
+        problems.append(
+            f"preset.validate_every={every} is beyond preset.steps={steps}, so there would be no validation and no best"
+            f" checkpoint: {steps} or less"
+        )
+    parts = {"preset.steps": steps}
+    cycles, phases = number("stage.cycles"), _at(tree, "stage.steps")
+    if cycles and isinstance(phases, dict):  # each part warms up over its own steps
+        parts = {f"stage.cycles x stage.steps.{n}": cycles * v for n, v in phases.items() if isinstance(v, int) and v}
+    for name, length in parts.items():
+        if warmup and length and warmup > length:
+            problems.append(
+                f"preset.warmup={warmup} is beyond {name}={length}, so the learning rate would never reach its peak:"
+                f" {length} or less"
+            )
 
 
 def _at(tree: dict, key: str):

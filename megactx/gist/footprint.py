@@ -10,6 +10,8 @@ width W, of which G have keys and values of their own; two bytes per number in b
                                           mask itself
     rows       L B N C H (12 D + 6 F)     bytes of the other states that backward reads: fp32 inputs of two norms, query
                                           and output of attention, three states of the MLP
+    history    the same of history mode and recall, where they are on: of a net and a document, N segments of R + S - 1
+               rows and one stream of T / K carriers, or N cases of a window each
     nets       16 per parameter           fp32 weights, gradients, two moments of AdamW
     head       5 chunks of fp32 logits
 
@@ -27,9 +29,16 @@ from .scoring import CHUNK_ELEMENTS
 
 
 def footprint(
-    base: BaseLM, nets: Iterable[nn.Module], batch: int, tokens: int, spans: int, horizon: int, device: str = "cuda"
+    base: BaseLM,
+    nets: Iterable[nn.Module],
+    batch: int,
+    tokens: int,
+    spans: int,
+    horizon: int,
+    device: str = "cuda",
+    history: dict | None = None,
 ) -> dict[str, float]:
-    """Bytes of one training step by part, about: base, cache, attention, rows, nets, head.
+    """Bytes of one training step by part, about: base, cache, attention, rows, nets, head, and history where it is on.
 
     Args:
         base: the base LM in the dtype that it runs in; the meta device will do.
@@ -37,6 +46,7 @@ def footprint(
         batch, tokens, spans: documents, tokens of the longest, blocks per document.
         horizon: H.
         device: ``cuda`` or ``cpu``; the packed pass groups its rows differently.
+        history: ``weight``, ``recall``, ``segments``, ``segment`` and ``recency`` of history mode; ``None``: it is off.
     """
     config, nets = base.config.get_text_config(), list(nets)
     size = base.model.dtype.itemsize
@@ -48,7 +58,7 @@ def footprint(
     groups = -(-spans * len(nets) // max(1, ROWS_PER_GROUP.get(device, 256) // horizon))
     chunk = min(batch * rows // len(nets) * base.vocab_size, CHUNK_ELEMENTS.get(device, 2**21))
     per_row = 2 * 4 * base.width + size * (2 * heads * width + 3 * inner)
-    return {
+    parts = {
         "base": sum(p.numel() * p.element_size() for p in base.parameters()),
         "cache": 2 * layers * shared * width * batch * tokens * size,
         "attention": 2 * layers * heads * width * batch * (groups * tokens + rows) * size
@@ -57,6 +67,22 @@ def footprint(
         "nets": 16 * sum(p.numel() for net in nets for p in net.parameters()),
         "head": 5 * 4 * chunk,
     }
+    if history is None:
+        return parts
+    block = next(net.block_size for net in nets)
+    n, segment, recency = (history[name] for name in ("segments", "segment", "recency"))
+    old = max(1, (tokens - segment - recency) // block)  # carriers of a document, at most
+    wide, kept = 2 * layers * heads * width * size, 0  # of a column that attention reads, all layers
+    if history["weight"]:
+        long = recency + segment - 1
+        groups = -(-n // max(1, ROWS_PER_GROUP.get(device, 256) // long))
+        columns = block + old  # of the stream
+        kept += wide * (columns + groups * columns + n * long) + size * n * long * (columns + long * n // groups)
+        kept += layers * per_row * (columns + n * long) + 2 * layers * shared * width * columns * size
+    if history.get("recall"):
+        window = 3 * block + recency + old - 2
+        kept += n * window * (wide + layers * per_row)
+    return parts | {"history": batch * len(nets) * kept}
 
 
 def in_words(parts: dict[str, float]) -> str:

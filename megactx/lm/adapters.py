@@ -16,8 +16,10 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .base import BaseLM
+from .layers import attention_of, layers_of
 
 LAYERS = ("first_two", "last_two", "all")
 RANKS = (4, 16)  # from, to
@@ -47,6 +49,7 @@ def adapt(base: BaseLM, rank: int, layers: str = "last_two", embeddings: bool = 
     settings = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=targets, init_lora_weights=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")  # ``merged`` unties them
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False.*")  # peft finds out by itself, and says so
         inject_adapter_in_model(settings, base.model)
     found = adapters_of(base)
     for parameter in found.values():
@@ -101,9 +104,10 @@ def _untie(model: nn.Module, embeddings: nn.Embedding) -> None:
 
 
 def _projections(base: BaseLM, which: str) -> list[str]:
-    layers = list(base.model.get_decoder().layers)
+    layers = list(layers_of(base.model.get_decoder()))
     chosen = {"first_two": layers[:2], "last_two": layers[-2:], "all": layers}[which]
-    inside = {id(module) for layer in chosen for module in layer.self_attn.modules() if isinstance(module, nn.Linear)}
+    kinds = (nn.Linear, Conv1D)  # GPT-2's is a linear layer with its matrix the other way round
+    inside = {id(m) for layer in chosen for m in attention_of(layer).modules() if isinstance(m, kinds)}
     return [name for name, module in base.model.named_modules() if id(module) in inside]
 
 

@@ -32,8 +32,9 @@ class BaseLM(nn.Module):
         tokenizer: its tokenizer, or ``None``.
 
     Raises:
-        ValueError: the tokenizer has more ids than the model has rows; or the model keeps sliding-window caches, takes
-            no ``inputs_embeds``, or its logits are not those of its own head on its own hidden states.
+        ValueError: the tokenizer has more ids than the model has rows; or the model keeps sliding-window caches, turns
+            the same position otherwise in longer passes, takes no ``inputs_embeds``, does not attend through
+            transformers' attention interface, or its logits are not those of its own head on its own hidden states.
     """
 
     def __init__(self, model: nn.Module, tokenizer=None):
@@ -307,9 +308,14 @@ class BaseLM(nn.Module):
         return super().train(mode and not getattr(self, "_frozen", False))
 
     @torch.no_grad()
+    def embeddings(self) -> Tensor:
+        """What the model reads for each id, [V, D] in fp32: not the table, where its embedding layer scales it."""
+        return self.embed(torch.arange(self.vocab_size, device=self.model.device)).float()
+
+    @torch.no_grad()
     def embedding_rms(self) -> float:
-        """Root mean square of the embedding table: the scale that a gist must have."""
-        return self.model.get_input_embeddings().weight.float().pow(2).mean().sqrt().item()
+        """Root mean square of token embeddings as the model reads them: the scale that a gist must have."""
+        return self.embeddings().pow(2).mean().sqrt().item()
 
     @torch.no_grad()
     def _refuse_unsupported(self) -> None:
@@ -317,6 +323,15 @@ class BaseLM(nn.Module):
         kinds = getattr(self.config, "layer_types", None)
         if "sliding_attention" in kinds if kinds else getattr(self.config, "sliding_window", None):
             raise ValueError(f"base: {name} uses sliding-window attention, whose cut cache the packed pass cannot read")
+        for module in self.model.get_decoder().modules():
+            ropes = getattr(module, "rope_type", None)
+            for rope in ropes.values() if isinstance(ropes, dict) else [ropes]:
+                # The longest row of a pass decides how all of them are turned, those of a cache before it were not.
+                if rope == "longrope" or "dynamic" in str(rope):
+                    raise ValueError(
+                        f"base: {name} has rope_type={rope}, whose frequencies depend on the length of a pass: packed"
+                        " and plain passes would differ"
+                    )
         if self.model.device.type == "meta":
             return
         training = self.model.training
@@ -327,6 +342,10 @@ class BaseLM(nn.Module):
         except TypeError as error:
             raise ValueError(f"base: {name} does not take inputs_embeds ({error})") from error
         theirs = self.model(input_ids=ids, use_cache=False).logits
+        try:
+            packed = self.logits(self(self.embed(ids), torch.arange(ids.shape[1], device=ids.device)[None], CAUSAL))
+        except TypeError:  # it does not even take what its attention would be handed
+            self._require_interface(False)
         self.model.train(training)
-        if not torch.allclose(mine, theirs, rtol=1e-2, atol=1e-3):
+        if not all(torch.allclose(logits, theirs, rtol=1e-2, atol=1e-3) for logits in (mine, packed)):
             raise ValueError(f"base: {name} scales its embeddings or logits in a way that is not supported")

@@ -15,6 +15,47 @@ from transformers import AttentionInterface
 NAME = "megactx_keys"
 
 
+def layers_of(decoder: nn.Module) -> nn.ModuleList:
+    """The stack of layers, whatever a family calls it.
+
+    Raises:
+        ValueError: there is no list of as many modules as the config has layers.
+    """
+    count = decoder.config.num_hidden_layers
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return child
+    raise ValueError(f"base: {decoder.config.model_type} keeps its {count} layers in no list that could be found")
+
+
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The attention module of a layer, whatever a family calls it.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    found = [child for child in layer.children() if type(child).__name__.endswith("Attention")]
+    if len(found) != 1:
+        raise ValueError(f"base: {type(layer).__name__} has {len(found)} attention modules, one is needed")
+    return found[0]
+
+
+def refuse_without_keys(decoder: nn.Module, what: str) -> None:
+    """Keys and values can be made where a layer is a norm, then attention that gets its rotation from the decoder.
+
+    Args:
+        what: asks for them, for the message.
+
+    Raises:
+        ValueError: this family is built in another way.
+    """
+    if not (hasattr(decoder, "rotary_emb") and hasattr(layers_of(decoder)[0], "input_layernorm")):
+        raise ValueError(
+            f"{what}: it makes keys and values, which base {decoder.config.model_type} makes in a way that is not"
+            " supported; Llama, Qwen, SmolLM, NanoChat and GPT-NeoX are, and a GistNet takes any base"
+        )
+
+
 @contextmanager
 def recorded(decoder: nn.Module) -> Iterator[list[Tensor]]:
     """Record the states of every pass inside: the list gets L + 1 tensors [B, M, D].
@@ -26,8 +67,12 @@ def recorded(decoder: nn.Module) -> Iterator[list[Tensor]]:
     def last(module, args, output):
         states.append(output[0] if isinstance(output, tuple) else output)
 
-    hooks = [layer.register_forward_pre_hook(lambda module, args: states.append(args[0])) for layer in decoder.layers]
-    hooks.append(decoder.layers[-1].register_forward_hook(last))
+    def first(module, args, kwargs):
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    layers = layers_of(decoder)
+    hooks = [layer.register_forward_pre_hook(first, with_kwargs=True) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(last))
     try:
         yield states
     finally:
@@ -45,15 +90,20 @@ def keys_values(decoder: nn.Module, inputs: Sequence[Tensor], positions: Tensor)
 
     Returns:
         Per layer, each [B, G, M, W].
+
+    Raises:
+        ValueError: a family for which this is not supported.
     """
-    assert len(inputs) == len(decoder.layers), "one input per layer"
+    refuse_without_keys(decoder, "base")
+    layers = layers_of(decoder)
+    assert len(inputs) == len(layers), "one input per layer"
     rotation = decoder.rotary_emb(inputs[0], position_ids=positions)
     made: list[tuple[Tensor, Tensor]] = []
     usual = decoder.config._attn_implementation
     decoder.config._attn_implementation = NAME
     try:
-        for layer, x in zip(decoder.layers, inputs, strict=True):
-            layer.self_attn(
+        for layer, x in zip(layers, inputs, strict=True):
+            attention_of(layer)(
                 hidden_states=layer.input_layernorm(x), position_embeddings=rotation, attention_mask=None, made=made
             )
     finally:

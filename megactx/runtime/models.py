@@ -16,12 +16,13 @@ from megactx.assets import resolve
 from megactx.focus import LensNet
 from megactx.focus.pretrained import SETTINGS as LENSNET
 from megactx.focus.pretrained import load_lensnet
-from megactx.framework.resume import best, read
+from megactx.framework.resume import best, other_base, read
 from megactx.gist import GistNet
 from megactx.gist.compressors import build
 from megactx.gist.pretrained import SETTINGS as GISTNET
 from megactx.gist.pretrained import load_gistnet
 from megactx.lm import BaseLM
+from megactx.memory.encoding import identity_of_base
 
 EMBEDDED = {"base": "asset:tiny-base", "gistnet": "asset:tiny-gistnet", "lensnet": "asset:tiny-lensnet"}
 
@@ -92,6 +93,9 @@ def _of_run(folder: Path) -> Models:
     if "base" not in settings or "gistnet" not in settings:
         raise ValueError(f"model={folder}: it is a run of neither a gist nor a lens stage, and no model's folder")
     base = BaseLM.from_pretrained(settings["base"]["name"], "float32").freeze()
+    mine = {"name": settings["base"]["name"], "width": base.width, "embeddings": identity_of_base(base)}
+    if changed := other_base(checkpoint, mine):  # the folder holds another one by now
+        raise ValueError(f"model={folder}: {changed}")
     gistnet = build(base, _gistnet_settings(settings["gistnet"]), "gistnet")
     if "lensnet" not in settings:
         _fill(gistnet, weights, "nets.gistnet.", folder)

@@ -62,6 +62,7 @@ class AlternatingStage(JointStage):
             if windows[name] < least:
                 raise ValueError(f"stage.windows.{name}={windows[name]} is not allowed: at least {least}")
         self._windows_before: Path | None = None
+        self._begun = self._measured = None  # the phase that was told of, the cycle whose windows were counted
 
     @property
     def place(self) -> Place:
@@ -80,7 +81,8 @@ class AlternatingStage(JointStage):
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
         place = self.place
         self.learns(place.phase)
-        if place.position == 0:
+        if place.position == 0 and self._begun != place:  # not once more for each batch of its first step
+            self._begun = place
             log.info("Cycle %d of %d: %s learns", place.cycle + 1, self.schedule.cycles, WHO[place.phase])
         return getattr(self, f"{place.phase}_step")(batch[NEEDS[place.phase]], place, batch.get("index", 0))
 
@@ -146,7 +148,8 @@ class AlternatingStage(JointStage):
             if (before := folder_of(self._windows_before, place.cycle)).exists():
                 shutil.copytree(before, part := own.with_name(f"{own.name}.part"), dirs_exist_ok=True)
                 os.replace(part, own)
-        if not place.position:
+        if not place.position and self._measured != place.cycle:  # once, however many batches its first step has
+            self._measured = place.cycle
             keys = ([place.cycle, index] for index in range(count))
             self.count_tokens(sum(len(self.data.training_document(key)["ids"]) for key in keys))
         return ensure(self, self.data, folder, place.cycle, count)

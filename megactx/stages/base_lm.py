@@ -4,7 +4,9 @@ Muon for the matrices with AdamW for the rest, warm-up, flat, linear decay; leng
 The result is a Hugging Face folder with a model card of measured figures.
 """
 
+import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,11 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megactx.data.documents import VALIDATION, cut
+from megactx.data.tokenizer import bos_id
 from megactx.evaluation.context_use import context_use
 from megactx.evaluation.model_card import write_model_card
+from megactx.framework.next_command import next_command
 from megactx.framework.optimizers import MuonWithAdamW, fast_dtype, warmup_stable_decay
+from megactx.framework.resume import differences
 from megactx.lm import BaseLM
 from megactx.lm.masks import CAUSAL
+
+log = logging.getLogger(__name__)
 
 
 class BaseLMStage(lightning.LightningModule):
@@ -52,12 +59,14 @@ class BaseLMStage(lightning.LightningModule):
     ):
         super().__init__()
         self.save_hyperparameters()
-        self.base = BaseLM.from_config(config)
+        # Without a row for padding, which no window has: transformers would never train it, whatever token it is of.
+        self.base = BaseLM.from_config(config | dict.fromkeys(SPECIAL))
         if weights is not None:
             self._start_from(weights)
 
     def _start_from(self, weights: str) -> None:
-        given, wanted = BaseLM.from_pretrained(weights, "float32").model.state_dict(), self.base.model.state_dict()
+        there, mine = BaseLM.from_pretrained(weights, "float32").model, self.base.model
+        given, wanted = there.state_dict(), mine.state_dict()
         wrong = [name for name in {**given, **wanted} if name not in given or name not in wanted]
         wrong += [name for name in given if name in wanted and given[name].shape != wanted[name].shape]
         if wrong:
@@ -65,15 +74,28 @@ class BaseLMStage(lightning.LightningModule):
                 f"stage.weights={weights} are not of stage.config: {len(wrong)} tensors are missing, too many or of"
                 f" another shape, the first is {wrong[0]}"
             )
-        self.base.model.load_state_dict(given)
+        if changes := changed_function(there.config.to_dict(), mine.config.to_dict()):
+            raise ValueError(
+                f"stage.weights={weights} are not of stage.config, which makes another function of them:"
+                f" {'; '.join(changes)}. Set stage.config alike"
+            )
+        mine.load_state_dict(given)
+        # Two names of one tensor here that were two tensors there: the second has overwritten the first.
+        if lost := next((name for name, value in mine.state_dict().items() if not value.equal(given[name])), None):
+            raise ValueError(f"stage.weights={weights} are not of stage.config: {lost} is one tensor with another here")
 
     def prepare(self, datamodule) -> None:
-        """Refuse a tokenizer with ids beyond the embedding rows."""
+        """Take the tokenizer's special ids, and refuse one with ids beyond the embedding rows."""
         ids = len(datamodule.tokenizer)
         if ids > self.base.vocab_size:
             raise ValueError(
                 f"stage.config.vocab_size={self.base.vocab_size} is too small: the tokenizer of base.name has {ids} ids"
             )
+        for name, value in special_ids(datamodule.tokenizer).items():
+            if (asked := self.hparams.config.get(name)) not in (None, value):
+                log.warning("stage.config.%s=%s does not count: the tokenizer of base.name says %s", name, asked, value)
+            for config in (self.base.config, self.base.model.generation_config):
+                setattr(config, name, value)
 
     def loss_per_token(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids, positions [B, T] -> NLL [B, T - 1] in nats."""
@@ -88,7 +110,7 @@ class BaseLMStage(lightning.LightningModule):
             total, count = self._over_processes(nll.detach()[chosen].sum(), chosen.sum())
             if count:  # not every batch has a passage that comes back
                 self.log(name, total / count, prog_bar=True)
-        self.log("train/tokens", float((self.global_step + 1) * batch["ids"].numel() * self.trainer.world_size))
+        self.log("train/tokens", float(self.trainer.datamodule.tokens(self.global_step + 1)))
         return nll.mean()
 
     def _over_processes(self, *values: Tensor) -> Tensor:
@@ -141,7 +163,8 @@ class BaseLMStage(lightning.LightningModule):
         for distance, value in use["copy_gain"].get("overall", {}).items():
             print(f"A passage the second time, at distance {distance}: {value['mean']:+.2f} nat per token gained")
         print(f"Model and card: {final}")
-        print(f"Next: python train.py experiment=demo base.name={final}")
+        kept = {"keep": ("data", "trainer"), "options": ("preset",)}
+        print(f"Next: {next_command(folder, 'demo', {'base.name': final}, **kept)}")
 
     def _context_use(self, base: BaseLM, datamodule) -> dict:
         held_out, _ = cut(datamodule.rows, VALIDATION, datamodule.tokenizer, 1, min(CARD_TOKENS, base.max_positions))
@@ -152,7 +175,8 @@ class BaseLMStage(lightning.LightningModule):
 
     def _facts(self, datamodule, use: dict) -> dict:
         h = self.hparams
-        windows = ", ".join(f"{p['steps']} steps of {p['batch']} x {p['tokens']}" for p in datamodule.phases)
+        each = datamodule.each
+        windows = ", ".join(f"{p['steps']} steps of {p['batch'] * each} x {p['tokens']}" for p in datamodule.phases)
         return {
             **h.card,
             "weights": h.weights,
@@ -170,7 +194,41 @@ class BaseLMStage(lightning.LightningModule):
         }
 
 
+def special_ids(tokenizer) -> dict[str, int | None]:
+    """What a config says of a tokenizer. An id that texts have, such as that which opens them, is none of padding."""
+    in_texts = (bos_id(tokenizer), tokenizer.unk_token_id)
+    found = {name: getattr(tokenizer, name) for name in SPECIAL}
+    return found | {"pad_token_id": None if found["pad_token_id"] in in_texts else found["pad_token_id"]}
+
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 CARD_TOKENS = 4096  # the longest windows that the model card is measured on
+
+# Of a Hugging Face config: where it came from, special ids, what is drawn at random, and what a caller may ask for. All
+# else may change what the same weights compute, so a setting that nobody here knows counts.
+NO_FUNCTION = re.compile(
+    r"_name_or_path|architectures|transformers_version|(torch_)?dtype|use_cache|(bos|eos|pad|sep|cls|unk)_token_id"
+    r"|initializer_(range|factor)|.*(dropout|pdrop|_drop)(_prob|_rate)?|pretraining_tp|id2label|label2id|problem_type"
+    r"|return_dict|output_\w+|chunk_size_feed_forward|attn_implementation|experts_implementation|.*_loss_coef|auto_map|summary_\w+"
+    r"|use_return_dict|task_specific_params|gradient_checkpointing"
+)
+
+
+def changed_function(there: dict, here: dict) -> list[str]:
+    """``key: there -> here`` of the settings of two Hugging Face configs that make another function of one set of
+    weights, the kind of model first. Positions beyond those of training are a matter of the length only."""
+    kinds = {str(_rotary(config).get("rope_type", "default")) for config in (there, here)}
+    free = {"max_position_embeddings"} if kinds <= {"default", "linear", "llama3"} else set()
+
+    def told(config: dict) -> dict:
+        return {key: value for key, value in config.items() if key not in free and not NO_FUNCTION.fullmatch(key)}
+
+    changes = differences(told(there), told(here))
+    return sorted(changes, key=lambda change: not change.startswith("model_type"))
+
+
+def _rotary(config: dict) -> dict:
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
 def _balanced(documents: list[dict], count: int) -> list[dict]:

@@ -136,7 +136,7 @@ class EndToEndStage(JointStage):
         """
         if not true:
             return {}
-        table = self.base.model.get_input_embeddings().weight
+        table = self.base.embed(torch.arange(self.base.vocab_size, device=hidden.device))  # as they are read
         expected = F.softmax(self.base.logits(hidden).float(), dim=-1).to(table.dtype) @ table  # [N, H, D]
         return {
             term: (1 - F.cosine_similarity(self._gists(expected, term), gists, dim=-1)).mean(1)

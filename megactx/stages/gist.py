@@ -17,9 +17,10 @@ from megactx.evaluation.curriculum import write_curriculum
 from megactx.evaluation.summary import check_targets
 from megactx.evaluation.sums import loggable
 from megactx.evaluation.validation import ValidationMetrics
+from megactx.framework.next_command import next_command
 from megactx.framework.optimizers import warmup_cosine
 from megactx.gist import GistNet
-from megactx.gist.carrier import Compressor
+from megactx.gist.carrier import Compressor, Slots, Vectors
 from megactx.gist.footprint import footprint, in_words
 from megactx.gist.history import check_segments, old_blocks, with_carriers, with_everything
 from megactx.gist.losses import contrastive
@@ -31,8 +32,14 @@ from megactx.lm import BaseLM
 
 from .gist_nets import build_nets, optimizer_of, refuse_without_vectors, take_weights
 from .gist_report import report
+from .trained import leave_out_base, put_base_back, record_of, refuse_other_base
 
 log = logging.getLogger(__name__)
+
+
+def history_is_on(history: dict | None) -> bool:
+    """Whether segments behind compressed histories are read."""
+    return bool(history) and bool(history["weight"] or history.get("recall"))
 
 
 class GistStage(lightning.LightningModule):
@@ -102,6 +109,7 @@ class GistStage(lightning.LightningModule):
         check_targets(targets, horizon)
         self.without_pairs = 0  # batches in which the contrastive term had no pair
         self.base = BaseLM.from_pretrained(**base).freeze()
+        self.base_record = record_of(self.base, base["name"])
         self.nets = build_nets(self.base, compressor or {}, gistnet, controls)
         self.with_states = any(net.needs_hidden for net in self.nets.values())
         if not self.main.makes_vectors:
@@ -135,7 +143,7 @@ class GistStage(lightning.LightningModule):
         Raises:
             ValueError: there is none, or its compressor has another architecture.
         """
-        return take_weights(self.nets, Path(path).expanduser(), self.hparams.gistnet)
+        return take_weights(self.nets, Path(path).expanduser(), self.hparams.gistnet, self.base_record)
 
     def setup(self, stage: str) -> None:
         # A frozen base needs no fp32 master weights: under bf16 its casts would be repeated at every call.
@@ -148,7 +156,8 @@ class GistStage(lightning.LightningModule):
         log.info("MFLOP per block of %d tokens: %s", self.main.block_size, flops)
         data = self.trainer.datamodule
         shape = (data.batch, data.max_tokens, data.spans + data.level2_spans, self.hparams.horizon)
-        need = in_words(footprint(self.base, self.nets.values(), *shape, self.device.type))
+        history = self.hparams.history if history_is_on(self.hparams.history) else None
+        need = in_words(footprint(self.base, self.nets.values(), *shape, self.device.type, history))
         log.info("Memory of a step with %d documents of %d tokens: %s", data.batch, data.max_tokens, need)
 
     def substitution_loss(self, batch: dict, level: int = 1, teacher: Teacher | None = None):
@@ -163,18 +172,23 @@ class GistStage(lightning.LightningModule):
         nets, sizes = list(self.nets.values()), (batch["lengths"], asked.horizon, asked.objective)
         return substitution_loss(self.base, nets, teacher, starts, *sizes, level, asked.seam_weight)
 
-    def history_loss(self, batch: dict, teacher: Teacher):
-        """-> (loss per net [C], dNLL per net [C]) over segments behind compressed histories."""
+    def old_carriers(self, batch: dict, teacher: Teacher) -> list[Vectors | Slots]:
+        """Of each net: carriers of all blocks that a segment sees compressed. History and recall read the same ones."""
+        starts, asked = batch["segments"], self.hparams.history
+        check_segments(starts, batch["lengths"], self.main.block_size, asked["segment"], asked["recency"])
+        old = old_blocks(starts, self.main.block_size, asked["recency"])
+        return [net.compress(self.base, teacher, old) for net in self.nets.values()]
+
+    def history_loss(self, batch: dict, teacher: Teacher, carriers: list[Vectors | Slots] | None = None):
+        """-> (loss per net [C], dNLL per net [C]) over segments behind compressed histories.
+
+        Args:
+            carriers: those of ``old_carriers``, where they are there already.
+        """
         starts, asked = batch["segments"], self.hparams.history
         sizes = (self.main.block_size, asked["segment"], asked["recency"])
-        check_segments(starts, batch["lengths"], *sizes)
-        old = old_blocks(starts, self.main.block_size, asked["recency"])
-        hidden = torch.stack(
-            [
-                with_carriers(self.base, teacher, starts, net.compress(self.base, teacher, old), *sizes)
-                for net in self.nets.values()
-            ]
-        )
+        carriers = carriers or self.old_carriers(batch, teacher)
+        hidden = torch.stack([with_carriers(self.base, teacher, starts, own, *sizes) for own in carriers])
         loss, numbers = score(
             self.base,
             hidden.flatten(1, 3),
@@ -184,21 +198,15 @@ class GistStage(lightning.LightningModule):
         )
         return loss.mean(dim=1), (numbers["nll"] - numbers["full"]).mean(dim=1)
 
-    def recall_loss(self, batch: dict, teacher: Teacher):
+    def recall_loss(self, batch: dict, teacher: Teacher, carriers: list[Vectors | Slots] | None = None):
         """-> dNLL per net [C] of old blocks that come back, each in tokens among gists; with gradient.
 
         Not the KL from the full context, which has more text that could go on, and so copies less surely.
         """
         starts, told, asked = batch["segments"], batch["told"], self.hparams.history
         block, recency = self.main.block_size, asked["recency"]
-        check_segments(starts, batch["lengths"], block, asked["segment"], recency)
-        old = old_blocks(starts, block, recency)
-        hidden = torch.stack(
-            [
-                mixed(self.base, teacher, starts, told, old, net.compress(self.base, teacher, old), block, recency)
-                for net in self.nets.values()
-            ]
-        )
+        carriers, old = carriers or self.old_carriers(batch, teacher), old_blocks(starts, block, recency)
+        hidden = torch.stack([mixed(self.base, teacher, starts, told, old, own, block, recency) for own in carriers])
         again = blocks(batch["ids"], told, block).flatten()
         known = full(self.base, teacher, starts, told, block).flatten(0, 2)
         return score(self.base, hidden.flatten(1, 3), known, again, "delta_nll")[0].mean(dim=1)
@@ -211,20 +219,23 @@ class GistStage(lightning.LightningModule):
             losses, dnll, carriers = self.substitution_loss(batch, teacher=teacher)
             self._log_training(losses, dnll)
             total = (1 - weight) * losses.sum()
-            if share := self.hparams.contrastive["weight"]:
-                term = self._contrastive(batch, teacher, carriers[0].vectors)
-                self.log("train/contrastive", term.detach(), sync_dist=True)
-                # Of the first process, since the run began: steps in which no block had a right neighbour.
-                self.log("train/contrastive_without_pairs", float(self.without_pairs), rank_zero_only=True)
-                total = total + share * term
+        if share := self.hparams.contrastive["weight"]:  # whatever share history has
+            gists = (carriers[0] if weight < 1 else self.main.compress(self.base, teacher, batch["starts"])).vectors
+            term = self._contrastive(batch, teacher, gists)
+            self.log("train/contrastive", term.detach(), sync_dist=True)
+            # Of the first process, since the run began: steps in which no block had a right neighbour.
+            self.log("train/contrastive_without_pairs", float(self.without_pairs), rank_zero_only=True)
+            total = total + share * term
+        recall = (self.hparams.history or {}).get("recall", 0.0)
+        old = self.old_carriers(batch, teacher) if weight or recall else None
         if weight:
-            losses, dnll = self.history_loss(batch, teacher)
+            losses, dnll = self.history_loss(batch, teacher, old)
             self._log_training(losses, dnll, "history/")
             total = total + weight * losses.sum()
-        if share := (self.hparams.history or {}).get("recall", 0.0):
-            losses = self.recall_loss(batch, teacher)
+        if recall:
+            losses = self.recall_loss(batch, teacher, old)
             self._log_training(losses, losses.detach(), "recall/")
-            total = total + share * losses.sum()
+            total = total + recall * losses.sum()
         if share := self.hparams.level2_weight:
             losses, dnll, _ = self.substitution_loss(batch, 2, teacher)
             self._log_training(losses, dnll, "level2/")
@@ -291,13 +302,13 @@ class GistStage(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["without_pairs"] = self.without_pairs
-        # The frozen base is named in the hyperparameters; its weights do not belong into every checkpoint.
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("base.")}
+        leave_out_base(checkpoint)
+        checkpoint["base"] = self.base_record
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.without_pairs = checkpoint.get("without_pairs", 0)
-        own = {f"base.{k}": v for k, v in self.base.state_dict().items()}
-        checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
+        refuse_other_base(checkpoint, self.base_record)
+        put_base_back(checkpoint, self.base)
 
     def prepare(self, datamodule) -> None:
         """Tell the data how long a document the base takes, and see that it has what this stage is trained on.
@@ -328,10 +339,9 @@ class GistStage(lightning.LightningModule):
     def finish(self, folder: Path, datamodule) -> None:
         """Report on held-out documents and on ``evaluate.path``: tables, pictures, scores; then the next command."""
         report(self, folder, datamodule)
-        print(
-            f"Next: python train.py experiment=gist_stage2 preset=demo stage.init={folder} (go on from here), or"
-            " experiment=curriculum preset=demo (all stages), or python -m megactx.studies.ladder preset=quick (rivals)"
-        )
+        print(f"Next: {next_command(folder, 'gist_stage2', {'stage.init': folder})}  (go on from here)")
+        print(f"or:   {next_command(folder, 'curriculum', {})}  (all stages)")
+        print(f"or:   {next_command(folder, None, {}, program='python -m megactx.studies.ladder')}  (rivals)")
 
     @staticmethod
     def conclude(folder: Path, stages: list[str]) -> None:

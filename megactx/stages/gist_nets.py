@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from megactx.framework.optimizers import MuonWithAdamW
-from megactx.framework.resume import best, differences, read
+from megactx.framework.resume import differences, other_base, read_best, with_weights
 from megactx.gist.carrier import Compressor
 from megactx.gist.compressors import build
 from megactx.lm import BaseLM
@@ -61,11 +61,12 @@ def with_backbone(net: Compressor) -> bool:
     return getattr(net, "backbone", None) is not None
 
 
-def take_weights(nets: nn.ModuleDict, path: Path, gistnet: dict) -> str:
-    """Load what another run has of these nets, see ``GistStage.start_from``."""
-    if not path.exists():
-        raise ValueError(f"stage.init={path}: there is no such checkpoint or run folder")
-    checkpoint = read(best(path) if path.is_dir() else path)
+def take_weights(nets: nn.ModuleDict, path: Path, gistnet: dict, base: dict) -> str:
+    """Load what another run has of these nets, see ``GistStage.start_from``; ``base`` is ``record_of`` this base LM."""
+    checkpoint = read_best(path, "stage.init")
+    other = other_base(checkpoint, base)
+    changes = differences(checkpoint["hyper_parameters"].get("gistnet") or {}, gistnet, "gistnet")
+    changes = [line for line in changes if not line.startswith("gistnet.dropout:")]
     there = {k.removeprefix("nets."): v for k, v in checkpoint["state_dict"].items() if k.startswith("nets.")}
     taken, main = [], next(iter(nets))
     for name, net in nets.items():
@@ -75,10 +76,12 @@ def take_weights(nets: nn.ModuleDict, path: Path, gistnet: dict) -> str:
             net.load_state_dict(own)
             taken.append(name)
         elif name == main:
-            changes = "; ".join(differences(checkpoint["hyper_parameters"].get("gistnet", {}), gistnet, "gistnet"))
-            what = "GistNet" if name == "gistnet" else name
-            raise ValueError(f"stage.init={path}: its {what} has another architecture: {changes or 'see the base'}")
-    return f"Starting from {path}, step {checkpoint['global_step']}: {', '.join(taken)}"
+            what, why = "GistNet" if name == "gistnet" else name, [other] * bool(other) + with_weights(changes)
+            raise ValueError(
+                f"stage.init={path}: its {what} has another architecture: {'; '.join(why) or 'see its tensors'}"
+            )
+    told = f"Starting from {path}, step {checkpoint['global_step']}: {', '.join(taken)}"
+    return "\n".join([told, *(f"  {line}" for line in [other] * bool(other) + changes)])
 
 
 def refuse_without_vectors(settings) -> None:

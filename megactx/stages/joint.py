@@ -5,6 +5,7 @@ the base LM with whatever it has learned. ``val/cost`` is the NLL of the tokens 
 untouched base LM over the full context, in nats per token.
 """
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from megactx.lm.adapters import adapt, adapters_of, switched_off
 
 from .joint_parts import TRAIN_BASE, kept_of_base, lensnet_of, take_parts
 from .joint_report import report
-from .trained import gistnet_of
+from .trained import gistnet_of, leave_out_base, put_base_back, record_of, refuse_other_base
 
 
 class JointStage(lightning.LightningModule):
@@ -91,8 +92,9 @@ class JointStage(lightning.LightningModule):
         self.save_hyperparameters()
         self._check()
         self.base = BaseLM.from_pretrained(**base).freeze()
+        self.base_record = record_of(self.base, base["name"])  # as it is before it learns
         self.gistnet = gistnet_of(gistnet, self.base)
-        self.lens = lensnet_of(None if init else lens, lensnet, self.gistnet)
+        self.lens = lensnet_of(None if init else lens, lensnet, self.gistnet, self.base_record)
         self._reference: tuple[BaseLM, ...] = ()  # not a submodule: it is in no checkpoint
         if lora["rank"]:
             adapt(self.base, **lora)
@@ -252,14 +254,13 @@ class JointStage(lightning.LightningModule):
         self.log("val/base_lost", plain - before)  # nats that the base LM's own NLL lost
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        # A frozen base is named in the hyperparameters. GistNet and LensNet are kept: their runs may be gone by then.
-        kept = {f"base.{name}" for name in kept_of_base(self)}
-        found = checkpoint["state_dict"].items()
-        checkpoint["state_dict"] = {k: v for k, v in found if not k.startswith("base.") or k in kept}
+        # GistNet and LensNet are kept: their runs may be gone by then.
+        leave_out_base(checkpoint, {f"base.{name}" for name in kept_of_base(self)})
+        checkpoint["base"] = self.base_record
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        own = {f"base.{k}": v for k, v in self.base.state_dict().items()}
-        checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
+        refuse_other_base(checkpoint, self.base_record)
+        put_base_back(checkpoint, self.base)
 
     @torch.no_grad()
     def finish(self, folder: Path, datamodule) -> None:
@@ -267,4 +268,5 @@ class JointStage(lightning.LightningModule):
         self.eval()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             report(self, folder, datamodule)
-        print(f"Next: python -m megactx.stages.export {folder} OUT (a plain Hugging Face folder with all parts)")
+        command = shlex.join(["python", "-m", "megactx.stages.export", str(folder)])
+        print(f"Next: {command} OUT (a plain Hugging Face folder with all parts)")

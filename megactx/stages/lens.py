@@ -22,7 +22,7 @@ from megactx.lm import BaseLM
 from .lens_losses import value_losses
 from .lens_report import report
 from .lens_states import HELD, ensure
-from .trained import gistnet_of
+from .trained import gistnet_of, leave_out_base, put_base_back, record_of, refuse_other_base
 
 OBJECTIVES = ("value", "preference")
 BETAS = (0.9, 0.999)
@@ -89,6 +89,7 @@ class LensStage(lightning.LightningModule):
             if windows[name] < least:
                 raise ValueError(f"stage.windows.{name}={windows[name]} is not allowed: at least {least}")
         self.base = BaseLM.from_pretrained(**base).freeze()
+        self.base_record = record_of(self.base, base["name"])
         self.gistnet = gistnet_of(gistnet, self.base).requires_grad_(False)
         self.lens = LensNet(self.base.width, self.gistnet.block_size, **lensnet)
         self.half = False
@@ -181,12 +182,13 @@ class LensStage(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        # The frozen base is named in the hyperparameters. The GistNet is kept: its run may be gone by then.
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("base.")}
+        # The GistNet is kept: its run may be gone by then.
+        leave_out_base(checkpoint)
+        checkpoint["base"] = self.base_record
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        own = {f"base.{k}": v for k, v in self.base.state_dict().items()}
-        checkpoint["state_dict"] = {**own, **checkpoint["state_dict"]}
+        refuse_other_base(checkpoint, self.base_record)
+        put_base_back(checkpoint, self.base)
 
     @torch.no_grad()
     def finish(self, folder: Path, datamodule) -> None:

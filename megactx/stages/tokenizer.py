@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megactx.data.documents import TRAIN, VALIDATION, split_of
 from megactx.data.tokenizer import train_tokenizer
+from megactx.framework.next_command import next_command
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ class TokenizerStage:
         for domain, figure in characters_per_token(tokenizer, rows).items():
             print(f"{domain:>12}: {figure:.2f} characters per token on held-out texts")
         print(f"tokenizer with {len(tokenizer)} ids: {final}")
-        print(f"next: python train.py experiment=base_lm base.name={final} stage.config.vocab_size={len(tokenizer)}")
+        changes = {"base.name": final, "stage.config.vocab_size": len(tokenizer)}
+        print(f"next: {next_command(Path(folder), 'base_lm', changes, keep=('data', 'trainer'), options=('preset',))}")
         return final
 
 

@@ -4,13 +4,54 @@ import json
 from pathlib import Path
 
 from megactx.assets import resolve
-from megactx.framework.resume import best, read
+from megactx.framework.resume import other_base, read_best
 from megactx.gist import GistNet
 from megactx.gist.compressors import build
 from megactx.gist.pretrained import SETTINGS, load_gistnet
 from megactx.lm import BaseLM
+from megactx.memory.encoding import identity_of_base
 
 PREFIXES = ("nets.gistnet.", "gistnet.")  # in checkpoints of a gist stage, and of those that start from a GistNet
+
+
+def record_of(base: BaseLM, name: str) -> dict:
+    """What checkpoints say of the base LM that they are trained with: its name, and its identity as trees have it."""
+    return {"name": str(name), "width": base.width, "embeddings": identity_of_base(base)}
+
+
+STATES = ("state_dict", "current_model_state")  # the second where weights are averaged: those that go on training
+
+
+def leave_out_base(checkpoint: dict, kept=frozenset()) -> None:
+    """A frozen base is named in the hyperparameters; its weights do not belong into every checkpoint.
+
+    Args:
+        kept: names of its tensors that do, for they are trained.
+    """
+    for states in set(STATES) & checkpoint.keys():
+        found = checkpoint[states].items()
+        checkpoint[states] = {k: v for k, v in found if not k.startswith("base.") or k in kept}
+
+
+def put_base_back(checkpoint: dict, base: BaseLM) -> None:
+    """What ``leave_out_base`` has left out."""
+    own = {f"base.{k}": v for k, v in base.state_dict().items()}
+    for states in set(STATES) & checkpoint.keys():
+        checkpoint[states] = {**own, **checkpoint[states]}
+
+
+def refuse_other_base(checkpoint: dict, mine: dict, what: str = "") -> None:
+    """A checkpoint that was trained with another base LM is worth nothing with this one.
+
+    Args:
+        mine: ``record_of`` this one.
+        what: what was asked for, for the message.
+
+    Raises:
+        ValueError: it was.
+    """
+    if changed := other_base(checkpoint, mine):
+        raise ValueError(f"{what}{changed}")
 
 
 def gistnet_of(path: str, base: BaseLM) -> GistNet:
@@ -26,7 +67,9 @@ def gistnet_of(path: str, base: BaseLM) -> GistNet:
     folder = folder_of(path, "gistnet")
     if (folder / SETTINGS).exists():
         return load_gistnet(folder, base)
-    found = read(best(folder) if folder.is_dir() else folder)["state_dict"]
+    checkpoint = read_best(folder, "gistnet")
+    refuse_other_base(checkpoint, record_of(base, "of this run"), f"gistnet={path}: ")
+    found = checkpoint["state_dict"]
     weights = {k.removeprefix(prefix): v for prefix in PREFIXES for k, v in found.items() if k.startswith(prefix)}
     if not weights:
         raise ValueError(f"gistnet={path}: no GistNet was trained there")
@@ -47,7 +90,9 @@ def gistnet_settings(path: str) -> dict:
     folder = folder_of(path, "gistnet")
     if (folder / SETTINGS).exists():
         return json.loads((folder / SETTINGS).read_text())["settings"]
-    given = read(best(folder) if folder.is_dir() else folder)["hyper_parameters"]["gistnet"]
+    given = read_best(folder, "gistnet")["hyper_parameters"].get("gistnet")
+    if given is None:
+        raise ValueError(f"gistnet={path}: no GistNet was trained there")
     return given if isinstance(given, dict) else gistnet_settings(given)  # it started from another one's
 
 

@@ -1,5 +1,6 @@
 import csv
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from megactx.framework.app import run
+from megactx.framework.app import _flags_first, _how_to_go_on, run
+from megactx.framework.runfolder import held
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -63,6 +65,71 @@ def test_a_stopped_run_goes_on_in_its_folder_to_the_same_weights_bit_for_bit(tin
     with (tmp_path / "b" / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/nll"]]
     assert steps == [*range(8)]  # nothing logged before the stop is lost, and no step is there twice
+
+
+@pytest.mark.slow
+def test_a_finished_run_made_longer_logs_each_step_under_its_own_number(tiny_run, tmp_path):
+    settings = [*tiny_run, f"folder={tmp_path / 'a'}", "resume=auto", "preset.validate_every=2"]
+    for steps in (2, 4):
+        assert run([*settings, f"preset.steps={steps}"]) == 0
+    with (tmp_path / "a" / "metrics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file) if row["train/nll"]] == [0, 1, 2, 3]
+
+
+def test_a_second_start_in_a_folder_in_which_a_run_trains_is_refused(tiny_run, tmp_path, capsys):
+    with held(tmp_path / "a"):
+        assert run([*tiny_run, f"folder={tmp_path / 'a'}", "resume=auto"]) == 2
+    said = capsys.readouterr().err
+    assert f"another process ({os.getpid()}) trains in it" in said and "resume=never" in said
+    assert not (tmp_path / "a" / "run.yaml").exists()
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "base_lm"])
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_the_tokenizer_is_not_written_over_and_nothing_else_starts_in_its_folder(
+    tiny_run, tmp_path, capsys, stage, resume
+):
+    (tmp_path / "tokenizer").mkdir(parents=True)
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("mine")
+    (tmp_path / "done").touch()
+    data = [override for override in tiny_run if override.startswith("data")][:2]
+    chosen = ["experiment=tokenizer", *data] if stage == "tokenizer" else tiny_run
+    assert run([*chosen, f"folder={tmp_path}", f"resume={resume}"]) == 2
+    assert "it holds a finished run; use another folder" in capsys.readouterr().err
+    assert (tmp_path / "tokenizer" / "tokenizer.json").read_text() == "mine" and (tmp_path / "done").exists()
+
+
+def test_a_flag_between_two_overrides_means_what_it_means_before_them():
+    assert _flags_first(["experiment=demo", "-m", "seed=0,1"]) == ["-m", "experiment=demo", "seed=0,1"]
+    assert _flags_first(["seed=0", "--cfg", "job"]) == ["seed=0", "--cfg", "job"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            ["data=files", "data.path=x,y"],
+            """-m starts; for one value with a comma quote it twice: 'data.path="x,y"'""",
+        ),
+        (["~trainer"], "trainer: it is gone, and every run needs it; leave ~trainer out"),
+        (["~base"], "base: it is gone"),
+        (["curriculum=[base_lm]", "preset=demo"], "curriculum: base_lm is of a stage that cannot run in one"),
+        (["curriculum=[gist_stage1,gist_stage1]"], "each experiment runs once"),
+    ],
+)
+def test_a_mistake_is_one_message_that_can_be_followed(wrong, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(wrong) == 2
+    shown = capsys.readouterr().err
+    assert said in shown and len(shown.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("*.yaml"))
+
+
+def test_how_to_go_on_can_be_pasted_into_a_shell(tmp_path):
+    (tmp_path / "last.ckpt").touch()
+    said = _how_to_go_on("interrupted", [tmp_path], ["data.weights={code: 1}", "data.path='a b'", "resume=never"])
+    command = shlex.split(said.partition("Go on with: ")[2])
+    assert command == ["python", "train.py", "data.weights={code: 1}", "data.path='a b'", "resume=auto"]
 
 
 def test_a_nan_loss_ends_the_run_with_code_3_and_leaves_good_weights(tiny_run, tmp_path, capsys):

@@ -215,3 +215,22 @@ def test_in_a_terminal_progress_is_a_bar(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     fit(tmp_path, Net(), Progress())
     assert "8/8" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_averaged_weights_are_saved_beside_those_that_go_on_and_no_frozen_base_with_either(
+    gist_settings, tmp_path, monkeypatch
+):
+    from megactx.framework.app import run
+
+    average = "+callbacks.average={_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.5}"
+    rest = [average, "stage.evaluate={blocks: 8, copies: 0, controls: false}", "preset.steps=2", "stage.lr=0.05"]
+    assert run([*gist_settings, *rest, f"folder={tmp_path / 'a'}"]) == 0
+    saved = torch.load(tmp_path / "a" / "checkpoints" / "last.ckpt", weights_only=True)
+    running, averaged = saved["current_model_state"], saved["state_dict"]
+    assert running.keys() == averaged.keys() and not any(name.startswith("base.") for name in running)
+    assert any(not torch.equal(running[name], averaged[name]) for name in running)
+    before = torch.load(tmp_path / "a" / "checkpoints" / "step_000002.ckpt", weights_only=True)["current_model_state"]
+    assert all(torch.equal(running[name], before[name]) for name in running)
+    longer = [override.replace("preset.steps=2", "preset.steps=3") for override in rest]
+    assert run([*gist_settings, *longer, f"folder={tmp_path / 'a'}", "resume=auto"]) == 0

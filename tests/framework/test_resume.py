@@ -7,6 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from megactx.framework.curriculum import changed, stage_config
 from megactx.framework.resume import check_accumulation, check_fits, check_source, differing, find, plain, read
 from megactx.framework.search_path import compose
 
@@ -48,6 +49,34 @@ def test_auto_takes_the_newest_unfinished_run_of_the_same_settings(tmp_path):
 def test_auto_lets_the_length_the_logger_and_the_folder_differ(tmp_path):
     run = leave_a_run(tmp_path / "old")
     assert differing(config(tmp_path / "new", "resume=auto", "preset.steps=9999", "logger=tensorboard"), run) == []
+
+
+def test_a_result_is_that_of_all_settings_and_of_the_length(tmp_path):
+    run = leave_a_run(tmp_path / "old")
+    same = ["resume=auto", "logger=none", "name=other"]
+    assert changed(config(tmp_path / "new", *same), [], run) == []
+    assert changed(config(tmp_path / "new", "stage.muon_lr=0.5"), [], run) == ["stage.muon_lr: 0.015 -> 0.5"]
+    assert "preset.steps: 4900 -> 9999" in changed(config(tmp_path / "new", "preset.steps=9999"), [], run)
+
+
+def test_a_curriculum_that_is_done_is_that_of_its_stages_settings(tmp_path):
+    def whole(*overrides) -> tuple:
+        cfg = compose(["experiment=curriculum", f"folder={tmp_path}", *overrides])
+        OmegaConf.set_struct(cfg, False)
+        return cfg, ["experiment=curriculum", *overrides]
+
+    cfg, overrides = whole()
+    OmegaConf.save(OmegaConf.create(plain(cfg)), tmp_path / "config.yaml")
+    for name in cfg.curriculum:
+        (tmp_path / name).mkdir()
+        stage = stage_config(name, overrides, tmp_path)
+        stage.stage.init = "where the stage before ended"
+        OmegaConf.save(OmegaConf.create(plain(stage)), tmp_path / name / "config.yaml")
+    assert changed(cfg, overrides, tmp_path) == []
+    edited = OmegaConf.load(tmp_path / "gist_stage2" / "config.yaml")
+    edited.gistnet.dropout = edited.stage.gistnet.dropout = 0.3  # as if the experiment's file had said so then
+    OmegaConf.save(edited, tmp_path / "gist_stage2" / "config.yaml")
+    assert changed(cfg, overrides, tmp_path)[0] == "gist_stage2: gistnet.dropout: 0.3 -> 0.1"
 
 
 def test_auto_starts_fresh_where_there_is_none_and_says_so(tmp_path, caplog):

@@ -125,6 +125,75 @@ def test_jobs_that_run_at_once_share_the_cores(tmp_path, monkeypatch, launcher, 
     assert "OMP_NUM_THREADS" not in os.environ
 
 
+def folder_of(*overrides: str) -> str:
+    """The folder that Hydra would give to a job with these overrides."""
+    from hydra._internal.config_loader_impl import get_overrides_dirname
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from megactx.framework.search_path import compose
+
+    cfg = compose(overrides, with_hydra=True)
+    excluded = list(cfg.hydra.job.config.override_dirname.exclude_keys)
+    cfg.hydra.job.override_dirname = get_overrides_dirname(
+        OverridesParser.create().parse_overrides(list(overrides)), excluded, "__", "-"
+    )
+    cfg.hydra.overrides.task = list(overrides)
+    return cfg.hydra.sweep.subdir
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (["data.path=c/a_b"], ["data.path=c/a/b"]),
+        (["data.path=c_a"], ["data.path=c/a"]),
+        (["data.path='a b'"], ["data.path=ab"]),
+        (["data.path='a  b'"], ["data.path='a b'"]),
+        (["name=a-b"], ["name='a=b'"]),
+        (["name='a__seed-1'", "seed=2"], ["name=a", "seed=1"]),
+        (["name=" + "a" * 130 + "/b"], ["name=" + "a" * 130 + "_b"]),
+    ],
+)
+def test_jobs_that_differ_have_folders_that_differ(one, other):
+    names = [folder_of("data=files", *overrides) for overrides in (one, other)]
+    assert names[0] != names[1] and not any("/" in name or len(name.encode()) > 255 for name in names)
+
+
+def test_a_job_has_the_same_folder_at_the_second_start_and_a_plain_name_where_it_can():
+    assert folder_of("seed=1", "stage.muon_lr=-1") == "seed-1__stage.muon_lr--1"
+    again = folder_of("data=files", "data.path=c/a", "resume=auto", "logger=none")
+    assert folder_of("data=files", "data.path=c/a") == again
+    assert len(folder_of("name='" + "\N{CJK UNIFIED IDEOGRAPH-4E00}" * 100 + "'").encode()) <= 255
+
+
+@pytest.mark.slow
+def test_a_job_that_is_done_is_refused_where_an_edited_experiment_would_give_another_result(
+    tiny_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "mine" / "experiment"
+    own.mkdir(parents=True)
+    rest = [override for override in tiny_run if override != "experiment=base_lm"]
+
+    def sweep_with(steps: int, lr: float) -> int:
+        head = "# @package _global_\ndefaults: [base_lm, _self_]\n"
+        (own / "mine.yaml").write_text(f"{head}stage: {{muon_lr: {lr}}}\n")
+        return run(["--config-dir", "mine", "-m", "experiment=mine", *short_names(rest), "seed=0"])
+
+    def outcomes() -> str:
+        return json.loads(next((tmp_path / "runs" / "sweep").glob("*/outcome.json")).read_text())["state"]
+
+    rest = [override.replace("preset.steps=4", "preset.steps=2") for override in rest]
+    assert sweep_with(2, 0.01) == 0 and outcomes() == "done"
+    assert sweep_with(2, 0.01) == 0 and outcomes() == "done before"
+    capsys.readouterr()
+    assert sweep_with(2, 0.02) == 2 and outcomes() == "refused"
+    assert "was done with other settings: stage.muon_lr: 0.01 -> 0.02" in capsys.readouterr().err
+    monkeypatch.setattr(sweep, "_now", None)
+    rest = [override.replace("preset.steps=2", "preset.steps=3") for override in rest]
+    assert sweep_with(3, 0.01) == 2
+    assert "preset.steps: 2 -> 3" in capsys.readouterr().err  # results of two steps are none of three
+
+
 def test_a_second_process_waits_for_the_one_that_is_at_a_job(tmp_path):
     program = "import sys; from pathlib import Path; from megactx.framework.sweep import alone\n"
     program += "with alone(Path(sys.argv[1])): print((Path(sys.argv[1]) / 'done').exists())"

@@ -197,3 +197,32 @@ def test_a_path_to_report_on_may_have_a_literal_name_with_pattern_characters(tmp
     _special({"stage": {"evaluate": {"path": str(tmp_path / "a[1].txt")}}}, problems)
     _special({"stage": {"evaluate": {"path": str(tmp_path / "a[2].txt")}}}, problems)
     assert len(problems) == 1 and "a[2].txt" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["preset.steps=2", "preset.warmup=1", "preset.validate_every=1", "trainer.max_steps=3"], "runs over 2 steps"),
+        (["preset.steps=20", "preset.warmup=5", "preset.validate_every=21"], "preset.validate_every=21 is beyond"),
+        (["preset.steps=20", "preset.validate_every=10"], "preset.warmup=1000 is beyond preset.steps=20"),
+        (["~trainer.max_steps"], "trainer.max_steps: it is gone"),
+        (["name=''"], "name=: it is empty"),
+        (["data.text_column=''"], "data.text_column=: it is empty"),
+        (["base.name='  '"], "base.name=  : it is empty"),
+    ],
+)
+def test_settings_that_contradict_each_other_or_say_nothing_are_refused(overrides, said):
+    assert any(said in problem for problem in problems(*overrides, groups=("stage=gist",))), problems(*overrides)
+
+
+def test_steps_that_fit_each_other_pass():
+    fits = ["preset.steps=20", "preset.warmup=20", "preset.validate_every=20"]
+    assert problems(*fits) == []
+    assert problems("preset.validate_every=30", *fits[:2], "+trainer.limit_val_batches=0") == []
+
+
+def test_the_parts_of_an_alternating_run_warm_up_over_their_own_steps():
+    cfg = compose(["experiment=alternating", "preset=demo", "stage.steps.lora=2", "stage.cycles=3"])
+    OmegaConf.set_struct(cfg, False)
+    with pytest.raises(ValueError, match="preset.warmup=30 is beyond stage.cycles x stage.steps.lora=6"):
+        validate(cfg, compose(["stage=alternating", "preset=demo"]))

@@ -40,16 +40,6 @@ def test_contexts_of_different_lengths_are_read_as_each_is_alone_whatever_the_pa
 
 
 @torch.no_grad()
-def test_padding_does_not_change_the_frequencies_of_dynamic_rope():
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    base, x = small("llama", rope_parameters=rope), torch.randn(1, 12, 64)
-    positions = torch.arange(12)[None].clone()
-    alone = base.read(x[:, :8], positions[:, :8], torch.tensor([8]))
-    positions[:, 8:] = 5000  # beyond what the model was made for
-    torch.testing.assert_close(base.read(x, positions, torch.tensor([8]))[:, :8], alone, rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
 def test_entries_are_read_across_a_jump_and_from_where_they_are():
     base, x = small("llama"), torch.randn(1, 20, 64)
     positions = torch.arange(20)[None].clone()

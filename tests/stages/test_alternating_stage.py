@@ -86,6 +86,21 @@ def test_in_each_phase_exactly_its_parameters_change_and_all_of_them(whole):
     assert int(last["tokens"]) > 0 and last["lens.updates"] == 4
 
 
+def test_windows_are_counted_once_however_many_batches_the_step_accumulates(settings, monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    from megactx.stages import alternating
+
+    stage = instantiate(compose([*settings, f"folder={tmp_path}"]).stage, _convert_="all")
+    stage.data = SimpleNamespace(training_document=lambda key: {"ids": torch.zeros(10 + key[1])})
+    counted = []
+    monkeypatch.setattr(stage, "count_tokens", counted.append)
+    monkeypatch.setattr(alternating, "ensure", lambda *arguments: [])
+    for place in (Place(0, "lens", 0), Place(0, "lens", 0), Place(0, "lens", 1), Place(1, "lens", 0)):
+        stage._windows(place)
+    assert counted == [10 + 11 + 12 + 13] * 2
+
+
 def test_every_parameter_that_learns_is_in_the_optimizer_and_in_the_checkpoint_and_the_base_is_in_neither(
     settings, whole
 ):

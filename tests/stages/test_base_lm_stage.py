@@ -1,8 +1,11 @@
 """The base LM's own stage: what is trained how, and the folder that it leaves."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from megactx.data.pretraining_module import PretrainingData
 from megactx.framework.app import run
 from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine, warmup_stable_decay
 from megactx.lm import BaseLM
@@ -39,6 +42,37 @@ def test_training_goes_on_from_the_weights_of_an_earlier_base_and_refuses_those_
     assert all(torch.equal(begun[name], wanted[name]) for name in wanted)
     with pytest.raises(ValueError, match="stage.weights=.* are not of stage.config: 6 tensors"):
         BaseLMStage(CONFIG | {"intermediate_size": 48}, **SETTINGS | {"weights": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rope_theta": 500000.0}, r"rope_parameters.rope_theta: 10000.0 -> 500000.0"),
+        ({"rms_norm_eps": 1e-2}, "rms_norm_eps: 1e-06 -> 0.01"),
+        ({"hidden_act": "gelu"}, "hidden_act: silu -> gelu"),
+        ({"num_attention_heads": 4, "head_dim": 8, "num_key_value_heads": 4}, "num_attention_heads: 2 -> 4"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type: default -> linear"),
+    ],
+)
+def test_weights_are_refused_where_the_config_makes_another_function_of_them(tmp_path, tiny_tokenizer, change, said):
+    BaseLM.from_config(CONFIG).model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"stage.weights=.* are not of stage.config.*{said}"):
+        BaseLMStage(CONFIG | change, **SETTINGS | {"weights": str(tmp_path)})
+
+
+def test_an_untied_checkpoint_does_not_load_into_a_tied_model(tmp_path, tiny_tokenizer):
+    BaseLM.from_config(CONFIG | {"tie_word_embeddings": False}).model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="stage.weights=.*tie_word_embeddings: False -> True"):
+        BaseLMStage(CONFIG, **SETTINGS | {"weights": str(tmp_path)})
+
+
+def test_weights_load_where_only_their_length_their_dropout_and_their_special_ids_differ(tmp_path, tiny_tokenizer):
+    BaseLM.from_config(CONFIG | {"pad_token_id": 1}).model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    longer = CONFIG | {"max_position_embeddings": 512, "attention_dropout": 0.1, "bos_token_id": 0}
+    assert BaseLMStage(longer, **SETTINGS | {"weights": str(tmp_path)}).base.max_positions == 512
 
 
 def test_matrices_go_to_muon_embeddings_and_vectors_to_adamw_and_nothing_is_left_out():
@@ -162,3 +196,54 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(base_folde
     arguments += ["stage.config.vocab_size=300", f"folder={tmp_path / 'run'}"]
     assert run(arguments) == 2
     assert "stage.config.vocab_size=300 is too small" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def pretraining(tiny_tokenizer):
+    """Batches of windows whose length grows, served to a trainer that accumulates two of them."""
+    from datasets import Dataset
+
+    rows = [{"text": " ".join(f"the fox {i * n} jumps" for i in range(120)), "domain": "narrative"} for n in range(60)]
+
+    class Source:
+        def fingerprint(self):
+            return "foxes"
+
+        def load(self):
+            return Dataset.from_list([row | {"source": str(index)} for index, row in enumerate(rows)])
+
+    phases = [dict(steps=2, tokens=128, batch=2), dict(steps=9, tokens=256, batch=1)]
+    data = PretrainingData(Source(), tiny_tokenizer, phases, {"narrative": 1.0}, 0.4, 0.0, 512)
+    data.trainer = SimpleNamespace(accumulate_grad_batches=2, world_size=1, global_rank=0)
+    data.setup()
+    return data
+
+
+def test_a_phase_lasts_its_steps_however_many_batches_a_step_accumulates(pretraining):
+    shapes = [pretraining.training[index]["ids"].shape for index in range(6)]
+    assert shapes == [(2, 128)] * 4 + [(1, 256)] * 2
+    assert [pretraining.tokens(steps) for steps in (1, 2, 3)] == [512, 1024, 1536]  # what those batches hold
+
+
+def test_validation_has_windows_of_the_last_phase(pretraining):
+    assert pretraining.validation[0]["ids"].shape == (1, 256)
+
+
+def test_special_ids_come_from_the_tokenizer_and_no_row_of_the_embeddings_is_left_out(tiny_tokenizer):
+    module = BaseLMStage(CONFIG | {"pad_token_id": 5, "bos_token_id": 7}, **SETTINGS)
+    module.prepare(SimpleNamespace(tokenizer=tiny_tokenizer))
+    config = module.base.config
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, None, 1)
+    assert module.base.model.generation_config.pad_token_id == 1
+    module.loss_per_token(torch.tensor([[0, 5, 1, 9]]), torch.arange(4)[None]).sum().backward()
+    assert (module.base.model.get_input_embeddings().weight.grad[[0, 1, 5]].abs().amax(1) > 0).all()
+
+
+def test_an_id_that_texts_have_is_not_that_of_padding(tiny_tokenizer):
+    from copy import deepcopy
+
+    tokenizer = deepcopy(tiny_tokenizer)
+    tokenizer.pad_token = tokenizer.bos_token  # as many take it: the id that opens every document
+    module = stage()
+    module.prepare(SimpleNamespace(tokenizer=tokenizer))
+    assert module.base.config.bos_token_id == 0 and module.base.config.pad_token_id is None

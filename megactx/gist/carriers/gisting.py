@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from megactx.gist.carrier import Compressor, Slots
 from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
-from megactx.lm.layers import keys_values, recorded
+from megactx.lm.layers import keys_values, recorded, refuse_without_keys
 
 
 class Gisting(Compressor):
@@ -43,8 +43,9 @@ class Gisting(Compressor):
         super().__init__(block_size, position)
         if rank < 0:
             raise ValueError(f"compressor.rank={rank} is not allowed: 0 (no LoRA) or more")
+        refuse_without_keys(base.model.get_decoder(), f"compressor={type(self).__name__.lower()}")
         self.shift, self.window = shift, window
-        mean = base.model.get_input_embeddings().weight.detach().float().mean(dim=0)
+        mean = base.embeddings().mean(dim=0)
         self.token = nn.Parameter(mean + torch.randn_like(mean) * 0.1 * base.embedding_rms())
         twin = base.twin()
         adapters = []

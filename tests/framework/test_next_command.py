@@ -1,0 +1,69 @@
+"""What a run prints as the next command can be pasted: it has the run's base, data and preset, quoted for the shell."""
+
+import shlex
+
+import pytest
+from omegaconf import OmegaConf
+
+from megactx.framework.next_command import next_command, setting
+from megactx.framework.resume import plain
+from megactx.framework.search_path import compose
+
+
+def left(folder, overrides: list[str], choices: dict, **more) -> None:
+    """The record of a run, as it leaves it in its folder."""
+    OmegaConf.save(
+        OmegaConf.create({"command": ["python", "train.py", *overrides], "choices": choices}), folder / "run.yaml"
+    )
+    cfg = compose([*overrides, *more.pop("elsewhere", [])])
+    OmegaConf.set_struct(cfg, False)
+    OmegaConf.save(OmegaConf.create(plain(cfg)), folder / "config.yaml")
+
+
+def test_the_next_command_keeps_base_data_and_preset_of_the_run(tmp_path):
+    path = tmp_path / "my texts, 'old' ones"
+    overrides = ["experiment=demo", "base=hf", "base.name=my/model", "data=files", setting("data.path", path)]
+    overrides += [
+        "data.weights={narrative: 1, code: 0, structured: 0}",
+        "preset.steps=40",
+        "gistnet.num_heads=4",
+        "seed=3",
+    ]
+    left(tmp_path, overrides, {"base": "hf", "data": "files", "preset": "demo", "trainer": "auto", "stage": "gist"})
+    command = next_command(tmp_path, "gist_stage2", {"stage.init": tmp_path})
+    words = shlex.split(command)
+    assert words[:3] == ["python", "train.py", "experiment=gist_stage2"]
+    cfg = compose(words[2:])
+    assert cfg.base.name == "my/model" and cfg.base.dtype == "bfloat16" and cfg.data.path == str(path)
+    assert cfg.preset.steps == 40 and cfg.preset.warmup == 30 and cfg.gistnet.num_heads == 4
+    assert dict(cfg.data.weights) == {"narrative": 1, "code": 0, "structured": 0}
+    assert cfg.stage.init == str(tmp_path) and cfg.seed == 0 and cfg.horizon.tokens == 64
+
+
+def test_a_base_and_data_that_an_experiment_has_set_in_its_own_file_are_kept_too(tmp_path):
+    elsewhere = ["base=hf", "base.name=my/model", "data=files", "data.path=x"]
+    choices = {"base": "hf", "data": "files", "preset": "full"}
+    left(tmp_path, ["experiment=gist_stage1"], choices, elsewhere=elsewhere)
+    cfg = compose(shlex.split(next_command(tmp_path, "gist_stage2", {}))[2:])
+    assert cfg.base.name == "my/model" and cfg.data.path == "x"
+    assert cfg.data.weights.code == 0.6  # the next stage's own
+
+
+def test_a_secret_is_in_no_command_and_a_folder_without_a_record_gives_a_plain_one(tmp_path):
+    assert (
+        next_command(tmp_path, "demo", {"base.name": "a b"})
+        == """python train.py experiment=demo 'base.name='"'"'a b'"'"''"""
+    )
+    left(tmp_path, ["experiment=demo"], {})
+    run = OmegaConf.load(tmp_path / "run.yaml")
+    run.command.append("+data.api_key=(hidden)")
+    OmegaConf.save(run, tmp_path / "run.yaml")
+    assert "hidden" not in next_command(tmp_path, "demo", {})
+
+
+@pytest.mark.parametrize(
+    "value", ["a b", "x,y", "it's", "a=b", "[1]", "null", "12", "c:\\d", "$HOME", "a#b", "é", "", "~/x", "a/b.c"]
+)
+def test_a_setting_is_read_again_as_it_was(value):
+    cfg = compose(["data=files", *shlex.split(shlex.join([setting("data.path", value)]))])
+    assert cfg.data.path == value
