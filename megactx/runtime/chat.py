@@ -47,7 +47,8 @@ class Chat:
     def turn(self, text: str) -> None:
         """Take up what the user says and print the answer."""
         about = self.session.about
-        self.session.append(self.framing.asked(text, about.get("turn", "new")))
+        last = int(self.session.ids(self.session.length - 1)[0])
+        self.session.append(self.framing.asked(text, about.get("turn", "new"), last))
         about["turn"] = "answering"
         try:
             for piece in self.session.generate(self.tokens, self.sampling, self.framing.stops):

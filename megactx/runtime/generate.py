@@ -19,7 +19,7 @@ from .command_line import add_models, add_sampling, controller_of, observers_of,
 from .controller import Controller, decode
 from .sampling import Sampling
 from .session import Session, end_ids
-from .text import Answer, encodable, from_bytes, printable
+from .text import LONGEST, Answer, StopStrings, encodable, from_bytes, printable
 
 
 def generate(asked: argparse.Namespace) -> None:
@@ -29,7 +29,7 @@ def generate(asked: argparse.Namespace) -> None:
         ValueError: a setting that is not allowed, or a prompt that is not text.
     """
     sampling, prompts = sampling_of(asked), _prompts(asked)
-    Answer(None, frozenset(), asked.stop)  # refuses stop strings before anything is loaded
+    StopStrings(asked.stop)  # refuses stop strings before anything is loaded
     controller = controller_of(asked)
     observers = observers_of(asked, controller)
     if len(prompts) > 1:
@@ -68,7 +68,7 @@ def answers(
         ids[row, : len(own)] = torch.tensor(own)
     stream = controller.stream(len(rows), observers=observers)
     stream.append(ids, lengths)
-    told = [Answer(base.tokenizer, end_ids(base), stop) for _ in rows]
+    told = [Answer(base.tokenizer, end_ids(base), stop, own[-LONGEST:]) for own in rows]
     texts = [""] * len(rows)
 
     def over(row: int, token: int) -> bool:

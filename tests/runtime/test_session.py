@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_fallback import KINDS
 
 from megactx.runtime import Controller, Models, Sampling, Session, Settings
 from megactx.runtime.lock import Lock
@@ -314,3 +315,19 @@ def test_a_model_without_a_tokenizer_is_refused(models, controller):
     bare = Models(BaseLM(models.base.model).freeze(), models.gistnet, models.lensnet)
     with pytest.raises(ValueError, match="no tokenizer"):
         Session(Controller(bare, Settings(budget=96, allocator={"protected": 8})))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_session_tells_and_keeps_is_one_text_with_any_tokenizer(byte_models, kind):
+    session = Session(Controller(byte_models(kind), Settings(budget=96, allocator={"protected": 8})))
+    for piece in ("say", " voilà\n", "你好", "x"):
+        session.append(piece)
+    assert session.text() == "say voilà\n你好x"
+    before = session.length
+    sampling = Sampling(temperature=2.0, seed=1)
+    told = "".join(piece.text for piece in session.generate(60, sampling))
+    assert session.text(before) == told or "\ufffd" in told  # a run of bytes that became wrong only later
+    words = session.encode(" one two")
+    start = session.length
+    session.append(words)
+    assert session.text(start) == " one two"

@@ -10,6 +10,7 @@ from pathlib import Path
 from megactx.focus.pictures import animate_replay, plot_replay
 from megactx.focus.replay import Replay, Step
 
+from ..text import LONGEST, text_of
 from . import frames
 from .player import Player
 
@@ -24,9 +25,10 @@ def page(player: Player) -> str:
     session = player.session
     block, length = session.stream.block, session.length
     ids = session.ids().tolist()
-    texts = session.tokenizer.batch_decode(
-        [ids[start : start + block] for start in range(0, length, block)], skip_special_tokens=True
-    )
+    texts = [
+        text_of(session.tokenizer, ids[start : start + block], ids[max(0, start - LONGEST) : start])
+        for start in range(0, length, block)
+    ]
     data = {
         "about": frames.about(session) | {"live": False},
         "frames": player.feed.frames,
