@@ -26,10 +26,10 @@ from torch import Tensor
 from megactx.data.documents import VALIDATION, tokenised
 from megactx.data.embedded import Embedded
 from megactx.data.files import Files
-from megactx.evaluation.files import replacing
 from megactx.evaluation.sheets import Sheet
 from megactx.framework.bar import bar
 from megactx.framework.command_line import run
+from megactx.framework.files import replacing
 from megactx.runtime import Session
 from megactx.runtime.command_line import add_models, controller_of, observers_of, session_of
 from megactx.runtime.text import Encoder
