@@ -54,7 +54,7 @@ def replacing(path: str | Path, remedy: str = "choose another place") -> Iterato
             _swap(part, path, own)
         else:
             os.replace(part, path)
-        _flush_one(path.parent)
+        sync(path.parent)
 
 
 @contextmanager
@@ -92,8 +92,8 @@ def flush(path: Path) -> None:
     """A file, or a folder with all that is in it, to the disk: a rename must not overtake what it names."""
     for inner in path.rglob("*") if path.is_dir() else ():
         if not inner.is_symlink():
-            _flush_one(inner)
-    _flush_one(path)
+            sync(inner)
+    sync(path)
 
 
 @contextmanager
@@ -149,7 +149,8 @@ def _swap(new: Path, old: Path, own: Path) -> None:
         raise
 
 
-def _flush_one(path: Path) -> None:
+def sync(path: Path) -> None:
+    """A file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

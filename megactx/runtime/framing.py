@@ -79,7 +79,9 @@ class Template:
             ids = ids[1:] if bos and ids[0] == self.tokenizer.bos_token_id else ids
         else:
             ids = self.encoder(before, begins=False, plain=False)
-            if turn == "asking" and ids[:1] == [self.end if last is None else last]:  # it is there already
+            if last is None and turn == "asking":
+                last = self.end
+            if last is not None and ids[:1] == [last]:  # the end of the answer is there already
                 ids = ids[1:]
         ids += self.encoder(encodable(text), begins=False) + self.encoder(after, begins=False, plain=False)
         return torch.tensor(ids, dtype=torch.long)

@@ -206,8 +206,12 @@ class Stream:
     def _grow(self, tokens: Tensor, lengths: Tensor, read: bool) -> None:
         """Take tokens into the tree, all or none, and then into the window."""
         began = self._now()
-        self.tree.append(tokens, lengths)
-        self.counts = torch.zeros_like(self.counts)  # whatever happens now, no token is there twice
+        before = self.tree.lengths
+        try:
+            self.tree.append(tokens, lengths)
+        finally:
+            if not torch.equal(self.tree.lengths, before):  # whatever happens, no token is there twice
+                self.counts = torch.zeros_like(self.counts)
         self._catch_up({"gist": self._now() - began}, read)
 
     def _ahead(self) -> Tensor:

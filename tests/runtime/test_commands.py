@@ -194,6 +194,26 @@ def test_a_stopped_ingestion_goes_on_where_it_was(own, tmp_path, monkeypatch, ca
     assert texts[0] == texts[1] and texts[0].count("line ") == 900
 
 
+@pytest.mark.parametrize("call", range(1, 5))
+def test_a_ctrl_c_between_a_piece_and_the_note_of_it_reads_no_piece_twice(own, tmp_path, monkeypatch, call):
+    monkeypatch.setattr(ingest, "PIECE", 200)
+    (tmp_path / "one.txt").write_text("".join(f"line {n} of a text\n" for n in range(25)))
+    append, calls = Session.append, []
+
+    def stopped(self, *content):
+        append(self, *content)
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "append", stopped)
+        assert ingest.main([str(tmp_path / "one.txt"), str(tmp_path / "out"), *own]) == 130
+    assert ingest.main([str(tmp_path / "one.txt"), str(tmp_path / "out"), *own]) == 0
+    with Session.load(tmp_path / "out", Controller(load_models(own[1], "cpu"), Settings(budget=400))) as session:
+        assert session.text() == (tmp_path / "one.txt").read_text() + ingest.BETWEEN
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [(b"", "empty"), (b"ab\xff\xfe", "not UTF-8"), (b"PK\x00\x01", "binary, not text")]
 )
