@@ -21,7 +21,7 @@ from megactx.framework.command_line import run
 
 from .command_line import add_models, controller_of, observers_of, session_of
 from .session import Session
-from .text import encodable
+from .text import encodable, parts_of
 
 PIECE = 2**18  # characters that are tokenised at a time
 SAVE_EVERY = 60.0  # seconds, and never more than a tenth of the time
@@ -111,15 +111,10 @@ def pieces(path: Path, skip: int = 0) -> Iterator[tuple[int, str]]:
         text = (BETWEEN if number else "") + encodable(row["text"])
         if "\0" in text:
             raise ValueError(f"{path}: binary, not text (a NUL byte at character {text.index(chr(0))})")
-        start = 0
-        while start < len(text):
-            end = min(start + PIECE, len(text))
-            if end < len(text) and (line := text.rfind("\n", start, end)) > start:
-                end = line + 1
-            if place + start >= skip:
-                yield place + start, text[start:end]
-            start = end
-        place += len(text)
+        for part in parts_of(text, PIECE):
+            if place >= skip:
+                yield place, part
+            place += len(part)
 
 
 class _Clock:

@@ -168,7 +168,7 @@ class Session:
         if folder is None and self.folder is None:
             raise ValueError("save: name a folder; this session was neither saved nor loaded before")
         folder = (self.folder if folder is None else Path(folder).expanduser()).absolute()
-        if folder != self.folder:
+        if self.folder is None or folder.resolve() != self.folder.resolve():
             session_files.check_free(folder)
             lock = Lock(folder)
             self.close()

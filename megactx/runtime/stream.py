@@ -75,6 +75,7 @@ class Stream:
             ValueError: a row has no token yet.
         """
         self._check_begun(torch.zeros_like(self.counts))
+        self._notice()
         if self.hidden is None:
             self._read()
         return self.base.logits(self.hidden).float()
@@ -181,6 +182,7 @@ class Stream:
         """Read tokens [B, N] behind the window; -> hidden [B, N, D]."""
         began = self._now()
         self._check_begun(torch.ones_like(self.counts) if there is None else there.any(1).cpu().long())
+        self._notice()
         if self.hidden is None and (self.lengths > 0).any():
             self._read()
         start = self.counts.to(self.device)[:, None] + torch.arange(tokens.shape[1], device=self.device)
@@ -196,6 +198,12 @@ class Stream:
         self.counts, self.hidden = self.counts + there.sum(1).cpu(), self.reader.hidden
         self._decoded += self._now() - began
         return hidden
+
+    def _notice(self) -> None:
+        """What was read with other adapters than those that are on now is read again."""
+        if not self.reader.current():
+            self.reader.forget()
+            self.hidden = None
 
     def _flush(self, read: bool) -> None:
         """What is waiting becomes part of the tree."""

@@ -3,7 +3,7 @@
 import codecs
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer
 
@@ -264,6 +264,17 @@ def _pruned(part: dict | None) -> dict | None:
 def printable(text: str) -> str:
     """Text without anything that a terminal would obey."""
     return CONTROLS.sub("", SEQUENCES.sub("", text))
+
+
+def parts_of(text: str, size: int) -> Iterator[str]:
+    """A text in parts of at most ``size`` characters, cut behind a line where there is one."""
+    start = 0
+    while start < len(text):
+        end = min(start + size, len(text))
+        if end < len(text) and (line := text.rfind("\n", start, end)) > start:
+            end = line + 1
+        yield text[start:end]
+        start = end
 
 
 def encodable(text: str) -> str:

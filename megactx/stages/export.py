@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from megactx.focus.pretrained import save_lensnet
+from megactx.framework.command_line import run
 from megactx.framework.files import replacing
 from megactx.framework.resume import best, read
 from megactx.gist.pretrained import load_gistnet, save_gistnet
@@ -124,18 +125,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megactx.stages.export", description=__doc__.partition("\n")[0])
     parser.add_argument("run", metavar="RUN", help="run folder or checkpoint of alternating or end_to_end")
     parser.add_argument("out", metavar="OUT", help="folder to write; an export that is there is replaced")
-    asked = parser.parse_args(arguments)
-    try:
-        manifest = export(asked.run, asked.out)
-    except ValueError as error:
-        print(f"megactx: {error}", file=sys.stderr)
-        return 2
+    return run(_command, parser, arguments)
+
+
+def _command(asked: argparse.Namespace) -> None:
+    manifest = export(asked.run, asked.out)
     if manifest["measured"]:
         print(in_words(manifest["measured"]))
     else:
         print(f"{manifest['adapter_parameters']:,} adapter parameters; the run has no report of the base's perplexity")
     print(f"Exported to {asked.out}: AutoModelForCausalLM.from_pretrained({str(asked.out)!r})")
-    return 0
 
 
 if __name__ == "__main__":

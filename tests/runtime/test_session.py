@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from byte_fallback import KINDS
 
 from megactx.framework.errors import RunFailed, verdict
 from megactx.framework.files import PART
+from megactx.lm import adapters
+from megactx.memory.encoding import identity_of_base
 from megactx.runtime import Controller, Models, Sampling, Session, Settings
 from megactx.runtime.lock import Lock
 from megactx.runtime.session_files import MANIFEST, STATE
@@ -399,3 +402,33 @@ def test_what_a_session_tells_and_keeps_is_one_text_with_any_tokenizer(byte_mode
     start = session.length
     session.append(words)
     assert session.text(start) == " one two"
+
+
+def test_the_base_identity_of_a_tree_knows_adapters_on_the_embeddings(session, models):
+    base = models.base.twin().freeze()
+    plain = identity_of_base(base)
+    adapters.adapt(base, rank=4, embeddings=True)
+    assert identity_of_base(base) == plain  # they change nothing yet
+    for name, parameter in adapters.adapters_of(base).items():
+        if "lora_embedding_" in name:
+            torch.nn.init.normal_(parameter)
+    assert identity_of_base(base) != plain
+    with adapters.switched_off(base):
+        assert identity_of_base(base) == plain
+
+
+def test_a_session_reads_again_what_it_read_with_another_adapter(make_models):
+    models = make_models()
+    adapters.adapt(models.base, rank=4, layers="all")
+    for name, parameter in adapters.adapters_of(models.base).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    session = Session(Controller(models, Settings(budget=96, allocator={"protected": 8})))
+    session.append(TEXT[:200])
+    adapted, close = session.stream.logits(), partial(torch.allclose, atol=1e-3)
+    with adapters.switched_off(models.base):
+        plain = session.stream.logits()
+        session.stream.reader.forget()
+        session.stream.hidden = None
+        assert close(plain, session.stream.logits()) and not close(plain, adapted)
+    assert close(session.stream.logits(), adapted)
