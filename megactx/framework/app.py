@@ -124,7 +124,8 @@ def _run_job(cfg: DictConfig, here, folder: Path, multirun: bool) -> float | Non
 def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | None:
     from .curriculum import find_curriculum, run_in_turn, stages_of
     from .device import choose
-    from .resume import find, last_of, plain
+    from .pace import settle
+    from .resume import begun_with, find, last_of, plain
     from .runfolder import close_folder, logs, open_folder, quiet_bars, show
     from .validate import refuse_idle, validate
 
@@ -132,7 +133,10 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
     refuse_idle(list(here.overrides.task), here.runtime.choices)
     OmegaConf.set_struct(cfg, False)
     cfg.folder = short(folder)
-    validate(cfg, reference(here.runtime.choices))
+    known, shared = reference(here.runtime.choices), None
+    validate(cfg, known)
+    if here.mode == RunMode.MULTIRUN:
+        shared = Path(here.sweep.dir)
     device = choose(
         cfg.trainer.accelerator,
         cfg.trainer.precision,
@@ -157,6 +161,8 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
     if not cfg.curriculum and (checkpoint is None or checkpoint.parent != target / "checkpoints"):
         _refuse_used(target)
     stages = stages_of(cfg, here, target, device)
+    if not stages:
+        settle(cfg, list(here.overrides.task), known, begun_with(checkpoint), device, shared)
     cfg.folder = short(target)
     config = plain(cfg)
     open_folder(target, config, list(here.overrides.task), device.why)
@@ -164,7 +170,7 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
     value = None
     with logs(target):
         if stages:
-            run_in_turn(stages, list(here.overrides.task), target, device, kept)
+            run_in_turn(stages, list(here.overrides.task), known, target, device, kept, shared)
         else:
             show(config, device.why, cfg.folder)
             value = build_and_run(cfg, config, target, device, checkpoint)

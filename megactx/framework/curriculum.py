@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from . import processes
 from .errors import DONE, composition_message
 from .fit import build_and_run, finish_loggers
-from .resume import best, differing, last_of, plain
+from .pace import settle
+from .resume import begun_with, best, differing, last_of, plain
 from .runfolder import close_folder, open_folder, short, show
 from .search_path import compose, reference
 from .validate import locate, validate
@@ -61,13 +62,23 @@ def stages_of(cfg: DictConfig, here, folder: Path, device) -> dict[str, DictConf
     return stages
 
 
-def run_in_turn(stages: dict[str, DictConfig], overrides: list[str], folder: Path, device, kept: list[Path]) -> None:
+def run_in_turn(
+    stages: dict[str, DictConfig],
+    overrides: list[str],
+    known: DictConfig,
+    folder: Path,
+    device,
+    kept: list[Path],
+    shared: Path | None,
+) -> None:
     """A stage that is done is passed by, one that was begun goes on, a new one starts from the best of the last.
 
     Args:
         overrides: of the command line.
+        known: the group choices without the experiment's and the command line's values.
         folder: of the curriculum.
         kept: the run folders so far; each stage's is added.
+        shared: the folder of the sweep that this is a job of, if any.
     """
     before = None
     for index, (name, stage) in enumerate(stages.items()):
@@ -77,6 +88,7 @@ def run_in_turn(stages: dict[str, DictConfig], overrides: list[str], folder: Pat
         if not (own / "done").exists():
             checkpoint = last_of(stage, own)
             print(f"\nStage {index + 1} of {len(stages)}: {name}", flush=True)
+            settle(stage, overrides, known, begun_with(checkpoint), device, shared)
             config = plain(stage)
             open_folder(own, config, overrides, device.why)
             kept.append(own)

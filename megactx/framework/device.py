@@ -1,5 +1,7 @@
 """Which devices and precision a run takes, and why."""
 
+import functools
+import os
 from dataclasses import dataclass
 
 
@@ -60,9 +62,15 @@ def choose(accelerator: str, precision: str, devices=1, choice: str = "auto", st
     return Device(kind, precision, f"{where}; {precision}: as set", count)
 
 
+@functools.cache
 def cpu_bf16_units() -> str:
-    """The name of the CPU's bf16 matrix units, or an empty string."""
+    """The name of the CPU's bf16 matrix units, or an empty string.
+
+    ``MEGACTX_CPU_BF16=none`` hides them, another value is taken for their name: to try what another machine would do.
+    """
     import torch
 
+    if (told := os.environ.get("MEGACTX_CPU_BF16")) is not None:
+        return "" if told == "none" else told
     able = torch.cpu.get_capabilities()
     return next((name for name in ("amx_bf16", "avx512_bf16") if able.get(name)), "")

@@ -12,12 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 _DECIDED = "MEGACTX_RUN"  # reaches the processes that Lightning starts
-_PLACE = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", _DECIDED)
+_PLACE = ["LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", _DECIDED]
 
 
 def rank() -> int:
     """Which process of its run this is, as whoever started it says; 0 is the first one, or the only one."""
     return int(next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), 0))
+
+
+def carry(name: str) -> None:
+    """A variable of the environment that the processes of one run share, and the next run must not have."""
+    _PLACE.append(name)
 
 
 def hush() -> None:

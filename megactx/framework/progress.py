@@ -5,6 +5,8 @@ import time
 
 from lightning.pytorch.callbacks import ProgressBar
 
+from .checkpoints import validation_is_due
+
 
 class Progress(ProgressBar):
     """Shows steps, speed, time left and what the stage logs with ``prog_bar=True``.
@@ -57,7 +59,11 @@ class Progress(ProgressBar):
                 self.drawn = now
                 self.bar.update(self.task, metrics=self._metrics(trainer))
             self.bar.update(self.task, completed=trainer.global_step)
-        elif self.enabled and self._percent(trainer) // self.every > self.shown:
+        elif not validation_is_due(trainer):  # then the line comes behind it, with what it found
+            self._tell(trainer)
+
+    def _tell(self, trainer) -> None:
+        if self.enabled and self.bar is None and self._percent(trainer) // self.every > self.shown:
             self.shown = self._percent(trainer) // self.every
             print(self._line(trainer), flush=True)
 
@@ -68,6 +74,8 @@ class Progress(ProgressBar):
     def on_validation_end(self, trainer, pl_module) -> None:
         if self.bar is not None:
             self.bar.update(self.task, description="training", metrics=self._metrics(trainer))
+        elif not trainer.sanity_checking:
+            self._tell(trainer)
 
     def on_train_end(self, trainer, pl_module) -> None:
         self._close()

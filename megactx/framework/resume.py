@@ -16,7 +16,8 @@ from .runfolder import hide_secrets
 log = logging.getLogger(__name__)
 
 # A run may be lengthened: these, and whatever is derived from them, may differ.
-LENGTH = ("preset.steps", "trainer.max_steps", "trainer.max_time", "trainer.max_epochs")
+LENGTH = ("preset.steps", "preset.minutes", "trainer.max_steps", "trainer.max_time", "trainer.max_epochs")
+PACED = ("preset.warmup", "preset.validate_every", "preset.plateau_window")
 WATCHERS = ("progress", "summary", "learning_rate", "grad_norm", "speed", "device")  # callbacks that change nothing
 FREE = ("resume", "logger", "name", "folder", *(f"callbacks.{name}" for name in WATCHERS))
 
@@ -87,6 +88,11 @@ def last_of(cfg: DictConfig, folder: Path) -> Path | None:
     return last
 
 
+def begun_with(checkpoint: Path | None) -> dict | None:
+    """The config of the run that wrote a checkpoint; ``None`` where there is no checkpoint, or no config in it."""
+    return None if checkpoint is None else read(checkpoint).get("config")
+
+
 def best(run: Path) -> Path:
     """The best checkpoint of a run folder, or the last one where its stage monitors nothing.
 
@@ -105,7 +111,8 @@ def differing(cfg: DictConfig, run: Path) -> list[str]:
     before = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
     trial = cfg.copy()
     OmegaConf.set_struct(trial, False)
-    for key in (*LENGTH, *FREE):  # taken over from there, so that whatever interpolates them agrees too
+    paced = before.get("preset", {}).get("minutes") is not None  # time has decided these there
+    for key in (*LENGTH, *FREE, *(PACED if paced else ())):  # taken over, so that whatever interpolates them agrees too
         value = OmegaConf.select(OmegaConf.create(before), key)
         if value is not None and OmegaConf.select(trial, key) is not None:
             OmegaConf.update(trial, key, value, merge=False)

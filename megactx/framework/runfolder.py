@@ -165,10 +165,21 @@ def quiet_bars() -> None:
 
 
 @contextlib.contextmanager
-def logs(folder: Path):
-    """Our own messages go to stdout and ``run.log``; libraries speak from warnings on, and known noise is left out."""
+def quiet():
+    """Libraries speak from warnings on, and known noise is left out."""
     import warnings
 
+    for name in ("lightning.pytorch", "lightning.fabric", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for pattern in NOISE:
+            warnings.filterwarnings("ignore", pattern)
+        yield
+
+
+@contextlib.contextmanager
+def logs(folder: Path):
+    """Our own messages go to stdout and ``run.log``, those of libraries too, as far as ``quiet`` lets them."""
     root = logging.getLogger()
     level = root.level
     to_file = logging.FileHandler(os.devnull if rank() else folder / "run.log", encoding="utf-8")
@@ -179,12 +190,8 @@ def logs(folder: Path):
     for handler in handlers:
         root.addHandler(handler)
     root.setLevel(logging.INFO)
-    for name in ("lightning.pytorch", "lightning.fabric", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            for pattern in NOISE:
-                warnings.filterwarnings("ignore", pattern)
+        with quiet():
             yield
     finally:
         root.setLevel(level)

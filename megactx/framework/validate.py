@@ -41,6 +41,7 @@ RANGES = {
         ).split()
     },
     "preset.warmup": (WHOLE, 0, math.inf),
+    "preset.minutes": (REAL, 0.1, math.inf),
     "horizon.tokens": (WHOLE, 1, math.inf),
     "contrastive.weight": (REAL, 0, math.inf),
     "stage.lr": (REAL, 0, math.inf),
@@ -75,7 +76,7 @@ RANGES = {
     "stage.history.segment": (WHOLE, 1, math.inf),
     "stage.history.recency": (WHOLE, 1, math.inf),
 }
-NULLABLE = {"data.max_tokens", "preset.max_tokens", "stage.muon_lr", "trainer.gradient_clip_val"}
+NULLABLE = {"data.max_tokens", "preset.max_tokens", "preset.minutes", "stage.muon_lr", "trainer.gradient_clip_val"}
 NULLABLE |= {key for key in RANGES if key.startswith("data.weights.")}
 
 

@@ -15,7 +15,7 @@ from megactx.data.documents import VALIDATION, cut
 from megactx.evaluation.context_use import context_use
 from megactx.evaluation.model_card import write_model_card
 from megactx.framework.files import IN_RUN, replacing
-from megactx.framework.optimizers import MuonWithAdamW, warmup_stable_decay
+from megactx.framework.optimizers import MuonWithAdamW, fast_dtype, warmup_stable_decay
 from megactx.lm import BaseLM
 from megactx.lm.masks import CAUSAL
 
@@ -112,7 +112,13 @@ class BaseLMStage(lightning.LightningModule):
         for p in self.base.parameters():
             (matrices if p.ndim == 2 and id(p) not in embeddings else others).append(p)
         h = self.hparams
-        optimizer = MuonWithAdamW(matrices, others, h.muon_lr, h.adamw_lr, h.weight_decay)
+        optimizer = MuonWithAdamW(
+            [
+                {"params": matrices, "lr": h.muon_lr, "weight_decay": h.weight_decay, "muon": True},
+                {"params": others, "lr": h.adamw_lr, "weight_decay": 0.0},  # embeddings and norms are not pulled to 0
+            ],
+            betas=(0.9, 0.95),
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_stable_decay(step, h.warmup, h.max_steps, h.decay)
         )
@@ -121,8 +127,9 @@ class BaseLMStage(lightning.LightningModule):
     def finish(self, folder: Path, datamodule) -> None:
         """Write ``folder/model``: a Hugging Face folder in bf16 with tokenizer and a model card of measured figures."""
         print("Measuring how the base uses its context", flush=True)
-        base, tokenizer = self.base.to(torch.bfloat16).freeze(), datamodule.tokenizer
-        final, use = folder / "model", self._context_use(base, datamodule)
+        base, tokenizer = self.base.to(torch.bfloat16).freeze(), datamodule.tokenizer  # as it is kept
+        final, use = folder / "model", self._context_use(base.to(fast_dtype(self.device)), datamodule)
+        base.to(torch.bfloat16)  # nothing is lost on the way
         with replacing(final, IN_RUN) as part:
             base.model.save_pretrained(part)
             tokenizer.save_pretrained(part)

@@ -65,6 +65,7 @@ class GistStage(lightning.LightningModule):
     """
 
     monitor = "val/dnll"  # of which a new minimum is worth a checkpoint
+    timed = True  # preset.minutes may decide how many steps there are: they are all alike
     reports_best = True  # that checkpoint is what the report is of, and what the next stage starts from
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from megactx.framework.optimizers import MuonWithAdamW
@@ -40,7 +39,7 @@ def build_nets(base: BaseLM, compressor: dict, gistnet: dict, controls: dict) ->
 
 
 def optimizer_of(nets: nn.ModuleDict, lr: float, muon_lr: float | None, weight_decay: float, controls: dict):
-    """AdamW for everything, but Muon for the matrices of every GistNet with a backbone.
+    """AdamW for everything, but Muon for the matrices of every GistNet with a backbone; the same decay for all.
 
     Args:
         lr: of AdamW; a control with an ``lr`` of its own has that.
@@ -52,10 +51,9 @@ def optimizer_of(nets: nn.ModuleDict, lr: float, muon_lr: float | None, weight_d
     for name, net in nets.items():
         rate = (controls.get(name) or {}).get("lr") or lr
         groups.setdefault(rate, []).extend(p for p in net.parameters() if id(p) not in known)
-    groups = [{"params": parameters, "lr": rate} for rate, parameters in groups.items() if parameters]
-    if matrices:
-        return MuonWithAdamW(matrices, groups, muon_lr, lr, weight_decay, betas=BETAS)
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=1e-8, weight_decay=weight_decay)
+    groups = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+    groups.append({"params": matrices, "lr": muon_lr, "muon": True})
+    return MuonWithAdamW([group | {"weight_decay": weight_decay} for group in groups], BETAS)
 
 
 def with_backbone(net: Compressor) -> bool:

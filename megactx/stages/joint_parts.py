@@ -98,12 +98,9 @@ def optimizer_of(stage, own_step: Callable[[int, str], int], total: dict[str, in
         {"part": "lens", "params": direct, "lr": h.direct_lr},
         {"part": "lora", "params": stage.base_parameters(), "lr": h.base_lr},
     ]
-    groups = [group | {"weight_decay": h.weight_decay} for group in groups if group["params"] and total[group["part"]]]
-    if matrices:
-        matrices = [{"part": "gist", "params": matrices}]
-        optimizer = MuonWithAdamW(matrices, groups, h.muon_lr, h.gist_lr, h.weight_decay, betas=BETAS)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=h.gist_lr, betas=BETAS, weight_decay=h.weight_decay)
+    groups.append({"part": "gist", "params": matrices, "lr": h.muon_lr, "muon": True})
+    groups = [group | {"weight_decay": h.weight_decay} for group in groups if total[group["part"]]]
+    optimizer = MuonWithAdamW(groups, BETAS)
 
     def factor(part: str, peak: float) -> Callable[[int], float]:
         floor = min(1.0, h.min_lr / peak) if peak else 1.0

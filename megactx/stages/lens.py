@@ -16,7 +16,7 @@ from megactx.assets import resolve
 from megactx.focus.lensnet import LensNet
 from megactx.focus.objectives import preference_loss, value_loss
 from megactx.focus.states import States, load
-from megactx.framework.optimizers import warmup_cosine
+from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
 from megactx.lm import BaseLM
 
 from .lens_losses import value_losses
@@ -173,8 +173,8 @@ class LensStage(lightning.LightningModule):
         direct = list(self.lens.direct.parameters())
         known = {id(p) for p in direct}
         rest = [p for p in self.lens.parameters() if id(p) not in known]
-        groups = [{"params": rest}, {"params": direct, "lr": h.direct_lr}]
-        optimizer = torch.optim.AdamW(groups, lr=h.lr, betas=BETAS, weight_decay=h.weight_decay)
+        groups = [{"params": rest, "lr": h.lr}, {"params": direct, "lr": h.direct_lr}]
+        optimizer = MuonWithAdamW([group | {"weight_decay": h.weight_decay} for group in groups], BETAS)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_cosine(step, h.warmup, h.max_steps, h.min_lr / h.lr)
         )

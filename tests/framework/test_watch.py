@@ -46,7 +46,12 @@ class Stage(lightning.LightningModule):
     def configure_optimizers(self):
         matrices = [p for p in self.nets.parameters() if p.ndim == 2]
         others = [p for p in self.nets.parameters() if p.ndim == 1]
-        optimizer = MuonWithAdamW(matrices, others, muon_lr=0.1, adamw_lr=0.01, weight_decay=0.0)
+        optimizer = MuonWithAdamW(
+            [
+                {"params": matrices, "lr": 0.1, "weight_decay": 0.0, "muon": True},
+                {"params": others, "lr": 0.01, "weight_decay": 0.0},
+            ]
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -38,14 +38,19 @@ def test_matrices_go_to_muon_embeddings_and_vectors_to_adamw_and_nothing_is_left
     embedding = module.base.model.get_input_embeddings().weight
     assert id(embedding) in adamw and not muon & adamw
     assert muon | adamw == {id(p) for p in module.parameters()}
-    assert all(p.ndim == 2 for group in optimizer.muon.param_groups for p in group["params"])
+    assert all(p.ndim == 2 for group in optimizer.parts[0].param_groups for p in group["params"])
 
 
 def test_the_combined_optimizer_steps_like_its_parts_follows_a_schedule_and_restores_its_state():
     def made():
         torch.manual_seed(0)
         matrix, vector = torch.nn.Parameter(torch.randn(8, 4)), torch.nn.Parameter(torch.randn(4))
-        optimizer = MuonWithAdamW([matrix], [vector], 0.1, 0.01, 0.1)
+        optimizer = MuonWithAdamW(
+            [
+                {"params": [matrix], "lr": 0.1, "weight_decay": 0.1, "muon": True},
+                {"params": [vector], "lr": 0.01, "weight_decay": 0.0},
+            ]
+        )
         return matrix, vector, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
 
     def step(matrix, vector, optimizer, schedule):

@@ -140,7 +140,8 @@ def test_every_gistnet_with_a_backbone_has_muon_and_nothing_else_has(gist_run):
     more = "stage.controls.{}={{{},block_size:32}}"
     nets = {"second": "layers:1,num_heads:4", "blockmean_mlp": "type:mean,head:mlp"}
     stage = stage_of([*gist_run, "stage.muon_lr=0.01", *[f"+{more.format(*net)}" for net in nets.items()]])
-    held = {id(p) for group in stage.configure_optimizers()["optimizer"].muon.param_groups for p in group["params"]}
+    muon, _ = stage.configure_optimizers()["optimizer"].parts
+    held = {id(p) for group in muon.param_groups for p in group["params"]}
     for name, net in stage.nets.items():
         matrices = {id(p) for p in net.parameters() if p.ndim == 2}
         assert matrices <= held if name in ("gistnet", "second") else not matrices & held, name

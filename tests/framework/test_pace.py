@@ -1,0 +1,95 @@
+"""A preset with a time: how many steps a run has is measured once, and then stands."""
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from megactx.framework import pace
+from megactx.framework.app import run
+
+
+@pytest.fixture
+def timed(gist_settings, monkeypatch):
+    """Overrides of a gist run whose steps its minutes decide: two seconds a step, four a validation."""
+    tried = []
+
+    def try_steps(cfg, device):
+        tried.append(cfg.preset.minutes)
+        return 2.0, 4.0
+
+    monkeypatch.setattr(pace, "_try", try_steps)
+    lengths = ("preset.steps", "preset.warmup", "preset.validate_every", "preset.plateau_window")
+    settings = [o for o in gist_settings if not o.startswith(lengths)]
+    return [*settings, "preset.minutes=0.5"], tried
+
+
+def preset(folder) -> dict:
+    return OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))["preset"]
+
+
+def test_minutes_become_steps_and_warmup_validation_and_plateau_keep_their_share(timed, tmp_path, capsys):
+    settings, _ = timed
+    assert run([*settings, f"folder={tmp_path / 'a'}"]) == 0
+    # 30 s less five validations of 4 s leave 10 s: five steps; 540 steps had 30 of warm-up and a validation each 108.
+    expected = {"minutes": 0.5, "steps": 5, "warmup": 1, "validate_every": 1, "plateau_window": 5}
+    assert {key: preset(tmp_path / "a")[key] for key in expected} == expected
+    assert (
+        "preset.minutes=0.5: a step takes 2.00 s here, a validation 4.0 s: so preset.steps=5" in capsys.readouterr().out
+    )
+    last = torch.load(tmp_path / "a" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 5 and last["config"]["preset"]["steps"] == 5
+
+
+def test_a_resumed_run_has_the_steps_that_it_began_with_whatever_the_machine_does_now(timed, tmp_path, monkeypatch):
+    settings, tried = timed
+    assert run([*settings, f"folder={tmp_path / 'a'}"]) == 0
+    (tmp_path / "a" / "done").unlink()
+    monkeypatch.setattr(pace, "_try", lambda cfg, device: (0.1, 0.1))
+    assert run([*settings, f"folder={tmp_path / 'a'}", "resume=auto"]) == 0
+    assert preset(tmp_path / "a")["steps"] == 5
+    (tmp_path / "a" / "done").unlink()
+    longer = [o for o in settings if not o.startswith("preset.minutes")]
+    assert run([*longer, f"folder={tmp_path / 'a'}", "resume=auto", "preset.steps=7"]) == 0
+    now = preset(tmp_path / "a")
+    assert (now["steps"], now["validate_every"], now["minutes"]) == (7, 1, None)
+    assert len(tried) == 1
+
+
+def test_jobs_of_a_sweep_all_have_the_steps_of_the_first(timed, tmp_path):
+    settings, tried = timed
+    assert run(["-m", *settings, f"hydra.sweep.dir={tmp_path}", "seed=0,1"]) == 0
+    assert [preset(path.parent)["steps"] for path in tmp_path.glob("*/done")] == [5, 5]
+    assert len(tried) == 1
+    (known,) = json.loads((tmp_path / "lengths.json").read_text()).values()
+    assert known["preset.steps"] == 5
+
+
+def test_steps_given_by_hand_win_over_the_presets_minutes_and_both_by_hand_are_refused(timed, tmp_path, capsys):
+    settings, tried = timed
+    rest = [o for o in settings if not o.startswith("preset.minutes")]
+    assert run([*rest, "preset.steps=4", "preset.validate_every=2", f"folder={tmp_path / 'a'}"]) == 0
+    assert not tried and preset(tmp_path / "a")["steps"] == 4 and preset(tmp_path / "a")["minutes"] is None
+    assert run([*settings, "preset.steps=4", f"folder={tmp_path / 'b'}"]) == 2
+    assert "preset.minutes=0.5 and preset.steps are not allowed together" in capsys.readouterr().err
+
+
+def test_minutes_that_say_nothing_are_refused(capsys):
+    assert run(["experiment=alternating", "preset=demo", "preset.minutes=3"]) == 2
+    assert "preset.minutes=3 says nothing here" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_first_steps_are_really_timed_and_change_nothing_in_the_run(gist_settings, tmp_path, capsys):
+    lengths = ("preset.steps", "preset.warmup", "preset.validate_every", "preset.plateau_window")
+    settings = [o for o in gist_settings if not o.startswith(lengths)]
+    assert run([*settings, "preset.minutes=0.1", f"folder={tmp_path / 'a'}"]) == 0
+    found = preset(tmp_path / "a")
+    assert "a step takes 0." in capsys.readouterr().out
+    by_hand = [f"preset.{key}={found[key]}" for key in ("steps", "warmup", "validate_every", "plateau_window")]
+    assert run([*settings, *by_hand, f"folder={tmp_path / 'b'}"]) == 0
+    one, other = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for name in "ab"
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
