@@ -64,9 +64,7 @@ def test_absolute_positions_warn_once_when_they_pass_the_trained_range(caplog):
 
 
 def test_a_base_with_few_positions_is_told_what_sessions_need_in_one_sentence():
-    with pytest.raises(
-        ValueError, match="256 positions, sessions .* need at least .*megacontext=none"
-    ) as told:
+    with pytest.raises(ValueError, match="256 positions, sessions .* need at least .*megacontext=none") as told:
         Settings(budget=128).check(32, 256)
     assert "budget" not in str(told.value)
 
