@@ -31,6 +31,7 @@ from rich.table import Table
 
 from megactx.assets import resolve
 from megactx.framework.command_line import run
+from megactx.framework.files import replacing
 
 KINDS = {
     "all at once": ["stage.windows.per_pass=1000", "stage.recompute=false"],
@@ -128,10 +129,8 @@ def benchmark(asked: argparse.Namespace) -> None:
         numbers = (f"{row['seconds_per_step']:.2f}", f"{row['tokens_per_second']:,.0f}", f"{row['peak_mib']:,.0f}")
         table.add_row(str(row["variants"]), row["kind"], str(row["windows_read"]), *numbers)
     Console(width=100).print(table)
-    asked.out.parent.mkdir(parents=True, exist_ok=True)
-    part = asked.out.with_name(f"{asked.out.name}.part")
-    part.write_text(json.dumps(rows, indent=1))
-    part.replace(asked.out)
+    with replacing(asked.out) as part:
+        part.write_text(json.dumps(rows, indent=1))
     print(f"Written to {asked.out}")
 
 

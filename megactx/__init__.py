@@ -4,6 +4,8 @@ The public names are imported on first use, so that ``import megactx`` costs not
 section 3 of docs/method.md: definitions and formulas.
 """
 
+import sys
+
 _EXPORTS = {
     "BaseLM": "megactx.lm",
     "Controller": "megactx.runtime",
@@ -16,6 +18,20 @@ _EXPORTS = {
 }
 
 __all__ = list(_EXPORTS)
+
+
+def _one_line(kind, error, trace) -> None:
+    """Ctrl-C while a command still imports: one line and exit code 130, as later."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    import os
+
+    print("\nmegactx: interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+if sys.argv[:1] == ["-m"] or sys.argv[0].endswith("train.py"):  # a command of ours begins; in a library nothing changes
+    sys.excepthook = _one_line
 
 
 def __getattr__(name: str):

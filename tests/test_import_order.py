@@ -17,7 +17,8 @@ LADDER = [
     {"memory"},
     {"gist"},
     {"lm"},
-    {"data", "framework"},
+    {"data"},
+    {"framework"},
     {"assets"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LADDER) for room in rooms}

@@ -16,6 +16,8 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megactx.framework.files import replacing
+
 from . import renderings
 from .documents import cache_errors, cache_folder
 from .files import CODE, NARRATIVE, STRUCTURED
@@ -103,10 +105,8 @@ class Embedded:
         """Write ``files()`` in the format of ``sha256sum``."""
         path = Path(path)
         lines = "".join(f"{digest}  {name}\n" for name, digest in self.files())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text(lines, encoding="utf-8")
-        os.replace(part, path)
+        with replacing(path) as part:
+            part.write_text(lines, encoding="utf-8")
 
     @property
     def _kept_list(self) -> Path:

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from .files import replacing
+from megactx.framework.files import replacing
+
 from .plots import plot_stages
 from .sheets import Sheet, markdown_sheet, number, print_sheet, target_cells
 from .summary import DROPPED, OVERALL

@@ -123,7 +123,8 @@ def bm25(tokenizer, ids: Tensor, count: int, block: int) -> Tensor:
     """Okapi BM25 (Robertson & Zaragoza 2009) of each block, [N], for the last ``QUERY`` tokens as the question."""
     ids = ids.cpu()
     texts = tokenizer.batch_decode([ids[n * block : (n + 1) * block].tolist() for n in range(count)])
-    split = {"stopwords": None, "show_progress": False}
+    # Words of one letter or digit count too, which bm25s drops unless it is told.
+    split = {"stopwords": None, "token_pattern": r"(?u)\b\w+\b", "show_progress": False}
     corpus = bm25s.tokenize(texts, **split, return_ids=False)
     question = bm25s.tokenize([tokenizer.decode(ids[-QUERY:].tolist())], **split, return_ids=False)[0]
     if not any(corpus):

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 
+from megactx.framework.files import replacing
+
 from .bootstrap import mean_interval
-from .files import replacing, without_nan
+from .files import without_nan
 from .focus import FULL, GISTS, LENS, ORACLE, RANDOM, RECENCY, SURPRISE, FocusScores
 from .sheets import Sheet, console_of, markdown_sheet, number, print_sheet
 

@@ -3,7 +3,8 @@
 import math
 from pathlib import Path
 
-from .files import replacing
+from megactx.framework.files import replacing
+
 from .plots import COLOURS
 from .summary import DROPPED
 

@@ -4,8 +4,9 @@ import csv
 import math
 from pathlib import Path
 
+from megactx.framework.files import replacing
+
 from .bootstrap import Interval
-from .files import replacing
 from .leaderboard_plot import plot
 from .metrics import BODY
 from .sheets import Sheet, console_of, markdown_sheet, print_sheet

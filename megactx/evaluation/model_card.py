@@ -3,8 +3,9 @@
 import math
 from pathlib import Path
 
+from megactx.framework.files import replacing
+
 from .context_use import BEFORE, BLOCK, PASSAGE, SEGMENT
-from .files import replacing
 
 FACTS = ("name", "data", "steps", "tokens", "parameters", "validation")
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from .files import replacing
+from megactx.framework.files import replacing
+
 from .metrics import dnll_by_offset
 from .scores import BlockScores
 from .summary import BEST_OF, DROPPED

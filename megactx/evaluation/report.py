@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from .files import replacing, without_nan
+from megactx.framework.files import replacing
+
+from .files import without_nan
 from .sheets import Sheet, console_of, markdown_sheet, number, print_sheet, target_cells
 from .summary import DROPPED, OVERALL
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .files import replacing
+from megactx.framework.files import replacing
 
 MORE_RAW = "as many more raw tokens"  # of a history: one raw token in place of each carrier
 DROP = "drop"  # the name under which ``kl`` and ``agree`` may also hold the dropped block

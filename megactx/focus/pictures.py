@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megactx.framework.files import replacing
 from megactx.memory.strip import bars, colour
 
 from .edits import Edits
@@ -43,7 +44,8 @@ def plot_scores(path: str | Path, replay: Replay, step: int = 0) -> None:
         panels[0].set_ylabel("score before")
         panels[1].set_ylabel("score after")
         _legend(panels[1], replay, -0.25)
-        figure.savefig(path, format="png")
+        with replacing(path) as part:
+            figure.savefig(part, format="png")
 
 
 def plot_replay(path: str | Path, replay: Replay) -> None:
@@ -67,7 +69,8 @@ def plot_replay(path: str | Path, replay: Replay) -> None:
         axes.set_ylabel("refocus")
         _timeline(axes, replay.tokens)
         _legend(axes, replay, -0.6 / len(labels) - 0.04)
-        figure.savefig(path, format="png")
+        with replacing(path) as part:
+            figure.savefig(part, format="png")
 
 
 def animate_replay(path: str | Path, replay: Replay, seconds: float = 1.0) -> None:
@@ -88,7 +91,7 @@ def animate_replay(path: str | Path, replay: Replay, seconds: float = 1.0) -> No
     if not seconds > 0:
         raise ValueError(f"seconds={seconds} is not allowed: more than 0")
     writer = PillowWriter(fps=1 / seconds)
-    with _figure(10, 3.2, dpi=80) as figure, writer.saving(figure, str(path), dpi=80):
+    with _figure(10, 3.2, dpi=80) as figure, replacing(path) as part, writer.saving(figure, str(part), dpi=80):
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         for number, view in enumerate(replay.views):
             above.clear()

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from megactx.framework.files import replacing
 from megactx.gist import GistNet
 
 from .lensnet import LensNet
@@ -27,17 +26,14 @@ def save_lensnet(net: LensNet, settings: dict, gistnet: GistNet, folder: str | P
         made_by: how it was trained, for people.
     """
     folder = Path(folder)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     about = {"settings": settings, "width": net.width, "block_size": net.block_size}
     about |= {"gistnet": identity(gistnet), "made_by": made_by}
-    (part / SETTINGS).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
     # tau and counters as they are: a rounded unit would move every score.
     weights = {k: v.to(torch.bfloat16) if v.ndim else v for k, v in net.state_dict().items()}
-    save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, part / WEIGHTS)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    with replacing(folder) as part:
+        part.mkdir()
+        (part / SETTINGS).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, part / WEIGHTS)
 
 
 def load_lensnet(folder: str | Path, gistnet: GistNet) -> LensNet:

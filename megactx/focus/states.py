@@ -6,7 +6,6 @@ a window of a 3B base takes kilobytes, and a run that was killed goes on with th
 B windows, W entries, G gists, E edits, D width.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megactx.framework.files import IN_RUN, replacing
 from megactx.lm import BaseLM
 from megactx.memory import WorkingContext
 
@@ -75,10 +75,8 @@ def save(
         "expand": own.expand,
         "values": values[edits.row == row].float(),
     }
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
-    os.replace(part, path)
+    with replacing(path, IN_RUN) as part:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
 
 
 def load(paths: list[Path], base: BaseLM) -> States:

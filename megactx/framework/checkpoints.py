@@ -1,8 +1,6 @@
 """Checkpoints that survive: written whole or not at all, plain dicts and tensors only."""
 
 import contextlib
-import errno
-import os
 from pathlib import Path
 
 import torch
@@ -11,6 +9,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveragi
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from .errors import RunFailed
+from .files import IN_RUN, replacing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -23,29 +22,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             RunFailed: the disk is full, or the file may not be written.
         """
         path = Path(path)
-        part = path.with_name(f"{path.name}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            with replacing(path, IN_RUN) as part, part.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except (OSError, RuntimeError) as error:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            what = "the disk is full" if full or not isinstance(error, OSError) else "it cannot be written"
+        except (RunFailed, ValueError, OSError, RuntimeError) as error:
+            full = "full" in str(error) or not isinstance(error, (ValueError, OSError))
             raise RunFailed(
-                f"the checkpoint {path} could not be saved: {what} ({error}). What was saved before is kept in"
-                f" {path.parent}. Make room, or set folder=... to another disk, and go on with resume=auto"
+                f"the checkpoint {path} could not be saved: {'the disk is full' if full else 'it cannot be written'}"
+                f" ({_innermost(error)}). What was saved before is kept in {path.parent}. Make room, or set folder=..."
+                " to another disk, and go on with resume=auto"
             ) from error
 
 
-def clear_parts(folder: Path) -> None:
-    """Remove what a run that was killed while it saved has left beside the checkpoints of its folder."""
-    for part in (folder / "checkpoints").glob("*.part"):
-        part.unlink(missing_ok=True)
+def _innermost(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 class Newest(ModelCheckpoint):

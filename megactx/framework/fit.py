@@ -26,7 +26,7 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
     import lightning
     from hydra.utils import instantiate
 
-    from .checkpoints import Record, clear_parts
+    from .checkpoints import Record
 
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     stage = instantiate(cfg.stage, _convert_="all")
@@ -45,8 +45,6 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
     trainer = _trainer(cfg, config, folder, device, fingerprint)
     if checkpoint is None and config["stage"].get("init"):
         print(stage.start_from(config["stage"]["init"]), flush=True)
-    if not processes.rank():
-        clear_parts(folder)
     if checkpoint is not None:
         from .resume import check_accumulation, check_fits, check_source, differences
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from .files import IN_RUN, clear, replacing, writing
 from .processes import rank
 
 PACKAGES = ("megactx", "torch", "lightning", "transformers", "tokenizers", "datasets", "torchmetrics", "peft", "numpy")
@@ -66,10 +67,9 @@ def short(folder: Path) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a small file under a temporary name, then rename."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    """Write a small file, whole or not at all."""
+    with replacing(path, IN_RUN) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def open_folder(folder: Path, config: dict, overrides: list[str], why: str) -> None:
@@ -81,7 +81,9 @@ def open_folder(folder: Path, config: dict, overrides: list[str], why: str) -> N
     """
     if rank():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder / "config.yaml", "set folder=... to another place"):
+        folder.mkdir(parents=True, exist_ok=True)
+    clear(folder)
     write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
     record = {
         "command": ["python", "train.py", *hide_in_command(overrides)],

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from megactx.framework.files import replacing
 from megactx.lm import BaseLM
 
 from .compressors import build
@@ -26,14 +25,11 @@ def save_gistnet(net: GistNet, settings: dict, base: BaseLM, folder: str | Path,
         made_by: how it was trained, for people.
     """
     folder = Path(folder)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     about = {"settings": settings, "width": base.width, "base": _identity(base), "made_by": made_by}
-    (part / SETTINGS).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
-    save_file({k: v.to(torch.bfloat16).cpu().contiguous() for k, v in net.state_dict().items()}, part / WEIGHTS)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    with replacing(folder) as part:
+        part.mkdir()
+        (part / SETTINGS).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+        save_file({k: v.to(torch.bfloat16).cpu().contiguous() for k, v in net.state_dict().items()}, part / WEIGHTS)
 
 
 def load_gistnet(folder: str | Path, base: BaseLM) -> GistNet:

@@ -63,6 +63,33 @@ def adapters_of(base: BaseLM) -> dict[str, nn.Parameter]:
     return {name: p for name, p in base.named_parameters() if "lora_" in name}
 
 
+def active_adapters(module: nn.Module) -> dict[str, torch.Tensor]:
+    """name -> weight of all adapters in a module that change what it gives now, their scales too.
+
+    Those that are switched off, and those of which one half is still zero, change nothing.
+    """
+    found = {}
+    for place, layer in module.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters:
+            continue
+        for name in layer.active_adapters:
+            pair = {key: p for key, p in layer.named_parameters() if "lora_" in key and name in key.split(".")}
+            if pair and all(bool(p.any()) for p in pair.values()):
+                found |= {f"{place}.{key}": p.detach() for key, p in pair.items()}
+                found[f"{place}.{name}.scaling"] = torch.tensor(float(layer.scaling[name]))
+    return found
+
+
+def stamp_of(base: nn.Module) -> tuple:
+    """What changes when adapters are put in, switched, scaled or trained."""
+    return tuple(
+        (id(layer), layer.disable_adapters, layer.merged, *layer.active_adapters, *sorted(layer.scaling.items()))
+        + tuple((id(p), 0 if p.is_inference() else p._version) for key, p in layer.named_parameters() if "lora_" in key)
+        for layer in base.modules()
+        if isinstance(layer, BaseTunerLayer)
+    )
+
+
 @contextmanager
 def switched_off(base: BaseLM) -> Iterator[BaseLM]:
     """Passes inside are those of the base LM without its adapters. Nothing happens where it has none."""

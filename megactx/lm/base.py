@@ -128,6 +128,12 @@ class BaseLM(nn.Module):
         """The longest sequence that the config says the model takes."""
         return int(self.config.max_position_embeddings)
 
+    def learned_positions(self) -> bool:
+        """Whether positions are rows of a table (GPT-2, OPT), which ends, and not a rotation, which goes on."""
+        tables = [m for m in self.model.get_decoder().modules() if isinstance(m, nn.Embedding)]
+        own = self.model.get_input_embeddings()
+        return any(table is not own and table.weight.shape[0] >= self.max_positions for table in tables)
+
     def embed(self, ids: Tensor) -> Tensor:
         """ids [B, T] -> embeddings [B, T, D]."""
         return self.model.get_input_embeddings()(ids)

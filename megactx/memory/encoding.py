@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megactx.gist.gistnet import Seen
+from megactx.lm.adapters import active_adapters
 
 BATCH = 16  # E: wide enough for the matrix products of a long text, narrow enough for one new block at a time
 
@@ -127,15 +128,19 @@ def identity_of_base(base) -> str | None:
     """The same for what embeds the tokens; ``None`` for a bare function.
 
     Of a ``BaseLM`` only the embeddings count, for they are all that a tree depends on, and only in 16 bits: the same
-    model is loaded in fp32 here and in bf16 there.
+    model is loaded in fp32 here and in bf16 there. Adapters on the embeddings count as long as they are switched on.
     """
     if isinstance(base, FunctionType | MethodType):
         return None
     if not hasattr(base, "model"):
         return identity(base)
-    table = base.model.get_input_embeddings().weight
+    embeddings = base.model.get_input_embeddings()
+    table = embeddings.weight
     digest = hashlib.sha256(f"{list(table.shape)}".encode())
     digest.update(_raw(table.to(torch.bfloat16)))
+    for name, tensor in sorted(active_adapters(embeddings).items()):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(_raw(tensor.to(torch.bfloat16)))
     return digest.hexdigest()[:16]
 
 

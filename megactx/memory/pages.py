@@ -7,12 +7,14 @@ entry, and memory stays close to the bytes of what is stored.
 B rows, N entries, P entries of a page, M entries that are read or written.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 SMALLEST = 8  # entries of the first allocation of a page
+CHANGES = itertools.count()
 
 
 class Pages:
@@ -28,6 +30,7 @@ class Pages:
     def __init__(self, columns: dict[str, tuple[tuple[int, ...], torch.dtype]], rows: int, size: int, device):
         self.columns, self.rows, self.size, self.device = columns, rows, size, torch.device(device)
         self.pages: list[dict[str, Tensor]] = []  # column -> [B, P, ...]
+        self.stamps: list[int] = []  # of each page: another number after each change, of any page of any tree
         self.lengths = torch.zeros(rows, dtype=torch.long)  # [B], never changed in place
 
     def reserve(self, lengths: Tensor) -> None:
@@ -35,7 +38,7 @@ class Pages:
         needed = int(lengths.max())
         while (room := self._room()) < needed:
             if room % self.size == 0:
-                self.pages.append({})
+                self.put_page({})
             if len(self.pages) > 1:
                 self._enlarge(self.size)
             else:
@@ -47,7 +50,7 @@ class Pages:
         return (len(self.pages) - 1) * self.size + next(iter(self.pages[-1].values())).shape[1]
 
     def _enlarge(self, capacity: int) -> None:
-        page = self.pages[-1]
+        page, self.stamps[-1] = self.pages[-1], next(CHANGES)
         for name, (shape, dtype) in self.columns.items():
             new = torch.zeros(self.rows, capacity, *shape, dtype=dtype, device=self.device)
             if name in page:
@@ -67,21 +70,25 @@ class Pages:
 
     def write(self, row: Tensor, index: Tensor, **values: Tensor) -> None:
         """Put ``values`` [M, ...], one per column, at row [M], index [M]."""
-        for page, here, at in self._by_page(row, index):
+        for page, here, at in self._by_page(row, index, changed=True):
             for name, value in values.items():
                 page[name].view(-1, *page[name].shape[2:]).index_copy_(0, at, value[here].to(page[name].dtype))
 
     def add(self, column: str, row: Tensor, index: Tensor) -> None:
         """Add 1 to the entries at row [M], index [M], as often as they are named."""
-        for page, _, at in self._by_page(row, index):
+        for page, _, at in self._by_page(row, index, changed=True):
             page[column].view(-1).index_add_(0, at, torch.ones_like(at, dtype=page[column].dtype))
 
-    def _by_page(self, row: Tensor, index: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
+    def _by_page(
+        self, row: Tensor, index: Tensor, changed: bool = False
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
         """The pages that hold entries row [M], index [M]: each with which of M, and where in its B x P they are."""
         number = index // self.size
         for p in number.unique().tolist():
             here = (number == p).nonzero().squeeze(1)
             page = self.pages[p]
+            if changed:
+                self.stamps[p] = next(CHANGES)
             room = next(iter(page.values())).shape[1]
             yield page, here, row[here] * room + index[here] - p * self.size
 
@@ -103,6 +110,15 @@ class Pages:
     def put_page(self, page: dict[str, Tensor]) -> None:
         """A page that was read from a file, as it is: all but the last must be full."""
         self.pages.append(page)
+        self.stamps.append(next(CHANGES))
+
+    def used(self, number: int) -> int:
+        """Entries of a page that count, in its longest row."""
+        return min(self.size, int(self.lengths.max()) - number * self.size)
+
+    def entry_bytes(self) -> int:
+        """What an entry takes in all rows and columns."""
+        return self.rows * sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.columns.values())
 
     def bytes(self, column: str) -> int:
         """What the entries of a column take, without the room to grow."""

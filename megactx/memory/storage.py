@@ -4,7 +4,8 @@
     FOLDER/data-1f0c.../level0-000.safetensors, level1-000.safetensors, ...
 
 A save writes a new data folder beside the old one, flushes it, and only then replaces the manifest, by one rename. So
-a kill at any moment leaves the old tree or the new one; what nobody names any more is removed by the next save. The
+a kill at any moment leaves the old tree or the new one; what nobody names any more is removed by the next save. A shard
+whose pages are as they were is not written again: the new folder has a second name (a hard link) for the same file. The
 folder is locked meanwhile: two processes that save take turns, and nobody reads what is being removed.
 
 Reading maps the files into memory: a page that is not needed is not loaded, and one that changes is copied first.
@@ -17,26 +18,48 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from megactx.framework.files import PART, flush, replacing, writing
 
 from . import encoding
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-OURS = re.compile(rf"data-[0-9a-f]{{16}}(\.part)?|{MANIFEST}\.part")  # what a save that was killed may leave
-SHARD = 256 * 2**20  # bytes; a shard holds whole pages, at least one
+OURS = re.compile(rf"data-[0-9a-f]{{16}}|{re.escape(PART)}.*")  # what a save that was killed may leave
+SHARD = 2**20  # bytes; a shard holds whole pages, at least one, and is written again when one of them has changed
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64", "bool": "BOOL"}
 
 
-def save(tree, folder: Path) -> None:
+@dataclass(frozen=True)
+class Kept:
+    """A shard on disk."""
+
+    path: Path
+    file: tuple  # what tells whether it is still that file
+    pages: tuple  # what tells whether the tree's pages are still those
+    entry: dict  # of the manifest
+
+
+def save(tree, folder: Path, remedy: str = "save the tree in another place") -> None:
     """Write ``tree`` into ``folder``, in place of the tree that may be there.
 
+    Args:
+        remedy: what a person may do where there is no room.
+
     Raises:
-        ValueError: the folder holds something else.
+        ValueError: the folder holds something else, or nothing may be written there.
+        RunFailed: the disk is full. The tree that was saved before is whole.
     """
+    with writing(folder, remedy):
+        _save(tree, folder, remedy)
+
+
+def _save(tree, folder: Path, remedy: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,21 +69,28 @@ def save(tree, folder: Path) -> None:
         raise ValueError(f"{folder} holds other files and no saved tree; choose an empty folder")
     with _locked(folder, fcntl.LOCK_EX):
         data = folder / f"data-{os.urandom(8).hex()}"
-        part = data.with_name(f"{data.name}.part")
-        part.mkdir()
-        shards = [shard for lod in range(tree.depth + 1) for shard in _write_level(tree, lod, part)]
-        _flush(part)
-        part.rename(data)
-        content = json.dumps(_manifest(tree, data.name, shards), indent=1)
-        new = folder / f"{MANIFEST}.part"
-        new.write_text(content + "\n")
-        _flush(new)
-        _flush(folder)  # the data folder must be there before anything names it
-        new.replace(folder / MANIFEST)
-        _flush(folder)
+        try:
+            data.mkdir()
+            kept = dict(shard for lod in range(tree.depth + 1) for shard in _write_level(tree, lod, data))
+            flush(data)
+            content = json.dumps(_manifest(tree, data.name, [shard.entry for shard in kept.values()]), indent=1)
+            with replacing(folder / MANIFEST, remedy) as part:
+                part.write_text(content + "\n")
+        except BaseException:
+            if not names(folder / MANIFEST, data):
+                shutil.rmtree(data, ignore_errors=True)
+            raise
+        tree.kept = kept
         for path in folder.iterdir():
             if OURS.fullmatch(path.name) and path != data and not path.is_symlink():
                 shutil.rmtree(path)
+
+
+def names(manifest: Path, data: Path) -> bool:
+    """Whether a manifest is there and is of this data folder."""
+    with suppress(OSError, ValueError):
+        return json.loads(manifest.read_text(encoding="utf-8")).get("data") == data.name
+    return False
 
 
 def load(folder: Path, encoder, base, refresh: bool = False, device="cpu"):
@@ -124,28 +154,50 @@ def _manifest(tree, data: str, shards: list[dict]) -> dict:
     }
 
 
-def _write_level(tree, lod: int, part: Path) -> Iterator[dict]:
+def _write_level(tree, lod: int, folder: Path) -> Iterator[tuple[tuple[int, int], Kept]]:
+    level, size, first = tree.levels[lod], 0, 0
+    for number in range(len(level.pages)):
+        size += level.used(number) * level.entry_bytes()
+        if size >= SHARD or number == len(level.pages) - 1:
+            yield (lod, first), _write_shard(tree, lod, first, number + 1, folder)
+            size, first = 0, number + 1
+
+
+def _write_shard(tree, lod: int, first: int, end: int, folder: Path) -> Kept:
     from safetensors.torch import save_file
 
-    level, tensors, size, first = tree.levels[lod], {}, 0, 0
-    longest = int(level.lengths.max())
-    for number, page in enumerate(level.pages):
-        used = min(level.size, longest - number * level.size)
-        for column, tensor in page.items():
-            tensors[f"{column}.{number}"] = tensor[:, :used].cpu().contiguous()
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        if size >= SHARD or number == len(level.pages) - 1:
-            path = part / f"level{lod}-{first:06d}.safetensors"
-            save_file(tensors, path)
-            _flush(path)
-            yield {
-                "name": path.name,
-                "level": lod,
-                "pages": [first, number + 1],
-                "bytes": path.stat().st_size,
-                "sha256": _checksum(path),
-            }
-            tensors, first = {}, number + 1
+    level, path = tree.levels[lod], folder / f"level{lod}-{first:06d}.safetensors"
+    pages, before = _state_of(level, first, end), tree.kept.get((lod, first))
+    if before is not None and before.pages == pages and _link(before, path):
+        return Kept(path, _file(path), pages, before.entry)
+    tensors = {
+        f"{column}.{number}": tensor[:, : level.used(number)].cpu().contiguous()
+        for number in range(first, end)
+        for column, tensor in level.pages[number].items()
+    }
+    save_file(tensors, path)
+    entry = {"name": path.name, "level": lod, "pages": [first, end]}
+    return Kept(path, _file(path), pages, entry | {"bytes": path.stat().st_size, "sha256": _checksum(path)})
+
+
+def _state_of(level, first: int, end: int) -> tuple:
+    return first, end, level.used(end - 1), tuple(level.stamps[first:end])
+
+
+def _link(shard: Kept, path: Path) -> bool:
+    """A second name for a shard that is still the file that was written; -> whether it has one."""
+    try:
+        if _file(shard.path) == shard.file:
+            os.link(shard.path, path)
+            return True
+    except OSError:  # it is gone, or the file system has no second names
+        pass
+    return False
+
+
+def _file(path: Path) -> tuple:
+    about = path.stat()
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def _read_manifest(folder: Path) -> dict:
@@ -186,7 +238,9 @@ def _read_levels(tree, folder: Path, manifest: dict, lengths: torch.Tensor) -> N
             first, end = shard["pages"]
             if first != number:
                 raise ValueError(f"level {lod}: page {number} is missing")
-            _read_shard(_trusted(folder, manifest["data"], shard), level, first, end)
+            path = _trusted(folder, manifest["data"], shard)
+            _read_shard(path, level, first, end)
+            tree.kept[lod, first] = Kept(path, _file(path), _state_of(level, first, end), shard)
             number = end
         if number != -(-int(counts.max()) // size):
             raise ValueError(f"level {lod}: {number} pages are there, {-(-int(counts.max()) // size)} are needed")
@@ -200,14 +254,13 @@ def _read_levels(tree, folder: Path, manifest: dict, lengths: torch.Tensor) -> N
 def _read_shard(path: Path, level, first: int, end: int) -> None:
     from safetensors import SafetensorError, safe_open
 
-    longest = int(level.lengths.max())
     try:
         with safe_open(path, framework="pt") as file:
             names = {f"{column}.{number}" for column in level.columns for number in range(first, end)}
             if set(file.keys()) != names:
                 raise ValueError(f"{path.name} holds other tensors than the manifest says")
             for number in range(first, end):
-                used = min(level.size, longest - number * level.size)
+                used = level.used(number)
                 for column, (shape, dtype) in level.columns.items():
                     header = file.get_slice(f"{column}.{number}")
                     wanted = [level.rows, used, *shape], DTYPES[str(dtype).removeprefix("torch.")]
@@ -242,15 +295,6 @@ def _trusted(folder: Path, data: str, shard: dict) -> Path:
 def _checksum(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """To the disk: a rename must not overtake what it names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
+from megactx.framework.files import replacing
+
 from .working_context import WorkingContext
 
 # Okabe & Ito's colours, told apart by colour-blind readers too; LOD0, LOD1, ...; coarser ones share the last.
@@ -95,7 +97,8 @@ def plot_strip(path: str | Path, context: WorkingContext, before: WorkingContext
         names = ["token" if n == 0 else f"gist of {tree.block_size**n:,}" for n in levels]
         patches = [Patch(color=colour(n), label=name) for n, name in zip(levels, names, strict=True)]
         axes.legend(handles=patches, frameon=False, ncols=len(patches), loc="upper center", bbox_to_anchor=(0.5, -0.18))
-        figure.savefig(path, format="png")
+        with replacing(path) as part:
+            figure.savefig(part, format="png")
 
 
 def bars(axes, start: Tensor, width: Tensor, lod: Tensor, height: float, total: int) -> None:

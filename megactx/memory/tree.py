@@ -56,6 +56,7 @@ class MegaContextTree:
         # for it takes a pass over all weights. Until then the stamp tells whether they have changed.
         self.versions: list[str | None] = [None]
         self.version, self.stamp = 0, encoding.stamp(encoder)  # of the one in use
+        self.kept = {}  # shards as they lie on disk, see ``storage``
         self.parts = [(name, torch.zeros(rows, dtype=torch.long))]  # (name, first token [B]) of what was merged
 
     @classmethod

@@ -47,8 +47,13 @@ class Chat:
     def turn(self, text: str) -> None:
         """Take up what the user says and print the answer."""
         about = self.session.about
-        self.session.append(self.framing.asked(text, about.get("turn", "new")))
-        about["turn"] = "answering"
+        last = int(self.session.ids(self.session.length - 1)[0])
+        asked, before = self.framing.asked(text, about.get("turn", "new"), last), self.session.length
+        try:
+            self.session.append(asked)
+        finally:
+            if self.session.length > before:  # Ctrl-C may come when it was taken up already
+                about["turn"] = "answering"
         try:
             for piece in self.session.generate(self.tokens, self.sampling, self.framing.stops):
                 print(printable(piece.text), end="", flush=True)

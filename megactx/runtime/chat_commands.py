@@ -1,5 +1,7 @@
 """What a line that begins with a slash does in a chat."""
 
+from pathlib import Path
+
 from rich.table import Table
 
 from megactx.memory import strip
@@ -84,8 +86,12 @@ def load(chat, folder: str) -> None:
     """Another session in place of this one, which is saved where it has a folder."""
     if not folder:
         raise ValueError("/load: name a folder")
+    own = chat.session.folder
+    if own is not None and Path(folder).expanduser().resolve() == own.resolve():
+        chat.say(f"the talk is in {folder} already ({chat.session.length:,} tokens)")
+        return
     session = Session.load(folder, chat.controller, chat.observers)
-    if chat.session.folder is not None:
+    if own is not None:
         chat.session.save()
     chat.session.close()
     chat.session, chat.last = session, None

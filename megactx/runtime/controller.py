@@ -47,6 +47,11 @@ class Controller:
                 f"model: there is no GistNet in {models.name or 'these models'}; megacontext=none needs none"
             )
         self.settings.check(models.gistnet.block_size, self.settings.limit or models.base.max_positions)
+        if self.settings.positions == "absolute" and models.base.learned_positions():
+            raise ValueError(
+                f"positions=absolute is not allowed: this base LM has a table of {models.base.max_positions} learned"
+                " positions and no further ones; allowed is rebased"
+            )
         if self.settings.megacontext == "focus" and models.lensnet is None:
             self.notes.append("There is no LensNet here: the newest text has the detail (megacontext=recency).")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .text import encodable
+from .text import Encoder, encodable, special_tokens
 
 OWN_END = "end"  # ``Piece.stopped`` where the model itself ends its answer
 TOLD, ANSWERED = "\ue000told\ue000", "\ue000answered\ue000"  # stand for what is said; private-use characters
@@ -27,12 +27,13 @@ class Framing:
         """Whether the history now ends where the user's turn begins."""
         return stopped in self.stops
 
-    def asked(self, text: str, turn: str) -> str:
+    def asked(self, text: str, turn: str, last: int | None = None) -> str:
         """What is appended to the history.
 
         Args:
             turn: ``new``: nothing was said yet; ``asking``: the history ends with the beginning of the user's line;
                 ``answering``: it ends within or behind an answer.
+            last: the newest id of the history; ``None``: with ``asking`` the template's own end of a turn.
         """
         begin = {"new": self.user, "asking": "", "answering": f"\n{self.user}"}[turn]
         return f"{begin} {text}\n{self.assistant}"
@@ -45,10 +46,8 @@ class Template:
         ValueError: the template does not show what is said, or cannot be rendered.
     """
 
-    stops: list[str] = []
-
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer)
         first = self._rendered([{"role": "user", "content": TOLD}])
         bos = tokenizer.bos_token or ""
         self.first = self._around(first.removeprefix(bos) if bos else first)
@@ -62,18 +61,29 @@ class Template:
         if ANSWERED not in whole:
             raise ValueError("chat_template: it does not show the model's answer")
         self.later = self._around(whole.partition(ANSWERED)[2])
+        # The template's own end of a turn is often another token than EOS, and not every model says that it is an end.
+        self.end = next(iter(self.encoder(self.later[0], begins=False, plain=False)), None)
+        special = special_tokens(tokenizer)
+        self.stops = [special[self.end]] if self.end in special else []
 
     def ends(self, stopped: str | None) -> bool:
-        """Whether the history ends with the model's own end of its turn."""
-        return stopped == OWN_END
+        """Whether the history ends with the end of the model's turn."""
+        return stopped in (OWN_END, *self.stops)
 
-    def asked(self, text: str, turn: str) -> Tensor:
-        """What is appended to the history, ids [N]; ``turn`` as of ``Framing``."""
+    def asked(self, text: str, turn: str, last: int | None = None) -> Tensor:
+        """What is appended to the history, ids [N]; arguments as of ``Framing``."""
         before, after = self.first if turn == "new" else self.later
-        eos = self.tokenizer.eos_token
-        if turn == "asking" and eos:  # it is there already
-            before = before.removeprefix(eos)
-        ids = [*self._ids(before), *self._ids(encodable(text), plain=True), *self._ids(after)]
+        if turn == "new":
+            bos = self.tokenizer.bos_token or ""
+            ids = self.encoder(bos + before, begins=True, plain=False)
+            ids = ids[1:] if bos and ids[0] == self.tokenizer.bos_token_id else ids
+        else:
+            ids = self.encoder(before, begins=False, plain=False)
+            if last is None and turn == "asking":
+                last = self.end
+            if last is not None and ids[:1] == [last]:  # the end of the answer is there already
+                ids = ids[1:]
+        ids += self.encoder(encodable(text), begins=False) + self.encoder(after, begins=False, plain=False)
         return torch.tensor(ids, dtype=torch.long)
 
     def _rendered(self, messages: list[dict]) -> str:
@@ -87,10 +97,6 @@ class Template:
             raise ValueError("chat_template: it does not show once what the user says")
         before, _, after = rendered.partition(TOLD)
         return before, after
-
-    def _ids(self, text: str, plain: bool = False) -> list[int]:
-        given = {"add_special_tokens": False, "split_special_tokens": plain, "verbose": False}
-        return self.tokenizer(text, **given)["input_ids"] if text else []
 
 
 def framing_of(tokenizer) -> Framing | Template:

@@ -19,7 +19,9 @@ from .command_line import add_models, add_sampling, controller_of, observers_of,
 from .controller import Controller, decode
 from .sampling import Sampling
 from .session import Session, end_ids
-from .text import Answer, encodable, from_bytes, printable
+from .text import LONGEST, Answer, StopStrings, encodable, from_bytes, parts_of, printable
+
+PIECE = 2**16  # characters of a prompt that are read at a time
 
 
 def generate(asked: argparse.Namespace) -> None:
@@ -29,7 +31,7 @@ def generate(asked: argparse.Namespace) -> None:
         ValueError: a setting that is not allowed, or a prompt that is not text.
     """
     sampling, prompts = sampling_of(asked), _prompts(asked)
-    Answer(None, frozenset(), asked.stop)  # refuses stop strings before anything is loaded
+    StopStrings(asked.stop)  # refuses stop strings before anything is loaded
     controller = controller_of(asked)
     observers = observers_of(asked, controller)
     if len(prompts) > 1:
@@ -39,12 +41,22 @@ def generate(asked: argparse.Namespace) -> None:
             print(printable(f"{prompt}{answer}"), end="\n\n")
         return
     with session_of(asked.session, controller, observers) as session:
-        session.append(prompts[0])
         try:
+            _read(session, prompts[0])
             _tell(session, asked, sampling)
         finally:
             if asked.session:
                 session.save()
+
+
+def _read(session: Session, text: str) -> None:
+    """Take up a prompt, a long one part by part: Ctrl-C keeps what was read."""
+    done, read = 0, "read and kept" if session.folder else "read"
+    for part in parts_of(text, PIECE):
+        session.append(part)
+        done += len(part)
+        if len(text) > PIECE:
+            print(f"{done:,} of {len(text):,} characters {read}", file=sys.stderr, flush=True)
 
 
 def _tell(session: Session, asked: argparse.Namespace, sampling: Sampling) -> None:
@@ -68,7 +80,7 @@ def answers(
         ids[row, : len(own)] = torch.tensor(own)
     stream = controller.stream(len(rows), observers=observers)
     stream.append(ids, lengths)
-    told = [Answer(base.tokenizer, end_ids(base), stop) for _ in rows]
+    told = [Answer(base.tokenizer, end_ids(base), stop, own[-LONGEST:]) for own in rows]
     texts = [""] * len(rows)
 
     def over(row: int, token: int) -> bool:
@@ -91,7 +103,9 @@ def _prompts(asked: argparse.Namespace) -> list[str]:
         path = Path(asked.file).expanduser()
         if not path.is_file():
             raise ValueError(f"--file={asked.file}: there is no such file")
-        return [from_bytes(path.read_bytes(), str(path))]
+        if not (text := from_bytes(path.read_bytes(), str(path))):
+            raise ValueError(f"--file={asked.file}: it is empty, there is nothing to continue")
+        return [text]
     return ["" if sys.stdin.isatty() else from_bytes(sys.stdin.buffer.read(), "stdin")]
 
 

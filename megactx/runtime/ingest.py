@@ -21,7 +21,7 @@ from megactx.framework.command_line import run
 
 from .command_line import add_models, controller_of, observers_of, session_of
 from .session import Session
-from .text import encodable
+from .text import encodable, parts_of
 
 PIECE = 2**18  # characters that are tokenised at a time
 SAVE_EVERY = 60.0  # seconds, and never more than a tenth of the time
@@ -43,6 +43,7 @@ def ingest(asked: argparse.Namespace) -> None:
         try:
             take(session, paths)
         finally:
+            _settle(session)
             session.save()
         new, seconds = session.length - before, time.monotonic() - began
         tree = session.tree
@@ -62,6 +63,7 @@ def find(names: list[str]) -> list[Path]:
 
 def take(session: Session, paths: list[Path]) -> None:
     """Read files that the session has not read yet; ``session.about['ingested']`` says which it has, and how far."""
+    _settle(session)
     done = session.about.setdefault("ingested", {})
     clock = _Clock(session)
     with _Shown(sum(path.stat().st_size for path in paths)) as shown:
@@ -75,13 +77,27 @@ def take(session: Session, paths: list[Path]) -> None:
                 known = done[name] = {"sha256": checksum, "characters": 0, "whole": False}
             if not known["whole"]:
                 for first, text in pieces(path, known["characters"]):
-                    session.append(text)
-                    known["characters"] = first + len(text)
+                    _take_up(session, name, text, characters=first + len(text))
                     clock.save_when_due()
                     shown.inside(session.length)
-                session.append(BETWEEN)
-                known["whole"] = True
+                _take_up(session, name, BETWEEN, whole=True)
             shown.advance(size, session.length)
+
+
+def _take_up(session: Session, name: str, text: str, **then) -> None:
+    """Append a piece of a file and note it. Ctrl-C may come between the two, so what will be noted is said first."""
+    ids = session.encode(text)
+    session.about["taking"] = {"name": name, "tokens": session.length + len(ids), "then": then}
+    session.append(ids)
+    _settle(session)
+
+
+def _settle(session: Session) -> None:
+    """Note the piece that was taken up last, if it was: a piece is there as a whole or not at all."""
+    step = session.about.get("taking")
+    if step is not None and session.length >= step["tokens"]:
+        session.about["ingested"][step["name"]] |= step["then"]
+    session.about.pop("taking", None)
 
 
 def pieces(path: Path, skip: int = 0) -> Iterator[tuple[int, str]]:
@@ -95,15 +111,10 @@ def pieces(path: Path, skip: int = 0) -> Iterator[tuple[int, str]]:
         text = (BETWEEN if number else "") + encodable(row["text"])
         if "\0" in text:
             raise ValueError(f"{path}: binary, not text (a NUL byte at character {text.index(chr(0))})")
-        start = 0
-        while start < len(text):
-            end = min(start + PIECE, len(text))
-            if end < len(text) and (line := text.rfind("\n", start, end)) > start:
-                end = line + 1
-            if place + start >= skip:
-                yield place + start, text[start:end]
-            start = end
-        place += len(text)
+        for part in parts_of(text, PIECE):
+            if place >= skip:
+                yield place, part
+            place += len(part)
 
 
 class _Clock:

@@ -4,6 +4,9 @@ import fcntl
 import os
 from pathlib import Path
 
+from megactx.framework.errors import RunFailed
+from megactx.framework.files import FULL
+
 NAME = "lock"
 
 
@@ -20,7 +23,10 @@ class Lock:
             folder.mkdir(parents=True, exist_ok=True)
             self.handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
-            raise ValueError(f"{folder} cannot be written ({error.strerror})") from error
+            full = error.errno in FULL
+            raise (RunFailed if full else ValueError)(
+                f"{folder} cannot be written ({error.strerror}): a session keeps its files there; name another folder"
+            ) from error
         try:
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -6,10 +6,14 @@ on from there at their own spacing, and only when the limit is reached is all of
     0 .. sink .. older, squeezed .. newest raw run |-- new tokens -->| limit
 """
 
+import logging
+
 import torch
 from torch import Tensor
 
 from megactx.memory import WorkingContext
+
+log = logging.getLogger(__name__)
 
 AHEAD = 4  # of the limit, one part in so many is left for new tokens
 
@@ -29,6 +33,7 @@ class Placement:
         self.ahead = max(step, min(limit // AHEAD, limit - budget))
         # Of each row: where the last entry came to lie when it was moved, and tokens of the row then; None: never.
         self.moved: list[tuple[int, int] | None] = []
+        self.warned = False
 
     def place(self, context: WorkingContext) -> tuple[Tensor, Tensor]:
         """-> positions of the entries [B, W], and of the first token behind each row [B]."""
@@ -46,6 +51,13 @@ class Placement:
 
     def _below(self, row: int, tokens: int) -> int | None:
         """What the positions of a row are to stay below; ``None``: absolute."""
+        if self.kind == "absolute" and tokens + self.step > self.limit and not self.warned:
+            self.warned = True
+            log.warning(
+                "positions=absolute: the history goes past the %d positions that the base LM was trained on; what it"
+                " writes there may be garbage. positions=rebased stays within them",
+                self.limit,
+            )
         if self.kind == "absolute" or tokens + self.step <= self.limit:
             self.moved[row] = None
             return None

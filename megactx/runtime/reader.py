@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megactx.lm import BaseLM, masks
+from megactx.lm.adapters import stamp_of
 
 from .cache import KeyCache
 
@@ -31,9 +32,14 @@ class Reader:
     def forget(self) -> None:
         """Nothing was read: the next reading computes all."""
         self.cache = KeyCache()
+        self.stamp = stamp_of(self.base)  # of the adapters that keys and values were computed with
         self.columns: list[tuple[Tensor, ...]] = []  # (embeddings, positions, sigma, there), [B, n, ..] each
         self.hidden: Tensor | None = None  # [B, D], of the last entry of each row
         self.reused = self.lengths = torch.zeros(0, dtype=torch.long)
+
+    def current(self) -> bool:
+        """Whether keys and values are those of the adapters that are on now."""
+        return stamp_of(self.base) == self.stamp
 
     @torch.no_grad()
     def read(self, embeddings: Tensor, positions: Tensor, lengths: Tensor, sigma: Tensor | None = None) -> Tensor:
@@ -45,6 +51,8 @@ class Reader:
         Returns:
             Final hidden states of the last entry of each row, [B, D].
         """
+        if not self.current():
+            self.forget()
         w = embeddings.shape[1]
         there = torch.arange(w, device=embeddings.device) < lengths[:, None]
         embeddings = torch.where(there[..., None], embeddings, 0.0)

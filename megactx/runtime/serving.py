@@ -9,12 +9,15 @@ import socket
 import threading
 from collections.abc import Callable
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HOST = "127.0.0.1"
 PORTS = range(0, 2**16)
 STARTS = 10.0  # seconds that a server may need to start
 CONNECTIONS = 64  # at a time; more are told to come back
+RECEIVES = 10.0  # seconds that a request may take to arrive, headers and body
 
 
 class Server:
@@ -53,7 +56,7 @@ class Server:
             ending,
             uvicorn.Config(
                 app,
-                http="h11",
+                http=_InTime,
                 ws="none",
                 lifespan="off",
                 log_level="error",
@@ -92,6 +95,32 @@ class Server:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+class _InTime(H11Protocol):
+    """A connection whose request does not arrive in time is closed: it would hold its place for ever."""
+
+    _late = None
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self._late = self.loop.call_later(RECEIVES, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        if self._late is None:
+            self._late = self.loop.call_later(RECEIVES, self.transport.abort)
+        super().data_received(data)
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self._in_time()
+
+    def connection_lost(self, exc) -> None:
+        self._in_time()
+        super().connection_lost(exc)
+
+    def _in_time(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class _Ending(uvicorn.Server):

@@ -28,7 +28,7 @@ from .lock import Lock
 from .sampling import Sampling
 from .stock import Stock
 from .stream import Stream
-from .text import Answer, encodable
+from .text import LONGEST, Answer, Encoder, encodable, text_of
 
 GREEDY = Sampling()
 
@@ -68,6 +68,7 @@ class Session:
         self.tokenizer = controller.models.base.tokenizer
         if self.tokenizer is None:
             raise ValueError("base: it has no tokenizer, which a session needs; Controller.stream takes ids")
+        self.encoder = Encoder(self.tokenizer)
         self.folder: Path | None = None
         self._lock: Lock | None = None
 
@@ -112,8 +113,8 @@ class Session:
         return found[0] if score else None
 
     def encode(self, text: str) -> Tensor:
-        """Text -> ids [N]; special-token strings in it are text like any other."""
-        ids = self.tokenizer(encodable(text), add_special_tokens=False, verbose=False)["input_ids"]
+        """Text -> ids [N] as they stand behind the history; special-token strings in it are text like any other."""
+        ids = self.encoder(encodable(text), begins=self.length == 1)  # BOS alone is there
         return torch.tensor(ids, dtype=torch.long)
 
     def generate(self, max_tokens: int, sampling: Sampling = GREEDY, stop: Iterable[str] = ()) -> Iterator[Piece]:
@@ -124,7 +125,8 @@ class Session:
         Raises:
             ValueError: a setting that is not allowed, or a base LM that breaks down.
         """
-        answer = Answer(self.tokenizer, end_ids(self.controller.models.base), stop)
+        before = self.ids(max(0, self.length - LONGEST)).tolist()
+        answer = Answer(self.tokenizer, end_ids(self.controller.models.base), stop, before)
         return self._told(max_tokens, sampling, answer)
 
     def _told(self, max_tokens: int, sampling: Sampling, answer: Answer) -> Iterator[Piece]:
@@ -138,7 +140,8 @@ class Session:
 
     def text(self, start: int = 0, stop: int | None = None) -> str:
         """Tokens start .. stop - 1 of the history as text, special tokens left out."""
-        return self.tokenizer.decode(self.ids(start, stop).tolist(), skip_special_tokens=True)
+        before = self.ids(max(0, start - LONGEST), start).tolist()
+        return text_of(self.tokenizer, self.ids(start, stop).tolist(), before)
 
     def ids(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Tokens start .. stop - 1 of the history, [N] on the CPU."""
@@ -165,7 +168,7 @@ class Session:
         if folder is None and self.folder is None:
             raise ValueError("save: name a folder; this session was neither saved nor loaded before")
         folder = (self.folder if folder is None else Path(folder).expanduser()).absolute()
-        if folder != self.folder:
+        if self.folder is None or folder.resolve() != self.folder.resolve():
             session_files.check_free(folder)
             lock = Lock(folder)
             self.close()

@@ -6,7 +6,7 @@
     FOLDER/lock                  held by the process that has the session open
 
 A save writes a new data folder and then replaces ``session.json`` by one rename. So a kill at any moment leaves the
-session as it was saved last, or as it is saved now; what nobody names any more is removed by the next save.
+session as it was saved last, or as it is saved now; what nobody names any more is removed by the next save or load.
 """
 
 import json
@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megactx.data.tokenizer import tokenizer_hash, vocabulary_hash
-from megactx.memory import MegaContextTree, WorkingContext
+from megactx.framework.files import PART, clear, replacing, sync, writing
+from megactx.memory import MegaContextTree, WorkingContext, storage
 
 from .lock import NAME as LOCK
 from .settings import Settings
@@ -30,7 +31,8 @@ from .stream import Stream
 FORMAT = 1
 MANIFEST, STATE = "session.json", "state.safetensors"
 DATA = re.compile(r"data-[0-9a-f]{16}")
-OURS = re.compile(rf"data-[0-9a-f]{{16}}|{MANIFEST}\.part")
+OURS = re.compile(rf"data-[0-9a-f]{{16}}|{re.escape(PART)}.*")
+REMEDY = "save into another folder, which --session, OUT or /save name"
 WINDOW = ("lod", "index")  # absent where no window was put together yet
 
 
@@ -53,13 +55,33 @@ def save(stream: Stream, folder: Path, about: dict) -> None:
 
     Args:
         about: plain JSON that comes back with the session.
+
+    Raises:
+        ValueError: nothing may be written there.
+        RunFailed: the disk is full. What was saved before is whole.
     """
+    with writing(folder, REMEDY):
+        _save(stream, folder, about)
+
+
+def _save(stream: Stream, folder: Path, about: dict) -> None:
     data = folder / f"data-{os.urandom(8).hex()}"
-    data.mkdir()
-    stream.tree.save(data / "tree")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in _state(stream).items()}, data / STATE)
-    _flush(data / STATE)
-    _flush(data)
+    try:
+        data.mkdir()
+        storage.save(stream.tree, data / "tree", REMEDY)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in _state(stream).items()}, data / STATE)
+        for path in (data / STATE, data):
+            sync(path)
+        _name(stream, folder, data, about)
+    except BaseException:
+        if not storage.names(folder / MANIFEST, data):
+            shutil.rmtree(data, ignore_errors=True)
+        raise
+    _remove_all_but(folder, data)
+
+
+def _name(stream: Stream, folder: Path, data: Path, about: dict) -> None:
+    """From now on this data folder is the session's."""
     content = {
         "format": FORMAT,
         "data": data.name,
@@ -68,14 +90,16 @@ def save(stream: Stream, folder: Path, about: dict) -> None:
         "settings": stream.settings.as_dict(),
         "about": about,
     }
-    part = folder / f"{MANIFEST}.part"
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    _flush(part)
-    part.replace(folder / MANIFEST)
-    _flush(folder)
+    with replacing(folder / MANIFEST, REMEDY) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _remove_all_but(folder: Path, data: Path) -> None:
+    """What saves that were killed have left."""
+    clear(folder)
     for path in folder.iterdir():
         if DATA.fullmatch(path.name) and path != data and not path.is_symlink():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def load(folder: Path, models, settings: Settings, observers=()) -> tuple[Stream, dict, bool]:
@@ -105,6 +129,7 @@ def load(folder: Path, models, settings: Settings, observers=()) -> tuple[Stream
             raise ValueError(f"{folder}: {int(stream.lengths[0])} tokens are there, {manifest['tokens']} were saved")
     except (KeyError, TypeError, IndexError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
         raise ValueError(f"{folder}: the session is damaged ({type(error).__name__}: {error})") from error
+    _remove_all_but(folder, data)
     return stream, about, same
 
 
@@ -161,12 +186,3 @@ def _manifest(folder: Path) -> dict:
     if version > FORMAT:
         raise ValueError(f"{folder}: format {version} was written by a newer program, this one reads up to {FORMAT}")
     return manifest
-
-
-def _flush(path: Path) -> None:
-    """To the disk: a rename must not overtake what it names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

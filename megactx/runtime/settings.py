@@ -65,6 +65,11 @@ class Settings:
         if self.megacontext == "none":
             return
         least = least_budget(block_size, self.protected)
+        if self.positions == "rebased" and least + 2 * block_size > limit:
+            raise ValueError(
+                f"the base LM takes {limit} positions, sessions with blocks of {block_size} and {self.protected}"
+                f" protected tokens need at least {least + 2 * block_size}; megacontext=none takes any"
+            )
         if self.budget < least:
             raise ValueError(
                 f"budget={self.budget} is not allowed: at least {least} entries, so that {HISTORY:,} tokens fit at"
@@ -73,7 +78,8 @@ class Settings:
         if self.positions == "rebased" and self.budget + 2 * block_size > limit:
             raise ValueError(
                 f"budget={self.budget} is not allowed: at most {limit - 2 * block_size}, for the base LM takes {limit}"
-                f" positions and {2 * block_size} are needed for new tokens; or set positions=absolute"
+                f" positions and {2 * block_size} are needed for new tokens; or positions=absolute, which leaves"
+                " the range that the base was trained on in a long history"
             )
 
     def as_dict(self) -> dict:

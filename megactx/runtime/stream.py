@@ -75,6 +75,7 @@ class Stream:
             ValueError: a row has no token yet.
         """
         self._check_begun(torch.zeros_like(self.counts))
+        self._notice()
         if self.hidden is None:
             self._read()
         return self.base.logits(self.hidden).float()
@@ -181,6 +182,7 @@ class Stream:
         """Read tokens [B, N] behind the window; -> hidden [B, N, D]."""
         began = self._now()
         self._check_begun(torch.ones_like(self.counts) if there is None else there.any(1).cpu().long())
+        self._notice()
         if self.hidden is None and (self.lengths > 0).any():
             self._read()
         start = self.counts.to(self.device)[:, None] + torch.arange(tokens.shape[1], device=self.device)
@@ -197,6 +199,12 @@ class Stream:
         self._decoded += self._now() - began
         return hidden
 
+    def _notice(self) -> None:
+        """What was read with other adapters than those that are on now is read again."""
+        if not self.reader.current():
+            self.reader.forget()
+            self.hidden = None
+
     def _flush(self, read: bool) -> None:
         """What is waiting becomes part of the tree."""
         if (count := int(self.counts.max())) > 0:
@@ -206,8 +214,12 @@ class Stream:
     def _grow(self, tokens: Tensor, lengths: Tensor, read: bool) -> None:
         """Take tokens into the tree, all or none, and then into the window."""
         began = self._now()
-        self.tree.append(tokens, lengths)
-        self.counts = torch.zeros_like(self.counts)  # whatever happens now, no token is there twice
+        before = self.tree.lengths
+        try:
+            self.tree.append(tokens, lengths)
+        finally:
+            if not torch.equal(self.tree.lengths, before):  # whatever happens, no token is there twice
+                self.counts = torch.zeros_like(self.counts)
         self._catch_up({"gist": self._now() - began}, read)
 
     def _ahead(self) -> Tensor:

@@ -10,7 +10,6 @@ Which part learns is a function of the step. So is everything else but the measu
 """
 
 import logging
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +23,7 @@ from megactx.focus.packed import Windows, accumulated, continuation_loss, encode
 from megactx.focus.sampling import KINDS, draw
 from megactx.focus.states import load
 from megactx.focus.variants import same_rows
+from megactx.framework.files import IN_RUN, replacing
 from megactx.gist.packed_loss import substitution_loss
 
 from .joint import JointStage
@@ -146,8 +146,8 @@ class AlternatingStage(JointStage):
         if place.position and self._windows_before and not own.exists():
             # Resumed in another folder: made again now, they would be those of a LensNet that has learned from them.
             if (before := folder_of(self._windows_before, place.cycle)).exists():
-                shutil.copytree(before, part := own.with_name(f"{own.name}.part"), dirs_exist_ok=True)
-                os.replace(part, own)
+                with replacing(own, IN_RUN) as part:
+                    shutil.copytree(before, part)
         if not place.position and self._measured != place.cycle:  # once, however many batches its first step has
             self._measured = place.cycle
             keys = ([place.cycle, index] for index in range(count))

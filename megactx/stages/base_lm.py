@@ -5,9 +5,7 @@ The result is a Hugging Face folder with a model card of measured figures.
 """
 
 import logging
-import os
 import re
-import shutil
 from pathlib import Path
 
 import lightning
@@ -19,6 +17,7 @@ from megactx.data.documents import VALIDATION, cut
 from megactx.data.tokenizer import bos_id
 from megactx.evaluation.context_use import context_use
 from megactx.evaluation.model_card import write_model_card
+from megactx.framework.files import IN_RUN, replacing
 from megactx.framework.next_command import next_command
 from megactx.framework.optimizers import MuonWithAdamW, fast_dtype, warmup_stable_decay
 from megactx.framework.resume import differences
@@ -153,13 +152,12 @@ class BaseLMStage(lightning.LightningModule):
         """Write ``folder/model``: a Hugging Face folder in bf16 with tokenizer and a model card of measured figures."""
         print("Measuring how the base uses its context", flush=True)
         base, tokenizer = self.base.to(torch.bfloat16).freeze(), datamodule.tokenizer  # as it is kept
-        part, final = folder / "model.part", folder / "model"
-        base.model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        use = self._context_use(base.to(fast_dtype(self.device)), datamodule)
-        write_model_card(part, self._facts(datamodule, use), use)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(part, final)
+        final, use = folder / "model", self._context_use(base.to(fast_dtype(self.device)), datamodule)
+        base.to(torch.bfloat16)  # nothing is lost on the way
+        with replacing(final, IN_RUN) as part:
+            base.model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            write_model_card(part, self._facts(datamodule, use), use)
         for distance, value in use["copy_gain"].get("overall", {}).items():
             print(f"A passage the second time, at distance {distance}: {value['mean']:+.2f} nat per token gained")
         print(f"Model and card: {final}")

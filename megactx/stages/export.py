@@ -13,14 +13,14 @@ RUN is a run folder of a joint stage, of which the best checkpoint counts, or a 
 import argparse
 import hashlib
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 
 from megactx.focus.pretrained import save_lensnet
+from megactx.framework.command_line import run
+from megactx.framework.files import replacing
 from megactx.framework.resume import best, read
 from megactx.gist.pretrained import load_gistnet, save_gistnet
 from megactx.lm import BaseLM
@@ -70,25 +70,21 @@ def export(run: str | Path, out: str | Path) -> dict:
         ValueError: no run of a joint stage, or a folder that holds something else.
     """
     out = Path(out).expanduser()
-    if out.exists() and not (out / MANIFEST).is_file() and any(out.iterdir()):
+    if out.is_file() or out.exists() and not (out / MANIFEST).is_file() and any(out.iterdir()):
         raise ValueError(f"OUT={out}: it holds something that is no export; give another folder")
     stage, checkpoint = load_run(run)
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     base = plain_base(stage)
-    base.model.save_pretrained(part)
-    if base.tokenizer is not None:
-        base.tokenizer.save_pretrained(part)
     made_by = f"{type(stage).__name__}, {checkpoint.parent.parent.name}"
-    save_gistnet(stage.gistnet, gistnet_settings(stage.hparams.gistnet), base, part / "gistnet", made_by)
-    # Of the GistNet as it was written, which is what a reader of this folder has.
-    saved = load_gistnet(part / "gistnet", base)
-    save_lensnet(stage.lens, dict(stage.hparams.lensnet), saved, part / "lensnet", made_by)
-    manifest = _manifest(stage, checkpoint, part)
-    (part / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(part, out)
+    with replacing(out, "give another OUT") as part:
+        base.model.save_pretrained(part)
+        if base.tokenizer is not None:
+            base.tokenizer.save_pretrained(part)
+        save_gistnet(stage.gistnet, gistnet_settings(stage.hparams.gistnet), base, part / "gistnet", made_by)
+        # Of the GistNet as it was written, which is what a reader of this folder has.
+        saved = load_gistnet(part / "gistnet", base)
+        save_lensnet(stage.lens, dict(stage.hparams.lensnet), saved, part / "lensnet", made_by)
+        manifest = _manifest(stage, checkpoint, part)
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     return manifest
 
 
@@ -129,18 +125,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megactx.stages.export", description=__doc__.partition("\n")[0])
     parser.add_argument("run", metavar="RUN", help="run folder or checkpoint of alternating or end_to_end")
     parser.add_argument("out", metavar="OUT", help="folder to write; an export that is there is replaced")
-    asked = parser.parse_args(arguments)
-    try:
-        manifest = export(asked.run, asked.out)
-    except ValueError as error:
-        print(f"megactx: {error}", file=sys.stderr)
-        return 2
+    return run(_command, parser, arguments)
+
+
+def _command(asked: argparse.Namespace) -> None:
+    manifest = export(asked.run, asked.out)
     if manifest["measured"]:
         print(in_words(manifest["measured"]))
     else:
         print(f"{manifest['adapter_parameters']:,} adapter parameters; the run has no report of the base's perplexity")
     print(f"Exported to {asked.out}: AutoModelForCausalLM.from_pretrained({str(asked.out)!r})")
-    return 0
 
 
 if __name__ == "__main__":

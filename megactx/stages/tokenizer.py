@@ -2,12 +2,11 @@
 
 import hashlib
 import logging
-import os
-import shutil
 from pathlib import Path
 
 from megactx.data.documents import TRAIN, VALIDATION, split_of
 from megactx.data.tokenizer import train_tokenizer
+from megactx.framework.files import IN_RUN, replacing
 from megactx.framework.next_command import next_command
 
 log = logging.getLogger(__name__)
@@ -74,12 +73,6 @@ def _first(texts, size: int):
 
 
 def _save(tokenizer, final: Path) -> Path:
-    part = final.with_name(f"{final.name}.{os.getpid()}.part")
-    try:
+    with replacing(final, IN_RUN) as part:
         tokenizer.save_pretrained(part)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(part, final)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return final

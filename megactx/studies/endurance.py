@@ -26,12 +26,13 @@ from torch import Tensor
 from megactx.data.documents import VALIDATION, tokenised
 from megactx.data.embedded import Embedded
 from megactx.data.files import Files
-from megactx.evaluation.files import replacing
 from megactx.evaluation.sheets import Sheet
 from megactx.framework.bar import bar
 from megactx.framework.command_line import run
+from megactx.framework.files import replacing
 from megactx.runtime import Session
 from megactx.runtime.command_line import add_models, controller_of, observers_of, session_of
+from megactx.runtime.text import Encoder
 
 from .tables import show, write
 from .trained import quiet
@@ -52,7 +53,7 @@ def text_of(tokenizer, path: str | None, tokens: int, seed: int) -> Tensor:
     """
     rows = tokenised(Files(path) if path else Embedded(), tokenizer)
     there = np.arange(len(rows)) if path else np.flatnonzero(np.asarray(rows["split"]) == VALIDATION)
-    between = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    between = Encoder(tokenizer)("\n\n", begins=False)
     parts, count = [], 0
     for index in np.random.default_rng(seed).permutation(there).tolist():
         parts.append(torch.tensor(rows[index]["input_ids"] + between))

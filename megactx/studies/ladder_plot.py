@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megactx.evaluation.files import replacing
+from megactx.framework.files import replacing
 
 COLOURS = ("#0072B2", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#A6761D", "#666666")
 SUBJECT = "#009E73"

@@ -7,10 +7,11 @@ import statistics
 from pathlib import Path
 
 from megactx.evaluation.bootstrap import difference_intervals, mean_interval, recovery_intervals
-from megactx.evaluation.files import replacing, without_nan
+from megactx.evaluation.files import without_nan
 from megactx.evaluation.metrics import BODY
 from megactx.evaluation.scores import MORE_RAW, BlockScores
 from megactx.evaluation.sheets import Sheet, markdown_sheet, print_sheet
+from megactx.framework.files import replacing
 
 WITH_ROW = 1  # first offset that all carriers can be scored at
 COMPARED = {"all": "all h", "recovery": "h >= 1", "body": "h >= 4", "history": "history"}  # key -> column

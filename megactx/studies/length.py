@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 
 from megactx.assets import resolve
-from megactx.evaluation.files import replacing, without_nan
+from megactx.evaluation.files import without_nan
 from megactx.evaluation.planted import in_detail
 from megactx.focus.pretrained import identity, load_lensnet
 from megactx.framework.bar import bar
 from megactx.framework.command_line import run
+from megactx.framework.files import replacing
 from megactx.memory import MegaContextTree
 from megactx.memory.encoding import identity_of_base
 from megactx.runtime import Models, Settings, load_models

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megactx.evaluation.files import replacing
+from megactx.framework.files import replacing
 
 from .length_policies import DROP, FOCUS, FULL, RECENCY
 

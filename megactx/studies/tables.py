@@ -5,8 +5,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from megactx.evaluation.files import replacing, without_nan
+from megactx.evaluation.files import without_nan
 from megactx.evaluation.sheets import Sheet, markdown_sheet, print_sheet
+from megactx.framework.files import replacing
 
 
 def show(sheets: list[Sheet], notes: list[str], width: int = 170) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megactx.evaluation.files import replacing
+from megactx.framework.files import replacing
 
 COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito (2008)
 TAKEN = {"tokens": "training tokens", "flops": "training FLOPs"}

@@ -31,6 +31,20 @@ def test_bm25_finds_the_block_that_has_the_rare_words_of_the_newest_tokens():
     assert found.shape == (40,)
 
 
+def test_bm25_finds_a_block_by_a_single_digit():
+    class Digits:
+        def decode(self, ids):
+            return " ".join("7" if i == 7 else "word" for i in ids)
+
+        def batch_decode(self, rows):
+            return [self.decode(row) for row in rows]
+
+    ids = torch.zeros(320, dtype=torch.long)
+    ids[[43, 319]] = 7  # in block 5, and asked for behind the last block
+    found = bm25(Digits(), ids, 39, 8)
+    assert found.argmax() == 5
+
+
 def test_bm25_of_blocks_without_words_is_zero():
     class Silent(Words):
         def decode(self, ids):

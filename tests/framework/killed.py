@@ -31,7 +31,7 @@ def validating(self, batch, index):
 
 
 def saving(content, file):
-    if moment == "saving" and content["global_step"] == step and file.name.endswith("last.ckpt.part"):
+    if moment == "saving" and content["global_step"] == step and file.name.endswith("last.ckpt"):
         whole = io.BytesIO()
         save(content, whole)
         file.write(whole.getvalue()[: whole.tell() // 2])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from megactx.framework.checkpoints import AtomicCheckpointIO, Best, Newest, RandomState, Record, clear_parts
+from megactx.framework.checkpoints import AtomicCheckpointIO, Best, Newest, RandomState, Record
 from megactx.framework.errors import FAILED, Interrupted, RunFailed, verdict
 from megactx.framework.guards import StopOnBadLoss, StopOnInterrupt
 from megactx.framework.progress import Progress
@@ -179,15 +179,6 @@ def test_a_run_that_ended_itself_does_not_train_on_when_resumed_but_another_run_
     assert load(last)["ended"] is True and load(last)["global_step"] == 4
     assert again(tmp_path / "a", last) == 0
     assert again(tmp_path / "b", last) == 4
-
-
-def test_a_file_that_a_kill_left_half_written_is_removed_and_checkpoints_stay(tmp_path):
-    clear_parts(tmp_path)  # a run that has saved nothing yet
-    (tmp_path / "checkpoints").mkdir()
-    for name in ("last.ckpt", "best.ckpt.part", "last.ckpt.part"):
-        (tmp_path / "checkpoints" / name).touch()
-    clear_parts(tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
 
 
 def test_best_is_the_checkpoint_of_the_lowest_monitored_value(tmp_path):

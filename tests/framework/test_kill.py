@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megactx.framework.app import run
+from megactx.framework.files import PART
 
 REPOSITORY = Path(__file__).parents[2]
 KILLED = Path(__file__).with_name("killed.py")
@@ -84,7 +85,7 @@ def kill(moment: str, settings: list[str], folder: Path) -> None:
     assert done.returncode == -9, done.stderr
     saved = load(folder, "last.ckpt")["global_step"]  # whole, whatever was being written
     assert saved == last and not (folder / "done").exists()
-    assert bool(list((folder / "checkpoints").glob("*.part"))) == (moment == "saving")
+    assert bool(list((folder / "checkpoints").glob(f"{PART}*"))) == (moment == "saving")
 
 
 def assert_went_on(folder: Path, said: str, moment: str) -> None:

@@ -1,7 +1,11 @@
 """A base LM with a tokenizer, a GistNet of blocks of 4 and a LensNet with opinions, all small and random."""
 
+import sysconfig
+from pathlib import Path
+
 import pytest
 import torch
+from byte_fallback import KINDS, byte_fallback
 
 from megactx.focus import LensNet
 from megactx.focus.pretrained import save_lensnet
@@ -64,5 +68,29 @@ def ids():
 
     def make(*shape, seed=0):
         return torch.randint(2, 512, shape, generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizers(tiny_tokenizer):
+    """kind -> a tokenizer with byte fallback."""
+    library = Path(sysconfig.get_path("stdlib"))
+    texts = [(library / name).read_text(encoding="utf-8") for name in ("argparse.py", "ast.py", "textwrap.py")]
+    return {kind: byte_fallback(kind, texts) for kind in KINDS}
+
+
+@pytest.fixture(scope="session")
+def byte_models(byte_tokenizers):
+    """kind -> models whose base LM reads by such a tokenizer; without a LensNet."""
+
+    def make(kind):
+        tokenizer = byte_tokenizers[kind]
+        config = dict(model_type="llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64)
+        config |= dict(num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=512, bos_token_id=None)
+        torch.manual_seed(0)
+        base = BaseLM.from_config(config | {"eos_token_id": None}, tokenizer).freeze()
+        gistnet = GistNet(base.width, base.embedding_rms(), **GISTNET).eval().requires_grad_(False)
+        return Models(base, gistnet, None, kind)
 
     return make

@@ -194,6 +194,26 @@ def test_a_stopped_ingestion_goes_on_where_it_was(own, tmp_path, monkeypatch, ca
     assert texts[0] == texts[1] and texts[0].count("line ") == 900
 
 
+@pytest.mark.parametrize("call", range(1, 5))
+def test_a_ctrl_c_between_a_piece_and_the_note_of_it_reads_no_piece_twice(own, tmp_path, monkeypatch, call):
+    monkeypatch.setattr(ingest, "PIECE", 200)
+    (tmp_path / "one.txt").write_text("".join(f"line {n} of a text\n" for n in range(25)))
+    append, calls = Session.append, []
+
+    def stopped(self, *content):
+        append(self, *content)
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "append", stopped)
+        assert ingest.main([str(tmp_path / "one.txt"), str(tmp_path / "out"), *own]) == 130
+    assert ingest.main([str(tmp_path / "one.txt"), str(tmp_path / "out"), *own]) == 0
+    with Session.load(tmp_path / "out", Controller(load_models(own[1], "cpu"), Settings(budget=400))) as session:
+        assert session.text() == (tmp_path / "one.txt").read_text() + ingest.BETWEEN
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [(b"", "empty"), (b"ab\xff\xfe", "not UTF-8"), (b"PK\x00\x01", "binary, not text")]
 )
@@ -260,3 +280,50 @@ def test_the_commands_run_as_modules_with_nothing_but_the_package(tmp_path):
     assert done.returncode == 0 and len(done.stdout) > 3, done.stderr
     done = python("megactx.runtime.generate", "import", "--tokens", "many")
     assert done.returncode == 2 and b"Traceback" not in done.stderr
+
+
+def test_load_of_the_folder_that_the_talk_is_in_says_so_and_goes_on(own, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "talk"
+    lines = f"/load {folder}\n/history\n/quit\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert chat.main(["--session", str(folder), *own]) == 0
+    told = capsys.readouterr().out
+    assert f"the talk is in {folder} already" in told and "in use by" not in told
+
+
+def test_a_long_file_says_what_was_read_and_an_empty_one_is_refused(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "PIECE", 100)
+    (tmp_path / "long.txt").write_text("a line of a text\n" * 20)
+    (tmp_path / "empty.txt").touch()
+    assert generate.main(["--file", str(tmp_path / "long.txt"), "--tokens", "1", *own]) == 0
+    told = capsys.readouterr().err
+    assert "85 of 340 characters read" in told and "340 of 340 characters read" in told
+    assert generate.main(["--file", str(tmp_path / "empty.txt"), *own]) == 2
+    assert "it is empty" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_a_long_text_is_read_keeps_what_was_read(own, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "PIECE", 100)
+    (tmp_path / "long.txt").write_text("a line of a text\n" * 20)
+    append, calls = Session.append, []
+
+    def stopped(self, *content):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return append(self, *content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "append", stopped)
+        asked = ["--file", str(tmp_path / "long.txt"), "--session", str(tmp_path / "kept"), *own]
+        assert generate.main(asked) == 130
+    with Session.load(tmp_path / "kept", Controller(load_models(own[1], "cpu"), Settings(budget=400))) as session:
+        assert session.text() == "a line of a text\n" * 10
+
+
+def test_ctrl_c_while_a_command_imports_gives_one_line_and_130(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    path = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(generate.__file__).parents[2]}"}
+    command = [sys.executable, "-m", "megactx.runtime.chat"]
+    done = subprocess.run(command, env=os.environ | path, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 130 and done.stderr == "\nmegactx: interrupted\n"

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+from byte_fallback import KINDS
 
 from megactx.runtime.framing import Framing, Template, framing_of
 
@@ -44,6 +45,27 @@ def test_an_answer_that_was_cut_off_is_ended_before_the_next_turn(tokenizer):
     cut, whole = (framing.asked("two", turn).tolist() for turn in ("answering", "asking"))
     assert cut == [tokenizer.eos_token_id, *whole]
     assert framing.ends("end") and not framing.ends("length") and not framing.ends(None)
+
+
+ENDED = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
+ENDED += "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_end_of_a_turn_stands_once_where_it_is_not_the_tokenizers_eos(byte_tokenizers, kind):
+    own = copy.deepcopy(byte_tokenizers[kind])
+    own.chat_template = ENDED
+    framing, end = framing_of(own), own.convert_tokens_to_ids("<|end|>")
+    assert framing.stops == ["<|end|>"] and framing.ends("<|end|>") and framing.ends("end")
+    answer = framing.encoder("well", begins=False)
+    talk = [1, *framing.asked("one", "new").tolist(), *answer, end, *framing.asked("two", "asking", end).tolist()]
+    assert (
+        own.decode(talk).removeprefix("<s>").strip()
+        == "<user>one<|end|><assistant>well<|end|><user>two<|end|><assistant>"
+    )
+    # The model ended its answer by another token than the template's: both stand there, none of them twice.
+    other = framing.asked("two", "asking", own.eos_token_id).tolist()
+    assert other == framing.asked("two", "answering").tolist() and other.count(end) == 2
 
 
 def test_what_a_person_types_is_text_even_where_it_looks_like_the_end_of_a_turn(tokenizer):

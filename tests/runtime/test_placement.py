@@ -1,9 +1,12 @@
 """Positions stay below the limit at any length, ascend, and move only when they must."""
 
+import pytest
 import torch
 from windows import small_base, tree_of, window
 
+from megactx.lm import BaseLM
 from megactx.memory import WorkingContext
+from megactx.runtime import Controller, Models, Settings
 from megactx.runtime.placement import Placement
 
 LIMIT, BUDGET, STEP = 200, 90, 4
@@ -50,3 +53,28 @@ def test_absolute_positions_go_on_beyond_the_limit():
     context = window(tree, edits=0)
     positions, behind = Placement("absolute", LIMIT, BUDGET, STEP).place(context)
     assert torch.equal(positions, context.positions()) and behind.tolist() == [300]
+
+
+def test_absolute_positions_warn_once_when_they_pass_the_trained_range(caplog):
+    placement = Placement("absolute", 100, 64, 4)
+    placement.moved = [None]
+    for tokens in (50, 96, 97, 200):
+        assert placement._below(0, tokens) is None
+        assert len(caplog.records) == (tokens > 96)
+
+
+def test_a_base_with_few_positions_is_told_what_sessions_need_in_one_sentence():
+    with pytest.raises(ValueError, match="256 positions, sessions .* need at least .*megacontext=none") as told:
+        Settings(budget=128).check(32, 256)
+    assert "budget" not in str(told.value)
+
+
+def test_absolute_positions_are_refused_for_a_base_with_a_table_of_them(models):
+    config = dict(model_type="gpt2", vocab_size=512, n_embd=32, n_layer=1, n_head=2, n_positions=512)
+    base = BaseLM.from_config(config).freeze()
+    assert base.learned_positions() and not models.base.learned_positions()
+    own = Models(base, models.gistnet, None, "gpt2")
+    settings = dict(budget=96, allocator={"protected": 8})
+    with pytest.raises(ValueError, match="positions=absolute is not allowed: .* 512 learned positions"):
+        Controller(own, Settings(positions="absolute", **settings))
+    Controller(own, Settings(**settings))

@@ -1,8 +1,108 @@
 """Pieces of text: whole characters, up to a stop string, harmless to a terminal."""
 
-import pytest
+import random
 
-from megactx.runtime.text import Answer, Characters, StopStrings, encodable, from_bytes, printable
+import pytest
+from byte_fallback import KINDS, random_text
+
+from megactx.runtime.text import (
+    Answer,
+    Characters,
+    Encoder,
+    StopStrings,
+    decode,
+    encodable,
+    from_bytes,
+    printable,
+    text_of,
+)
+
+
+def streamed(tokenizer, ids, before=()):
+    characters = Characters(tokenizer, before)
+    return "".join(characters.push(token) for token in ids) + characters.end()
+
+
+@pytest.mark.parametrize(("kind", "count"), [("prepend", 2000), ("first", 500), ("none", 500), ("byte level", 500)])
+def test_2000_random_texts_stream_to_exactly_what_decode_gives(byte_tokenizers, tiny_tokenizer, kind, count):
+    tokenizer, rng = byte_tokenizers.get(kind, tiny_tokenizer), random.Random(0)
+    for _ in range(count):
+        text = random_text(rng)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert streamed(tokenizer, ids) == decode(tokenizer, ids), (text, ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_streams_behind_any_beginning_as_the_whole_decodes(byte_tokenizers, kind):
+    tokenizer, rng = byte_tokenizers[kind], random.Random(1)
+    for _ in range(500):
+        ids = tokenizer(random_text(rng), add_special_tokens=False)["input_ids"]
+        cut = rng.randrange(len(ids) + 1)
+        known = decode(tokenizer, ids[:cut])
+        if not known.endswith("\ufffd"):
+            assert known + streamed(tokenizer, ids[cut:], ids[:cut]) == decode(tokenizer, ids)
+            assert known + text_of(tokenizer, ids[cut:], ids[:cut]) == decode(tokenizer, ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rare_character_before_a_line_break_and_the_first_space_of_an_answer_are_told(byte_tokenizers, kind):
+    tokenizer = byte_tokenizers[kind]
+    asked = tokenizer("say", add_special_tokens=False)["input_ids"]
+    answer = tokenizer("say voilà\n", add_special_tokens=False)["input_ids"][len(asked) :]
+    assert streamed(tokenizer, answer, asked) == " voilà\n"
+    told = Characters(tokenizer, asked)
+    assert "".join(map(told.push, answer)) == " voilà\n"  # at once, not at the end
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_string_behind_a_character_of_single_bytes_stops(byte_tokenizers, kind):
+    tokenizer = byte_tokenizers[kind]
+    ids = tokenizer("say voilà\nmore", add_special_tokens=False)["input_ids"]
+    answer, told = Answer(tokenizer, frozenset(), ["à\n"]), ""
+    for token in ids:
+        told += answer.push(token)
+        if answer.stopped:
+            break
+    assert answer.stopped == "à\n" and told + answer.rest() == "say voil"
+
+
+def test_any_ids_of_a_byte_level_tokenizer_stream_to_what_decode_gives(tiny_tokenizer):
+    rng = random.Random(2)
+    for _ in range(500):
+        ids = [rng.randrange(len(tiny_tokenizer)) for _ in range(rng.randrange(40))]
+        assert streamed(tiny_tokenizer, ids) == decode(tiny_tokenizer, ids)
+
+
+def test_stray_bytes_before_a_character_do_not_lose_it(tiny_tokenizer):
+    (stray,) = [i for token, i in tiny_tokenizer.get_vocab().items() if token == "Ģ"]  # byte 0x80
+    for count in range(20):
+        ids = [stray] * count + tiny_tokenizer("你!", add_special_tokens=False)["input_ids"]
+        assert streamed(tiny_tokenizer, ids) == "\ufffd" * count + "你!"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_that_are_appended_gain_no_space(byte_tokenizers, kind):
+    tokenizer, rng = byte_tokenizers[kind], random.Random(3)
+    encoder = Encoder(tokenizer)
+    for _ in range(300):
+        parts = [random_text(rng) or "a" for _ in range(3)]
+        ids = [i for n, part in enumerate(parts) for i in encoder(part, begins=n == 0)]
+        assert decode(tokenizer, ids) == decode(
+            tokenizer, tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
+        )
+    assert encoder("<|end|>", begins=False) != [3] == encoder("<|end|>", begins=False, plain=False)
+
+
+@pytest.mark.parametrize("stop", ["<|end|>", "x<|end|>", "<|end|></s>"])
+def test_a_special_token_stops_as_a_stop_string_and_is_not_told(byte_tokenizers, stop):
+    tokenizer = byte_tokenizers["none"]
+    ids = tokenizer("ab", add_special_tokens=False)["input_ids"]
+    end = tokenizer(stop, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+    answer = Answer(tokenizer, frozenset(), ["nothing", stop])
+    told = "".join(answer.push(token) for token in [*ids, 2, *end[:-1]])
+    assert answer.stopped is None
+    told += answer.push(end[-1])
+    assert answer.stopped == stop and told + answer.rest() == "ab"
 
 
 @pytest.mark.parametrize("text", ["plain words", "naïve 你好 🙂 done", "\n\t  x", ""])
@@ -17,8 +117,8 @@ def test_characters_come_whole_and_all_of_them(tiny_tokenizer, text):
 def test_a_model_that_never_ends_a_character_is_told_as_it_is(tiny_tokenizer):
     half = tiny_tokenizer("🙂", add_special_tokens=False)["input_ids"][0]
     characters = Characters(tiny_tokenizer)
-    told = "".join(characters.push(half) for _ in range(50)) + characters.end()
-    assert told.count("\ufffd") == 50
+    told = "".join(characters.push(half) for _ in range(50))
+    assert told.count("\ufffd") == 49 and told + characters.end() == "\ufffd" * 50
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megactx.runtime import Sampling, Session, models
+from megactx.runtime import Sampling, Session, models, serving
 from megactx.runtime.guard import LARGEST, Guard
 from megactx.runtime.serving import Server
 from megactx.runtime.settings import Settings
@@ -186,3 +186,20 @@ def test_ctrl_c_saves_the_session_and_ends_with_130(exported, tmp_path):
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 130 and "Traceback" not in errors and status == 200
     assert json.loads((tmp_path / "kept" / "session.json").read_text())["tokens"] > 200
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HTTP/1.1\r\nHost: 127", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nab"]
+)
+def test_a_connection_that_never_finishes_its_request_is_closed(monkeypatch, sent):
+    async def app(scope, receive, send):
+        while (await receive()).get("more_body"):
+            pass
+
+    monkeypatch.setattr(serving, "RECEIVES", 0.3)
+    with serving.Server(0).start(app) as server, socket.create_connection(("127.0.0.1", server.port), 5) as own:
+        own.sendall(sent)
+        try:
+            assert own.recv(100) == b""  # closed, without an answer
+        except ConnectionResetError:
+            pass

@@ -102,7 +102,9 @@ def _prompt(asked: argparse.Namespace) -> str:
         path = Path(asked.file).expanduser()
         if not path.is_file():
             raise ValueError(f"--file={asked.file}: there is no such file")
-        return from_bytes(path.read_bytes(), str(path))
+        if not (text := from_bytes(path.read_bytes(), str(path))):
+            raise ValueError(f"--file={asked.file}: it is empty, there is nothing to continue")
+        return text
     return encodable(asked.prompt)
 
 

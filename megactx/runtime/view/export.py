@@ -9,7 +9,9 @@ from pathlib import Path
 
 from megactx.focus.pictures import animate_replay, plot_replay
 from megactx.focus.replay import Replay, Step
+from megactx.framework.files import replacing
 
+from ..text import LONGEST, text_of
 from . import frames
 from .player import Player
 
@@ -17,6 +19,7 @@ PAGE = Path(__file__).parent / "page"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 STRIPS = 40  # newest refocuses of a picture: more are too small to be seen
 KINDS = (".html", ".png", ".gif")
+ELSEWHERE = "give --export a file at another place"
 
 
 def page(player: Player) -> str:
@@ -24,9 +27,10 @@ def page(player: Player) -> str:
     session = player.session
     block, length = session.stream.block, session.length
     ids = session.ids().tolist()
-    texts = session.tokenizer.batch_decode(
-        [ids[start : start + block] for start in range(0, length, block)], skip_special_tokens=True
-    )
+    texts = [
+        text_of(session.tokenizer, ids[start : start + block], ids[max(0, start - LONGEST) : start])
+        for start in range(0, length, block)
+    ]
     data = {
         "about": frames.about(session) | {"live": False},
         "frames": player.feed.frames,
@@ -67,9 +71,9 @@ def writer(path: str) -> Callable[[Player, list[Step]], None]:
 
     def write(player: Player, steps: list[Step]) -> None:
         if kind == ".html":
-            part = target.with_name(target.name + ".part")
-            part.write_text(player.ask(lambda: page(player)).result(), encoding="utf-8")
-            part.replace(target)
+            html = player.ask(lambda: page(player)).result()
+            with replacing(target, ELSEWHERE) as part:
+                part.write_text(html, encoding="utf-8")
             return
         if not steps:
             raise ValueError(f"--export={path}: LensNet scored no window, so there is nothing to draw; .html shows it")
