@@ -4,6 +4,7 @@ Blocks of one document are not independent, so documents are drawn with replacem
 see the same draws. Every statistic here is a ratio of sums, so a draw needs only the sums per document.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from .metrics import cost_is_known
 from .scores import BlockScores
 
 DRAWS = 2000
+LEAST_RECOVERY, LEAST_NATS = 0.005, 0.002  # what a claim is at least about
 TAIL = 0.025  # on either side: 95 % intervals
 MATRIX = 4_000_000  # entries of the count matrix that are held at once
 
@@ -60,13 +62,27 @@ def mean_interval(document: Tensor, values: Tensor, draws: int = DRAWS, seed: in
     return _interval(total[0] / total[1], drawn[:, 0] / drawn[:, 1])
 
 
-def verdict(difference: Interval) -> str:
-    """What an interval of subject minus control says: above, below, within the interval, or undefined."""
-    if np.isnan(difference.low):
+def verdict(difference: Interval, least: float = LEAST_RECOVERY) -> str:
+    """What an interval of subject minus control says: above, below, within the interval, or undefined.
+
+    Args:
+        difference: its interval has no 0 in it where there is a claim, and the point is at least
+        least: large: with enough blocks any difference is sure, and one of 0.000 is still none.
+    """
+    point, low, high = difference
+    if np.isnan(low):
         return "undefined"
-    if difference.low > 0:
-        return "above"
-    return "below" if difference.high < 0 else "within the interval"
+    if abs(point) < least or low <= 0 <= high:
+        return "within the interval"
+    return "above" if point > 0 else "below"
+
+
+def reverse(difference: dict) -> Interval:
+    """A ``point``, ``low`` and ``high`` of control minus subject, as those of subject minus control."""
+    point, low, high = (
+        math.nan if value is None else -value for value in (difference["point"], difference["high"], difference["low"])
+    )
+    return Interval(point, low, high)
 
 
 def _ratios(scores, gained, first, domain, draws, seed) -> dict[str, Interval]:

@@ -7,7 +7,7 @@ import torch
 
 from megactx.framework.files import replacing
 
-from .bootstrap import mean_interval
+from .bootstrap import LEAST_NATS, Interval, mean_interval, verdict
 from .files import without_nan
 from .focus import FULL, GISTS, LENS, ORACLE, RANDOM, RECENCY, SURPRISE, FocusScores
 from .sheets import Sheet, console_of, markdown_sheet, number, print_sheet
@@ -172,7 +172,8 @@ def _planted_sheet(planted: dict) -> Sheet:
 def _verdict(rows: dict, claimed: bool) -> str:
     if not claimed:
         return "Not claimed"
-    better = [rows[name]["lens_less"]["high"] < 0 for name in TO_BEAT]
+    less = [rows[name]["lens_less"] for name in TO_BEAT]
+    better = [verdict(Interval(each["point"], each["low"], each["high"]), LEAST_NATS) == "below" for each in less]
     if all(better):
         return "LensNet is better than recency, random and most surprising"
     beaten = ", ".join(name for name, is_better in zip(TO_BEAT, better, strict=True) if not is_better)

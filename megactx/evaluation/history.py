@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megactx.data.segments import RECENCY, SEGMENT, eligible_segments
 from megactx.gist.history import check_segments, old_blocks, with_carriers, with_everything, with_nothing
-from megactx.gist.scoring import score
+from megactx.gist.scoring import score_exactly
 from megactx.gist.substitution import blocks, teach
 from megactx.lm import BaseLM
 
@@ -79,7 +79,7 @@ def measure_history(
             }
             rows[MORE_RAW] = _more_raw(base, teacher, starts, *sizes)
             rows["nothing"] = with_nothing(base, teacher, starts, *sizes)
-            _, numbers = score(
+            numbers = score_exactly(
                 base,
                 torch.stack(list(rows.values())).flatten(1, 3),
                 with_everything(teacher, starts, segment).flatten(0, 2),

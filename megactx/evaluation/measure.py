@@ -14,7 +14,7 @@ from megactx.gist.carriers.last_token import LastToken
 from megactx.gist.carriers.mean_token import MeanToken
 from megactx.gist.carriers.random_gist import RandomGist
 from megactx.gist.reading import read_carriers
-from megactx.gist.scoring import score
+from megactx.gist.scoring import score_exactly
 from megactx.gist.substitution import Teacher, blocks, check_blocks, dropped, rows_at, teach, unread
 from megactx.lm import BaseLM
 
@@ -167,7 +167,7 @@ def _score_batch(base, batch, teacher: Teacher, starts, carriers, tokens, horizo
     (b, n), names = starts.shape, list(carriers)
     hidden = read_carriers(base, teacher, starts, list(carriers.values()), tokens, horizon)
     hidden = torch.cat([hidden, dropped(base, teacher, starts, tokens, horizon)[None]])
-    _, numbers = score(
+    numbers = score_exactly(
         base,
         hidden[..., first:, :].flatten(1, 3),
         rows_at(teacher.hidden, starts + tokens - 1 + first, horizon - first).flatten(0, 2),

@@ -114,7 +114,9 @@ def _against_sheet(numbers: dict) -> Sheet:
         rows.append([f"{name}: {subject}", _interval(own["all"]), "", _interval(own["body"]), ""])
         for control, spans in group["against"].items():
             if control not in group["unquoted"]:
-                cells = [cell for span in spans.values() for cell in (_interval(span, sign="+"), span["verdict"])]
+                cells = [
+                    cell for span in spans.values() for cell in (_interval(span, sign="+", digits=3), span["verdict"])
+                ]
                 rows.append([f"  - {control}", *cells])
     title = f"recovery of {subject}, and its difference to each control on the same blocks"
     return Sheet(title, ["", "all h", "verdict", "h >= 4", "verdict"], rows, tuple(strong))

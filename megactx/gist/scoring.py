@@ -36,6 +36,15 @@ def score(base: BaseLM, students: Tensor, teacher: Tensor, targets: Tensor, obje
 
 
 @torch.no_grad()
+def score_exactly(base: BaseLM, students: Tensor, teacher: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """The numbers of ``score`` for a report, the head in fp32: in bf16 the two best tokens are often equal."""
+    weights = {name: p.float() for name, p in base.model.get_output_embeddings().named_parameters()}
+    with torch.autocast(students.device.type, enabled=False):
+        _, full, nll, kl, agree = _Score.apply(students.float(), teacher.float(), targets, base, "kl", weights)
+    return {"full": full, "nll": nll, "kl": kl, "agree": agree}
+
+
+@torch.no_grad()
 def nll(base: BaseLM, hidden: Tensor, targets: Tensor) -> Tensor:
     """NLL of the true next tokens alone: hidden [M, D], targets [M] -> [M], in nats, fp32, without gradient."""
     out = hidden.new_empty(len(targets), dtype=torch.float32)
@@ -53,7 +62,7 @@ class _Score(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, students, teacher, targets, base, objective):
+    def forward(ctx, students, teacher, targets, base, objective, weights=None):
         c, m, d = students.shape
         needs_grad = students.requires_grad
         gradient = torch.empty_like(students) if needs_grad else None
@@ -64,18 +73,18 @@ class _Score(torch.autograd.Function):
         for start in range(0, m, size):
             part = slice(start, start + size)
             target = targets[part]
-            log_p = F.log_softmax(base.logits(teacher[part]).float(), dim=-1)  # [m, V]
+            log_p = F.log_softmax(base.logits(teacher[part], weights).float(), dim=-1)  # [m, V]
             p = log_p.exp()
             full[part] = -log_p.gather(1, target[:, None])[:, 0]
             best = log_p.argmax(dim=-1, keepdim=True)
             for i in range(c):
                 with torch.set_grad_enabled(needs_grad):
                     row = students[i, part].detach().requires_grad_(needs_grad)
-                    logits = base.logits(row)
+                    logits = base.logits(row, weights)
                 log_q = F.log_softmax(logits.detach().float(), dim=-1)
                 nll[i, part] = -log_q.gather(1, target[:, None])[:, 0]
                 kl[i, part] = (log_p - log_q).mul_(p).sum(dim=-1)  # 7 times faster than F.kl_div on a CPU
-                agree[i, part] = log_q.gather(1, best)[:, 0] == log_q.amax(dim=-1)
+                agree[i, part] = log_q.argmax(dim=-1, keepdim=True)[:, 0] == best[:, 0]
                 if needs_grad:
                     # dKL/dlogits = q - p, dNLL/dlogits = q - onehot; autograd takes it through the model's own head.
                     slope = log_q.exp_()
@@ -92,4 +101,4 @@ class _Score(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_loss[..., None]).to(gradient.dtype), None, None, None, None
+        return (gradient * grad_loss[..., None]).to(gradient.dtype), None, None, None, None, None

@@ -290,9 +290,14 @@ class BaseLM(nn.Module):
         kind = embeddings.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeddings.dtype
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Final hidden states [..., D] -> logits [..., V], with the model's own scaling and soft cap."""
-        logits = self.model.get_output_embeddings()(hidden)
+    def logits(self, hidden: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """Final hidden states [..., D] -> logits [..., V], with the model's own scaling and soft cap.
+
+        Args:
+            weights: of the head, in another precision; ``None``: its own.
+        """
+        head = self.model.get_output_embeddings()
+        logits = head(hidden) if weights is None else torch.func.functional_call(head, weights, (hidden,))
         if scale := getattr(self.config, "logits_scaling", None):
             logits = logits / scale
         if cap := getattr(self.config, "final_logit_softcapping", None):

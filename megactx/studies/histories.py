@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from megactx.evaluation.bootstrap import difference_intervals, mean_interval, recovery_intervals
+from megactx.evaluation.bootstrap import difference_intervals, mean_interval, recovery_intervals, reverse, verdict
 from megactx.evaluation.history import measure_history, segments
 from megactx.evaluation.measure import untrained
 from megactx.evaluation.scores import MORE_RAW, BlockScores
@@ -118,7 +118,7 @@ def sheets(numbers: dict) -> list[Sheet]:
     for name in order:
         carrier = numbers["carriers"][name]
         difference = carrier.get("below_subject")
-        than = ["", ""] if difference is None else [interval(difference, 3, "+"), _verdict(difference)]
+        than = ["", ""] if difference is None else [interval(difference, 3, "+"), verdict(reverse(difference))]
         each = " ".join(f"{point:.3f}" for point in carrier["of_each"])
         rows.append([name, interval(carrier["recovery"], 3), each, interval(carrier["gain"], 4, "+"), *than])
     title = (
@@ -128,12 +128,6 @@ def sheets(numbers: dict) -> list[Sheet]:
     )
     header = ["in place of the blocks", "recovery", "of each run", "gain, nats", "than", "verdict"]
     return [Sheet(title, header, rows, (order.index(numbers["subject"]),))]
-
-
-def _verdict(difference: dict) -> str:
-    if difference["low"] != difference["low"]:
-        return "undefined"
-    return "below" if difference["low"] > 0 else "above" if difference["high"] < 0 else "within"
 
 
 def rows_of(numbers: dict) -> list[dict]:

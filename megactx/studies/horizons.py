@@ -10,7 +10,7 @@ several runs, such as seeds, of every one its compressors under its name.
 import argparse
 import sys
 
-from megactx.evaluation.bootstrap import difference_intervals, recovery_intervals
+from megactx.evaluation.bootstrap import difference_intervals, recovery_intervals, reverse, verdict
 from megactx.evaluation.measure import measure
 from megactx.evaluation.metrics import BODY
 from megactx.evaluation.scores import BlockScores
@@ -88,8 +88,7 @@ def _cell(bands: dict, name: str) -> str:
     text, difference = interval(bands["recovery"][name]), bands["below_subject"].get(name)
     if not difference or difference["low"] != difference["low"]:
         return text
-    word = "below" if difference["low"] > 0 else "above" if difference["high"] < 0 else "within"
-    return f"{text} {word}"
+    return f"{text} {verdict(reverse(difference))}"
 
 
 def rows_of(numbers: dict) -> list[dict]:

@@ -6,7 +6,7 @@ import math
 import statistics
 from pathlib import Path
 
-from megactx.evaluation.bootstrap import difference_intervals, mean_interval, recovery_intervals
+from megactx.evaluation.bootstrap import difference_intervals, mean_interval, recovery_intervals, reverse, verdict
 from megactx.evaluation.files import without_nan
 from megactx.evaluation.metrics import BODY
 from megactx.evaluation.scores import MORE_RAW, BlockScores
@@ -182,11 +182,7 @@ def _order(numbers: dict) -> list[str]:
 
 def _verdict(carrier: dict, key: str) -> str:
     difference = carrier.get(f"{key}_below_subject")
-    if not difference or difference["low"] is None:
-        return ""
-    if difference["low"] > 0:
-        return "below"
-    return "above" if difference["high"] < 0 else "within"
+    return "" if not difference or difference["low"] is None else verdict(reverse(difference))
 
 
 def _point(value: dict | None) -> float:

@@ -4,7 +4,16 @@ import pytest
 import torch
 from block_scores import synthetic
 
-from megactx.evaluation.bootstrap import Interval, difference_intervals, mean_interval, recovery_intervals, verdict
+from megactx.evaluation.bootstrap import (
+    LEAST_NATS,
+    LEAST_RECOVERY,
+    Interval,
+    difference_intervals,
+    mean_interval,
+    recovery_intervals,
+    reverse,
+    verdict,
+)
 from megactx.evaluation.metrics import recovery
 
 
@@ -96,3 +105,19 @@ def test_mean_interval_is_over_documents():
     assert mean == pytest.approx(values.mean().item())
     # Standard error of 10 document means 0..9 is about 0.91.
     assert high - low == pytest.approx(2 * 1.96 * 0.91, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("interval", "least", "said"),
+    [
+        (Interval(0.004, 0.001, 0.007), LEAST_RECOVERY, "within the interval"),  # sure, and nothing
+        (Interval(0.006, 0.001, 0.011), LEAST_RECOVERY, "above"),
+        (Interval(-0.006, -0.011, -0.001), LEAST_RECOVERY, "below"),
+        (Interval(-0.003, -0.004, -0.001), LEAST_NATS, "below"),
+        (Interval(0.1, -0.1, 0.3), LEAST_RECOVERY, "within the interval"),
+    ],
+)
+def test_a_claim_is_about_a_difference_of_some_size(interval, least, said):
+    assert verdict(interval, least) == said
+    back = reverse(interval._asdict())
+    assert verdict(back, least) == {"above": "below", "below": "above"}.get(said, said)

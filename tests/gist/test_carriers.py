@@ -8,6 +8,7 @@ from megactx.gist.carrier import Slots
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.gisting import Gisting
 from megactx.gist.carriers.gistpool import GistPool
+from megactx.gist.carriers.random_gist import RandomGist
 from megactx.gist.substitution import rows_at, slotted, teach
 from megactx.lm import masks
 from megactx.lm.layers import keys_values, recorded
@@ -211,3 +212,12 @@ def test_a_horizon_of_one_token_cannot_be_scored(make_base):
     ids, starts, teacher = documents(base)
     with pytest.raises(ValueError, match="horizon.tokens=1"):
         slotted(base, teacher, starts, AvgPool(K).compress(base, teacher, starts).layers, K, 1)
+
+
+def test_noise_of_a_document_is_the_same_whatever_the_batch(make_base):
+    base = make_base("llama")
+    ids, starts, teacher = documents(base)
+    noise = RandomGist(0.02, K)
+    both = noise.compress(base, teacher, starts).vectors
+    alone = noise.compress(base, teach(base, ids[1:]), starts[1:]).vectors
+    assert torch.equal(both[1:], alone) and not torch.equal(both[0], both[1])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from small_base import WIDTH, small
 
 from megactx.gist import GistNet
-from megactx.gist.scoring import score
+from megactx.gist.scoring import score, score_exactly
 from megactx.gist.substitution import blocks, check_blocks, dropped, rows_at, substituted, teach
 from megactx.lm import BaseLM, masks
 from megactx.lm.gaussian_rope import spread
@@ -214,6 +214,38 @@ def test_scoring_in_chunks_equals_scoring_at_once(monkeypatch):
         results.append((loss.detach(), gradient, numbers["agree"]))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_report_scores_in_fp32_where_the_base_is_in_bf16():
+    torch.manual_seed(0)
+    base = small("llama").to(torch.bfloat16).freeze()
+    students, teacher = torch.randn(1, 400, WIDTH), torch.randn(400, WIDTH)
+    students, teacher = students.bfloat16(), teacher.bfloat16()
+    targets = torch.randint(0, 97, (400,))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = score_exactly(base, students, teacher, targets)
+    exact = small("llama").freeze()
+    exact.load_state_dict(base.state_dict())
+    _, expected = score(exact, students.float(), teacher.float(), targets)
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values)
+    assert base.model.dtype == torch.bfloat16
+
+
+def test_two_best_tokens_that_are_equal_are_no_agreement_with_the_second():
+    base = small("llama")
+    head = base.model.get_output_embeddings().weight
+    head.requires_grad_(False)
+    hidden = torch.randn(1, 1, WIDTH)
+    best = int(base.logits(hidden).argmax())
+    second = best + 1 if best < 96 else best - 1
+    teacher = hidden[0].clone()
+    head[max(best, second)] = head[min(best, second)]  # now they tie, and the first of them is the answer
+    _, numbers = score(base, hidden, teacher, torch.zeros(1, dtype=torch.long))
+    assert numbers["agree"].all()
+    head[max(best, second)] *= 1.01 if float((head[best] * teacher).sum()) > 0 else 0.99
+    _, clear = score(base, torch.zeros(1, 1, WIDTH), teacher, torch.zeros(1, dtype=torch.long))
+    assert not clear["agree"].any()  # all logits of the student are equal: every token was its best before
 
 
 @pytest.mark.parametrize(

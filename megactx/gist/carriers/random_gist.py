@@ -9,7 +9,7 @@ from megactx.lm import BaseLM
 
 
 class RandomGist(Compressor):
-    """Gaussian noise at the root mean square of token embeddings, the same for the same document.
+    """Gaussian noise at the root mean square of token embeddings, the same for a document whatever its batch.
 
     Args:
         rms: root mean square of the base LM's token embeddings.
@@ -21,7 +21,7 @@ class RandomGist(Compressor):
         self.rms, self.seed = rms, seed
 
     def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Vectors:
-        first = int(teacher.ids[0, : self.block_size + 1].sum())  # documents differ, whatever their batch
-        generator = torch.Generator().manual_seed(self.seed + first)
-        noise = torch.randn(*starts.shape, base.width, generator=generator)
+        noise = torch.empty(*starts.shape, base.width)  # [B, N, D]
+        for row, first in zip(noise, teacher.ids[:, : self.block_size + 1].sum(1).tolist(), strict=True):
+            row.normal_(generator=torch.Generator().manual_seed(self.seed + first))
         return Vectors(noise.to(starts.device) * self.rms, self.offset)
