@@ -20,10 +20,9 @@ log = logging.getLogger(__name__)
 
 LONGEST_DOCUMENT = 16_384
 
-# Of an evaluation. The blocks of a document share the teacher's pass over it: with two of them a block costs twice as
-# much as with eight. Fewer than 50 documents would not carry an interval (method 5).
+# Of an evaluation. The blocks of a document share the teacher's pass over it, so few blocks are of few documents; a
+# report on fewer than 20 of them claims nothing.
 BLOCKS_PER_DOCUMENT = 8
-FEWEST_DOCUMENTS = 50
 
 
 class SpanData(Shares):
@@ -136,8 +135,8 @@ class SpanData(Shares):
         """Every held-out document as a batch of one, with tensors.
 
         Args:
-            blocks: about so many blocks in all, evenly spaced, eight of each document: from as many documents as that
-                takes, and from 50 at least; ``None`` takes every eligible block.
+            blocks: about so many blocks in all, evenly spaced, eight of each document, from as many documents as that
+                takes; ``None`` takes every eligible block.
         """
         self.setup()
         return self._batches(self.held, blocks)
@@ -159,7 +158,7 @@ class SpanData(Shares):
             if blocks < 1:
                 raise ValueError(f"blocks={blocks} is not allowed: it must be 1 or more")
             few = np.cumsum([min(len(s), BLOCKS_PER_DOCUMENT) for s in starts])
-            enough = max(np.searchsorted(few, blocks) + 1, min(blocks, FEWEST_DOCUMENTS))
+            enough = np.searchsorted(few, blocks) + 1
             documents, starts = documents[:enough], starts[:enough]
             counts = np.asarray([len(s) for s in starts])
             each = next((n for n in range(1, counts.max() + 1) if np.minimum(counts, n).sum() >= blocks), counts.max())

@@ -19,6 +19,7 @@ SPANS = {"all": 0, "body": BODY}  # first offset of each
 # Tried raw and rescaled to the token RMS, and quoted with whichever does better: a control gets its best form.
 BEST_OF = "untrained mean"
 FAMILIES = (BEST_OF, MEAN_BELOW)
+CLAIMED_FROM = 20  # documents: an interval over fewer says little
 ENOUGH_BLOCKS, ENOUGH_DOCUMENTS = 2000, 50
 GEOMETRY_TARGETS = {"diversity": 0.5, "contrastive_gap": 0.1, "attention_entropy": (2.0, 4.0)}
 SPACE = ("diversity", "cosine_std", "adjacent_distance", "contrastive_gap", "attention_entropy")
@@ -118,7 +119,8 @@ def _group(scores: BlockScores, subject: str, domain: str | None) -> dict:
         for name, interval in recovery_intervals(scores, list(scores.carriers), first, domain).items():
             out["recovery"].setdefault(name, {})[span] = interval._asdict()
         for name, interval in difference_intervals(scores, subject, controls, first, domain).items():
-            out["against"].setdefault(name, {})[span] = interval._asdict() | {"verdict": verdict(interval)}
+            told = verdict(interval) if out["documents"] >= CLAIMED_FROM else "too few documents"
+            out["against"].setdefault(name, {})[span] = interval._asdict() | {"verdict": told}
     out["unquoted"] = []
     for best_of in FAMILIES:
         family = [name for name in controls if name.startswith(best_of)]

@@ -1,6 +1,7 @@
 """Checkpoints that survive: written whole or not at all, plain dicts and tensors only."""
 
 import contextlib
+import time
 from pathlib import Path
 
 import torch
@@ -40,6 +41,9 @@ def _innermost(error: BaseException) -> BaseException:
     return error
 
 
+LATEST = 600  # seconds without a checkpoint
+
+
 class Newest(ModelCheckpoint):
     """``step_NNNNNN.ckpt``, the newest, and ``last.ckpt``.
 
@@ -48,7 +52,7 @@ class Newest(ModelCheckpoint):
     it. It stands behind ``Best``, so that ``last.ckpt`` knows which minimum ``best.ckpt`` holds.
 
     Args:
-        every_n_train_steps: steps between two checkpoints.
+        every_n_train_steps: steps between two checkpoints; where they take longer than ten minutes, there are more.
         save_top_k: 1 keeps the newest one, -1 all of them.
     """
 
@@ -63,12 +67,30 @@ class Newest(ModelCheckpoint):
             enable_version_counter=False,  # a resumed run writes last.ckpt, not last-v1.ckpt
         )
 
+    def on_train_start(self, trainer, pl_module) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.written = time.monotonic()
+
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if not validation_is_due(trainer):
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._keep(trainer, pl_module)
 
     def on_validation_end(self, trainer, pl_module) -> None:
-        super().on_train_batch_end(trainer, pl_module, None, None, 0)
+        if not trainer.sanity_checking:
+            self._keep(trainer, pl_module)
+
+    def _keep(self, trainer, pl_module) -> None:
+        """Where a checkpoint is due by the steps, or none was written for ten minutes: a kill costs no more."""
+        before, steps = self._last_global_step_saved, self._every_n_train_steps
+        whole = not (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches
+        late = whole and trainer.strategy.reduce_boolean_decision(time.monotonic() - self.written > LATEST, all=False)
+        try:
+            self._every_n_train_steps = 1 if late else steps
+            super().on_train_batch_end(trainer, pl_module, None, None, 0)
+        finally:
+            self._every_n_train_steps = steps
+        if self._last_global_step_saved != before:
+            self.written = time.monotonic()
 
 
 def validation_is_due(trainer) -> bool:

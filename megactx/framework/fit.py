@@ -27,9 +27,11 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
     from hydra.utils import instantiate
 
     from .checkpoints import Record
+    from .pace import announce
 
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     stage = instantiate(cfg.stage, _convert_="all")
+    announce(stage, config, device)
     if not isinstance(stage, lightning.LightningModule):
         if checkpoint is not None:
             raise ValueError(f"resume={cfg.resume}: this stage does not train in steps; use resume=never")

@@ -15,10 +15,12 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from . import processes
+from .checkpoints import LATEST
 from .resume import PACED
 from .runfolder import quiet, write
 
 TRIED = 6  # steps that are timed, behind a first one that is not
+REACHED = 0.4  # of the rate of one large product, by a step of the demo on two CPU cores
 LONG = 10 * 60  # seconds from which on a run says how long it takes
 _FIXED = "MEGACTX_LENGTH"  # reaches the processes that Lightning starts
 processes.carry(_FIXED)
@@ -164,3 +166,46 @@ def _try(cfg: DictConfig, device) -> tuple[float, float]:
             accelerator=device.accelerator, precision=device.precision, callbacks=[watch], **settings
         ).fit(stage, data)
     return (watch.steps[-1] - watch.steps[0]) / TRIED, watch.check
+
+
+def announce(stage, config: dict, device) -> None:
+    """Say how long a training takes here, where that is longer than ten minutes, and how to make it short.
+
+    It is reckoned from what ``stage.flops_ahead`` says and from how fast this machine multiplies matrices, before texts
+    are read: it tells minutes from months, no more.
+    """
+    ahead = getattr(stage, "flops_ahead", None)
+    if ahead is None or processes.rank():
+        return
+    seconds = ahead(config["datamodule"], config["preset"]) / (_flops_per_second(device) * device.count)
+    if seconds > LONG:
+        shorter = getattr(stage, "shorter", "preset=demo is a matter of minutes")
+        print(
+            f"This training takes about {in_words(seconds)} on this machine, validations and report not counted.\n"
+            f"Shorter: {shorter}; debug=limit shows the whole run in miniature. Every {LATEST // 60} minutes there is a"
+            " checkpoint: Ctrl-C stops, resume=auto goes on.\n",
+            flush=True,
+        )
+
+
+def in_words(seconds: float) -> str:
+    """``25 minutes``, ``3 hours``, ``12 days``, ``5 months``, rounded to what an estimate can mean."""
+    for size, name in ((30 * 86400, "months"), (86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size or name == "minutes":
+            return f"{seconds / size:.0f} {name}"
+    raise AssertionError("minutes are the last")
+
+
+def _flops_per_second(device) -> float:
+    """What a training step reaches here: a share of what a product of two matrices does."""
+    import torch
+
+    half = str(device.precision).startswith(("bf16", "16"))
+    where = {"device": "cuda" if device.accelerator == "cuda" else "cpu", "dtype": torch.bfloat16 if half else None}
+    x = torch.ones(1024, 1024, **where)
+    (x @ x).sum().item()
+    began, products = time.monotonic(), 0
+    while time.monotonic() - began < 0.2:
+        (x @ x)[0, 0].item()  # waits for the device
+        products += 1
+    return REACHED * products * 2 * 1024**3 / (time.monotonic() - began)

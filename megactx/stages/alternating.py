@@ -29,7 +29,7 @@ from megactx.gist.packed_loss import substitution_loss
 from .joint import JointStage
 from .joint_parts import optimizer_of
 from .lens_losses import value_losses
-from .lens_states import ensure, folder_of
+from .lens_states import ensure, folder_of, measuring_flops, sizes_ahead
 from .phases import Place, Schedule
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,14 @@ class AlternatingStage(JointStage):
                 raise ValueError(f"stage.windows.{name}={windows[name]} is not allowed: at least {least}")
         self._windows_before: Path | None = None
         self._begun = self._measured = None  # the phase that was told of, the cycle whose windows were counted
+
+    def flops_ahead(self, data: dict, preset: dict) -> float:
+        """About how many floating-point operations the training takes; ``data`` and ``preset`` are of the config."""
+        steps, (body, tokens, window) = self.schedule.steps, sizes_ahead(self, data)
+        gist = data["documents"] * 2 * body * (2 * tokens + 2 * data["spans"] * self.hparams.horizon)
+        lora = data["documents"] * 2 * body * (2 * tokens + 3 * window)
+        cycle = measuring_flops(self, data, self.hparams.windows["per_round"])
+        return self.schedule.cycles * (cycle + steps["gist"] * gist + steps["lora"] * lora)
 
     @property
     def place(self) -> Place:

@@ -21,6 +21,7 @@ from megactx.framework.files import IN_RUN, replacing
 from megactx.framework.next_command import next_command
 from megactx.framework.optimizers import MuonWithAdamW, fast_dtype, warmup_stable_decay
 from megactx.framework.resume import differences
+from megactx.framework.throughput import Work
 from megactx.lm import BaseLM
 from megactx.lm.masks import CAUSAL
 
@@ -41,6 +42,7 @@ class BaseLMStage(lightning.LightningModule):
         evaluate: ``documents``: held-out ones that the model card is measured on.
     """
 
+    shorter = "preset.steps=N sets the length"
     monitor = "val/nll"  # of which a new minimum is worth a checkpoint
 
     def __init__(
@@ -82,6 +84,16 @@ class BaseLMStage(lightning.LightningModule):
         # Two names of one tensor here that were two tensors there: the second has overwritten the first.
         if lost := next((name for name, value in mine.state_dict().items() if not value.equal(given[name])), None):
             raise ValueError(f"stage.weights={weights} are not of stage.config: {lost} is one tensor with another here")
+
+    def flops_ahead(self, data: dict, preset: dict) -> float:
+        """About how many floating-point operations the training takes; ``data`` and ``preset`` are of the config."""
+        work, left, total = Work.of(self), self.hparams.max_steps, 0.0
+        for phase in data["phases"]:
+            last = phase is data["phases"][-1]
+            steps = left if last else min(left, phase["steps"])
+            total += steps * work({"ids": torch.empty(phase["batch"], phase["tokens"])})
+            left -= steps
+        return total * preset["accumulate"]
 
     def prepare(self, datamodule) -> None:
         """Take the tokenizer's special ids, and refuse one with ids beyond the embedding rows."""

@@ -15,6 +15,7 @@ from megactx.focus.variants import Variants, focus_losses, make_variants, same_r
 
 from .joint import JointStage
 from .joint_parts import optimizer_of
+from .lens_states import sizes_ahead
 
 SOFT = {"lod1": 1, "lod2": 2}  # term -> level of the gist that is predicted
 
@@ -62,6 +63,12 @@ class EndToEndStage(JointStage):
                 self.log(f"train/{name}", value.detach(), prog_bar=name in ("loss", "window"))
         self.count_tokens(sum(len(document["ids"]) for document in documents))
         return total
+
+    def flops_ahead(self, data: dict, preset: dict) -> float:
+        """About how many floating-point operations the training takes; ``data`` and ``preset`` are of the config."""
+        body, tokens, window = sizes_ahead(self, data)
+        read = self.hparams.windows["variants"] * 3 * (window + self.hparams.horizon)
+        return self.hparams.max_steps * data["documents"] * 2 * body * (2 * tokens + read)
 
     def losses(self, ids: Tensor, cursor: int, text: int) -> dict[str, Tensor]:
         """Of one document ids [1, C + H].

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from megactx.assets import resolve
 from megactx.data.documents import length_of
+from megactx.data.spans_module import LONGEST_DOCUMENT
 from megactx.evaluation.curriculum import write_curriculum
 from megactx.evaluation.summary import check_targets
 from megactx.evaluation.sums import loggable
 from megactx.evaluation.validation import ValidationMetrics
 from megactx.framework.next_command import next_command
 from megactx.framework.optimizers import warmup_cosine
+from megactx.framework.throughput import Work
 from megactx.gist import GistNet
 from megactx.gist.carrier import Compressor, Slots, Vectors
 from megactx.gist.footprint import footprint, in_words
@@ -149,6 +151,18 @@ class GistStage(lightning.LightningModule):
         # A frozen base needs no fp32 master weights: under bf16 its casts would be repeated at every call.
         mixed = str(self.trainer.precision).startswith("bf16")
         self.base.to(torch.bfloat16 if mixed else torch.float32)
+
+    def flops_ahead(self, data: dict, preset: dict) -> float:
+        """About how many floating-point operations the training takes; ``data`` and ``preset`` are of the config."""
+        longest = data["max_tokens"] or min(LONGEST_DOCUMENT, self.base.max_positions)
+        tokens, batch = (data["min_tokens"] + longest) // 2, data["batch"]
+        starts = torch.full((batch, data["spans"]), tokens // 2)
+        mean = {"lengths": torch.full((batch,), tokens), "starts": starts}
+        if data["level2_spans"]:
+            mean["starts2"] = starts[:, : data["level2_spans"]]
+        if (history := data["history"]) and (history["weight"] or history["recall"]):
+            mean["segments"] = torch.full((batch, history["segments"]), tokens // 2)
+        return float(Work.of(self)(mean)) * preset["accumulate"] * self.hparams.max_steps
 
     def on_fit_start(self) -> None:
         self.check_data(self.trainer.datamodule)

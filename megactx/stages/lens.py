@@ -21,7 +21,7 @@ from megactx.lm import BaseLM
 
 from .lens_losses import value_losses
 from .lens_report import report
-from .lens_states import HELD, ensure
+from .lens_states import HELD, ensure, measuring_flops, sizes_ahead
 from .trained import gistnet_of, leave_out_base, put_base_back, record_of, refuse_other_base
 
 OBJECTIVES = ("value", "preference")
@@ -97,6 +97,12 @@ class LensStage(lightning.LightningModule):
     @property
     def pairs(self) -> bool:
         return self.hparams.objective == "preference"
+
+    def flops_ahead(self, data: dict, preset: dict) -> float:
+        """About how many floating-point operations the training takes; ``data`` and ``preset`` are of the config."""
+        h, learned = self.hparams, sum(p.numel() for p in self.lens.parameters())
+        read = 6 * learned * sizes_ahead(self, data)[2] * data["batch"] * h.max_steps
+        return measuring_flops(self, data, h.windows["per_round"] * h.windows["rounds"]) + read
 
     def prepare(self, datamodule) -> None:
         """Tell the data how many positions the base has.

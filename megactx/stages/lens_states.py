@@ -11,9 +11,23 @@ from megactx.focus.sampling import KINDS, draw, measured_share
 from megactx.focus.states import save
 from megactx.focus.values import measure_values
 from megactx.framework.bar import bar
+from megactx.framework.throughput import Work
 from megactx.memory import MegaContextTree
 
 HELD = "held"
+
+
+def sizes_ahead(stage, data: dict) -> tuple[int, float, float]:
+    """P parameters of the base LM's layers, tokens of a text and entries of a window on average, for an estimate."""
+    tokens = (data["min_tokens"] + (data["max_tokens"] or stage.base.max_positions)) / 2
+    window = tokens * sum(stage.hparams.budgets) / len(stage.hparams.budgets)
+    return Work.of(stage).body, tokens, window
+
+
+def measuring_flops(stage, data: dict, windows: int) -> float:
+    """About how many floating-point operations it takes to measure windows: a text, a window, its edits' own rows."""
+    body, tokens, window = sizes_ahead(stage, data)
+    return windows * 2 * body * (tokens + window + stage.hparams.windows["edits"] * window / 2)
 
 
 def folder_of(folder: Path, what: int | str) -> Path:

@@ -1,5 +1,6 @@
 import contextlib
 import resource
+import shutil
 import signal
 
 import lightning
@@ -225,3 +226,21 @@ def test_averaged_weights_are_saved_beside_those_that_go_on_and_no_frozen_base_w
     assert all(torch.equal(running[name], before[name]) for name in running)
     longer = [override.replace("preset.steps=2", "preset.steps=3") for override in rest]
     assert run([*gist_settings, *longer, f"folder={tmp_path / 'a'}", "resume=auto"]) == 0
+
+
+def test_where_steps_take_long_there_is_a_checkpoint_between_the_due_ones(tmp_path, monkeypatch):
+    from megactx.framework import checkpoints
+
+    class Seen(lightning.Callback):
+        def __init__(self):
+            self.there = []
+
+        def on_train_batch_start(self, trainer, *rest):
+            self.there.append((tmp_path / "checkpoints" / "last.ckpt").exists())
+
+    for latest, there in ((1e9, [False, False, True]), (-1.0, [False, True, True])):  # due every two steps
+        monkeypatch.setattr(checkpoints, "LATEST", latest)
+        seen = Seen()
+        fit(tmp_path, Net(), seen)
+        assert seen.there[:3] == there
+        shutil.rmtree(tmp_path / "checkpoints")

@@ -93,3 +93,48 @@ def test_the_first_steps_are_really_timed_and_change_nothing_in_the_run(gist_set
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for name in "ab"
     )
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def ahead(seconds: float):
+    """A stage with so many seconds of work at a rate of one operation a second."""
+
+    class Stage:
+        def flops_ahead(self, data, preset):
+            return seconds
+
+    return Stage()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(500, ""), (1500, "25 minutes"), (4 * 3600, "4 hours"), (3.2 * 86400, "3 days"), (9.1e6, "4 months")],
+)
+def test_a_training_of_more_than_ten_minutes_says_so_and_how_to_make_it_short(monkeypatch, capsys, seconds, said):
+    from megactx.framework.device import Device
+
+    monkeypatch.setattr(pace, "_flops_per_second", lambda device: 0.5)
+    device = Device("cpu", "32-true", "", 2)
+    pace.announce(ahead(seconds), {"datamodule": {}, "preset": {}}, device)
+    out = capsys.readouterr().out
+    assert (f"about {said} on this machine" in out and "preset=demo" in out) if said else out == ""
+    monkeypatch.undo()
+    assert pace._flops_per_second(device) > 1e8
+
+
+def test_every_stage_says_how_much_work_is_ahead(tmp_path):
+    from hydra.utils import instantiate
+
+    from megactx.framework.search_path import compose
+
+    for experiment in ("gist_stage2", "gist_lod2", "base_lm", "lens", "alternating", "end_to_end"):
+        small, full = (
+            instantiate(cfg.stage, _convert_="all").flops_ahead(
+                OmegaConf.to_container(cfg, resolve=True)["datamodule"],
+                OmegaConf.to_container(cfg.preset, resolve=True),
+            )
+            for cfg in (
+                compose([f"experiment={experiment}", f"folder={tmp_path}", *more])
+                for more in (["preset=demo", "debug=limit"], ["preset=full"])
+            )
+        )
+        assert 0 < 20 * small < full, experiment
