@@ -352,7 +352,9 @@ def _lengths(tree: dict, problems: list[str]) -> None:
     parts = {"preset.steps": steps}
     cycles, phases = number("stage.cycles"), _at(tree, "stage.steps")
     if cycles and isinstance(phases, dict):  # each part warms up over its own steps
-        parts = {f"stage.cycles x stage.steps.{n}": cycles * v for n, v in phases.items() if isinstance(v, int) and v}
+        parts = {
+            f"stage.cycles x stage.steps.{n}": cycles * v for n, v in phases.items() if isinstance(v, int) and v > 0
+        }
     for name, length in parts.items():
         if warmup and length and warmup > length:
             problems.append(

@@ -45,6 +45,7 @@ def test_minutes_become_steps_and_warmup_validation_and_plateau_keep_their_share
     assert last["global_step"] == 5 and last["config"]["preset"]["steps"] == 5
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_steps_that_it_began_with_whatever_the_machine_does_now(timed, tmp_path, monkeypatch):
     settings, tried = timed
     assert run([*settings, f"folder={tmp_path / 'a'}"]) == 0
@@ -64,6 +65,7 @@ def test_a_run_that_is_made_longer_by_hand_keeps_what_had_a_share_of_its_steps()
     assert cfg.preset.minutes is None and cfg.stage.warmup == 11
 
 
+@pytest.mark.slow
 def test_jobs_of_a_sweep_all_have_the_steps_of_the_first(timed, tmp_path):
     settings, tried = timed
     assert run(["-m", *settings, f"hydra.sweep.dir={tmp_path}", "seed=0,1"]) == 0
