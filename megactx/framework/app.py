@@ -53,9 +53,8 @@ def run(argv: list[str] | None = None) -> int:
         _code = INTERRUPTED
     except OSError as error:  # Hydra makes the folder of a run, before anything of ours is asked
         full = error.errno in FULL
-        _say(
-            f"{error.filename} cannot be written ({error.strerror}); set folder=... to another {'disk' if full else 'place'}"
-        )
+        place = "disk" if full else "place"
+        _say(f"{error.filename} cannot be written ({error.strerror}); set folder=... to another {place}")
         _code = FAILED if full or sweep.jobs_begun() else MISTAKE
     except Exception as error:
         _say(composition_message(error, overrides))
