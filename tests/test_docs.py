@@ -72,6 +72,7 @@ def test_the_pooling_and_the_head_of_the_page_train(added):
     assert all(p.grad is not None for p in net.head.parameters())
 
 
+@pytest.mark.slow
 def test_the_carrier_of_the_page_learns_as_a_control_and_stands_in_the_table(added, gist_run, tmp_path):
     added("megactx/gist/carriers/weighted.py")
     control = "+stage.controls.weighted={name: weighted, block_size: 32}"
@@ -81,6 +82,7 @@ def test_the_carrier_of_the_page_learns_as_a_control_and_stands_in_the_table(add
     assert (saved["nets.weighted.weights"] - 1 / 32).abs().max() > 0
 
 
+@pytest.mark.slow
 def test_the_carrier_of_the_page_can_be_what_the_stage_is_about(added, gist_run, tmp_path):
     given = added("megactx/gist/carriers/weighted.py", "configs/compressor/weighted.yaml")
     asked = [override for override in gist_run if not override.startswith("gistnet.")]
@@ -98,6 +100,7 @@ def test_a_part_whose_class_has_another_name_is_told(added, monkeypatch):
         GistNet(64, 1.0, pooling="widest", num_heads=4)
 
 
+@pytest.mark.slow
 def test_the_data_source_of_the_page_can_be_chosen_and_read(added, tmp_path):
     given = added("megactx/data/counting.py", "configs/data/counting.yaml")
     short = ["experiment=tokenizer", "stage.vocab_size=300", "+data.source.numbers=50", f"folder={tmp_path / 'run'}"]

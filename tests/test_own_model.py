@@ -84,6 +84,7 @@ def check_gists(gists, embedded):
     assert torch.pdist(gists).min() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_local_qwen3_and_a_folder_of_texts_become_a_gistnet_that_loads_from_its_path(
     model_of, texts, tmp_path, monkeypatch, capsys
 ):

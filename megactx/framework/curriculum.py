@@ -58,12 +58,12 @@ def stages_of(cfg: DictConfig, here, folder: Path, device) -> dict[str, DictConf
     overrides, known = list(here.overrides.task), reference(here.runtime.choices)
     stages = {name: stage_config(name, overrides, folder) for name in cfg.curriculum}
     for name, stage in stages.items():
-        validate(stage, known)
         kind = locate(stage.stage["_target_"])
         if not (hasattr(kind, "start_from") and hasattr(kind, "conclude")):
             raise ValueError(
                 f"curriculum: {name} is of a stage that cannot run in one; gist stages can, such as gist_stage1"
             )
+        validate(stage, known)
     if len(stages) < len(cfg.curriculum):
         raise ValueError(f"curriculum={list(cfg.curriculum)}: each experiment runs once, in a folder of its name")
     return stages

@@ -34,7 +34,7 @@ def by_time(cfg: DictConfig, overrides: list[str], reference: DictConfig) -> boo
         reference: the same group choices without the experiment's and the command line's values.
 
     Raises:
-        ValueError: minutes are given by hand and say nothing, for the steps are given too.
+        ValueError: minutes are given by hand and say nothing here.
     """
     from .validate import locate
 
@@ -42,9 +42,6 @@ def by_time(cfg: DictConfig, overrides: list[str], reference: DictConfig) -> boo
     minutes, timed = cfg.preset.get("minutes"), getattr(locate(cfg.stage["_target_"]), "timed", False)
     raw = [OmegaConf.to_container(tree.preset, resolve=False)["steps"] for tree in (cfg, reference)]
     if "preset.minutes" in given and minutes is not None:
-        if {"preset.steps", "trainer.max_steps"} & given:
-            steps = next(key for key in ("preset.steps", "trainer.max_steps") if key in given)
-            raise ValueError(f"preset.minutes={minutes} and {steps} are not allowed together: give one of them")
         if not timed or raw[0] != raw[1]:
             raise ValueError(
                 f"preset.minutes={minutes} says nothing here: the length of this experiment is made of other settings;"

@@ -114,7 +114,7 @@ def validate(cfg: DictConfig, reference: DictConfig) -> None:
 
 
 def refuse_idle(overrides: list[str], choices: dict) -> None:
-    """Settings of one compressor, given with another, would change nothing.
+    """Settings that would change nothing: of another compressor than the chosen one, minutes beside steps.
 
     Args:
         overrides: of the command line.
@@ -123,6 +123,12 @@ def refuse_idle(overrides: list[str], choices: dict) -> None:
     Raises:
         ValueError: naming them.
     """
+    values = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
+    steps = next((key for key in ("preset.steps", "trainer.max_steps") if key in values), None)
+    if steps and values.get("preset.minutes", "null") != "null":
+        raise ValueError(
+            f"preset.minutes={values['preset.minutes']} and {steps} are not allowed together: give one of them"
+        )
     compressor = choices.get("compressor", "gistnet")
     given = [override.lstrip("+~").partition("=")[0] for override in overrides]
     idle = [key for key in given if key.partition(".")[0] in ("gistnet", "pooling", "depth", "gaussian_rope")]
@@ -346,7 +352,9 @@ def _lengths(tree: dict, problems: list[str]) -> None:
     parts = {"preset.steps": steps}
     cycles, phases = number("stage.cycles"), _at(tree, "stage.steps")
     if cycles and isinstance(phases, dict):  # each part warms up over its own steps
-        parts = {f"stage.cycles x stage.steps.{n}": cycles * v for n, v in phases.items() if isinstance(v, int) and v}
+        parts = {
+            f"stage.cycles x stage.steps.{n}": cycles * v for n, v in phases.items() if isinstance(v, int) and v > 0
+        }
     for name, length in parts.items():
         if warmup and length and warmup > length:
             problems.append(

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,6 +69,7 @@ def settle(context, allocator, values, tau=0.1, calls=400, with_price=True) -> l
     st.integers(0, 12),
     st.sampled_from([2, 4, 8]),
 )
+@pytest.mark.slow
 def test_with_fixed_values_it_comes_to_rest(lengths, kind, how, seed, spare, most):
     whole = tree(lengths)
     values, context = fixed_values(whole, kind, seed), window(whole, seed, spare)

@@ -222,6 +222,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tiny_run, tmp_path):
     assert load(tmp_path / "a")["global_step"] > 0
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_job_tells_which_failed_and_skips_what_is_done_the_second_time(
     tiny_run, tmp_path, monkeypatch, capsys
 ):

@@ -53,6 +53,7 @@ def test_trace_writes_the_operators_to_the_run_folder(short, tmp_path):
     assert "aten::mm" in (tmp_path / "a" / "fit-trace.txt").read_text()
 
 
+@pytest.mark.slow
 def test_limit_runs_to_the_end_and_fdr_keeps_nothing(short, tmp_path):
     assert run([*short, "debug=limit"]) == 0
     assert (tmp_path / "a" / "checkpoints" / "last.ckpt").exists() and len(values(tmp_path / "a", "val/nll")) == 2

@@ -1,5 +1,6 @@
 """Operations are counted on a CPU too, attention and all, and a run that goes on counts on."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -18,6 +19,7 @@ def test_attention_of_the_cpu_is_counted_forward_and_backward():
     assert counted.total == 5 * 2 * 2 * 16 * 16 * 8  # the scores again, and two products for each of two
 
 
+@pytest.mark.slow
 def test_a_run_counts_what_its_batches_take_and_nothing_else_changes(gist_settings, tmp_path):
     def last(name):
         return torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)

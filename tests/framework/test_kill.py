@@ -106,6 +106,7 @@ def assert_ended_alike(folder: Path, uninterrupted: Path) -> None:
     assert (folder / "report.json").read_text() == (uninterrupted / "report.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_while_it_saved_goes_on_to_the_same_end(settings, uninterrupted, tmp_path, capsys):
     kill("saving", settings, tmp_path / "run")
     capsys.readouterr()

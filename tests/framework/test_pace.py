@@ -4,10 +4,13 @@ import json
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from megactx.framework import pace
 from megactx.framework.app import run
+from megactx.framework.device import Device
+from megactx.framework.search_path import compose
 
 
 @pytest.fixture
@@ -42,6 +45,7 @@ def test_minutes_become_steps_and_warmup_validation_and_plateau_keep_their_share
     assert last["global_step"] == 5 and last["config"]["preset"]["steps"] == 5
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_steps_that_it_began_with_whatever_the_machine_does_now(timed, tmp_path, monkeypatch):
     settings, tried = timed
     assert run([*settings, f"folder={tmp_path / 'a'}"]) == 0
@@ -49,14 +53,19 @@ def test_a_resumed_run_has_the_steps_that_it_began_with_whatever_the_machine_doe
     monkeypatch.setattr(pace, "_try", lambda cfg, device: (0.1, 0.1))
     assert run([*settings, f"folder={tmp_path / 'a'}", "resume=auto"]) == 0
     assert preset(tmp_path / "a")["steps"] == 5
-    (tmp_path / "a" / "done").unlink()
-    longer = [o for o in settings if not o.startswith("preset.minutes")]
-    assert run([*longer, f"folder={tmp_path / 'a'}", "resume=auto", "preset.steps=7"]) == 0
-    now = preset(tmp_path / "a")
-    assert (now["steps"], now["validate_every"], now["minutes"]) == (7, 1, None)
     assert len(tried) == 1
 
 
+def test_a_run_that_is_made_longer_by_hand_keeps_what_had_a_share_of_its_steps():
+    cfg = compose(["experiment=demo", "preset.steps=600"])
+    OmegaConf.set_struct(cfg, False)
+    before = {"preset": {"minutes": 5, "steps": 200, "warmup": 11, "validate_every": 40, "plateau_window": 200}}
+    pace.settle(cfg, ["preset.steps=600"], compose(["preset=demo"]), before, None, None)
+    assert (cfg.preset.steps, cfg.preset.warmup, cfg.preset.validate_every) == (600, 11, 40)
+    assert cfg.preset.minutes is None and cfg.stage.warmup == 11
+
+
+@pytest.mark.slow
 def test_jobs_of_a_sweep_all_have_the_steps_of_the_first(timed, tmp_path):
     settings, tried = timed
     assert run(["-m", *settings, f"hydra.sweep.dir={tmp_path}", "seed=0,1"]) == 0
@@ -69,7 +78,7 @@ def test_jobs_of_a_sweep_all_have_the_steps_of_the_first(timed, tmp_path):
 def test_steps_given_by_hand_win_over_the_presets_minutes_and_both_by_hand_are_refused(timed, tmp_path, capsys):
     settings, tried = timed
     rest = [o for o in settings if not o.startswith("preset.minutes")]
-    assert run([*rest, "preset.steps=4", "preset.validate_every=2", f"folder={tmp_path / 'a'}"]) == 0
+    assert run([*rest, "preset.steps=4", "preset.validate_every=2", "preset.warmup=1", f"folder={tmp_path / 'a'}"]) == 0
     assert not tried and preset(tmp_path / "a")["steps"] == 4 and preset(tmp_path / "a")["minutes"] is None
     assert run([*settings, "preset.steps=4", f"folder={tmp_path / 'b'}"]) == 2
     assert "preset.minutes=0.5 and preset.steps are not allowed together" in capsys.readouterr().err
@@ -110,8 +119,6 @@ def ahead(seconds: float):
     [(500, ""), (1500, "25 minutes"), (4 * 3600, "4 hours"), (3.2 * 86400, "3 days"), (9.1e6, "4 months")],
 )
 def test_a_training_of_more_than_ten_minutes_says_so_and_how_to_make_it_short(monkeypatch, capsys, seconds, said):
-    from megactx.framework.device import Device
-
     monkeypatch.setattr(pace, "_flops_per_second", lambda device: 0.5)
     device = Device("cpu", "32-true", "", 2)
     pace.announce(ahead(seconds), {"datamodule": {}, "preset": {}}, device)
@@ -122,10 +129,6 @@ def test_a_training_of_more_than_ten_minutes_says_so_and_how_to_make_it_short(mo
 
 
 def test_every_stage_says_how_much_work_is_ahead(tmp_path):
-    from hydra.utils import instantiate
-
-    from megactx.framework.search_path import compose
-
     for experiment in ("gist_stage2", "gist_lod2", "base_lm", "lens", "alternating", "end_to_end"):
         small, full = (
             instantiate(cfg.stage, _convert_="all").flops_ahead(

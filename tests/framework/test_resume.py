@@ -59,6 +59,7 @@ def test_a_result_is_that_of_all_settings_and_of_the_length(tmp_path):
     assert "preset.steps: 4900 -> 9999" in changed(config(tmp_path / "new", "preset.steps=9999"), [], run)
 
 
+@pytest.mark.slow
 def test_a_curriculum_that_is_done_is_that_of_its_stages_settings(tmp_path):
     def whole(*overrides) -> tuple:
         cfg = compose(["experiment=curriculum", f"folder={tmp_path}", *overrides])

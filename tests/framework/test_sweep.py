@@ -206,6 +206,7 @@ def test_a_second_process_waits_for_the_one_that_is_at_a_job(tmp_path):
     assert out == "True\n" and second.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_run_after_a_sweep_in_the_same_process_prints_no_old_table(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(["-m", *short_names(tiny_run), "preset.steps=2", "seed=0"]) == 0

@@ -140,6 +140,7 @@ def test_a_replay_is_one_file_with_everything_inside_and_no_markup_of_the_text(o
 
 
 @pytest.mark.parametrize("kind", ["png", "gif"])
+@pytest.mark.slow
 def test_a_replay_as_a_picture(own, tmp_path, kind):
     assert main([TEXT * 3, "--tokens", "33", *own(f".{kind}")]) == 0
     assert Image.open(tmp_path / f"replay.{kind}").format.lower() == kind

@@ -133,6 +133,7 @@ def test_each_cycle_measures_its_windows_anew_and_the_run_reports_what_the_base_
     assert {"train/tokens", "lr/muon", "lr/adamw"} <= set(header)
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_inside_the_lens_phase_goes_on_to_the_same_weights(whole, settings, tmp_path, monkeypatch):
     original = AlternatingStage.lens_step
 

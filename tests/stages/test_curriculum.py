@@ -9,6 +9,7 @@ import torch
 from megactx.framework.app import run
 from megactx.framework.curriculum import run_in_turn, stage_config
 from megactx.framework.runfolder import held
+from megactx.framework.search_path import compose
 from megactx.stages.gist import GistStage
 
 STAGES = ["gist_stage1", "gist_stage2", "gist_stage3"]
@@ -28,6 +29,7 @@ def last(folder) -> dict:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_curriculum_trains_its_stages_in_turn_and_ends_with_all_targets_in_one_table(curriculum, tmp_path, capsys):
     assert run([*curriculum, f"folder={tmp_path / 'a'}"]) == 0
     shown = capsys.readouterr().out
@@ -42,6 +44,7 @@ def test_a_curriculum_trains_its_stages_in_turn_and_ends_with_all_targets_in_one
         assert last(tmp_path / "a" / name)["hyper_parameters"]["contrastive"]["weight"] > 0
 
 
+@pytest.mark.slow
 def test_a_curriculum_that_stopped_in_a_stage_goes_on_to_the_same_weights(curriculum, tmp_path, monkeypatch, capsys):
     curriculum = [*curriculum, "gistnet.dropout=0.2"]
     assert run([*curriculum, f"folder={tmp_path / 'whole' / 'run'}"]) == 0
@@ -79,6 +82,7 @@ def test_a_stage_is_not_started_alone_while_its_curriculum_trains_it(curriculum,
     assert f"folder={tmp_path / 'a' / 'gist_stage1'}: another process" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stage_alone_starts_from_any_checkpoint_of_the_same_gistnet(curriculum, tmp_path, capsys):
     alone = [o for o in curriculum if not o.startswith("experiment=")]
     assert run(["experiment=gist_stage1", *alone, f"folder={tmp_path / 'one'}"]) == 0
@@ -96,6 +100,7 @@ def test_a_stage_alone_starts_from_any_checkpoint_of_the_same_gistnet(curriculum
     assert "stage.init=/no/such" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_curriculum_with_other_settings_is_not_gone_on_with(curriculum, tmp_path, capsys):
     assert run([*curriculum, f"folder={tmp_path / 'a'}"]) == 0
     (tmp_path / "a" / "done").unlink()
@@ -121,5 +126,5 @@ def test_the_data_of_all_stages_is_checked_before_the_first_one_trains(gist_sett
     stages["gist_stage2"].datamodule.weights = {"structured": 1.0}
     device = SimpleNamespace(accelerator="cpu", precision="32-true", why="", count=1)
     with pytest.raises(ValueError, match="curriculum, stage gist_stage2: data.weights.structured=1.0: there is no doc"):
-        run_in_turn(stages, overrides, tmp_path, device, [])
+        run_in_turn(stages, overrides, compose(["preset=demo"]), tmp_path, device, [], None)
     assert not list(tmp_path.rglob("*.ckpt")) and not (tmp_path / "gist_stage1").exists()

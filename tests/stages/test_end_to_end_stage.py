@@ -128,6 +128,7 @@ def test_a_base_that_learns_as_a_whole_is_in_the_checkpoint_and_its_teacher_stay
     assert any(not torch.equal(saved[f"base.{name}"].float(), value.float()) for name, value in untouched.items())
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_to_the_same_weights(whole, settings, tmp_path, monkeypatch):
     original, asked = EndToEndStage.losses, [*settings, *LORA, "stage.lora.rank=4", f"folder={tmp_path / 'run'}"]
 

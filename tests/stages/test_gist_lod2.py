@@ -60,6 +60,7 @@ def test_plain_is_the_default_and_adds_nothing_and_damped_changes_the_loss_only(
     assert not torch.allclose(losses["plain"], losses["damped"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_trains_both_levels_and_reports_gists_of_gists_beside_their_opponents(lod2, tmp_path, capsys):
     assert run([*lod2, "gaussian_rope=learned", "gistnet.levels=2", "stage.lr=0.01"]) == 0
     shown, folder = capsys.readouterr().out, tmp_path / "run"

@@ -83,6 +83,7 @@ def test_the_report_has_every_policy_at_every_budget_and_the_planted_facts(whole
 
 
 @pytest.mark.parametrize("moment", ["measuring", "training"])
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_goes_on_to_the_same_weights(moment, whole, settings, tmp_path, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt

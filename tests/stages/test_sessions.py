@@ -69,6 +69,7 @@ def test_a_stage_or_a_text_that_is_no_good_for_a_session_is_told(settings, tmp_p
     assert "callbacks.sessions: budget=50 is not allowed: at least" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stage_without_a_lensnet_is_watched_by_recency_with_its_rope_scales(gist_run, tmp_path):
     more = ["block_size=8", "gaussian_rope=learned", "preset.steps=2", "preset.validate_every=2"]
     assert run([*gist_run, *SMALL, *more]) == 0

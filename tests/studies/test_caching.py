@@ -61,6 +61,7 @@ def test_what_loses_nothing_continues_as_the_prompt_and_one_text_gives_no_interv
     assert alone["point"] == 1 and alone["low"] != alone["low"]
 
 
+@pytest.mark.slow
 def test_a_run_stands_on_every_domain_beside_the_controls(trained_runs, texts):
     runs = load(trained_runs)
     assert [run.name for run in runs] == ["prose", "code"] and runs[0].weights == {"narrative": 1}
@@ -76,6 +77,7 @@ def test_a_run_stands_on_every_domain_beside_the_controls(trained_runs, texts):
     assert found["rows"]["code"]["narrative"]["point"] == pytest.approx(wanted, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_command_measures_runs_and_writes_its_tables(trained_runs, texts, tmp_path, capsys):
     runs = [str(folder) for folder in trained_runs]
     assert main([*runs, *SMALL, "--path", str(texts), "--drift", "0.05", "--out", str(tmp_path)]) == 0
@@ -98,6 +100,7 @@ def test_without_a_run_another_base_has_no_trained_gist_which_is_said(base_folde
     assert "transfer" not in numbers and "drift" not in numbers
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_written_before_the_next_part_begins(texts, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt

@@ -19,6 +19,7 @@ def command(exported, texts, tmp_path):
     return [*own, "--out", str(tmp_path / "out")]
 
 
+@pytest.mark.slow
 def test_a_session_leaves_a_row_per_stretch_and_its_tree_takes_exactly_what_the_formula_says(command, tmp_path, capsys):
     assert main([*command, "--tokens", "1500"]) == 0
     assert "exactly its formula, all along" in capsys.readouterr().out
@@ -35,6 +36,7 @@ def test_a_session_leaves_a_row_per_stretch_and_its_tree_takes_exactly_what_the_
         assert (tmp_path / "out" / f"endurance{ending}").stat().st_size > 500
 
 
+@pytest.mark.slow
 def test_a_session_that_was_stopped_goes_on_with_the_same_rows(command, tmp_path):
     assert main([*command, "--tokens", "1024"]) == 0
     path = tmp_path / "out" / "endurance.json"

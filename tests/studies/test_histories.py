@@ -40,6 +40,7 @@ def test_the_best_stands_first_and_the_verdict_is_that_of_the_paired_interval():
     assert [row[-1] for row in sheet.rows] == ["above", "", "below"]
 
 
+@pytest.mark.slow
 def test_the_command_measures_runs_and_controls(trained_runs, texts, capsys):
     assert main([*map(str, trained_runs), "--path", str(texts), *SIZES]) == 0
     assert "5 histories" in capsys.readouterr().out

@@ -177,6 +177,7 @@ def test_the_report_says_what_is_missing():
     assert {r["table"] for r in rows_of(numbers())} == {"text", "planted"}
 
 
+@pytest.mark.slow
 def test_the_study_in_miniature_goes_on_where_it_was_stopped(exported, texts, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     command = ["--model", str(exported), "--lensnet", str(exported.parent / "lensnet"), "--path", str(texts)]
