@@ -78,8 +78,6 @@ class Hub:
             ValueError: the data set cannot be reached or read, has no such column, or no long enough text.
             CacheFailed: there is no room for what is downloaded.
         """
-        from datasets import load_dataset
-
         where, count = f"data.name={self.name} (subset={self.subset}, split={self.split})", 0
         local = self._local()
         if odd := next((path for path in local if PATTERN.search(str(path.resolve()))), None):
@@ -89,8 +87,7 @@ class Hub:
             )
         try:
             # A local folder is always read as it is: the copy that the library keeps may be older than the files.
-            rows = load_dataset(self.name, self.subset, split=self.split, streaming=self.streaming or bool(local))
-            for document in self._documents(rows):
+            for document in self._documents(self._rows(self.streaming or bool(local))):
                 count += 1
                 yield document
         except _MissingColumn as error:
@@ -98,6 +95,10 @@ class Hub:
                 f"data.text_column={self.text_column}: {where} has no such column of texts, {error}"
             ) from None
         except Exception as error:  # the libraries below raise a class of their own for every way to fail
+            if columns := _without(error):
+                raise ValueError(
+                    f"data.text_column={self.text_column}: {where} has {columns}, no such column"
+                ) from error
             if (full := _full(error)) is not None:
                 raise CacheFailed(
                     full.errno,
@@ -108,6 +109,23 @@ class Hub:
             raise ValueError(f"{where}: the data set cannot be reached or read ({cause[0]})") from error
         if not count:
             raise ValueError(f"{where}: no text has data.min_characters={self.min_characters} characters")
+
+    def _rows(self, streaming: bool) -> Iterator[dict]:
+        """Rows with the column that is asked for; others may have other types in each file.
+
+        The library lets a column be chosen in parquet alone. Of json it gives all, with one type for all rows; so each
+        line is read by itself.
+        """
+        from datasets import load_dataset, load_dataset_builder
+
+        builder = load_dataset_builder(self.name, self.subset)
+        files = (builder.config.data_files or {}).get(self.split)
+        if type(builder.config).__name__ == "JsonConfig" and files:
+            for file in files:
+                yield from _json_rows(file, streaming)
+            return
+        chosen = {"columns": [self.text_column]} if hasattr(builder.config, "columns") else {}
+        yield from load_dataset(self.name, self.subset, split=self.split, streaming=streaming, **chosen)
 
     def _local(self) -> list[Path]:
         folder = Path(self.name).expanduser()
@@ -139,6 +157,33 @@ class Hub:
                 "data.name=%s: %d rows have no %s and are left out, the first is row %d",
                 *(self.name, len(without), self.text_column, without[0]),
             )
+
+
+def _json_rows(file: str, streaming: bool) -> Iterator[dict]:
+    """Objects line by line; a file that is one array or object is read as a whole."""
+    from datasets import load_dataset
+
+    where = {"data_files": {"train": [file]}, "split": "train", "streaming": streaming}
+    lines = (row["text"] for row in load_dataset("text", **where) if row["text"].strip())
+    try:
+        first = json.loads(next(lines, "{}"))
+    except ValueError:
+        first = None
+    if not isinstance(first, dict):
+        yield from load_dataset("json", **where)
+    elif first:
+        yield first
+        yield from map(json.loads, lines)
+
+
+def _without(error: BaseException | None) -> list[str]:
+    """The columns that there are, where an error is about one that there is not."""
+    while error is not None:
+        if (found := str(error).partition("No match for FieldRef"))[1]:
+            lines = found[2].partition(" in ")[2].splitlines()
+            return sorted(line.partition(":")[0] for line in lines if ":" in line and not line.startswith("__"))
+        error = error.__cause__ or error.__context__
+    return []
 
 
 def _full(error: BaseException | None) -> OSError | None:

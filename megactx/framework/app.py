@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from . import processes, sweep
 from .errors import DONE, FAILED, INTERRUPTED, MISTAKE, Interrupted, RunFailed, composition_message, verdict
+from .files import FULL
 from .fit import build_and_run, finish_loggers
 from .options import help_text
 from .runfolder import HIDDEN, hide_in_command, hide_secrets, short, write_error
@@ -50,6 +51,11 @@ def run(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on" if sweep.begun() else "interrupted before anything was saved")
         _code = INTERRUPTED
+    except OSError as error:  # Hydra makes the folder of a run, before anything of ours is asked
+        full = error.errno in FULL
+        place = "disk" if full else "place"
+        _say(f"{error.filename} cannot be written ({error.strerror}); set folder=... to another {place}")
+        _code = FAILED if full or sweep.jobs_begun() else MISTAKE
     except Exception as error:
         _say(composition_message(error, overrides))
         _code = FAILED if sweep.jobs_begun() else MISTAKE

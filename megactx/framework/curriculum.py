@@ -11,7 +11,7 @@ from .errors import DONE, MISTAKE, composition_message, verdict
 from .fit import build_and_run, check_data, finish_loggers
 from .pace import settle
 from .resume import begun_with, best, differing, last_of, plain
-from .runfolder import close_folder, open_folder, short, show
+from .runfolder import close_folder, held, open_folder, short, show
 from .search_path import compose, reference
 from .validate import locate, validate
 
@@ -106,16 +106,17 @@ def run_in_turn(
         if before is not None:
             stage.stage.init = short(best(before))
         if not (own / "done").exists():
-            checkpoint = last_of(stage, own)
-            print(f"\nStage {index + 1} of {len(stages)}: {name}", flush=True)
-            settle(stage, overrides, known, begun_with(checkpoint), device, shared)
-            config = plain(stage)
-            open_folder(own, config, overrides, device.why)
-            kept.append(own)
-            show(config, device.why, stage.folder)
-            build_and_run(stage, config, own, device, checkpoint)
-            finish_loggers(DONE)
-            close_folder(own)
+            with held(own):  # a start of this stage alone, with resume=auto, would go on in it too
+                checkpoint = last_of(stage, own)
+                print(f"\nStage {index + 1} of {len(stages)}: {name}", flush=True)
+                settle(stage, overrides, known, begun_with(checkpoint), device, shared)
+                config = plain(stage)
+                open_folder(own, config, overrides, device.why)
+                kept.append(own)
+                show(config, device.why, stage.folder)
+                build_and_run(stage, config, own, device, checkpoint)
+                finish_loggers(DONE)
+                close_folder(own)
         elif changes := differing(stage, own):  # its experiment was edited since
             raise ValueError(f"{own} was done with other settings: {'; '.join(changes)}. Remove it to run it again")
         before = own

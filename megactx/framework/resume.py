@@ -210,14 +210,19 @@ def other_base(checkpoint: dict, mine: dict) -> str:
     Empty where it does not, or where a checkpoint of earlier days does not say.
 
     Args:
-        mine: ``name``, ``width`` and ``embeddings`` (their hash) of this one, as a stage keeps them in checkpoints.
+        mine: ``name``, ``width``, ``embeddings`` and ``weights`` (their hashes) of this one, as a stage keeps them in
+            checkpoints; a checkpoint of earlier days has no ``weights``.
     """
-    there = checkpoint.get("base")
-    if there is None or (there["width"], there["embeddings"]) == (mine["width"], mine["embeddings"]):
+    there = checkpoint.get("base") or {}
+    changed = next(
+        (key for key in ("width", "embeddings", "weights") if key in there and there[key] != mine[key]), None
+    )
+    if changed is None:
         return ""
     return (
         f"it was trained with another base LM: {there['name']} of width {there['width']}, this one is {mine['name']} of"
-        f" width {mine['width']}{', with other embeddings' if there['width'] == mine['width'] else ''}"
+        f" width {mine['width']}{', with other ' * (changed != 'width')}"
+        f"{dict(width='', embeddings='embeddings', weights='layers')[changed]}"
     )
 
 

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from megactx.framework.files import replacing
 from megactx.lm import BaseLM
+from megactx.lm.adapters import active_adapters
+from megactx.lm.identity import of_embeddings, of_weights, raw
 
 from .compressors import build
 from .gistnet import GistNet
@@ -25,7 +27,8 @@ def save_gistnet(net: GistNet, settings: dict, base: BaseLM, folder: str | Path,
         made_by: how it was trained, for people.
     """
     folder = Path(folder)
-    about = {"settings": settings, "width": base.width, "base": _identity(base), "made_by": made_by}
+    about = {"settings": settings, "width": base.width, "base": of_embeddings(base), "weights": of_weights(base)}
+    about |= {"made_by": made_by}
     with replacing(folder) as part:
         part.mkdir()
         (part / SETTINGS).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
@@ -42,10 +45,13 @@ def load_gistnet(folder: str | Path, base: BaseLM) -> GistNet:
     if not (folder / SETTINGS).is_file() or not (folder / WEIGHTS).is_file():
         raise ValueError(f"gistnet={folder}: there is no GistNet in it ({SETTINGS} and {WEIGHTS})")
     about = json.loads((folder / SETTINGS).read_text())
-    if about["base"] != _identity(base):
+    other = "embeddings" if about["base"] not in (of_embeddings(base), _of_before(base)) else ""
+    if not other and about.get("weights") not in (None, of_weights(base)):
+        other = "layers"
+    if other:
         raise ValueError(
             f"gistnet={folder} was trained with another base LM (width {about['width']}); this one, of width"
-            f" {base.width}, has other embeddings"
+            f" {base.width}, has other {other}"
         )
     net = build(base, about["settings"], "gistnet")
     try:
@@ -55,7 +61,9 @@ def load_gistnet(folder: str | Path, base: BaseLM) -> GistNet:
     return net.float().eval()
 
 
-def _identity(base: BaseLM) -> str:
-    """Of the embeddings, which is what a gist stands beside; the same in fp32 and bf16."""
-    weight = base.model.get_input_embeddings().weight.detach().to(torch.bfloat16).cpu().contiguous()
-    return hashlib.sha256(weight.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+def _of_before(base: BaseLM) -> str | None:
+    """What GistNets that were saved earlier say of a base LM; ``None`` where adapters change its embeddings."""
+    embeddings = base.model.get_input_embeddings()
+    if active_adapters(embeddings):
+        return None
+    return hashlib.sha256(raw(embeddings.weight.to(torch.bfloat16)).tobytes()).hexdigest()[:16]

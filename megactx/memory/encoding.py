@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megactx.gist.gistnet import Seen
-from megactx.lm.adapters import active_adapters
+from megactx.lm.identity import of_embeddings, of_weights, raw
 
 BATCH = 16  # E: wide enough for the matrix products of a long text, narrow enough for one new block at a time
 
@@ -120,29 +120,22 @@ def identity(thing) -> str:
         digest.update(repr((type(part).__qualname__, sorted(settings.items()))).encode())
     for name, tensor in sorted(thing.state_dict().items()) if isinstance(thing, nn.Module) else []:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(_raw(tensor))
+        digest.update(raw(tensor))
     return digest.hexdigest()[:16]
 
 
 def identity_of_base(base) -> str | None:
     """The same for what embeds the tokens; ``None`` for a bare function.
 
-    Of a ``BaseLM`` only the embeddings count, for they are all that a tree depends on, and only in 16 bits: the same
-    model is loaded in fp32 here and in bf16 there. Adapters on the embeddings count as long as they are switched on.
+    Of a ``BaseLM`` only the embeddings count, with adapters on them that are switched on.
     """
     if isinstance(base, FunctionType | MethodType):
         return None
     if not hasattr(base, "model"):
         return identity(base)
-    embeddings = base.model.get_input_embeddings()
-    table = embeddings.weight
-    digest = hashlib.sha256(f"{list(table.shape)}".encode())
-    digest.update(_raw(table.to(torch.bfloat16)))
-    for name, tensor in sorted(active_adapters(embeddings).items()):
-        digest.update(f"{name} {list(tensor.shape)}".encode())
-        digest.update(_raw(tensor.to(torch.bfloat16)))
-    return digest.hexdigest()[:16]
+    return of_embeddings(base)
 
 
-def _raw(tensor: Tensor):
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+def identity_of_layers(base, encoder) -> str | None:
+    """Of all layers of a base LM, where an encoder reads its hidden states; ``None`` where it does not."""
+    return of_weights(base) if getattr(encoder, "needs_hidden", False) and hasattr(base, "model") else None

@@ -113,6 +113,9 @@ def load(folder: Path, encoder, base, refresh: bool = False, device="cpu"):
             model = encoding.identity_of_base(base)
             if model is not None and manifest["model"] is not None and model != manifest["model"]:
                 raise ValueError(f"it belongs to another base LM: embeddings {manifest['model']}, not {model}")
+            layers, there = encoding.identity_of_layers(base, encoder), manifest.get("layers")
+            if None not in (layers, there) and layers != there:  # trees of earlier days do not say
+                raise ValueError(f"it belongs to another base LM: layers {there}, not {layers}; its GistNet reads them")
             gistnet = encoding.identity(encoder)
             made_by = manifest["versions"][manifest["version"]]
             if made_by != gistnet and not refresh:
@@ -147,6 +150,7 @@ def _manifest(tree, data: str, shards: list[dict]) -> dict:
         "lengths": tree.lengths.tolist(),
         "page_sizes": [level.size for level in tree.levels],
         "model": encoding.identity_of_base(tree.base),
+        "layers": encoding.identity_of_layers(tree.base, tree.encoder),
         "versions": tree.identities(),
         "version": tree.version,
         "parts": [[name, first.tolist()] for name, first in tree.parts],

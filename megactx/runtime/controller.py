@@ -21,7 +21,7 @@ from .events import Observer
 from .focusing import Focus
 from .models import Models
 from .sampling import RECENT, Sampling
-from .settings import Settings
+from .settings import Settings, note_on
 from .stock import Stock
 from .stream import Stream
 
@@ -46,7 +46,11 @@ class Controller:
             raise ValueError(
                 f"model: there is no GistNet in {models.name or 'these models'}; megacontext=none needs none"
             )
-        self.settings.check(models.gistnet.block_size, self.settings.limit or models.base.max_positions)
+        sizes = (models.gistnet.block_size, self.settings.limit or models.base.max_positions)
+        asked, self.settings = self.settings, self.settings.fitted(*sizes)
+        self.settings.check(*sizes)
+        if self.settings != asked:
+            self.notes.append(f"{note_on(*sizes)}.")
         if self.settings.positions == "absolute" and models.base.learned_positions():
             raise ValueError(
                 f"positions=absolute is not allowed: this base LM has a table of {models.base.max_positions} learned"

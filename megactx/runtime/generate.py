@@ -19,6 +19,7 @@ from .command_line import add_models, add_sampling, controller_of, observers_of,
 from .controller import Controller, decode
 from .sampling import Sampling
 from .session import Session, end_ids
+from .session_files import is_session
 from .text import LONGEST, Answer, StopStrings, encodable, from_bytes, parts_of, printable
 
 PIECE = 2**16  # characters of a prompt that are read at a time
@@ -106,7 +107,10 @@ def _prompts(asked: argparse.Namespace) -> list[str]:
         if not (text := from_bytes(path.read_bytes(), str(path))):
             raise ValueError(f"--file={asked.file}: it is empty, there is nothing to continue")
         return [text]
-    return ["" if sys.stdin.isatty() else from_bytes(sys.stdin.buffer.read(), "stdin")]
+    text = "" if sys.stdin.isatty() else from_bytes(sys.stdin.buffer.read(), "stdin")
+    if not text and not (asked.session and is_session(Path(asked.session).expanduser())):
+        raise ValueError("stdin is empty, there is nothing to continue: give a prompt, --file, or a session with text")
+    return [text]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from megactx.gist.compressors import build
 from megactx.gist.pretrained import SETTINGS as GISTNET
 from megactx.gist.pretrained import load_gistnet
 from megactx.lm import BaseLM
-from megactx.memory.encoding import identity_of_base
+from megactx.lm.identity import of_embeddings, of_weights
 
 EMBEDDED = {"base": "asset:tiny-base", "gistnet": "asset:tiny-gistnet", "lensnet": "asset:tiny-lensnet"}
 
@@ -93,7 +93,8 @@ def _of_run(folder: Path) -> Models:
     if "base" not in settings or "gistnet" not in settings:
         raise ValueError(f"model={folder}: it is a run of neither a gist nor a lens stage, and no model's folder")
     base = BaseLM.from_pretrained(settings["base"]["name"], "float32").freeze()
-    mine = {"name": settings["base"]["name"], "width": base.width, "embeddings": identity_of_base(base)}
+    mine = {"name": settings["base"]["name"], "width": base.width}
+    mine |= {"embeddings": of_embeddings(base), "weights": of_weights(base)}
     if changed := other_base(checkpoint, mine):  # the folder holds another one by now
         raise ValueError(f"model={folder}: {changed}")
     gistnet = build(base, _gistnet_settings(settings["gistnet"]), "gistnet")

@@ -1,6 +1,6 @@
 """What a person decides about a session: how large its window is, what fills it, where positions end."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from megactx.focus.edits import PROTECTED
 
@@ -48,6 +48,13 @@ class Settings:
         """Newest tokens that stay in detail."""
         return self.allocator.get("protected", PROTECTED)
 
+    def fitted(self, block_size: int, limit: int) -> "Settings":
+        """The same with a smaller protected tail, where nobody has set it and the base has few positions."""
+        if self.megacontext == "none" or self.positions != "rebased" or "protected" in self.allocator:
+            return self
+        protected = tail(block_size, limit)
+        return self if protected == PROTECTED else replace(self, allocator=self.allocator | {"protected": protected})
+
     def reserve(self, block_size: int) -> int:
         """Entries of the window that are kept free for new tokens: so many come before room has to be made again."""
         return max(1, self.budget // RESERVE // block_size) * block_size
@@ -66,10 +73,7 @@ class Settings:
             return
         least = least_budget(block_size, self.protected)
         if self.positions == "rebased" and least + 2 * block_size > limit:
-            raise ValueError(
-                f"the base LM takes {limit} positions, sessions with blocks of {block_size} and {self.protected}"
-                f" protected tokens need at least {least + 2 * block_size}; megacontext=none takes any"
-            )
+            raise ValueError(_too_few(block_size, limit, self.protected))
         if self.budget < least:
             raise ValueError(
                 f"budget={self.budget} is not allowed: at least {least} entries, so that {HISTORY:,} tokens fit at"
@@ -85,6 +89,31 @@ class Settings:
     def as_dict(self) -> dict:
         """For a file."""
         return asdict(self)
+
+
+def tail(block_size: int, limit: int) -> int:
+    """Newest tokens that stay in detail: ``PROTECTED``, or fewer, in whole blocks, where positions are few."""
+    for protected in (PROTECTED, *range(PROTECTED // block_size * block_size, block_size, -block_size)):
+        if least_budget(block_size, protected) + 2 * block_size <= limit:
+            return protected
+    return min(block_size, PROTECTED)
+
+
+def note_on(block_size: int, limit: int) -> str:
+    """What a person should know of sessions with a base that takes few positions; empty where there is nothing."""
+    protected = tail(block_size, limit)
+    if least_budget(block_size, protected) + 2 * block_size > limit:
+        return _too_few(block_size, limit, protected)
+    if protected < PROTECTED:
+        return f"the base LM takes {limit} positions: the newest {protected} tokens stay in detail, not {PROTECTED}"
+    return ""
+
+
+def _too_few(block_size: int, limit: int, protected: int) -> str:
+    return (
+        f"the base LM takes {limit} positions, sessions with blocks of {block_size} and {protected} protected tokens"
+        f" need at least {least_budget(block_size, protected) + 2 * block_size}; megacontext=none takes any"
+    )
 
 
 def least_budget(block_size: int, protected: int = PROTECTED) -> int:

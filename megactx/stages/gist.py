@@ -34,7 +34,7 @@ from megactx.lm import BaseLM
 
 from .gist_nets import build_nets, optimizer_of, refuse_without_vectors, take_weights
 from .gist_report import report
-from .trained import leave_out_base, put_base_back, record_of, refuse_other_base
+from .trained import leave_out_base, put_base_back, record_of, refuse_other_base, tell_of_sessions
 
 log = logging.getLogger(__name__)
 
@@ -332,6 +332,7 @@ class GistStage(lightning.LightningModule):
                 their own and no loss.
         """
         datamodule.limit_to(self.base.max_positions)
+        tell_of_sessions(self.base, self.main.block_size)
         if self.main.block_size != datamodule.block:
             raise ValueError(
                 f"block_size: the compressor has {self.main.block_size}, the data has {datamodule.block}; set"

@@ -25,7 +25,7 @@ from megactx.lm.adapters import adapt, adapters_of, switched_off
 
 from .joint_parts import TRAIN_BASE, kept_of_base, lensnet_of, take_parts
 from .joint_report import report
-from .trained import gistnet_of, leave_out_base, put_base_back, record_of, refuse_other_base
+from .trained import gistnet_of, leave_out_base, put_base_back, record_of, refuse_other_base, tell_of_sessions
 
 
 class JointStage(lightning.LightningModule):
@@ -179,6 +179,7 @@ class JointStage(lightning.LightningModule):
             ValueError: another horizon, or blocks of another size.
         """
         datamodule.limit_to(self.base.max_positions)
+        tell_of_sessions(self.base, self.gistnet.block_size)
         if datamodule.horizon != self.hparams.horizon:
             raise ValueError(f"horizon.tokens: stage has {self.hparams.horizon}, the data has {datamodule.horizon}")
         if datamodule.block != self.gistnet.block_size:

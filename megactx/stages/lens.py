@@ -22,7 +22,7 @@ from megactx.lm import BaseLM
 from .lens_losses import value_losses
 from .lens_report import report
 from .lens_states import HELD, ensure, measuring_flops, sizes_ahead
-from .trained import gistnet_of, leave_out_base, put_base_back, record_of, refuse_other_base
+from .trained import gistnet_of, leave_out_base, put_base_back, record_of, refuse_other_base, tell_of_sessions
 
 OBJECTIVES = ("value", "preference")
 BETAS = (0.9, 0.999)
@@ -111,6 +111,7 @@ class LensStage(lightning.LightningModule):
             ValueError: another horizon.
         """
         datamodule.limit_to(self.base.max_positions)
+        tell_of_sessions(self.base, self.gistnet.block_size)
         if datamodule.horizon != self.hparams.horizon:
             raise ValueError(f"horizon.tokens: stage has {self.hparams.horizon}, the data has {datamodule.horizon}")
 

@@ -1,6 +1,7 @@
 """What other stages start from: a trained GistNet, wherever it is."""
 
 import json
+import logging
 from pathlib import Path
 
 from megactx.assets import resolve
@@ -9,14 +10,24 @@ from megactx.gist import GistNet
 from megactx.gist.compressors import build
 from megactx.gist.pretrained import SETTINGS, load_gistnet
 from megactx.lm import BaseLM
-from megactx.memory.encoding import identity_of_base
+from megactx.lm.identity import of_embeddings, of_weights
+from megactx.runtime.settings import note_on
+
+log = logging.getLogger(__name__)
 
 PREFIXES = ("nets.gistnet.", "gistnet.")  # in checkpoints of a gist stage, and of those that start from a GistNet
 
 
 def record_of(base: BaseLM, name: str) -> dict:
-    """What checkpoints say of the base LM that they are trained with: its name, and its identity as trees have it."""
-    return {"name": str(name), "width": base.width, "embeddings": identity_of_base(base)}
+    """What checkpoints say of the base LM that they are trained with: its name, its identity as trees have it, and that
+    of its layers."""
+    return {"name": str(name), "width": base.width, "embeddings": of_embeddings(base), "weights": of_weights(base)}
+
+
+def tell_of_sessions(base: BaseLM, block_size: int) -> None:
+    """Say before training, not behind it, what sessions with this base LM can do where it takes few positions."""
+    if note := note_on(block_size, base.max_positions):
+        log.warning("Sessions of what is trained here: %s", note)
 
 
 STATES = ("state_dict", "current_model_state")  # the second where weights are averaged: those that go on training

@@ -208,7 +208,7 @@ def check(asked: argparse.Namespace, models: Models) -> None:
             " of the base LM"
         )
     for budget in asked.budgets:
-        Settings(budget).check(block, asked.limit)
+        Settings(budget).fitted(block, asked.limit).check(block, asked.limit)
         if budget > asked.lengths[0]:
             raise ValueError(f"--budgets={budget} is not allowed: at most {asked.lengths[0]}, the shortest history")
 

@@ -113,6 +113,43 @@ def test_a_hub_source_refuses_a_bad_setting_by_name(folder, settings, said):
         Hub(folder, **settings).load()
 
 
+CONFLICTS = [
+    [{"text": "one", "id": 1, "meta": None}, {"text": "two", "id": 2, "meta": None}],
+    [{"text": "three", "id": "x1", "meta": "x", "more": [1]}],
+]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_columns_of_a_hub_that_nobody_asked_for_may_have_any_types(tmp_path, kind, streaming):
+    (tmp_path / "hub").mkdir()
+    for name, rows in zip("ab", CONFLICTS, strict=True):
+        path = tmp_path / "hub" / f"{name}.{kind}"
+        if kind == "parquet":
+            Dataset.from_list(rows).to_parquet(path)
+        else:
+            path.write_text(json.dumps(rows) if kind == "json" else "".join(f"{json.dumps(row)}\n" for row in rows))
+    found = Hub(str(tmp_path / "hub"), streaming=streaming).load()
+    assert found["text"] == ["one", "two", "three"] and found["source"][2].endswith("#2")
+    with pytest.raises(ValueError, match="data.text_column=nothing: .*id.*meta.*text"):
+        Hub(str(tmp_path / "hub"), streaming=streaming, text_column="nothing").load()
+
+
+def test_one_file_of_a_hub_may_change_the_type_of_a_column_in_the_middle(tmp_path):
+    (tmp_path / "hub").mkdir()
+    lines = [{"text": "word " * 20_000, "id": i if i < 150 else f"x{i}"} for i in range(160)]  # beyond 10 MB
+    (tmp_path / "hub" / "a.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert len(Hub(str(tmp_path / "hub")).load()) == 160
+
+
+def test_the_features_that_a_hub_says_it_has_do_not_stop_the_choice_of_a_column(tmp_path):
+    (tmp_path / "hub").mkdir()
+    Dataset.from_list(CONFLICTS[0]).to_parquet(tmp_path / "hub" / "train.parquet")
+    features = "".join(f"  - name: {name}\n    dtype: {kind}\n" for name, kind in (("text", "string"), ("id", "int64")))
+    (tmp_path / "hub" / "README.md").write_text(f"---\ndataset_info:\n  features:\n{features}---\n")
+    assert Hub(str(tmp_path / "hub")).load()["text"] == ["one", "two"]
+
+
 def test_a_null_among_the_rows_of_a_hub_is_left_out_and_said(tmp_path, caplog):
     rows = [{"text": "one"}, {"text": None}, {"text": "three"}]
     Dataset.from_list(rows).to_parquet(tmp_path / "hub" / "train.parquet")

@@ -302,6 +302,17 @@ def test_a_long_file_says_what_was_read_and_an_empty_one_is_refused(own, tmp_pat
     assert "it is empty" in capsys.readouterr().err
 
 
+def test_nothing_on_stdin_is_refused_but_a_session_goes_on(own, typed, tmp_path, capsys):
+    for more in ([], ["--session", str(tmp_path / "new")]):
+        typed("")
+        assert generate.main([*own, *more]) == 2
+        assert "stdin is empty" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    kept = ["--session", str(tmp_path / "kept"), "--tokens", "3", *own]
+    assert generate.main([TEXT, *kept]) == 0
+    typed("")
+    assert generate.main(kept) == 0
+
+
 def test_ctrl_c_while_a_long_text_is_read_keeps_what_was_read(own, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "PIECE", 100)
     (tmp_path / "long.txt").write_text("a line of a text\n" * 20)

@@ -4,10 +4,12 @@ import pytest
 import torch
 from windows import small_base, tree_of, window
 
+from megactx.gist import GistNet
 from megactx.lm import BaseLM
 from megactx.memory import WorkingContext
 from megactx.runtime import Controller, Models, Settings
 from megactx.runtime.placement import Placement
+from megactx.runtime.settings import note_on, tail
 
 LIMIT, BUDGET, STEP = 200, 90, 4
 
@@ -67,6 +69,31 @@ def test_a_base_with_few_positions_is_told_what_sessions_need_in_one_sentence():
     with pytest.raises(ValueError, match="256 positions, sessions .* need at least .*megacontext=none") as told:
         Settings(budget=128).check(32, 256)
     assert "budget" not in str(told.value)
+
+
+def test_a_base_of_512_positions_has_sessions_with_a_smaller_protected_tail():
+    assert [tail(32, limit) for limit in (2048, 567, 566, 512, 457, 100)] == [128, 128, 96, 64, 32, 32]
+    for budget in (431, 448):
+        own = Settings(budget=budget).fitted(32, 512)
+        own.check(32, 512)
+        assert own.protected == 64
+    assert Settings().fitted(32, 567) == Settings() and Settings(positions="absolute").fitted(32, 512).protected == 128
+    assert Settings(allocator={"protected": 120}).fitted(32, 512).protected == 120  # somebody has set it
+    assert "newest 64 tokens stay in detail, not 128" in note_on(32, 512) and note_on(32, 567) == ""
+    assert "256 positions, sessions" in note_on(32, 256)
+
+
+def test_a_session_of_a_base_with_few_positions_runs_past_them_and_stays_within(models, ids):
+    base = models.base  # of 512 positions
+    torch.manual_seed(0)
+    gistnet = GistNet(base.width, base.embedding_rms(), block_size=32, num_heads=4).eval().requires_grad_(False)
+    controller = Controller(Models(base, gistnet, None, "small"), Settings(budget=448, megacontext="recency"))
+    assert controller.settings.protected == 64 and "newest 64 tokens" in controller.notes[0]
+    stream = controller.stream()
+    stream.append(ids(1, 1500))
+    assert torch.isfinite(stream.logits()).all()
+    positions, behind = stream.placement.place(stream.context)
+    assert int(positions.max()) < 512 and int(behind.max()) < 512
 
 
 def test_absolute_positions_are_refused_for_a_base_with_a_table_of_them(models):

@@ -1,5 +1,6 @@
 """What a session says of itself: off by default, exact, fetched as Prometheus does, drawn and watched by its names."""
 
+import contextlib
 import json
 import re
 import socket
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from megactx.focus.allocator import RESIDENCY, SWAP_RATE, SWAP_RATE_ALARM, UTILISATION
-from megactx.runtime import Models, Session, generate
+from megactx.runtime import Models, Session, generate, serving
 from megactx.runtime.prometheus import Prometheus
 from megactx.runtime.telemetry import METRICS, Telemetry, bins, measured
 
@@ -145,6 +146,23 @@ def test_the_server_of_numbers_refuses_rebound_names_and_has_nothing_else(scrape
                 urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=20)
         with urllib.request.urlopen(prometheus.address, timeout=20) as answer:
             assert "megactx_refocuses_total" not in answer.read().decode()
+    finally:
+        prometheus.close()
+
+
+def test_the_server_of_numbers_closes_a_request_that_does_not_arrive_in_time(monkeypatch, learned):
+    monkeypatch.setattr(serving, "RECEIVES", 0.3)
+    prometheus = Prometheus(0, learned)
+    port = int(re.search(r":(\d+)/", prometheus.address)[1])
+    try:
+        held = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(serving.CONNECTIONS)]
+        for own in held:
+            own.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127")
+        for own in held:
+            with contextlib.suppress(ConnectionResetError), own:
+                assert own.recv(100) == b""  # closed, without an answer
+        with urllib.request.urlopen(prometheus.address, timeout=20) as answer:
+            assert answer.status == 200
     finally:
         prometheus.close()
 

@@ -8,6 +8,7 @@ import torch
 
 from megactx.framework.app import run
 from megactx.framework.curriculum import run_in_turn, stage_config
+from megactx.framework.runfolder import held
 from megactx.framework.search_path import compose
 from megactx.stages.gist import GistStage
 
@@ -68,6 +69,17 @@ def test_a_curriculum_that_stopped_in_a_stage_goes_on_to_the_same_weights(curric
         one, other = (last(tmp_path / side / "run" / name)["state_dict"] for side in ("whole", "stopped"))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+def test_a_stage_is_not_started_alone_while_its_curriculum_trains_it(curriculum, tmp_path, monkeypatch, capsys):
+    def training(cfg, config, folder, device, checkpoint):
+        with held(folder):  # as a run in it would
+            raise AssertionError("two processes train in one folder")
+
+    monkeypatch.setattr("megactx.framework.curriculum.build_and_run", training)
+    monkeypatch.setattr("megactx.framework.curriculum.check_data", lambda stage: None)
+    assert run([*curriculum, f"folder={tmp_path / 'a'}"]) == 2
+    assert f"folder={tmp_path / 'a' / 'gist_stage1'}: another process" in capsys.readouterr().err
 
 
 @pytest.mark.slow

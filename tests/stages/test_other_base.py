@@ -1,5 +1,7 @@
 """Checkpoints know the base LM that they were trained with: resume refuses another one, ``stage.init`` says so."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hydra.errors import InstantiationException
@@ -10,6 +12,8 @@ from megactx.framework.search_path import compose
 from megactx.lm import BaseLM
 from megactx.memory.encoding import identity_of_base
 from megactx.stages.gist import GistStage
+from megactx.stages.joint import JointStage
+from megactx.stages.lens import LensStage
 from megactx.stages.trained import gistnet_of
 
 GISTNET = dict(block_size=8, layers=1, num_heads=4, dropout=0.0)
@@ -123,3 +127,30 @@ def test_joint_stages_know_their_base_too(joint_settings, bases, tmp_path):
     assert "another base LM" in theirs.start_from(path)
     with pytest.raises(InstantiationException, match="stage.lens=.*another base LM"):
         stage(bases["other"], f"stage.gistnet={own}", f"stage.lens={path}")
+
+
+def test_a_base_that_differs_in_its_layers_only_is_another_base(bases, trained, tmp_path):
+    base = BaseLM.from_pretrained(bases["one"])
+    with torch.no_grad():
+        base.model.get_decoder().layers[0].mlp.up_proj.weight.mul_(1.1)
+    base.model.save_pretrained(tmp_path / "tuned")
+    base.tokenizer.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(ValueError, match="resume=.*another base LM: .*with other layers"):
+        check_fits(gist(str(tmp_path / "tuned")), trained)
+    saved = torch.load(trained, weights_only=True)
+    del saved["base"]["weights"]  # of earlier days
+    torch.save(saved, trained)
+    assert check_fits(gist(str(tmp_path / "tuned")), trained)["global_step"] == 4
+
+
+@pytest.mark.parametrize("kind", [GistStage, LensStage, JointStage])
+def test_a_training_says_what_sessions_need_where_the_base_takes_few_positions(bases, caplog, kind):
+    base = BaseLM.from_pretrained(bases["one"])
+    net = SimpleNamespace(block_size=32, levels=1)
+    stage = SimpleNamespace(base=base, gistnet=net, main=net, hparams=SimpleNamespace(level2_weight=0, horizon=8))
+    data = SimpleNamespace(limit_to=lambda tokens: None, block=32, horizon=8, level2_spans=0)
+    for positions, said in ((512, "the newest 64 tokens stay"), (256, "need at least"), (2048, "")):
+        base.config.max_position_embeddings = positions
+        caplog.clear()
+        kind.prepare(stage, data)
+        assert [said in line for line in caplog.messages] == [True] * bool(said)
