@@ -17,7 +17,8 @@ EXPERIMENTS = sorted((REPOSITORY / "conf" / "experiment").glob("*.yaml"))
 COMMAND = re.compile(r"^[#$>\s`]*(?:\S*/)?python train\.py(.*?)`*$")
 
 
-PAGES = [REPOSITORY / "README.md", *(REPOSITORY / "docs" / f"{n}.md" for n in ("demo", "training", "memory", "sessions"))]
+MOVED = ("demo", "training", "memory", "sessions")
+PAGES = [REPOSITORY / "README.md", *(REPOSITORY / "docs" / f"{name}.md" for name in MOVED)]
 
 
 def commands(path: Path) -> list[str]:
