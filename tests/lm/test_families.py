@@ -110,3 +110,19 @@ def test_the_scale_of_embeddings_is_that_of_what_the_model_reads():
     assert small("llama").embedding_rms() == pytest.approx(
         small("llama").model.get_input_embeddings().weight.pow(2).mean().sqrt().item(), rel=1e-6
     )
+
+
+@torch.no_grad()
+def test_a_base_that_normalises_what_it_reads_reads_raw_and_rescaled_means_alike():
+    positions = torch.arange(40, 53)[None]
+    moved = {}
+    for kind in ("nanochat", "llama"):
+        base = small(kind).freeze()
+        embeddings = base.embed(IDS)
+        mean = embeddings[:, :8].mean(1, keepdim=True)
+        rescaled = mean * base.embedding_rms() / mean.pow(2).mean().sqrt()
+        raw, other = (
+            base(torch.cat([gist, embeddings[:, 8:]], dim=1), positions, "causal") for gist in (mean, rescaled)
+        )
+        moved[kind] = float((raw - other)[:, 1:].abs().max())
+    assert moved["nanochat"] < 1e-2 < moved["llama"]

@@ -154,3 +154,11 @@ def test_a_training_says_what_sessions_need_where_the_base_takes_few_positions(b
         caplog.clear()
         kind.prepare(stage, data)
         assert [said in line for line in caplog.messages] == [True] * bool(said)
+
+
+def test_a_checkpoint_with_lora_on_the_embeddings_holds_the_adapters_and_no_whole_matrix(joint_settings, tmp_path):
+    asked = ["experiment=end_to_end", *joint_settings, "stage.train_base=lora", "stage.lora.embeddings=true"]
+    stage = instantiate(compose(asked).stage, _convert_="all")
+    saved = torch.load(save(stage, tmp_path / "lora.ckpt"), weights_only=True)["state_dict"]
+    names = [name for name in saved if name.startswith("base.")]
+    assert any("lora_embedding_A" in name for name in names) and all("lora_" in name for name in names)
