@@ -23,6 +23,7 @@ def embedded():
     return Embedded()
 
 
+@pytest.mark.slow
 def test_the_embedded_corpus_has_enough_long_documents_of_every_domain(embedded):
     rows = embedded.load()
     assert set(rows.column_names) == {"text", "domain", "source"}

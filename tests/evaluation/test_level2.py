@@ -99,7 +99,7 @@ def test_the_report_has_the_gists_below_the_better_mean_and_a_verdict_against_ea
         kl=kl,
         agree={name: torch.ones(size, dtype=torch.bool) for name in kl},
         domain=["code"] * 40,
-        document=torch.arange(40) // 4,
+        document=torch.arange(40) // 2,
         start=torch.arange(40) * 32,
     )
     first = BlockScores(full, full + 1, {"gistnet": full + 0.1}, {}, {}, ["code"] * 40, level2.document, level2.start)

@@ -166,6 +166,7 @@ def test_the_first_variant_is_the_source_and_the_others_are_edits_of_it_within_t
         assert torch.equal(context.index[row, :count], sources.index[row // 4, :count])
 
 
+@pytest.mark.slow
 def test_lensnet_learns_the_variant_that_was_best_after_its_distance():
     _, _, lens, variants, _ = parts(rows=(2, 8))
     nll = torch.full((8,), 3.0)

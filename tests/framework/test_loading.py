@@ -55,6 +55,7 @@ def test_a_stage_needs_nothing_but_the_path(gist, tiny_run, base_folder, tmp_pat
         assert {name.partition(".")[0] for name in loaded} >= {"base"}  # whole, also what the checkpoint only names
 
 
+@pytest.mark.slow
 def test_a_base_that_is_gone_is_named_and_another_place_can_be_given(gist, base_folder, tmp_path):
     from megactx.stages.gist import GistStage
 

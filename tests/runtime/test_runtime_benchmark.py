@@ -20,6 +20,7 @@ def benchmark():
         yield module
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_at_the_shapes_of_a_large_model_in_miniature(benchmark, tmp_path, capsys):
     out = tmp_path / "runtime.json"
     sizes = "--lengths 600 2400 --prompts 512 1024 2048 --full-most 1024 --out"

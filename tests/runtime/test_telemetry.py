@@ -73,6 +73,7 @@ def series(text):
     return {name.partition("{")[0] for name in values(text)}
 
 
+@pytest.mark.slow
 def test_a_session_that_nobody_watches_imports_no_opentelemetry():
     program = (
         "import sys, megactx.runtime.telemetry, megactx.runtime.chat, megactx.runtime.view.__main__\n"

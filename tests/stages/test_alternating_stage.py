@@ -186,6 +186,7 @@ def test_other_phases_than_those_of_the_checkpoint_are_refused(whole, settings, 
     assert "the checkpoint stands at" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_phase_with_no_steps_is_left_out_and_another_run_starts_from_this_one(whole, settings, tmp_path, capsys):
     short = ["stage.steps.lens=0", "stage.cycles=1", f"stage.init={whole}", f"folder={tmp_path / 'run'}"]
     assert run([*settings, *short, "preset.validate_every=2", "stage.evaluate.documents=1"]) == 0

@@ -72,6 +72,7 @@ def test_a_run_ends_with_tables_a_picture_the_controls_and_the_next_command(gist
 
 
 @pytest.mark.parametrize("experiment", ["gist_stage1", "gist_stage2", "gist_stage3"])
+@pytest.mark.slow
 def test_every_stage_of_the_curriculum_runs_with_its_horizon_and_loss(experiment, gist_run, tmp_path):
     weights = {
         "gist_stage1": "{narrative: 1, code: 0, structured: 0}",
@@ -208,6 +209,7 @@ def test_a_users_mistake_exits_2_with_one_line_that_names_the_setting(gist_run, 
     assert said in " ".join(lines) and "Traceback" not in " ".join(lines)
 
 
+@pytest.mark.slow
 def test_a_batch_without_a_pair_for_the_contrastive_term_ends_no_run_and_is_counted(gist_run, tmp_path, texts):
     for path in sorted(
         texts.iterdir()

@@ -32,6 +32,7 @@ def logged(folder) -> list[dict[str, float]]:
     return [row for row in rows if "session/nll" in row]
 
 
+@pytest.mark.slow
 def test_a_run_logs_a_session_at_each_validation_and_ends_as_without(settings, tmp_path):
     weights = []
     for name, more in (("watched", SMALL), ("alone", [])):

@@ -22,7 +22,7 @@ def test_a_shorter_horizon_is_the_same_blocks_measured_over_fewer_tokens(trained
     for band, first in BANDS.items():
         found, expected = numbers["horizons"][8][band], recovery_intervals(short, ["gistnet", "last token"], first)
         for name, value in expected.items():
-            assert found["recovery"][name]["point"] == pytest.approx(value.point, abs=1e-4)
+            assert found["recovery"][name]["point"] == pytest.approx(value.point, abs=1e-4, nan_ok=True)
         assert found["cost"] == pytest.approx((short.drop - short.full)[:, first:].mean().item(), abs=1e-5)
 
 

@@ -75,6 +75,7 @@ def test_the_squared_error_is_that_of_every_number():
             assert found[layer, part].item() == pytest.approx(sum((a - b).item() ** 2 for a, b in pairs), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_every_option_that_makes_keys_is_there_and_a_lora_learns_while_the_base_stays(base, batches):
     torch.manual_seed(0)
     nets = variants(base, K)
