@@ -41,6 +41,7 @@ class EndToEndStage(JointStage):
     def __init__(self, windows: dict, weights: dict, distance: float, recompute: bool, max_steps: int, **settings):
         super().__init__(**settings)
         _check(windows, weights, distance)
+        self.shown: list[tuple[int, dict]] = []
         k, horizon = self.gistnet.block_size, self.hparams.horizon
         for term, level in SOFT.items():
             if weights[term] and horizon % k**level:
@@ -53,7 +54,6 @@ class EndToEndStage(JointStage):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.learns("gist", "lens", "lora")
-        self.shown = []
 
     def flops(self, batch: dict) -> float:
         """Of the step that was just taken."""
