@@ -4,16 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench sweep clean
+.PHONY: demo smoke test test-slow lint bench findings sweep clean
 
 demo: $(STAMP)
 	$(BIN)/python train.py experiment=demo
+
+# Every stage in miniature, each from the last, and one chat turn: does all of it run here?
+smoke: $(STAMP)
+	PYTHON=$(BIN)/python tests/smoke.sh
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -28,6 +32,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/causal.py
 	$(BIN)/python benchmarks/runtime.py
+
+# Surprises of real libraries: each script installs pinned packages in a folder of its own, and fails if they changed.
+findings:
+	@failed=0; for script in findings/*.sh; do echo "== $$script"; "$$script" || failed=1; done; exit $$failed
 
 sweep: $(STAMP)
 	$(BIN)/python train.py -m experiment=demo seed=0,1,2

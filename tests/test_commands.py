@@ -17,6 +17,10 @@ EXPERIMENTS = sorted((REPOSITORY / "conf" / "experiment").glob("*.yaml"))
 COMMAND = re.compile(r"^[#$>\s`]*(?:\S*/)?python train\.py(.*?)`*$")
 
 
+MOVED = ("demo", "training", "memory", "sessions")
+PAGES = [REPOSITORY / "README.md", *(REPOSITORY / "docs" / f"{name}.md" for name in MOVED)]
+
+
 def commands(path: Path) -> list[str]:
     if not path.exists():
         return []
@@ -26,7 +30,7 @@ def commands(path: Path) -> list[str]:
 
 FOUND = [
     (path.name, command)
-    for path in (REPOSITORY / "README.md", REPOSITORY / "docs" / "own_model.md", *EXPERIMENTS)
+    for path in (*PAGES, REPOSITORY / "docs" / "own_model.md", *EXPERIMENTS)
     for command in commands(path)
 ]
 
@@ -88,7 +92,7 @@ PRINTED = {
 
 def python_of_the_readme() -> dict[str, str]:
     """Heading -> code of the sections that use the package."""
-    sections = re.split(r"^##+ ", (REPOSITORY / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    sections = re.split(r"^##+ ", "\n".join(p.read_text(encoding="utf-8") for p in PAGES), flags=re.MULTILINE)
     found = {text.partition("\n")[0]: re.search(r"```python\n(.*?)```", text, re.DOTALL) for text in sections}
     return {heading: code[1] for heading, code in found.items() if code and "from megactx import" in code[1]}
 

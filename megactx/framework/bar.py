@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from rich.progress import track
 
 EVERY = 30  # seconds between two lines
+LONG = 600  # seconds that are told at once
 
 
 def bar(what: str) -> Callable[[Iterable], Iterator]:
@@ -23,6 +24,8 @@ def _lines(items: Iterable, what: str) -> Iterator:
     began = told = time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
-        if (now := time.monotonic()) - told > EVERY:
+        gone = (now := time.monotonic()) - began
+        left = gone / done * (len(items) - done) if isinstance(items, Sized) else 0
+        if now - told > EVERY or (done == 1 and left > LONG):  # long work says so as soon as it can be known
             told = now
-            print(f"{what}: {done}{of}, {now - began:.0f} s", flush=True)
+            print(f"{what}: {done}{of}, {gone:.0f} s" + (f", about {left:.0f} s left" if left else ""), flush=True)

@@ -10,4 +10,14 @@ def test_without_a_terminal_a_long_loop_says_how_far_it_is_and_a_short_one_nothi
     monkeypatch.setattr(module, "EVERY", -1)
     assert list(bar("blocks")([5, 6])) == [5, 6]
     assert list(bar("others")(iter("a"))) == ["a"]
-    assert capsys.readouterr().out.splitlines() == ["blocks: 1 of 2, 0 s", "blocks: 2 of 2, 0 s", "others: 1, 0 s"]
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("blocks: 1 of 2, 0 s") and rest == ["blocks: 2 of 2, 0 s", "others: 1, 0 s"]
+
+
+def test_work_of_more_than_ten_minutes_says_so_behind_its_first_part(monkeypatch, capsys):
+    clock = iter([0.0, 20.0, 25.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    parts = bar("blocks")(range(50))
+    next(parts)
+    next(parts)
+    assert capsys.readouterr().out == "blocks: 1 of 50, 20 s, about 980 s left\n"
