@@ -131,10 +131,11 @@ def focus_losses(lens: LensNet, variants: Variants, nll: Tensor, weight: float, 
     measured = nll.view(-1, each)[:, :1].repeat_interleave(each, 1).flatten() - nll
     edited = count > 0
     lens.see(measured[edited] / count[edited])
+    tau = lens.tau.clone()  # the next document of a step changes it, before this one's gradient is taken
     best = (nll + distance).view(-1, each).argmin(1)
-    chosen = F.cross_entropy(((expected - distance) / lens.tau).view(-1, each), best)
+    chosen = F.cross_entropy(((expected - distance) / tau).view(-1, each), best)
     source = torch.arange(rows, device=nll.device) // each
-    losses = value_loss(expected, measured, source, lens.tau)
+    losses = value_loss(expected, measured, source, tau)
     gained = measured.view(-1, each).gather(1, best[:, None]).mean()
     return losses | {"choice": chosen, "loss": losses["huber"] + choice * chosen, "gained": gained}
 

@@ -35,7 +35,7 @@ class Throughput(Callback):
     Tokens are those of the documents, without padding, and once more those of the windows that history mode reads, or
     what a stage has counted itself (``stage.tokens``); a window counts as a span. What is on the device is added up
     there and read once per row. MFU is shown on a card whose peak is known (``PEAK``), in 16-bit precision, by the
-    formula of ``Work``.
+    formula of ``Work``, or by what a stage says of a batch (``stage.flops``), see ``stages.window_work``.
     """
 
     def setup(self, trainer, pl_module, stage: str) -> None:  # before a strategy wraps or shards the base
@@ -60,8 +60,10 @@ class Throughput(Callback):
             self.tokens = self.tokens + (batch["lengths"].sum() if "lengths" in batch else batch["ids"].numel())
             if "segments" in batch:  # read once more, behind what is compressed of the rest
                 self.tokens = self.tokens + batch["segments"].numel() * _window(pl_module)
-            if self.work:
-                self.flops = self.flops + self.work(batch)
+        if self.work:
+            own = getattr(pl_module, "flops", None)  # a stage whose batches are of another kind
+            if own is not None or isinstance(batch, dict) and "ids" in batch:
+                self.flops = self.flops + (own or self.work)(batch)
         if trainer.global_step == self.step:  # gradients are being accumulated
             return
         self.step = trainer.global_step

@@ -24,13 +24,16 @@ from megactx.focus.sampling import KINDS, draw
 from megactx.focus.states import load
 from megactx.focus.variants import same_rows
 from megactx.framework.files import IN_RUN, replacing
+from megactx.framework.throughput import Work
 from megactx.gist.packed_loss import substitution_loss
+from megactx.lm.adapters import adapters_of
 
 from .joint import JointStage
 from .joint_parts import optimizer_of
 from .lens_losses import value_losses
 from .lens_states import ensure, folder_of, measuring_flops, sizes_ahead
 from .phases import Place, Schedule
+from .window_work import WindowWork
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +89,27 @@ class AlternatingStage(JointStage):
             )
         self.data.kind_at = lambda index: NEEDS[self.schedule.at(index // every).phase]
 
+    def flops(self, batch: dict) -> float | Tensor:
+        """Of the step that was just taken, what was measured for it included."""
+        work, total = WindowWork.of(self), 0.0
+        if SPANS in batch:
+            sizes = (work.body, work.head, work.attention)
+            total += Work(*sizes, 1, self.hparams.horizon, work.net, work.block)(batch[SPANS])
+            if adapters_of(self.base):  # the reader and its teacher are two
+                lengths = batch[SPANS]["lengths"].double()
+                total += 2 * work.body * lengths.sum() + 2 * work.attention * lengths.square().sum()
+        if PICKS in batch:
+            total += 3 * work.lensnet(*self._read) + sum(work.measured(*sizes) for sizes in self.measured)
+        for number, document in enumerate(documents := batch.get(WINDOWS, [])):
+            cursor, text = document["cursor"], batch["index"] * len(documents) + number
+            horizon = len(document["ids"]) - cursor
+            total += work.tree(cursor) + work.full(cursor, horizon)
+            total += work.window(self.budget(cursor, text), horizon)
+        return total
+
+    def on_train_batch_start(self, batch, batch_index: int) -> None:
+        self.measured.clear()
+
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
         place = self.place
         self.learns(place.phase)
@@ -108,7 +132,9 @@ class AlternatingStage(JointStage):
         """Measured values of edits."""
         paths = self._windows(place)
         chosen = [paths[i] for i in (picks.double().cpu() * len(paths)).long().tolist()]
-        losses = value_losses(self.lens, load(chosen, self.base), learn=True)
+        states = load(chosen, self.base)
+        self._read = tuple(states.there.shape)
+        losses = value_losses(self.lens, states, learn=True)
         for name, loss in losses.items():
             self.log(f"train/lens/{name}", loss.detach(), prog_bar=name == "loss")
         return losses["loss"]
@@ -121,10 +147,9 @@ class AlternatingStage(JointStage):
             document = documents[number]
             ids, cursor = document["ids"][None], document["cursor"]
             text = index * len(documents) + number
-            share = asked.budgets[text % len(asked.budgets)]
             with torch.no_grad():
                 teacher = self.document(ids[:, :cursor])
-                windows = self._window(teacher, KINDS[text % len(KINDS)], int(share * cursor), text)
+                windows = self._window(teacher, KINDS[text % len(KINDS)], self.budget(cursor, text), text)
                 gists = encode_shown(self.gistnet, self.base, teacher, windows.nodes, False)
             targets, full = ids[0, cursor:], self.full(ids, cursor)
             hidden = windows.read(self.base, gists, targets, self.gistnet)

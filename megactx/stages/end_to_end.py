@@ -16,6 +16,7 @@ from megactx.focus.variants import Variants, focus_losses, make_variants, same_r
 from .joint import JointStage
 from .joint_parts import optimizer_of
 from .lens_states import sizes_ahead
+from .window_work import WindowWork
 
 SOFT = {"lod1": 1, "lod2": 2}  # term -> level of the gist that is predicted
 
@@ -40,6 +41,7 @@ class EndToEndStage(JointStage):
     def __init__(self, windows: dict, weights: dict, distance: float, recompute: bool, max_steps: int, **settings):
         super().__init__(**settings)
         _check(windows, weights, distance)
+        self.shown: list[tuple[int, dict]] = []
         k, horizon = self.gistnet.block_size, self.hparams.horizon
         for term, level in SOFT.items():
             if weights[term] and horizon % k**level:
@@ -53,8 +55,20 @@ class EndToEndStage(JointStage):
         super().setup(stage)
         self.learns("gist", "lens", "lora")
 
+    def flops(self, batch: dict) -> float:
+        """Of the step that was just taken."""
+        work, documents, total = WindowWork.of(self), batch["windows"], 0.0
+        for number, (document, (kinds, nodes)) in enumerate(zip(documents, self.shown, strict=True)):
+            cursor = document["cursor"]
+            horizon = len(document["ids"]) - cursor
+            entries = self.budget(cursor, batch["index"] * len(documents) + number)
+            total += work.tree(cursor) + work.full(cursor, horizon) + work.shown(nodes)
+            total += 4 * work.lensnet(self.hparams.windows["sources"], entries) + kinds * work.window(entries, horizon)
+        return total
+
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
         documents, total = batch["windows"], 0.0
+        self.shown = []  # of each document: kinds of windows that were read, and gists in them by level
         for number, document in enumerate(documents):
             text = batch["index"] * len(documents) + number
             losses = self.losses(document["ids"][None], document["cursor"], text)
@@ -83,12 +97,11 @@ class EndToEndStage(JointStage):
         """
         asked, before = self.hparams, ids[:, :cursor]
         generator = Generator().manual_seed(self.data.seed * 2**32 + text)
-        share = asked.budgets[text % len(asked.budgets)]
         with torch.no_grad():
             document = self.document(before)
             trees = same_rows(self.gistnet, self.base, document, asked.windows["sources"], asked.windows["variants"])
         try:
-            variants = make_variants(trees, int(share * cursor), self.lens, dict(asked.allocator), generator)
+            variants = make_variants(trees, self.budget(cursor, text), self.lens, dict(asked.allocator), generator)
         except ValueError as error:
             raise ValueError(f"stage.budgets={list(asked.budgets)}: {error}; take larger shares") from error
         total, found, kind = self.read(variants, document, ids, cursor)
@@ -111,6 +124,7 @@ class EndToEndStage(JointStage):
         first, kind = unique_windows(variants.context)
         windows, full = Windows.of(variants.context)[first], self.full(ids, cursor)
         gists = encode_shown(self.gistnet, self.base, document, windows.nodes, asked.recompute)
+        self.shown.append((len(first), {level: len(index) for level, index in windows.nodes.items()}))
         with torch.no_grad(), self.original() as original:
             logits = original.logits(full).float()
             best = F.cross_entropy(logits, targets)

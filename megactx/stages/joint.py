@@ -102,6 +102,7 @@ class JointStage(lightning.LightningModule):
             self.base.float()
             self._reference = (BaseLM.from_pretrained(**base).freeze(),)
         self.half = False
+        self.measured: list[tuple] = []  # since the last step: see ``lens_states.ensure``
         self.learning: tuple[str, ...] = ()
         self.learns(*self.parts)
         # Tokens of documents that were learned from or measured with: what a comparison must hold fixed.
@@ -215,6 +216,10 @@ class JointStage(lightning.LightningModule):
         """What the untouched base LM makes of ids [1, T + H] at cursor T, over the full context: hidden [H, D]."""
         with self.original() as original:
             return original(original.embed(ids[:, :-1]), None)[0, cursor - 1 :]
+
+    def budget(self, cursor: int, text: int) -> int:
+        """Entries of a window of a text, which have their shares in turn."""
+        return int(self.hparams.budgets[text % len(self.hparams.budgets)] * cursor)
 
     def count_tokens(self, count: int | Tensor) -> None:
         """So many more were learned from."""

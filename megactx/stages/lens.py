@@ -23,6 +23,7 @@ from .lens_losses import value_losses
 from .lens_report import report
 from .lens_states import HELD, ensure, measuring_flops, sizes_ahead
 from .trained import gistnet_of, leave_out_base, put_base_back, record_of, refuse_other_base, tell_of_sessions
+from .window_work import WindowWork
 
 OBJECTIVES = ("value", "preference")
 BETAS = (0.9, 0.999)
@@ -93,6 +94,8 @@ class LensStage(lightning.LightningModule):
         self.gistnet = gistnet_of(gistnet, self.base).requires_grad_(False)
         self.lens = LensNet(self.base.width, self.gistnet.block_size, **lensnet)
         self.half = False
+        self.measured: list[tuple] = []  # since the last step: see ``lens_states.ensure``
+        self.learned_from: list[tuple[int, int]] = []  # windows and entries of the step
 
     @property
     def pairs(self) -> bool:
@@ -131,6 +134,16 @@ class LensStage(lightning.LightningModule):
         rounds = self.hparams.windows["rounds"]
         return min(step * rounds // self.hparams.max_steps, rounds - 1)
 
+    def flops(self, picks: Tensor) -> float:
+        """Of the step that was just taken, what was measured for it included."""
+        work = WindowWork.of(self)
+        read = sum(3 * work.lensnet(*sizes) for sizes in self.learned_from)
+        return read + sum(work.measured(*sizes) for sizes in self.measured)
+
+    def on_train_batch_start(self, batch, batch_index: int) -> None:
+        self.measured.clear()
+        self.learned_from.clear()
+
     def training_step(self, picks: Tensor, batch_index: int) -> Tensor:
         folder, count, paths = Path(self.hparams.folder), self.hparams.windows["per_round"], []
         for number in range(self.round_at(self.global_step) + 1):
@@ -146,11 +159,13 @@ class LensStage(lightning.LightningModule):
 
     def value(self, states: States, learn: bool = False) -> dict[str, Tensor]:
         """Losses on measured values; with ``learn`` they enter ``tau``."""
+        self.learned_from.append(tuple(states.there.shape))
         return value_losses(self.lens, states, learn, self.hparams.pair_weight)
 
     def preference(self, first: list[Path], second: list[Path]) -> dict[str, Tensor]:
         """Losses on which of two windows was better."""
         a, b = load(first, self.base), load(second, self.base)
+        self.learned_from += [tuple(a.there.shape), tuple(b.there.shape)]
         self.lens.see(torch.cat([a.values, b.values]))
         values = [self.lens(s.embeddings, s.lods, s.distance, s.there, s.content) for s in (a, b)]
         return preference_loss(b.nll - a.nll, *values, a.legal, b.legal, self.lens.tau)

@@ -42,7 +42,7 @@ def ensure(stage, datamodule, folder: Path, what: int | str, count: int, pairs: 
     on the way makes the missing ones, and they are the same.
 
     Args:
-        stage: a ``LensStage``.
+        stage: a ``LensStage``; the sizes of what is measured are added to its list ``measured``.
         what: the number of the round, or ``HELD``.
         count: windows.
         pairs: windows 2 i and 2 i + 1 are random ones of one text and one budget.
@@ -90,4 +90,5 @@ def _make(stage, document: dict, kind: str, fraction: float, generator, path: Pa
     promise[(edits.lod == 1) & torch.isin(edits.index, asked)] = torch.inf
     edits = measured_share(edits, stage.hparams.windows["edits"], generator, promise)
     values, nll = measure_values(stage.base, context, edits, ids[:, cursor:])
+    stage.measured.append((cursor, ids.shape[1] - cursor, int(context.counts[0]), len(edits)))
     save(path, context, 0, legal, edits, values, nll)

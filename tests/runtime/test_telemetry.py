@@ -152,7 +152,7 @@ def test_the_server_of_numbers_refuses_rebound_names_and_has_nothing_else(scrape
 
 
 def test_the_server_of_numbers_closes_a_request_that_does_not_arrive_in_time(monkeypatch, learned):
-    monkeypatch.setattr(serving, "RECEIVES", 0.3)
+    monkeypatch.setattr(serving, "RECEIVES", 0.3, raising=False)
     prometheus = Prometheus(0, learned)
     port = int(re.search(r":(\d+)/", prometheus.address)[1])
     try:
