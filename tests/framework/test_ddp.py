@@ -189,4 +189,5 @@ def test_the_base_lm_stage_logs_the_same_for_two_processes_as_for_one(tiny_run, 
     (one,), (two,) = (rows(tmp_path / name, "val/nll") for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-6)
     ((one, *_), (two, *_)) = (rows(tmp_path / name, "train/nll") for name in ("one", "two"))
-    assert two["train/tokens"] == 2 * one["train/tokens"] and two["train/nll"] != one["train/nll"]
+    assert two["train/tokens"] == one["train/tokens"]  # a step has the same documents
+    assert two["train/nll"] != one["train/nll"]

@@ -23,6 +23,7 @@ def short(tiny_run, tmp_path):
 @pytest.mark.slow
 def test_overfit_takes_the_same_batches_over_and_over(short, tmp_path):
     still = ["stage.muon_lr=0", "stage.adamw_lr=0", "+stage.config.attention_dropout=0", "preset.steps=6"]
+    still.append("preset.warmup=1")
     settings = [o for o in short if "attention_dropout" not in o]
     assert run([*settings, *still, "debug=overfit"]) == 0
     losses = values(tmp_path / "a", "train/nll")
