@@ -51,14 +51,16 @@ def run(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on" if sweep.begun() else "interrupted before anything was saved")
         _code = INTERRUPTED
-    except OSError as error:  # Hydra makes the folder of a run, before anything of ours is asked
-        full = error.errno in FULL
-        place = "disk" if full else "place"
-        _say(f"{error.filename} cannot be written ({error.strerror}); set folder=... to another {place}")
-        _code = FAILED if full or sweep.jobs_begun() else MISTAKE
     except Exception as error:
-        _say(composition_message(error, overrides))
-        _code = FAILED if sweep.jobs_begun() else MISTAKE
+        # Hydra makes the folder of a run before anything of ours is asked; its own errors are OSErrors too, of no file.
+        if isinstance(error, OSError) and error.filename:
+            full = error.errno in FULL
+            place = "disk" if full else "place"
+            _say(f"{error.filename} cannot be written ({error.strerror}); set folder=... to another {place}")
+            _code = FAILED if full or sweep.jobs_begun() else MISTAKE
+        else:
+            _say(composition_message(error, overrides))
+            _code = FAILED if sweep.jobs_begun() else MISTAKE
     finally:
         sys.argv = before
         GlobalHydra.instance().clear()
