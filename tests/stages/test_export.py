@@ -35,6 +35,7 @@ def exported(request, joint_settings, tmp_path_factory):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_plain_transformers_load_it_and_the_logits_are_those_of_the_merged_model(exported):
     run_folder, out = exported
     stage, _ = load_run(run_folder)
@@ -53,6 +54,7 @@ def test_plain_transformers_load_it_and_the_logits_are_those_of_the_merged_model
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_parts_lie_beside_it_and_the_manifest_says_what_they_are(exported):
     run_folder, out = exported
     stage, _ = load_run(run_folder)
@@ -68,6 +70,7 @@ def test_the_parts_lie_beside_it_and_the_manifest_says_what_they_are(exported):
     assert {"model.safetensors", "gistnet/model.safetensors", "lensnet/model.safetensors"} <= set(manifest["files"])
 
 
+@pytest.mark.slow
 def test_an_export_takes_the_place_of_another_and_of_nothing_else(exported, tmp_path, capsys):
     run_folder, out = exported
     assert main([str(run_folder), str(out)]) == 0

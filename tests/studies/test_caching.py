@@ -130,6 +130,7 @@ def test_without_a_run_and_a_base_it_is_the_gistnet_that_ships_with_the_embedded
         (["--drift", "much"], "--drift=much"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_are_told_in_one_message(trained_runs, texts, arguments, named, capsys):
     assert main([str(trained_runs[0]), "--path", str(texts), *arguments]) == 2
     error = capsys.readouterr().err

@@ -66,6 +66,7 @@ def test_the_command_measures_runs_and_controls(trained_runs, texts, capsys):
         (["--tokens", "40", "--recency", "16", "--segment", "16"], "--tokens=40"),
     ],
 )
+@pytest.mark.slow
 def test_a_setting_that_is_not_allowed_is_named(given, named, trained_runs, capsys):
     assert main([str(trained_runs[0]), *given]) == 2
     assert named in capsys.readouterr().err
