@@ -4,8 +4,6 @@ A document opens with BOS. A long text is cut into consecutive documents that sh
 split; the split is by hash of the source text, never by window. Ids stay on disk, memory-mapped, until they are read.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -16,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megactx.framework.files import replacing
+
 from .encoding import BATCH, Encoder
 from .tokenizer import bos_id, tokenizer_hash
 
@@ -25,16 +25,12 @@ TRAIN, VALIDATION = "train", "validation"
 VALIDATION_PERCENT = 10
 SAY_EVERY = 10.0  # seconds, while a corpus is tokenised
 ROWS = 1000  # of a batch on disk, at most
-STALE = 60.0  # seconds from which on a temporary file that nobody holds is what a killed process has left
+ELSEWHERE = "set MEGACTX_CACHE to another folder; what was tokenised before is kept"
 
 
 def cache_folder() -> Path:
     """Where tokenised corpora are kept: ``$MEGACTX_CACHE``, or ``~/.cache/megactx``."""
     return Path(os.environ.get("MEGACTX_CACHE", "~/.cache/megactx")).expanduser()
-
-
-class CacheFailed(OSError):
-    """The cache cannot be written: its disk is full, or it may not be written. The message says where."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,8 @@ def tokenised(source, tokenizer):
         ``datasets.Dataset`` with ``input_ids`` (list of int32, without BOS), ``domain``, ``source``, ``split``.
 
     Raises:
-        ValueError: there are no documents.
-        CacheFailed: the cache cannot be written.
+        ValueError: there are no documents, or the cache may not be written.
+        RunFailed: the disk of the cache is full.
     """
     from datasets import Dataset, concatenate_datasets
 
@@ -85,7 +81,6 @@ def tokenised(source, tokenizer):
     paths = [cache_folder() / f"{_key(part.fingerprint, own)}.arrow" for part in parts]
     missing = [(part, path) for part, path in zip(parts, paths, strict=True) if not path.exists()]
     if missing:
-        clear_stale()
         encoder, told = Encoder(tokenizer), _Told(len(missing))
         for part, path in missing:
             _write(part.documents(), path, encoder, told)
@@ -107,7 +102,7 @@ def _write(documents: Iterable[dict], path: Path, encoder: Encoder, told: "_Told
 
     strings = ("domain", "source", "split")
     features = Features({name: Value("string") for name in strings} | {"input_ids": List(Value("int32"))})
-    with cache_file(path) as file:
+    with replacing(path, ELSEWHERE) as part, part.open("wb") as file:
         writer = pa.ipc.new_stream(file, features.arrow_schema)
         for rows in _batches(documents):
             columns = {name: [row[name] for row in rows] for name in ("text", "domain", "source")}
@@ -122,11 +117,9 @@ def _write(documents: Iterable[dict], path: Path, encoder: Encoder, told: "_Told
             values = ids[0] if len(ids) == 1 else np.concatenate(ids)
             lists = pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(values))
             arrays = [pa.array(columns[name], pa.string()) for name in strings]
-            with cache_errors(path):
-                writer.write_batch(pa.record_batch([*arrays, lists], schema=features.arrow_schema))
+            writer.write_batch(pa.record_batch([*arrays, lists], schema=features.arrow_schema))
             told.more(sum(map(len, texts)))
-        with cache_errors(path):
-            writer.close()
+        writer.close()
 
 
 def _batches(documents: Iterable[dict]) -> Iterator[list[dict]]:
@@ -163,52 +156,6 @@ class _Told:
     def _so_far(self, now: float) -> str:
         millions, seconds = self.characters / 1e6, now - self.began
         return f"{millions:.1f} million characters in {seconds:.0f} s ({millions / max(seconds, 1e-9):.1f} per second)"
-
-
-@contextlib.contextmanager
-def cache_file(path: Path):
-    """A binary file to write, which takes the place of ``path`` if the block ends without an error.
-
-    Raises:
-        CacheFailed: it cannot be written.
-    """
-    part = path.with_name(f"{path.stem}.{os.getpid()}.part")
-    with cache_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = part.open("wb")
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks: then nobody clears up behind a kill
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield file
-        with cache_errors(path):
-            file.flush()
-            os.replace(part, path)
-    finally:
-        with contextlib.suppress(OSError):
-            file.close()
-        part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def cache_errors(path: Path):
-    try:
-        yield
-    except OSError as error:
-        raise CacheFailed(
-            error.errno,
-            f"{path.parent}: the cache of tokenised texts cannot be written"
-            f" ({os.strerror(error.errno) if error.errno else error}); what was tokenised before is kept. Make room"
-            " there, or set MEGACTX_CACHE to another folder",
-        ) from error
-
-
-def clear_stale() -> None:
-    """Remove temporary files that killed processes have left in the cache: those that no process holds."""
-    for part in cache_folder().glob("*.part"):
-        with contextlib.suppress(OSError), part.open("rb") as file:
-            if time.time() - part.stat().st_mtime > STALE:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                part.unlink()
 
 
 def split_of(text: str) -> str:

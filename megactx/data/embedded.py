@@ -16,10 +16,10 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megactx.framework.files import replacing
+from megactx.framework.files import IN_RUN, replacing
 
 from . import renderings
-from .documents import cache_errors, cache_folder
+from .documents import ELSEWHERE, cache_folder
 from .files import CODE, NARRATIVE, STRUCTURED
 
 STANDARD_LIBRARY = "python"
@@ -90,8 +90,7 @@ class Embedded:
         """-> ``datasets.Dataset`` with string columns ``text``, ``domain``, ``source``."""
         from datasets import Dataset
 
-        with cache_errors(self._kept_list):
-            self.write_list(self._kept_list)
+        self.write_list(self._kept_list, ELSEWHERE)
         return Dataset.from_list(self._corpus.documents)
 
     def files(self) -> list[tuple[str, str]]:
@@ -101,11 +100,11 @@ class Embedded:
             return [(path, digest) for digest, path in (line.split("  ", 1) for line in lines)]
         return self._corpus.files
 
-    def write_list(self, path: str | Path) -> None:
-        """Write ``files()`` in the format of ``sha256sum``."""
+    def write_list(self, path: str | Path, remedy: str = IN_RUN) -> None:
+        """Write ``files()`` in the format of ``sha256sum``; ``remedy`` is what to do where that cannot be."""
         path = Path(path)
         lines = "".join(f"{digest}  {name}\n" for name, digest in self.files())
-        with replacing(path) as part:
+        with replacing(path, remedy) as part:
             part.write_text(lines, encoding="utf-8")
 
     @property

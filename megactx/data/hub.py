@@ -8,7 +8,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .documents import CacheFailed, Part, as_dataset
+from megactx.framework.errors import RunFailed
+
+from .documents import Part, as_dataset
 from .files import NARRATIVE, check_domain
 
 log = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class Hub:
 
         Raises:
             ValueError: the data set cannot be reached or read, has no such column, or no long enough text.
-            CacheFailed: there is no room for what is downloaded.
+            RunFailed: there is no room for what is downloaded.
         """
         where, count = f"data.name={self.name} (subset={self.subset}, split={self.split})", 0
         local = self._local()
@@ -100,8 +102,7 @@ class Hub:
                     f"data.text_column={self.text_column}: {where} has {columns}, no such column"
                 ) from error
             if (full := _full(error)) is not None:
-                raise CacheFailed(
-                    full.errno,
+                raise RunFailed(
                     f"{where}: there is no room for it in the cache of data sets ({full}). Make room there, or set"
                     " HF_HOME to another folder, or data.streaming=true",
                 ) from error

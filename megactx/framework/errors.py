@@ -46,8 +46,6 @@ def verdict(error: BaseException) -> tuple[int, str]:
             "out of memory. Make preset.batch smaller (preset.accumulate makes up for it), or preset.spans, or"
             f" preset.max_tokens ({text.splitlines()[0]})"
         )
-    if type(error).__name__ == "CacheFailed":  # of the data, which says where and what to do
-        return FAILED, error.strerror
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return FAILED, f"the disk is full or a file may not grow: set folder=... to a place with room ({text})"
     if type(error).__module__.startswith("wandb.") and type(error).__name__ in ("UsageError", "AuthenticationError"):

@@ -38,11 +38,7 @@ class Muon(torch.optim.Muon):
     """
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:
         for group in self.param_groups:
             weights, grads, momenta = [], [], []
             self._init_group(group, weights, grads, momenta)
@@ -60,7 +56,6 @@ class Muon(torch.optim.Muon):
                     weight.mul_(1 - group["lr"] * group["weight_decay"])
                     scale = math.sqrt(max(1, rows / columns))  # torch's default, adjust_lr_fn="original"
                     weight.add_(update.mT if tall else update, alpha=-group["lr"] * scale)
-        return loss
 
 
 class MuonWithAdamW(torch.optim.Optimizer):

@@ -113,10 +113,9 @@ def _timed(cfg: DictConfig, device, given: set[str]) -> dict[str, int]:
     for key in PACED:
         if key not in given:
             found[key] = max(1, round(OmegaConf.select(cfg, key) * steps / most))
-    most_of = f" ({most} at most)" if steps == most else ""
     print(
         f"preset.minutes={cfg.preset.minutes:g}: a step takes {step:.2f} s here, a validation {check:.1f} s: so"
-        f" preset.steps={steps}{most_of}\n",
+        f" preset.steps={steps}, of {most} at most; preset.minutes=null takes all of them\n",
         flush=True,
     )
     return found

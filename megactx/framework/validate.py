@@ -341,9 +341,8 @@ def _lengths(tree: dict, problems: list[str]) -> None:
             f"trainer.max_steps={most}: the learning rate's schedule runs over {schedule} steps; set preset.steps,"
             " which is for both"
         )
-    looked_at = HydraConfig.initialized() and HydraConfig.get().runtime.choices.get(
-        "debug"
-    )  # a look, whose best is none
+    # With a debug option nobody asks for the best of the run.
+    looked_at = HydraConfig.initialized() and HydraConfig.get().runtime.choices.get("debug")
     if steps and every and every > steps and _at(tree, "trainer.limit_val_batches") != 0 and not looked_at:
         problems.append(
             f"preset.validate_every={every} is beyond preset.steps={steps}, so there would be no validation and no best"

@@ -160,8 +160,8 @@ class GistStage(lightning.LightningModule):
         mean = {"lengths": torch.full((batch,), tokens), "starts": starts}
         if data["level2_spans"]:
             mean["starts2"] = starts[:, : data["level2_spans"]]
-        if (history := data["history"]) and (history["weight"] or history["recall"]):
-            mean["segments"] = torch.full((batch, history["segments"]), tokens // 2)
+        if history_is_on(data["history"]):
+            mean["segments"] = torch.full((batch, data["history"]["segments"]), tokens // 2)
         return float(Work.of(self)(mean)) * preset["accumulate"] * self.hparams.max_steps
 
     def on_fit_start(self) -> None:

@@ -17,7 +17,8 @@ from megactx.data.documents import TRAIN, VALIDATION, Part, cut, length_of, spli
 from megactx.data.encoding import Encoder
 from megactx.data.pretraining import PretrainingBatches
 from megactx.data.tokenizer import bos_id, load_tokenizer, tokenizer_hash, train_tokenizer
-from megactx.framework.errors import verdict
+from megactx.framework.errors import RunFailed, verdict
+from megactx.framework.files import PART
 
 
 class Texts:
@@ -92,7 +93,7 @@ def test_a_full_disk_is_told_as_a_failed_run_with_the_place_and_leaves_no_tempor
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        with pytest.raises(OSError) as failed:
+        with pytest.raises(RunFailed) as failed:
             tokenised(Texts(["some words " * 20_000], "full"), tiny_tokenizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -101,26 +102,30 @@ def test_a_full_disk_is_told_as_a_failed_run_with_the_place_and_leaves_no_tempor
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_cache_that_may_not_be_written_is_told_as_a_failed_run_with_the_place(tiny_tokenizer, tmp_path, monkeypatch):
+def test_a_cache_that_may_not_be_written_is_told_as_a_mistake_with_the_place(tiny_tokenizer, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("MEGACTX_CACHE", str(tmp_path / "file"))
-    with pytest.raises(OSError) as failed:
+    with pytest.raises(ValueError) as failed:
         tokenised(Texts(["some words"], "nowhere"), tiny_tokenizer)
     code, message = verdict(failed.value)
-    assert code == 3 and str(tmp_path / "file") in message
+    assert code == 2 and str(tmp_path / "file") in message and "MEGACTX_CACHE" in message
 
 
 def test_the_next_start_removes_what_killed_ones_have_left_and_nothing_that_is_in_use(
     tiny_tokenizer, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("MEGACTX_CACHE", str(tmp_path))
-    for name in ("left.1.part", "held.2.part"):
-        (tmp_path / name).write_bytes(b"half")
-        os.utime(tmp_path / name, (0, 0))
-    with (tmp_path / "held.2.part").open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    left, held = tmp_path / f"{PART}left", tmp_path / f"{PART}held"
+    for folder in (left, held):
+        folder.mkdir()
+        (folder / "corpus.arrow").write_bytes(b"half")
+    handle = os.open(held, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         tokenised(Texts(["anything"], "stale"), tiny_tokenizer)
-        assert sorted(path.name for path in tmp_path.glob("*.part")) == ["held.2.part"]
+        assert held.exists() and not left.exists()
+    finally:
+        os.close(handle)
 
 
 def tokenizers(tiny):
@@ -251,7 +256,8 @@ def test_a_write_that_was_killed_is_not_taken_for_a_cache(tiny_tokenizer, tmp_pa
     tokenised(source, tiny_tokenizer)
     (final,) = tmp_path.iterdir()
     final.write_bytes(final.read_bytes()[:100])
-    final.rename(final.with_suffix(".12345.part"))
+    (tmp_path / f"{PART}killed").mkdir()
+    final.rename(tmp_path / f"{PART}killed" / final.name)
     assert len(tokenised(source, tiny_tokenizer)) == 2
 
 

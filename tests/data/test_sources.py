@@ -13,7 +13,7 @@ from megactx.data.embedded import Embedded
 from megactx.data.files import DOMAINS, Files
 from megactx.data.hub import Hub
 from megactx.data.mixture import Mixture
-from megactx.framework.errors import verdict
+from megactx.framework.errors import RunFailed, verdict
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 
@@ -185,7 +185,7 @@ def test_a_full_disk_under_a_hub_source_is_told_as_a_failed_run(folder, monkeypa
             raise RuntimeError("An error occurred while generating the dataset") from error
 
     monkeypatch.setattr("datasets.load_dataset", full)
-    with pytest.raises(OSError) as failed:
+    with pytest.raises(RunFailed) as failed:
         Hub(folder, text_column="content").load()
     code, message = verdict(failed.value)
     assert code == 3 and "/data/cache" in message and "HF_HOME" in message
