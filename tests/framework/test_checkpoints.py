@@ -244,3 +244,14 @@ def test_where_steps_take_long_there_is_a_checkpoint_between_the_due_ones(tmp_pa
         fit(tmp_path, Net(), seen)
         assert seen.there[:3] == there
         shutil.rmtree(tmp_path / "checkpoints")
+
+
+def test_without_a_terminal_a_line_at_a_validation_shows_what_that_validation_found(tmp_path, capsys):
+    class Shown(Net):
+        def validation_step(self, batch, batch_index):
+            self.log("val/loss", self.val[self.global_step // 2 - 1], prog_bar=True)
+
+    fit(tmp_path, Shown(), Progress(every=25))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.partition(" ")[2].partition("/")[0] for line in lines] == ["2", "4", "6", "8"]
+    assert [f"val/loss {value:.3f}" in line for line, value in zip(lines, Shown().val, strict=True)] == [True] * 4
