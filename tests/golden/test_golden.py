@@ -15,8 +15,8 @@ import torch
 from cases import PRECISIONS, RUNS, machine, session, trained, world
 
 HERE = Path(__file__).parent
-# On another kind of machine sums have another order. Relative, absolute below 1: of losses, and of what divides by small
-# differences or follows gradients. bf16 rounds differently there from the first step on.
+# On another kind of machine sums have another order. Both are relative, and absolute below 1: of losses, and of what
+# divides by small differences or follows gradients. bf16 rounds differently there from the first step on.
 LOSSES, ELSEWHERE = 1e-6, 1e-3
 
 
