@@ -92,7 +92,7 @@ def bench_carrier(stage: GistStage, name: str, net: nn.Module) -> dict:
 
             def step():
                 optimizer.zero_grad()
-                stage.substitution_loss(batch)[0].sum().backward()
+                stage.losses[0].per_net(stage.context(batch))[0].sum().backward()
                 optimizer.step()
 
             out["spans_per_second"] = DOCUMENTS * SPANS / seconds(step)[0]

@@ -68,6 +68,11 @@ class Compressor(nn.Module):
         self.block_size, self.position = block_size, position
 
     @property
+    def levels(self) -> int:
+        """Sets of weights: 1, or one for each level of gists."""
+        return 1
+
+    @property
     def offset(self) -> int:
         """Position of a carrier relative to its block's start."""
         return self.offset_in(self.block_size)

@@ -115,6 +115,10 @@ class GistNet(Compressor):
         same = (width, embedding_rms, block_size, type, layers, num_heads, pooling, head, skip, position, dropout)
         self.above = nn.ModuleList(GistNet(*same) for _ in range(levels - 1))
 
+    @property
+    def levels(self) -> int:
+        return 1 + len(self.above)
+
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -276,10 +280,10 @@ class GistNet(Compressor):
         Returns:
             ``(gists [B, D], terms)`` with ``terms["contrastive"]`` where neighbours are given.
         """
-        from .losses import contrastive
+        from .losses.contrastive import pushed_apart
 
         gists = self.encode_span(embeddings)
         terms = {}
         if neighbours is not None:
-            terms["contrastive"] = contrastive(gists[: len(neighbours)], self.encode_span(neighbours), margin)
+            terms["contrastive"] = pushed_apart(gists[: len(neighbours)], self.encode_span(neighbours), margin)
         return gists, terms

@@ -30,6 +30,7 @@ class Stage(lightning.LightningModule):
         timed          ``preset.minutes`` may decide how many steps there are: they are all alike
         in_curriculum  it can be one of several that ``curriculum=[...]`` runs, each from the last
         one_process    it cannot be trained by several processes
+        train_base     what of the base LM learns: ``frozen``, ``lora`` or ``full``
         shorter        what makes its training short, for the line that says how long it takes
     """
 
@@ -38,9 +39,11 @@ class Stage(lightning.LightningModule):
     timed = False
     in_curriculum = False
     one_process = False
+    train_base = "frozen"
     shorter = "preset=demo is a matter of minutes"
     base: BaseLM
     half = False  # trained in bf16
+    betas = (0.9, 0.999)  # of AdamW
 
     # What a stage says of itself
 
@@ -51,7 +54,7 @@ class Stage(lightning.LightningModule):
     def factor(self, step: int, group: dict) -> float:
         """Of the peak learning rate of a group at an optimizer step: warm-up and cosine over ``max_steps``."""
         h = self.hparams
-        return warmup_cosine(step, h.warmup, h.max_steps, min(1.0, h.min_lr / (group["lr"] or 1.0)))
+        return warmup_cosine(step, h.warmup, h.max_steps, h.min_lr / h.lr)
 
     @property
     def parts(self) -> dict[str, list[nn.Parameter]]:
@@ -100,8 +103,12 @@ class Stage(lightning.LightningModule):
         raise NotImplementedError
 
     def amounts(self, batch) -> dict[str, Tensor | int]:
-        """What a batch is in ``tokens``, ``documents`` and ``spans``, for the speed."""
-        raise NotImplementedError
+        """What a batch is in ``tokens``, ``documents`` and ``spans``, for the speed; empty where it is none of these."""
+        return {}
+
+    def loss_settings(self, name: str) -> dict:
+        """Of a loss of this stage; empty where it has none of that name."""
+        return {}
 
     def session_parts(self) -> tuple[nn.Module | None, nn.Module | None]:
         """The GistNet and the LensNet that a session with these models reads with, ``None`` where there is none."""
@@ -109,19 +116,20 @@ class Stage(lightning.LightningModule):
 
     # What all of them do
 
-    def take_base(self, base: dict) -> dict:
-        """Load the frozen base LM; -> its settings, with an absolute path: a checkpoint then loads from any folder."""
-        base = base | {"name": portable(base["name"])}
+    def take_base(self, base: dict) -> None:
+        """Load the frozen base LM: ``name`` and ``dtype``."""
         self.base = BaseLM.from_pretrained(**base).freeze()
-        self.base_record = record_of(self.base, base["name"])
-        return base
+        self.base_record = record_of(self.base, base["name"])  # as it is before it learns
 
     def setup(self, stage: str) -> None:
-        """Give the base its precision; a frozen one needs no fp32 master weights, whose casts would be repeated."""
         if self.one_process and self.trainer.world_size > 1:
             raise ValueError(f"trainer.devices={self.trainer.world_size}: this stage trains in one process")
         self.half = str(self.trainer.precision).startswith("bf16")
-        self.base.to(torch.bfloat16 if self.half else torch.float32)
+        self.set_dtype(torch.bfloat16 if self.half else torch.float32)
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Of the base: a frozen one needs no fp32 master weights, whose casts would be repeated at every call."""
+        self.base.to(dtype)
 
     def fit_data(self, datamodule, block_size: int, horizon: int | None = None) -> None:
         """Tell the data how many positions the base has, and the reader what sessions with such a base can do.
@@ -146,8 +154,6 @@ class Stage(lightning.LightningModule):
         factors = [lambda step, group=dict(group): self.factor(step, group) for group in optimizer.param_groups]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    betas = (0.9, 0.999)  # of AdamW
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         for parameters in self.parts.values():
@@ -175,6 +181,10 @@ class Stage(lightning.LightningModule):
 
 
 def portable(name: str) -> str:
-    """A name or path of trained weights that means the same from any folder: assets and absolute paths stay."""
-    name = str(name)
-    return name if name.startswith("asset:") else resolve(name)
+    """A base LM's name that means the same from any folder, as a checkpoint may be loaded from any."""
+    return name if str(name).startswith("asset:") else resolve(name)
+
+
+def portable_part(path: str | None) -> str | None:
+    """The same of a trained GistNet or LensNet, which may be a checkpoint."""
+    return path if path is None or path.startswith("asset:") else str(Path(path).expanduser().absolute())
