@@ -103,7 +103,7 @@ class Stage(lightning.LightningModule):
         raise NotImplementedError
 
     def amounts(self, batch) -> dict[str, Tensor | int]:
-        """What a batch is in ``tokens``, ``documents`` and ``spans``, for the speed; empty where it is none of these."""
+        """What a batch is in ``tokens``, ``documents`` and ``spans``, for the speed; empty where in none of these."""
         return {}
 
     def loss_settings(self, name: str) -> dict:
