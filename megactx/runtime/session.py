@@ -160,8 +160,9 @@ class Session:
             folder: ``None``: where it was saved or loaded last.
 
         Raises:
-            ValueError: no folder, one that holds something else, or is in use by another process; a session with
-                ``megacontext=none``.
+            ValueError: no folder, one that holds something else, cannot be written, or is in use by another process; a
+                session with ``megacontext=none``.
+            RunFailed: the disk is full. The session still holds the folder that it held, where what was saved is whole.
         """
         if isinstance(self.stream, Stock):
             raise ValueError("megacontext=none keeps no tree, so its sessions cannot be saved")
@@ -171,9 +172,15 @@ class Session:
         if self.folder is None or folder.resolve() != self.folder.resolve():
             session_files.check_free(folder)
             lock = Lock(folder)
+            try:
+                session_files.save(self.stream, folder, self.about)
+            except BaseException:  # the session stays where it was
+                lock.release()
+                raise
             self.close()
             self.folder, self._lock = folder, lock
-        session_files.save(self.stream, folder, self.about)
+        else:
+            session_files.save(self.stream, folder, self.about)
         return folder
 
     @classmethod

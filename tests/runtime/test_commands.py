@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megactx.framework.errors import RunFailed
 from megactx.runtime import Controller, Session, Settings, chat, generate, ingest, load_models
 from megactx.runtime.session_files import MANIFEST
 
@@ -289,6 +290,59 @@ def test_load_of_the_folder_that_the_talk_is_in_says_so_and_goes_on(own, tmp_pat
     assert chat.main(["--session", str(folder), *own]) == 0
     told = capsys.readouterr().out
     assert f"the talk is in {folder} already" in told and "in use by" not in told
+
+
+def test_a_talk_goes_on_where_a_full_disk_refused_its_save(own, typed, disk, tmp_path, capsys):
+    folder, place = tmp_path / "kept", disk("8k")
+    typed(f"hello\n/save {place / 'small'}\nagain\n/quit\n")
+    assert chat.main(["--session", str(folder), "--tokens", "3", *own]) == 0
+    told = capsys.readouterr().out
+    assert f"({place / 'small'}" in told and "full" in told
+    assert not list(place.rglob("data-*"))
+    with Session.load(folder, Controller(load_models(own[1], "cpu"), Settings(budget=400))) as session:
+        assert "hello" in session.text() and "again" in session.text()
+
+
+@pytest.mark.parametrize("command", ["generate", "ingest", "chat"])
+def test_a_session_on_a_full_disk_ends_a_command_with_one_message_and_3(own, typed, disk, tmp_path, capsys, command):
+    folder = disk("200k") / "kept"
+    folder_of(tmp_path, short__txt=TEXT, long__txt=TEXT * 400)
+    for code, name in ((0, "short.txt"), (3, "long.txt")):
+        if command == "ingest":
+            ended = ingest.main([str(tmp_path / name), str(folder), *own])
+        else:
+            text = (tmp_path / name).read_text()
+            typed(text if command == "generate" else text.replace("\n", " ") + "\n")
+            ended = {"generate": generate, "chat": chat}[command].main(
+                ["--session", str(folder), "--tokens", "2", *own]
+            )
+        err = capsys.readouterr().err
+        assert ended == code, err
+        if not code:
+            first = json.loads((folder / MANIFEST).read_text())["tokens"]
+    assert err.count("megactx: ") == 1 and str(folder) in err and "full" in err and "Traceback" not in err
+    assert len(list(folder.iterdir())) == 3  # its data, the manifest, the lock
+    with Session.load(folder, Controller(load_models(own[1], "cpu"), Settings(budget=400))) as session:
+        assert session.length == first
+
+
+def test_a_talk_that_cannot_be_saved_loads_no_other(own, typed, tmp_path, monkeypatch, capsys):
+    kept, other = tmp_path / "kept", tmp_path / "other"
+    for folder in (kept, other):
+        assert generate.main([TEXT, "--tokens", "1", "--session", str(folder), *own]) == 0
+    save, failures = Session.save, [RunFailed("the disk is full")]
+
+    def once(session, *folder):
+        if session.folder == kept and session.length > before and failures:
+            raise failures.pop()
+        return save(session, *folder)
+
+    before = json.loads((kept / MANIFEST).read_text())["tokens"]
+    monkeypatch.setattr(Session, "save", once)
+    typed(f"hello\n/load {other}\n/load {other}\n/quit\n")
+    assert chat.main(["--session", str(kept), "--tokens", "1", *own]) == 0
+    told = capsys.readouterr().out
+    assert "(the disk is full)" in told and f"loaded {other}" in told and "in use" not in told
 
 
 def test_a_long_file_says_what_was_read_and_an_empty_one_is_refused(own, tmp_path, monkeypatch, capsys):
