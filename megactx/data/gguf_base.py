@@ -1,19 +1,24 @@
 """A GGUF file as a base LM: converted once into a Hugging Face folder of the cache, loaded from there ever after.
 
+    python -m megactx.data.gguf_base FILE.gguf          now, and not when it is first used
+
 transformers reads the file with the package ``gguf``. What it would leave out or read as something else without a word
 is refused here; how such a file splits text before it is encoded is mended where transformers does not know it.
 """
 
+import argparse
 import hashlib
 import io
 import json
 import logging
 import re
+import sys
 from contextlib import redirect_stderr
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from megactx.assets import is_gguf, resolve
+from megactx.framework.command_line import run
 from megactx.framework.errors import RunFailed
 from megactx.framework.files import replacing
 
@@ -51,15 +56,19 @@ def loadable(name: str | Path | None, setting: str = "base.name") -> str:
     if not is_gguf(found):
         return found
     path, what = Path(found), f"{setting}={name}"
-    try:
-        with path.open("rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ValueError(f"{what}: the file cannot be read ({error.strerror})") from error
+    checksum = _checksum(path, what)
     folder = cache_folder() / f"gguf-{VERSION}-{checksum[:20]}"
     if not folder.is_dir():
         _convert(path, folder, checksum, what)
     return str(folder)
+
+
+def _checksum(path: Path, what: str) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{what}: the file cannot be read ({error.strerror})") from error
 
 
 def _convert(path: Path, folder: Path, checksum: str, what: str) -> None:
@@ -226,3 +235,29 @@ def _check_tokenizer(tokenizer, reader, ids: dict) -> None:
 
 def _sentence(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def convert(asked: argparse.Namespace) -> None:
+    """The command.
+
+    Raises:
+        ValueError: it is another file than it should be; and see ``loadable``.
+    """
+    found, what = resolve(asked.file, "file"), f"file={asked.file}"
+    if not is_gguf(found):
+        raise ValueError(f"{what}: it is no GGUF file, there is nothing to convert")
+    if asked.sha256 and (checksum := _checksum(Path(found), what)) != asked.sha256:
+        raise ValueError(f"{what}: its sha256 is {checksum}, wanted is {asked.sha256}")
+    print(f"{asked.file}: {loadable(asked.file, 'file')}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; -> exit code."""
+    parser = argparse.ArgumentParser(prog="python -m megactx.data.gguf_base", description=__doc__.split("\n")[0])
+    parser.add_argument("file", help="a GGUF file, a folder with one in it, or asset:smollm2")
+    parser.add_argument("--sha256", help="refuse a file with another checksum")
+    return run(convert, parser, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

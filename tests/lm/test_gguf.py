@@ -214,3 +214,40 @@ def test_a_gguf_file_of_the_cache_is_loaded_at_once(written):
     began = time.process_time()
     BaseLM.from_pretrained(path)
     assert time.process_time() - began < 2
+
+
+def test_the_command_converts_and_says_where(written, own_cache, capsys):
+    path = str(written())
+    assert gguf_base.main([path, "--sha256", "0" * 64]) == 2
+    assert "its sha256 is" in capsys.readouterr().err and not own_cache.exists()
+    assert gguf_base.main([path]) == 0
+    (folder,) = own_cache.iterdir()
+    assert str(folder) in capsys.readouterr().out
+
+
+def test_the_base_of_another_package_says_how_to_get_it(monkeypatch, capsys):
+    from megactx.framework.search_path import compose
+
+    assert compose(["base=smollm2"]).base.name == "asset:smollm2"  # composes without the file
+    monkeypatch.setattr("megactx.assets.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^base.name=asset:smollm2: it is not installed, .*\(make smollm2, or: pip"):
+        BaseLM.from_pretrained("asset:smollm2")
+
+
+@pytest.mark.slow
+def test_smollm2_is_the_model_that_people_know(monkeypatch, cache):
+    monkeypatch.setenv("MEGACTX_CACHE", str(cache))
+    try:
+        base = BaseLM.from_pretrained("asset:smollm2", "float32").freeze()
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert (base.width, base.vocab_size, base.max_positions) == (576, 49152, 8192)
+    assert base.tokenizer.tokenize("  1987") == ["ĠĠ", "1", "9", "8", "7"]
+    assert base.tokenizer.bos_token == "<|im_start|>" and base.tokenizer.eos_token == "<|im_end|>"
+    ids = torch.tensor([base.tokenizer("The capital of France is the city of", add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        found = base.logits(base(base.embed(ids), None))[0, -1].argmax()
+    assert base.tokenizer.decode(found) == " Paris"
+    began = time.process_time()
+    BaseLM.from_pretrained("asset:smollm2", "float32")
+    assert time.process_time() - began < 4  # 2 seconds of an idle core
