@@ -35,6 +35,13 @@ AS_GPT2 = ("default", "gpt-2", "phi-2", "mpt", "olmo", "jais")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # as transformers and the file say it
 SPACE = "\u2581"  # as sentencepiece writes it
+ROPE = "rope_freqs.weight"  # by how much each frequency is divided; transformers leaves it out
+LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 CONTROL = 3  # ``tokenizer.ggml.token_type`` of a special token
 
 
@@ -82,7 +89,7 @@ def _convert(path: Path, folder: Path, checksum: str, what: str) -> None:
         _check_types(gguf, reader)
         _check_fields(reader)
         ids = {name: _field(reader, f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()}
-        model = _model(path, ids)
+        model = _model(path, ids, next((t.data for t in reader.tensors if t.name == ROPE), None))
         _check_left_out(gguf, reader, model)
         tokenizer = _tokenizer(path, reader, ids)
     except (MemoryError, RunFailed):
@@ -145,7 +152,7 @@ def _check_left_out(gguf, reader, model) -> None:
         return
     kind = _field(reader, "general.architecture")
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
-    names, taken = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers), set()
+    names, taken = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers), {ROPE}
     for key in model.state_dict():
         stem, _, ending = key.rpartition(".")
         taken.add(f"{names.get_name(stem)}.{ending}")
@@ -161,7 +168,7 @@ def _alone(path: Path, folder: str) -> dict:
     return {"pretrained_model_name_or_path": folder, "gguf_file": link.name, "trust_remote_code": False}
 
 
-def _model(path: Path, ids: dict):
+def _model(path: Path, ids: dict, divided=None):
     """A plain model in fp32; one that was unpacked from blocks cannot be saved."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
@@ -180,11 +187,29 @@ def _model(path: Path, ids: dict):
         config.pop(name, None)
     # Where the file says nothing, no token is special: an architecture's defaults would end answers at any word.
     config |= {f"{name}_token_id": index for name, index in ids.items() if name != "unk"}
+    if divided is not None:
+        config["rope_parameters"] = _llama3(config, torch.tensor(divided))
     with torch.device("meta"):
-        plain = type(found)(AutoConfig.for_model(config.pop("model_type"), **config))
+        plain = type(found)(AutoConfig.for_model(**config))
     plain.load_state_dict(found.state_dict(), assign=True)
     plain.tie_weights()
     return plain
+
+
+def _llama3(config: dict, divided) -> dict:
+    """Rope parameters of Llama 3.1 and later; such a file keeps only what each frequency [d / 2] is divided by."""
+    import torch
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theta = config["rope_parameters"]["rope_theta"]
+    asked = LLAMA3 | {"rope_theta": theta, "factor": float(divided.max())}
+    trial = AutoConfig.for_model(**config | {"rope_parameters": asked})
+    found = ROPE_INIT_FUNCTIONS["llama3"](trial, "cpu")[0]
+    plain = theta ** (-torch.arange(len(found)) / len(found))
+    if divided.shape != found.shape or not (plain / found).allclose(divided, rtol=1e-3):
+        raise ValueError(f"{ROPE} is not how Llama 3 scales its rotation, and transformers leaves it out")
+    return asked
 
 
 def _tokenizer(path: Path, reader, ids: dict):

@@ -69,6 +69,21 @@ def test_an_untied_head_stays_one(tmp_path, tiny_tokenizer, source):
     assert base.model.get_input_embeddings().weight.equal(untied.get_input_embeddings().weight)
 
 
+def test_the_rotation_of_llama_3_is_put_back(tmp_path, source, tiny_tokenizer):
+    asked = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    asked |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+    config = source.config.to_dict() | {"rope_parameters": asked, "max_position_embeddings": 131072}
+    three = type(source)(type(source.config)(**config)).eval()
+    three.load_state_dict(source.state_dict())
+    divided = 500000.0 ** (-torch.arange(8) / 8) / three.model.rotary_emb.inv_freq
+    assert [round(x, 2) for x in divided.tolist()] == [1, 1, 1, 1, 2.69, 8, 8, 8]
+    base = BaseLM.from_pretrained(str(write_gguf(tmp_path / "3.gguf", three, tiny_tokenizer, divided=divided))).freeze()
+    ids = torch.arange(2, 500)[None]
+    with torch.no_grad():
+        assert torch.allclose(base.logits(base(base.embed(ids), None)), three(ids).logits, atol=1e-3)
+    refused(write_gguf(tmp_path / "odd.gguf", three, tiny_tokenizer, divided=divided + 0.5), "rope_freqs.weight is not")
+
+
 def test_the_tokenizer_is_the_files_own(written, tiny_tokenizer):
     tokenizer = BaseLM.from_pretrained(str(written(tokenizer__chat_template=TEMPLATE))).tokenizer
     for text in ("def f(x):\n    return 1987 + x", "a  12   b\t\t9", "voilà <|bos|> 你好"):
@@ -190,7 +205,7 @@ def test_a_quantisation_that_cannot_be_unpacked_is_refused_by_name(written):
 
 
 def test_an_architecture_that_nobody_knows_is_refused(written):
-    refused(written(kind_of_arch="mamba9"), "mamba9")
+    refused(written(arch="mamba9"), "mamba9")
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 
 
-def write_gguf(path: Path, model, tokenizer, kind: str = "F32", kind_of_arch: str = "llama", **fields) -> Path:
+def write_gguf(path: Path, model, tokenizer, kind: str = "F32", arch: str = "llama", divided=None, **fields) -> Path:
     """-> ``path``.
 
     Args:
         kind: of the matrices, ``F32``, ``F16`` or ``Q8_0``.
+        divided: by how much each frequency of the rotation is divided, ``None``: nothing is said of it.
         fields: written in place of what the model says, or besides it; ``None``: left out. ``__`` stands for a dot.
     """
     import gguf
@@ -30,7 +31,7 @@ def write_gguf(path: Path, model, tokenizer, kind: str = "F32", kind_of_arch: st
         "rope.dimension_count": config.hidden_size // config.num_attention_heads,
         "vocab_size": config.vocab_size,
     }
-    values = {f"{kind_of_arch}.{name}": value for name, value in values.items()}
+    values = {f"{arch}.{name}": value for name, value in values.items()}
     values |= {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
@@ -42,7 +43,7 @@ def write_gguf(path: Path, model, tokenizer, kind: str = "F32", kind_of_arch: st
         "tokenizer.chat_template": tokenizer.chat_template,
     }
     values |= {name.replace("__", "."): value for name, value in fields.items()}
-    writer = gguf.GGUFWriter(path, kind_of_arch)
+    writer = gguf.GGUFWriter(path, arch)
     for name, value in values.items():
         if isinstance(value, list):
             writer.add_array(name, value)
@@ -63,6 +64,8 @@ def write_gguf(path: Path, model, tokenizer, kind: str = "F32", kind_of_arch: st
                 array = _permuted(array, heads)
         stored = gguf.GGMLQuantizationType["F32" if array.ndim == 1 else kind]
         writer.add_tensor(f"{names.get_name(stem)}.{ending}", gguf.quantize(array, stored), raw_dtype=stored)
+    if divided is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(divided, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
