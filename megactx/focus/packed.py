@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megactx.gist import GistNet
 from megactx.gist.scoring import score
-from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
+from megactx.lm.prefill import Prefill
 from megactx.memory import WorkingContext
 
 from .rows import lay_out
@@ -83,7 +83,7 @@ def unique_windows(context: WorkingContext) -> tuple[Tensor, Tensor]:
     return first, rank.argsort()[kind]
 
 
-def encode_shown(net: GistNet, base: BaseLM, teacher: Teacher, nodes: dict[int, Tensor], recompute: bool) -> Tensor:
+def encode_shown(net: GistNet, base: BaseLM, teacher: Prefill, nodes: dict[int, Tensor], recompute: bool) -> Tensor:
     """The gists of nodes of one document, with gradient: [M, D], level by level.
 
     Args:

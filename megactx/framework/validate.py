@@ -341,7 +341,7 @@ def _lengths(tree: dict, problems: list[str]) -> None:
             f"trainer.max_steps={most}: the learning rate's schedule runs over {schedule} steps; set preset.steps,"
             " which is for both"
         )
-    # With a debug option nobody asks for the best of the run.
+    # With a debug option nobody asks for the best of the run, nor whether the learning rate gets to its peak.
     looked_at = HydraConfig.initialized() and HydraConfig.get().runtime.choices.get("debug")
     if steps and every and every > steps and _at(tree, "trainer.limit_val_batches") != 0 and not looked_at:
         problems.append(
@@ -355,7 +355,7 @@ def _lengths(tree: dict, problems: list[str]) -> None:
             f"stage.cycles x stage.steps.{n}": cycles * v for n, v in phases.items() if isinstance(v, int) and v > 0
         }
     for name, length in parts.items():
-        if warmup and length and warmup > length:
+        if warmup and length and warmup > length and not looked_at:
             problems.append(
                 f"preset.warmup={warmup} is beyond {name}={length}, so the learning rate would never reach its peak:"
                 f" {length} or less"

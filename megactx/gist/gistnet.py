@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megactx.lm.gaussian_rope import PositionSpread
+from megactx.lm.prefill import Prefill, blocks
 
 from . import heads, poolings
 from .backbone import Backbone
 from .carrier import Compressor, Vectors
 from .parts import find
-from .substitution import Teacher, blocks
 
 TYPES, SKIPS, INPUTS = ("transformer", "mean"), ("none", "last", "mean"), ("embedding", "hidden")
 
@@ -134,7 +134,7 @@ class GistNet(Compressor):
         """Standard deviation of a gist's position in tokens, a scalar; ``None`` where positions are points."""
         return self.spread(torch.tensor(level, device=self.gain.device))
 
-    def compress(self, base, teacher: Teacher, starts: Tensor, level: int = 1) -> Vectors:
+    def compress(self, base, teacher: Prefill, starts: Tensor, level: int = 1) -> Vectors:
         """Gists of the blocks at starts [B, N] of the documents that ``teacher`` has read, or of spans of K^level.
 
         Raises:
@@ -154,7 +154,7 @@ class GistNet(Compressor):
             gists = self.encode_gists(gists[:, left:], level, Seen(gists, there) if left else None)[-1]
         return Vectors(gists[:, 0].view(*starts.shape, -1), self.offset_in(k**level), self.sigma(level))
 
-    def seen(self, base, teacher: Teacher, starts: Tensor) -> Seen | None:
+    def seen(self, base, teacher: Prefill, starts: Tensor) -> Seen | None:
         """What the backbone reads of the blocks at starts [B, N]; ``None``: their embeddings and nothing else."""
         if not (self.left_context or self.needs_hidden):
             return None

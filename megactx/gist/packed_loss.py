@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from megactx.lm import BaseLM
+from megactx.lm.prefill import Prefill, blocks, rows_at
 
 from .carrier import Compressor, Slots, Vectors
 from .reading import read_carriers
 from .scoring import score
-from .substitution import Teacher, blocks, check_blocks, rows_at
+from .substitution import check_blocks
 
 SEAM = 4  # offsets right behind the block, which one vector that says how the block ended serves; then comes the body
 
@@ -21,7 +22,7 @@ SEAM = 4  # offsets right behind the block, which one vector that says how the b
 def substitution_loss(
     base: BaseLM,
     nets: Sequence[Compressor],
-    teacher: Teacher,
+    teacher: Prefill,
     starts: Tensor,
     lengths: Tensor,
     horizon: int,

@@ -29,8 +29,8 @@ from megactx.gist.losses import contrastive
 from megactx.gist.packed_loss import substitution_loss
 from megactx.gist.recall import full, mixed
 from megactx.gist.scoring import OBJECTIVES, score
-from megactx.gist.substitution import Teacher, blocks, teach
 from megactx.lm import BaseLM
+from megactx.lm.prefill import Prefill, blocks, prefill
 
 from .gist_nets import build_nets, optimizer_of, refuse_without_vectors, take_weights
 from .gist_report import report
@@ -174,26 +174,26 @@ class GistStage(lightning.LightningModule):
         need = in_words(footprint(self.base, self.nets.values(), *shape, self.device.type, history))
         log.info("Memory of a step with %d documents of %d tokens: %s", data.batch, data.max_tokens, need)
 
-    def substitution_loss(self, batch: dict, level: int = 1, teacher: Teacher | None = None):
+    def substitution_loss(self, batch: dict, level: int = 1, teacher: Prefill | None = None):
         """-> (loss per net [C], dNLL per net [C], carriers) over sampled blocks of a batch, or spans of K^2 tokens.
 
         Args:
             level: 1, blocks and their carriers; 2, spans and the gists of their gists.
             teacher: of these documents, where there is one already.
         """
-        teacher = teacher or teach(self.base, batch["ids"], self.with_states)
+        teacher = teacher or prefill(self.base, batch["ids"], self.with_states)
         starts, asked = batch["starts" if level == 1 else "starts2"], self.hparams
         nets, sizes = list(self.nets.values()), (batch["lengths"], asked.horizon, asked.objective)
         return substitution_loss(self.base, nets, teacher, starts, *sizes, level, asked.seam_weight)
 
-    def old_carriers(self, batch: dict, teacher: Teacher) -> list[Vectors | Slots]:
+    def old_carriers(self, batch: dict, teacher: Prefill) -> list[Vectors | Slots]:
         """Of each net: carriers of all blocks that a segment sees compressed. History and recall read the same ones."""
         starts, asked = batch["segments"], self.hparams.history
         check_segments(starts, batch["lengths"], self.main.block_size, asked["segment"], asked["recency"])
         old = old_blocks(starts, self.main.block_size, asked["recency"])
         return [net.compress(self.base, teacher, old) for net in self.nets.values()]
 
-    def history_loss(self, batch: dict, teacher: Teacher, carriers: list[Vectors | Slots] | None = None):
+    def history_loss(self, batch: dict, teacher: Prefill, carriers: list[Vectors | Slots] | None = None):
         """-> (loss per net [C], dNLL per net [C]) over segments behind compressed histories.
 
         Args:
@@ -212,7 +212,7 @@ class GistStage(lightning.LightningModule):
         )
         return loss.mean(dim=1), (numbers["nll"] - numbers["full"]).mean(dim=1)
 
-    def recall_loss(self, batch: dict, teacher: Teacher, carriers: list[Vectors | Slots] | None = None):
+    def recall_loss(self, batch: dict, teacher: Prefill, carriers: list[Vectors | Slots] | None = None):
         """-> dNLL per net [C] of old blocks that come back, each in tokens among gists; with gradient.
 
         Not the KL from the full context, which has more text that could go on, and so copies less surely.
@@ -226,7 +226,7 @@ class GistStage(lightning.LightningModule):
         return score(self.base, hidden.flatten(1, 3), known, again, "delta_nll")[0].mean(dim=1)
 
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
-        teacher = teach(self.base, batch["ids"], self.with_states)
+        teacher = prefill(self.base, batch["ids"], self.with_states)
         weight = self.hparams.history["weight"] if self.hparams.history else 0.0
         total = 0.0
         if weight < 1:
@@ -277,7 +277,7 @@ class GistStage(lightning.LightningModule):
                 " block, a block and its right neighbour; set it to 0, or data.min_tokens higher, or give longer texts"
             )
 
-    def _contrastive(self, batch: dict, teacher: Teacher, gists: Tensor) -> Tensor:
+    def _contrastive(self, batch: dict, teacher: Prefill, gists: Tensor) -> Tensor:
         block = self.main.block_size
         right = batch["starts"] + block
         paired = right + block <= batch["lengths"][:, None]

@@ -19,9 +19,9 @@ from megactx.evaluation.focus import focused
 from megactx.focus.values import continuation_nll
 from megactx.focus.variants import same_rows
 from megactx.gist.scoring import OBJECTIVES, nll
-from megactx.gist.substitution import Teacher, teach, unread
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapt, adapters_of, switched_off
+from megactx.lm.prefill import Prefill, prefill, unread
 
 from .joint_parts import TRAIN_BASE, kept_of_base, lensnet_of, take_parts
 from .joint_report import report
@@ -199,18 +199,18 @@ class JointStage(lightning.LightningModule):
                 parameter.data = parameter.data.float()
         self.data = self.trainer.datamodule
 
-    def teacher(self, ids: Tensor) -> Teacher:
+    def teacher(self, ids: Tensor) -> Prefill:
         """Documents ids [B, T]: what the base LM caches of them now, and the untouched one's hidden states."""
         with self.original() as original:
-            first = teach(original, ids, self.gistnet.needs_hidden)
+            first = prefill(original, ids, self.gistnet.needs_hidden)
         if not adapters_of(self.base) and not self._reference:
             return first
-        now = teach(self.base, ids, self.gistnet.needs_hidden)
-        return Teacher(ids, first.hidden, now.cache, now.states)
+        now = prefill(self.base, ids, self.gistnet.needs_hidden)
+        return Prefill(ids, first.hidden, now.cache, now.states)
 
-    def document(self, ids: Tensor) -> Teacher:
+    def document(self, ids: Tensor) -> Prefill:
         """A document ids [1, C] as far as GistNet needs it."""
-        return teach(self.base, ids, with_states=True) if self.gistnet.needs_hidden else unread(ids)
+        return prefill(self.base, ids, with_states=True) if self.gistnet.needs_hidden else unread(ids)
 
     def full(self, ids: Tensor, cursor: int) -> Tensor:
         """What the untouched base LM makes of ids [1, T + H] at cursor T, over the full context: hidden [H, D]."""

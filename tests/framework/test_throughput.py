@@ -9,8 +9,9 @@ from megactx.framework import throughput
 from megactx.framework.throughput import Throughput, Work, peak
 from megactx.gist import GistNet
 from megactx.gist.scoring import score
-from megactx.gist.substitution import blocks, rows_at, substituted, teach
+from megactx.gist.substitution import substituted
 from megactx.lm import BaseLM
+from megactx.lm.prefill import blocks, prefill, rows_at
 
 
 class Clock:
@@ -173,7 +174,7 @@ def test_the_formula_for_gists_is_what_the_passes_do_apart_from_attention(base):
     nets = nn.ModuleDict({name: GistNet(64, 1.0, type="mean", head="linear", skip="none") for name in ("a", "b")})
     ids, starts = torch.randint(512, (2, 256)), torch.tensor([[32, 96, 160]]).expand(2, -1)
     with Products() as counter:
-        teacher = teach(base, ids)
+        teacher = prefill(base, ids)
         vectors = base.embed(blocks(ids, starts, 32)).flatten(0, 1)
         gists = torch.stack([net.encode_span(vectors).view(2, 3, -1) for net in nets.values()])
         hidden = substituted(base, teacher, starts, gists, [16, 16], 32, 32)

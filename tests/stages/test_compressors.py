@@ -9,7 +9,7 @@ from torch.utils.data import default_convert
 
 from megactx.framework.app import run
 from megactx.framework.search_path import compose
-from megactx.gist.substitution import teach
+from megactx.lm.prefill import prefill
 from megactx.stages.gist import GistStage
 
 SHORT = ["block_size=8", "stage.evaluate.copies=0"]
@@ -73,7 +73,7 @@ def test_a_block_that_comes_back_has_its_weight_in_the_loss_and_reaches_the_gist
     assert parts[0.0] != parts[1.0]
     torch.testing.assert_close(parts[0.5], (parts[0.0] + parts[1.0]) / 2, rtol=1e-4, atol=1e-6)
     stage.zero_grad()
-    stage.recall_loss(batch, teach(stage.base, batch["ids"])).sum().backward()
+    stage.recall_loss(batch, prefill(stage.base, batch["ids"])).sum().backward()
     assert all(p.grad is not None for name, p in stage.main.named_parameters() if "backbone" not in name)
 
 

@@ -11,7 +11,7 @@ from hydra.errors import InstantiationException
 
 from megactx.framework.app import run
 from megactx.framework.search_path import compose
-from megactx.gist.substitution import unread
+from megactx.lm.prefill import unread
 from megactx.stages.gist import GistStage
 
 
