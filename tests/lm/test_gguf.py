@@ -265,4 +265,4 @@ def test_smollm2_is_the_model_that_people_know(monkeypatch, cache):
     assert base.tokenizer.decode(found) == " Paris"
     began = time.process_time()
     BaseLM.from_pretrained("asset:smollm2", "float32")
-    assert time.process_time() - began < 4  # 2 seconds of an idle core
+    assert time.process_time() - began < 2
