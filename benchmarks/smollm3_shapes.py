@@ -27,9 +27,9 @@ from megactx.framework.command_line import run
 from megactx.framework.device import choose
 from megactx.gist import GistNet
 from megactx.gist.footprint import footprint, in_words
-from megactx.gist.scoring import score
 from megactx.gist.substitution import substituted
 from megactx.lm import BaseLM
+from megactx.lm.chunked_head import score
 from megactx.lm.prefill import blocks, prefill, rows_at
 
 # What matters here of the published config.json of HuggingFaceTB/SmolLM3-3B.

@@ -29,9 +29,9 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from megactx.framework.command_line import run
-from megactx.gist.scoring import score
 from megactx.gist.substitution import substituted
 from megactx.lm import BaseLM, masks
+from megactx.lm.chunked_head import score
 from megactx.lm.prefill import blocks, prefill, rows_at
 
 BLOCK, OFFSET = 32, 31

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from megactx.lm import BaseLM
+from megactx.lm.chunked_head import score
 from megactx.lm.prefill import Prefill, blocks, rows_at
 
 from .carrier import Compressor, Slots, Vectors
 from .reading import read_carriers
-from .scoring import score
 from .substitution import check_blocks
 
 SEAM = 4  # offsets right behind the block, which one vector that says how the block ended serves; then comes the body

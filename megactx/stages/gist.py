@@ -28,8 +28,8 @@ from megactx.gist.history import check_segments, old_blocks, with_carriers, with
 from megactx.gist.losses import contrastive
 from megactx.gist.packed_loss import substitution_loss
 from megactx.gist.recall import full, mixed
-from megactx.gist.scoring import OBJECTIVES, score
 from megactx.lm import BaseLM
+from megactx.lm.chunked_head import OBJECTIVES, score
 from megactx.lm.prefill import Prefill, blocks, prefill
 
 from .gist_nets import build_nets, optimizer_of, refuse_without_vectors, take_weights

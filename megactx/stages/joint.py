@@ -18,9 +18,9 @@ from megactx.assets import resolve
 from megactx.evaluation.focus import focused
 from megactx.focus.values import continuation_nll
 from megactx.focus.variants import same_rows
-from megactx.gist.scoring import OBJECTIVES, nll
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapt, adapters_of, switched_off
+from megactx.lm.chunked_head import OBJECTIVES, nll
 from megactx.lm.prefill import Prefill, prefill, unread
 
 from .joint_parts import TRAIN_BASE, kept_of_base, lensnet_of, take_parts

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megactx.framework import throughput
 from megactx.framework.throughput import Throughput, Work, peak
 from megactx.gist import GistNet
-from megactx.gist.scoring import score
 from megactx.gist.substitution import substituted
 from megactx.lm import BaseLM
+from megactx.lm.chunked_head import score
 from megactx.lm.prefill import blocks, prefill, rows_at
 
 

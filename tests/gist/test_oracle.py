@@ -7,8 +7,8 @@ from megactx.gist.carriers.history_oracle import HistoryOracle
 from megactx.gist.carriers.last_token import LastToken
 from megactx.gist.carriers.oracle import Oracle, _continued
 from megactx.gist.history import with_carriers, with_everything
-from megactx.gist.scoring import score
 from megactx.gist.substitution import substituted
+from megactx.lm.chunked_head import score
 from megactx.lm.prefill import blocks, prefill, rows_at
 
 K, H = 8, 6

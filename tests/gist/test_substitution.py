@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from small_base import WIDTH, small
 
 from megactx.gist import GistNet
-from megactx.gist.scoring import score, score_exactly
 from megactx.gist.substitution import check_blocks, dropped, substituted
 from megactx.lm import BaseLM, masks
+from megactx.lm.chunked_head import score, score_exactly
 from megactx.lm.gaussian_rope import spread
 from megactx.lm.prefill import blocks, prefill, rows_at
 
@@ -209,7 +209,7 @@ def test_scoring_in_chunks_equals_scoring_at_once(monkeypatch):
     targets = torch.randint(0, 97, (50,))
     results = []
     for elements in (2**21, 97 * 7):
-        monkeypatch.setattr("megactx.gist.scoring.CHUNK_ELEMENTS", {"cpu": elements})
+        monkeypatch.setattr("megactx.lm.chunked_head.CHUNK_ELEMENTS", {"cpu": elements})
         loss, numbers = score(base, students, teacher, targets)
         (gradient,) = torch.autograd.grad((loss * torch.arange(50)).sum(), students)
         results.append((loss.detach(), gradient, numbers["agree"]))

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from megactx.gist.carrier import Vectors
 from megactx.gist.history import with_carriers, with_everything
-from megactx.gist.scoring import score
 from megactx.lm import BaseLM
+from megactx.lm.chunked_head import score
 from megactx.lm.prefill import Prefill, blocks, prefill
 
 from .oracle import Oracle

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megactx.gist.carrier import Compressor, Vectors
-from megactx.gist.scoring import score
 from megactx.lm import BaseLM
+from megactx.lm.chunked_head import score
 from megactx.lm.prefill import Prefill, blocks, rows_at
 
 
