@@ -245,7 +245,7 @@ def study(asked: argparse.Namespace) -> None:
     for name in ("tokens", "every"):
         if (value := getattr(asked, name)) < 1:
             raise ValueError(f"--{name}={value} is not allowed: at least 1")
-    controller, out = controller_of(asked), Path(asked.out)
+    controller, out = controller_of(asked, tree=True), Path(asked.out)
     ids = text_of(controller.models.base.tokenizer, asked.path, asked.tokens, asked.seed)
     how = {name: getattr(asked, name) for name in ("budget", "megacontext", "positions", "every", "seed")}
     how["path"] = asked.path and str(Path(asked.path).absolute())

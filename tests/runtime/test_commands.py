@@ -392,3 +392,30 @@ def test_ctrl_c_while_a_command_imports_gives_one_line_and_130(tmp_path):
     command = [sys.executable, "-m", "megactx.runtime.chat"]
     done = subprocess.run(command, env=os.environ | path, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 130 and done.stderr == "\nmegactx: interrupted\n"
+
+
+def test_a_plain_base_goes_on_past_its_positions_where_old_text_is_dropped(base_folder, tmp_path, capsys):
+    long = tmp_path / "long.txt"
+    long.write_text("def f(x):\n    return x + 1987\n\n" * 120)  # more than the 512 positions of the base
+    own = ["--file", str(long), "--tokens", "40", "--model", str(base_folder)]
+    assert generate.main([*own, "--megacontext", "none"]) == 2
+    assert "megacontext=none takes at most 512" in capsys.readouterr().err
+    assert generate.main([*own, "--megacontext", "recency"]) == 0
+    told = capsys.readouterr()
+    assert told.out.strip() and "dropped, not compressed" in told.err
+
+
+def test_a_talk_with_a_plain_base_says_that_it_drops(base_folder, typed, capsys):
+    typed("hello there\n/tree\nhow are you\n")
+    assert chat.main(["--model", str(base_folder), "--megacontext", "recency", "--tokens", "5"]) == 0
+    told = capsys.readouterr()
+    assert "no tree" in told.out and told.err.count("dropped, not compressed") == 1
+
+
+@pytest.mark.parametrize("command", [ingest, chat])
+def test_without_a_gistnet_nothing_is_kept_in_a_folder(command, base_folder, typed, tmp_path, capsys):
+    typed("hello\n")
+    arguments = [__file__, str(tmp_path / "out")] if command is ingest else ["--session", str(tmp_path / "out")]
+    assert command.main([*arguments, "--model", str(base_folder), "--megacontext", "recency"]) == 2
+    assert "recency without a GistNet keeps no tree" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
