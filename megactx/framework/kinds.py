@@ -100,7 +100,9 @@ def problems(value, hint, where: str) -> Iterator[str]:
             yield from problems(inner, typing.get_args(hint)[1], f"{where}.{key}")
     elif not _fits(value, hint, bounds):
         said = "null" if value is None else value
-        yield f"{where}={said}: allowed is {allowed(Annotated[hint, *bounds] if bounds else hint)}"
+        each = [allowed(inner) for inner in typing.get_args(hint)] if origin is list else []
+        words = allowed(Annotated[hint, *bounds] if bounds else hint)
+        yield f"{where}={said}: allowed is {words}{f', each {each[0]}' if each and each[0] else ''}"
 
 
 def fits(value, hint) -> bool:
@@ -117,7 +119,8 @@ def allowed(hint) -> str:
 
 def _words(kind, bounds) -> str:
     low = [f" from {b.ge:g}" if isinstance(b, Ge) else f" above {b.gt:g}" for b in bounds if isinstance(b, Ge | Gt)]
-    high = [f" to {b.le:g}" if isinstance(b, Le) else f", below {b.lt:g}" for b in bounds if isinstance(b, Le | Lt)]
+    to = ", up to" if any(isinstance(b, Gt) for b in bounds) else " to"
+    high = [f"{to} {b.le:g}" if isinstance(b, Le) else f", below {b.lt:g}" for b in bounds if isinstance(b, Le | Lt)]
     return "".join([WORDS.get(kind, str(kind)), *low, *high])
 
 

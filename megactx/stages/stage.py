@@ -131,7 +131,7 @@ class Stage(lightning.LightningModule):
         Raises:
             ValueError: a line for each that is not.
         """
-        check(type(self), self.hparams, "stage", {"horizon": "horizon.tokens"})
+        check(type(self), self.hparams, "stage", {"horizon": "horizon.tokens", "gistnet": "gistnet", "losses": "loss"})
 
     def take_base(self, base: dict) -> None:
         """Load the frozen base LM: ``name`` and ``dtype``."""

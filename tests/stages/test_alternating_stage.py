@@ -207,18 +207,18 @@ def test_a_plateau_ends_it_before_its_last_cycle(settings, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stage.steps.gist=-1", "stage.steps.gist=-1 is not allowed"),
+        ("stage.steps.gist=-1", "stage.steps.gist=-1: allowed is a whole number from 0"),
         ("stage.cycles=0", "preset.steps=0"),
         ("stage.lora.rank=0", "stage.lora.rank=0 is not allowed with stage.train_base=lora: from 4 to 16"),
         ("stage.lora.rank=32", "lora.rank=32 is not allowed: from 4 to 16"),
         ("stage.lora.layers=middle", "lora.layers=middle is not known, allowed are first_two, last_two, all"),
-        ("stage.objective=mse", "stage.objective=mse is not known"),
-        ("stage.budgets=[1.5]", "is not allowed: shares above 0, up to 1"),
-        ("stage.windows.per_round=1", "stage.windows.per_round=1 is not allowed: at least 2"),
+        ("stage.objective=mse", "stage.objective=mse: allowed is kl or delta_nll"),
+        ("stage.budgets=[1.5]", "allowed is a list, each a number above 0, up to 1"),
+        ("stage.windows.per_round=1", "stage.windows.per_round=1: allowed is a whole number from 2"),
         ("stage.lens=nowhere", "there is no such folder or checkpoint"),
         ("stage.lens=asset:tiny-lensnet", "stage.lens=null starts a new one"),
         ("stage.init=nowhere", "there is no such checkpoint or run folder"),
-        ("datamodule.spans=-1", "datamodule.spans=-1 is not allowed"),
+        ("datamodule.spans=-1", "datamodule.spans=-1: allowed is a whole number from 0"),
         ("trainer.max_steps=5", "stage.cycles and stage.steps make 12"),
     ],
 )

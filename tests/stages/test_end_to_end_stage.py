@@ -163,16 +163,16 @@ def goes_on(folder, asked, whole) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stage.train_base=some", "stage.train_base=some is not known, allowed are frozen, lora, full"),
+        ("stage.train_base=some", "stage.train_base=some: allowed is frozen or lora or full"),
         ("stage.train_base=lora", "stage.lora.rank=0 is not allowed with stage.train_base=lora: from 4 to 16"),
         ("stage.windows.variants=5", "a multiple of stage.windows.sources=2"),
         ("stage.windows.variants=2", "at least twice as many"),
-        ("stage.windows.per_pass=0", "stage.windows.per_pass=0 is not allowed"),
-        ("stage.weights.lens=-1", "stage.weights.lens=-1 is not allowed"),
+        ("stage.windows.per_pass=0", "stage.windows.per_pass=0: allowed is a whole number from 1"),
+        ("stage.weights.lens=-1", "stage.weights.lens=-1: allowed is a number from 0"),
         ("stage.weights.lod2=0.1", "horizon.tokens=8 is no multiple of 64"),
-        ("stage.distance=-1", "stage.distance=-1 is not allowed"),
+        ("stage.distance=-1", "stage.distance=-1: allowed is a number from 0"),
         ("stage.budgets=[0.1]", "take larger shares"),
-        ("datamodule.documents=0", "datamodule.documents=0 is not allowed"),
+        ("datamodule.documents=0", "datamodule.documents=0: allowed is a whole number from 1"),
     ],
 )
 def test_a_users_mistake_is_one_clear_message(override, message, settings, tmp_path, capsys):
