@@ -5,6 +5,7 @@ see the same draws. Every statistic here is a ratio of sums, so a draw needs onl
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from .scores import BlockScores
 
 DRAWS = 2000
 LEAST_RECOVERY, LEAST_NATS = 0.005, 0.002  # what a claim is at least about
-TAIL = 0.025  # on either side: 95 % intervals
+TAIL, Z = 0.025, 1.96  # on either side, and in standard errors: 95 % intervals
 MATRIX = 4_000_000  # entries of the count matrix that are held at once
 
 
@@ -62,27 +63,46 @@ def mean_interval(document: Tensor, values: Tensor, draws: int = DRAWS, seed: in
     return _interval(total[0] / total[1], drawn[:, 0] / drawn[:, 1])
 
 
-def verdict(difference: Interval, least: float = LEAST_RECOVERY) -> str:
+def verdict(difference: Interval | Mapping, least: float = LEAST_RECOVERY) -> str:
     """What an interval of subject minus control says: above, below, within the interval, or undefined.
 
     Args:
-        difference: its interval has no 0 in it where there is a claim, and the point is at least
+        difference: an interval, or a row of the table; there is no 0 in it where there is a claim, and the point is at
+            least
         least: large: with enough blocks any difference is sure, and one of 0.000 is still none.
     """
-    point, low, high = difference
-    if np.isnan(low):
+    point, low, high = _ends(difference)
+    if math.isnan(low):
         return "undefined"
     if abs(point) < least or low <= 0 <= high:
         return "within the interval"
     return "above" if point > 0 else "below"
 
 
-def reverse(difference: dict) -> Interval:
-    """A ``point``, ``low`` and ``high`` of control minus subject, as those of subject minus control."""
-    point, low, high = (
-        math.nan if value is None else -value for value in (difference["point"], difference["high"], difference["low"])
-    )
-    return Interval(point, low, high)
+def reverse(difference: Interval | Mapping) -> Interval:
+    """An interval, or a row of the table, of control minus subject, as that of subject minus control."""
+    point, low, high = _ends(difference)
+    return Interval(-point, -high, -low)
+
+
+def wilson(right: int, of: int) -> Interval:
+    """A share and its 95 % interval (Wilson 1927), which is no point where none or all are right."""
+    share, z = right / of, Z**2 / of
+    middle = (share + z / 2) / (1 + z)
+    half = (z * share * (1 - share) + z**2 / 4) ** 0.5 / (1 + z)
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def told(behind: Mapping | None) -> str:
+    """The verdict on a carrier, of the row with the subject's lead over it; empty where there is none."""
+    said = verdict(reverse(behind)) if behind else "undefined"
+    return "" if said == "undefined" else said
+
+
+def _ends(difference: Interval | Mapping) -> Interval:
+    if isinstance(difference, Interval):
+        return difference
+    return Interval(*[math.nan if (value := difference.get(name)) is None else value for name in Interval._fields])
 
 
 def _ratios(scores, gained, first, domain, draws, seed) -> dict[str, Interval]:

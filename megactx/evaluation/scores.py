@@ -5,6 +5,7 @@ The one container that metrics, bootstrap, report and plots read. M blocks, H ho
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,6 +80,13 @@ class BlockScores:
     def rows(self, domain: str | None = None) -> Tensor:
         """bool [M]: the blocks of one domain, or all of them."""
         return torch.tensor([domain is None or name == domain for name in self.domain])
+
+    def take(self, blocks: Sequence[int] | slice, offsets: slice = slice(None)) -> "BlockScores":
+        """Some of the blocks, in this order, over some of the offsets."""
+        tables = {name: values[blocks][:, offsets] for name, values in self._per_offset().items()}
+        order = range(len(self))[blocks] if isinstance(blocks, slice) else blocks
+        own = {"document": self.document[blocks], "start": self.start[blocks]}
+        return BlockScores(**_nested(tables), domain=[self.domain[index] for index in order], **own)
 
     def block_hash(self) -> str:
         """12 hex digits that identify the scored blocks whatever their order: equal hashes, same blocks."""

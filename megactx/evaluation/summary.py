@@ -11,8 +11,8 @@ from .bootstrap import difference_intervals, mean_interval, recovery_intervals, 
 from .measure import MEAN_BELOW
 from .metrics import BODY, LOWER_IS_BETTER, WEAK, block_sums, figures
 from .scores import DROP, MORE_RAW, BlockScores
+from .table import OVERALL
 
-OVERALL = "overall"
 WEIGHTED = "weighted"  # in front of a target: over the domains by their share of the training documents
 FULL, DROPPED = "full", "dropped"  # rows of the report that are no carriers
 SPANS = {"all": 0, "body": BODY}  # first offset of each
@@ -65,7 +65,7 @@ def summarise(
         "block_hash": scores.block_hash(),
         "groups": groups,
         "geometry": geometry,
-        "copies": {str(distance): _copies(part) for distance, part in (copies or {}).items()},
+        "copies": {str(at): {"blocks": len(part)} | _passages(part) for at, part in (copies or {}).items()},
         "level2": level2 and _group(level2, subject, None),
         "history": history and _history(history),
     }
@@ -140,9 +140,9 @@ def _point(difference: dict) -> float:
     return float("inf") if difference["point"] != difference["point"] else difference["point"]
 
 
-def _copies(scores: BlockScores) -> dict:
-    """Cost of dropping the first occurrence, in nats per token of the second, and recovery of each carrier."""
-    out = {"blocks": len(scores), "cost": {}, "recovery": {}}
+def _passages(scores: BlockScores) -> dict:
+    """What having nothing costs, in nats per token, and recovery of each carrier, overall and by domain."""
+    out = {"cost": {}, "recovery": {}}
     for domain in (None, *scores.domains):
         rows, name = scores.rows(domain), domain or OVERALL
         out["cost"][name] = (scores.drop[rows].double() - scores.full[rows].double()).mean().item()
@@ -152,14 +152,9 @@ def _copies(scores: BlockScores) -> dict:
 
 
 def _history(scores: BlockScores) -> dict:
-    """What a history without its old blocks costs, in nats; recovery of each carrier, and its gain at equal budget."""
+    """The passages behind compressed histories, and each carrier's gain at equal budget."""
     out = {"segments": len(scores), "tokens": scores.horizon, "documents": scores.document.unique().numel()}
-    out |= {"block_hash": scores.block_hash(), "cost": {}, "recovery": {}, "gain": {}}
-    for domain in (None, *scores.domains):
-        rows, name = scores.rows(domain), domain or OVERALL
-        out["cost"][name] = (scores.drop[rows].double() - scores.full[rows].double()).mean().item()
-        intervals = recovery_intervals(scores, list(scores.carriers), domain=domain)
-        out["recovery"][name] = {carrier: interval._asdict() for carrier, interval in intervals.items()}
+    out |= {"block_hash": scores.block_hash(), "gain": {}} | _passages(scores)
     for carrier, values in scores.carriers.items():
         if carrier != MORE_RAW:
             gain = (scores.carriers[MORE_RAW].double() - values.double()).mean(dim=1)

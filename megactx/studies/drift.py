@@ -22,6 +22,7 @@ from megactx.data.documents import TRAIN, cut, tokenised
 from megactx.data.embedded import Embedded
 from megactx.evaluation.bootstrap import difference_intervals, recovery_intervals
 from megactx.evaluation.measure import measure
+from megactx.evaluation.table import Table
 from megactx.gist.carrier import Compressor, Slots, Vectors
 from megactx.gist.substitution import Teacher, teach
 from megactx.lm import BaseLM
@@ -84,7 +85,7 @@ def measure_drift(
     horizon: int,
     seed: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
-) -> list[dict]:
+) -> Table:
     """Recovery, over h >= 1, of fresh and of stored carriers after each change of the base LM.
 
     Args:
@@ -94,14 +95,14 @@ def measure_drift(
         seed: of the noise, and of the order of the training text.
 
     Returns:
-        A row per change, carrier and form of what is stored: ``change``, ``carrier``, ``stored`` (``vectors`` or
-        ``keys and values``), ``nll`` of the base LM with its full context in nats per token, and the intervals
-        ``fresh``, ``kept`` (recovery of each) and ``lost`` (fresh minus stored).
+        Of every change (a run), carrier and form of what is stored: ``nll`` of the base LM with its full context in
+        nats per token, and the intervals ``fresh``, ``kept`` (recovery of each) and ``lost`` (fresh minus stored). A
+        carrier is named with its form: ``gistnet, vectors`` or ``gistnet, keys and values``.
 
     Raises:
         ValueError: a change that cannot be read or applied; it is raised before anything is measured.
     """
-    changes, batches, out = list(changes), list(batches), []
+    changes, batches, table = list(changes), list(batches), Table()
     for change in changes:
         check(change)
     was, old = copy.deepcopy((base, dict(nets)), {id(base.tokenizer): base.tokenizer})
@@ -119,11 +120,10 @@ def measure_drift(
         for name, form in forms:
             stored = f"{name}, {form}"
             lost = difference_intervals(scores, name, [stored], FIRST)[stored]
-            row = {"change": change or "none", "carrier": name, "stored": form, "nll": scores.full.mean().item()}
-            out.append(
-                row | {"fresh": recovery[name]._asdict(), "kept": recovery[stored]._asdict(), "lost": lost._asdict()}
-            )
-    return out
+            found = {"nll": scores.full.mean().item(), "fresh": recovery[name], "kept": recovery[stored], "lost": lost}
+            for metric, value in found.items():
+                table.add(metric, value, run=change or "none", carrier=stored)
+    return table
 
 
 @contextmanager

@@ -15,6 +15,8 @@ So nothing is left out that a session does in its life but the sampling itself.
 import argparse
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -26,16 +28,14 @@ from torch import Tensor
 from megactx.data.documents import VALIDATION, tokenised
 from megactx.data.embedded import Embedded
 from megactx.data.files import Files
-from megactx.evaluation.sheets import Sheet
+from megactx.evaluation.pictures import colours_of, legend, line, panel, picture
+from megactx.evaluation.table import Report, Sheet, Table, cell, pivot
 from megactx.framework.bar import bar
-from megactx.framework.command_line import run
-from megactx.framework.files import replacing
 from megactx.runtime import Session
 from megactx.runtime.command_line import add_models, controller_of, observers_of, session_of
 from megactx.runtime.text import Encoder
 
-from .tables import show, write
-from .trained import quiet
+from .study import Options, command
 
 MIB = 2**20
 ABOUT, HOW = "endurance", "endurance_settings"  # what a saved session knows of its study
@@ -155,122 +155,84 @@ def summary(rows: list[dict], full: int) -> dict:
         full: tokens after which the window is full, or nearly.
     """
     steady = [row for row in rows if row["tokens"] > 2 * full] or rows[-1:]
-    size = max(1, len(steady) // 10)
-    first, last = steady[:size], steady[-size:]
-
-    def held(row) -> int:
-        return row["resident"] - row["tree"]
-
-    ms = np.array([row["ms"] for row in steady])
-    return {
-        "ms_first": mean(row["ms"] for row in first),
-        "ms_last": mean(row["ms"] for row in last),
-        "ms_low": float(np.quantile(ms, 0.025)),
-        "ms_high": float(np.quantile(ms, 0.975)),
-        "time": mean(row["ms"] for row in last) / mean(row["ms"] for row in first),
-        "memory_first": mean(map(held, first)),
-        "memory_last": mean(map(held, last)),
-        "memory": mean(map(held, last)) / mean(map(held, first)),
+    size, found = max(1, len(steady) // 10), {}
+    of = {
+        "ms": lambda row: row["ms"],
+        "memory": lambda row: row["resident"] - row["tree"],
+        "nll": lambda row: row["nll"],
+    }
+    for name, value in of.items():
+        found[f"{name}_first"], found[f"{name}_last"] = (
+            mean(map(value, part)) for part in (steady[:size], steady[-size:])
+        )
+    low, high = np.quantile([row["ms"] for row in steady], (0.025, 0.975)).tolist()
+    return found | {
+        "ms_low": low,
+        "ms_high": high,
+        "time": found["ms_last"] / found["ms_first"],
+        "memory": found["memory_last"] / found["memory_first"],
         "tree": rows[-1]["tree"],
         "exact": all(row["tree"] == row["formula"] for row in rows),
-        "nll_first": mean(row["nll"] for row in first),
-        "nll_last": mean(row["nll"] for row in last),
         "refocuses": sum(row["refocuses"] for row in rows),
     }
 
 
-def sheet(rows: list[dict]) -> Sheet:
+def table_of(rows: list[dict]) -> Table:
+    """Rows of ``carry`` as the long table: a stretch is a span, the tokens at its end."""
+    table = Table()
+    for row in rows:
+        for metric, value in row.items():
+            if metric != "tokens":
+                table.add(metric, value, span=row["tokens"])
+    return table
+
+
+def sheet(table: Table) -> Sheet:
     """Twenty rows at most, evenly spread."""
-    chosen = sorted({round(i) for i in np.linspace(0, len(rows) - 1, min(20, len(rows)))})
-    body = []
-    for row in (rows[i] for i in chosen):
-        share = ["-" if row[name] is None else f"{row[name]:.2f}" for name in ("swap", "reuse", "utilisation")]
-        memory = [f"{row[name] / MIB:.2f}" for name in ("resident", "working", "tree", "formula")]
-        body.append(
-            (
-                f"{row['tokens']:,}",
-                f"{row['ms']:.2f}",
-                f"{row['refocus_share']:.2f}",
-                *memory,
-                *share,
-                f"{row['nll']:.3f}",
-            )
-        )
-    columns = ("tokens", "ms", "refocus", "resident MiB", "working", "tree", "formula", "swap", "reuse", "used", "NLL")
-    return Sheet("One session, along the way", columns, body)
+
+    def mib(row: dict) -> str:
+        return f"{row['point'] / MIB:.2f}"
+
+    def share(row: dict) -> str:
+        return cell(row["point"])
+
+    columns = [("ms", "ms"), ("refocus", "refocus_share"), ("resident MiB", "resident", mib)]
+    columns += [(name, name, mib) for name in ("working", "tree", "formula")]
+    columns += [
+        ("swap", "swap", share),
+        ("reuse", "reuse", share),
+        ("used", "utilisation", share),
+        ("NLL", "nll", ".3f"),
+    ]
+    spans = table.names("span")
+    chosen = sorted({round(i) for i in np.linspace(0, len(spans) - 1, min(20, len(spans)))})
+    order = [spans[index] for index in chosen]
+    return pivot("One session, along the way", table, columns, "span", "tokens", order, label="{:,}".format)
 
 
-def plot(path: Path, rows: list[dict]) -> None:
+def plot(rows: list[dict], path: Path) -> None:
     """Time, memory and NLL over the tokens of history."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    x = [row["tokens"] / 1e3 for row in rows]
-    panels = (
-        ("CPU ms per token", {"all": [row["ms"] for row in rows]}),
-        (
-            "MiB",
-            {
-                "resident, without the tree": [(row["resident"] - row["tree"]) / MIB for row in rows],
-                "tree": [row["tree"] / MIB for row in rows],
-                "keys, values and their inputs": [row["working"] / MIB for row in rows],
-            },
-        ),
-        ("NLL, nats per token", {"all": [row["nll"] for row in rows]}),
-    )
-    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(16, 4.2), dpi=100, layout="constrained")  # no pyplot: no global state, no display
-        for axes, (label, lines) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-            for name, values in lines.items():
-                axes.plot(x, values, label=name, linewidth=1)
+    memory = {
+        "resident, without the tree": [(row["resident"] - row["tree"]) / MIB for row in rows],
+        "tree": [row["tree"] / MIB for row in rows],
+        "keys, values and their inputs": [row["working"] / MIB for row in rows],
+    }
+    panels = {"CPU ms per token": {"": [row["ms"] for row in rows]}, "MiB": memory}
+    panels["NLL, nats per token"] = {"": [row["nll"] for row in rows]}
+    with picture(path, (16, 4.2), columns=len(panels)) as grid:
+        for axes, (label, lines) in zip(grid[0], panels.items(), strict=True):
+            for name, colour in colours_of(lines).items():
+                points = zip([row["tokens"] / 1e3 for row in rows], lines.get(name, []), strict=False)
+                line(axes, points, color=colour, label=name or None, linewidth=1, marker=None)
             axes.set_ylim(bottom=0)
-            axes.set_xlabel("thousand tokens of history")
-            axes.set_ylabel(label)
-            axes.grid(alpha=0.25)
-            if len(lines) > 1:
-                axes.legend(frameon=False, fontsize=8)
-        with replacing(path) as part:
-            figure.savefig(part, format="png")
+            panel(axes, "", "thousand tokens of history", label)
+            legend(axes)
 
 
-def study(asked: argparse.Namespace) -> None:
-    """The command.
-
-    Raises:
-        ValueError: a setting that is not allowed, too little text, or a folder with another study.
-    """
-    quiet()
-    if asked.megacontext == "none":
-        raise ValueError("--megacontext=none has an end: focus or recency")
-    for name in ("tokens", "every"):
-        if (value := getattr(asked, name)) < 1:
-            raise ValueError(f"--{name}={value} is not allowed: at least 1")
-    controller, out = controller_of(asked), Path(asked.out)
-    ids = text_of(controller.models.base.tokenizer, asked.path, asked.tokens, asked.seed)
-    how = {name: getattr(asked, name) for name in ("budget", "megacontext", "positions", "every", "seed")}
-    how["path"] = asked.path and str(Path(asked.path).absolute())
-    with session_of(out / "session", controller, observers_of(asked, controller)) as session:
-        if wrong := [f"{k}={v}, not {how[k]}" for k, v in session.about.get(HOW, how).items() if v != how[k]]:
-            raise ValueError(f"--out={out}: it holds a study with other settings: {'; '.join(wrong)}")
-        session.about[HOW] = how
-        rows = carry(session, ids, asked.every)
-        device = session.stream.device.type
-    found = summary(rows, asked.budget)
-    tables, notes = [sheet(rows)], notes_on(found, rows, asked.budget)
-    show(tables, notes)
-    stem = out / "endurance"
-    write(
-        stem, "One session that goes on", tables, notes, rows, how | {"device": device, "summary": found, "rows": rows}
-    )
-    plot(stem.with_suffix(".png"), rows)
-    print(f"Tables and pictures: {stem}.md, .csv, .json and .png")
-
-
-def notes_on(found: dict, rows: list[dict], budget: int) -> list[str]:
+def notes_on(found: dict, tokens: int, budget: int) -> list[str]:
     """What the numbers say."""
     ms = [f"{found[name]:.2f}" for name in ("ms_first", "ms_last", "ms_low", "ms_high")]
     memory = [f"{found[name] / MIB:.1f}" for name in ("memory_first", "memory_last", "tree")]
-    tokens = rows[-1]["tokens"]
     return [
         f"{tokens:,} tokens, {found['refocuses']:,} refocuses, a window of {budget:,} entries.",
         f"Time per token, last tenth over first tenth: {found['time']:.2f} ({ms[0]} -> {ms[1]} ms; 95 % of all"
@@ -282,22 +244,41 @@ def notes_on(found: dict, rows: list[dict], budget: int) -> list[str]:
     ]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; -> exit code."""
-    parser = argparse.ArgumentParser(prog="python -m megactx.studies.endurance", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add_models(parser, budget=512)
-    add("--path", help="files with text (default: the held-out part of the embedded text)")
-    add("--tokens", type=int, default=32_768, help="to read (default 32768)")
-    add("--every", type=int, default=4096, help="tokens per row of the table (default 4096)")
-    add("--seed", type=int, default=0, help="of the order of the documents (default 0)")
-    add(
-        "--out",
-        default="runs/endurance",
-        help="folder of the session and the results, gone on with (default runs/endurance)",
-    )
-    return run(study, parser, arguments)
+def options(given: Options) -> None:
+    add_models(given.parser, budget=512)
+    given.path()
+    given.number("tokens", 32_768, "to read")
+    given.number("every", 4096, "tokens per row of the table")
+    given.number("seed", 0, "of the order of the documents", least=0)
+    given.add("--out", default="runs/endurance", help="folder of the session and the results, gone on with")
 
+
+def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+    """One session through all of the text.
+
+    Raises:
+        ValueError: a setting that is not allowed, too little text, or a folder with another study.
+    """
+    if asked.megacontext == "none":
+        raise ValueError("--megacontext=none has an end: focus or recency")
+    controller, out = controller_of(asked), Path(asked.out)
+    ids = text_of(controller.models.base.tokenizer, asked.path, asked.tokens, asked.seed)
+    how = {name: getattr(asked, name) for name in ("budget", "megacontext", "positions", "every", "seed")}
+    how["path"] = asked.path and str(Path(asked.path).absolute())
+    with session_of(out / "session", controller, observers_of(asked, controller)) as session:
+        if wrong := [f"{k}={v}, not {how[k]}" for k, v in session.about.get(HOW, how).items() if v != how[k]]:
+            raise ValueError(f"--out={out}: it holds a study with other settings: {'; '.join(wrong)}")
+        session.about[HOW] = how
+        rows = carry(session, ids, asked.every)
+        device = session.stream.device.type
+    found, table = summary(rows, asked.budget), table_of(rows)
+    notes = notes_on(found, rows[-1]["tokens"], asked.budget)
+    about = how | {"device": device, "summary": found}
+    report = Report("One session that goes on", table, [sheet(table)], "", notes, about, partial(plot, rows))
+    yield out / "endurance", report
+
+
+main = command("endurance", __doc__, options, study)
 
 if __name__ == "__main__":
     sys.exit(main())
