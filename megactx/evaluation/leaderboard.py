@@ -230,7 +230,7 @@ def _in_runs(number: int) -> str:
 
 def _seeds(row: dict) -> str:
     several = f" ({row['n']} seeds)" if row["n"] > 1 else ""
-    return cell({name: row.get(name) for name in ("point", "low", "high", "std")}, ".3f") + several
+    return cell(row, ".3f") + several
 
 
 def _count(row: dict) -> str:

@@ -12,11 +12,10 @@ import torch
 from megactx.focus.layout import by_value
 from megactx.focus.lensnet import LensNet
 from megactx.focus.values import continuation_nll
-from megactx.gist.scoring import nll
 from megactx.lm import BaseLM
-from megactx.memory import MegaContextTree, WorkingContext
+from megactx.memory import WorkingContext
 
-from .focus import FULL, GISTS, LENS, block_values, focused, windows
+from .focus import FULL, GISTS, LENS, focused, histories, windows
 
 NEEDED = "the needed block"  # opened among gists
 USABLE = 0.5  # nats per token
@@ -53,14 +52,9 @@ def measure_planted(
         documents: of ``plant``.
         budget: entries of a window over T.
     """
-    out, device = PlantedScores(), base.model.device
-    for number, document in enumerate(progress(list(documents))):
-        ids, cursor = document["ids"].to(device)[None], document["cursor"]
-        before, after = ids[:, :cursor], ids[:, cursor:]
-        tree = MegaContextTree.from_tokens(before, encoder, base)
-        full = nll(base, base(base.embed(ids[:, :-1]), None)[0], ids[0, 1:])
-        entries = int(budget * cursor)
-        values = block_values(base, tree, before, full, seed + number)
+    out = PlantedScores()
+    for document, after, tree, full, values in histories(base, encoder, progress(list(documents)), seed):
+        entries = int(budget * document["cursor"])
         opened = torch.full_like(values[GISTS], -torch.inf)
         opened[0, document["needed"]] = 1.0
         found = windows(tree, entries, values) | {NEEDED: by_value(tree, entries, opened)}
@@ -69,7 +63,7 @@ def measure_planted(
         for policy, context in found.items():
             out.nll.setdefault(policy, []).append(continuation_nll(base, context, after).mean().item())
             out.found.setdefault(policy, []).append(in_detail(context, document["needed"]))
-        out.nll.setdefault(FULL, []).append(full[cursor - 1 :].mean().item())
+        out.nll.setdefault(FULL, []).append(full[document["cursor"] - 1 :].mean().item())
     return out
 
 

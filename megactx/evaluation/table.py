@@ -119,10 +119,7 @@ class Column(NamedTuple):
         """Its cell in the line of these values."""
         wanted = {"metric": self.wanted} if isinstance(self.wanted, str) else self.wanted
         row = table.one(**{**line, **wanted})
-        return self.form(row) if callable(self.form) else cell(row and {k: row.get(k) for k in VALUES}, self.form)
-
-
-VALUES = ("point", "low", "high", "std")
+        return self.form(row) if callable(self.form) else cell(row, self.form)
 
 
 def pivot(
