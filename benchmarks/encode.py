@@ -32,7 +32,7 @@ from megactx.framework.command_line import run
 from megactx.framework.search_path import compose
 from megactx.gist import GistNet
 from megactx.gist.carriers.avgpool import AvgPool
-from megactx.gist.substitution import teach, unread
+from megactx.lm.prefill import prefill, unread
 from megactx.stages.gist import GistStage
 
 CUDA = torch.cuda.is_available()
@@ -92,16 +92,16 @@ def bench_carrier(stage: GistStage, name: str, net: nn.Module) -> dict:
 
             def step():
                 optimizer.zero_grad()
-                stage.substitution_loss(batch)[0].sum().backward()
+                stage.losses[0].per_net(stage.context(batch))[0].sum().backward()
                 optimizer.step()
 
             out["spans_per_second"] = DOCUMENTS * SPANS / seconds(step)[0]
         text, reads = ids[:1, :TEXT], net.needs_hidden or not net.makes_vectors
         every = torch.arange(block, TEXT, block, device=DEVICE)[None]
         with torch.inference_mode():
-            teacher = teach(base, text, net.needs_hidden) if reads else unread(text)
+            teacher = prefill(base, text, net.needs_hidden) if reads else unread(text)
             alone, read = seconds(
-                lambda: net.compress(base, teacher, every), lambda: reads and teach(base, text, net.needs_hidden)
+                lambda: net.compress(base, teacher, every), lambda: reads and prefill(base, text, net.needs_hidden)
             )
     return out | {"encode_tokens_per_second": TEXT / alone, "with_base_tokens_per_second": TEXT / (alone + read)}
 

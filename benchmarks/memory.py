@@ -11,12 +11,15 @@ its own, on one thread, which appends pieces of 4,096 tokens:
 
 Then, from a tree of a million tokens, fifty cold starts at a budget of 8,192 entries, each after 32 more tokens, in
 wall time: the entries alone, and with the embeddings that the base LM reads.
+
+Last, a tree of two million tokens is saved, and saved again after 32 more tokens: bytes of new files, and wall time.
 """
 
 import argparse
 import json
 import multiprocessing
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -117,6 +120,27 @@ def assembling(tokens: int, width: int, budget: int, repeats: int = 50) -> dict:
     }
 
 
+@torch.no_grad()
+def saving(tokens: int, width: int) -> list[dict]:
+    torch.set_num_threads(1)
+    tree = MegaContextTree(Mean(width), torch.nn.Embedding(VOCABULARY, width).half())
+    grow(tree, tokens)
+    rows, before = [], set()
+    with tempfile.TemporaryDirectory() as folder:
+        for what in ("the first save", "after 32 more tokens"):
+            began = time.perf_counter()
+            tree.save(Path(folder) / "tree")
+            seconds = time.perf_counter() - began
+            files = {path.stat().st_ino: path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()}
+            written = sum(size for inode, size in files.items() if inode not in before)
+            rows.append(
+                {"what": what, "mb": sum(files.values()) / 1e6, "mb_written": written / 1e6, "seconds": seconds}
+            )
+            before = set(files)
+            tree.append(torch.randint(VOCABULARY, (1, BLOCK)))
+    return rows
+
+
 def alone(function, *arguments):
     """In a process of its own: nobody's memory but its own is counted."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -149,8 +173,15 @@ def benchmark(arguments: argparse.Namespace) -> None:
     for name in ("plan", "plan_and_embeddings"):
         table.add_row(name.replace("_", " "), f"{assembly[name]['median_ms']:.1f}", f"{assembly[name]['p99_ms']:.1f}")
     Console(width=120).print(table)
+    saves = alone(saving, arguments.save, arguments.width)
+    table = Table(title=f"a tree of {arguments.save:,} tokens on disk")
+    for heading in ("", "MB", "MB written", "seconds"):
+        table.add_column(heading, justify="right")
+    for row in saves:
+        table.add_row(row["what"], f"{row['mb']:.1f}", f"{row['mb_written']:.1f}", f"{row['seconds']:.2f}")
+    Console(width=120).print(table)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"appending": rows, "assembling": assembly}, indent=1))
+    arguments.out.write_text(json.dumps({"appending": rows, "assembling": assembly, "saving": saves}, indent=1))
     print(f"Written to {arguments.out}")
 
 
@@ -163,6 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--assemble", type=int, default=1_000_000, help="tokens of the tree for working contexts")
     parser.add_argument("--budget", type=int, default=8192)
+    parser.add_argument("--save", type=int, default=2_000_000, help="tokens of the tree that is saved")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/memory.json"))
     return run(benchmark, parser, arguments)
 

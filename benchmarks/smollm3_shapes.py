@@ -27,9 +27,10 @@ from megactx.framework.command_line import run
 from megactx.framework.device import choose
 from megactx.gist import GistNet
 from megactx.gist.footprint import footprint, in_words
-from megactx.gist.scoring import score
-from megactx.gist.substitution import blocks, rows_at, substituted, teach
+from megactx.gist.substitution import substituted
 from megactx.lm import BaseLM
+from megactx.lm.chunked_head import score
+from megactx.lm.prefill import blocks, prefill, rows_at
 
 # What matters here of the published config.json of HuggingFaceTB/SmolLM3-3B.
 CONFIG = dict(
@@ -50,7 +51,7 @@ def loss_of(base, nets, batch, horizon):
     """Mean KL over the blocks of a batch, summed over the nets."""
     ids, starts = batch["ids"], batch["starts"]
     block = nets[0].block_size
-    teacher = teach(base, ids)
+    teacher = prefill(base, ids)
     embedded = base.embed(blocks(ids, starts, block)).flatten(0, 1)
     gists = torch.stack([net.encode_span(embedded).view(*starts.shape, -1) for net in nets])
     hidden = substituted(base, teacher, starts, gists, [net.offset for net in nets], block, horizon)

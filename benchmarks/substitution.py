@@ -29,16 +29,17 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from megactx.framework.command_line import run
-from megactx.gist.scoring import score
-from megactx.gist.substitution import blocks, rows_at, substituted, teach
+from megactx.gist.substitution import substituted
 from megactx.lm import BaseLM, masks
+from megactx.lm.chunked_head import score
+from megactx.lm.prefill import blocks, prefill, rows_at
 
 BLOCK, OFFSET = 32, 31
 ENOUGH = 4.0  # seconds of a loop that are timed
 
 
 def packed(base, ids, starts, gists, horizon):
-    teacher = teach(base, ids)
+    teacher = prefill(base, ids)
     hidden = substituted(base, teacher, starts, gists[None], [OFFSET], BLOCK, horizon)
     _, numbers = score(
         base,
@@ -54,7 +55,7 @@ class Loops:
 
     def __init__(self, base, ids, horizon):
         self.base, self.ids, self.horizon = base, ids, horizon
-        self.teacher = teach(base, ids)
+        self.teacher = prefill(base, ids)
         self.embedded = base.embed(ids)
 
     def _score(self, hidden, s):

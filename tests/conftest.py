@@ -1,7 +1,9 @@
 """What every room's tests share: a cache of their own, a tokenizer that trains in a second, a gist run in miniature."""
 
 import os
+import subprocess
 import sysconfig
+import uuid
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,23 @@ def gist_settings(base_folder, texts):
 def gist_run(gist_settings, tmp_path):
     """Overrides of a short gist run in a folder of the test's own."""
     return [*gist_settings, f"folder={tmp_path / 'run'}"]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """size, such as ``1m`` -> a new disk of that size; ``make(read_only=True)``: one that may not be written."""
+    mounted = []
+
+    def make(size="1m", read_only=False):
+        place = tmp_path / f"disk-{uuid.uuid4().hex[:6]}"
+        place.mkdir()
+        options = f"size={size}{',ro' if read_only else ''}"
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
+        if made.returncode:
+            pytest.skip("no disk may be mounted here")
+        mounted.append(place)
+        return place
+
+    yield make
+    for place in mounted:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)

@@ -66,3 +66,15 @@ def test_the_package_imports_nothing_heavy_and_gives_its_names_on_first_use():
         "assert not hasattr(megactx, 'NoSuchName')\n"
     )
     subprocess.run([sys.executable, "-c", program, str(PACKAGE.parent)], check=True)
+
+
+def test_the_framework_asks_a_stage_for_nothing_that_a_stage_does_not_declare():
+    """No ``getattr`` with a default on stages: what a hook is and does when a stage has none says ``Stage``."""
+    asked = [
+        (path.name, node.lineno)
+        for path in (PACKAGE / "framework").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr")
+        if ast.unparse(node.args[0]) in ("stage", "pl_module", "self.lightning_module", "kind")
+    ]
+    assert not asked

@@ -46,17 +46,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = True
 
 
 def load_tokenizer(folder: str | Path):
-    """Load the tokenizer of a Hugging Face name, of a folder, or of an asset of the package (``asset:NAME``).
+    """Load the tokenizer of a Hugging Face name, of a folder, of a GGUF file, or of an asset (``asset:NAME``).
 
     Raises:
         ValueError: the folder holds no tokenizer.
     """
     from transformers import AutoTokenizer
 
-    from megactx.assets import resolve
+    from .gguf_base import loadable
 
+    found = loadable(folder, "tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(folder), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"tokenizer={folder}: no tokenizer could be loaded from there ({error})") from error
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # some classes load without any file, empty

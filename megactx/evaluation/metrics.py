@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megactx.data.files import ALL_DOMAINS
-from megactx.gist.packed_loss import SEAM
+from megactx.gist.losses.block import SEAM
 
 from .scores import BlockScores
 from .sums import WEAK, DomainSums

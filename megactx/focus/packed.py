@@ -14,14 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megactx.gist import GistNet
-from megactx.gist.scoring import score
-from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
+from megactx.lm.chunked_head import score
+from megactx.lm.prefill import Prefill
 from megactx.memory import WorkingContext
 
 from .rows import lay_out
@@ -83,7 +82,7 @@ def unique_windows(context: WorkingContext) -> tuple[Tensor, Tensor]:
     return first, rank.argsort()[kind]
 
 
-def encode_shown(net: GistNet, base: BaseLM, teacher: Teacher, nodes: dict[int, Tensor], recompute: bool) -> Tensor:
+def encode_shown(net: GistNet, base: BaseLM, teacher: Prefill, nodes: dict[int, Tensor], recompute: bool) -> Tensor:
     """The gists of nodes of one document, with gradient: [M, D], level by level.
 
     Args:
@@ -114,21 +113,8 @@ def continuation_loss(
         objective: ``kl`` or ``delta_nll``.
         reference: the untouched base LM, where its head is not this one's: the head then takes a gradient.
     """
-    if reference is None:
-        loss, numbers = score(base, hidden, full, targets, objective)
-        return loss, numbers["nll"]
-    with torch.no_grad():
-        log_p = F.log_softmax(reference.logits(full).float(), dim=-1)  # [H, V]
-        teacher_nll = -log_p.gather(1, targets[:, None])[:, 0]
-
-    def rows(student: Tensor) -> tuple[Tensor, Tensor]:
-        log_q = F.log_softmax(base.logits(student).float(), dim=-1)
-        nll = -log_q.gather(1, targets[:, None])[:, 0]
-        loss = ((log_p - log_q) * log_p.exp()).sum(-1) if objective == "kl" else nll - teacher_nll
-        return loss, nll.detach()
-
-    found = [checkpoint(rows, student, use_reentrant=False) for student in hidden]
-    return tuple(torch.stack(values) for values in zip(*found, strict=True))
+    loss, numbers = score(base, hidden, full, targets, objective, reference)
+    return loss, numbers["nll"]
 
 
 def accumulated(

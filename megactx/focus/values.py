@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from megactx.gist.scoring import nll
 from megactx.lm import BaseLM
+from megactx.lm.chunked_head import nll
 from megactx.memory import WorkingContext
 
 from .edits import Edits, column_of

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from megactx.gist import GistNet
-from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
+from megactx.lm.prefill import Prefill
 from megactx.memory import MegaContextTree, WorkingContext
 
 from .allocator import FocusAllocator
@@ -49,7 +49,7 @@ class Variants:
 
 
 @torch.no_grad()
-def same_rows(net: GistNet, base: BaseLM, teacher: Teacher, *rows: int) -> tuple[MegaContextTree, ...]:
+def same_rows(net: GistNet, base: BaseLM, teacher: Prefill, *rows: int) -> tuple[MegaContextTree, ...]:
     """Trees with so many rows of the same document each; its gists are made once.
 
     Args:

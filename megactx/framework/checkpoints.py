@@ -112,7 +112,7 @@ class Best(ModelCheckpoint):
         )
 
     def setup(self, trainer, pl_module, stage: str) -> None:
-        self.monitor = getattr(pl_module, "monitor", None)
+        self.monitor = pl_module.monitor
         super().setup(trainer, pl_module, stage)
 
     def _should_skip_saving_checkpoint(self, trainer) -> bool:

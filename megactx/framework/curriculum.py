@@ -59,7 +59,7 @@ def stages_of(cfg: DictConfig, here, folder: Path, device) -> dict[str, DictConf
     stages = {name: stage_config(name, overrides, folder) for name in cfg.curriculum}
     for name, stage in stages.items():
         kind = locate(stage.stage["_target_"])
-        if not (hasattr(kind, "start_from") and hasattr(kind, "conclude")):
+        if not kind.in_curriculum:
             raise ValueError(
                 f"curriculum: {name} is of a stage that cannot run in one; gist stages can, such as gist_stage1"
             )

@@ -79,12 +79,6 @@ def composition_message(error: Exception, overrides: list[str]) -> str:
         return f"{group}={option}: no such option.{meant} There is {', '.join(options)}."
     if "hydra_plugins." in text and ("Unknown plugin" in text or "Could not instantiate plugin" in text):
         return f"a Hydra plugin is not installed: pip install 'megactx[sweep,optuna]' ({text.splitlines()[0]})"
-    if store := next((o for o in overrides if o.lstrip("+").startswith("hydra.sweeper.storage=")), ""):
-        if not store.endswith("=null"):
-            return (
-                f"{store}: a store of the sweeper cannot be used, it needs SQLAlchemy below 2; leave it out: a second"
-                f" start goes on by the folders of its jobs ({type(error).__name__})"
-            )
     if "group override must be a string" in text:
         wrong = next((o for o in overrides if _is_group(o) and not re.match(r"[A-Za-z_]", o.partition("=")[2])), "")
         options = _options(wrong.partition("=")[0])
@@ -104,6 +98,12 @@ def composition_message(error: Exception, overrides: list[str]) -> str:
         return _unknown(inner[1] if inner else match[1], known_keys(overrides))
     if match := re.search(r"Interpolation key '([^']+)' not found", _last(error)):
         return f"{match[1]}: a setting that others refer to is gone ({_last(error).splitlines()[0]})"
+    if store := next((o for o in overrides if o.lstrip("+").startswith("hydra.sweeper.storage=")), ""):
+        if not store.endswith("=null"):
+            return (
+                f"{store}: a store of the sweeper cannot be used, it needs SQLAlchemy below 2; leave it out: a second"
+                f" start goes on by the folders of its jobs ({type(error).__name__})"
+            )
     first = text.splitlines()[0] if text else type(error).__name__
     last = _last(error).splitlines()[0]
     return first if last in first else f"{first} ({last})"

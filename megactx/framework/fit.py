@@ -31,19 +31,18 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
 
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     stage = instantiate(cfg.stage, _convert_="all")
-    announce(stage, config, device)
     if not isinstance(stage, lightning.LightningModule):
         if checkpoint is not None:
             raise ValueError(f"resume={cfg.resume}: this stage does not train in steps; use resume=never")
         stage.run(folder)
         return None
+    announce(stage, config, device)
     datamodule = instantiate(cfg.datamodule, _convert_="all")
     source = getattr(datamodule, "source", None)
     fingerprint = source.fingerprint() if hasattr(source, "fingerprint") else None
     if hasattr(source, "write_list") and not processes.rank():  # what the text was, where nobody else can tell
         source.write_list(folder / "files.sha256")
-    if hasattr(stage, "prepare"):
-        stage.prepare(datamodule)
+    stage.prepare(datamodule)
     trainer = _trainer(cfg, config, folder, device, fingerprint)
     if checkpoint is None and config["stage"].get("init"):
         print(stage.start_from(config["stage"]["init"]), flush=True)
@@ -69,8 +68,8 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
         # The last step need not be one at which a checkpoint is due; what is reported is what is saved.
         with next(callback for callback in trainer.callbacks if isinstance(callback, Record)).going_on(stage):
             trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
-    if processes.leave(trainer) and hasattr(stage, "finish") and not trainer.fast_dev_run:
-        if getattr(stage, "reports_best", False):
+    if processes.leave(trainer) and not trainer.fast_dev_run:
+        if stage.reports_best:
             _take_best(stage, folder / "checkpoints" / "best.ckpt", trainer.global_step)
         stage.to(trainer.strategy.root_device)  # Lightning moves it to the CPU at the end
         stage.finish(folder, datamodule)
@@ -89,11 +88,9 @@ def check_data(cfg: DictConfig) -> None:
         return
     stage = instantiate(cfg.stage, _convert_="all")
     datamodule = instantiate(cfg.datamodule, _convert_="all")
-    if hasattr(stage, "prepare"):
-        stage.prepare(datamodule)
+    stage.prepare(datamodule)
     datamodule.setup("fit")
-    if hasattr(stage, "check_data"):
-        stage.check_data(datamodule)
+    stage.check_data(datamodule)
 
 
 def _lowest(trainer) -> float | None:

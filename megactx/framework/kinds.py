@@ -29,7 +29,9 @@ def fits(value, hint) -> bool:
 
 def allowed(hint) -> str:
     """What fits, in words."""
-    return " or ".join(dict.fromkeys(WORDS.get(kind, str(kind)) for kind in _plain(hint)))
+    # In one order: typing keeps a union as it was written first, in whatever library.
+    order = sorted(_plain(hint), key=lambda kind: list(WORDS).index(kind) if kind in WORDS else -1)
+    return " or ".join(dict.fromkeys(WORDS.get(kind, str(kind)) for kind in order))
 
 
 def _plain(hint) -> list | None:

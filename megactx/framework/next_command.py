@@ -48,7 +48,7 @@ def next_command(
     first = [] if experiment is None else [f"experiment={experiment}"]
     kept = {key: setting(key, value) for key, value in changes.items()}
     for group in (*keep, *options):
-        if choices.get(group) not in (None, default.get(group)):
+        if choices.get(group) not in (None, *default.get(group, [])):
             kept.setdefault(group, f"{group}={choices[group]}")
     for override in run.get("command", [])[2:]:
         key = override.lstrip("+").partition("=")[0]

@@ -53,12 +53,13 @@ def groups() -> dict[str, list[Option]]:
     return found
 
 
-def chosen() -> dict[str, str | None]:
-    """group -> the option that ``config.yaml`` takes."""
+def chosen() -> dict[str, list[str]]:
+    """group -> the options that ``config.yaml`` takes: one, none, or several."""
     from .search_path import root
 
     entries = yaml.load((root("configs") / "config.yaml").read_text(encoding="utf-8"), Loader)["defaults"]
-    return {group: option for entry in entries if isinstance(entry, dict) for group, option in entry.items()}
+    found = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
+    return {group: [taken] if isinstance(taken, str) else taken or [] for group, taken in found}
 
 
 def read(path: Path, group: str = "") -> Option:
@@ -150,7 +151,7 @@ def listing(what: str) -> str:
         for group, options in found.items():
             if group == "experiment":
                 continue
-            names = [f"{option.name}{'*' if option.name == default.get(group) else ''}" for option in options]
+            names = [f"{option.name}{'*' if option.name in default.get(group, ()) else ''}" for option in options]
             if any(option.about for option in options):
                 lines += [group, *_table([(n, option.about) for n, option in zip(names, options, strict=True)])]
             else:

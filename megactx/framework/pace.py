@@ -39,7 +39,7 @@ def by_time(cfg: DictConfig, overrides: list[str], reference: DictConfig) -> boo
     from .validate import locate
 
     given = by_hand(overrides)
-    minutes, timed = cfg.preset.get("minutes"), getattr(locate(cfg.stage["_target_"]), "timed", False)
+    minutes, timed = cfg.preset.get("minutes"), locate(cfg.stage["_target_"]).timed
     raw = [OmegaConf.to_container(tree.preset, resolve=False)["steps"] for tree in (cfg, reference)]
     if "preset.minutes" in given and minutes is not None:
         if not timed or raw[0] != raw[1]:
@@ -170,16 +170,14 @@ def announce(stage, config: dict, device) -> None:
     It is reckoned from what ``stage.flops_ahead`` says and from how fast this machine multiplies matrices, before texts
     are read: it tells minutes from months, no more.
     """
-    ahead = getattr(stage, "flops_ahead", None)
-    if ahead is None or processes.rank():
+    if processes.rank():
         return
-    seconds = ahead(config["datamodule"], config["preset"]) / (_flops_per_second(device) * device.count)
+    seconds = stage.flops_ahead(config["datamodule"], config["preset"]) / (_flops_per_second(device) * device.count)
     if seconds > LONG:
-        shorter = getattr(stage, "shorter", "preset=demo is a matter of minutes")
         print(
             f"This training takes about {in_words(seconds)} on this machine, validations and report not counted.\n"
-            f"Shorter: {shorter}; debug=limit shows the whole run in miniature. Every {LATEST // 60} minutes there is a"
-            " checkpoint: Ctrl-C stops, resume=auto goes on.\n",
+            f"Shorter: {stage.shorter}; debug=limit shows the whole run in miniature."
+            f" Every {LATEST // 60} minutes there is a checkpoint: Ctrl-C stops, resume=auto goes on.\n",
             flush=True,
         )
 

@@ -45,7 +45,7 @@ class ValidationProtocol(Callback):
         self.ema, self.worse = state["ema"], state["worse"]
 
     def on_validation_end(self, trainer, pl_module) -> None:
-        step, monitor = trainer.global_step, getattr(pl_module, "monitor", None)
+        step, monitor = trainer.global_step, pl_module.monitor
         if trainer.sanity_checking or monitor not in trainer.callback_metrics:
             return
         self._warn(trainer, pl_module)
@@ -79,7 +79,7 @@ class ValidationProtocol(Callback):
 
     def _warn(self, trainer, pl_module) -> None:
         values = trainer.callback_metrics
-        weight = getattr(pl_module.hparams, "contrastive", {}).get("weight")
+        weight = pl_module.loss_settings("contrastive").get("weight")
         for name, (least, what) in COLLAPSE.items():
             if name in values and float(values[name]) < least:
                 log.warning(

@@ -226,6 +226,20 @@ def other_base(checkpoint: dict, mine: dict) -> str:
     )
 
 
+def refuse_other_base(checkpoint: dict, mine: dict, what: str = "") -> None:
+    """A checkpoint that was trained with another base LM is worth nothing with this one.
+
+    Args:
+        mine: of this one, see ``other_base``.
+        what: what was asked for, for the message.
+
+    Raises:
+        ValueError: it was.
+    """
+    if changed := other_base(checkpoint, mine):
+        raise ValueError(f"{what}{changed}")
+
+
 def check_fits(stage, path: Path) -> dict:
     """Refuse a checkpoint of another architecture; -> its content.
 

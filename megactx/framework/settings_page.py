@@ -28,7 +28,7 @@ def page() -> str:
     for group, options in found.items():
         parts.append(f"## {group}\n")
         for option in options:
-            parts.append(f"### {group}={option.name}{' (default)' if default.get(group) == option.name else ''}\n")
+            parts.append(f"### {group}={option.name}{' (default)' if option.name in default.get(group, ()) else ''}\n")
             parts += _about(option)
             if option.settings:
                 parts.append(_table(option.settings))
@@ -42,7 +42,7 @@ def _top() -> list[Setting]:
 def _overview(found: dict[str, list[Option]], default: dict) -> str:
     rows = []
     for group, options in found.items():
-        names = (f"**{o.name}**" if o.name == default.get(group) else o.name for o in options)
+        names = (f"**{o.name}**" if o.name in default.get(group, ()) else o.name for o in options)
         rows.append(f"| [{group}](#{group.replace('/', '')}) | {', '.join(names)} |")
     return "\n".join(["| group | options, the default in bold |", "|---|---|", *rows, ""])
 

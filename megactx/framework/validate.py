@@ -51,7 +51,9 @@ RANGES = {
     "stage.adamw_lr": (REAL, 0, math.inf),
     "stage.weight_decay": (REAL, 0, math.inf),
     "stage.decay": (REAL, 0, 1),
-    "stage.level2_weight": (REAL, 0, math.inf),
+    "loss.level2.weight": (REAL, 0, math.inf),
+    "loss.block.weight": (REAL, 0, math.inf),
+    "loss.recall.weight": (REAL, 0, math.inf),
     "stage.evaluate.blocks": (WHOLE, 1, math.inf),
     "trainer.gradient_clip_val": (REAL, 0, math.inf),
     "trainer.log_every_n_steps": (WHOLE, 0, math.inf),
@@ -72,10 +74,10 @@ RANGES = {
     "datamodule.level2_spans": (WHOLE, 0, math.inf),
     "gistnet.context": (WHOLE, 0, math.inf),
     "gistnet.input_layer": (WHOLE, 0, math.inf),
-    "stage.history.weight": (REAL, 0, 1),
-    "stage.history.segments": (WHOLE, 1, math.inf),
-    "stage.history.segment": (WHOLE, 1, math.inf),
-    "stage.history.recency": (WHOLE, 1, math.inf),
+    "loss.history.weight": (REAL, 0, math.inf),
+    "loss.history.segments": (WHOLE, 1, math.inf),
+    "loss.history.segment": (WHOLE, 1, math.inf),
+    "loss.history.recency": (WHOLE, 1, math.inf),
 }
 NULLABLE = {"data.max_tokens", "preset.max_tokens", "preset.minutes", "stage.muon_lr", "trainer.gradient_clip_val"}
 NULLABLE |= {key for key in RANGES if key.startswith("data.weights.")}

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megactx.gist.substitution import Teacher, teach, unread
 from megactx.lm import BaseLM
+from megactx.lm.prefill import Prefill, prefill, unread
 
 POSITIONS = ("centre", "end")
 BYTES = 2  # of a stored number: 16 bit
@@ -68,6 +68,11 @@ class Compressor(nn.Module):
         self.block_size, self.position = block_size, position
 
     @property
+    def levels(self) -> int:
+        """Sets of weights: 1, or one for each level of gists."""
+        return 1
+
+    @property
     def offset(self) -> int:
         """Position of a carrier relative to its block's start."""
         return self.offset_in(self.block_size)
@@ -80,7 +85,7 @@ class Compressor(nn.Module):
         """Standard deviation of a carrier's position in tokens, a scalar; ``None``: it is a point."""
         return None
 
-    def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Vectors | Slots:
+    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors | Slots:
         """Carriers of the blocks at starts [B, N] of the documents that ``teacher`` has read."""
         raise NotImplementedError
 
@@ -91,7 +96,7 @@ class Compressor(nn.Module):
 
         ids = torch.zeros(1, self.block_size, dtype=torch.long, device=next(self.parameters()).device)
         reads = self.needs_hidden or not self.makes_vectors
-        teacher = teach(base, ids, with_states=True) if reads else unread(ids)
+        teacher = prefill(base, ids, with_states=True) if reads else unread(ids)
         with FlopCounterMode(display=False) as counter:
             self.compress(base, teacher, torch.zeros_like(ids[:, :1]))
         return counter.get_total_flops()

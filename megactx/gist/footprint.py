@@ -24,8 +24,7 @@ from torch import nn
 
 from megactx.lm import BaseLM
 from megactx.lm.branches import ROWS_PER_GROUP
-
-from .scoring import CHUNK_ELEMENTS
+from megactx.lm.chunked_head import CHUNK_ELEMENTS
 
 
 def footprint(

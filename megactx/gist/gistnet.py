@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megactx.lm.gaussian_rope import PositionSpread
+from megactx.lm.prefill import Prefill, blocks
 
 from . import heads, poolings
 from .backbone import Backbone
 from .carrier import Compressor, Vectors
 from .parts import find
-from .substitution import Teacher, blocks
 
 TYPES, SKIPS, INPUTS = ("transformer", "mean"), ("none", "last", "mean"), ("embedding", "hidden")
 
@@ -115,6 +115,10 @@ class GistNet(Compressor):
         same = (width, embedding_rms, block_size, type, layers, num_heads, pooling, head, skip, position, dropout)
         self.above = nn.ModuleList(GistNet(*same) for _ in range(levels - 1))
 
+    @property
+    def levels(self) -> int:
+        return 1 + len(self.above)
+
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -134,7 +138,7 @@ class GistNet(Compressor):
         """Standard deviation of a gist's position in tokens, a scalar; ``None`` where positions are points."""
         return self.spread(torch.tensor(level, device=self.gain.device))
 
-    def compress(self, base, teacher: Teacher, starts: Tensor, level: int = 1) -> Vectors:
+    def compress(self, base, teacher: Prefill, starts: Tensor, level: int = 1) -> Vectors:
         """Gists of the blocks at starts [B, N] of the documents that ``teacher`` has read, or of spans of K^level.
 
         Raises:
@@ -154,7 +158,7 @@ class GistNet(Compressor):
             gists = self.encode_gists(gists[:, left:], level, Seen(gists, there) if left else None)[-1]
         return Vectors(gists[:, 0].view(*starts.shape, -1), self.offset_in(k**level), self.sigma(level))
 
-    def seen(self, base, teacher: Teacher, starts: Tensor) -> Seen | None:
+    def seen(self, base, teacher: Prefill, starts: Tensor) -> Seen | None:
         """What the backbone reads of the blocks at starts [B, N]; ``None``: their embeddings and nothing else."""
         if not (self.left_context or self.needs_hidden):
             return None
@@ -276,10 +280,10 @@ class GistNet(Compressor):
         Returns:
             ``(gists [B, D], terms)`` with ``terms["contrastive"]`` where neighbours are given.
         """
-        from .losses import contrastive
+        from .losses.contrastive import pushed_apart
 
         gists = self.encode_span(embeddings)
         terms = {}
         if neighbours is not None:
-            terms["contrastive"] = contrastive(gists[: len(neighbours)], self.encode_span(neighbours), margin)
+            terms["contrastive"] = pushed_apart(gists[: len(neighbours)], self.encode_span(neighbours), margin)
         return gists, terms

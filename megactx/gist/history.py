@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from megactx.lm import BaseLM, masks
+from megactx.lm.prefill import Prefill, blocks, rows_at
 
 from .carrier import Slots, Vectors
-from .substitution import Teacher, blocks, rows_at
 
 
 def check_segments(starts: Tensor, lengths: Tensor, block: int, segment: int, recency: int) -> None:
@@ -47,7 +47,7 @@ def old_blocks(starts: Tensor, block: int, recency: int) -> Tensor:
     return torch.arange(block, last, block, device=starts.device).expand(len(starts), -1)
 
 
-def stream(base: BaseLM, teacher: Teacher, old: Tensor, carriers: Vectors | Slots, block: int):
+def stream(base: BaseLM, teacher: Prefill, old: Tensor, carriers: Vectors | Slots, block: int):
     """Keys and values per layer of the sink and all carriers of the blocks at old [B, M]: K + M columns."""
     if isinstance(carriers, Slots):
         return [
@@ -58,7 +58,7 @@ def stream(base: BaseLM, teacher: Teacher, old: Tensor, carriers: Vectors | Slot
     return read_stream(base, teacher, carriers.vectors, old + carriers.offset, sigma, block)
 
 
-def read_stream(base: BaseLM, teacher: Teacher, vectors: Tensor, positions: Tensor, sigma: Tensor | None, block: int):
+def read_stream(base: BaseLM, teacher: Prefill, vectors: Tensor, positions: Tensor, sigma: Tensor | None, block: int):
     """Keys and values per layer of the sink and, behind it, vectors [B, M, D] at positions [B, M]: K + M columns.
 
     ``sigma`` [B, M]: standard deviation of these positions in tokens; ``None``: points.
@@ -72,7 +72,7 @@ def read_stream(base: BaseLM, teacher: Teacher, vectors: Tensor, positions: Tens
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def continued(base: BaseLM, teacher: Teacher, starts: Tensor, kept, columns: Tensor, raw: int, segment: int) -> Tensor:
+def continued(base: BaseLM, teacher: Prefill, starts: Tensor, kept, columns: Tensor, raw: int, segment: int) -> Tensor:
     """Hidden states of segments over some cached columns and raw tokens that are computed again.
 
     Args:
@@ -92,7 +92,7 @@ def continued(base: BaseLM, teacher: Teacher, starts: Tensor, kept, columns: Ten
 
 
 def with_carriers(
-    base: BaseLM, teacher: Teacher, starts: Tensor, carriers: Vectors | Slots, block: int, segment: int, recency: int
+    base: BaseLM, teacher: Prefill, starts: Tensor, carriers: Vectors | Slots, block: int, segment: int, recency: int
 ) -> Tensor:
     """The sink, carriers of all blocks of ``old_blocks``, ``recency`` raw tokens: hidden [B, N, S, D]."""
     kept = stream(base, teacher, old_blocks(starts, block, recency), carriers, block)
@@ -100,11 +100,11 @@ def with_carriers(
     return continued(base, teacher, starts, kept, columns, recency, segment)
 
 
-def with_nothing(base: BaseLM, teacher: Teacher, starts: Tensor, block: int, segment: int, raw: int) -> Tensor:
+def with_nothing(base: BaseLM, teacher: Prefill, starts: Tensor, block: int, segment: int, raw: int) -> Tensor:
     """The sink and ``raw`` tokens before each segment: hidden [B, N, S, D]."""
     return continued(base, teacher, starts, teacher.cache, torch.full_like(starts, block), raw, segment)
 
 
-def with_everything(teacher: Teacher, starts: Tensor, segment: int) -> Tensor:
+def with_everything(teacher: Prefill, starts: Tensor, segment: int) -> Tensor:
     """The full context: hidden [B, N, S, D]."""
     return rows_at(teacher.hidden, starts - 1, segment)

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from megactx.lm import BaseLM
+from megactx.lm.prefill import Prefill, rows_at
 
 from .carrier import Slots, Vectors
-from .substitution import Teacher, rows_at, slotted, substituted
+from .substitution import slotted, substituted
 
 
 def read_carriers(
-    base: BaseLM, teacher: Teacher, starts: Tensor, carriers: Sequence[Vectors | Slots], tokens: int, horizon: int
+    base: BaseLM, teacher: Prefill, starts: Tensor, carriers: Sequence[Vectors | Slots], tokens: int, horizon: int
 ) -> Tensor:
     """Hidden states of branches in which each carrier stands for its block.
 

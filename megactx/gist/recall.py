@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from megactx.lm import BaseLM
+from megactx.lm.prefill import Prefill, blocks, rows_at
 
 from .carrier import Vectors
-from .substitution import Teacher, blocks, rows_at
 
 
 def mixed(
     base: BaseLM,
-    teacher: Teacher,
+    teacher: Prefill,
     starts: Tensor,
     told: Tensor,
     old: Tensor,
@@ -70,7 +70,7 @@ def mixed(
 
 
 @torch.no_grad()
-def full(base: BaseLM, teacher: Teacher, starts: Tensor, told: Tensor, block: int) -> Tensor:
+def full(base: BaseLM, teacher: Prefill, starts: Tensor, told: Tensor, block: int) -> Tensor:
     """The same of the full context, which the block at ``told`` follows at ``starts``: [B, N, K, D]."""
     first = rows_at(teacher.hidden, starts - 1, 1)
     if block == 1:

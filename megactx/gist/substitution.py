@@ -12,48 +12,16 @@ Shapes: B documents, T tokens, N blocks per document, C carriers, H horizon, K b
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from megactx.lm import BaseLM
-from megactx.lm.layers import recorded
+from megactx.lm.prefill import Prefill, blocks, prefill, rows_at, unread
 
-
-@dataclass(frozen=True)
-class Teacher:
-    """One pass of the base LM over whole documents: final ``hidden`` [B, T, D], keys and values per layer.
-
-    ``states``, where asked for: the input of each layer, and the last one's output before the final norm.
-    """
-
-    ids: Tensor  # [B, T]
-    hidden: Tensor  # [B, T, D]
-    cache: tuple[tuple[Tensor, Tensor], ...]  # per layer, each [B, key-value heads, T, head width]
-    states: tuple[Tensor, ...] = ()  # L + 1, each [B, T, D]
-
-
-@torch.no_grad()
-def teach(base: BaseLM, ids: Tensor, with_states: bool = False) -> Teacher:
-    """Run the frozen base LM over documents ids [B, T]; padding on the right is harmless under causal attention."""
-    cache = DynamicCache()
-    with recorded(base.model.get_decoder()) if with_states else nullcontext(()) as states:
-        hidden = base(base.embed(ids), None, cache=cache)
-    return Teacher(ids, hidden, tuple((layer.keys, layer.values) for layer in cache.layers), tuple(states))
-
-
-def unread(ids: Tensor) -> Teacher:
-    """Documents that the base LM has not read: enough for what looks at tokens only."""
-    return Teacher(ids, ids.new_empty(0), ())
-
-
-def blocks(ids: Tensor, starts: Tensor, block: int) -> Tensor:
-    """Token ids of blocks: ids [B, T], starts [B, N] -> [B, N, K]."""
-    index = starts[..., None] + torch.arange(block, device=ids.device)
-    return ids.gather(1, index.flatten(1)).view(*starts.shape, block)
+# The old names, until all rooms have the new ones.
+Teacher, teach = Prefill, prefill
+__all__ = ["blocks", "rows_at", "unread"]
 
 
 def check_blocks(starts: Tensor, lengths: Tensor, block: int, horizon: int) -> None:
@@ -76,7 +44,7 @@ def check_blocks(starts: Tensor, lengths: Tensor, block: int, horizon: int) -> N
 
 def substituted(
     base: BaseLM,
-    teacher: Teacher,
+    teacher: Prefill,
     starts: Tensor,
     gists: Tensor,
     offsets: Sequence[int],
@@ -119,7 +87,7 @@ def substituted(
     return hidden.permute(2, 0, 1, 3, 4)
 
 
-def dropped(base: BaseLM, teacher: Teacher, starts: Tensor, block: int, horizon: int) -> Tensor:
+def dropped(base: BaseLM, teacher: Prefill, starts: Tensor, block: int, horizon: int) -> Tensor:
     """Hidden states where the block is gone and nothing stands in its place: [B, N, H, D].
 
     Row 0 is the teacher's row ``start - 1``; the other H - 1 rows keep their original positions.
@@ -132,7 +100,7 @@ def dropped(base: BaseLM, teacher: Teacher, starts: Tensor, block: int, horizon:
     return torch.cat([first, _branches(base, teacher, starts, rows, positions)], dim=2)
 
 
-def slotted(base: BaseLM, teacher: Teacher, starts: Tensor, slots, block: int, horizon: int) -> Tensor:
+def slotted(base: BaseLM, teacher: Prefill, starts: Tensor, slots, block: int, horizon: int) -> Tensor:
     """Hidden states of branches in which keys and values at every layer stand for the block.
 
     Args:
@@ -155,12 +123,6 @@ def slotted(base: BaseLM, teacher: Teacher, starts: Tensor, slots, block: int, h
     return _branches(base, teacher, starts, rows, positions, slots)
 
 
-def rows_at(hidden: Tensor, starts: Tensor, rows: int) -> Tensor:
-    """hidden [B, T, D], starts [B, N] -> the ``rows`` states from each start on, [B, N, rows, D]."""
-    index = (starts[..., None] + torch.arange(rows, device=hidden.device)).flatten(1)
-    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])).view(*starts.shape, rows, -1)
-
-
 def _sigma(sigmas: Sequence[Tensor | None] | None, vectors: int, positions: Tensor) -> Tensor | None:
     """One scalar per carrier, for the first M rows of its branch, 0 for the rest: [B, N * C, R], as the positions."""
     b, n, c, r = positions.shape
@@ -174,7 +136,7 @@ def _sigma(sigmas: Sequence[Tensor | None] | None, vectors: int, positions: Tens
 
 def _branches(
     base: BaseLM,
-    teacher: Teacher,
+    teacher: Prefill,
     prefix: Tensor,
     rows: Tensor,
     positions: Tensor,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from megactx.assets import resolve
+from megactx.data.gguf_base import loadable
 
 from . import branches as packed
 from . import masks, plain_causal
@@ -49,14 +49,15 @@ class BaseLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, dtype: str | None = None) -> "BaseLM":
-        """Load a Hugging Face name or a local folder, with its tokenizer.
+        """Load a Hugging Face name, a local folder or a GGUF file, with its tokenizer.
 
         Args:
-            name: ``owner/model``, a folder, or ``asset:NAME``.
+            name: ``owner/model``, a folder, ``FILE.gguf``, or ``asset:NAME``.
             dtype: of ``DTYPES``; ``None`` takes the one that the weights are stored in.
 
         Raises:
             ValueError: nothing can be loaded from there, or the weights are not those of the config.
+            RunFailed: a GGUF file was to be converted, and the disk of the cache is full.
         """
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
@@ -65,7 +66,7 @@ class BaseLM(nn.Module):
 
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"base.dtype={dtype} is not known, allowed are {', '.join(DTYPES)}, or null: as stored")
-        folder = resolve(name)
+        folder = loadable(name)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,

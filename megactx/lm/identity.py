@@ -34,6 +34,12 @@ def of_embeddings(base: BaseLM) -> str:
     return digest.hexdigest()[:16]
 
 
+def record_of(base: BaseLM, name: str) -> dict:
+    """What checkpoints say of the base LM that they are trained with: its name, its identity as trees have it, and that
+    of its layers."""
+    return {"name": str(name), "width": base.width, "embeddings": of_embeddings(base), "weights": of_weights(base)}
+
+
 @torch.no_grad()
 def of_weights(base: BaseLM) -> str:
     """Sixteen hex digits of all layers: the shape and some rows of each tensor, and what of the config counts."""

@@ -15,6 +15,7 @@ import sys
 from rich.console import Console
 
 from megactx.framework.command_line import run
+from megactx.framework.errors import RunFailed
 
 from .chat_commands import HELP, obey
 from .command_line import add_models, add_sampling, controller_of, observers_of, sampling_of, session_of
@@ -83,12 +84,12 @@ def chat(asked: argparse.Namespace) -> None:
                         break
                 elif text:
                     talk.turn(text)
-            except ValueError as error:  # a mistake at the prompt does not end the talk
+            except (ValueError, RunFailed) as error:  # a mistake or a full disk at the prompt does not end the talk
                 talk.say(f"({error})")
     finally:
-        if talk.session.folder is not None:
-            talk.session.save()
-        talk.session.close()
+        with talk.session as session:
+            if session.folder is not None:
+                session.save()
 
 
 def _line() -> str | bytes | None:

@@ -90,9 +90,9 @@ def load(chat, folder: str) -> None:
     if own is not None and Path(folder).expanduser().resolve() == own.resolve():
         chat.say(f"the talk is in {folder} already ({chat.session.length:,} tokens)")
         return
-    session = Session.load(folder, chat.controller, chat.observers)
     if own is not None:
         chat.session.save()
+    session = Session.load(folder, chat.controller, chat.observers)
     chat.session.close()
     chat.session, chat.last = session, None
     chat.say(f"loaded {folder} ({session.length:,} tokens)")

@@ -12,10 +12,12 @@ from .session import Session
 from .session_files import is_session
 from .settings import KINDS, POSITIONS, Settings
 
+MODEL = "a run's or an exported folder; a plain base: a folder, a GGUF file, smollm2 (default: the embedded models)"
+
 
 def add_models(parser: argparse.ArgumentParser, budget: int = 2048) -> None:
     """``--model`` and what decides how a history is read."""
-    parser.add_argument("--model", help="a run folder or an exported folder (default: the embedded models)")
+    parser.add_argument("--model", help=MODEL)
     parser.add_argument("--budget", type=int, default=budget, help=f"entries of the working context (default {budget})")
     parser.add_argument(
         "--megacontext", choices=KINDS, default="focus", help="focus, recency, or none: the plain model (default focus)"
@@ -46,11 +48,20 @@ def sampling_of(asked: argparse.Namespace) -> Sampling:
     return Sampling(**{name: getattr(asked, name) for name in names})
 
 
-def controller_of(asked: argparse.Namespace) -> Controller:
-    """Load what was asked for; what a person should know goes to stderr."""
+def controller_of(asked: argparse.Namespace, tree: bool = False) -> Controller:
+    """Load what was asked for; what a person should know goes to stderr.
+
+    Args:
+        tree: the command is about trees.
+
+    Raises:
+        ValueError: models and settings do not fit, or make no tree.
+    """
     settings = Settings(budget=asked.budget, megacontext=asked.megacontext, positions=asked.positions)
     quiet()
     controller = Controller(load_models(asked.model), settings)
+    if tree and controller.plain:
+        raise ValueError(f"{controller.plain} keeps no tree, which this command is about")
     for note in controller.notes:
         print(note, file=sys.stderr)
     return controller
@@ -64,8 +75,8 @@ def observers_of(asked: argparse.Namespace, controller: Controller) -> list[Obse
     """
     if asked.metrics is None:
         return []
-    if controller.settings.megacontext == "none":
-        raise ValueError("--metrics: megacontext=none has no working context to measure; focus and recency have one")
+    if controller.plain:
+        raise ValueError(f"--metrics: {controller.plain} has no working context to measure; focus and recency have one")
     from .prometheus import Prometheus
 
     found = Prometheus(asked.metrics, controller.models)

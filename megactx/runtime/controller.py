@@ -10,6 +10,7 @@ B rows, T tokens, N new tokens.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from .events import Observer
 from .focusing import Focus
 from .models import Models
 from .sampling import RECENT, Sampling
-from .settings import Settings, note_on
-from .stock import Stock
+from .settings import RESERVE, Settings, note_on
+from .stock import LEAST, SINK, Dropping, Stock
 from .stream import Stream
 
 
@@ -31,10 +32,11 @@ class Controller:
 
     Args:
         models: of ``load_models``. Without a LensNet ``megacontext=focus`` falls back to recency; ``notes`` says so.
+            Without a GistNet there are ``none`` and ``recency``, which drops what is old.
         settings: what a person decides.
 
     Raises:
-        ValueError: the budget does not fit models and protected tokens, or there is no GistNet.
+        ValueError: the budget does not fit models and protected tokens, or there is no GistNet for ``focus``.
     """
 
     def __init__(self, models: Models, settings: Settings | None = None):
@@ -43,9 +45,8 @@ class Controller:
         if self.settings.megacontext == "none":
             return
         if models.gistnet is None:
-            raise ValueError(
-                f"model: there is no GistNet in {models.name or 'these models'}; megacontext=none needs none"
-            )
+            self._check_dropping()
+            return
         sizes = (models.gistnet.block_size, self.settings.limit or models.base.max_positions)
         asked, self.settings = self.settings, self.settings.fitted(*sizes)
         self.settings.check(*sizes)
@@ -58,6 +59,35 @@ class Controller:
             )
         if self.settings.megacontext == "focus" and models.lensnet is None:
             self.notes.append("There is no LensNet here: the newest text has the detail (megacontext=recency).")
+
+    @property
+    def plain(self) -> str | None:
+        """What to call it where the base LM reads tokens only, without a tree and a window of it; else ``None``."""
+        if self.settings.megacontext == "none":
+            return Stock.kind
+        return Dropping.kind if self.models.gistnet is None else None
+
+    def _check_dropping(self) -> None:
+        if self.settings.megacontext == "focus":
+            raise ValueError(
+                f"model: there is no GistNet in {self.models.name or 'these models'}; megacontext=recency drops old"
+                " text instead, megacontext=none is the plain base LM"
+            )
+        if self.settings.positions == "absolute":
+            raise ValueError(
+                "positions=absolute is not allowed without a GistNet: old text is dropped; allowed is rebased"
+            )
+        limit, asked = self.settings.limit or self.models.base.max_positions, self.settings.budget
+        if not LEAST <= min(asked, limit):
+            raise ValueError(
+                f"budget={asked} is not allowed: at least {LEAST} tokens, of a base LM that takes so many positions;"
+                f" this one takes {limit}"
+            )
+        self.settings = replace(self.settings, budget=min(asked, limit))
+        self.notes.append(
+            f"There is no GistNet here: of a longer history the first {SINK} tokens and the newest are kept, at most"
+            f" {self.settings.budget:,}; what lies between is dropped, not compressed."
+        )
 
     def build_tree(self, ids: Tensor, lengths: Tensor | None = None) -> MegaContextTree:
         """ids [B, T], lengths [B] -> the tree of all of them; see ``MegaContextTree.append`` for what is refused."""
@@ -82,11 +112,14 @@ class Controller:
     def stream(
         self, rows: int = 1, tree: MegaContextTree | None = None, observers: Iterable[Observer] = ()
     ) -> "Stream | Stock":
-        """Histories of B rows, empty or those of a tree; with ``megacontext=none`` of the plain base LM."""
-        if self.settings.megacontext == "none":
+        """Histories of B rows, empty or those of a tree; of the plain base LM with ``megacontext=none``, or without a
+        GistNet."""
+        if self.plain:
             if tree is not None:
-                raise ValueError("megacontext=none reads no tree; allowed with one are focus and recency")
-            return Stock(self.models.base, rows)
+                raise ValueError(f"{self.plain} reads no tree; allowed with one are focus and recency")
+            if self.settings.megacontext == "none":
+                return Stock(self.models.base, rows)
+            return Dropping(self.models.base, rows, self.settings.budget, self.settings.budget // RESERVE)
         return Stream(self.models, self.settings, rows, tree, observers)
 
     def generate(
@@ -121,8 +154,8 @@ class Controller:
         return Focus(self.settings, self._gistnet().block_size, self.models.lensnet)
 
     def _gistnet(self):
-        if self.models.gistnet is None or self.settings.megacontext == "none":
-            raise ValueError("megacontext=none has no tree and no window; allowed with them are focus and recency")
+        if self.plain:
+            raise ValueError(f"{self.plain} has no tree and no window; allowed with them are focus and recency")
         return self.models.gistnet
 
 

@@ -37,7 +37,7 @@ def ingest(asked: argparse.Namespace) -> None:
     if asked.megacontext == "none":
         raise ValueError("--megacontext=none keeps no tree, there is nothing to build")
     paths = find(asked.files)
-    controller = controller_of(asked)
+    controller = controller_of(asked, tree=True)
     with session_of(asked.out, controller, observers_of(asked, controller)) as session:
         began, before = time.monotonic(), session.length
         try:

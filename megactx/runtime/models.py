@@ -3,7 +3,7 @@
 nothing                 the embedded base LM, its GistNet and, where there is one, its LensNet
 exported folder         a Hugging Face folder with gistnet/ and, where there is one, lensnet/ in it
 run of a lens stage     all three; of a gist stage: base and GistNet; of a base stage: the base LM alone
-Hugging Face folder     a base LM alone
+Hugging Face folder     a base LM alone, as are a GGUF file, a folder with one in it, and a base of ``asset:NAME``
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megactx.assets import resolve
+from megactx.assets import is_gguf, known, resolve
 from megactx.focus import LensNet
 from megactx.focus.pretrained import SETTINGS as LENSNET
 from megactx.focus.pretrained import load_lensnet
@@ -57,7 +57,10 @@ def load_models(path: str | None = None, device: str | None = None) -> Models:
         return _embedded().to(device)
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"model={path}: there is no such folder")
+        name = path if is_gguf(path) or path.startswith("asset:") else f"asset:{path}"
+        if not is_gguf(name) and name not in known():
+            raise ValueError(f"model={path}: there is no such folder, file or asset")
+        return Models(BaseLM.from_pretrained(name, "float32"), name=path).to(device)
     if (folder / "gistnet" / GISTNET).is_file():
         base = BaseLM.from_pretrained(str(folder), "float32").freeze()
         gistnet = load_gistnet(folder / "gistnet", base)
@@ -66,6 +69,8 @@ def load_models(path: str | None = None, device: str | None = None) -> Models:
     for own in (folder / "model", folder):  # of a run of a base stage; or a model itself
         if (own / "config.json").is_file():
             return Models(BaseLM.from_pretrained(str(own), "float32"), name=str(path)).to(device)
+    if is_gguf(resolve(folder, "model")):
+        return Models(BaseLM.from_pretrained(str(folder), "float32"), name=str(path)).to(device)
     return _of_run(folder).to(device)
 
 

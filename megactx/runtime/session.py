@@ -79,12 +79,12 @@ class Session:
 
     @property
     def tree(self) -> MegaContextTree | None:
-        """All but up to K - 1 of the newest tokens; ``None`` with ``megacontext=none``."""
+        """All but up to K - 1 of the newest tokens; ``None`` with ``megacontext=none`` or no GistNet."""
         return getattr(self.stream, "tree", None)
 
     @property
     def context(self) -> WorkingContext | None:
-        """The window; ``None`` before the first K tokens, and with ``megacontext=none``."""
+        """The window; ``None`` before the first K tokens, and with ``megacontext=none`` or no GistNet."""
         return None if isinstance(self.stream, Stock) else self.stream.window()
 
     @property
@@ -160,20 +160,27 @@ class Session:
             folder: ``None``: where it was saved or loaded last.
 
         Raises:
-            ValueError: no folder, one that holds something else, or is in use by another process; a session with
-                ``megacontext=none``.
+            ValueError: no folder, one that holds something else, cannot be written, or is in use by another process; a
+                session with ``megacontext=none``, or without a GistNet.
+            RunFailed: the disk is full. The session still holds the folder that it held, where what was saved is whole.
         """
         if isinstance(self.stream, Stock):
-            raise ValueError("megacontext=none keeps no tree, so its sessions cannot be saved")
+            raise ValueError(f"{self.stream.kind} keeps no tree, so its sessions cannot be saved")
         if folder is None and self.folder is None:
             raise ValueError("save: name a folder; this session was neither saved nor loaded before")
         folder = (self.folder if folder is None else Path(folder).expanduser()).absolute()
         if self.folder is None or folder.resolve() != self.folder.resolve():
             session_files.check_free(folder)
             lock = Lock(folder)
+            try:
+                session_files.save(self.stream, folder, self.about)
+            except BaseException:  # the session stays where it was
+                lock.release()
+                raise
             self.close()
             self.folder, self._lock = folder, lock
-        session_files.save(self.stream, folder, self.about)
+        else:
+            session_files.save(self.stream, folder, self.about)
         return folder
 
     @classmethod
@@ -182,11 +189,11 @@ class Session:
 
         Raises:
             ValueError: no session, a damaged one, one that is in use by another process, or of another tokenizer, base
-                LM or GistNet; ``megacontext=none``.
+                LM or GistNet; ``megacontext=none``, or no GistNet.
         """
         folder = Path(folder).expanduser().absolute()
-        if controller.settings.megacontext == "none":
-            raise ValueError("megacontext=none reads no tree, so it cannot go on with a saved session")
+        if controller.plain:
+            raise ValueError(f"{controller.plain} reads no tree, so it cannot go on with a saved session")
         if not session_files.is_session(folder):
             raise ValueError(f"{folder}: there is no session, {session_files.MANIFEST} is missing")
         lock = Lock(folder)

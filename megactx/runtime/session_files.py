@@ -65,7 +65,7 @@ def save(stream: Stream, folder: Path, about: dict) -> None:
 
 
 def _save(stream: Stream, folder: Path, about: dict) -> None:
-    data = folder / f"data-{os.urandom(8).hex()}"
+    data, kept = folder / f"data-{os.urandom(8).hex()}", stream.tree.kept
     try:
         data.mkdir()
         storage.save(stream.tree, data / "tree", REMEDY)
@@ -76,6 +76,7 @@ def _save(stream: Stream, folder: Path, about: dict) -> None:
     except BaseException:
         if not storage.names(folder / MANIFEST, data):
             shutil.rmtree(data, ignore_errors=True)
+            stream.tree.kept = kept  # what was written for this save is gone
         raise
     _remove_all_but(folder, data)
 

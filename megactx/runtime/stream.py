@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from megactx.gist.scoring import nll
+from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree, WorkingContext
 
 from .events import Observer, Refocused, views

@@ -24,16 +24,16 @@ from megactx.focus.sampling import KINDS, draw
 from megactx.focus.states import load
 from megactx.focus.variants import same_rows
 from megactx.framework.files import IN_RUN, replacing
-from megactx.framework.throughput import Work
-from megactx.gist.packed_loss import substitution_loss
+from megactx.gist.loss import Context
+from megactx.gist.losses.block import Block
 from megactx.lm.adapters import adapters_of
 
 from .joint import JointStage
-from .joint_parts import optimizer_of
 from .lens_losses import value_losses
 from .lens_states import ensure, folder_of, measuring_flops, sizes_ahead
 from .phases import Place, Schedule
 from .window_work import WindowWork
+from .work import Work
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class AlternatingStage(JointStage):
         if settings.get("train_base", own) != own:
             raise ValueError(f"stage.train_base={settings['train_base']}: stage.steps.lora={steps['lora']} says {own}")
         super().__init__(**settings | {"train_base": own})
-        self.schedule = schedule
+        self.schedule, self.block_loss = schedule, Block(objective=self.hparams.objective)
         for name, least in (("per_round", 2), ("edits", 2)):
             if windows[name] < least:
                 raise ValueError(f"stage.windows.{name}={windows[name]} is not allowed: at least {least}")
@@ -120,9 +120,9 @@ class AlternatingStage(JointStage):
 
     def gist_step(self, batch: dict, place: Place, index: int) -> Tensor:
         """Packed substitution of single blocks."""
-        asked = self.hparams
-        sizes = (batch["starts"], batch["lengths"], asked.horizon, asked.objective)
-        losses, dnll, _ = substitution_loss(self.base, [self.gistnet], self.teacher(batch["ids"]), *sizes)
+        nets = {"gistnet": self.gistnet}
+        context = Context(self.base, nets, self.teacher(batch["ids"]), batch, self.hparams.horizon)
+        losses, dnll = self.block_loss.per_net(context)
         self.count_tokens(batch["lengths"].sum())
         self.log("train/gist/loss", losses[0].detach())
         self.log("train/gist/dnll", dnll[0].detach(), prog_bar=True)
@@ -187,9 +187,8 @@ class AlternatingStage(JointStage):
             self.count_tokens(sum(len(self.data.training_document(key)["ids"]) for key in keys))
         return ensure(self, self.data, folder, place.cycle, count)
 
-    def configure_optimizers(self):
-        total = {name: steps * self.schedule.cycles for name, steps in self.schedule.steps.items()}
-        return optimizer_of(self, self.schedule.before, total)
+    def own_steps(self, step: int, part: str) -> tuple[int, int]:
+        return self.schedule.before(step, part), self.schedule.steps[part] * self.schedule.cycles
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -8,7 +8,6 @@ import logging
 import re
 from pathlib import Path
 
-import lightning
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,16 +18,18 @@ from megactx.evaluation.context_use import context_use
 from megactx.evaluation.model_card import write_model_card
 from megactx.framework.files import IN_RUN, replacing
 from megactx.framework.next_command import next_command
-from megactx.framework.optimizers import MuonWithAdamW, fast_dtype, warmup_stable_decay
+from megactx.framework.optimizers import fast_dtype, warmup_stable_decay
 from megactx.framework.resume import differences
-from megactx.framework.throughput import Work
 from megactx.lm import BaseLM
 from megactx.lm.masks import CAUSAL
+
+from .stage import Stage
+from .work import Work
 
 log = logging.getLogger(__name__)
 
 
-class BaseLMStage(lightning.LightningModule):
+class BaseLMStage(Stage):
     """Next-token training of a base LM from random weights.
 
     Args:
@@ -43,7 +44,8 @@ class BaseLMStage(lightning.LightningModule):
     """
 
     shorter = "preset.steps=N sets the length"
-    monitor = "val/nll"  # of which a new minimum is worth a checkpoint
+    monitor = "val/nll"
+    betas = (0.9, 0.95)
 
     def __init__(
         self,
@@ -86,8 +88,7 @@ class BaseLMStage(lightning.LightningModule):
             raise ValueError(f"stage.weights={weights} are not of stage.config: {lost} is one tensor with another here")
 
     def flops_ahead(self, data: dict, preset: dict) -> float:
-        """About how many floating-point operations the training takes; ``data`` and ``preset`` are of the config."""
-        work, left, total = Work.of(self), self.hparams.max_steps, 0.0
+        work, left, total = Work.of_base(self.base), self.hparams.max_steps, 0.0
         for phase in data["phases"]:
             last = phase is data["phases"][-1]
             steps = left if last else min(left, phase["steps"])
@@ -141,24 +142,39 @@ class BaseLMStage(lightning.LightningModule):
         self.log("val/nll", nll / batches, prog_bar=True)
         self.log("val/nll_copied", copied / batches, prog_bar=True)
 
-    def configure_optimizers(self):
+    def setup(self, stage: str) -> None:
+        self.work = Work.of_base(self.base)  # which keeps its fp32 weights: it learns
+
+    def flops(self, batch: dict) -> Tensor | float:
+        return self.work(batch)
+
+    def amounts(self, batch: dict) -> dict:
+        return {"tokens": batch["ids"].numel(), "documents": len(batch["ids"])}
+
+    @property
+    def parts(self) -> dict:
+        return {"base": [p for group in self.groups() for p in group["params"]]}
+
+    def groups(self) -> list[dict]:
         matrices, others = [], []
         embeddings = {id(p) for p in self.base.model.get_input_embeddings().parameters()}
         embeddings |= {id(p) for p in self.base.model.get_output_embeddings().parameters()}
         for p in self.base.parameters():
             (matrices if p.ndim == 2 and id(p) not in embeddings else others).append(p)
         h = self.hparams
-        optimizer = MuonWithAdamW(
-            [
-                {"params": matrices, "lr": h.muon_lr, "weight_decay": h.weight_decay, "muon": True},
-                {"params": others, "lr": h.adamw_lr, "weight_decay": 0.0},  # embeddings and norms are not pulled to 0
-            ],
-            betas=(0.9, 0.95),
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_stable_decay(step, h.warmup, h.max_steps, h.decay)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return [
+            {"params": matrices, "lr": h.muon_lr, "weight_decay": h.weight_decay, "muon": True},
+            {"params": others, "lr": h.adamw_lr, "weight_decay": 0.0},  # embeddings and norms are not pulled to 0
+        ]
+
+    def factor(self, step: int, group: dict) -> float:
+        return warmup_stable_decay(step, self.hparams.warmup, self.hparams.max_steps, self.hparams.decay)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        pass  # the base is what a checkpoint is of
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        pass
 
     def finish(self, folder: Path, datamodule) -> None:
         """Write ``folder/model``: a Hugging Face folder in bf16 with tokenizer and a model card of measured figures."""

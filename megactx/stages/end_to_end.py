@@ -14,7 +14,6 @@ from megactx.focus.packed import Windows, accumulated, continuation_loss, encode
 from megactx.focus.variants import Variants, focus_losses, make_variants, same_rows
 
 from .joint import JointStage
-from .joint_parts import optimizer_of
 from .lens_states import sizes_ahead
 from .window_work import WindowWork
 
@@ -170,10 +169,6 @@ class EndToEndStage(JointStage):
         tokens = self.gistnet.block_size**level
         spans = embeddings[:, : h // tokens * tokens].reshape(-1, tokens, d)
         return self.gistnet.encode_level(spans, level).view(n, -1, d)
-
-    def configure_optimizers(self):
-        steps = self.hparams.max_steps
-        return optimizer_of(self, lambda step, part: step, {"gist": steps, "lens": steps, "lora": steps})
 
 
 def _check(windows: dict, weights: dict, distance: float) -> None:

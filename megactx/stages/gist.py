@@ -1,50 +1,37 @@
 """Stage ``gist``: train a GistNet or another compressor against a frozen base LM by packed substitution (method 3, 4).
 
-Trained controls (``blockmean_linear`` by default) learn beside it: the same blocks, the same teacher pass, the same
-steps and learning rate, each with its own gradient clipping. So the table at the end compares like with like.
+Trained controls (``blockmean_linear`` by default) learn beside it: the same blocks, the same prefill, the same steps
+and learning rate, each with its own gradient clipping. So the table at the end compares like with like.
 """
 
 import logging
 from pathlib import Path
 
-import lightning
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megactx.assets import resolve
-from megactx.data.documents import length_of
+from megactx.data.segments import RECENCY, SEGMENT
 from megactx.data.spans_module import LONGEST_DOCUMENT
 from megactx.evaluation.curriculum import write_curriculum
 from megactx.evaluation.summary import check_targets
 from megactx.evaluation.sums import loggable
 from megactx.evaluation.validation import ValidationMetrics
 from megactx.framework.next_command import next_command
-from megactx.framework.optimizers import warmup_cosine
-from megactx.framework.throughput import Work
 from megactx.gist import GistNet
-from megactx.gist.carrier import Compressor, Slots, Vectors
+from megactx.gist.carrier import Compressor
 from megactx.gist.footprint import footprint, in_words
-from megactx.gist.history import check_segments, old_blocks, with_carriers, with_everything
-from megactx.gist.losses import contrastive
-from megactx.gist.packed_loss import substitution_loss
-from megactx.gist.recall import full, mixed
-from megactx.gist.scoring import OBJECTIVES, score
-from megactx.gist.substitution import Teacher, blocks, teach
-from megactx.lm import BaseLM
+from megactx.gist.loss import Context, build_losses, needed
+from megactx.lm.prefill import prefill
 
-from .gist_nets import build_nets, optimizer_of, refuse_without_vectors, take_weights
+from .gist_nets import build_nets, groups_of, refuse_without_vectors, take_weights
 from .gist_report import report
-from .trained import leave_out_base, put_base_back, record_of, refuse_other_base, tell_of_sessions
+from .stage import Stage, portable
+from .work import Work
 
 log = logging.getLogger(__name__)
 
 
-def history_is_on(history: dict | None) -> bool:
-    """Whether segments behind compressed histories are read."""
-    return bool(history) and bool(history["weight"] or history.get("recall"))
-
-
-class GistStage(lightning.LightningModule):
+class GistStage(Stage):
     """GistNet training with a frozen base.
 
     Args:
@@ -55,9 +42,7 @@ class GistStage(lightning.LightningModule):
         controls: name -> the same of a compressor that is trained beside the main one, a GistNet where there is no
             ``name``, and ``lr`` where it has its own; ``None`` leaves it out.
         horizon: H, tokens.
-        objective: ``kl`` or ``delta_nll``.
-        seam_weight: of the first 4 offsets of the horizon in the loss, from 0 to 1; the others have as much more.
-        contrastive: ``weight`` (lambda) and ``margin``.
+        losses: name of a file of ``megactx/gist/losses`` -> its arguments; the loss is their sum by ``weight``.
         lr, min_lr, weight_decay, warmup, max_steps: AdamW with linear warm-up and a cosine over ``max_steps``.
         muon_lr: learning rate of Muon for the matrices of GistNets, the controls too; ``None`` leaves all to AdamW.
             Without a backbone it is AdamW always, which measured better there.
@@ -66,17 +51,11 @@ class GistStage(lightning.LightningModule):
             too, or not; ``copies``: blocks per distance for copy recovery; ``level2``: spans of K^2 tokens that gists
             of gists replace; ``reconstruction``: steps of a decoder trained to tell what gists keep (0: none of it);
             ``path``: files to report on besides the held-out documents (``None``: only those).
-        history: ``weight`` of history mode in the loss; span mode has the rest. ``recall``: weight of the NLL of an old
-            block that comes back, itself in tokens and all others compressed (``gist.recall``), for compressors that
-            make vectors. The rest of it: see ``SpanData``.
-        level2_weight: of the loss of gists of gists, which replace ``level2_spans`` spans of K^2 tokens per document; 0
-            trains gists of tokens only.
         init: checkpoint or run folder that ``start_from`` reads before a fresh run; ``None`` starts from nothing.
     """
 
-    monitor = "val/dnll"  # of which a new minimum is worth a checkpoint
-    timed = True  # preset.minutes may decide how many steps there are: they are all alike
-    reports_best = True  # that checkpoint is what the report is of, and what the next stage starts from
+    monitor = "val/dnll"
+    timed = reports_best = in_curriculum = True
 
     def __init__(
         self,
@@ -84,8 +63,7 @@ class GistStage(lightning.LightningModule):
         gistnet: dict,
         controls: dict,
         horizon: int,
-        objective: str,
-        contrastive: dict,
+        losses: dict,
         lr: float,
         muon_lr: float | None,
         min_lr: float,
@@ -95,37 +73,18 @@ class GistStage(lightning.LightningModule):
         targets: dict,
         evaluate: dict,
         init: str | None = None,
-        level2_weight: float = 0.0,
         compressor: dict | None = None,
-        history: dict | None = None,
-        seam_weight: float = 1.0,
     ):
         super().__init__()
-        if not str(base["name"]).startswith("asset:"):
-            base = base | {"name": resolve(base["name"])}  # absolute, so that a checkpoint loads from any folder
+        base = base | {"name": portable(base["name"])}
         self.save_hyperparameters()
-        if objective not in OBJECTIVES:
-            raise ValueError(f"stage.objective={objective} is not known, allowed are {', '.join(OBJECTIVES)}")
-        if not 0 <= seam_weight <= 1:
-            raise ValueError(f"stage.seam_weight={seam_weight} is not allowed: from 0 to 1")
         check_targets(targets, horizon)
-        self.without_pairs = 0  # batches in which the contrastive term had no pair
-        self.base = BaseLM.from_pretrained(**base).freeze()
-        self.base_record = record_of(self.base, base["name"])
+        self.take_base(base)
         self.nets = build_nets(self.base, compressor or {}, gistnet, controls)
+        self.losses = build_losses(losses, dict(self.nets))
         self.with_states = any(net.needs_hidden for net in self.nets.values())
         if not self.main.makes_vectors:
             refuse_without_vectors(self.hparams)
-        if history and not 0 <= history["weight"] <= 1:
-            raise ValueError(f"history.weight={history['weight']} is not allowed: from 0 to 1")
-        if recall := (history or {}).get("recall", 0.0):
-            if recall < 0:
-                raise ValueError(f"history.recall={recall} is not allowed: 0 or more")
-            if slots := [name for name, net in self.nets.items() if not net.makes_vectors]:
-                raise ValueError(
-                    f"history.recall={recall} is not allowed with {slots[0]}, which makes keys and values, not vectors:"
-                    " set it to 0"
-                )
 
     @property
     def main(self) -> Compressor:
@@ -135,6 +94,9 @@ class GistStage(lightning.LightningModule):
     @property
     def gistnet(self) -> GistNet:
         return self.nets["gistnet"]
+
+    def session_parts(self):
+        return self.main, None
 
     def start_from(self, path: str) -> str:
         """Take the weights of another run's compressor and of the controls that both have; -> what was taken.
@@ -147,154 +109,87 @@ class GistStage(lightning.LightningModule):
         """
         return take_weights(self.nets, Path(path).expanduser(), self.hparams.gistnet, self.base_record)
 
+    def prepare(self, datamodule) -> None:
+        self.fit_data(datamodule, self.main.block_size)
+        weight, spans = self.loss_settings("level2").get("weight", 0), datamodule.level2_spans
+        levels = self.main.levels
+        if bool(weight) != bool(spans) or levels > 1 and not weight:
+            raise ValueError(
+                f"loss.level2.weight={weight}, datamodule.level2_spans={spans}, gistnet.levels={levels}: gists of"
+                " gists are trained with the first two above 0, gists of tokens only with 0, 0 and 1; see"
+                " experiment=gist_lod2"
+            )
+
+    def check_data(self, datamodule) -> None:
+        for loss in self.losses:
+            loss.check_data(datamodule, dict(self.nets))
+
+    def loss_settings(self, name: str) -> dict:
+        """Those of a loss, with its defaults; empty where it is not in the list."""
+        return next((vars(loss) for loss in self.losses if loss.name == name), {})
+
     def setup(self, stage: str) -> None:
-        # A frozen base needs no fp32 master weights: under bf16 its casts would be repeated at every call.
-        mixed = str(self.trainer.precision).startswith("bf16")
-        self.base.to(torch.bfloat16 if mixed else torch.float32)
+        super().setup(stage)
+        self.work = self._work()  # now: a strategy may shard the base later
+
+    def _work(self) -> Work:
+        return Work.of_gists(self.base, self.nets, self.losses, self.hparams.horizon, self.windows)
+
+    def flops(self, batch: dict) -> Tensor | float:
+        return self.work(batch)
+
+    def amounts(self, batch: dict) -> dict:
+        spans = sum(batch[name].numel() for name in ("starts", "starts2", "segments") if name in batch)
+        tokens = batch["lengths"].sum()
+        if "segments" in batch:  # read once more, behind what is compressed of the rest
+            tokens = tokens + batch["segments"].numel() * sum(self.windows)
+        return {"tokens": tokens, "documents": len(batch["ids"]), "spans": spans}
+
+    @property
+    def windows(self) -> tuple[int, int]:
+        """S and R, tokens of a segment of history mode and raw ones before it; those of the report where it is off."""
+        settings = self.loss_settings("history")
+        return settings.get("segment", SEGMENT), settings.get("recency", RECENCY)
 
     def flops_ahead(self, data: dict, preset: dict) -> float:
-        """About how many floating-point operations the training takes; ``data`` and ``preset`` are of the config."""
         longest = data["max_tokens"] or min(LONGEST_DOCUMENT, self.base.max_positions)
         tokens, batch = (data["min_tokens"] + longest) // 2, data["batch"]
         starts = torch.full((batch, data["spans"]), tokens // 2)
         mean = {"lengths": torch.full((batch,), tokens), "starts": starts}
         if data["level2_spans"]:
             mean["starts2"] = starts[:, : data["level2_spans"]]
-        if history_is_on(data["history"]):
+        if needed(self.losses) & {"segments"}:
             mean["segments"] = torch.full((batch, data["history"]["segments"]), tokens // 2)
-        return float(Work.of(self)(mean)) * preset["accumulate"] * self.hparams.max_steps
+        return float(self._work()(mean)) * preset["accumulate"] * self.hparams.max_steps
 
     def on_fit_start(self) -> None:
-        self.check_data(self.trainer.datamodule)
+        data = self.trainer.datamodule
+        self.check_data(data)
         flops = ", ".join(f"{name} {net.flops_per_block(self.base) / 1e6:.1f}" for name, net in self.nets.items())
         log.info("MFLOP per block of %d tokens: %s", self.main.block_size, flops)
-        data = self.trainer.datamodule
         shape = (data.batch, data.max_tokens, data.spans + data.level2_spans, self.hparams.horizon)
-        history = self.hparams.history if history_is_on(self.hparams.history) else None
-        need = in_words(footprint(self.base, self.nets.values(), *shape, self.device.type, history))
+        need = in_words(footprint(self.base, self.nets.values(), *shape, self.device.type, data.history))
         log.info("Memory of a step with %d documents of %d tokens: %s", data.batch, data.max_tokens, need)
 
-    def substitution_loss(self, batch: dict, level: int = 1, teacher: Teacher | None = None):
-        """-> (loss per net [C], dNLL per net [C], carriers) over sampled blocks of a batch, or spans of K^2 tokens.
-
-        Args:
-            level: 1, blocks and their carriers; 2, spans and the gists of their gists.
-            teacher: of these documents, where there is one already.
-        """
-        teacher = teacher or teach(self.base, batch["ids"], self.with_states)
-        starts, asked = batch["starts" if level == 1 else "starts2"], self.hparams
-        nets, sizes = list(self.nets.values()), (batch["lengths"], asked.horizon, asked.objective)
-        return substitution_loss(self.base, nets, teacher, starts, *sizes, level, asked.seam_weight)
-
-    def old_carriers(self, batch: dict, teacher: Teacher) -> list[Vectors | Slots]:
-        """Of each net: carriers of all blocks that a segment sees compressed. History and recall read the same ones."""
-        starts, asked = batch["segments"], self.hparams.history
-        check_segments(starts, batch["lengths"], self.main.block_size, asked["segment"], asked["recency"])
-        old = old_blocks(starts, self.main.block_size, asked["recency"])
-        return [net.compress(self.base, teacher, old) for net in self.nets.values()]
-
-    def history_loss(self, batch: dict, teacher: Teacher, carriers: list[Vectors | Slots] | None = None):
-        """-> (loss per net [C], dNLL per net [C]) over segments behind compressed histories.
-
-        Args:
-            carriers: those of ``old_carriers``, where they are there already.
-        """
-        starts, asked = batch["segments"], self.hparams.history
-        sizes = (self.main.block_size, asked["segment"], asked["recency"])
-        carriers = carriers or self.old_carriers(batch, teacher)
-        hidden = torch.stack([with_carriers(self.base, teacher, starts, own, *sizes) for own in carriers])
-        loss, numbers = score(
-            self.base,
-            hidden.flatten(1, 3),
-            with_everything(teacher, starts, asked["segment"]).flatten(0, 2),
-            blocks(batch["ids"], starts, asked["segment"]).flatten(),
-            self.hparams.objective,
-        )
-        return loss.mean(dim=1), (numbers["nll"] - numbers["full"]).mean(dim=1)
-
-    def recall_loss(self, batch: dict, teacher: Teacher, carriers: list[Vectors | Slots] | None = None):
-        """-> dNLL per net [C] of old blocks that come back, each in tokens among gists; with gradient.
-
-        Not the KL from the full context, which has more text that could go on, and so copies less surely.
-        """
-        starts, told, asked = batch["segments"], batch["told"], self.hparams.history
-        block, recency = self.main.block_size, asked["recency"]
-        carriers, old = carriers or self.old_carriers(batch, teacher), old_blocks(starts, block, recency)
-        hidden = torch.stack([mixed(self.base, teacher, starts, told, old, own, block, recency) for own in carriers])
-        again = blocks(batch["ids"], told, block).flatten()
-        known = full(self.base, teacher, starts, told, block).flatten(0, 2)
-        return score(self.base, hidden.flatten(1, 3), known, again, "delta_nll")[0].mean(dim=1)
+    def context(self, batch: dict) -> Context:
+        """A batch that the base LM has read."""
+        read = prefill(self.base, batch["ids"], self.with_states)
+        return Context(self.base, dict(self.nets), read, batch, self.hparams.horizon)
 
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
-        teacher = teach(self.base, batch["ids"], self.with_states)
-        weight = self.hparams.history["weight"] if self.hparams.history else 0.0
-        total = 0.0
-        if weight < 1:
-            losses, dnll, carriers = self.substitution_loss(batch, teacher=teacher)
-            self._log_training(losses, dnll)
-            total = (1 - weight) * losses.sum()
-        if share := self.hparams.contrastive["weight"]:  # whatever share history has
-            gists = (carriers[0] if weight < 1 else self.main.compress(self.base, teacher, batch["starts"])).vectors
-            term = self._contrastive(batch, teacher, gists)
-            self.log("train/contrastive", term.detach(), sync_dist=True)
-            # Of the first process, since the run began: steps in which no block had a right neighbour.
-            self.log("train/contrastive_without_pairs", float(self.without_pairs), rank_zero_only=True)
-            total = total + share * term
-        recall = (self.hparams.history or {}).get("recall", 0.0)
-        old = self.old_carriers(batch, teacher) if weight or recall else None
-        if weight:
-            losses, dnll = self.history_loss(batch, teacher, old)
-            self._log_training(losses, dnll, "history/")
-            total = total + weight * losses.sum()
-        if recall:
-            losses = self.recall_loss(batch, teacher, old)
-            self._log_training(losses, losses.detach(), "recall/")
-            total = total + recall * losses.sum()
-        if share := self.hparams.level2_weight:
-            losses, dnll, _ = self.substitution_loss(batch, 2, teacher)
-            self._log_training(losses, dnll, "level2/")
-            total = total + share * losses.sum()
+        context, total = self.context(batch), 0.0
+        for loss in self.losses:
+            if loss.weight:
+                values, numbers = loss(context)
+                total = total + loss.weight * values.sum()
+                for name, value in numbers.items():
+                    # A plain number is of the first process alone.
+                    how = {"sync_dist": True} if isinstance(value, Tensor) else {"rank_zero_only": True}
+                    self.log(f"train/{name}", value, prog_bar=name == "dnll", **how)
         return total
 
-    def _log_training(self, losses: Tensor, dnll: Tensor, what: str = "") -> None:
-        self.log(f"train/{what}loss", losses[0].detach(), sync_dist=True)
-        self.log(f"train/{what}dnll", dnll[0].detach(), prog_bar=not what, sync_dist=True)
-        for index, name in enumerate(self.nets):
-            if index:
-                self.log(f"train/{what}{name}/dnll", dnll[index].detach(), sync_dist=True)
-
-    def check_data(self, datamodule) -> None:
-        """See that the contrastive term can have a pair.
-
-        Raises:
-            ValueError: no training document has room for a block with a right neighbour.
-        """
-        needed, weight = 3 * self.main.block_size, self.hparams.contrastive["weight"]
-        pools = datamodule.training.pools.values()
-        if weight and not any(length_of(document) >= needed for pool in pools for document in pool):
-            raise ValueError(
-                f"contrastive.weight={weight} is not allowed here: no training document has {needed} tokens, the sink"
-                " block, a block and its right neighbour; set it to 0, or data.min_tokens higher, or give longer texts"
-            )
-
-    def _contrastive(self, batch: dict, teacher: Teacher, gists: Tensor) -> Tensor:
-        block = self.main.block_size
-        right = batch["starts"] + block
-        paired = right + block <= batch["lengths"][:, None]
-        if not paired.any():  # a batch of documents that are too short for it is no reason to stop
-            self.without_pairs += 1
-            return gists.new_zeros(())
-        # A block without a right neighbour gathers within the document, and is then left out.
-        safe = torch.where(paired, right, batch["starts"])
-        neighbours = self.main.compress(self.base, teacher, safe).vectors
-        return contrastive(gists[paired], neighbours[paired], self.hparams.contrastive["margin"])
-
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        for net in self.nets.values():  # a control's spike must not shrink the GistNet's step
-            nn.utils.clip_grad_norm_(net.parameters(), gradient_clip_val or float("inf"))
-
     def on_validation_epoch_start(self) -> None:
-        level2 = self.hparams.level2_weight > 0
+        level2 = self.loss_settings("level2").get("weight", 0) > 0
         self.metrics = ValidationMetrics(self.hparams.horizon, self.base.width, level2=level2).to(self.device)
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
@@ -306,49 +201,23 @@ class GistStage(lightning.LightningModule):
         for name, value in values.items():
             self.log(f"val/{name}", value, prog_bar=name in shown)
 
-    def configure_optimizers(self):
+    @property
+    def parts(self) -> dict:
+        return {name: list(net.parameters()) for name, net in self.nets.items()}
+
+    def groups(self) -> list[dict]:
         h = self.hparams
-        optimizer = optimizer_of(self.nets, h.lr, h.muon_lr, h.weight_decay, h.controls)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, h.warmup, h.max_steps, h.min_lr / h.lr)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return groups_of(self.nets, h.lr, h.muon_lr, h.weight_decay, h.controls)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["without_pairs"] = self.without_pairs
-        leave_out_base(checkpoint)
-        checkpoint["base"] = self.base_record
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["losses"] = {loss.name: state for loss in self.losses if (state := loss.state())}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.without_pairs = checkpoint.get("without_pairs", 0)
-        refuse_other_base(checkpoint, self.base_record)
-        put_base_back(checkpoint, self.base)
-
-    def prepare(self, datamodule) -> None:
-        """Tell the data how long a document the base takes, and see that it has what this stage is trained on.
-
-        Raises:
-            ValueError: its blocks have another size; gists of gists have a loss and no spans, or spans or weights of
-                their own and no loss.
-        """
-        datamodule.limit_to(self.base.max_positions)
-        tell_of_sessions(self.base, self.main.block_size)
-        if self.main.block_size != datamodule.block:
-            raise ValueError(
-                f"block_size: the compressor has {self.main.block_size}, the data has {datamodule.block}; set"
-                " block_size=, which is for both"
-            )
-        weight, spans, levels = (
-            self.hparams.level2_weight,
-            datamodule.level2_spans,
-            1 + len(getattr(self.main, "above", ())),
-        )
-        if bool(weight) != bool(spans) or levels > 1 and not weight:
-            raise ValueError(
-                f"stage.level2_weight={weight}, datamodule.level2_spans={spans}, gistnet.levels={levels}: gists of"
-                " gists are trained with the first two above 0, gists of tokens only with 0, 0 and 1; see"
-                " experiment=gist_lod2"
-            )
+        super().on_load_checkpoint(checkpoint)
+        for loss in self.losses:
+            if loss.name in checkpoint.get("losses", {}):
+                loss.load_state(checkpoint["losses"][loss.name])
 
     @torch.inference_mode()
     def finish(self, folder: Path, datamodule) -> None:

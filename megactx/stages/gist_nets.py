@@ -4,13 +4,10 @@ from pathlib import Path
 
 from torch import nn
 
-from megactx.framework.optimizers import MuonWithAdamW
 from megactx.framework.resume import differences, other_base, read_best, with_weights
 from megactx.gist.carrier import Compressor
 from megactx.gist.compressors import build
 from megactx.lm import BaseLM
-
-BETAS = (0.9, 0.999)
 
 
 def build_nets(base: BaseLM, compressor: dict, gistnet: dict, controls: dict) -> nn.ModuleDict:
@@ -38,7 +35,7 @@ def build_nets(base: BaseLM, compressor: dict, gistnet: dict, controls: dict) ->
     return nets
 
 
-def optimizer_of(nets: nn.ModuleDict, lr: float, muon_lr: float | None, weight_decay: float, controls: dict):
+def groups_of(nets: nn.ModuleDict, lr: float, muon_lr: float | None, weight_decay: float, controls: dict) -> list[dict]:
     """AdamW for everything, but Muon for the matrices of every GistNet with a backbone; the same decay for all.
 
     Args:
@@ -53,7 +50,7 @@ def optimizer_of(nets: nn.ModuleDict, lr: float, muon_lr: float | None, weight_d
         groups.setdefault(rate, []).extend(p for p in net.parameters() if id(p) not in known)
     groups = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
     groups.append({"params": matrices, "lr": muon_lr, "muon": True})
-    return MuonWithAdamW([group | {"weight_decay": weight_decay} for group in groups], BETAS)
+    return [group | {"weight_decay": weight_decay} for group in groups]
 
 
 def with_backbone(net: Compressor) -> bool:
@@ -85,18 +82,13 @@ def take_weights(nets: nn.ModuleDict, path: Path, gistnet: dict, base: dict) -> 
 
 
 def refuse_without_vectors(settings) -> None:
-    """Settings that need vectors, for a compressor that makes keys and values.
+    """A report that needs vectors, for a compressor that makes keys and values.
 
     Raises:
         ValueError: naming the setting.
     """
-    for name, value in (
-        ("contrastive.weight", settings.contrastive["weight"]),
-        ("stage.level2_weight", settings.level2_weight),
-        ("stage.evaluate.reconstruction", settings.evaluate["reconstruction"]),
-    ):
-        if value:
-            raise ValueError(
-                f"{name}={value} is not allowed with compressor={settings.compressor['name']}, which makes keys and"
-                " values, not vectors: 0"
-            )
+    if steps := settings.evaluate["reconstruction"]:
+        raise ValueError(
+            f"stage.evaluate.reconstruction={steps} is not allowed with compressor={settings.compressor['name']}, which"
+            " makes keys and values, not vectors: 0"
+        )

@@ -79,8 +79,7 @@ def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, wei
 
 def _history(stage, batches: list[dict], count: int, settings: dict):
     """Scores of segments behind compressed histories; ``None`` where no document is long enough."""
-    asked = stage.hparams.history
-    sizes = {"segment": asked["segment"], "recency": asked["recency"]}
+    sizes = dict(zip(("segment", "recency"), stage.windows, strict=True))
     documents = segments(batches, stage.main.block_size, count, **sizes)
     if not documents:
         return None

@@ -10,25 +10,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import lightning
 import torch
 from torch import Tensor, nn
 
-from megactx.assets import resolve
 from megactx.evaluation.focus import focused
 from megactx.focus.values import continuation_nll
 from megactx.focus.variants import same_rows
-from megactx.gist.scoring import OBJECTIVES, nll
-from megactx.gist.substitution import Teacher, teach, unread
+from megactx.framework.optimizers import warmup_cosine
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapt, adapters_of, switched_off
+from megactx.lm.chunked_head import OBJECTIVES, nll
+from megactx.lm.prefill import Prefill, prefill, unread
 
 from .joint_parts import TRAIN_BASE, kept_of_base, lensnet_of, take_parts
 from .joint_report import report
-from .trained import gistnet_of, leave_out_base, put_base_back, record_of, refuse_other_base, tell_of_sessions
+from .stage import Stage, portable, portable_part
+from .trained import gistnet_of
 
 
-class JointStage(lightning.LightningModule):
+class JointStage(Stage):
     """GistNet, LensNet and a base LM that may learn too.
 
     Args:
@@ -56,7 +56,7 @@ class JointStage(lightning.LightningModule):
     """
 
     monitor = "val/cost"
-    reports_best = True
+    reports_best = one_process = True
 
     def __init__(
         self,
@@ -83,16 +83,11 @@ class JointStage(lightning.LightningModule):
         init: str | None = None,
     ):
         super().__init__()
-        base = base if str(base["name"]).startswith("asset:") else base | {"name": resolve(base["name"])}
-        # Absolute, so that a checkpoint loads from any folder.
-        gistnet, lens = (
-            path if path is None or path.startswith("asset:") else str(Path(path).expanduser().absolute())
-            for path in (gistnet, lens)
-        )
+        base = base | {"name": portable(base["name"])}
+        gistnet, lens = portable_part(gistnet), portable_part(lens)
         self.save_hyperparameters()
         self._check()
-        self.base = BaseLM.from_pretrained(**base).freeze()
-        self.base_record = record_of(self.base, base["name"])  # as it is before it learns
+        self.take_base(base)
         self.gistnet = gistnet_of(gistnet, self.base)
         self.lens = lensnet_of(None if init else lens, lensnet, self.gistnet, self.base_record)
         self._reference: tuple[BaseLM, ...] = ()  # not a submodule: it is in no checkpoint
@@ -101,11 +96,12 @@ class JointStage(lightning.LightningModule):
         if train_base == "full":
             self.base.float()
             self._reference = (BaseLM.from_pretrained(**base).freeze(),)
-        self.half = False
         self.measured: list[tuple] = []  # since the last step: see ``lens_states.ensure``
         self.learning: tuple[str, ...] = ()
         self.learns(*self.parts)
         # Tokens of documents that were learned from or measured with: what a comparison must hold fixed.
+        self._new_tokens: int | Tensor = 0  # of the batch
+        self._before: dict[int, Tensor] = {}  # NLL of held-out documents by the untouched base LM, which stays as it is
         self.register_buffer("tokens", torch.zeros((), dtype=torch.long))
 
     def _check(self) -> None:
@@ -174,43 +170,35 @@ class JointStage(lightning.LightningModule):
         return take_parts(self, Path(path).expanduser())
 
     def prepare(self, datamodule) -> None:
-        """Tell the data how many positions the base has.
+        self.fit_data(datamodule, self.gistnet.block_size, self.hparams.horizon)
 
-        Raises:
-            ValueError: another horizon, or blocks of another size.
-        """
-        datamodule.limit_to(self.base.max_positions)
-        tell_of_sessions(self.base, self.gistnet.block_size)
-        if datamodule.horizon != self.hparams.horizon:
-            raise ValueError(f"horizon.tokens: stage has {self.hparams.horizon}, the data has {datamodule.horizon}")
-        if datamodule.block != self.gistnet.block_size:
-            raise ValueError(f"block_size={datamodule.block}: the GistNet has {self.gistnet.block_size}; set it alike")
+    def session_parts(self):
+        return self.gistnet, self.lens
 
     def setup(self, stage: str) -> None:
-        if self.trainer.world_size > 1:
-            raise ValueError(f"trainer.devices={self.trainer.world_size}: the joint stages train in one process")
-        self.half = str(self.trainer.precision).startswith("bf16")
-        dtype = torch.bfloat16 if self.half else torch.float32
-        if self._reference:
-            self._reference[0].to(self.trainer.strategy.root_device, dtype)
-        else:
-            self.base.to(dtype)
-            for parameter in adapters_of(self.base).values():  # what learns stays in fp32
-                parameter.data = parameter.data.float()
+        super().setup(stage)
         self.data = self.trainer.datamodule
 
-    def teacher(self, ids: Tensor) -> Teacher:
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        if self._reference:  # which is not Lightning's to move; the base learns, so it stays in fp32
+            self._reference[0].to(self.trainer.strategy.root_device, dtype)
+        else:
+            super().set_dtype(dtype)
+            for parameter in adapters_of(self.base).values():  # what learns stays in fp32
+                parameter.data = parameter.data.float()
+
+    def teacher(self, ids: Tensor) -> Prefill:
         """Documents ids [B, T]: what the base LM caches of them now, and the untouched one's hidden states."""
         with self.original() as original:
-            first = teach(original, ids, self.gistnet.needs_hidden)
+            first = prefill(original, ids, self.gistnet.needs_hidden)
         if not adapters_of(self.base) and not self._reference:
             return first
-        now = teach(self.base, ids, self.gistnet.needs_hidden)
-        return Teacher(ids, first.hidden, now.cache, now.states)
+        now = prefill(self.base, ids, self.gistnet.needs_hidden)
+        return Prefill(ids, first.hidden, now.cache, now.states)
 
-    def document(self, ids: Tensor) -> Teacher:
+    def document(self, ids: Tensor) -> Prefill:
         """A document ids [1, C] as far as GistNet needs it."""
-        return teach(self.base, ids, with_states=True) if self.gistnet.needs_hidden else unread(ids)
+        return prefill(self.base, ids, with_states=True) if self.gistnet.needs_hidden else unread(ids)
 
     def full(self, ids: Tensor, cursor: int) -> Tensor:
         """What the untouched base LM makes of ids [1, T + H] at cursor T, over the full context: hidden [H, D]."""
@@ -224,16 +212,15 @@ class JointStage(lightning.LightningModule):
     def count_tokens(self, count: int | Tensor) -> None:
         """So many more were learned from."""
         self.tokens += count
+        self._new_tokens += count
         self.log("train/tokens", self.tokens.double(), reduce_fx="max")
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        for parameters in self.parts.values():  # one part's spike must not shrink another's step
-            if parameters:
-                nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+    def amounts(self, batch) -> dict:
+        count, self._new_tokens = self._new_tokens, 0
+        return {"tokens": count}
 
     def on_validation_epoch_start(self) -> None:
         self.held, self.found = self.data.held_documents(self.data.validation_windows), []
-        self._before = getattr(self, "_before", {})  # of the untouched base LM, which stays what it is
 
     def validation_step(self, indices: Tensor, batch_index: int) -> None:
         for index in indices.tolist():
@@ -259,14 +246,34 @@ class JointStage(lightning.LightningModule):
         self.log("val/nll", windows)
         self.log("val/base_lost", plain - before)  # nats that the base LM's own NLL lost
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        # GistNet and LensNet are kept: their runs may be gone by then.
-        leave_out_base(checkpoint, {f"base.{name}" for name in kept_of_base(self)})
-        checkpoint["base"] = self.base_record
+    def kept_of_base(self) -> set[str]:
+        return kept_of_base(self)
 
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        refuse_other_base(checkpoint, self.base_record)
-        put_base_back(checkpoint, self.base)
+    def factor(self, step: int, group: dict) -> float:
+        """A part's warm-up and cosine are over its own steps."""
+        own, total = self.own_steps(step, group["part"])
+        floor = min(1.0, self.hparams.min_lr / group["lr"]) if group["lr"] else 1.0
+        return warmup_cosine(own, self.hparams.warmup, total, floor)
+
+    def own_steps(self, step: int, part: str) -> tuple[int, int]:
+        """-> (steps that a part had before this one, steps that it will have)."""
+        return step, self.hparams.max_steps
+
+    def groups(self) -> list[dict]:
+        """What has no gradient in a step is left as it is, state and all: parts that take turns share one optimizer."""
+        h, has_steps = self.hparams, {part: self.own_steps(0, part)[1] for part in self.parts}
+        gist, direct = list(self.gistnet.parameters()), list(self.lens.direct.parameters())
+        known = {id(p) for p in direct}
+        matrices = [p for p in gist if p.ndim == 2] if h.muon_lr is not None and has_steps["gist"] else []
+        others = {id(p) for p in matrices}
+        groups = [
+            {"part": "gist", "params": [p for p in gist if id(p) not in others], "lr": h.gist_lr},
+            {"part": "lens", "params": [p for p in self.lens.parameters() if id(p) not in known], "lr": h.lens_lr},
+            {"part": "lens", "params": direct, "lr": h.direct_lr},
+            {"part": "lora", "params": self.base_parameters(), "lr": h.base_lr},
+            {"part": "gist", "params": matrices, "lr": h.muon_lr, "muon": True},
+        ]
+        return [group | {"weight_decay": h.weight_decay} for group in groups if has_steps[group["part"]]]
 
     @torch.no_grad()
     def finish(self, folder: Path, datamodule) -> None:

@@ -1,21 +1,17 @@
 """What learns in the joint stages: where GistNet, LensNet and adapters come from, and their one optimizer."""
 
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from megactx.focus.lensnet import LensNet
 from megactx.focus.pretrained import SETTINGS, load_lensnet
-from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
-from megactx.framework.resume import other_base, read_best
+from megactx.framework.resume import other_base, read_best, refuse_other_base
 from megactx.gist import GistNet
 from megactx.lm.adapters import adapters_of
 
-from .trained import folder_of, refuse_other_base
+from .trained import folder_of
 
-BETAS = (0.9, 0.999)
 TRAIN_BASE = ("frozen", "lora", "full")
 
 
@@ -77,41 +73,6 @@ def kept_of_base(stage) -> set[str]:
     if stage.train_base == "full":
         return set(stage.base.state_dict())
     return set(adapters_of(stage.base))
-
-
-def optimizer_of(stage, own_step: Callable[[int, str], int], total: dict[str, int]):
-    """One optimizer for all parts, and its schedule: warm-up and cosine over the steps of each part.
-
-    What has no gradient in a step is left as it is, state and all: so parts that take turns need no optimizers of their
-    own.
-
-    Args:
-        stage: a ``JointStage``.
-        own_step: (step, part) -> steps that the part had before.
-        total: part -> steps that it will have; a part with 0 is left out.
-    """
-    h = stage.hparams
-    gist, direct = list(stage.gistnet.parameters()), list(stage.lens.direct.parameters())
-    known = {id(p) for p in direct}
-    matrices = [p for p in gist if p.ndim == 2] if h.muon_lr is not None and total["gist"] else []
-    others = {id(p) for p in matrices}
-    groups = [
-        {"part": "gist", "params": [p for p in gist if id(p) not in others], "lr": h.gist_lr},
-        {"part": "lens", "params": [p for p in stage.lens.parameters() if id(p) not in known], "lr": h.lens_lr},
-        {"part": "lens", "params": direct, "lr": h.direct_lr},
-        {"part": "lora", "params": stage.base_parameters(), "lr": h.base_lr},
-    ]
-    groups.append({"part": "gist", "params": matrices, "lr": h.muon_lr, "muon": True})
-    groups = [group | {"weight_decay": h.weight_decay} for group in groups if total[group["part"]]]
-    optimizer = MuonWithAdamW(groups, BETAS)
-
-    def factor(part: str, peak: float) -> Callable[[int], float]:
-        floor = min(1.0, h.min_lr / peak) if peak else 1.0
-        return lambda step: warmup_cosine(own_step(step, part), h.warmup, total[part], floor)
-
-    factors = [factor(group["part"], group["lr"]) for group in optimizer.param_groups]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def _under(checkpoint: dict, prefix: str) -> dict:

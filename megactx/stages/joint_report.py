@@ -8,9 +8,9 @@ from torch import Tensor
 
 from megactx.evaluation.table import without_nan
 from megactx.framework.files import replacing
-from megactx.gist.scoring import nll
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapters_of
+from megactx.lm.chunked_head import nll
 
 from . import lens_report
 

@@ -7,29 +7,25 @@ LensNet learns from the windows of all rounds so far: measuring is what costs, s
 
 from pathlib import Path
 
-import lightning
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
-from megactx.assets import resolve
 from megactx.focus.lensnet import LensNet
 from megactx.focus.objectives import preference_loss, value_loss
 from megactx.focus.states import States, load
-from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
-from megactx.lm import BaseLM
 
 from .lens_losses import value_losses
 from .lens_report import report
 from .lens_states import HELD, ensure, measuring_flops, sizes_ahead
-from .trained import gistnet_of, leave_out_base, put_base_back, record_of, refuse_other_base, tell_of_sessions
+from .stage import Stage, portable, portable_part
+from .trained import gistnet_of
 from .window_work import WindowWork
 
 OBJECTIVES = ("value", "preference")
-BETAS = (0.9, 0.999)
 
 
-class LensStage(lightning.LightningModule):
+class LensStage(Stage):
     """LensNet training.
 
     Args:
@@ -54,6 +50,7 @@ class LensStage(lightning.LightningModule):
 
     # Few values make up most of a validation's loss, so which checkpoint has the lowest is chance: the last one counts.
     monitor = None
+    one_process = True
 
     def __init__(
         self,
@@ -76,10 +73,7 @@ class LensStage(lightning.LightningModule):
         folder: str,
     ):
         super().__init__()
-        if not str(base["name"]).startswith("asset:"):
-            base = base | {"name": resolve(base["name"])}
-        if not str(gistnet).startswith("asset:"):
-            gistnet = str(Path(gistnet).expanduser().absolute())
+        base, gistnet = base | {"name": portable(base["name"])}, portable_part(gistnet)
         self.save_hyperparameters()
         if objective not in OBJECTIVES:
             raise ValueError(f"stage.objective={objective} is not known, allowed are {', '.join(OBJECTIVES)}")
@@ -89,11 +83,9 @@ class LensStage(lightning.LightningModule):
         for name, least in (("per_round", 2), ("rounds", 1), ("edits", 2)):
             if windows[name] < least:
                 raise ValueError(f"stage.windows.{name}={windows[name]} is not allowed: at least {least}")
-        self.base = BaseLM.from_pretrained(**base).freeze()
-        self.base_record = record_of(self.base, base["name"])
+        self.take_base(base)
         self.gistnet = gistnet_of(gistnet, self.base).requires_grad_(False)
         self.lens = LensNet(self.base.width, self.gistnet.block_size, **lensnet)
-        self.half = False
         self.measured: list[tuple] = []  # since the last step: see ``lens_states.ensure``
         self.learned_from: list[tuple[int, int]] = []  # windows and entries of the step
 
@@ -102,27 +94,15 @@ class LensStage(lightning.LightningModule):
         return self.hparams.objective == "preference"
 
     def flops_ahead(self, data: dict, preset: dict) -> float:
-        """About how many floating-point operations the training takes; ``data`` and ``preset`` are of the config."""
         h, learned = self.hparams, sum(p.numel() for p in self.lens.parameters())
         read = 6 * learned * sizes_ahead(self, data)[2] * data["batch"] * h.max_steps
         return measuring_flops(self, data, h.windows["per_round"] * h.windows["rounds"]) + read
 
     def prepare(self, datamodule) -> None:
-        """Tell the data how many positions the base has.
+        self.fit_data(datamodule, self.gistnet.block_size, self.hparams.horizon)
 
-        Raises:
-            ValueError: another horizon.
-        """
-        datamodule.limit_to(self.base.max_positions)
-        tell_of_sessions(self.base, self.gistnet.block_size)
-        if datamodule.horizon != self.hparams.horizon:
-            raise ValueError(f"horizon.tokens: stage has {self.hparams.horizon}, the data has {datamodule.horizon}")
-
-    def setup(self, stage: str) -> None:
-        if self.trainer.world_size > 1:
-            raise ValueError(f"trainer.devices={self.trainer.world_size}: the lens stage trains in one process")
-        self.half = str(self.trainer.precision).startswith("bf16")
-        self.base.to(torch.bfloat16 if self.half else torch.float32)
+    def session_parts(self):
+        return self.gistnet, self.lens
 
     def train(self, mode: bool = True) -> "LensStage":
         super().train(mode)
@@ -135,7 +115,6 @@ class LensStage(lightning.LightningModule):
         return min(step * rounds // self.hparams.max_steps, rounds - 1)
 
     def flops(self, picks: Tensor) -> float:
-        """Of the step that was just taken, what was measured for it included."""
         work = WindowWork.of(self)
         read = sum(3 * work.lensnet(*sizes) for sizes in self.learned_from)
         return read + sum(work.measured(*sizes) for sizes in self.measured)
@@ -170,8 +149,9 @@ class LensStage(lightning.LightningModule):
         values = [self.lens(s.embeddings, s.lods, s.distance, s.there, s.content) for s in (a, b)]
         return preference_loss(b.nll - a.nll, *values, a.legal, b.legal, self.lens.tau)
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        nn.utils.clip_grad_norm_(self.lens.parameters(), gradient_clip_val or float("inf"))
+    @property
+    def parts(self) -> dict:
+        return {"lens": list(self.lens.parameters())}
 
     def on_validation_epoch_start(self) -> None:
         self.found = []
@@ -191,26 +171,13 @@ class LensStage(lightning.LightningModule):
             self.log(f"val/{name}", loss, prog_bar=name == "loss")
         self.log("val/rank_correlation", spearman_corrcoef(estimates, values), prog_bar=True)
 
-    def configure_optimizers(self):
+    def groups(self) -> list[dict]:
         h = self.hparams
         direct = list(self.lens.direct.parameters())
         known = {id(p) for p in direct}
         rest = [p for p in self.lens.parameters() if id(p) not in known]
         groups = [{"params": rest, "lr": h.lr}, {"params": direct, "lr": h.direct_lr}]
-        optimizer = MuonWithAdamW([group | {"weight_decay": h.weight_decay} for group in groups], BETAS)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, h.warmup, h.max_steps, h.min_lr / h.lr)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        # The GistNet is kept: its run may be gone by then.
-        leave_out_base(checkpoint)
-        checkpoint["base"] = self.base_record
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        refuse_other_base(checkpoint, self.base_record)
-        put_base_back(checkpoint, self.base)
+        return [group | {"weight_decay": h.weight_decay} for group in groups]
 
     @torch.no_grad()
     def finish(self, folder: Path, datamodule) -> None:

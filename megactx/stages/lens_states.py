@@ -11,8 +11,9 @@ from megactx.focus.sampling import KINDS, draw, measured_share
 from megactx.focus.states import save
 from megactx.focus.values import measure_values
 from megactx.framework.bar import bar
-from megactx.framework.throughput import Work
 from megactx.memory import MegaContextTree
+
+from .work import Work
 
 HELD = "held"
 
@@ -21,7 +22,7 @@ def sizes_ahead(stage, data: dict) -> tuple[int, float, float]:
     """P parameters of the base LM's layers, tokens of a text and entries of a window on average, for an estimate."""
     tokens = (data["min_tokens"] + (data["max_tokens"] or stage.base.max_positions)) / 2
     window = tokens * sum(stage.hparams.budgets) / len(stage.hparams.budgets)
-    return Work.of(stage).body, tokens, window
+    return Work.of_base(stage.base).body, tokens, window
 
 
 def measuring_flops(stage, data: dict, windows: int) -> float:

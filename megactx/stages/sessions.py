@@ -53,10 +53,9 @@ class Sessions(Callback):
             )
 
     def _controller(self, stage) -> Controller:
-        gistnet = getattr(stage, "main", None) or getattr(stage, "gistnet", None)
+        gistnet, lens = stage.session_parts()
         if not isinstance(gistnet, GistNet):
             raise ValueError("callbacks=sessions: a session needs a GistNet, this stage has none")
-        lens = getattr(stage, "lens", None)
         settings = {"allocator": dict(stage.hparams.allocator)} if lens else {"megacontext": "recency"}
         try:
             return Controller(Models(stage.base, gistnet, lens), Settings(self.budget, **settings))

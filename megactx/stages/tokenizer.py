@@ -12,7 +12,7 @@ from megactx.framework.next_command import next_command
 log = logging.getLogger(__name__)
 
 
-class TokenizerStage:
+class TokenizerStage:  # no ``Stage``: it does not train in steps
     """Train on the training side of the split, measure on the held-out side.
 
     Args:
@@ -20,6 +20,8 @@ class TokenizerStage:
         vocab_size: number of ids, special tokens included.
         sample_bytes: training reads about so many bytes; texts are picked by hash, so that domains keep their shares.
     """
+
+    timed = in_curriculum = False
 
     def __init__(self, source, vocab_size: int = 8192, sample_bytes: int = 30_000_000):
         if vocab_size < 258:

@@ -1,68 +1,17 @@
 """What other stages start from: a trained GistNet, wherever it is."""
 
 import json
-import logging
 from pathlib import Path
 
 from megactx.assets import resolve
-from megactx.framework.resume import other_base, read_best
+from megactx.framework.resume import read_best, refuse_other_base
 from megactx.gist import GistNet
 from megactx.gist.compressors import build
 from megactx.gist.pretrained import SETTINGS, load_gistnet
 from megactx.lm import BaseLM
-from megactx.lm.identity import of_embeddings, of_weights
-from megactx.runtime.settings import note_on
-
-log = logging.getLogger(__name__)
+from megactx.lm.identity import record_of
 
 PREFIXES = ("nets.gistnet.", "gistnet.")  # in checkpoints of a gist stage, and of those that start from a GistNet
-
-
-def record_of(base: BaseLM, name: str) -> dict:
-    """What checkpoints say of the base LM that they are trained with: its name, its identity as trees have it, and that
-    of its layers."""
-    return {"name": str(name), "width": base.width, "embeddings": of_embeddings(base), "weights": of_weights(base)}
-
-
-def tell_of_sessions(base: BaseLM, block_size: int) -> None:
-    """Say before training, not behind it, what sessions with this base LM can do where it takes few positions."""
-    if note := note_on(block_size, base.max_positions):
-        log.warning("Sessions of what is trained here: %s", note)
-
-
-STATES = ("state_dict", "current_model_state")  # the second where weights are averaged: those that go on training
-
-
-def leave_out_base(checkpoint: dict, kept=frozenset()) -> None:
-    """A frozen base is named in the hyperparameters; its weights do not belong into every checkpoint.
-
-    Args:
-        kept: names of its tensors that do, for they are trained.
-    """
-    for states in set(STATES) & checkpoint.keys():
-        found = checkpoint[states].items()
-        checkpoint[states] = {k: v for k, v in found if not k.startswith("base.") or k in kept}
-
-
-def put_base_back(checkpoint: dict, base: BaseLM) -> None:
-    """What ``leave_out_base`` has left out."""
-    own = {f"base.{k}": v for k, v in base.state_dict().items()}
-    for states in set(STATES) & checkpoint.keys():
-        checkpoint[states] = {**own, **checkpoint[states]}
-
-
-def refuse_other_base(checkpoint: dict, mine: dict, what: str = "") -> None:
-    """A checkpoint that was trained with another base LM is worth nothing with this one.
-
-    Args:
-        mine: ``record_of`` this one.
-        what: what was asked for, for the message.
-
-    Raises:
-        ValueError: it was.
-    """
-    if changed := other_base(checkpoint, mine):
-        raise ValueError(f"{what}{changed}")
 
 
 def gistnet_of(path: str, base: BaseLM) -> GistNet:

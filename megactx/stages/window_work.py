@@ -17,7 +17,7 @@ as a whole: ``learns`` is 2 or 3, forward included. Recomputation, and what is n
 
 from dataclasses import dataclass
 
-from megactx.framework.throughput import Work
+from .work import Work
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class WindowWork:
     @classmethod
     def of(cls, stage) -> "WindowWork":
         """Read off a stage with ``base``, ``gistnet`` and ``lens``."""
-        base, lens = Work.of(stage), stage.lens
+        base, lens = Work.of_base(stage.base), stage.lens
         weights = sum(p.numel() for p in lens.parameters() if p.ndim == 2) - lens.lod.weight.numel()
-        learns = 3 if getattr(stage, "train_base", "") == "full" else 2
+        learns = 3 if stage.train_base == "full" else 2
         net, block = stage.gistnet.flops_per_block(stage.base), stage.gistnet.block_size
         return cls(
             base.body, base.head, base.attention, net, block, weights, len(lens.blocks) * stage.base.width, learns

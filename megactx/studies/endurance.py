@@ -261,7 +261,7 @@ def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     """
     if asked.megacontext == "none":
         raise ValueError("--megacontext=none has an end: focus or recency")
-    controller, out = controller_of(asked), Path(asked.out)
+    controller, out = controller_of(asked, tree=True), Path(asked.out)
     ids = text_of(controller.models.base.tokenizer, asked.path, asked.tokens, asked.seed)
     how = {name: getattr(asked, name) for name in ("budget", "megacontext", "positions", "every", "seed")}
     how["path"] = asked.path and str(Path(asked.path).absolute())

@@ -64,7 +64,7 @@ class Ladder(GistStage):
         scores = measure(self.base, nets, batches, horizon, progress=bar("all carriers, one block at a time"))
         parts = {"span": scores, "history": None, "oracle": None, "history oracle": None}
         settings = {"position": self.main.position, "steps": ladder["oracle_steps"]}
-        sizes = {name: self.hparams.history[name] for name in ("segment", "recency")}
+        sizes = dict(zip(("segment", "recency"), self.windows, strict=True))
         rest = nets | untrained(self.base, block, self.main.position)
         if asked["history"] and (found := segments(batches, block, asked["history"], **sizes)):
             parts["history"] = measure_history(self.base, rest, found, **sizes, progress=bar("histories"))

@@ -78,7 +78,7 @@ def trainer(step, **values):
     )
 
 
-STAGE = SimpleNamespace(monitor="val/dnll", hparams=SimpleNamespace(contrastive={"weight": 0.05}))
+STAGE = SimpleNamespace(monitor="val/dnll", loss_settings=lambda name: {"weight": 0.05})
 
 
 def test_validations_of_the_warm_up_and_repeated_ones_do_not_count():

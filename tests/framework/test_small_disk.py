@@ -1,8 +1,5 @@
 """On a real disk that is full, or that may not be written: what was saved last is whole, and one message says where."""
 
-import subprocess
-import uuid
-
 import pytest
 import torch
 from torch import nn
@@ -12,26 +9,6 @@ from megactx.framework.errors import FAILED, MISTAKE, RunFailed, verdict
 from megactx.framework.files import PART
 from megactx.gist import GistNet
 from megactx.memory import MegaContextTree
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """size, such as ``1m`` -> a new disk of that size; ``make(None, ro=True)``: one that may not be written."""
-    mounted = []
-
-    def make(size="1m", read_only=False):
-        place = tmp_path / f"disk-{uuid.uuid4().hex[:6]}"
-        place.mkdir()
-        options = f"size={size}{',ro' if read_only else ''}"
-        made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
-        if made.returncode:
-            pytest.skip("no disk may be mounted here")
-        mounted.append(place)
-        return place
-
-    yield make
-    for place in mounted:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def left(place):

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from megactx.framework import sweep
 from megactx.framework.app import run
+from megactx.framework.errors import composition_message
 
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = [sys.executable, str(REPOSITORY / "train.py")]
@@ -316,3 +317,19 @@ def test_optuna_minimises_what_the_stage_monitors_and_goes_on_with_the_same_tria
         assert [one["state"] for one in told] == [state] * 2
         best = OmegaConf.load(folder / "optimization_results.yaml")
         assert best.best_value == min(one["value"] for one in told)
+
+
+def test_a_store_of_the_sweeper_is_refused_with_the_way_to_go_on_without_one():
+    store = "hydra.sweeper.storage=sqlite:///study.db"
+    for error in (AssertionError(), ModuleNotFoundError("No module named 'sqlalchemy'")):  # what such a study ends with
+        told = composition_message(error, ["experiment=sweep_optuna", "hydra.sweeper.n_trials=2", store])
+        assert told.startswith(f"{store}: a store of the sweeper cannot be used") and "SQLAlchemy below 2" in told
+        assert "a second start goes on by the folders of its jobs" in told
+        assert "store" not in composition_message(error, ["experiment=sweep_optuna", "hydra.sweeper.storage=null"])
+
+
+def test_a_store_of_the_sweeper_hides_no_other_mistake(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["experiment=demo", "preset.stepz=3", "+hydra.sweeper.storage=sqlite:///study.db"]) == 2
+    err = capsys.readouterr().err
+    assert "preset.stepz" in err and "SQLAlchemy" not in err

@@ -6,11 +6,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megactx.framework import throughput
-from megactx.framework.throughput import Throughput, Work, peak
+from megactx.framework.throughput import Throughput, peak
 from megactx.gist import GistNet
-from megactx.gist.scoring import score
-from megactx.gist.substitution import blocks, rows_at, substituted, teach
+from megactx.gist.losses.block import Block
+from megactx.gist.substitution import substituted
 from megactx.lm import BaseLM
+from megactx.lm.chunked_head import score
+from megactx.lm.prefill import blocks, prefill, rows_at
+from megactx.stages.work import Work
 
 
 class Clock:
@@ -39,7 +42,7 @@ class Run:
             precision="32-true",
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
         )
-        self.stage = SimpleNamespace(log=self.logged.__setitem__)
+        self.stage = SimpleNamespace(log=self.logged.__setitem__, amounts=lambda batch: batch)
         self.callback = Throughput()
         self.callback.setup(self.trainer, self.stage, "fit")
         self.callback.on_train_start(self.trainer, self.stage)
@@ -50,13 +53,12 @@ class Run:
         self.callback.on_train_batch_end(self.trainer, self.stage, None, batch, 0)
 
 
-def spans(lengths=(10, 6), count=3) -> dict:
-    starts = torch.zeros(len(lengths), count, dtype=torch.long)
-    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
-    return {"ids": ids, "lengths": torch.tensor(lengths), "starts": starts}
+def spans() -> dict:
+    """What a stage says of two documents of 10 and 6 tokens with three blocks each."""
+    return {"tokens": torch.tensor(16), "documents": 2, "spans": 6}
 
 
-def test_speeds_count_tokens_without_padding_spans_and_documents(clock):
+def test_speeds_are_amounts_by_time(clock):
     run = Run(clock)
     run.batch(spans())
     assert run.logged == {}  # a row every second step
@@ -97,30 +99,19 @@ def test_several_processes_are_counted_together(clock):
     assert run.logged["speed/tokens_per_second"] == 64.0
 
 
-def test_batches_without_spans_or_without_tokens_do_no_harm(clock):
+def test_a_stage_that_says_less_of_a_batch_does_no_harm(clock):
     run = Run(clock, every=1)
-    run.batch({"ids": torch.zeros(2, 8)})
-    assert run.logged["speed/tokens_per_second"] == 16.0 and "speed/spans_per_second" not in run.logged
-    before = dict(run.logged)
-    run.batch([torch.zeros(2)])
-    assert run.logged == before
-
-
-def test_a_stage_that_counts_its_tokens_has_speeds_with_batches_of_any_kind(clock):
-    run = Run(clock)
-    run.stage.tokens = torch.tensor(100)
-    run.callback.on_train_start(run.trainer, run.stage)
-    for _ in range(2):
-        run.stage.tokens += 60
-        run.batch({"windows": []}, seconds=3.0)
-    assert run.logged == {"speed/step_seconds": 3.0, "speed/tokens_per_second": 20.0}
+    run.batch({"tokens": 16})
+    assert run.logged == {"speed/tokens_per_second": 16.0, "speed/step_seconds": 1.0}
+    run.batch({})
+    assert run.logged["speed/tokens_per_second"] == 16.0
 
 
 def test_mfu_is_work_by_time_by_the_peak_and_absent_where_the_card_is_not_known(clock):
     run = Run(clock, every=1)
     run.batch(spans(), seconds=2.0)
     assert "speed/mfu" not in run.logged
-    run.callback.peak, run.callback.work = 1000.0, lambda batch: torch.tensor(500.0)
+    run.callback.peak, run.stage.flops = 1000.0, lambda batch: torch.tensor(500.0)
     run.batch(spans(), seconds=2.0)
     assert run.logged["speed/mfu"] == 0.25
 
@@ -173,15 +164,14 @@ def test_the_formula_for_gists_is_what_the_passes_do_apart_from_attention(base):
     nets = nn.ModuleDict({name: GistNet(64, 1.0, type="mean", head="linear", skip="none") for name in ("a", "b")})
     ids, starts = torch.randint(512, (2, 256)), torch.tensor([[32, 96, 160]]).expand(2, -1)
     with Products() as counter:
-        teacher = teach(base, ids)
+        teacher = prefill(base, ids)
         vectors = base.embed(blocks(ids, starts, 32)).flatten(0, 1)
         gists = torch.stack([net.encode_span(vectors).view(2, 3, -1) for net in nets.values()])
         hidden = substituted(base, teacher, starts, gists, [16, 16], 32, 32)
         after = rows_at(teacher.hidden, starts + 31, 32).flatten(0, 2)
         loss, _ = score(base, hidden.flatten(1, 3), after, blocks(ids, starts + 32, 32).flatten())
         loss.mean().backward()
-    stage = SimpleNamespace(base=base, nets=nets, hparams={"horizon": 32})
-    work = Work.of(stage)
+    work = Work.of_gists(base, nets, [Block()], 32, (0, 0))
     batch = {"ids": ids, "lengths": torch.tensor([256, 256]), "starts": starts}
     linear = Work(work.body, work.head, 0, work.carriers, work.horizon, work.nets)
     assert float(linear(batch)) == pytest.approx(counter.flops, rel=0.02)
@@ -196,7 +186,7 @@ def test_the_formula_for_training_a_base_is_what_the_passes_do_apart_from_attent
     ids = torch.randint(512, (2, 64))
     with Products() as counter:
         base.logits(base(base.embed(ids), None)).sum().backward()
-    work = Work.of(SimpleNamespace(base=base))
+    work = Work.of_base(base)
     assert Work(work.body, work.head, 0)({"ids": ids}) == pytest.approx(counter.flops, rel=0.02)
     assert work({"ids": ids}) - Work(work.body, work.head, 0)({"ids": ids}) == 6 * 3 * 64 * 2 * 64**2
 
@@ -204,9 +194,5 @@ def test_the_formula_for_training_a_base_is_what_the_passes_do_apart_from_attent
 def test_reading_off_the_work_draws_no_random_numbers(base):
     nets = nn.ModuleDict({"gistnet": GistNet(64, 1.0, dropout=0.5)}).train()
     state = torch.get_rng_state()
-    assert Work.of(SimpleNamespace(base=base, nets=nets, hparams={"horizon": 32})).nets > 0
+    assert Work.of_gists(base, nets, [Block()], 32, (0, 0)).nets > 0
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_stage_without_a_base_has_no_known_work():
-    assert Work.of(SimpleNamespace()) is None

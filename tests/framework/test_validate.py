@@ -114,7 +114,7 @@ def test_a_value_out_of_range_is_told_with_what_is_allowed(override, allowed):
         # by the annotation of the argument
         ("callbacks.progress.every=often", "callbacks.progress.every=often: allowed is a whole number"),
         ("+trainer.limit_val_batches=few", "allowed is a whole number or a number or null"),
-        ("stage.objective=5", "stage.objective=5: allowed is text"),
+        ("loss.block.objective=5", "loss.block.objective=5: allowed is text"),
         ("stage.controls=5", "stage.controls=5: allowed is a mapping"),
         ("logger.csv.folder=null", "logger.csv.folder=None: allowed is text"),
         # by the value that is replaced
@@ -124,7 +124,7 @@ def test_a_value_out_of_range_is_told_with_what_is_allowed(override, allowed):
         ("name=null", "name=null: it needs a value"),
         # keys below a target, and below what is taken from elsewhere
         ("+stage.evaluate.block=3", "stage.evaluate.block: no such setting. Did you mean stage.evaluate.blocks?"),
-        ("+stage.contrastive.wieght=1", "stage.contrastive.wieght: no such setting."),
+        ("+loss.contrastive.wieght=1", "loss.contrastive.wieght: no such setting."),
         (
             "+stage.controls.mine={tpye: mean}",
             "stage.controls.mine.tpye: a GistNet has no such setting. Did you mean type?",

@@ -25,7 +25,7 @@ class Rows(Logger):
         pass
 
 
-class Stage(lightning.LightningModule):
+class Net(lightning.LightningModule):
     """Two nets and a frozen base; dropout, so that the random state matters."""
 
     def __init__(self):
@@ -33,6 +33,9 @@ class Stage(lightning.LightningModule):
         self.base = nn.Linear(4, 4).requires_grad_(False)
         self.nets = nn.ModuleDict({"one": nn.Linear(4, 4), "two": nn.Linear(4, 1)})
         self.norms = []
+
+    def amounts(self, batch):
+        return {}
 
     def training_step(self, batch, batch_index):
         x = nn.functional.dropout(self.base(batch["ids"].float()), 0.5)
@@ -58,7 +61,7 @@ class Stage(lightning.LightningModule):
 
 def fit(*callbacks, steps=4, logger=True, **settings):
     torch.manual_seed(0)
-    stage, rows = Stage(), Rows()
+    stage, rows = Net(), Rows()
     data = [{"ids": torch.arange(8).view(2, 4) + i} for i in range(32)]
     settings = {"log_every_n_steps": 1, **settings}
     trainer = lightning.Trainer(
@@ -95,7 +98,7 @@ def test_groups_of_one_optimizer_are_told_apart(monkeypatch):
             [{"params": net.parameters(), "lr": lr} for net, lr in zip(self.nets.values(), (1e-3, 2e-3), strict=True)]
         )
 
-    monkeypatch.setattr(Stage, "configure_optimizers", groups)
+    monkeypatch.setattr(Net, "configure_optimizers", groups)
     _, rows = fit(LearningRate(), steps=1)
     assert (rows[0]["lr/adamw"], rows[0]["lr/adamw_2"]) == pytest.approx((1e-3, 2e-3))
 
@@ -128,7 +131,7 @@ def test_the_summary_tells_once_what_trains_and_what_is_frozen(caplog):
 
 
 def test_the_summary_tells_how_much_of_a_part_trains():
-    stage = Stage()
+    stage = Net()
     stage.base.bias.requires_grad_(True)
     assert describe(stage) == "Parameters that train: base 4 of its 20, one 20, two 5; frozen: none"
-    assert describe(Stage().requires_grad_(False)) == "Parameters that train: none; frozen: base 20, one 20, two 5"
+    assert describe(Net().requires_grad_(False)) == "Parameters that train: none; frozen: base 20, one 20, two 5"

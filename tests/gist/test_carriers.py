@@ -9,9 +9,10 @@ from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.gisting import Gisting
 from megactx.gist.carriers.gistpool import GistPool
 from megactx.gist.carriers.random_gist import RandomGist
-from megactx.gist.substitution import rows_at, slotted, teach
+from megactx.gist.substitution import slotted
 from megactx.lm import masks
 from megactx.lm.layers import keys_values, recorded
+from megactx.lm.prefill import prefill, rows_at
 
 K, WIDTH, H = 8, 64, 12
 KINDS = ["llama", "qwen3", "smollm3", "nanochat"]
@@ -24,7 +25,7 @@ def base(make_base, request):
 
 def documents(base):
     ids, starts = torch.randint(3, 97, (2, 100)), torch.tensor([[8, 72, 40], [48, 8, 16]])
-    return ids, starts, teach(base, ids, with_states=True)
+    return ids, starts, prefill(base, ids, with_states=True)
 
 
 def assert_same(one: Slots, other: Slots):
@@ -110,7 +111,7 @@ def test_gisting_equals_a_model_that_really_reads_the_token_after_the_block(base
 @torch.no_grad()
 def test_a_window_keeps_what_comes_before_the_block_out_and_without_one_it_comes_in(base):
     ids, starts, teacher = documents(base)
-    other = teach(base, ids)
+    other = prefill(base, ids)
     changed = [tuple(part.clone() for part in layer) for layer in other.cache]
     for layer in changed:
         for part in layer:
@@ -219,5 +220,5 @@ def test_noise_of_a_document_is_the_same_whatever_the_batch(make_base):
     ids, starts, teacher = documents(base)
     noise = RandomGist(0.02, K)
     both = noise.compress(base, teacher, starts).vectors
-    alone = noise.compress(base, teach(base, ids[1:]), starts[1:]).vectors
+    alone = noise.compress(base, prefill(base, ids[1:]), starts[1:]).vectors
     assert torch.equal(both[1:], alone) and not torch.equal(both[0], both[1])

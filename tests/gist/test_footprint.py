@@ -12,8 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from megactx.framework.search_path import compose
 from megactx.gist import GistNet
 from megactx.gist.footprint import footprint, in_words
-from megactx.gist.substitution import substituted, teach
+from megactx.gist.substitution import substituted
 from megactx.lm import BaseLM
+from megactx.lm.prefill import prefill
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = dict(vocab_size=512, hidden_size=128, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4)
@@ -43,7 +44,7 @@ def kept_for_backward(base, batch, tokens, spans, horizon, carriers):
     ids = torch.randint(2, base.vocab_size, (batch, tokens))
     last = tokens - 32 - horizon
     starts = torch.linspace(1, last // 32, spans).long().mul(32).expand(batch, -1)
-    teacher = teach(base, ids)
+    teacher = prefill(base, ids)
     gists = torch.randn(carriers, batch, spans, base.width, requires_grad=True)
     cache = [tensor for layer in teacher.cache for tensor in layer]
     known = {t.untyped_storage().data_ptr() for t in [*base.parameters(), *cache]}

@@ -7,7 +7,7 @@ import torch
 
 from megactx.gist import GistNet, heads, poolings
 from megactx.gist.backbone import rotary
-from megactx.gist.losses import contrastive
+from megactx.gist.losses.contrastive import pushed_apart
 from megactx.gist.parts import names
 
 WIDTH, K, RMS = 32, 8, 0.05
@@ -197,7 +197,7 @@ def test_flops_grow_with_depth_and_match_the_formula():
 def test_contrastive_pushes_near_neighbours_apart_and_leaves_far_ones_alone():
     gist = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)
     near, far = torch.tensor([[1.0, 0.1]]), torch.tensor([[-1.0, 0.0]])
-    loss = contrastive(gist, torch.cat([near, far]), margin=0.2)
+    loss = pushed_apart(gist, torch.cat([near, far]), margin=0.2)
     loss.backward()
     moved = gist.detach() - 0.1 * gist.grad
     cosine = torch.nn.functional.cosine_similarity
@@ -209,7 +209,7 @@ def test_contrastive_pushes_near_neighbours_apart_and_leaves_far_ones_alone():
 
 def test_contrastive_without_pairs_is_an_error():
     with pytest.raises(ValueError, match="contrastive.weight"):
-        contrastive(torch.zeros(0, 4), torch.zeros(0, 4), 0.2)
+        pushed_apart(torch.zeros(0, 4), torch.zeros(0, 4), 0.2)
 
 
 def test_forward_gives_gradient_to_both_sides_of_a_pair():

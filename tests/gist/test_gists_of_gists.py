@@ -5,7 +5,8 @@ import torch
 from small_base import WIDTH, small
 
 from megactx.gist import GistNet
-from megactx.gist.substitution import blocks, substituted, teach
+from megactx.gist.substitution import substituted
+from megactx.lm.prefill import blocks, prefill
 
 
 @pytest.mark.parametrize("mode", ["plain", "learned"])
@@ -16,7 +17,7 @@ def test_loss_and_gradients_of_gists_of_gists_equal_plain_forwards(kind, mode):
     torch.manual_seed(1)
     net = GistNet(WIDTH, base.embedding_rms(), block_size=k, skip="none", position="end", gaussian_rope=mode)
     ids, starts, span = torch.randint(3, 97, (1, 60)), torch.tensor([[16, 32]]), k**2
-    teacher = teach(base, ids)
+    teacher = prefill(base, ids)
     gists = net.encode_level(base.embed(blocks(ids, starts, span)).flatten(0, 1), 2).view(1, 1, 2, WIDTH)
     hidden = substituted(base, teacher, starts, gists, [net.offset_in(span)], span, horizon, [net.sigma(2)])
     (hidden.square() * torch.linspace(0, 1, WIDTH)).mean().backward()  # the mean alone is that of the final norm
@@ -46,7 +47,7 @@ def test_several_gists_in_place_of_one_span_equal_a_plain_forward_and_the_last_p
     base, span, start = small("qwen3"), 16, 32
     ids, vectors, offsets, sigma = torch.randint(3, 97, (1, 60)), torch.randn(2, 1, 1, 4, WIDTH), [3, 7, 11, 15], 1.2
     starts, sigmas = torch.tensor([[start]]), [None, torch.tensor(sigma)]
-    hidden = substituted(base, teach(base, ids), starts, vectors, [offsets, offsets], span, horizon, sigmas)
+    hidden = substituted(base, prefill(base, ids), starts, vectors, [offsets, offsets], span, horizon, sigmas)
     assert hidden.shape == (2, 1, 1, horizon, WIDTH)
     after = torch.arange(start + span, start + span + horizon - 1)
     positions = torch.cat([torch.arange(start), start + torch.tensor(offsets), after])[None]

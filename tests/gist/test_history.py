@@ -7,8 +7,8 @@ from megactx.gist import GistNet
 from megactx.gist.carrier import Vectors
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.history import check_segments, continued, old_blocks, with_carriers, with_nothing
-from megactx.gist.substitution import blocks, teach
 from megactx.lm import masks
+from megactx.lm.prefill import blocks, prefill
 
 K, WIDTH, R, S = 8, 64, 16, 24
 KINDS = ["llama", "qwen3", "smollm3", "nanochat"]
@@ -20,7 +20,7 @@ def setting(make_base):
         base = make_base(kind)
         ids = torch.randint(3, 97, (2, 120))
         starts = torch.tensor([[32, 96, 56], [88, 40, 64]])
-        return base, ids, starts, teach(base, ids, with_states=True)
+        return base, ids, starts, prefill(base, ids, with_states=True)
 
     return of
 
@@ -30,7 +30,7 @@ def gists(net, base, ids, starts):
     return Vectors(net.encode_span(base.embed(blocks(ids, old, K)).flatten(0, 1)).view(*old.shape, -1), net.offset)
 
 
-def prefill(base, rows, positions, keep):
+def fresh(base, rows, positions, keep):
     x, at = torch.cat(rows)[None], torch.cat(positions)[None]
     return base(x, at, masks.causal(x.shape[1]))[0, -keep:]
 
@@ -41,7 +41,7 @@ def plain(base, net, ids, start):
     vectors = net.encode_span(torch.stack([base.embed(ids[None])[0, s : s + K] for s in old]))
     raw = torch.arange(start - R, start + S - 1)
     rows = [base.embed(ids[:K]), vectors, base.embed(ids[raw])]
-    return prefill(base, rows, [torch.arange(K), old + net.offset, raw], S)
+    return fresh(base, rows, [torch.arange(K), old + net.offset, raw], S)
 
 
 @pytest.mark.parametrize("position", ["centre", "end"])
@@ -72,7 +72,7 @@ def test_without_carriers_it_is_a_prefill_of_the_sink_and_the_raw_tokens(setting
     for b, n in ((0, 1), (1, 0)):
         raw = torch.arange(int(starts[b, n]) - R, int(starts[b, n]) + S - 1)
         rows, positions = [base.embed(ids[b, :K]), base.embed(ids[b, raw])], [torch.arange(K), raw]
-        torch.testing.assert_close(hidden[b, n], prefill(base, rows, positions, S), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(hidden[b, n], fresh(base, rows, positions, S), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def test_padding_and_other_segments_change_nothing(setting):
     both = with_carriers(base, teacher, starts, gists(net, base, ids, starts), K, S, R)
     for b in range(2):
         one = starts[b : b + 1, :1]
-        short = teach(base, ids[b : b + 1, : int(one) + S])
+        short = prefill(base, ids[b : b + 1, : int(one) + S])
         alone = with_carriers(base, short, one, gists(net, base, short.ids, one), K, S, R)
         torch.testing.assert_close(both[b : b + 1, :1], alone, rtol=1e-4, atol=1e-4)
 

@@ -7,8 +7,9 @@ from megactx.gist.carriers.history_oracle import HistoryOracle
 from megactx.gist.carriers.last_token import LastToken
 from megactx.gist.carriers.oracle import Oracle, _continued
 from megactx.gist.history import with_carriers, with_everything
-from megactx.gist.scoring import score
-from megactx.gist.substitution import blocks, rows_at, substituted, teach
+from megactx.gist.substitution import substituted
+from megactx.lm.chunked_head import score
+from megactx.lm.prefill import blocks, prefill, rows_at
 
 K, H = 8, 6
 
@@ -17,7 +18,7 @@ K, H = 8, 6
 def read(make_base):
     base = make_base()
     ids, starts = torch.randint(3, 97, (1, 60)), torch.tensor([[8, 24, 40]])
-    return base, teach(base, ids), starts
+    return base, prefill(base, ids), starts
 
 
 def kl(base, teacher, starts, carrier):
@@ -61,7 +62,7 @@ def test_a_continuation_over_the_full_context_is_the_teacher_itself(read):
 def test_it_works_inside_inference_mode(read):
     base, teacher, starts = read
     with torch.inference_mode():
-        teacher = teach(base, teacher.ids)
+        teacher = prefill(base, teacher.ids)
         carrier = Oracle(H, K, samples=0, steps=2).compress(base, teacher, starts)
     assert torch.isfinite(carrier.vectors).all()
 

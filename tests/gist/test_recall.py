@@ -7,7 +7,7 @@ from megactx.gist import GistNet
 from megactx.gist.carrier import Vectors
 from megactx.gist.history import old_blocks
 from megactx.gist.recall import full, mixed
-from megactx.gist.substitution import blocks, teach
+from megactx.lm.prefill import blocks, prefill
 
 K, WIDTH, R = 8, 64, 16
 
@@ -18,7 +18,7 @@ def setting(make_base):
         base = make_base(kind)
         ids = torch.randint(3, 97, (2, 120))
         starts, told = torch.tensor([[32, 96, 56], [88, 40, 64]]), torch.tensor([[8, 72, 24], [8, 16, 40]])
-        return base, ids, starts, told, teach(base, ids)
+        return base, ids, starts, told, prefill(base, ids)
 
     return of
 
@@ -77,7 +77,7 @@ def test_the_full_context_is_the_document_followed_by_the_block(setting, kind):
     for b, n in ((0, 1), (1, 0), (1, 2)):
         start, block = int(starts[b, n]), int(told[b, n])
         again = torch.cat([ids[b, :start], ids[b, block : block + K]])[None]
-        torch.testing.assert_close(hidden[b, n], teach(base, again).hidden[0, start - 1 : -1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(hidden[b, n], prefill(base, again).hidden[0, start - 1 : -1], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def test_a_case_is_the_same_alone_and_beside_longer_ones(setting):
     together = mixed(base, teacher, starts, told, old, net.compress(base, teacher, old), K, R)
     for b, n in ((0, 0), (1, 1)):
         one, block = starts[b : b + 1, n : n + 1], told[b : b + 1, n : n + 1]
-        own = teach(base, ids[b : b + 1, : int(one)])
+        own = prefill(base, ids[b : b + 1, : int(one)])
         few = old_blocks(one, K, R)
         alone = mixed(base, own, one, block, few, net.compress(base, own, few), K, R)
         torch.testing.assert_close(together[b : b + 1, n : n + 1], alone, rtol=1e-4, atol=1e-4)

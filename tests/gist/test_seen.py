@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megactx.gist import GistNet
-from megactx.gist.substitution import teach, unread
+from megactx.lm.prefill import prefill, unread
 from megactx.memory import MegaContextTree
 
 K, WIDTH = 8, 64
@@ -75,7 +75,7 @@ def test_hidden_states_bring_the_whole_prefix_and_the_layer_is_the_one_that_was_
     for layer in (0, 2):
         encoder = net(base, input="hidden", input_layer=layer)
         one, two = (
-            encoder.compress(base, teach(base, x, with_states=True), starts).vectors for x in (ids, changed(ids, 3))
+            encoder.compress(base, prefill(base, x, with_states=True), starts).vectors for x in (ids, changed(ids, 3))
         )
         assert torch.equal(one, two) == (layer == 0), "the embeddings have read nothing yet"
         gists.append(one)
@@ -85,7 +85,7 @@ def test_hidden_states_bring_the_whole_prefix_and_the_layer_is_the_one_that_was_
 def test_a_layer_that_the_base_does_not_have_is_refused_by_name(base, ids):
     encoder = net(base, input="hidden", input_layer=5)
     with pytest.raises(ValueError, match=r"gistnet.input_layer=5 is not allowed: 0 to 4"):
-        encoder.compress(base, teach(base, ids, with_states=True), torch.tensor([[80], [80]]))
+        encoder.compress(base, prefill(base, ids, with_states=True), torch.tensor([[80], [80]]))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_gists_of_gists_see_the_gists_to_their_left_and_the_tree_makes_the_same_
 
 def test_every_parameter_of_a_net_over_hidden_states_gets_a_gradient(base, ids):
     encoder = net(base, input="hidden", context=8)
-    encoder.compress(base, teach(base, ids, with_states=True), torch.tensor([[80], [16]])).vectors.pow(
+    encoder.compress(base, prefill(base, ids, with_states=True), torch.tensor([[80], [16]])).vectors.pow(
         2
     ).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())

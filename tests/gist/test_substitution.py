@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from small_base import WIDTH, small
 
 from megactx.gist import GistNet
-from megactx.gist.scoring import score, score_exactly
-from megactx.gist.substitution import blocks, check_blocks, dropped, rows_at, substituted, teach
+from megactx.gist.substitution import check_blocks, dropped, substituted
 from megactx.lm import BaseLM, masks
+from megactx.lm.chunked_head import score, score_exactly
 from megactx.lm.gaussian_rope import spread
+from megactx.lm.prefill import blocks, prefill, rows_at
 
 K = 8
 
@@ -53,7 +54,7 @@ def loop(base, ids, starts, horizon, gist_of, offset, sigma=None):
 
 
 def packed(base, ids, starts, horizon, vectors, offset, objective="kl", sigma=None):
-    teacher = teach(base, ids)
+    teacher = prefill(base, ids)
     hidden = substituted(base, teacher, starts, vectors, [offset] * len(vectors), K, horizon, [sigma] * len(vectors))
     return score(
         base,
@@ -119,7 +120,7 @@ def test_with_gaussian_rope_loss_and_every_gradient_equal_the_loop_too(kind, mod
 def test_a_carrier_whose_position_is_a_point_is_the_same_beside_one_whose_position_is_wide():
     base, horizon = small("llama"), 6
     ids, starts = torch.randint(3, 97, (1, 60)), torch.tensor([[16, 40]])
-    vectors, teacher = torch.randn(2, 1, 2, WIDTH), teach(base, ids)
+    vectors, teacher = torch.randn(2, 1, 2, WIDTH), prefill(base, ids)
     points = substituted(base, teacher, starts, vectors, [7, 7], K, horizon)
     mixed = substituted(base, teacher, starts, vectors, [7, 7], K, horizon, [None, torch.tensor(2.3)])
     assert torch.equal(points[0], mixed[0]) and not torch.allclose(points[1], mixed[1], rtol=1e-3)
@@ -130,7 +131,7 @@ def test_a_carrier_whose_position_is_a_point_is_the_same_beside_one_whose_positi
 def test_the_dropped_block_equals_the_loop_without_it(kind):
     base, horizon = small(kind), 12
     ids, starts = torch.randint(3, 97, (2, 90)), torch.tensor([[8, 64], [32, 40]])
-    teacher = teach(base, ids)
+    teacher = prefill(base, ids)
     hidden = dropped(base, teacher, starts, K, horizon)
     targets = blocks(ids, starts + K, horizon).flatten()
     _, numbers = score(base, hidden.flatten(0, 2)[None], hidden.flatten(0, 2), targets)
@@ -143,7 +144,7 @@ def test_the_true_tokens_block_in_place_of_the_gist_costs_nothing():
     """With K = 1 the last token as the gist is the uncompressed model: dNLL and KL are 0."""
     base, horizon = small("llama"), 6
     ids, starts = torch.randint(3, 97, (1, 30)), torch.tensor([[4, 9]])
-    teacher = teach(base, ids)
+    teacher = prefill(base, ids)
     hidden = substituted(base, teacher, starts, base.embed(ids.gather(1, starts))[None], [0], 1, horizon)
     same = rows_at(teacher.hidden, starts, horizon)
     torch.testing.assert_close(hidden[0], same, rtol=1e-4, atol=1e-5)
@@ -169,15 +170,15 @@ def test_branches_of_different_chunks_carriers_and_documents_do_not_touch_each_o
     ids, starts = torch.randint(3, 97, (2, 120)), torch.tensor([[8, 16, 80, 96, 40], [96, 24, 32, 8, 8]])
     vectors = torch.randn(3, 2, 5, WIDTH) * base.embedding_rms()
     with torch.no_grad():
-        whole = substituted(base, teach(base, ids), starts, vectors, [4, 7, 4], K, 10)
+        whole = substituted(base, prefill(base, ids), starts, vectors, [4, 7, 4], K, 10)
         monkeypatch.setattr("megactx.lm.branches.ROWS_PER_GROUP", {"cpu": 10})
-        apart = substituted(base, teach(base, ids), starts, vectors, [4, 7, 4], K, 10)
+        apart = substituted(base, prefill(base, ids), starts, vectors, [4, 7, 4], K, 10)
         torch.testing.assert_close(apart, whole, rtol=1e-4, atol=1e-5)
-        alone = substituted(base, teach(base, ids[1:]), starts[1:, 2:3], vectors[1:2, 1:, 2:3], [7], K, 10)
+        alone = substituted(base, prefill(base, ids[1:]), starts[1:, 2:3], vectors[1:2, 1:, 2:3], [7], K, 10)
         torch.testing.assert_close(alone[0, 0, 0], whole[1, 1, 2], rtol=1e-4, atol=1e-5)
         changed = vectors.clone()
         changed[0, 0, 0] += 1
-        other = substituted(base, teach(base, ids), starts, changed, [4, 7, 4], K, 10)
+        other = substituted(base, prefill(base, ids), starts, changed, [4, 7, 4], K, 10)
     same = torch.isclose(whole, other, rtol=1e-4, atol=1e-5).flatten(3).all(-1)
     assert not same[0, 0, 0]
     same[0, 0, 0] = True
@@ -190,7 +191,7 @@ def test_padding_on_the_right_changes_nothing():
     ids, starts = torch.randint(3, 97, (1, 50)), torch.tensor([[8, 24]])
     vectors = torch.randn(1, 1, 2, WIDTH)
     padded = F.pad(ids, (0, 30), value=5)
-    one, other = (substituted(base, teach(base, x), starts, vectors, [7], K, 12) for x in (ids, padded))
+    one, other = (substituted(base, prefill(base, x), starts, vectors, [7], K, 12) for x in (ids, padded))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -208,7 +209,7 @@ def test_scoring_in_chunks_equals_scoring_at_once(monkeypatch):
     targets = torch.randint(0, 97, (50,))
     results = []
     for elements in (2**21, 97 * 7):
-        monkeypatch.setattr("megactx.gist.scoring.CHUNK_ELEMENTS", {"cpu": elements})
+        monkeypatch.setattr("megactx.lm.chunked_head.CHUNK_ELEMENTS", {"cpu": elements})
         loss, numbers = score(base, students, teacher, targets)
         (gradient,) = torch.autograd.grad((loss * torch.arange(50)).sum(), students)
         results.append((loss.detach(), gradient, numbers["agree"]))
@@ -270,7 +271,7 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused(monkeypatch):
 
     base = small("llama")
     ids, starts = torch.randint(3, 97, (1, 40)), torch.tensor([[8]])
-    teacher = teach(base, ids)
+    teacher = prefill(base, ids)
     monkeypatch.setattr("transformers.models.llama.modeling_llama.ALL_ATTENTION_FUNCTIONS", Other)
     with pytest.raises(ValueError, match="llama does not use transformers' attention interface"):
         substituted(base, teacher, starts, torch.zeros(1, 1, 1, WIDTH), [7], K, 4)

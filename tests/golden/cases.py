@@ -102,13 +102,13 @@ def gist_settings(places: dict) -> list[str]:
     ]
 
 
-HISTORY = ["stage.history.segment=16", "stage.history.recency=32"]
+HISTORY = ["loss.history.segment=16", "loss.history.recency=32"]
 
 
 def gist(places: dict) -> list[str]:
     """All losses at once, gists of gists, and the demo's report with everything in it."""
     own = ["experiment=demo", *gist_settings(places), *HISTORY, "contrastive=c05", "gistnet.levels=2"]
-    own += ["stage.history.weight=0.3", "stage.history.recall=0.1", "stage.level2_weight=0.2"]
+    own += ["loss.block.weight=0.7", "loss.history.weight=0.3", "loss.recall.weight=0.1", "loss.level2.weight=0.2"]
     own += ["datamodule.level2_spans=1", "stage.evaluate.level2=4", "stage.evaluate.reconstruction=3"]
     return [*own, "stage.evaluate.history=4", "gistnet.dropout=0.1"]
 
@@ -117,7 +117,7 @@ def poolings(places: dict) -> list[str]:
     """Every pooling and head of GistNet, beside each other."""
     nets = ("{pooling: query}", "{pooling: cls, head: linear}", "{pooling: mean, head: mlp, layers: 1}")
     given = ", ".join(f"net{i}: {net[:-1]}, num_heads: 4, block_size: {K}}}" for i, net in enumerate(nets))
-    return ["experiment=demo", *gist_settings(places), f"+stage.controls={{{given}}}", "stage.objective=delta_nll"]
+    return ["experiment=demo", *gist_settings(places), f"+stage.controls={{{given}}}", "loss.block.objective=delta_nll"]
 
 
 def ladder(places: dict) -> list[str]:

@@ -6,10 +6,10 @@ from small_base import SMALL, small
 
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.gisting import Gisting
-from megactx.gist.substitution import teach
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapt, adapters_of, merged
 from megactx.lm.layers import keys_values, recorded
+from megactx.lm.prefill import prefill
 
 GPT2 = dict(model_type="gpt2", vocab_size=97, n_embd=64, n_layer=3, n_head=4, n_positions=128)
 NEOX = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"} | dict(model_type="gpt_neox")
@@ -54,7 +54,7 @@ def test_states_are_recorded_in_every_family(config):
 @torch.no_grad()
 def test_keys_and_values_of_gpt_neox_are_those_that_it_caches():
     base = base_of(NEOX)
-    teacher = teach(base, IDS, with_states=True)
+    teacher = prefill(base, IDS, with_states=True)
     positions = torch.arange(IDS.shape[1])[None]
     made = keys_values(base.model.get_decoder(), teacher.states[:-1], positions)
     for mine, theirs in zip(made, teacher.cache, strict=True):
@@ -68,7 +68,7 @@ def test_a_compressor_of_keys_and_values_is_refused_where_the_family_makes_them_
     with pytest.raises(ValueError, match="compressor=gisting: .* base gpt2 makes in a way that is not supported"):
         Gisting(base, 4)
     with pytest.raises(ValueError, match="base gpt2"):
-        AvgPool(4).compress(base, teach(base, IDS, with_states=True), torch.tensor([[4]]))
+        AvgPool(4).compress(base, prefill(base, IDS, with_states=True), torch.tensor([[4]]))
 
 
 def test_a_family_without_the_attention_interface_is_refused_when_it_is_loaded():

@@ -55,11 +55,12 @@ def test_entries_are_read_across_a_jump_and_from_where_they_are():
 
 @torch.no_grad()
 def test_a_gist_in_a_context_is_what_the_packed_pass_replaces_a_block_by():
-    from megactx.gist.substitution import substituted, teach
+    from megactx.gist.substitution import substituted
+    from megactx.lm.prefill import prefill
 
     base, start, block, horizon = small("qwen3"), 16, 8, 6
     ids, gist, sigma = torch.randint(3, 97, (1, 40)), torch.randn(1, 1, 1, 64), torch.tensor(2.3)
-    packed = substituted(base, teach(base, ids), torch.tensor([[start]]), gist, [7], block, horizon, [sigma])
+    packed = substituted(base, prefill(base, ids), torch.tensor([[start]]), gist, [7], block, horizon, [sigma])
     tokens = base.embed(ids)
     x = torch.cat([tokens[:, :start], gist[0], tokens[:, start + block : start + block + horizon - 1]], dim=1)
     positions = torch.cat([torch.arange(start), torch.tensor([start + 7]), torch.arange(24, 24 + horizon - 1)])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megactx.framework.errors import RunFailed
 from megactx.runtime import Controller, Session, Settings, chat, generate, ingest, load_models
 from megactx.runtime.session_files import MANIFEST
 
@@ -291,6 +292,59 @@ def test_load_of_the_folder_that_the_talk_is_in_says_so_and_goes_on(own, tmp_pat
     assert f"the talk is in {folder} already" in told and "in use by" not in told
 
 
+def test_a_talk_goes_on_where_a_full_disk_refused_its_save(own, typed, disk, tmp_path, capsys):
+    folder, place = tmp_path / "kept", disk("8k")
+    typed(f"hello\n/save {place / 'small'}\nagain\n/quit\n")
+    assert chat.main(["--session", str(folder), "--tokens", "3", *own]) == 0
+    told = capsys.readouterr().out
+    assert f"({place / 'small'}" in told and "full" in told
+    assert not list(place.rglob("data-*"))
+    with Session.load(folder, Controller(load_models(own[1], "cpu"), Settings(budget=400))) as session:
+        assert "hello" in session.text() and "again" in session.text()
+
+
+@pytest.mark.parametrize("command", ["generate", "ingest", "chat"])
+def test_a_session_on_a_full_disk_ends_a_command_with_one_message_and_3(own, typed, disk, tmp_path, capsys, command):
+    folder = disk("200k") / "kept"
+    folder_of(tmp_path, short__txt=TEXT, long__txt=TEXT * 400)
+    for code, name in ((0, "short.txt"), (3, "long.txt")):
+        if command == "ingest":
+            ended = ingest.main([str(tmp_path / name), str(folder), *own])
+        else:
+            text = (tmp_path / name).read_text()
+            typed(text if command == "generate" else text.replace("\n", " ") + "\n")
+            ended = {"generate": generate, "chat": chat}[command].main(
+                ["--session", str(folder), "--tokens", "2", *own]
+            )
+        err = capsys.readouterr().err
+        assert ended == code, err
+        if not code:
+            first = json.loads((folder / MANIFEST).read_text())["tokens"]
+    assert err.count("megactx: ") == 1 and str(folder) in err and "full" in err and "Traceback" not in err
+    assert len(list(folder.iterdir())) == 3  # its data, the manifest, the lock
+    with Session.load(folder, Controller(load_models(own[1], "cpu"), Settings(budget=400))) as session:
+        assert session.length == first
+
+
+def test_a_talk_that_cannot_be_saved_loads_no_other(own, typed, tmp_path, monkeypatch, capsys):
+    kept, other = tmp_path / "kept", tmp_path / "other"
+    for folder in (kept, other):
+        assert generate.main([TEXT, "--tokens", "1", "--session", str(folder), *own]) == 0
+    save, failures = Session.save, [RunFailed("the disk is full")]
+
+    def once(session, *folder):
+        if session.folder == kept and session.length > before and failures:
+            raise failures.pop()
+        return save(session, *folder)
+
+    before = json.loads((kept / MANIFEST).read_text())["tokens"]
+    monkeypatch.setattr(Session, "save", once)
+    typed(f"hello\n/load {other}\n/load {other}\n/quit\n")
+    assert chat.main(["--session", str(kept), "--tokens", "1", *own]) == 0
+    told = capsys.readouterr().out
+    assert "(the disk is full)" in told and f"loaded {other}" in told and "in use" not in told
+
+
 def test_a_long_file_says_what_was_read_and_an_empty_one_is_refused(own, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generate, "PIECE", 100)
     (tmp_path / "long.txt").write_text("a line of a text\n" * 20)
@@ -338,3 +392,30 @@ def test_ctrl_c_while_a_command_imports_gives_one_line_and_130(tmp_path):
     command = [sys.executable, "-m", "megactx.runtime.chat"]
     done = subprocess.run(command, env=os.environ | path, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 130 and done.stderr == "\nmegactx: interrupted\n"
+
+
+def test_a_plain_base_goes_on_past_its_positions_where_old_text_is_dropped(base_folder, tmp_path, capsys):
+    long = tmp_path / "long.txt"
+    long.write_text("def f(x):\n    return x + 1987\n\n" * 120)  # more than the 512 positions of the base
+    own = ["--file", str(long), "--tokens", "40", "--model", str(base_folder)]
+    assert generate.main([*own, "--megacontext", "none"]) == 2
+    assert "megacontext=none takes at most 512" in capsys.readouterr().err
+    assert generate.main([*own, "--megacontext", "recency"]) == 0
+    told = capsys.readouterr()
+    assert told.out.strip() and "dropped, not compressed" in told.err
+
+
+def test_a_talk_with_a_plain_base_says_that_it_drops(base_folder, typed, capsys):
+    typed("hello there\n/tree\nhow are you\n")
+    assert chat.main(["--model", str(base_folder), "--megacontext", "recency", "--tokens", "5"]) == 0
+    told = capsys.readouterr()
+    assert "no tree" in told.out and told.err.count("dropped, not compressed") == 1
+
+
+@pytest.mark.parametrize("command", [ingest, chat])
+def test_without_a_gistnet_nothing_is_kept_in_a_folder(command, base_folder, typed, tmp_path, capsys):
+    typed("hello\n")
+    arguments = [__file__, str(tmp_path / "out")] if command is ingest else ["--session", str(tmp_path / "out")]
+    assert command.main([*arguments, "--model", str(base_folder), "--megacontext", "recency"]) == 2
+    assert "recency without a GistNet keeps no tree" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -83,3 +83,30 @@ def test_a_run_of_a_gist_stage_and_of_a_lens_stage_can_be_talked_to(gist_run, ba
     session = Session(Controller(all_three, Settings(budget=200, allocator={"protected": 16})))
     session.append("def read(path):\n" * 60)
     assert len(list(session.generate(10))) == 10
+
+
+def test_a_gguf_file_is_a_plain_base(base_folder, tiny_tokenizer, tmp_path, capsys):
+    pytest.importorskip("gguf", reason="the extra megactx[gguf] is not installed")
+    from tiny_gguf import write_gguf
+    from transformers import AutoModelForCausalLM
+
+    from megactx.runtime import generate
+
+    own = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    path = write_gguf(tmp_path / "small.gguf", own, tiny_tokenizer)
+    for name in (path, tmp_path):
+        models = load_models(str(name), "cpu")
+        assert models.gistnet is None and models.name == str(name) and models.base.tokenizer is not None
+    arguments = ["return", "--tokens", "8", "--megacontext", "recency", "--model"]
+    told = []
+    for name in (path, base_folder):
+        assert generate.main([*arguments, str(name)]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
+
+
+def test_a_base_of_the_package_goes_by_its_name(monkeypatch):
+    assert load_models("tiny-base", "cpu").gistnet is None and load_models("asset:tiny-base", "cpu").base.width == 256
+    monkeypatch.setattr("megactx.assets.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="^base.name=asset:smollm2: it is not installed, .* has it .make smollm2"):
+        load_models("smollm2", "cpu")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from byte_fallback import KINDS
 
-from megactx.framework.errors import RunFailed, verdict
+from megactx.framework.errors import FAILED, RunFailed, verdict
 from megactx.framework.files import PART
 from megactx.lm import adapters
 from megactx.memory.encoding import identity_of_base
@@ -264,13 +264,14 @@ def test_a_save_after_a_few_tokens_keeps_the_pages_that_are_as_they_were(control
     assert torch.equal(Session.load(folder, controller()).tree.tokens, session.tree.tokens)
 
 
+def raising(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_saves_that_fail_leave_the_last_one_and_nothing_beside_it(session, controller, tmp_path, monkeypatch):
     folder, length = session.save(tmp_path / "saved"), session.length
     before = sorted(path.name for path in folder.rglob("*"))
     session.append(TEXT)
-
-    def raising(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
     for name in ("megactx.runtime.session_files.save_file", "safetensors.torch.save_file", "os.fsync"):
         with (
@@ -284,6 +285,58 @@ def test_saves_that_fail_leave_the_last_one_and_nothing_beside_it(session, contr
     session.close()
     with Session.load(folder, controller()) as resumed:
         assert resumed.length == length
+
+
+def test_a_session_that_does_not_fit_on_its_disk_leaves_the_one_before_whole(controller, disk, tmp_path, ids):
+    folder = disk("300k") / "saved"
+    session = Session(controller())
+    session.append(ids(1_000))
+    session.save(folder)
+    before, length = sorted(path.name for path in folder.rglob("*")), session.length
+    session.append(ids(6_000, seed=1))
+    for _ in range(3):
+        with pytest.raises(RunFailed, match=f"{folder}.*full.*before is whole.*--session, OUT or /save") as told:
+            session.save()
+        assert verdict(told.value)[0] == FAILED
+        assert sorted(path.name for path in folder.rglob("*")) == before
+    whole = session.length
+    session.save(tmp_path / "elsewhere")  # the way out that the message names
+    session.close()
+    for place, tokens_there in ((folder, length), (tmp_path / "elsewhere", whole)):
+        with Session.load(place, controller()) as resumed:
+            assert resumed.length == tokens_there
+
+
+@pytest.mark.parametrize("kind", ["full", "read-only"])
+def test_a_session_that_cannot_be_saved_elsewhere_stays_in_its_folder(session, controller, disk, tmp_path, kind):
+    folder, place = session.save(tmp_path / "saved"), disk("8k", read_only=kind == "read-only")
+    session.append(TEXT)
+    with pytest.raises(RunFailed if kind == "full" else ValueError, match=str(place)):
+        session.save(place / "other")
+    assert session.save() == folder
+    session.close()
+    assert not list(tmp_path.rglob(f"{PART}*")) and not list(place.rglob("data-*"))
+    with Session.load(folder, controller()) as resumed:
+        assert resumed.length == session.length
+
+
+def test_a_disk_without_room_for_a_name_is_told_as_full(session, disk):
+    place = disk("4k")
+    (place / "other").write_bytes(b"x" * 4096)
+    with pytest.raises(RunFailed, match=f"{place / 'saved'} cannot be written .*No space left") as told:
+        session.save(place / "saved")
+    assert verdict(told.value)[0] == FAILED and session.folder is None
+
+
+def test_a_save_that_fails_at_its_end_forgets_no_page_of_the_one_before(session, tmp_path, monkeypatch):
+    folder = session.save(tmp_path / "saved")
+    shard = next(folder.rglob("level1-*"))
+    with monkeypatch.context() as patch, pytest.raises(RunFailed):
+        patch.setattr("megactx.runtime.session_files._name", raising)
+        session.save()
+    inode = shard.stat().st_ino
+    session.save()
+    assert next(folder.rglob("level1-*")).stat().st_ino == inode
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next_load(session, controller, tmp_path):

@@ -288,3 +288,69 @@ def test_the_least_budget_holds_the_coarsest_view_of_any_history(models, ids):
         sizes.append(int(stream.window().counts))
         assert (stream.context.lod[0, -PROTECTED:] == 0).all()
     assert max(sizes) <= 87
+
+
+@pytest.fixture
+def plain(models):
+    """-> a controller of the base LM alone, whose window drops."""
+    from megactx.runtime import Models
+
+    def make(budget=160, **settings):
+        return Controller(Models(models.base), Settings(budget=budget, megacontext="recency", **settings))
+
+    return make
+
+
+@torch.no_grad()
+def test_recency_without_a_gistnet_is_the_plain_model_until_it_drops(models, plain, ids):
+    own, tokens = plain(), ids(1, 150)
+    assert "dropped, not compressed" in own.notes[0] and "at most 160" in own.notes[0]
+    stream = own.stream()
+    found = torch.cat([stream.append(part, score=True)[0] for part in tokens.split([1, 49, 100], dim=1)])
+    assert torch.allclose(found[1:], plain_nll(models.base, tokens), atol=1e-4)
+    assert torch.allclose(stream.logits(), models.base.model(input_ids=tokens).logits[:, -1], atol=1e-4)
+
+
+@torch.no_grad()
+def test_recency_without_a_gistnet_keeps_the_sink_and_the_newest_past_all_positions(models, plain, ids):
+    stream, tokens = plain().stream(), ids(1, 3 * LIMIT)
+    stream.append(tokens)  # what is dropped at once is not read
+    seen = torch.cat([tokens[:, :32], tokens[:, -(160 - 20 - 32) :]], dim=1)
+    assert torch.allclose(stream.logits(), models.base.model(input_ids=seen).logits[:, -1], atol=1e-4)
+    for token in ids(45, seed=1):
+        stream.push(token[None])
+        assert stream.cache.get_seq_length() <= 160
+        seen = torch.cat([seen, token[None, None]], dim=1)
+        if seen.shape[1] > 160:
+            seen = torch.cat([seen[:, :32], seen[:, -1 - (160 - 20 - 32) :]], dim=1)
+        assert torch.allclose(stream.logits(), models.base.model(input_ids=seen).logits[:, -1], atol=1e-4)
+    assert stream.lengths.tolist() == [3 * LIMIT + 45]
+    assert torch.equal(stream.tokens[:, : 3 * LIMIT], tokens)
+
+
+@torch.no_grad()
+def test_recency_without_a_gistnet_scores_as_it_decodes(plain, ids):
+    tokens = ids(1, 400)
+    scored, pushed = plain().stream(), plain().stream()
+    found = scored.append(tokens, score=True)[0]
+    for place, token in enumerate(tokens[0]):
+        if place:
+            assert found[place].isclose(-pushed.logits().log_softmax(1)[0, token], atol=1e-4), place
+        pushed.push(token[None])
+
+
+def test_recency_without_a_gistnet_refuses_what_it_cannot_do(models, plain, ids, tmp_path):
+    from megactx.runtime import Models, Session
+
+    own = plain(budget=4096)
+    assert own.settings.budget == LIMIT and f"at most {LIMIT}" in own.notes[0]
+    with pytest.raises(ValueError, match="budget=100 is not allowed: at least 128"):
+        plain(budget=100)
+    with pytest.raises(ValueError, match="positions=absolute is not allowed without a GistNet"):
+        plain(positions="absolute")
+    with pytest.raises(ValueError, match="recency without a GistNet has no tree"):
+        own.build_tree(ids(1, 5))
+    with pytest.raises(ValueError, match="recency without a GistNet keeps no tree"):
+        Session(own).save(tmp_path / "session")
+    with pytest.raises(ValueError, match="megacontext=recency drops old text instead"):
+        Controller(Models(models.base), Settings())

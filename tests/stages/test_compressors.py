@@ -9,11 +9,10 @@ from torch.utils.data import default_convert
 
 from megactx.framework.app import run
 from megactx.framework.search_path import compose
-from megactx.gist.substitution import teach
 from megactx.stages.gist import GistStage
 
 SHORT = ["block_size=8", "stage.evaluate.copies=0"]
-HISTORY = ["stage.history.weight=0.5", "stage.history.segment=16", "stage.history.recency=32"]
+HISTORY = ["loss.history.weight=0.5", "loss.history.segment=16", "loss.history.recency=32"]
 SLOTS = ["gisting", "gisting_shift", "gisting_separate", "gistpool"]
 
 
@@ -38,7 +37,9 @@ def test_every_compressor_by_keys_and_values_has_a_loss_whose_gradient_reaches_a
     with torch.no_grad():
         for p in stage.main.parameters():  # LoRA starts at zero, and then its first matrix has no gradient
             p.add_(0.01 * torch.randn_like(p))
-    losses, dnll, carriers = stage.substitution_loss(batch)
+    context = stage.context(batch)
+    losses, dnll = stage.losses[0].per_net(context)
+    carriers = context.carriers(batch["starts"])
     losses.sum().backward()
     assert losses.shape == dnll.shape == (2,) and carriers[0].first == 1 and carriers[1].first == 0
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in stage.main.parameters())
@@ -51,7 +52,9 @@ def test_history_mode_has_its_share_of_the_loss_and_reaches_the_gistnet(gist_run
     parts = {}
     for weight in (0.0, 0.5, 1.0):
         torch.manual_seed(0)
-        stage, batch = built([*gist_run, *SHORT, *HISTORY, f"stage.history.weight={weight}"])
+        stage, batch = built(
+            [*gist_run, *SHORT, *HISTORY, f"loss.history.weight={weight}", f"loss.block.weight={1 - weight}"]
+        )
         stage.log = lambda *args, **kwargs: None
         parts[weight] = stage.training_step(batch, 0)
         assert ("segments" in batch) == (weight > 0)
@@ -64,7 +67,7 @@ def test_a_block_that_comes_back_has_its_weight_in_the_loss_and_reaches_the_gist
     parts = {}
     for recall in (0.0, 0.5, 1.0):
         torch.manual_seed(0)
-        asked = [*gist_run, *SHORT, *HISTORY, "stage.history.weight=0", f"stage.history.recall={recall}"]
+        asked = [*gist_run, *SHORT, *HISTORY, "loss.history.weight=0", f"loss.recall.weight={recall}"]
         stage, batch = built(asked)
         logged = {}
         stage.log = lambda name, value, logged=logged, **kwargs: logged.update({name: value})
@@ -73,12 +76,12 @@ def test_a_block_that_comes_back_has_its_weight_in_the_loss_and_reaches_the_gist
     assert parts[0.0] != parts[1.0]
     torch.testing.assert_close(parts[0.5], (parts[0.0] + parts[1.0]) / 2, rtol=1e-4, atol=1e-6)
     stage.zero_grad()
-    stage.recall_loss(batch, teach(stage.base, batch["ids"])).sum().backward()
+    next(loss for loss in stage.losses if loss.name == "recall")(stage.context(batch))[0].sum().backward()
     assert all(p.grad is not None for name, p in stage.main.named_parameters() if "backbone" not in name)
 
 
 def test_what_comes_back_is_any_old_block_of_its_segment(gist_run):
-    batch = built([*gist_run, *SHORT, *HISTORY, "stage.history.segments=500"])[1]
+    batch = built([*gist_run, *SHORT, *HISTORY, "loss.history.segments=500"])[1]
     told, last = batch["told"], batch["segments"] - 32 - 8
     assert told.shape == last.shape and (told % 8 == 0).all() and (told >= 8).all() and (told <= last).all()
     assert (told == 8).any() and (told == last).any() and len(told.unique()) > 5
@@ -141,11 +144,12 @@ def test_a_run_of_gistpool_goes_on_to_the_same_weights(pool_run, tmp_path, monke
         (["compressor=gistpool", "compressor.position=middle"], "compressor.position=middle"),
         (["compressor.name=avgpool"], "compressor.name=avgpool is not allowed"),
         (["compressor.name=gistpol"], "compressor.name=gistpol is not known"),
-        (["compressor=gistpool", "stage.history.recall=0.1"], "history.recall=0.1 is not allowed with gistpool"),
-        (["stage.history.recall=-1"], "history.recall=-1"),
-        (["stage.history.weight=1.5"], "stage.history.weight=1.5"),
-        (["stage.history.weight=1", "stage.history.segment=20"], "history.segment=20"),
-        (["stage.history.weight=1"], "data.min_tokens=200"),
+        (["compressor=gistpool", "loss.recall.weight=0.1"], "loss.recall.weight=0.1 is not allowed with gistpool"),
+        (["loss.recall.weight=-1"], "loss.recall.weight=-1"),
+        (["loss.history.weight=-1.5"], "loss.history.weight=-1.5"),
+        (["loss.block.weight=0"], "loss: all weights are 0"),
+        (["loss.history.weight=1", "loss.history.segment=20"], "history.segment=20"),
+        (["loss.history.weight=1"], "data.min_tokens=200"),
         (["gistnet.block_size=16"], "stage.controls.blockmean_linear.block_size=8 differs from block_size=16"),
     ],
 )

@@ -43,7 +43,7 @@ def test_the_learned_factors_are_trained_and_in_the_optimizer(gist_run, muon_lr)
     stage = stage_of([*gist_run, "gaussian_rope=learned", f"stage.muon_lr={muon_lr}"])
     factors = [net.spread.log_scale for net in stage.nets.values()]
     assert len(factors) == 2 and {id(p) for p in factors} <= held(stage) == {id(p) for p in stage.nets.parameters()}
-    loss, _, _ = stage.substitution_loss(batch_of(gist_run, stage))
+    loss = stage.losses[0].per_net(stage.context(batch_of(gist_run, stage)))[0]
     loss[0].backward()
     assert factors[0].grad[0] != 0 and (factors[0].grad[1:] == 0).all()
     assert (factors[1].grad == 0).all(), "the GistNet's loss reached a control's factor"
@@ -54,7 +54,8 @@ def test_plain_is_the_default_and_adds_nothing_and_damped_changes_the_loss_only(
     for mode in ("default", "plain", "damped", "learned"):
         torch.manual_seed(0)
         stage = stage_of([*gist_run, *([f"gaussian_rope={mode}"] if mode != "default" else [])])
-        losses[mode] = stage.substitution_loss(batch_of(gist_run, stage))[0].detach()
+        batch = batch_of(gist_run, stage)
+        losses[mode] = stage.losses[0].per_net(stage.context(batch))[0].detach()
         assert any("spread" in name for name in stage.state_dict()) == (mode == "learned")
     assert torch.equal(losses["default"], losses["plain"]) and torch.equal(losses["damped"], losses["learned"])
     assert not torch.allclose(losses["plain"], losses["damped"], rtol=1e-5)
@@ -87,7 +88,7 @@ def test_the_weight_of_level_two_scales_its_loss_and_shared_weights_get_both_gra
     gradients = []
     for weight in (0.5, 1.0, 2.0):
         torch.manual_seed(0)
-        stage = stage_of([*lod2, f"stage.level2_weight={weight}", "stage.controls={}"])
+        stage = stage_of([*lod2, f"loss.level2.weight={weight}", "stage.controls={}"])
         batch = batch_of(lod2, stage)
         stage.log = lambda *_, **__: None
         stage.training_step(batch, 0).backward()
@@ -97,7 +98,7 @@ def test_the_weight_of_level_two_scales_its_loss_and_shared_weights_get_both_gra
 
 
 @pytest.mark.parametrize(
-    "overrides", [["stage.level2_weight=0"], ["datamodule.level2_spans=0"], ["data.min_tokens=100"]]
+    "overrides", [["loss.level2.weight=0"], ["datamodule.level2_spans=0"], ["data.min_tokens=100"]]
 )
 def test_a_recipe_for_gists_of_gists_that_cannot_work_is_refused(lod2, overrides, capsys):
     assert run([*lod2, *overrides]) == 2

@@ -11,7 +11,6 @@ from hydra.errors import InstantiationException
 
 from megactx.framework.app import run
 from megactx.framework.search_path import compose
-from megactx.gist.substitution import unread
 from megactx.stages.gist import GistStage
 
 
@@ -34,6 +33,11 @@ def batch_of(module, index: int = 0) -> dict:
     from torch.utils.data import default_convert
 
     return default_convert(module.training[index])
+
+
+def block_loss(stage, batch):
+    """Of each net."""
+    return stage.losses[0].per_net(stage.context(batch))[0]
 
 
 def test_a_run_ends_with_tables_a_picture_the_controls_and_the_next_command(gist_run, texts, tmp_path, capsys):
@@ -110,7 +114,7 @@ def test_training_lowers_the_loss_of_the_gistnet_and_of_its_control_and_leaves_t
         group["lr"] = 0.003
     batch, losses = batch_of(module), []
     for _ in range(25):
-        loss, _, _ = stage.substitution_loss(batch)
+        loss = block_loss(stage, batch)
         losses.append(loss.detach())
         optimizer.zero_grad()
         loss.sum().backward()
@@ -123,9 +127,9 @@ def test_training_lowers_the_loss_of_the_gistnet_and_of_its_control_and_leaves_t
 def test_the_seam_counts_as_much_as_it_is_told_to(gist_run, seam_weight):
     def loss_of(horizon, seam_weight=1.0):
         torch.manual_seed(0)
-        stage = stage_of([*gist_run, f"horizon.tokens={horizon}", f"stage.seam_weight={seam_weight}"])
+        stage = stage_of([*gist_run, f"horizon.tokens={horizon}", f"loss.block.seam_weight={seam_weight}"])
         with torch.no_grad():
-            return stage.substitution_loss(batch)[0]
+            return block_loss(stage, batch)
 
     batch = batch_of(data_of(gist_run, stage_of(gist_run)))
     plain, seam = loss_of(16), loss_of(4, seam_weight)  # all of a horizon of 4 is seam
@@ -136,8 +140,10 @@ def test_the_seam_counts_as_much_as_it_is_told_to(gist_run, seam_weight):
 
 @pytest.mark.parametrize("seam_weight", [-0.1, 1.1])
 def test_a_seam_weight_outside_0_to_1_is_refused_by_name(gist_run, seam_weight):
-    with pytest.raises(InstantiationException, match=f"stage.seam_weight={seam_weight} is not allowed: from 0 to 1"):
-        stage_of([*gist_run, f"stage.seam_weight={seam_weight}"])
+    with pytest.raises(
+        InstantiationException, match=f"loss.block.seam_weight={seam_weight} is not allowed: from 0 to 1"
+    ):
+        stage_of([*gist_run, f"loss.block.seam_weight={seam_weight}"])
 
 
 def test_every_gistnet_with_a_backbone_has_muon_and_nothing_else_has(gist_run):
@@ -157,7 +163,7 @@ def test_a_control_does_not_change_the_gistnets_gradient_even_through_clipping(g
         torch.manual_seed(0)
         stage = stage_of([*gist_run, *extra])
         module = data_of(gist_run, stage)
-        loss, _, _ = stage.substitution_loss(batch_of(module))
+        loss = block_loss(stage, batch_of(module))
         (loss.sum() * 100).backward()
         stage.configure_gradient_clipping(None, 1.0)
         gradients.append([p.grad.clone() for p in stage.gistnet.parameters() if p.grad is not None])
@@ -172,11 +178,11 @@ def test_the_contrastive_term_takes_only_blocks_that_have_a_right_neighbour(gist
     gists = stage.gistnet.encode_span(stage.base.embed(ids[0, 32:96].view(2, block))).view(1, 2, -1)
     right = stage.gistnet.encode_span(stage.base.embed(ids[:, 64:96]))
     expected = torch.relu(0.2 - (1 - torch.cosine_similarity(gists[0, :1], right))).mean()
-    torch.testing.assert_close(stage._contrastive(batch, unread(ids), gists), expected)
-    lonely = batch | {"starts": torch.tensor([[64, 64]])}
-    assert stage.without_pairs == 0
-    assert stage._contrastive(lonely, unread(ids), gists) == 0
-    assert stage.without_pairs == 1
+    loss = next(loss for loss in stage.losses if loss.name == "contrastive")
+    assert loss(stage.context(batch))[1]["contrastive_without_pairs"] == 0
+    torch.testing.assert_close(loss(stage.context(batch))[0], expected[None])
+    values, numbers = loss(stage.context(batch | {"starts": torch.tensor([[64, 64]])}))
+    assert values == 0 and numbers["contrastive_without_pairs"] == 1
 
 
 @pytest.mark.parametrize(
@@ -187,7 +193,7 @@ def test_the_contrastive_term_takes_only_blocks_that_have_a_right_neighbour(gist
         (["horizon.tokens=240"], "horizon.tokens=240"),
         (["data.path=/no/such/file"], "data.path=/no/such/file"),
         (["base.name=/no/such/folder"], "base.name=/no/such/folder"),
-        (["stage.objective=mse"], "stage.objective=mse"),
+        (["loss.block.objective=mse"], "loss.block.objective=mse"),
         (["+stage.targets.recal=0.5"], "stage.targets.recal"),
         (["data.max_tokens=9999"], "data.max_tokens=9999"),
         (["data.min_tokens=250", "data.max_tokens=240"], "data.min_tokens=250"),

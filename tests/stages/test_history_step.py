@@ -1,14 +1,12 @@
 """A step of the gist stage in history mode: what is computed once, what is never left out, what it is said to cost."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megactx.framework.throughput import Throughput, Work
 from megactx.gist.footprint import footprint
 from megactx.stages.gist import GistStage
 
@@ -29,15 +27,16 @@ class Products(TorchDispatchMode):
 
 GISTNET = dict(block_size=K, layers=1, num_heads=4, dropout=0.0)
 SETTINGS = dict(controls={"mean": {"type": "mean", "head": "linear", "skip": "none", "block_size": K}}, horizon=8)
-SETTINGS |= dict(objective="kl", lr=1e-3, muon_lr=None, min_lr=1e-6, weight_decay=0.01, warmup=1, max_steps=4)
+SETTINGS |= dict(lr=1e-3, muon_lr=None, min_lr=1e-6, weight_decay=0.01, warmup=1, max_steps=4)
 SETTINGS |= dict(targets={}, evaluate={"reconstruction": 0})
 
 
 def stage_with(base_folder, weight: float, recall: float = 0.0, contrastive: float = 0.0) -> GistStage:
     torch.manual_seed(0)
-    history = dict(weight=weight, recall=recall, segments=2, segment=S, recency=R)
-    own = {"history": history, "contrastive": {"weight": contrastive, "margin": 1.9}}
-    stage = GistStage(base={"name": str(base_folder), "dtype": "float32"}, gistnet=GISTNET, **SETTINGS, **own)
+    losses = {"block": {"weight": 1 - weight}, "contrastive": {"weight": contrastive, "margin": 1.9}}
+    losses |= {"history": {"weight": weight, "segment": S, "recency": R}, "recall": {"weight": recall, "recency": R}}
+    base = {"name": str(base_folder), "dtype": "float32"}
+    stage = GistStage(base=base, gistnet=GISTNET, losses=losses, **SETTINGS)
     stage.logged = {}
     stage.log = lambda name, value, **rest: stage.logged.__setitem__(name, float(value))
     return stage
@@ -86,7 +85,7 @@ def test_the_operations_of_a_step_are_those_of_the_formula(base_folder, batch, w
     stage = stage_with(base_folder, weight, recall)
     with Products() as counter:
         stage.training_step(batch, 0).backward()
-    linear = replace(Work.of(stage), attention=0)
+    linear = replace(stage._work(), attention=0)
     assert float(linear(batch)) == pytest.approx(counter.flops, rel=0.1)
 
 
@@ -104,26 +103,16 @@ def test_the_memory_of_a_step_holds_its_history_windows(base_folder, batch, weig
 
     stage, off = stage_with(base_folder, weight, recall), stage_with(base_folder, 0.0)
     shape = (2, 192, 3, 8, "cpu")
-    parts = footprint(stage.base, stage.nets.values(), *shape, stage.hparams.history)
+    history = dict(weight=weight, recall=recall, segments=2, segment=S, recency=R)
+    parts = footprint(stage.base, stage.nets.values(), *shape, history)
     more = kept(stage) - (kept(off) if weight < 1 else 0)
     assert parts["history"] == pytest.approx(more, rel=0.5) and "history" not in footprint(
         off.base, off.nets.values(), *shape
     )
 
 
-def test_tokens_and_spans_per_second_count_what_history_windows_read():
-    logged = {}
-    hparams = {"horizon": 8, "history": {"weight": 0.5, "segment": S, "recency": R}}
-    stage = SimpleNamespace(log=logged.__setitem__, hparams=hparams)
-    place = SimpleNamespace(root_device=torch.device("cpu"))
-    trainer = SimpleNamespace(global_step=0, log_every_n_steps=1, world_size=1, precision="32-true", strategy=place)
-    speed = Throughput()
-    speed.setup(trainer, stage, "fit")
-    speed.on_train_start(trainer, stage)
-    trainer.global_step = 1
+def test_tokens_and_spans_count_what_history_windows_read(base_folder):
     lengths, starts = torch.tensor([192, 100]), torch.zeros(2, 3)
     told = {"ids": torch.zeros(2, 192), "lengths": lengths, "starts": starts, "segments": torch.zeros(2, 2)}
-    speed.on_train_batch_end(trainer, stage, None, told, 0)
-    ratio = logged["speed/tokens_per_second"] / logged["speed/documents_per_second"]
-    assert ratio == pytest.approx((292 + 4 * (S + R)) / 2)
-    assert logged["speed/spans_per_second"] / logged["speed/documents_per_second"] == pytest.approx((6 + 4) / 2)
+    amounts = stage_with(base_folder, 0.5).amounts(told)
+    assert amounts == {"tokens": 292 + 4 * (S + R), "documents": 2, "spans": 6 + 4}

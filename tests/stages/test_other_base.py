@@ -1,5 +1,6 @@
 """Checkpoints know the base LM that they were trained with: resume refuses another one, ``stage.init`` says so."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +15,11 @@ from megactx.memory.encoding import identity_of_base
 from megactx.stages.gist import GistStage
 from megactx.stages.joint import JointStage
 from megactx.stages.lens import LensStage
+from megactx.stages.stage import Stage
 from megactx.stages.trained import gistnet_of
 
 GISTNET = dict(block_size=8, layers=1, num_heads=4, dropout=0.0)
-SETTINGS = dict(controls={}, horizon=8, objective="kl", contrastive={"weight": 0.0, "margin": 0.2}, lr=1e-3)
+SETTINGS = dict(controls={}, horizon=8, losses={"block": {}}, lr=1e-3)
 SETTINGS |= dict(muon_lr=None, min_lr=1e-6, weight_decay=0.01, warmup=1, max_steps=4, targets={})
 SETTINGS |= dict(evaluate={"reconstruction": 0})
 
@@ -147,7 +149,8 @@ def test_a_base_that_differs_in_its_layers_only_is_another_base(bases, trained, 
 def test_a_training_says_what_sessions_need_where_the_base_takes_few_positions(bases, caplog, kind):
     base = BaseLM.from_pretrained(bases["one"])
     net = SimpleNamespace(block_size=32, levels=1)
-    stage = SimpleNamespace(base=base, gistnet=net, main=net, hparams=SimpleNamespace(level2_weight=0, horizon=8))
+    stage = SimpleNamespace(base=base, gistnet=net, main=net, hparams=SimpleNamespace(horizon=8))
+    stage.fit_data, stage.loss_settings = partial(Stage.fit_data, stage), lambda name: {}
     data = SimpleNamespace(limit_to=lambda tokens: None, block=32, horizon=8, level2_spans=0)
     for positions, said in ((512, "the newest 64 tokens stay"), (256, "need at least"), (2048, "")):
         base.config.max_position_embeddings = positions

@@ -29,9 +29,9 @@ def test_a_stage_that_reads_windows_has_an_mfu(joint_settings, tmp_path, monkeyp
     found = []
 
     def setup(self, trainer, pl_module, stage):
-        self.peak, self.work = 1e12, throughput.Work.of(pl_module)
+        self.peak = 1e12
 
-    def kept(self, processes, stage):
+    def kept(self, processes):
         found.append(float(self.flops))
         return {}
 

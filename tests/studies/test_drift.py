@@ -8,8 +8,8 @@ from transformers import DynamicCache
 from megactx.gist import GistNet
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.gistpool import GistPool
-from megactx.gist.substitution import teach
 from megactx.lm import masks
+from megactx.lm.prefill import prefill
 from megactx.studies import drift
 from megactx.studies.drift import changed, check, keys_of, measure_drift
 
@@ -101,7 +101,7 @@ def test_a_change_that_cannot_be_read_is_refused(change, named):
 def test_the_keys_of_a_vector_are_those_of_a_plain_pass(batches, gaussian_rope):
     base = sharp()
     net, batch = gistnet(base, gaussian_rope=gaussian_rope), batches[0]
-    teacher = teach(base, batch["ids"])
+    teacher = prefill(base, batch["ids"])
     carriers = net.compress(base, teacher, batch["starts"])
     slots = keys_of(base, teacher, batch["starts"], carriers)
     for n, start in enumerate(batch["starts"][0].tolist()):

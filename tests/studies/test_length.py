@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megactx.evaluation.table import Table
-from megactx.gist.scoring import nll
+from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree
 from megactx.studies import length_planted as planted
 from megactx.studies.length import main

@@ -8,8 +8,8 @@ from megactx.evaluation.table import Table
 from megactx.gist import GistNet
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.last_token import LastToken
-from megactx.gist.substitution import teach
 from megactx.lm import masks
+from megactx.lm.prefill import prefill
 from megactx.studies.caching_cost import flops, measure_answers, measure_making
 from megactx.studies.prompts import again, cached, compressed, filled, greedy, levels
 from megactx.studies.trained import Nothing
@@ -32,7 +32,7 @@ def ids():
 
 
 def read(base, ids):
-    return teach(base, ids, with_states=True)
+    return prefill(base, ids, with_states=True)
 
 
 def plain_greedy(base, rows, positions, ids, start, tokens):

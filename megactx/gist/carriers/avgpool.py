@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from megactx.gist.carrier import Compressor, Slots, windows
-from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
 from megactx.lm.layers import keys_values
+from megactx.lm.prefill import Prefill
 
 
 class AvgPool(Compressor):
@@ -17,6 +17,6 @@ class AvgPool(Compressor):
 
     needs_hidden, makes_vectors = True, False
 
-    def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Slots:
+    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Slots:
         pooled = [windows(states, starts, self.block_size).mean(dim=2) for states in teacher.states[:-1]]
         return Slots(keys_values(base.model.get_decoder(), pooled, starts + self.offset))

@@ -5,9 +5,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from megactx.gist.carrier import Compressor, Slots
-from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
 from megactx.lm.layers import keys_values, recorded, refuse_without_keys
+from megactx.lm.prefill import Prefill
 
 
 class Gisting(Compressor):
@@ -59,12 +59,12 @@ class Gisting(Compressor):
         self.adapters = nn.ModuleList(adapters).requires_grad_(True)
         self._twin = (twin,)
 
-    def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Slots:
+    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Slots:
         states = self.summaries(teacher, starts)
         inputs = states[1:] if self.shift else states[:-1]
         return Slots(keys_values(base.model.get_decoder(), inputs, starts + self.offset))
 
-    def summaries(self, teacher: Teacher, starts: Tensor) -> list[Tensor]:
+    def summaries(self, teacher: Prefill, starts: Tensor) -> list[Tensor]:
         """The gist token's states g^0..g^L, each [B, N, D]."""
         (twin,) = self._twin
         b, n = starts.shape

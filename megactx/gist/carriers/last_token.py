@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from megactx.gist.carrier import Compressor, Vectors
-from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
+from megactx.lm.prefill import Prefill
 
 
 class LastToken(Compressor):
@@ -13,5 +13,5 @@ class LastToken(Compressor):
     def __init__(self, block_size: int = 32):
         super().__init__(block_size, "end")
 
-    def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Vectors:
+    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors:
         return Vectors(base.embed(teacher.ids.gather(1, starts + self.offset)), self.offset)

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megactx.gist.carrier import Compressor, Vectors, windows
-from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
+from megactx.lm.prefill import Prefill
 
 
 class MeanToken(Compressor):
@@ -19,7 +19,7 @@ class MeanToken(Compressor):
         super().__init__(block_size, position)
         self.rms = rms
 
-    def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Vectors:
+    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors:
         mean = windows(base.embed(teacher.ids), starts, self.block_size).float().mean(dim=2)
         if self.rms is not None:
             mean = F.rms_norm(mean, mean.shape[-1:]) * self.rms

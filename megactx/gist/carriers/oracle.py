@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megactx.gist.carrier import Compressor, Vectors
-from megactx.gist.scoring import score
-from megactx.gist.substitution import Teacher, blocks, rows_at
 from megactx.lm import BaseLM
+from megactx.lm.chunked_head import score
+from megactx.lm.prefill import Prefill, blocks, rows_at
 
 
 class Oracle(Compressor):
@@ -43,7 +43,7 @@ class Oracle(Compressor):
         self.horizon, self.samples, self.steps, self.lr, self.seed = horizon, samples, steps, lr, seed
 
     @torch.inference_mode(False)
-    def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Vectors:
+    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors:
         ends = starts + self.block_size
         ids = (
             self._sampled(base, teacher, ends) if self.samples else blocks(teacher.ids, ends, self.horizon)[:, :, None]

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from megactx.gist.carrier import Compressor, Vectors
-from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
+from megactx.lm.prefill import Prefill
 
 
 class RandomGist(Compressor):
@@ -20,7 +20,7 @@ class RandomGist(Compressor):
         super().__init__(block_size, position)
         self.rms, self.seed = rms, seed
 
-    def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Vectors:
+    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors:
         noise = torch.empty(*starts.shape, base.width)  # [B, N, D]
         for row, first in zip(noise, teacher.ids[:, : self.block_size + 1].sum(1).tolist(), strict=True):
             row.normal_(generator=torch.Generator().manual_seed(self.seed + first))

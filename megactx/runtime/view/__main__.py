@@ -48,7 +48,7 @@ def view(asked: argparse.Namespace) -> None:
     write = writer(asked.export) if asked.export else None
     server = None if write else Server(asked.port, asked.host)
     try:
-        controller = controller_of(asked)
+        controller = controller_of(asked, tree=True)
         with session_of(asked.session, controller, observers_of(asked, controller)) as session:
             player = Player(session, sampling).start()
             try:

@@ -1,0 +1,165 @@
+"""A loss of compressors, and what it reads.
+
+    batch, prefill -> Context -> Loss -> a loss per net [C], and numbers to log
+
+C nets, B documents, N blocks per document.
+"""
+
+import inspect
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from megactx.gist.carrier import Compressor, Slots, Vectors
+from megactx.gist.parts import find
+from megactx.lm import BaseLM
+from megactx.lm.prefill import Prefill
+
+
+class Context:
+    """A batch that the base LM has read, and the nets that learn from it. No carrier is made twice.
+
+    Args:
+        base: the frozen base LM, or one with adapters, whose keys and values ``prefill`` then holds.
+        nets: name -> net, of one block size; the first is what the training is about.
+        prefill: of the documents.
+        batch: of ``SpanBatches``.
+        horizon: H, tokens.
+    """
+
+    def __init__(self, base: BaseLM, nets: dict[str, Compressor], prefill: Prefill, batch: dict, horizon: int):
+        self.base, self.nets, self.prefill, self.batch, self.horizon = base, nets, prefill, batch, horizon
+        self._made: dict[tuple, tuple] = {}
+
+    @property
+    def main(self) -> str:
+        return next(iter(self.nets))
+
+    @property
+    def block(self) -> int:
+        return self.nets[self.main].block_size
+
+    def carriers(self, starts: Tensor, level: int = 1) -> list[Vectors | Slots]:
+        """Of each net: carriers of the blocks at starts [B, N], or with ``level`` 2 of spans of K^2 tokens."""
+        return [self.carrier(name, starts, level) for name in self.nets]
+
+    def carrier(self, name: str, starts: Tensor, level: int = 1) -> Vectors | Slots:
+        """Those of one net. Starts are the same where they are the same tensor: comparing them would wait for it."""
+        key = (name, id(starts), level)
+        if key not in self._made:
+            settings = {} if level == 1 else {"level": level}
+            made = self.nets[name].compress(self.base, self.prefill, starts, **settings)
+            self._made[key] = (starts, made)  # which keeps the tensor, and so its id
+        return self._made[key][1]
+
+    def kept(self, name: str, make) -> Tensor:
+        """What ``make`` gave the first time, under a name: tensors that several losses read."""
+        key = ("kept", name)
+        if key not in self._made:
+            self._made[key] = (make(),)
+        return self._made[key][0]
+
+
+class Loss:
+    """One term of the sum that compressors learn from.
+
+    A subclass stands in a file of ``megactx/gist/losses``, called as the file in CamelCase, and says
+
+        needs         entries of the batch that it reads
+        all_vectors   all nets must make vectors, not keys and values
+        main_vectors  the first net must
+
+    Args:
+        weight: its share of the sum, 0 or more; 0 leaves it out.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
+    """
+
+    needs: tuple[str, ...] = ()
+    all_vectors = main_vectors = False
+
+    def __init__(self, weight: float):
+        self.weight = weight
+        if not weight >= 0:
+            raise ValueError(f"{self.setting}.weight={weight} is not allowed: 0 or more")
+
+    @property
+    def name(self) -> str:
+        """That of its file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def setting(self) -> str:
+        """Where a user sets it."""
+        return f"loss.{self.name}"
+
+    def __call__(self, context: Context) -> tuple[Tensor, dict[str, Tensor | float]]:
+        """-> (the loss of each net that it trains [C] with gradient, numbers to log under ``train/``)."""
+        raise NotImplementedError
+
+    def check(self, nets: dict[str, Compressor]) -> None:
+        """See that these nets can learn from it.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        if not self.weight or not (self.all_vectors or self.main_vectors):
+            return
+        for name, net in list(nets.items())[: None if self.all_vectors else 1]:
+            if not net.makes_vectors:
+                raise ValueError(
+                    f"{self.setting}.weight={self.weight} is not allowed with {name}, which makes keys and values, not"
+                    " vectors: set it to 0"
+                )
+
+    def check_data(self, datamodule, nets: dict[str, Compressor]) -> None:
+        """See that the data, which is set up, has what it needs.
+
+        Raises:
+            ValueError: it has not; it names the setting.
+        """
+
+    def state(self) -> dict:
+        """What a checkpoint keeps of it."""
+        return {}
+
+    def load_state(self, state: dict) -> None:
+        """The other way round."""
+
+    def numbers(self, context: Context, losses: Tensor, dnll: Tensor) -> dict[str, Tensor]:
+        """The usual ones: loss and dNLL of the first net, dNLL of the others."""
+        prefix = "" if self.name == "block" else f"{self.name}/"
+        found = {f"{prefix}loss": losses[0].detach(), f"{prefix}dnll": dnll[0].detach()}
+        rest = zip(list(context.nets)[1:], dnll[1:], strict=True)
+        return found | {f"{prefix}{name}/dnll": value.detach() for name, value in rest}
+
+
+def build_losses(settings: dict[str, dict], nets: dict[str, Compressor]) -> list[Loss]:
+    """Losses by name, in their order.
+
+    Args:
+        settings: name of a file of ``megactx/gist/losses`` -> its arguments.
+        nets: that learn from them.
+
+    Raises:
+        ValueError: an unknown name or argument, or nets that cannot learn from one.
+    """
+    from megactx.gist import losses
+
+    found = []
+    for name, given in settings.items():
+        kind = find(losses, name, "loss")
+        known = inspect.signature(kind).parameters
+        if unknown := sorted(set(given) - set(known)):
+            raise ValueError(f"loss.{name}.{unknown[0]}: there is no such setting, there is {', '.join(known)}")
+        found.append(kind(**given))
+        found[-1].check(nets)
+    if not any(loss.weight for loss in found):
+        raise ValueError("loss: all weights are 0, so nothing would be learned; set one, such as loss.block.weight=1")
+    return found
+
+
+def needed(losses: Iterable[Loss]) -> set[str]:
+    """Entries of a batch that losses with a weight read."""
+    return {name for loss in losses if loss.weight for name in loss.needs}

@@ -1,0 +1,1 @@
+"""What compressors learn from: a file per loss, see ``megactx.gist.loss``."""

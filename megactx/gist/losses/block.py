@@ -1,0 +1,78 @@
+"""What one gist does in the place of its block: the base LM's NLL of what follows, in one packed pass (method 3, 4)."""
+
+import torch
+from torch import Tensor
+
+from megactx.gist.loss import Context, Loss
+from megactx.gist.reading import read_carriers
+from megactx.gist.substitution import check_blocks
+from megactx.lm.chunked_head import OBJECTIVES, score
+from megactx.lm.prefill import blocks, rows_at
+
+SEAM = 4  # offsets right behind the block, which one vector that says how the block ended serves; then comes the body
+
+
+class Block(Loss):
+    """Single blocks, each replaced by its carrier.
+
+    Branches read the ``cache`` of the prefill and are compared with its ``hidden``: where the base LM has adapters, the
+    first is from a pass with them and the second from one without.
+
+    Args:
+        weight: its share of the sum.
+        objective: ``kl`` or ``delta_nll``.
+        seam_weight: of the first ``SEAM`` offsets of the horizon, see ``offset_weights``.
+
+    Raises:
+        ValueError: an unknown objective, a weight outside 0 to 1; when called, a block that is not eligible.
+    """
+
+    needs = ("starts",)
+    starts, level = "starts", 1  # the entry of the batch, and what its spans are: K^level tokens
+
+    def __init__(self, weight: float = 1.0, objective: str = "kl", seam_weight: float = 1.0):
+        super().__init__(weight)
+        self.objective, self.seam_weight = objective, seam_weight
+        if objective not in OBJECTIVES:
+            raise ValueError(f"{self.setting}.objective={objective} is not known, allowed are {', '.join(OBJECTIVES)}")
+        if not 0 <= seam_weight <= 1:
+            raise ValueError(f"{self.setting}.seam_weight={seam_weight} is not allowed: from 0 to 1")
+
+    def __call__(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, dnll = self.per_net(context)
+        return losses, self.numbers(context, losses, dnll)
+
+    def per_net(self, context: Context) -> tuple[Tensor, Tensor]:
+        """-> (loss per net [C] with gradient, dNLL per net [C] in nats)."""
+        batch, prefill, horizon = context.batch, context.prefill, context.horizon
+        starts, tokens = batch[self.starts], context.block**self.level
+        check_blocks(starts, batch["lengths"], tokens, horizon)
+        carriers = context.carriers(starts, self.level)
+        hidden = read_carriers(context.base, prefill, starts, carriers, tokens, horizon)  # [C, B, N, H, D]
+        loss, numbers = score(
+            context.base,
+            hidden.flatten(1, 3),
+            rows_at(prefill.hidden, starts + tokens - 1, horizon).flatten(0, 2),
+            blocks(prefill.ids, starts + tokens, horizon).flatten(),
+            self.objective,
+        )
+        weighted = loss.view(-1, horizon) * offset_weights(horizon, self.seam_weight, loss.device)
+        found = []
+        for values in (weighted, numbers["nll"] - numbers["full"]):
+            each = zip(values.view(len(carriers), -1, horizon), carriers, strict=True)
+            # What has no output row has no say in the first token either.
+            found.append(torch.stack([rows[:, carrier.first :].mean() for rows, carrier in each]))
+        return tuple(found)
+
+
+def offset_weights(horizon: int, seam_weight: float, device=None) -> Tensor:
+    """Weights of the offsets h = 0 .. H-1 in the loss, [H], 1 on average.
+
+    Nearly all of the loss is at the seam (method 5), so what a gist says about the rest is learned late: below 1, the
+    ``SEAM`` first offsets count ``seam_weight`` and the others as much more. A horizon that is all seam has no weights.
+    """
+    weights = torch.ones(horizon, device=device)
+    if horizon > SEAM:
+        weights[:SEAM] = seam_weight
+        weights[SEAM:] = (horizon - SEAM * seam_weight) / (horizon - SEAM)
+    return weights

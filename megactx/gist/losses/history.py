@@ -1,0 +1,60 @@
+"""What gists do all together: segments behind histories of which every old block is compressed (method 3)."""
+
+import torch
+from torch import Tensor
+
+from megactx.gist.history import check_segments, old_blocks, with_carriers, with_everything
+from megactx.gist.loss import Context, Loss
+from megactx.lm.chunked_head import OBJECTIVES, score
+from megactx.lm.prefill import blocks
+
+
+class History(Loss):
+    """History mode.
+
+    Args:
+        weight: its share of the sum.
+        segments: scored segments per document.
+        segment: S, scored tokens of a segment.
+        recency: R, raw tokens before it; all older blocks are compressed.
+        objective: ``kl`` or ``delta_nll``.
+
+    Raises:
+        ValueError: an unknown objective, a weight below 0; when called, a segment that is not eligible.
+    """
+
+    needs = ("segments",)
+
+    def __init__(
+        self,
+        weight: float = 0.0,
+        segments: int = 2,
+        segment: int = 128,
+        recency: int = 256,
+        objective: str = "kl",
+    ):
+        super().__init__(weight)
+        self.segment, self.recency, self.objective = segment, recency, objective
+        if objective not in OBJECTIVES:
+            raise ValueError(f"{self.setting}.objective={objective} is not known, allowed are {', '.join(OBJECTIVES)}")
+
+    def __call__(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        starts, prefill = context.batch["segments"], context.prefill
+        sizes = (context.block, self.segment, self.recency)
+        check_segments(starts, context.batch["lengths"], *sizes)
+        each = context.carriers(old_of(context, self.recency))
+        hidden = torch.stack([with_carriers(context.base, prefill, starts, own, *sizes) for own in each])
+        loss, numbers = score(
+            context.base,
+            hidden.flatten(1, 3),
+            with_everything(prefill, starts, self.segment).flatten(0, 2),
+            blocks(prefill.ids, starts, self.segment).flatten(),
+            self.objective,
+        )
+        losses = loss.mean(dim=1)
+        return losses, self.numbers(context, losses, (numbers["nll"] - numbers["full"]).mean(dim=1))
+
+
+def old_of(context: Context, recency: int) -> Tensor:
+    """Starts [B, M] of all blocks that a segment of the batch sees compressed; the same tensor for all losses."""
+    return context.kept(f"old blocks {recency}", lambda: old_blocks(context.batch["segments"], context.block, recency))

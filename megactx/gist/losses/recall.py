@@ -1,0 +1,40 @@
+"""A block comes back, itself in tokens among gists of all others: gists must not be in its way (method 4)."""
+
+import torch
+from torch import Tensor
+
+from megactx.gist.loss import Context, Loss
+from megactx.gist.recall import full, mixed
+from megactx.lm.chunked_head import score
+from megactx.lm.prefill import blocks
+
+from .history import old_of
+
+
+class Recall(Loss):
+    """The NLL of old blocks that come back, less that over the full context.
+
+    Not the KL from the full context, which has more text that could go on, and so copies less surely.
+
+    Args:
+        weight: its share of the sum; 0.03 costs nothing, 0.1 copies better.
+        recency: R, raw tokens before the copy, as of history mode, whose carriers it shares.
+    """
+
+    needs = ("segments", "told")
+    all_vectors = True
+
+    def __init__(self, weight: float = 0.0, recency: int = 256):
+        super().__init__(weight)
+        self.recency = recency
+
+    def __call__(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        base, prefill, block = context.base, context.prefill, context.block
+        starts, told = context.batch["segments"], context.batch["told"]
+        old = old_of(context, self.recency)
+        each = context.carriers(old)
+        hidden = [mixed(base, prefill, starts, told, old, own, block, self.recency) for own in each]
+        again = blocks(prefill.ids, told, block).flatten()
+        known = full(base, prefill, starts, told, block).flatten(0, 2)
+        losses = score(base, torch.stack(hidden).flatten(1, 3), known, again, "delta_nll")[0].mean(dim=1)
+        return losses, self.numbers(context, losses, losses)

@@ -1,0 +1,53 @@
+"""One pass of the base LM over whole documents, kept: what everything else reads (method 3).
+
+B documents, T tokens, N blocks per document, K block, D width.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from .base import BaseLM
+from .layers import recorded
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One pass of the base LM over whole documents: final ``hidden`` [B, T, D], keys and values per layer.
+
+    ``states``, where asked for: the input of each layer, and the last one's output before the final norm.
+    """
+
+    ids: Tensor  # [B, T]
+    hidden: Tensor  # [B, T, D]
+    cache: tuple[tuple[Tensor, Tensor], ...]  # per layer, each [B, key-value heads, T, head width]
+    states: tuple[Tensor, ...] = ()  # L + 1, each [B, T, D]
+
+
+@torch.no_grad()
+def prefill(base: BaseLM, ids: Tensor, with_states: bool = False) -> Prefill:
+    """Run the frozen base LM over documents ids [B, T]; padding on the right is harmless under causal attention."""
+    cache = DynamicCache()
+    with recorded(base.model.get_decoder()) if with_states else nullcontext(()) as states:
+        hidden = base(base.embed(ids), None, cache=cache)
+    return Prefill(ids, hidden, tuple((layer.keys, layer.values) for layer in cache.layers), tuple(states))
+
+
+def unread(ids: Tensor) -> Prefill:
+    """Documents that the base LM has not read: enough for what looks at tokens only."""
+    return Prefill(ids, ids.new_empty(0), ())
+
+
+def blocks(ids: Tensor, starts: Tensor, block: int) -> Tensor:
+    """Token ids of blocks: ids [B, T], starts [B, N] -> [B, N, K]."""
+    index = starts[..., None] + torch.arange(block, device=ids.device)
+    return ids.gather(1, index.flatten(1)).view(*starts.shape, block)
+
+
+def rows_at(hidden: Tensor, starts: Tensor, rows: int) -> Tensor:
+    """hidden [B, T, D], starts [B, N] -> the ``rows`` states from each start on, [B, N, rows, D]."""
+    index = (starts[..., None] + torch.arange(rows, device=hidden.device)).flatten(1)
+    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])).view(*starts.shape, rows, -1)

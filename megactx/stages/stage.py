@@ -1,0 +1,190 @@
+"""What a stage is: all that the framework asks of one, declared, with what most stages answer."""
+
+import logging
+from pathlib import Path
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from megactx.assets import resolve
+from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
+from megactx.framework.resume import refuse_other_base
+from megactx.lm import BaseLM
+from megactx.lm.identity import record_of
+from megactx.runtime.settings import note_on
+
+log = logging.getLogger(__name__)
+
+STATES = ("state_dict", "current_model_state")  # the second where weights are averaged: those that go on training
+
+
+class Stage(lightning.LightningModule):
+    """A stage with a frozen base LM, one optimizer, and a warm-up and cosine per group of parameters.
+
+    A stage says what learns (``groups``), in which parts gradients are clipped (``parts``), what of the base LM a
+    checkpoint must hold (``kept_of_base``), and what is found at the end (``finish``). Attributes, all of the class:
+
+        monitor        logged value of which a new minimum is worth a checkpoint; ``None``: none
+        reports_best   that checkpoint is what the report is of, and what the next stage starts from
+        timed          ``preset.minutes`` may decide how many steps there are: they are all alike
+        in_curriculum  it can be one of several that ``curriculum=[...]`` runs, each from the last
+        one_process    it cannot be trained by several processes
+        train_base     what of the base LM learns: ``frozen``, ``lora`` or ``full``
+        shorter        what makes its training short, for the line that says how long it takes
+    """
+
+    monitor: str | None = None
+    reports_best = False
+    timed = False
+    in_curriculum = False
+    one_process = False
+    train_base = "frozen"
+    shorter = "preset=demo is a matter of minutes"
+    base: BaseLM
+    half = False  # trained in bf16
+    betas = (0.9, 0.999)  # of AdamW
+
+    # What a stage says of itself
+
+    def groups(self) -> list[dict]:
+        """Groups of parameters of the optimizer: ``params``, ``lr`` (peak), ``weight_decay``, ``muon``, ``part``."""
+        raise NotImplementedError
+
+    def factor(self, step: int, group: dict) -> float:
+        """Of the peak learning rate of a group at an optimizer step: warm-up and cosine over ``max_steps``."""
+        h = self.hparams
+        return warmup_cosine(step, h.warmup, h.max_steps, h.min_lr / h.lr)
+
+    @property
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """name -> parameters that are clipped together: one part's spike must not shrink another's step."""
+        raise NotImplementedError
+
+    def kept_of_base(self) -> set[str]:
+        """Names of the base LM's tensors that a checkpoint must hold, for they are trained."""
+        return set()
+
+    def prepare(self, datamodule) -> None:
+        """Before training and before texts are read: tell the data what the models take.
+
+        Raises:
+            ValueError: the data and the models contradict each other.
+        """
+
+    def check_data(self, datamodule) -> None:
+        """See that the data, which is set up, has what the losses need.
+
+        Raises:
+            ValueError: it has not; it names the setting.
+        """
+
+    def start_from(self, path: str) -> str:
+        """Take the weights of another run; -> what was taken.
+
+        Raises:
+            ValueError: there are none that fit.
+        """
+        raise ValueError(f"stage.init={path} is not allowed: this stage starts from nothing else; leave it out")
+
+    def finish(self, folder: Path, datamodule) -> None:
+        """The end of the run: report into its folder, and print the next command."""
+
+    @staticmethod
+    def conclude(folder: Path, stages: list[str]) -> None:
+        """The end of a curriculum of such stages."""
+
+    def flops_ahead(self, data: dict, preset: dict) -> float:
+        """About how many floating-point operations the training takes; ``data`` and ``preset`` are of the config."""
+        raise NotImplementedError
+
+    def flops(self, batch) -> Tensor | float:
+        """Floating-point operations of the step that was just taken."""
+        raise NotImplementedError
+
+    def amounts(self, batch) -> dict[str, Tensor | int]:
+        """What a batch is in ``tokens``, ``documents`` and ``spans``, for the speed; empty where in none of these."""
+        return {}
+
+    def loss_settings(self, name: str) -> dict:
+        """Of a loss of this stage; empty where it has none of that name."""
+        return {}
+
+    def session_parts(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """The GistNet and the LensNet that a session with these models reads with, ``None`` where there is none."""
+        return None, None
+
+    # What all of them do
+
+    def take_base(self, base: dict) -> None:
+        """Load the frozen base LM: ``name`` and ``dtype``."""
+        self.base = BaseLM.from_pretrained(**base).freeze()
+        self.base_record = record_of(self.base, base["name"])  # as it is before it learns
+
+    def setup(self, stage: str) -> None:
+        if self.one_process and self.trainer.world_size > 1:
+            raise ValueError(f"trainer.devices={self.trainer.world_size}: this stage trains in one process")
+        self.half = str(self.trainer.precision).startswith("bf16")
+        self.set_dtype(torch.bfloat16 if self.half else torch.float32)
+
+    def set_dtype(self, dtype: torch.dtype) -> None:
+        """Of the base: a frozen one needs no fp32 master weights, whose casts would be repeated at every call."""
+        self.base.to(dtype)
+
+    def fit_data(self, datamodule, block_size: int, horizon: int | None = None) -> None:
+        """Tell the data how many positions the base has, and the reader what sessions with such a base can do.
+
+        Raises:
+            ValueError: blocks of another size, or another horizon.
+        """
+        datamodule.limit_to(self.base.max_positions)
+        if note := note_on(block_size, self.base.max_positions):
+            log.warning("Sessions of what is trained here: %s", note)
+        if horizon not in (None, datamodule.horizon):
+            raise ValueError(f"horizon.tokens: stage has {horizon}, the data has {datamodule.horizon}")
+        if datamodule.block != block_size:
+            raise ValueError(
+                f"block_size: the compressor has {block_size}, the data has {datamodule.block}; set block_size=, which"
+                " is for both"
+            )
+
+    def configure_optimizers(self):
+        optimizer = MuonWithAdamW(self.groups(), self.betas)
+        # A peak is read before the schedule writes to it.
+        factors = [lambda step, group=dict(group): self.factor(step, group) for group in optimizer.param_groups]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        for parameters in self.parts.values():
+            if parameters:
+                nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """A frozen base is named in the hyperparameters; its weights do not belong into every checkpoint."""
+        kept = {f"base.{name}" for name in self.kept_of_base()}
+        for states in set(STATES) & checkpoint.keys():
+            found = checkpoint[states].items()
+            checkpoint[states] = {k: v for k, v in found if not k.startswith("base.") or k in kept}
+        checkpoint["base"] = self.base_record
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Put the base back.
+
+        Raises:
+            ValueError: the checkpoint was trained with another one, so it is worth nothing with this one.
+        """
+        refuse_other_base(checkpoint, self.base_record)
+        own = {f"base.{k}": v for k, v in self.base.state_dict().items()}
+        for states in set(STATES) & checkpoint.keys():
+            checkpoint[states] = {**own, **checkpoint[states]}
+
+
+def portable(name: str) -> str:
+    """A base LM's name that means the same from any folder, as a checkpoint may be loaded from any."""
+    return name if str(name).startswith("asset:") else resolve(name)
+
+
+def portable_part(path: str | None) -> str | None:
+    """The same of a trained GistNet or LensNet, which may be a checkpoint."""
+    return path if path is None or path.startswith("asset:") else str(Path(path).expanduser().absolute())
