@@ -34,12 +34,10 @@ def recovery_intervals(
     carriers: list[str],
     first: int = 0,
     domain: str | None = None,
-    draws: int = DRAWS,
-    seed: int = 0,
 ) -> dict[str, Interval]:
     """Recovery over offsets h >= first of each carrier, over one domain or all blocks."""
     gained = {name: scores.drop.double() - scores.carriers[name].double() for name in carriers}
-    return _ratios(scores, gained, first, domain, draws, seed)
+    return _ratios(scores, gained, first, domain)
 
 
 def difference_intervals(
@@ -48,18 +46,16 @@ def difference_intervals(
     controls: list[str],
     first: int = 0,
     domain: str | None = None,
-    draws: int = DRAWS,
-    seed: int = 0,
 ) -> dict[str, Interval]:
     """Recovery of ``subject`` minus recovery of each control, block by block, over offsets h >= first."""
     gained = {name: scores.carriers[name].double() - scores.carriers[subject].double() for name in controls}
-    return _ratios(scores, gained, first, domain, draws, seed)
+    return _ratios(scores, gained, first, domain)
 
 
-def mean_interval(document: Tensor, values: Tensor, draws: int = DRAWS, seed: int = 0) -> Interval:
+def mean_interval(document: Tensor, values: Tensor) -> Interval:
     """Mean of values [M] whose documents are resampled."""
     columns = torch.stack([values.double(), torch.ones(len(values), dtype=torch.float64)], dim=1)
-    total, drawn = _resampled(document, columns, draws, seed)
+    total, drawn = _resampled(document, columns)
     return _interval(total[0] / total[1], drawn[:, 0] / drawn[:, 1])
 
 
@@ -105,7 +101,7 @@ def _ends(difference: Interval | Mapping) -> Interval:
     return Interval(*[math.nan if (value := difference.get(name)) is None else value for name in Interval._fields])
 
 
-def _ratios(scores, gained, first, domain, draws, seed) -> dict[str, Interval]:
+def _ratios(scores, gained, first, domain) -> dict[str, Interval]:
     """sum(gained) / sum(dNLL_drop) over h >= first, per name; undefined as recovery is."""
     if first >= scores.horizon:
         return {name: Interval(*[float("nan")] * 3) for name in gained}
@@ -114,7 +110,7 @@ def _ratios(scores, gained, first, domain, draws, seed) -> dict[str, Interval]:
     columns = [cost, torch.ones(len(scores), 1)] + [
         values[:, first:].sum(1, keepdim=True) for values in gained.values()
     ]
-    total, drawn = _resampled(scores.document[rows], torch.cat(columns, dim=1)[rows], draws, seed)
+    total, drawn = _resampled(scores.document[rows], torch.cat(columns, dim=1)[rows])
 
     def ratio(sums):  # [..., H + 1 + names]
         cost, blocks, gain = sums[..., : scores.horizon], sums[..., scores.horizon], sums[..., scores.horizon + 1 :]
@@ -125,19 +121,19 @@ def _ratios(scores, gained, first, domain, draws, seed) -> dict[str, Interval]:
     return {name: _interval(points[i], spread[:, i]) for i, name in enumerate(gained)}
 
 
-def _resampled(document: Tensor, values: Tensor, draws: int, seed: int) -> tuple[Tensor, Tensor]:
-    """values [M, C] -> their sums [C], and the sums of ``draws`` resamplings of the documents [draws, C]."""
+def _resampled(document: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """values [M, C] -> their sums [C], and the sums of ``DRAWS`` resamplings of the documents [DRAWS, C]."""
     _, owner = torch.unique(document, return_inverse=True)
     count = int(owner.max()) + 1
     sums = torch.zeros(count, values.shape[1], dtype=torch.float64).index_add_(0, owner, values.double())
     if count < 2:  # one document says nothing of the spread between documents
-        return sums.sum(0), torch.full((draws, values.shape[1]), torch.nan, dtype=torch.float64)
-    rng = np.random.default_rng(seed)
+        return sums.sum(0), torch.full((DRAWS, values.shape[1]), torch.nan, dtype=torch.float64)
+    rng = np.random.default_rng(0)  # the same draws for all: differences are paired
     step = max(1, MATRIX // count)
     share = np.full(count, 1 / count)
     drawn = []
-    for at in range(0, draws, step):
-        times = rng.multinomial(count, share, size=min(step, draws - at))  # [step, documents]
+    for at in range(0, DRAWS, step):
+        times = rng.multinomial(count, share, size=min(step, DRAWS - at))  # [step, documents]
         drawn.append(torch.from_numpy(times).double() @ sums)
     return sums.sum(0), torch.cat(drawn)
 

@@ -102,9 +102,8 @@ def table_of(numbers: dict) -> Table:
             for metric in ("nll", "cost", "of_gap", "lens_less"):
                 if metric in row:
                     table.add(metric, row[metric], carrier=policy, span=budget, n=row["documents"])
-        table.add_each("free_edits", {budget: found["free_edits"]}, "span")
-        for metric, value in found["telemetry"].items():
-            table.add(metric, value, carrier="per refocus", span=budget)
+        table.add("free_edits", found["free_edits"], span=budget)
+        table.add_all(found["telemetry"], "metric", carrier="per refocus", span=budget)
     for kind, part in numbers.get("planted", {"kinds": {}})["kinds"].items():
         for policy, row in part["rows"].items():
             about = {"carrier": policy, "span": "planted", "domain": kind, "n": part["usable"]}

@@ -185,13 +185,9 @@ def report_of(board: Board) -> Report:
     for row in board.rows:
         first, about = row.runs[0], {"run": row.name, "n": len(row.runs)}
         table.add("rank", row.rank, **about)
-        table.add_each("recovery", row.recovery, "span", **about)
-        table.add_each("to best", row.to_best or {}, "span", **about)
-        for metric, value in row.figures.items():
-            table.add(metric, value, **about)
+        table.add_all({"recovery": row.recovery, "to best": row.to_best or {}}, "metric", "span", **about)
         sizes = {"flops_per_block": row.flops, "parameters": first.parameters, "training_tokens": first.training_tokens}
-        for metric, value in sizes.items():
-            table.add(metric, value, **about)
+        table.add_all(row.figures | sizes, "metric", **about)
     for run in board.missing:
         table.add(f"no result: {run.reason}", None, run=str(run.folder))
     if rows:

@@ -69,22 +69,20 @@ def table_of(numbers: dict) -> Table:
     table, subject = Table(), numbers["subject"]
     for domain, group in _groups(numbers).items():
         about = {"domain": domain, "n": group["documents"]}
-        for carrier, figures in group["rows"].items():
-            for metric, value in figures.items():
-                if metric != "quoted":
-                    table.add(metric, value, carrier=carrier, **about)
-        for metric, part in (("recovery", "recovery"), ("ahead", "against")):
-            for carrier, spans in group[part].items():
-                table.add_each(metric, spans, "span", carrier=carrier, **about)
+        figures = {carrier: {k: v for k, v in row.items() if k != "quoted"} for carrier, row in group["rows"].items()}
+        table.add_all(figures, "carrier", "metric", **about)
+        intervals = {"recovery": group["recovery"], "ahead": group["against"]}
+        table.add_all(intervals, "metric", "carrier", "span", **about)
     for distance, copied in numbers["copies"].items():
         _passages(table, "copy", copied, f"{distance} tokens on", copied["blocks"])
     if history := numbers["history"]:
         _passages(table, "history", history, "history", history["documents"])
-        table.add_each("history_gain", history["gain"], span="history", domain=OVERALL, n=history["documents"])
+        about = {"metric": "history_gain", "span": "history", "domain": OVERALL, "n": history["documents"]}
+        table.add_all(history["gain"], "carrier", **about)
     for name, value in numbers["geometry"].items():
         domain, _, metric = name.rpartition("/")
         table.add(metric, value, carrier=subject, span="gist space", domain=domain or OVERALL)
-    table.add_each("flops_per_block", numbers.get("flops_per_block", {}))
+    table.add_all(numbers.get("flops_per_block", {}), "carrier", metric="flops_per_block")
     return table
 
 
@@ -93,9 +91,8 @@ def _groups(numbers: dict) -> dict:
 
 
 def _passages(table: Table, what: str, measured: dict, span: str, n: int) -> None:
-    table.add_each(f"{what}_cost", measured["cost"], "domain", span=span, n=n)
-    for domain, values in measured["recovery"].items():
-        table.add_each(f"{what}_recovery", values, span=span, domain=domain, n=n)
+    table.add_all(measured["cost"], "domain", metric=f"{what}_cost", span=span, n=n)
+    table.add_all(measured["recovery"], "domain", "carrier", metric=f"{what}_recovery", span=span, n=n)
 
 
 def _group_sheet(table: Table, subject: str, name: str, group: dict) -> Sheet:

@@ -35,10 +35,13 @@ class Table(list):
         """One figure: a number, ``None``, an ``Interval``, or a dict of ``point``, ``low``, ``high`` and more."""
         self.append({**about, "metric": metric, **_parts(value)})
 
-    def add_each(self, metric: str, values: Mapping, down: str = "carrier", **about) -> None:
-        """One figure of each name, such as of each carrier."""
-        for name, value in values.items():
-            self.add(metric, value, **{down: name}, **about)
+    def add_all(self, values, *columns: str, **about) -> None:
+        """Figures that dicts hold by what stands in these columns, the outermost first, such as carrier and metric."""
+        if not columns:
+            self.append({**about, **_parts(values)})
+        else:
+            for name, inner in values.items():
+                self.add_all(inner, *columns[1:], **about, **{columns[0]: name})
 
     def pick(self, **wanted) -> "Table":
         """The rows that have these values."""
@@ -106,6 +109,15 @@ class Sheet(NamedTuple):
     header: list[str]
     rows: list[list[str]]
     strong: tuple[int, ...] = ()  # rows that the report is about
+
+    def markdown(self, text: str = "", level: int = 2) -> str:
+        """Under its title, with a text between, where there is one."""
+        marks = ["---" if name in LEFT else "---:" for name in self.header]
+        lines = [f"{'#' * level} {self.title}", "", *[text, ""] * bool(text), _line(self.header), _line(marks)]
+        for index, row in enumerate(self.rows):
+            strong = index in self.strong
+            lines.append(_line([f"**{cell}**" if cell else "" for cell in row] if strong else row))
+        return "\n".join([*lines, ""])
 
 
 class Column(NamedTuple):
@@ -200,8 +212,9 @@ class Report:
 
     def markdown(self) -> str:
         """The same as Markdown."""
-        lines = [f"# {self.title}", "", *map(_markdown, self.sheets), *[self.legend, ""] * bool(self.legend)]
-        return "\n".join([*lines, *[f"- {note}" for note in self.notes]]).rstrip() + "\n"
+        parts = [f"# {self.title}", "", *[sheet.markdown() for sheet in self.sheets]]
+        parts += [self.legend, ""] * bool(self.legend) + [f"- {note}" for note in self.notes]
+        return "\n".join(parts).rstrip() + "\n"
 
     def write(self, stem: Path, numbers: Mapping | None = None) -> str:
         """Write ``stem`` with ``.md``, ``.csv``, ``.json``, ``.png`` where there is a picture; -> a line that says so.
@@ -242,14 +255,6 @@ def _rich(sheet: Sheet):
     for index, row in enumerate(sheet.rows):
         table.add_row(*map(escape, row), style="bold" if index in sheet.strong else None)
     return table
-
-
-def _markdown(sheet: Sheet) -> str:
-    marks = ["---" if name in LEFT else "---:" for name in sheet.header]
-    lines = [f"## {sheet.title}", "", _line(sheet.header), _line(marks)]
-    for index, row in enumerate(sheet.rows):
-        lines.append(_line([f"**{cell}**" if cell else "" for cell in row] if index in sheet.strong else row))
-    return "\n".join([*lines, ""])
 
 
 def _line(cells: list[str]) -> str:

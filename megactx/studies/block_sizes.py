@@ -62,7 +62,7 @@ def long_table(ladders: dict[int, dict]) -> Table:
         {"run": size, **row} for name in names for size, own in tables.items() for row in own.pick(carrier=name)
     )
     for size, ladder in ladders.items():
-        out.add_each("cost of none, nats", costs(ladder), "span", run=size)
+        out.add_all(costs(ladder), "span", metric="cost of none, nats", run=size)
     return out
 
 

@@ -108,8 +108,7 @@ def _costs(base: BaseLM, net: Compressor, ids, rest, counts: dict[float, int], a
             prompts[form, compression, count] = prompt
     found = measure_answers(base, prompts, rest, asked.answer, asked.repeats, bar("answers"))
     for (form, compression, _), cost in found.items():
-        for metric, value in cost.items():
-            table.add(metric, value, carrier=form, span=compression)
+        table.add_all(cost, "metric", carrier=form, span=compression)
 
 
 def _subject(asked, runs: list[Trained]) -> tuple[BaseLM, int, int]:

@@ -121,8 +121,7 @@ def measure_drift(
             stored = f"{name}, {form}"
             lost = difference_intervals(scores, name, [stored], FIRST)[stored]
             found = {"nll": scores.full.mean().item(), "fresh": recovery[name], "kept": recovery[stored], "lost": lost}
-            for metric, value in found.items():
-                table.add(metric, value, run=change or "none", carrier=stored)
+            table.add_all(found, "metric", run=change or "none", carrier=stored)
     return table
 
 

@@ -15,6 +15,7 @@ So nothing is left out that a session does in its life but the sampling itself.
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -31,14 +32,16 @@ from megactx.data.files import Files
 from megactx.evaluation.pictures import colours_of, legend, line, panel, picture
 from megactx.evaluation.table import Report, Sheet, Table, cell, pivot
 from megactx.framework.bar import bar
-from megactx.runtime import Session
+from megactx.runtime import Refocused, Session
 from megactx.runtime.command_line import add_models, controller_of, observers_of, session_of
 from megactx.runtime.text import Encoder
 
+from .length_policies import clock, telemetry
 from .study import Options, command
 
 MIB = 2**20
 ABOUT, HOW = "endurance", "endurance_settings"  # what a saved session knows of its study
+SHARES = {"swap": "swap", "reuse": "reuse", "used": "utilisation"}  # columns of the table
 SAVE_EVERY = 240.0  # seconds; what a kill costs at most
 
 
@@ -77,41 +80,20 @@ def formula(tokens: int, block: int, width: int, gist_bytes: int) -> int:
     return total
 
 
-class Watch:
-    """Sums over the refocuses of a stretch of text."""
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self) -> None:
-        self.events, self.seconds = 0, {}
-        self.swap, self.reuse, self.full = [], [], []
-
-    def __call__(self, event) -> None:
-        self.events += 1
-        for name, seconds in event.seconds.items():
-            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        self.full.append(event.utilisation[0])
-        if event.telemetry is not None:
-            self.swap.append(float(event.telemetry.swap_rate[0]))
-        if event.reuse is not None:
-            self.reuse.append(event.reuse)
-
-
 def carry(session: Session, ids: Tensor, every: int) -> list[dict]:
     """Read what the session has not read yet; -> a row per ``every`` tokens, those of before a stop among them."""
-    rows, watch = session.about.setdefault(ABOUT, []), Watch()
-    session.observers.append(watch)
+    rows, events, device = session.about.setdefault(ABOUT, []), [], session.stream.device
+    observer = events.append
+    session.observers.append(observer)
     process, saved = psutil.Process(), time.monotonic()
-    gpu = session.stream.device.type != "cpu"
     firsts = list(range(len(rows) * every, len(ids), every))
     terminal = sys.stdout.isatty()
     for first in bar("tokens")(firsts) if terminal else firsts:
-        watch.clear()
-        began = time.perf_counter() if gpu else time.process_time()
+        events.clear()
+        began = clock(device)
         nll = session.append(ids[first : first + every], score=True)
-        seconds = (time.perf_counter() if gpu else time.process_time()) - began
-        row = about(session, watch, process, nll) | {"ms": 1e3 * seconds / len(nll)}
+        ms = 1e3 * (clock(device) - began) / len(nll)
+        row = about(session, events, process, nll) | {"ms": ms}
         rows.append(row)
         if not terminal:
             print(
@@ -122,24 +104,26 @@ def carry(session: Session, ids: Tensor, every: int) -> list[dict]:
         if time.monotonic() - saved > SAVE_EVERY:
             session.save()
             saved = time.monotonic()
-    session.observers.remove(watch)
+    session.observers.remove(observer)
     session.save()
     return rows
 
 
-def about(session: Session, watch: Watch, process: psutil.Process, nll: Tensor) -> dict:
+def about(session: Session, events: list[Refocused], process: psutil.Process, nll: Tensor) -> dict:
     """What is known at the end of a stretch; the tree is compared with its formula."""
-    tree, whole = session.tree, sum(watch.seconds.values())
-    stored = int(tree.lengths[0])
+    tree, told = session.tree, telemetry(events)
+    stored, spent = int(tree.lengths[0]), Counter()
+    for event in events:
+        spent.update(event.seconds)
+    refocusing = sum(seconds for name, seconds in spent.items() if name not in ("decode", "read"))
     return {
         "tokens": session.length,
         "nll": nll.nanmean().item(),
-        "refocuses": watch.events,
-        "refocus_share": sum(s for name, s in watch.seconds.items() if name not in ("decode", "read"))
-        / max(whole, 1e-9),
-        "swap": mean(watch.swap) if watch.swap else None,
-        "reuse": mean(watch.reuse) if watch.reuse else None,
-        "utilisation": mean(watch.full) if watch.full else None,
+        "refocuses": len(events),
+        "refocus_share": refocusing / max(sum(spent.values()), 1e-9),
+        "swap": told.get("swap_rate"),
+        "reuse": told.get("reuse"),
+        "utilisation": told.get("utilisation"),
         "entries": int(session.context.counts[0]) if session.context is not None else 0,
         "resident": process.memory_info().rss,
         "working": session.stream.reader.bytes(),
@@ -156,16 +140,11 @@ def summary(rows: list[dict], full: int) -> dict:
     """
     steady = [row for row in rows if row["tokens"] > 2 * full] or rows[-1:]
     size, found = max(1, len(steady) // 10), {}
-    of = {
-        "ms": lambda row: row["ms"],
-        "memory": lambda row: row["resident"] - row["tree"],
-        "nll": lambda row: row["nll"],
-    }
-    for name, value in of.items():
-        found[f"{name}_first"], found[f"{name}_last"] = (
-            mean(map(value, part)) for part in (steady[:size], steady[-size:])
-        )
-    low, high = np.quantile([row["ms"] for row in steady], (0.025, 0.975)).tolist()
+    values = {name: [row[name] for row in steady] for name in ("ms", "nll")}
+    values["memory"] = [row["resident"] - row["tree"] for row in steady]
+    for name, each in values.items():
+        found |= {f"{name}_first": mean(each[:size]), f"{name}_last": mean(each[-size:])}
+    low, high = np.quantile(values["ms"], (0.025, 0.975)).tolist()
     return found | {
         "ms_low": low,
         "ms_high": high,
@@ -181,9 +160,7 @@ def table_of(rows: list[dict]) -> Table:
     """Rows of ``carry`` as the long table: a stretch is a span, the tokens at its end."""
     table = Table()
     for row in rows:
-        for metric, value in row.items():
-            if metric != "tokens":
-                table.add(metric, value, span=row["tokens"])
+        table.add_all({name: value for name, value in row.items() if name != "tokens"}, "metric", span=row["tokens"])
     return table
 
 
@@ -198,12 +175,7 @@ def sheet(table: Table) -> Sheet:
 
     columns = [("ms", "ms"), ("refocus", "refocus_share"), ("resident MiB", "resident", mib)]
     columns += [(name, name, mib) for name in ("working", "tree", "formula")]
-    columns += [
-        ("swap", "swap", share),
-        ("reuse", "reuse", share),
-        ("used", "utilisation", share),
-        ("NLL", "nll", ".3f"),
-    ]
+    columns += [(name, metric, share) for name, metric in SHARES.items()] + [("NLL", "nll", ".3f")]
     spans = table.names("span")
     chosen = sorted({round(i) for i in np.linspace(0, len(spans) - 1, min(20, len(spans)))})
     order = [spans[index] for index in chosen]

@@ -48,14 +48,14 @@ def summarise(scores: BlockScores, runs: Mapping[str, list[str]]) -> Table:
     own |= {name: values for name, values in scores.carriers.items() if name not in keys}
     mean = replace(scores, carriers=own, kl={}, agree={})
     subject, about = next(iter(own)), {"n": scores.document.unique().numel()}
-    table.add_each("recovery", recovery_intervals(mean, list(own)), **about)
+    found = {"recovery": recovery_intervals(mean, list(own))}
     for key, value in recovery_intervals(scores, list(keys)).items():
         table.add("recovery", value, run=keys[key][0], carrier=keys[key][1], **about)
     rest = [name for name in own if name != MORE_RAW]
     gains = {name: (own[MORE_RAW] - own[name]).double().mean(dim=1) for name in rest}
-    table.add_each("gain", {name: mean_interval(scores.document, gain) for name, gain in gains.items()}, **about)
-    behind = difference_intervals(mean, subject, [name for name in rest if name != subject])
-    table.add_each("behind", behind, **about)
+    found["gain"] = {name: mean_interval(scores.document, gain) for name, gain in gains.items()}
+    found["behind"] = difference_intervals(mean, subject, [name for name in rest if name != subject])
+    table.add_all(found, "metric", "carrier", **about)
     table.add("cost", (scores.drop.double() - scores.full.double()).mean().item())
     return table
 

@@ -38,8 +38,9 @@ def summarise(scores: BlockScores, horizons: list[int]) -> Table:
         own = scores.take(slice(None), slice(0, horizon))
         for first in FIRSTS:
             about = {"span": _span(horizon, first), "n": own.document.unique().numel()}
-            table.add_each("recovery", recovery_intervals(own, [subject, *rest], first), **about)
-            table.add_each("behind", difference_intervals(own, subject, rest, first), **about)
+            found = {"recovery": recovery_intervals(own, [subject, *rest], first)}
+            found["behind"] = difference_intervals(own, subject, rest, first)
+            table.add_all(found, "metric", "carrier", **about)
             table.add(COST, (own.drop - own.full)[:, first:].double().mean().item(), **about)
     return table
 

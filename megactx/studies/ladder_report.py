@@ -122,20 +122,18 @@ def table_of(numbers: dict) -> Table:
     """The numbers of ``rungs`` or ``combine`` as one long table; ``behind``: how far the subject is above a carrier."""
     table, n = Table(), numbers["documents"]
     for carrier, found in numbers["carriers"].items():
-        for metric in ("bytes_per_token", "parameters"):
-            table.add(metric, found[metric], carrier=carrier)
+        table.add_all({k: found[k] for k in ("bytes_per_token", "parameters")}, "metric", carrier=carrier)
         for key, span in (COMPARED | {"h0": "h = 0"}).items():
             for metric, value in (("recovery", found.get(key)), ("behind", found.get(f"{key}_below_subject"))):
                 if value:
                     table.add(metric, value, carrier=carrier, span=span, n=n)
         if "gain" in found:
             table.add("gain", found["gain"], carrier=carrier, span="history", n=n)
-    for domain, values in numbers.get("domains", {}).items():
-        table.add_each("recovery", values, span=COMPARED["recovery"], domain=domain)
+    about = {"metric": "recovery", "span": COMPARED["recovery"], "n": n}
+    table.add_all(numbers.get("domains", {}), "domain", "carrier", **about)
     for part in ORACLES:
-        for key, values in numbers.get(part, {}).items():
-            if key in COMPARED:
-                table.add_each("recovery", values, span=f"{part}, {COMPARED[key]}", n=numbers[part]["documents"])
+        found = {f"{part}, {COMPARED[k]}": values for k, values in numbers.get(part, {}).items() if k in COMPARED}
+        table.add_all(found, "span", "carrier", metric="recovery", n=numbers.get(part, {}).get("documents"))
     return table
 
 

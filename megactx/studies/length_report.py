@@ -47,8 +47,8 @@ def summarise(documents: list[dict], cases: list[dict]) -> Table:
                 table.add(name, sum(known) / len(known), **about)
         table.add("ms", 1e3 * sum(own["seconds"] for own in found) / len(found), **about)
         table.add("tree_bytes_per_token", sum(own["tree_bytes"] for own in found) / len(found) / length, **about)
-        by_block = torch.tensor([own["nll"] for own in found]).mean(0).tolist()
-        table.add_each("nll", {f"block {index}": value for index, value in enumerate(by_block)}, "domain", **about)
+        for index, value in enumerate(torch.tensor([own["nll"] for own in found]).mean(0).tolist()):
+            table.add("nll", value, domain=f"block {index}", **about)
     for kind in [OVERALL, *dict.fromkeys(case["kind"] for case in cases)] * bool(cases):
         own = [case for case in cases if kind in (OVERALL, case["kind"])]
         counted = _measured([case for case in own if usable(case)])

@@ -129,11 +129,13 @@ def train(
     leader = next(iter(nets.values()))
     means = mean_states(base, (batches[index] for index in range(MEAN_OVER)), leader.block_size)
     table = Table()
-    table.add_each("parameters", {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()})
+    sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
+    table.add_all(sizes, "carrier", metric="parameters")
 
     def residuals(step: int) -> dict[str, Tensor]:
         found = measure(base, nets, held, means)
-        table.add_each("residual", {name: values.mean().item() for name, values in found.items()}, span=step)
+        values = {name: value.mean().item() for name, value in found.items()}
+        table.add_all(values, "carrier", metric="residual", span=step)
         return found
 
     residuals(0)
@@ -148,9 +150,8 @@ def train(
         if step in shown:
             last = residuals(step)
     for name, layers in last.items():
-        for number, pair in enumerate(layers.tolist(), start=1):
-            for metric, value in zip(("keys", "values"), pair, strict=True):
-                table.add(metric, value, carrier=name, span=f"layer {number}")
+        for number, (keys, values) in enumerate(layers.tolist(), start=1):
+            table.add_all({"keys": keys, "values": values}, "metric", carrier=name, span=f"layer {number}")
     return table
 
 

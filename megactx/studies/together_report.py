@@ -52,8 +52,7 @@ def summarise(found: list[dict], full: Tensor, document: Tensor, dropped: dict[s
             means["swap_rate"] = sum(map(sum, swaps)) / max(1, sum(map(len, swaps)))
             means["base_lost"] = sum(run["base_lost"] for run in seeds) / len(seeds)
             counts = {"seeds": len(seeds)} | {name: seeds[0][name] for name in COUNTS[1:]}
-            for metric, value in (means | counts).items():
-                table.add(metric, value, **about)
+            table.add_all(means | counts, "metric", **about)
         cost, about = torch.tensor(drop, dtype=torch.float64) - full, {"run": DROP, "span": budget, "n": len(full)}
         table.add("cost", mean_interval(document, cost), **about)
         table.add("less", mean_interval(document, cost - theirs.mean(0)), **about)

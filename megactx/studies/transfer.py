@@ -32,7 +32,7 @@ def measure_transfer(
     first = int(any(not net.makes_vectors for net in nets.values()))
     for domain in (*scores.domains, None):
         found = recovery_intervals(scores, list(scores.carriers), first, domain)
-        table.add_each("recovery", found, span=f"h >= {first}", domain=domain or OVERALL)
+        table.add_all(found, "carrier", metric="recovery", span=f"h >= {first}", domain=domain or OVERALL)
     about = {"first": first, "blocks": len(scores), "documents": scores.document.unique().numel()}
     about |= {"hash": scores.block_hash(), "trained": {run.name: run.weights for run in runs}}
     return {"transfer": about}

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from block_scores import synthetic
@@ -21,7 +22,7 @@ def test_intervals_cover_the_known_recovery_about_as_often_as_they_say():
     hits = 0
     for seed in range(40):
         scores = synthetic(blocks=200, noise=0.2, seed=seed, recovery={"gistnet": 0.6})
-        _, low, high = recovery_intervals(scores, ["gistnet"], draws=400)["gistnet"]
+        _, low, high = recovery_intervals(scores, ["gistnet"])["gistnet"]
         hits += low < 0.6 < high
     assert 33 <= hits  # 95 % of 40 is 38
 
@@ -73,10 +74,11 @@ def test_documents_are_resampled_not_blocks():
     assert one == pytest.approx(ten)
 
 
-def test_the_seed_fixes_the_interval_and_long_runs_agree_with_each_other():
+def test_an_interval_is_the_same_in_every_call_whatever_was_drawn_before():
     scores = synthetic()
-    assert recovery_intervals(scores, ["gistnet"], seed=1) == recovery_intervals(scores, ["gistnet"], seed=1)
-    assert recovery_intervals(scores, ["gistnet"], seed=1) != recovery_intervals(scores, ["gistnet"], seed=2)
+    first = recovery_intervals(scores, ["gistnet"])
+    torch.rand(3), np.random.rand(3)
+    assert recovery_intervals(scores, ["gistnet"]) == first
 
 
 @pytest.mark.parametrize("case", ["weak", "short", "one document"])
