@@ -20,7 +20,7 @@ from megactx.framework import command_line
 
 from .bootstrap import Interval, difference_intervals, reverse, verdict
 from .metrics import BODY
-from .pictures import COLOURS, named, panel, picture, room_above, side_by_side
+from .pictures import COLOURS, legend, named, panel, picture, room_above, side_by_side
 from .runs import Run, find_runs, in_words, labels, same_but_seed
 from .scores import BlockScores
 from .summary import DROPPED
@@ -263,7 +263,7 @@ def plot(rows: list[Row], path: Path) -> None:
         shown += [(f"head {head}", {"color": "#666666", "marker": marker}) for head, marker in markers.items()]
         for label, style in shown:
             grid[0, 0].plot([], [], linestyle="", label=label, **style)
-        grid[0, 0].figure.legend(frameon=False, loc="outside lower center", ncols=8)
+        legend(grid[0, 0], "lower center", ncols=8)
 
 
 def _controls(axes, rows: list[Row], span: str) -> None:

@@ -108,7 +108,13 @@ def powers(axes, values: Iterable[float], labels: Iterable[str] | None = None) -
     axes.minorticks_off()
 
 
-def legend(axes, **settings) -> None:
-    """What the lines are, where there are any: on a weak base every recovery is undefined."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8, **settings)
+def legend(axes, outside: str = "", **settings) -> None:
+    """What the lines are, where there are any: on a weak base every recovery is undefined.
+
+    Args:
+        outside: beside all panels, such as ``right upper``; else where there is room in this one.
+    """
+    handles = axes.get_legend_handles_labels()
+    if handles[0]:
+        settings |= {"loc": f"outside {outside}"} if outside else {}
+        (axes.figure if outside else axes).legend(*handles, frameon=False, fontsize=8, **settings)

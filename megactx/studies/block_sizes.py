@@ -97,7 +97,7 @@ def plot(table: Table, subject: str, path: Path) -> None:
                 line(axes, [(row["run"] * beside, row) for row in rows], color=colours[name], label=name)
             powers(axes, sizes)
             panel(axes, title, "tokens per block (log scale)", "recovery", zero=True)
-        legend(grid[0, -1], loc="upper left", bbox_to_anchor=(1, 1))
+        legend(grid[0, 0], "right upper")
 
 
 def options(given: Options) -> None:
