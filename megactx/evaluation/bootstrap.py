@@ -33,11 +33,10 @@ def recovery_intervals(
     scores: BlockScores,
     carriers: list[str],
     first: int = 0,
-    domain: str | None = None,
 ) -> dict[str, Interval]:
-    """Recovery over offsets h >= first of each carrier, over one domain or all blocks."""
+    """Recovery over offsets h >= first of each carrier."""
     gained = {name: scores.drop.double() - scores.carriers[name].double() for name in carriers}
-    return _ratios(scores, gained, first, domain)
+    return _ratios(scores, gained, first)
 
 
 def difference_intervals(
@@ -45,11 +44,10 @@ def difference_intervals(
     subject: str,
     controls: list[str],
     first: int = 0,
-    domain: str | None = None,
 ) -> dict[str, Interval]:
     """Recovery of ``subject`` minus recovery of each control, block by block, over offsets h >= first."""
     gained = {name: scores.carriers[name].double() - scores.carriers[subject].double() for name in controls}
-    return _ratios(scores, gained, first, domain)
+    return _ratios(scores, gained, first)
 
 
 def mean_interval(document: Tensor, values: Tensor) -> Interval:
@@ -101,16 +99,15 @@ def _ends(difference: Interval | Mapping) -> Interval:
     return Interval(*[math.nan if (value := difference.get(name)) is None else value for name in Interval._fields])
 
 
-def _ratios(scores, gained, first, domain) -> dict[str, Interval]:
+def _ratios(scores, gained, first) -> dict[str, Interval]:
     """sum(gained) / sum(dNLL_drop) over h >= first, per name; undefined as recovery is."""
     if first >= scores.horizon:
         return {name: Interval(*[float("nan")] * 3) for name in gained}
-    rows = scores.rows(domain)
     cost = scores.drop.double() - scores.full.double()  # [M, H]
     columns = [cost, torch.ones(len(scores), 1)] + [
         values[:, first:].sum(1, keepdim=True) for values in gained.values()
     ]
-    total, drawn = _resampled(scores.document[rows], torch.cat(columns, dim=1)[rows])
+    total, drawn = _resampled(scores.document, torch.cat(columns, dim=1))
 
     def ratio(sums):  # [..., H + 1 + names]
         cost, blocks, gain = sums[..., : scores.horizon], sums[..., scores.horizon], sums[..., scores.horizon + 1 :]

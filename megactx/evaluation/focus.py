@@ -28,7 +28,6 @@ from megactx.memory import MegaContextTree, WorkingContext
 LENS, ORACLE, FULL, DROP = "LensNet", "greedy oracle", "full context", "newest tokens alone"
 RECENCY, RANDOM, SURPRISE = "recency", "random blocks", "most surprising blocks"
 BM25, GISTS = "BM25 of the tail", "gists"
-RULES = (RECENCY, RANDOM, SURPRISE, BM25, GISTS)
 QUERY = 128  # newest tokens that BM25 asks with
 REFOCUSES, ORACLE_REFOCUSES = 16, 3  # at most
 
@@ -44,9 +43,6 @@ class FocusScores:
     telemetry: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # budget -> figure -> per refocus
     estimated: list[Tensor] = field(default_factory=list)  # of edits that the oracle measured, at its first look
     measured: list[Tensor] = field(default_factory=list)
-
-    def policies(self, budget: str) -> list[str]:
-        return list(self.nll[budget])
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ The one container that metrics, bootstrap, report and plots read. M blocks, H ho
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor
 
 from megactx.framework.files import replacing
+
+from .table import OVERALL
 
 MORE_RAW = "as many more raw tokens"  # of a history: one raw token in place of each carrier
 DROP = "drop"  # the name under which ``kl`` and ``agree`` may also hold the dropped block
@@ -77,11 +78,15 @@ class BlockScores:
         """The domains present, in order of first appearance."""
         return list(dict.fromkeys(self.domain))
 
-    def rows(self, domain: str | None = None) -> Tensor:
-        """bool [M]: the blocks of one domain, or all of them."""
-        return torch.tensor([domain is None or name == domain for name in self.domain])
+    def rows(self, domain: str) -> list[int]:
+        """The blocks of one domain."""
+        return [index for index, name in enumerate(self.domain) if name == domain]
 
-    def take(self, blocks: Sequence[int] | slice, offsets: slice = slice(None)) -> "BlockScores":
+    def by_domain(self) -> dict[str, "BlockScores"]:
+        """``overall`` and every domain -> its blocks."""
+        return {OVERALL: self} | {domain: self.take(self.rows(domain)) for domain in self.domains}
+
+    def take(self, blocks: list[int] | slice, offsets: slice = slice(None)) -> "BlockScores":
         """Some of the blocks, in this order, over some of the offsets."""
         tables = {name: values[blocks][:, offsets] for name, values in self._per_offset().items()}
         order = range(len(self))[blocks] if isinstance(blocks, slice) else blocks

@@ -32,7 +32,7 @@ from .caching_report import report_of
 from .drift import check, measure_drift
 from .prompts import again, cached, compressed, levels
 from .study import Options, command, multiple, usable
-from .trained import NOTHING, Nothing, Trained, held_out, load, same
+from .trained import NOTHING, Nothing, Trained, base_of, held_out, load, same
 from .transfer import measure_transfer
 
 BASE, GISTNET, BLOCK, HORIZON = "asset:tiny-base", "asset:tiny-gistnet", 32, 32  # without a run
@@ -114,8 +114,7 @@ def _costs(base: BaseLM, net: Compressor, ids, rest, counts: dict[float, int], a
 def _subject(asked, runs: list[Trained]) -> tuple[BaseLM, int, int]:
     if runs:
         return runs[0].base, runs[0].main.block_size, min(run.horizon for run in runs)
-    base = BaseLM.from_pretrained(asked.base or BASE, "float32").freeze()
-    return base.to("cuda" if torch.cuda.is_available() else "cpu"), BLOCK, HORIZON
+    return base_of(asked.base or BASE), BLOCK, HORIZON
 
 
 def _nets(asked, runs: list[Trained], base: BaseLM, block: int) -> dict[str, Compressor]:

@@ -19,7 +19,7 @@ from megactx.evaluation.pictures import (
     side_by_side,
 )
 from megactx.evaluation.scores import MORE_RAW
-from megactx.evaluation.table import BLOCK, Report, Sheet, Table, cell, defined, pivot, without_nan
+from megactx.evaluation.table import BLOCK, OVERALL, Report, Sheet, Table, cell, defined, pivot, without_nan
 
 WITH_ROW = 1  # first offset that all carriers can be scored at
 COMPARED = {"all": "all h", "recovery": "h >= 1", "body": "h >= 4", "history": "history"}  # key -> span of the table
@@ -58,10 +58,11 @@ def rungs(parts: dict, about: dict, subject: str, block: int, base: str) -> dict
     _put(out, "h0", recovery_intervals(span.take(slice(None), slice(0, 1)), with_row))
     out["by_offset"] = {name: (values - span.full).mean(0).tolist() for name, values in span.carriers.items()}
     out["by_offset"]["dropped"] = (span.drop - span.full).mean(0).tolist()
-    out["domains"] = {}
-    for domain in span.domains:
-        found = recovery_intervals(span, names, WITH_ROW, domain)
-        out["domains"][domain] = {name: interval._asdict() for name, interval in found.items()}
+    out["domains"] = {
+        domain: {name: interval._asdict() for name, interval in recovery_intervals(own, names, WITH_ROW).items()}
+        for domain, own in span.by_domain().items()
+        if domain != OVERALL
+    }
     if history is not None:
         out["segments"], out["history_hash"] = len(history), history.block_hash()
         out["cost_of_no_history"] = (history.drop.double() - history.full.double()).mean().item()

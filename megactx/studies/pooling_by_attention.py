@@ -34,6 +34,7 @@ from megactx.lm import BaseLM
 from megactx.lm.layers import keys_values
 
 from .study import Options, command, usable
+from .trained import base_of
 
 POINTS = 6  # columns of the table of residuals over steps
 MEAN_OVER = 8  # batches that the constant state is the mean of
@@ -203,8 +204,7 @@ def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         raise ValueError(f"--lr={asked.lr} is not allowed: above 0")
     stem = usable(asked.out) / "pooling_by_attention"
     torch.manual_seed(asked.seed)
-    base = BaseLM.from_pretrained(asked.base, "float32").freeze()
-    base.to("cuda" if torch.cuda.is_available() else "cpu")
+    base = base_of(asked.base)
     nets = variants(base, asked.block_size, asked.only)
     source = Files(asked.path) if asked.path else Embedded()
     sizes = {"min_tokens": asked.tokens, "max_tokens": asked.tokens, "batch": 4, "spans": 16, "seed": asked.seed}

@@ -27,7 +27,6 @@ from megactx.evaluation.table import Report
 from megactx.focus.lensnet import LensNet
 from megactx.focus.values import continuation_nll
 from megactx.framework.bar import bar
-from megactx.framework.resume import best, read
 from megactx.gist import GistNet
 from megactx.gist.scoring import nll
 from megactx.lm import BaseLM
@@ -39,7 +38,7 @@ from megactx.stages.lens import LensStage
 
 from .study import Options, command, usable
 from .together_report import report_of, summarise
-from .trained import held_out, same
+from .trained import base_of, checkpoint_of, device, held_out, same
 
 
 @dataclass
@@ -71,10 +70,7 @@ def parts_of(folder: str | Path) -> Parts:
         ValueError: there is no checkpoint, or it is of another stage.
     """
     folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such run folder")
-    path = best(folder)
-    checkpoint = read(path)
+    path, checkpoint = checkpoint_of(folder)
     given = checkpoint["hyper_parameters"]
     settings = {"map_location": "cpu", "weights_only": True}
     tokens, changed = None, False
@@ -87,7 +83,7 @@ def parts_of(folder: str | Path) -> Parts:
         stage = LensStage.load_from_checkpoint(path, **settings)
     else:
         raise ValueError(f"{folder}: it is of no gist, lens, alternating or end_to_end stage")
-    stage.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    stage.to(device()).eval()
     lens = getattr(stage, "lens", None) or LensNet(stage.base.width, stage.gistnet.block_size).to(stage.device).eval()
     return Parts(
         name=name_of(folder),
@@ -203,7 +199,7 @@ def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         for batch in long[: asked.documents]
     ]
     spans = held_out(base, asked.path, block, horizon, max(tokens // 4, 2 * block + horizon), asked.blocks)
-    untouched = BaseLM.from_pretrained(first.base_name, "float32").freeze().to(base.model.device)
+    untouched = base_of(first.base_name)
     every = plain(untouched, chosen)
     dropped = dropping(untouched, chosen, asked.budgets)
     found = [measure_run(run, chosen, spans, horizon, asked.budgets, every) for run in runs]

@@ -116,14 +116,33 @@ def quiet() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def _load(folder: Path, name: str) -> Trained:
+def checkpoint_of(folder: Path) -> tuple[Path, dict]:
+    """Where the best checkpoint of a run is, and what it holds.
+
+    Raises:
+        ValueError: there is no such folder, or no checkpoint in it.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such run folder")
     path = best(folder)
-    if "controls" not in (settings := read(path)["hyper_parameters"]):
+    return path, read(path)
+
+
+def base_of(name: str) -> BaseLM:
+    """A frozen base LM in fp32, on the GPU where there is one."""
+    return BaseLM.from_pretrained(name, "float32").freeze().to(device())
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _load(folder: Path, name: str) -> Trained:
+    path, checkpoint = checkpoint_of(folder)
+    if "controls" not in (settings := checkpoint["hyper_parameters"]):
         raise ValueError(f"{folder}: it is no run of a gist stage")
     stage = GistStage.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    stage.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    stage.to(device()).eval()
     stage.base.to(torch.float32)  # probes and greedy decoding ask for the argmax: rounding must not decide it
     config = folder / "config.yaml"
     data = (yaml.safe_load(config.read_text()) if config.exists() else {}).get("data", {})

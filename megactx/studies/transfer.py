@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 from megactx.evaluation.bootstrap import recovery_intervals
 from megactx.evaluation.measure import measure
-from megactx.evaluation.table import OVERALL, Table
+from megactx.evaluation.table import Table
 
 from .trained import Trained
 
@@ -30,9 +30,9 @@ def measure_transfer(
     nets = {run.name: run.main for run in runs}
     scores = measure(runs[0].base, nets, batches, horizon, progress=progress)
     first = int(any(not net.makes_vectors for net in nets.values()))
-    for domain in (*scores.domains, None):
-        found = recovery_intervals(scores, list(scores.carriers), first, domain)
-        table.add_all(found, "carrier", metric="recovery", span=f"h >= {first}", domain=domain or OVERALL)
+    for domain, own in scores.by_domain().items():
+        found = recovery_intervals(own, list(own.carriers), first)
+        table.add_all(found, "carrier", metric="recovery", span=f"h >= {first}", domain=domain)
     about = {"first": first, "blocks": len(scores), "documents": scores.document.unique().numel()}
     about |= {"hash": scores.block_hash(), "trained": {run.name: run.weights for run in runs}}
     return {"transfer": about}

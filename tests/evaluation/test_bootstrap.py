@@ -29,16 +29,14 @@ def test_intervals_cover_the_known_recovery_about_as_often_as_they_say():
 
 def test_points_are_the_plain_recoveries_of_each_range_and_domain():
     scores = synthetic()
+    code = [index for index, name in enumerate(scores.domain) if name == "code"]
+    assert torch.equal(scores.by_domain()["code"].drop, scores.drop[code])
     for first in (0, 4):
-        for domain in (None, "code"):
-            rows = scores.rows(domain)
-            value = {
-                name: recovery(scores.full[rows], scores.drop[rows], nll[rows], first)
-                for name, nll in scores.carriers.items()
-            }
-            got = recovery_intervals(scores, ["gistnet"], first, domain)["gistnet"]
+        for own in scores.by_domain().values():
+            value = {name: recovery(own.full, own.drop, nll, first) for name, nll in own.carriers.items()}
+            got = recovery_intervals(own, ["gistnet"], first)["gistnet"]
             assert got.point == pytest.approx(value["gistnet"]) and got.low < got.point < got.high
-            difference = difference_intervals(scores, "gistnet", ["last token"], first, domain)["last token"]
+            difference = difference_intervals(own, "gistnet", ["last token"], first)["last token"]
             assert difference.point == pytest.approx(value["gistnet"] - value["last token"])
 
 
