@@ -67,11 +67,11 @@ def read_run(folder: Path) -> Run:
         run.reason = _why_not_done(folder)
     elif run.config.get("curriculum"):
         return run
-    elif not (folder / "report.json").exists():
-        run.reason = "its stage writes no report of gists"
-    else:
-        run.report = json.loads((folder / "report.json").read_text())
+    elif (path := folder / "report.json").exists() and "subject" in (report := json.loads(path.read_text())):
+        run.report = report
         run.steps, run.parameters = _from_checkpoint(folder / "checkpoints" / "last.ckpt", run)
+    else:
+        run.reason = "its stage writes no report of gists"
     return run
 
 

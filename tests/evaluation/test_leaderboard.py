@@ -163,7 +163,7 @@ def test_an_undefined_recovery_ranks_last_and_says_so(tmp_path):
 
 def test_runs_without_a_result_are_listed_with_the_reason(tmp_path):
     make_run(tmp_path / "good")
-    for name in ("failed", "refused", "killed", "stopped", "base_lm"):
+    for name in ("failed", "refused", "killed", "stopped", "base_lm", "lens"):
         (tmp_path / name).mkdir()
         if name != "refused":
             (tmp_path / name / "config.yaml").write_text("seed: 0\n")
@@ -175,6 +175,8 @@ def test_runs_without_a_result_are_listed_with_the_reason(tmp_path):
     (tmp_path / "refused" / "outcome.json").write_text(json.dumps(dict(state="failed", message="lrr: no\nmore")))
     (tmp_path / "killed" / "outcome.json").write_text(json.dumps(dict(state="running", message="")))
     (tmp_path / "base_lm" / "done").touch()
+    (tmp_path / "lens" / "done").touch()
+    (tmp_path / "lens" / "report.json").write_text(json.dumps(dict(budgets={})))  # a report of windows
     board = build([tmp_path])
     assert len(board.rows) == 1
     assert {run.folder.name: run.reason for run in board.missing} == {
@@ -183,6 +185,7 @@ def test_runs_without_a_result_are_listed_with_the_reason(tmp_path):
         "killed": "not finished: it runs, or was killed",
         "stopped": "not finished: it runs, or was stopped",
         "base_lm": "its stage writes no report of gists",
+        "lens": "its stage writes no report of gists",
     }
 
 
