@@ -97,7 +97,8 @@ def side_by_side(values: list[float]) -> list[float]:
 def colours_of(names: Iterable[str], subject: str | None = None) -> dict[str, str]:
     """A colour for each name; they come again where there are many."""
     rest = [name for name in names if name != subject]
-    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(rest)} | {subject: SUBJECT}
+    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(rest)}
+    return colours | ({} if subject is None else {subject: SUBJECT})
 
 
 def powers(axes, values: Iterable[float], labels: Iterable[str] | None = None) -> None:

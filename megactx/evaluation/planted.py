@@ -16,6 +16,7 @@ from megactx.lm import BaseLM
 from megactx.memory import WorkingContext
 
 from .focus import FULL, GISTS, LENS, focused, histories, windows
+from .table import OVERALL
 
 NEEDED = "the needed block"  # opened among gists
 USABLE = 0.5  # nats per token
@@ -76,10 +77,9 @@ def in_detail(context: WorkingContext, needed: list[int], row: int = 0) -> bool:
 
 def summarise_planted(scores: PlantedScores) -> dict:
     """Per kind and overall: cases, usable ones, and of these each policy's share in detail and NLL of the answer."""
-    usable, kinds = scores.usable(), torch.tensor([hash(kind) for kind in scores.kind])
-    out = {"kinds": {}}
-    for kind in ("overall", *dict.fromkeys(scores.kind)):
-        own = torch.ones_like(usable) if kind == "overall" else kinds == hash(kind)
+    usable, out = scores.usable(), {"kinds": {}}
+    for kind in (OVERALL, *dict.fromkeys(scores.kind)):
+        own = torch.tensor([kind in (OVERALL, one) for one in scores.kind])
         chosen = own & usable
         rows = {}
         for policy, values in scores.nll.items():

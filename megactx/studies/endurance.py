@@ -184,18 +184,18 @@ def sheet(table: Table) -> Sheet:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Time, memory and NLL over the tokens of history."""
-    memory = {
-        "resident, without the tree": [(row["resident"] - row["tree"]) / MIB for row in rows],
-        "tree": [row["tree"] / MIB for row in rows],
-        "keys, values and their inputs": [row["working"] / MIB for row in rows],
-    }
-    panels = {"CPU ms per token": {"": [row["ms"] for row in rows]}, "MiB": memory}
-    panels["NLL, nats per token"] = {"": [row["nll"] for row in rows]}
+    columns = {name: [row[name] / MIB for row in rows] for name in ("resident", "tree", "working")}
+    held = [resident - tree for resident, tree in zip(columns["resident"], columns["tree"], strict=True)]
+    memory = {"resident, without the tree": held, "tree": columns["tree"]}
+    memory["keys, values and their inputs"] = columns["working"]
+    panels = {"CPU ms per token": {"_": [row["ms"] for row in rows]}, "MiB": memory}  # _: not in the legend
+    panels["NLL, nats per token"] = {"_": [row["nll"] for row in rows]}
+    tokens = [row["tokens"] / 1e3 for row in rows]
     with picture(path, (16, 4.2), columns=len(panels)) as grid:
         for axes, (label, lines) in zip(grid[0], panels.items(), strict=True):
             for name, colour in colours_of(lines).items():
-                points = zip([row["tokens"] / 1e3 for row in rows], lines.get(name, []), strict=False)
-                line(axes, points, color=colour, label=name or None, linewidth=1, marker=None)
+                points = zip(tokens, lines[name], strict=True)
+                line(axes, points, color=colour, label=name, linewidth=1, marker=None)
             axes.set_ylim(bottom=0)
             panel(axes, "", "thousand tokens of history", label)
             legend(axes)
