@@ -54,7 +54,6 @@ def measure_focus(
     documents: Iterable[dict],
     budgets: list[float],
     oracle: int = 0,
-    seed: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> FocusScores:
     """Judge every policy at every budget on the same documents.
@@ -65,12 +64,10 @@ def measure_focus(
         documents: dicts ``ids`` [T + H], ``cursor`` T, ``domain``, ``text``.
         budgets: entries of a window over T.
         oracle: documents, the first ones, on which the oracle is measured too; it is slow.
-        seed: of the random rule.
     """
     out = FocusScores()
-    for number, (document, after, tree, full, values) in enumerate(
-        histories(base, encoder, progress(list(documents)), seed)
-    ):
+    walk = histories(base, encoder, progress(list(documents)))
+    for number, (document, after, tree, full, values) in enumerate(walk):
         cursor = document["cursor"]
         out.document.append(document["text"])
         out.domain.append(document["domain"])
@@ -89,14 +86,14 @@ def measure_focus(
     return out
 
 
-def histories(base: BaseLM, encoder, documents: Iterable[dict], seed: int) -> Iterator[tuple]:
+def histories(base: BaseLM, encoder, documents: Iterable[dict]) -> Iterator[tuple]:
     """Of each document: itself, its ids behind the cursor [1, H], the tree of those before, the NLL of all tokens but
     the first over the full context [T + H - 1], and what each rule thinks of its blocks."""
     for number, document in enumerate(documents):
         ids, cursor = document["ids"].to(base.model.device)[None], document["cursor"]
         tree = MegaContextTree.from_tokens(ids[:, :cursor], encoder, base)
         full = nll(base, base(base.embed(ids[:, :-1]), None)[0], ids[0, 1:])
-        yield document, ids[:, cursor:], tree, full, block_values(base, tree, ids[:, :cursor], full, seed + number)
+        yield document, ids[:, cursor:], tree, full, block_values(base, tree, ids[:, :cursor], full, number)
 
 
 def block_values(base: BaseLM, tree: MegaContextTree, ids: Tensor, full: Tensor, seed: int) -> dict[str, Tensor]:

@@ -43,7 +43,6 @@ def measure_planted(
     allocator: dict,
     documents: Iterable[dict],
     budget: float,
-    seed: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> PlantedScores:
     """Every policy at one budget on the same cases.
@@ -54,7 +53,7 @@ def measure_planted(
         budget: entries of a window over T.
     """
     out = PlantedScores()
-    for document, after, tree, full, values in histories(base, encoder, progress(list(documents)), seed):
+    for document, after, tree, full, values in histories(base, encoder, progress(list(documents))):
         entries = int(budget * document["cursor"])
         opened = torch.full_like(values[GISTS], -torch.inf)
         opened[0, document["needed"]] = 1.0

@@ -15,7 +15,7 @@ ERROR = re.compile(r"^[A-Za-z_][\w.]*: .*$", re.MULTILINE)  # the last line of a
 
 @dataclass
 class Run:
-    """One run folder. ``report`` is what ``write_report`` wrote, ``None`` where there is no result, with the reason."""
+    """One run folder. ``report``: of its ``report.json``; ``None`` where there is no result, with the reason."""
 
     folder: Path
     config: dict
