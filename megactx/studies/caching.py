@@ -29,7 +29,7 @@ from megactx.stages.trained import gistnet_of
 from .caching_cost import measure_answers, measure_making
 from .caching_overlap import measure_overlap
 from .caching_report import report_of
-from .drift import check, measure_drift
+from .drift import measure_drift, parsed
 from .prompts import again, cached, compressed, levels
 from .study import Options, command, multiple, usable
 from .trained import NOTHING, Nothing, Trained, base_of, held_out, load, same
@@ -64,7 +64,7 @@ def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     if asked.runs and asked.base:
         raise ValueError(f"--base={asked.base} is not allowed with runs: they name their own base")
     for change in asked.drift:
-        check(change)
+        parsed(change)
     own = asked.out or not asked.runs
     stem = (usable(asked.out or Path("runs/caching")) if own else Path(asked.runs[0])) / "caching"
     runs = load(asked.runs)

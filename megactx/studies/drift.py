@@ -104,7 +104,7 @@ def measure_drift(
     """
     changes, batches, table = list(changes), list(batches), Table()
     for change in changes:
-        check(change)
+        parsed(change)
     was, old = copy.deepcopy((base, dict(nets)), {id(base.tokenizer): base.tokenizer})
     was = Reader(was)
     for change in [None, *changes]:
@@ -130,43 +130,38 @@ def changed(base: BaseLM, change: str | None, seed: int = 0) -> Iterator[None]:
     """The same base LM with other weights inside, and with its own afterwards.
 
     Raises:
-        ValueError: see ``check``; or the other base LM has another architecture.
+        ValueError: see ``parsed``; or the other base LM has another architecture.
     """
     before = {name: value.clone() for name, value in base.state_dict().items()}
     try:
-        if change is None:
-            pass
-        elif (size := _number(change)) is not None:
-            _disturb(base, size, seed)
-        elif change.startswith(STEPS):
-            _train(base, _windows(base, int(change.removeprefix(STEPS)), seed))
-        else:
-            _replace(base, change)
+        if change is not None:
+            parsed(change)(base, seed)
         yield
     finally:
         base.load_state_dict(before)
 
 
-def check(change: str) -> None:
-    """Whether a change can be read.
+def parsed(change: str) -> Callable[[BaseLM, int], None]:
+    """What a change does to a base LM, drawn by a seed.
 
     Raises:
         ValueError: it is none of the three forms.
     """
-    size, steps = _number(change), change.removeprefix(STEPS)
-    if size is not None and not 0 < size < math.inf:
-        raise ValueError(f"--drift={change} is not allowed: a size is above 0")
-    if change.startswith(STEPS) and not (steps.isdecimal() and int(steps) > 0):
-        raise ValueError(f"--drift={change} is not allowed: {STEPS} takes a whole number from 1")
-    if size is None and not change.startswith(STEPS) and not Path(change).expanduser().is_dir():
-        raise ValueError(f"--drift={change} is not allowed: a relative size, {STEPS}N, or the folder of another base")
-
-
-def _number(text: str) -> float | None:
+    if change.startswith(STEPS):
+        steps = change.removeprefix(STEPS)
+        if not (steps.isdecimal() and int(steps) > 0):
+            raise ValueError(f"--drift={change} is not allowed: {STEPS} takes a whole number from 1")
+        return lambda base, seed: _train(base, _windows(base, int(steps), seed))
     try:
-        return float(text)
+        size = float(change)
     except ValueError:
-        return None
+        if not Path(change).expanduser().is_dir():
+            allowed = f"a relative size, {STEPS}N, or the folder of another base"
+            raise ValueError(f"--drift={change} is not allowed: {allowed}") from None
+        return lambda base, seed: _replace(base, change)
+    if not 0 < size < math.inf:
+        raise ValueError(f"--drift={change} is not allowed: a size is above 0")
+    return lambda base, seed: _disturb(base, size, seed)
 
 
 @torch.no_grad()

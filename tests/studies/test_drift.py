@@ -11,7 +11,7 @@ from megactx.gist.carriers.gistpool import GistPool
 from megactx.lm import masks
 from megactx.lm.prefill import prefill
 from megactx.studies import drift
-from megactx.studies.drift import changed, check, keys_of, measure_drift
+from megactx.studies.drift import changed, keys_of, measure_drift, parsed
 
 K, H, T = 8, 6, 64
 
@@ -93,7 +93,7 @@ def test_another_base_takes_its_place_where_it_has_the_same_architecture(tmp_pat
 )
 def test_a_change_that_cannot_be_read_is_refused(change, named):
     with pytest.raises(ValueError, match=f"--drift={change} is not allowed.*{named}"):
-        check(change)
+        parsed(change)
 
 
 @torch.no_grad()
