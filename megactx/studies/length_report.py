@@ -12,7 +12,7 @@ import torch
 from megactx.evaluation.bootstrap import mean_interval, wilson
 from megactx.evaluation.pictures import legend, line, panel, picture, powers
 from megactx.evaluation.planted import USABLE
-from megactx.evaluation.table import OVERALL, Report, Sheet, Table, cell, pivot, stack
+from megactx.evaluation.table import OVERALL, Report, Sheet, Table, cell, pivot
 from megactx.focus.allocator import RESIDENCY, SWAP_RATE, UTILISATION
 
 from .length_planted import usable
@@ -21,7 +21,8 @@ from .length_policies import DROP, FOCUS, FULL, RECENCY
 TELEMETRY = ("swap_rate", "residency", "utilisation", "reuse", "rooms")
 COLOURS = {FOCUS: "#009E73", RECENCY: "#0072B2", DROP: "black", FULL: "#D55E00"}
 STYLES = {"absolute": "--", "rebased": "-"}
-ABSOLUTE, LINE = "- absolute", ("carrier", "run")  # of full context; what a line of a sheet is of
+ABSOLUTE = "- absolute"  # the run of full context
+LINE, HEADING = ("carrier", "run"), ["policy", "budget", "positions"]  # what a line of a sheet is of, and says
 PANELS = {"nll": "NLL, nats per token", "vs_dropping": "less is better than dropping, nats", "ms": "ms per token"}
 PLANTED = {"found": "needed block in detail, share", "answer": "NLL of the answer, nats per token"}
 
@@ -100,30 +101,20 @@ def _sheet(own: Table, about: dict, length: int) -> Sheet:
     columns += [("swaps", "swap_rate", ".3f"), ("residency", "residency", ".1f"), ("in use", "utilisation", ".0%")]
     columns += [("KV reuse", "reuse", ".0%"), ("ms / token", "ms")]
     text = Table(row for row in own if "domain" not in row)
-    return pivot(title, text, columns, LINE, ["policy", "budget", "positions"], None, _focused(text), _label)
+    focused = [name for name in text.names(LINE) if FOCUS in name]
+    return pivot(title, text, columns, LINE, HEADING, None, focused, _label)
 
 
-def _label(name: tuple[str, str]) -> list[str]:
+def _label(name: tuple[str, ...]) -> list[str]:
     return [name[0], *name[1].split()]
 
 
-def _focused(table: Table) -> list[tuple]:
-    return [name for name in table.names(LINE) if name[0] == FOCUS]
-
-
 def _planted_sheet(table: Table, about: dict) -> Sheet:
-    own, parts = table.pick(domain=OVERALL), []
+    own, down = table.pick(domain=OVERALL), ("span", *LINE)
     columns = [("needed block in detail", "found"), ("NLL of the answer", "answer", ".3f")]
     title = f"planted facts: {about['usable']} usable ones of {about['cases']} cases"
-    for length in own.names("span"):
-        here = own.pick(span=length)
-
-        def label(name: tuple[str, str], length: int = length) -> list[str]:
-            return [f"{length:,}", *_label(name)]
-
-        heading = ["history", "policy", "budget", "positions"]
-        parts.append(pivot("", here, columns, LINE, heading, None, _focused(here), label))
-    return stack(title, *parts)
+    heading, focused = ["history", *HEADING], [name for name in own.names(down) if FOCUS in name]
+    return pivot(title, own, columns, down, heading, None, focused, lambda name: [f"{name[0]:,}", *_label(name[1:])])
 
 
 def notes_on(table: Table, about: dict) -> list[str]:
