@@ -137,3 +137,15 @@ def test_the_stage_of_the_page_runs_and_loads_from_its_checkpoint(added, tmp_pat
     stage = importlib.import_module("megactx.stages.unigram").UnigramStage
     assert stage.load_from_checkpoint(folder / "checkpoints" / "best.ckpt", weights_only=True).logits.std() > 0
     assert float((folder / "entropy.txt").read_text().split()[0]) < 9.0
+
+
+def test_the_study_that_the_page_shows_measures_and_refuses_what_is_not_allowed(added, texts, tmp_path, capsys):
+    import importlib
+
+    added("megactx/studies/share.py")
+    main = importlib.import_module("megactx.studies.share").main
+    assert main(["--path", str(texts), "--out", str(tmp_path / "share")]) == 0
+    assert (tmp_path / "share.csv").read_text().startswith("run,carrier,span,domain,metric")
+    assert "%" in capsys.readouterr().out
+    assert main(["--path", str(texts), "--characters", "0"]) == 2
+    assert "--characters=0 is not allowed: at least 1" in capsys.readouterr().err

@@ -5,6 +5,7 @@ see the same draws. Every statistic here is a ratio of sums, so a draw needs onl
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from .scores import BlockScores
 
 DRAWS = 2000
 LEAST_RECOVERY, LEAST_NATS = 0.005, 0.002  # what a claim is at least about
-TAIL = 0.025  # on either side: 95 % intervals
+TAIL, Z = 0.025, 1.96  # on either side, and in standard errors: 95 % intervals
 MATRIX = 4_000_000  # entries of the count matrix that are held at once
 
 
@@ -32,13 +33,10 @@ def recovery_intervals(
     scores: BlockScores,
     carriers: list[str],
     first: int = 0,
-    domain: str | None = None,
-    draws: int = DRAWS,
-    seed: int = 0,
 ) -> dict[str, Interval]:
-    """Recovery over offsets h >= first of each carrier, over one domain or all blocks."""
+    """Recovery over offsets h >= first of each carrier."""
     gained = {name: scores.drop.double() - scores.carriers[name].double() for name in carriers}
-    return _ratios(scores, gained, first, domain, draws, seed)
+    return _ratios(scores, gained, first)
 
 
 def difference_intervals(
@@ -46,55 +44,70 @@ def difference_intervals(
     subject: str,
     controls: list[str],
     first: int = 0,
-    domain: str | None = None,
-    draws: int = DRAWS,
-    seed: int = 0,
 ) -> dict[str, Interval]:
     """Recovery of ``subject`` minus recovery of each control, block by block, over offsets h >= first."""
     gained = {name: scores.carriers[name].double() - scores.carriers[subject].double() for name in controls}
-    return _ratios(scores, gained, first, domain, draws, seed)
+    return _ratios(scores, gained, first)
 
 
-def mean_interval(document: Tensor, values: Tensor, draws: int = DRAWS, seed: int = 0) -> Interval:
+def mean_interval(document: Tensor, values: Tensor) -> Interval:
     """Mean of values [M] whose documents are resampled."""
     columns = torch.stack([values.double(), torch.ones(len(values), dtype=torch.float64)], dim=1)
-    total, drawn = _resampled(document, columns, draws, seed)
+    total, drawn = _resampled(document, columns)
     return _interval(total[0] / total[1], drawn[:, 0] / drawn[:, 1])
 
 
-def verdict(difference: Interval, least: float = LEAST_RECOVERY) -> str:
+def verdict(difference: Interval | Mapping, least: float = LEAST_RECOVERY) -> str:
     """What an interval of subject minus control says: above, below, within the interval, or undefined.
 
     Args:
-        difference: its interval has no 0 in it where there is a claim, and the point is at least
+        difference: an interval, or a row of the table; there is no 0 in it where there is a claim, and the point is at
+            least
         least: large: with enough blocks any difference is sure, and one of 0.000 is still none.
     """
-    point, low, high = difference
-    if np.isnan(low):
+    point, low, high = _ends(difference)
+    if math.isnan(low):
         return "undefined"
     if abs(point) < least or low <= 0 <= high:
         return "within the interval"
     return "above" if point > 0 else "below"
 
 
-def reverse(difference: dict) -> Interval:
-    """A ``point``, ``low`` and ``high`` of control minus subject, as those of subject minus control."""
-    point, low, high = (
-        math.nan if value is None else -value for value in (difference["point"], difference["high"], difference["low"])
-    )
-    return Interval(point, low, high)
+def reverse(difference: Interval | Mapping) -> Interval:
+    """An interval, or a row of the table, of control minus subject, as that of subject minus control."""
+    point, low, high = _ends(difference)
+    return Interval(-point, -high, -low)
 
 
-def _ratios(scores, gained, first, domain, draws, seed) -> dict[str, Interval]:
+def wilson(right: int, of: int) -> Interval:
+    """A share and its 95 % interval (Wilson 1927), which is no point where none or all are right."""
+    share, z = right / of, Z**2 / of
+    middle = (share + z / 2) / (1 + z)
+    half = (z * share * (1 - share) + z**2 / 4) ** 0.5 / (1 + z)
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def told(behind: Mapping | None) -> str:
+    """The verdict on a carrier, of the row with the subject's lead over it; empty where there is none."""
+    said = verdict(reverse(behind)) if behind else "undefined"
+    return "" if said == "undefined" else said
+
+
+def _ends(difference: Interval | Mapping) -> Interval:
+    if isinstance(difference, Interval):
+        return difference
+    return Interval(*[math.nan if (value := difference.get(name)) is None else value for name in Interval._fields])
+
+
+def _ratios(scores, gained, first) -> dict[str, Interval]:
     """sum(gained) / sum(dNLL_drop) over h >= first, per name; undefined as recovery is."""
     if first >= scores.horizon:
         return {name: Interval(*[float("nan")] * 3) for name in gained}
-    rows = scores.rows(domain)
     cost = scores.drop.double() - scores.full.double()  # [M, H]
     columns = [cost, torch.ones(len(scores), 1)] + [
         values[:, first:].sum(1, keepdim=True) for values in gained.values()
     ]
-    total, drawn = _resampled(scores.document[rows], torch.cat(columns, dim=1)[rows], draws, seed)
+    total, drawn = _resampled(scores.document, torch.cat(columns, dim=1))
 
     def ratio(sums):  # [..., H + 1 + names]
         cost, blocks, gain = sums[..., : scores.horizon], sums[..., scores.horizon], sums[..., scores.horizon + 1 :]
@@ -105,19 +118,19 @@ def _ratios(scores, gained, first, domain, draws, seed) -> dict[str, Interval]:
     return {name: _interval(points[i], spread[:, i]) for i, name in enumerate(gained)}
 
 
-def _resampled(document: Tensor, values: Tensor, draws: int, seed: int) -> tuple[Tensor, Tensor]:
-    """values [M, C] -> their sums [C], and the sums of ``draws`` resamplings of the documents [draws, C]."""
+def _resampled(document: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """values [M, C] -> their sums [C], and the sums of ``DRAWS`` resamplings of the documents [DRAWS, C]."""
     _, owner = torch.unique(document, return_inverse=True)
     count = int(owner.max()) + 1
     sums = torch.zeros(count, values.shape[1], dtype=torch.float64).index_add_(0, owner, values.double())
     if count < 2:  # one document says nothing of the spread between documents
-        return sums.sum(0), torch.full((draws, values.shape[1]), torch.nan, dtype=torch.float64)
-    rng = np.random.default_rng(seed)
+        return sums.sum(0), torch.full((DRAWS, values.shape[1]), torch.nan, dtype=torch.float64)
+    rng = np.random.default_rng(0)  # the same draws for all: differences are paired
     step = max(1, MATRIX // count)
     share = np.full(count, 1 / count)
     drawn = []
-    for at in range(0, draws, step):
-        times = rng.multinomial(count, share, size=min(step, draws - at))  # [step, documents]
+    for at in range(0, DRAWS, step):
+        times = rng.multinomial(count, share, size=min(step, DRAWS - at))  # [step, documents]
         drawn.append(torch.from_numpy(times).double() @ sums)
     return sums.sum(0), torch.cat(drawn)
 

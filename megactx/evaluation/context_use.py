@@ -8,13 +8,13 @@ B batch, T tokens, W window, H horizon, K block.
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megactx.lm import BaseLM
+from megactx.lm import BaseLM, chunked_head
 from megactx.lm.masks import CAUSAL, branches
 
 from .bootstrap import mean_interval
+from .table import OVERALL, Table
 
 POSITIONS = (1, 8, 32, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)  # edges of the buckets of target positions
 DISTANCES = (128, 256, 1024, 3072)  # end of the first occurrence to start of the second
@@ -28,14 +28,12 @@ DROP_LENGTH = 1024
 WINDOWS = (128, 512)
 SEGMENT = 32  # targets behind a cut: they see W + 0..31 tokens
 SEGMENTS_PER_DOCUMENT = 8
-LOGIT_ROWS = 1024  # rows whose fp32 logits exist at once
-OVERALL = "overall"
 
 
 @torch.inference_mode()
 def context_use(
     base: BaseLM, documents: list[dict], length: int = 4096, seed: int = 0, tokens_per_pass: int = 16384
-) -> dict:
+) -> Table:
     """All four measures.
 
     Args:
@@ -45,8 +43,8 @@ def context_use(
         tokens_per_pass: upper bound of B x T.
 
     Returns:
-        A plain dict ``{"length", "loss_by_position", "copy_gain", "drop_cost", "cut_cost"}``; each measure maps
-        domain (and ``overall``) -> what was asked -> ``{"mean", "low", "high", "std", "documents"}``.
+        The long table: ``length``; and of each measure, ``loss_by_position``, ``copy_gain``, ``drop_cost``,
+        ``cut_cost``, what was asked as a span, by domain and ``overall``, over n documents, with their ``std``.
 
     Raises:
         ValueError: no document has ``length`` tokens.
@@ -56,16 +54,24 @@ def context_use(
         raise ValueError(f"context use: length={length}, but the longest document has {longest} tokens")
     limit = tokens_per_pass
     distances = [d for d in DISTANCES if BEFORE + 2 * PASSAGE + d <= length]
-    copy = {str(d): copy_gain(base, documents, d, PASSAGE, seed, limit) for d in distances}
     windows = [w for w in WINDOWS if BLOCK + w + SEGMENT <= length // 2]
-    cut = {str(w): cut_cost(base, documents, w, length, seed, limit) for w in windows}
-    return {
-        "length": length,
-        "loss_by_position": _table(documents, loss_by_position(base, documents, length, limit)),
-        "copy_gain": _table(documents, copy),
-        "drop_cost": _table(documents, drop_cost(base, documents, min(length, DROP_LENGTH), seed, limit)),
-        "cut_cost": _table(documents, cut),
+    measured = {
+        "loss_by_position": loss_by_position(base, documents, length, limit),
+        "copy_gain": {str(d): copy_gain(base, documents, d, PASSAGE, seed, limit) for d in distances},
+        "drop_cost": drop_cost(base, documents, min(length, DROP_LENGTH), seed, limit),
+        "cut_cost": {str(w): cut_cost(base, documents, w, length, seed, limit) for w in windows},
     }
+    table = Table()
+    table.add("length", length)
+    for domain in (OVERALL, *dict.fromkeys(document["domain"] for document in documents)):
+        for metric, spans in measured.items():
+            for span, values in spans.items():
+                if rows := [row for row in values if domain in (OVERALL, documents[row]["domain"])]:
+                    each = torch.tensor([values[row] for row in rows], dtype=torch.float64)
+                    mean = mean_interval(torch.tensor([documents[row]["text"] for row in rows]), each)._asdict()
+                    mean["std"] = each.std().item() if len(each) > 1 else float("nan")
+                    table.add(metric, mean, span=span, domain=domain, n=len(each))
+    return table
 
 
 def loss_by_position(base: BaseLM, documents: list[dict], length: int, tokens_per_pass: int = 16384) -> dict:
@@ -179,13 +185,8 @@ def nll(base: BaseLM, ids: Tensor) -> Tensor:
 
 
 def _scored(base: BaseLM, hidden: Tensor, targets: Tensor) -> Tensor:
-    """hidden [..., D], targets [...] -> NLL [...], with logits in chunks."""
-    rows, wanted = hidden.flatten(0, -2), targets.flatten()
-    parts = [
-        F.cross_entropy(base.logits(rows[at : at + LOGIT_ROWS]).float(), wanted[at : at + LOGIT_ROWS], reduction="none")
-        for at in range(0, len(rows), LOGIT_ROWS)
-    ]
-    return torch.cat(parts).view(targets.shape)
+    """hidden [..., D], targets [...] -> NLL [...]."""
+    return chunked_head.nll(base, hidden.flatten(0, -2), targets.flatten()).view(targets.shape)
 
 
 def _rows(hidden: Tensor, at: Tensor) -> Tensor:
@@ -219,22 +220,3 @@ def _batches(base: BaseLM, documents: list[dict], length: int, tokens_per_pass: 
 
 def _put(out: dict, rows: list[int], values: Tensor) -> None:
     out.update(zip(rows, values.tolist(), strict=True))
-
-
-def _table(documents: list[dict], measured: dict[str, dict]) -> dict:
-    """What was asked -> {document index: value} to domain -> what was asked -> mean, interval, spread, count."""
-    domains = [OVERALL, *dict.fromkeys(document["domain"] for document in documents)]
-    table = {domain: {} for domain in domains}
-    for name, values in measured.items():
-        for domain in domains:
-            rows = [row for row in values if domain in (OVERALL, documents[row]["domain"])]
-            if rows:
-                table[domain][name] = _spread([documents[row]["text"] for row in rows], [values[row] for row in rows])
-    return table
-
-
-def _spread(texts: list[int], values: list[float]) -> dict:
-    values = torch.tensor(values, dtype=torch.float64)
-    mean, low, high = mean_interval(torch.tensor(texts), values)
-    std = values.std().item() if len(values) > 1 else float("nan")
-    return {"mean": mean, "low": low, "high": high, "std": std, "documents": len(values)}

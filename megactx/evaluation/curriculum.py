@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-from megactx.framework.files import replacing
-
 from .plots import plot_stages
-from .sheets import Sheet, markdown_sheet, number, print_sheet, target_cells
-from .summary import DROPPED, OVERALL
+from .report import table_of, target_sheet
+from .summary import DROPPED
+from .table import OVERALL, Report, Table, pivot
 
 LAST_TOKEN = "last token"
 NOTE = (
@@ -18,39 +17,29 @@ NOTE = (
 
 
 def write_curriculum(folder: str | Path, stages: list[str]) -> None:
-    """Print the tables and write ``curriculum.md`` and ``curriculum.png``.
+    """Print the tables and write ``curriculum.md``, ``.csv``, ``.json`` and ``.png``.
 
     Args:
         folder: of the curriculum, with a finished run folder of each stage below it.
     """
-    folder = Path(folder)
+    folder, table = Path(folder), Table()
     reports = {name: json.loads((folder / name / "report.json").read_text()) for name in stages}
-    sheets = [_result_sheet(reports), _target_sheet(reports)]
-    for sheet in sheets:
-        print_sheet(sheet)
-    print(NOTE)
-    with replacing(folder / "curriculum.md") as part:
-        part.write_text("\n".join(["# Curriculum", "", *[markdown_sheet(sheet) for sheet in sheets], NOTE, ""]))
-    curves = {name: folder / name / "metrics.csv" for name in stages}
-    plot_stages(folder / "curriculum.png", {name: path for name, path in curves.items() if path.exists()})
-    print(f"Tables: {folder / 'curriculum.md'}   picture: {folder / 'curriculum.png'}")
-
-
-def _result_sheet(reports: dict) -> Sheet:
-    header = ["stage", "H", "blocks", "dNLL", "dropped", "recovery", LAST_TOKEN, "h >= 4", LAST_TOKEN]
-    rows = []
     for name, report in reports.items():
-        group = report["groups"][OVERALL]
-        own, control = group["rows"][report["subject"]], group["rows"][LAST_TOKEN]
-        cells = [own["dnll"], group["rows"][DROPPED]["dnll"]]
-        cells += [figures.get(key) for key in ("recovery", "recovery_body") for figures in (own, control)]
-        rows.append([name, str(report["horizon"]), f"{report['blocks']:,}", *[number(cell) for cell in cells]])
-    return Sheet("curriculum: the GistNet after each stage", header, rows)
+        table += [{"run": name, **row} for row in table_of(report)]
+        table += [{"run": name, "metric": metric, "point": report[metric]} for metric in ("horizon", "blocks")]
+    subject = next(iter(reports.values()))["subject"]
 
+    def column(heading: str, metric: str, carrier: str = subject) -> tuple:
+        return heading, {"metric": metric, "carrier": carrier, "span": None, "domain": OVERALL}, ".3f"
 
-def _target_sheet(reports: dict) -> Sheet:
-    rows = [[name, *target_cells(target)] for name, report in reports.items() for target in report["targets"]]
-    passed = sum(row[-1] == "passed" for row in rows)
-    return Sheet(
-        f"targets: {passed} of {len(rows)} passed", ["stage", "", "target", "GistNet", DROPPED, "status"], rows
-    )
+    columns = [("H", "horizon", "d"), ("blocks", "blocks", ",d")]
+    columns += [column("dNLL", "dnll"), column(DROPPED, "dnll", DROPPED)]
+    for heading, metric in (("recovery", "recovery"), ("h >= 4", "recovery_body")):
+        columns += [column(heading, metric), column(LAST_TOKEN, metric, LAST_TOKEN)]
+    targets = [(name, target) for name, report in reports.items() for target in report["targets"]]
+    curves = {name: path for name in stages if (path := folder / name / "metrics.csv").exists()}
+    sheets = [pivot("curriculum: the GistNet after each stage", table, columns, "run", "stage")]
+    sheets.append(target_sheet(targets, "GistNet"))
+    report = Report("Curriculum", table, sheets, NOTE, draw=lambda path: plot_stages(path, curves))
+    report.show()
+    print(report.write(folder / "curriculum"))

@@ -8,7 +8,7 @@ values, which look at the very tokens that are scored: no rule can have them, an
 B rows, T tokens before the cursor, H scored tokens, N blocks.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import bm25s
@@ -26,14 +26,8 @@ from megactx.lm import BaseLM
 from megactx.memory import MegaContextTree, WorkingContext
 
 LENS, ORACLE, FULL, DROP = "LensNet", "greedy oracle", "full context", "newest tokens alone"
-RECENCY, RANDOM, SURPRISE, BM25, GISTS = (
-    "recency",
-    "random blocks",
-    "most surprising blocks",
-    "BM25 of the tail",
-    "gists",
-)
-RULES = (RECENCY, RANDOM, SURPRISE, BM25, GISTS)
+RECENCY, RANDOM, SURPRISE = "recency", "random blocks", "most surprising blocks"
+BM25, GISTS = "BM25 of the tail", "gists"
 QUERY = 128  # newest tokens that BM25 asks with
 REFOCUSES, ORACLE_REFOCUSES = 16, 3  # at most
 
@@ -50,9 +44,6 @@ class FocusScores:
     estimated: list[Tensor] = field(default_factory=list)  # of edits that the oracle measured, at its first look
     measured: list[Tensor] = field(default_factory=list)
 
-    def policies(self, budget: str) -> list[str]:
-        return list(self.nll[budget])
-
 
 @torch.no_grad()
 def measure_focus(
@@ -63,7 +54,6 @@ def measure_focus(
     documents: Iterable[dict],
     budgets: list[float],
     oracle: int = 0,
-    seed: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> FocusScores:
     """Judge every policy at every budget on the same documents.
@@ -74,15 +64,11 @@ def measure_focus(
         documents: dicts ``ids`` [T + H], ``cursor`` T, ``domain``, ``text``.
         budgets: entries of a window over T.
         oracle: documents, the first ones, on which the oracle is measured too; it is slow.
-        seed: of the random rule.
     """
-    out, device = FocusScores(), base.model.device
-    for number, document in enumerate(progress(list(documents))):
-        ids, cursor = document["ids"].to(device)[None], document["cursor"]
-        before, after = ids[:, :cursor], ids[:, cursor:]
-        tree = MegaContextTree.from_tokens(before, encoder, base)
-        full = nll(base, hidden := base(base.embed(ids[:, :-1]), None)[0], ids[0, 1:])
-        values = block_values(base, tree, before, full, seed + number)
+    out = FocusScores()
+    walk = histories(base, encoder, progress(list(documents)))
+    for number, (document, after, tree, full, values) in enumerate(walk):
+        cursor = document["cursor"]
         out.document.append(document["text"])
         out.domain.append(document["domain"])
         for share in budgets:
@@ -93,12 +79,21 @@ def measure_focus(
             context = focused(tree, budget, lens, allocator, out.telemetry.setdefault(name, {}))
             row.setdefault(LENS, []).append(continuation_nll(base, context, after).mean().item())
             row.setdefault(FULL, []).append(full[cursor - 1 :].mean().item())
-            row.setdefault(DROP, []).append(_newest(base, ids, cursor, budget))
+            row.setdefault(DROP, []).append(_newest(base, document, budget))
             if number < oracle:
                 row.setdefault(ORACLE, []).append(_oracle(base, tree, budget, lens, allocator, after, out))
             out.free.setdefault(name, []).append(int(free_edits(tree, budget)[0]))
-        del hidden
     return out
+
+
+def histories(base: BaseLM, encoder, documents: Iterable[dict]) -> Iterator[tuple]:
+    """Of each document: itself, its ids behind the cursor [1, H], the tree of those before, the NLL of all tokens but
+    the first over the full context [T + H - 1], and what each rule thinks of its blocks."""
+    for number, document in enumerate(documents):
+        ids, cursor = document["ids"].to(base.model.device)[None], document["cursor"]
+        tree = MegaContextTree.from_tokens(ids[:, :cursor], encoder, base)
+        full = nll(base, base(base.embed(ids[:, :-1]), None)[0], ids[0, 1:])
+        yield document, ids[:, cursor:], tree, full, block_values(base, tree, ids[:, :cursor], full, number)
 
 
 def block_values(base: BaseLM, tree: MegaContextTree, ids: Tensor, full: Tensor, seed: int) -> dict[str, Tensor]:
@@ -157,9 +152,9 @@ def focused(tree, budget: int, lens: LensNet, allocator: dict, telemetry: dict |
     return context
 
 
-def _newest(base: BaseLM, ids: Tensor, cursor: int, budget: int) -> float:
+def _newest(base: BaseLM, document: dict, budget: int) -> float:
     """NLL of what follows with the newest ``budget`` raw tokens and nothing of what was before."""
-    ids = ids[:, cursor - budget :]
+    ids = document["ids"][document["cursor"] - budget :].to(base.model.device)[None]
     return nll(base, base(base.embed(ids[:, :-1]), None)[0], ids[0, 1:])[budget - 1 :].mean().item()
 
 

@@ -1,16 +1,11 @@
 """The report of a lens stage: what focus is worth at each budget, as tables, JSON and a picture."""
 
-import json
-from pathlib import Path
-
 import torch
 
-from megactx.framework.files import replacing
-
-from .bootstrap import LEAST_NATS, Interval, mean_interval, verdict
-from .files import without_nan
+from .bootstrap import LEAST_NATS, mean_interval, verdict
 from .focus import FULL, GISTS, LENS, ORACLE, RANDOM, RECENCY, SURPRISE, FocusScores
-from .sheets import Sheet, console_of, markdown_sheet, number, print_sheet
+from .pictures import panel, picture
+from .table import OVERALL, Report, Sheet, Table, pivot
 
 FEWEST_EDITS = 4  # blocks to choose, on average, below which a budget is not claimed
 FEWEST_CASES = 200
@@ -71,119 +66,95 @@ def summarise_focus(scores: FocusScores, horizon: int) -> dict:
     return out
 
 
-def report_focus(folder: Path, numbers: dict, console=None) -> None:
-    """Print the tables and write ``report.md``, ``report.json`` and ``report.png``."""
-    console = console_of(console)
-    head = (
-        f"What focus is worth: {numbers['windows']} windows of {numbers['documents']} texts, H = {numbers['horizon']}"
-    )
-    console.print(f"\n[bold]{head}[/bold]")
-    sheets = [_sheet(name, budget) for name, budget in numbers["budgets"].items()]
-    sheets.append(_telemetry_sheet(numbers))
-    if "planted" in numbers:
-        sheets.append(_planted_sheet(numbers["planted"]))
-    for sheet in sheets:
-        print_sheet(sheet, console)
-    lines = list(numbers["notes"])
+def focus_report(numbers: dict) -> Report:
+    """Numbers of ``summarise_focus``, and of ``summarise_planted`` as ``planted``, -> the report."""
+    table, notes = table_of(numbers), list(numbers["notes"])
+    sheets = [_sheet(table, name, budget) for name, budget in numbers["budgets"].items()]
+    columns = [(name, {"span": name}) for name in numbers["budgets"]]
+    columns.append(("healthy", {}, lambda row: HEALTHY.get(row["metric"], "")))
+    refocusing = Table(sorted(table.pick(carrier="per refocus"), key=lambda row: row["metric"]))
+    sheets.append(pivot("refocusing, means per refocus", refocusing, columns, "metric"))
     if "rank_correlation" in numbers:
-        lines.insert(
+        notes.insert(
             0,
             f"Rank correlation of LensNet with {numbers['measured_edits']:,} measured values:"
             f" {numbers['rank_correlation']:.2f}, within a window {numbers['rank_correlation_within']:.2f}"
             f" (their standard deviation is {numbers['measured_std']:.4f} nat).",
         )
-    console.print(LEGEND, style="dim", highlight=False)
-    if "planted" in numbers and (few := numbers["planted"]["kinds"]["overall"]["usable"]) < FEWEST_CASES:
-        lines.append(
-            f"Planted facts: the base can use {few} cases, fewer than {FEWEST_CASES}: it is the base that limits this"
-            " table, or more cases are needed (stage.evaluate.planted)."
-        )
-    for line in lines:
-        console.print(f"! {line}", style="yellow", highlight=False)
-    text = "\n".join([f"# {head}", "", *map(markdown_sheet, sheets), LEGEND, "", *(f"- {line}" for line in lines)])
-    with replacing(folder / "report.md") as part:
-        part.write_text(text.rstrip() + "\n")
-    with replacing(folder / "report.json") as part:
-        part.write_text(json.dumps(without_nan(numbers), indent=1, allow_nan=False))
-    plot_focus(folder / "report.png", numbers)
+    if planted := numbers.get("planted"):
+        sheets.append(_planted_sheet(table, planted))
+        if (few := planted["kinds"][OVERALL]["usable"]) < FEWEST_CASES:
+            notes.append(
+                f"Planted facts: the base can use {few} cases, fewer than {FEWEST_CASES}: it is the base that limits"
+                " this table, or more cases are needed (stage.evaluate.planted)."
+            )
+    title = (
+        f"What focus is worth: {numbers['windows']} windows of {numbers['documents']} texts, H = {numbers['horizon']}"
+    )
+    return Report(title, table, sheets, LEGEND, notes, draw=lambda path: _plot(path, numbers["budgets"], table))
 
 
-def plot_focus(path: Path, numbers: dict) -> None:
-    """One panel per budget: what each policy costs above the full context, with its interval."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    budgets = numbers["budgets"]
-    figure, panels = plt.subplots(1, len(budgets), figsize=(6 * len(budgets), 4), squeeze=False, layout="constrained")
-    for panel, (name, budget) in zip(panels[0], budgets.items(), strict=True):
-        rows = {policy: row["cost"] for policy, row in budget["rows"].items() if policy != FULL}
-        for place, (policy, cost) in enumerate(rows.items()):
-            color = "tab:red" if policy == LENS else "tab:green" if policy == ORACLE else "tab:gray"
-            error = [[cost["point"] - cost["low"]], [cost["high"] - cost["point"]]]
-            panel.barh(place, cost["point"], xerr=error, color=color)
-        panel.set_yticks(range(len(rows)), list(rows))
-        panel.set_xlabel("nats per token above the full context")
-        panel.set_title(f"budget {name} of the tokens, {budget['free_edits']:.0f} blocks to choose")
-    with replacing(path) as part:
-        figure.savefig(part, dpi=120)
-    plt.close(figure)
+def table_of(numbers: dict) -> Table:
+    """The numbers as one long table: a policy is a carrier, a budget a span; planted facts have a kind as domain."""
+    table = Table()
+    for budget, found in numbers["budgets"].items():
+        for policy, row in found["rows"].items():
+            for metric in ("nll", "cost", "of_gap", "lens_less"):
+                if metric in row:
+                    table.add(metric, row[metric], carrier=policy, span=budget, n=row["documents"])
+        table.add("free_edits", found["free_edits"], span=budget)
+        table.add_all(found["telemetry"], "metric", carrier="per refocus", span=budget)
+    for kind, part in numbers.get("planted", {"kinds": {}})["kinds"].items():
+        for policy, row in part["rows"].items():
+            about = {"carrier": policy, "span": "planted", "domain": kind, "n": part["usable"]}
+            table.add("nll", row["nll"], **about)
+            if row["found"] is not None:
+                table.add("found", row["found"], **about)
+    return table
 
 
-def _sheet(name: str, budget: dict) -> Sheet:
-    rows, strong = [], ()
-    for policy, row in budget["rows"].items():
-        if policy == LENS:
-            strong = (len(rows),)
-        rows.append(
-            [policy, number(row["nll"]), _interval(row["cost"]), number(row["of_gap"], "{:.0%}")]
-            + [_interval(row["lens_less"]) if "lens_less" in row else "-", str(row["documents"])]
-        )
+def _sheet(table: Table, name: str, budget: dict) -> Sheet:
     title = f"budget {name} of the tokens: {budget['free_edits']:.1f} blocks to choose. {budget['verdict']}"
-    return Sheet(title, ["", "NLL", "cost", "of the gap", "LensNet less", "documents"], rows, strong)
+    columns = [("NLL", "nll", ".3f"), ("cost", "cost", ".3f"), ("of the gap", "of_gap", ".0%")]
+    columns += [("LensNet less", "lens_less", ".3f"), ("documents", "nll", lambda row: str(row["n"]))]
+    return pivot(title, table.pick(span=name), columns, order=budget["rows"], strong=[LENS])
 
 
-def _telemetry_sheet(numbers: dict) -> Sheet:
-    budgets = numbers["budgets"]
-    names = sorted({key for budget in budgets.values() for key in budget["telemetry"]})
-    rows = [
-        [key, *(number(budget["telemetry"].get(key), "{:.2f}") for budget in budgets.values()), HEALTHY.get(key, "")]
-        for key in names
-    ]
-    return Sheet("refocusing, means per refocus", ["", *budgets, "healthy"], rows)
-
-
-def _planted_sheet(planted: dict) -> Sheet:
-    kinds, rows = planted["kinds"], []
-    for policy in next(iter(kinds.values()))["rows"]:
-        found = [kind["rows"][policy]["found"] for kind in kinds.values()]
-        loss = number(kinds["overall"]["rows"][policy]["nll"], "{:.2f}")
-        rows.append([policy, loss, *(number(share, "{:.0%}") for share in found)])
-    strong = tuple(index for index, row in enumerate(rows) if row[0] == LENS)
-    named = [f"{kind} ({part['usable']} of {part['cases']})" for kind, part in kinds.items()]
+def _planted_sheet(table: Table, planted: dict) -> Sheet:
+    columns = [("NLL of the answer", {"metric": "nll", "domain": OVERALL})]
+    for kind, part in planted["kinds"].items():
+        heading = f"{kind} ({part['usable']} of {part['cases']})"
+        columns.append((heading, {"metric": "found", "domain": kind}, ".0%"))
     title = (
         f"planted facts: the needed block is in detail, of cases that the base can use; {planted['tokens']:,} tokens,"
         f" budget {planted['budget']:g}"
     )
-    return Sheet(title, ["", "NLL of the answer", *named], rows, strong)
+    return pivot(title, table.pick(span="planted"), columns, strong=[LENS])
+
+
+def _plot(path, budgets: dict, table: Table) -> None:
+    """One panel per budget: what each policy costs above the full context, with its interval."""
+    with picture(path, (6 * len(budgets), 4), columns=len(budgets)) as grid:
+        for axes, (name, budget) in zip(grid[0], budgets.items(), strict=True):
+            rows = [row for row in table.pick(span=name, metric="cost") if row["carrier"] != FULL]
+            for place, row in enumerate(rows):
+                colour = {LENS: "tab:red", ORACLE: "tab:green"}.get(row["carrier"], "tab:gray")
+                error = [[row["point"] - row["low"]], [row["high"] - row["point"]]]
+                axes.barh(place, row["point"], xerr=error, color=colour)
+            axes.set_yticks(range(len(rows)), [row["carrier"] for row in rows])
+            title = f"budget {name} of the tokens, {budget['free_edits']:.0f} blocks to choose"
+            panel(axes, title, "nats per token above the full context", "")
 
 
 def _verdict(rows: dict, claimed: bool) -> str:
     if not claimed:
         return "Not claimed"
     less = [rows[name]["lens_less"] for name in TO_BEAT]
-    better = [verdict(Interval(each["point"], each["low"], each["high"]), LEAST_NATS) == "below" for each in less]
+    better = [verdict(each, LEAST_NATS) == "below" for each in less]
     if all(better):
         return "LensNet is better than recency, random and most surprising"
     beaten = ", ".join(name for name, is_better in zip(TO_BEAT, better, strict=True) if not is_better)
     return f"LensNet is not shown to be better than {beaten}"
-
-
-def _interval(value: dict) -> str:
-    if value["low"] != value["low"]:
-        return number(value["point"])
-    return f"{value['point']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
 def _mean(values: list[float]) -> float:

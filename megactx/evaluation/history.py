@@ -17,7 +17,7 @@ from megactx.gist.scoring import score_exactly
 from megactx.gist.substitution import blocks, teach
 from megactx.lm import BaseLM
 
-from .measure import in_eval_mode
+from .measure import in_eval_mode, scores_of
 from .passages import documents_with
 from .scores import MORE_RAW, BlockScores
 
@@ -85,7 +85,7 @@ def measure_history(
                 with_everything(teacher, starts, segment).flatten(0, 2),
                 blocks(ids, starts, segment).flatten(),
             )
-            parts.append(_scores(batch, starts, numbers, list(rows), segment))
+            parts.append(scores_of(batch, starts, numbers, list(rows)[:-1]))
     return BlockScores.concatenate(parts)
 
 
@@ -97,24 +97,3 @@ def _more_raw(base, teacher, starts: Tensor, block: int, segment: int, recency: 
         assert (counts == counts[0]).all(), "one document per batch"
         each.append(with_nothing(base, teacher, starts[:, n : n + 1], block, segment, recency + int(counts[0])))
     return torch.cat(each, dim=1)
-
-
-def _scores(batch: dict, starts: Tensor, numbers: dict, names: list[str], segment: int) -> BlockScores:
-    count = starts.numel()
-
-    def table(key, row=None):
-        values = numbers[key] if row is None else numbers[key][row]
-        return values.view(count, segment).cpu()
-
-    carriers = names[:-1]
-    named = [*carriers, "drop"]
-    return BlockScores(
-        full=table("full"),
-        drop=table("nll", len(carriers)),
-        carriers={name: table("nll", i) for i, name in enumerate(carriers)},
-        kl={name: table("kl", i) for i, name in enumerate(named)},
-        agree={name: table("agree", i) for i, name in enumerate(named)},
-        domain=[domain for domain in batch["domain"] for _ in range(starts.shape[1])],
-        document=batch["document"].repeat_interleave(starts.shape[1]).cpu(),
-        start=starts.flatten().cpu(),
-    )

@@ -18,7 +18,7 @@ from megactx.gist.scoring import score_exactly
 from megactx.gist.substitution import Teacher, blocks, check_blocks, dropped, rows_at, teach, unread
 from megactx.lm import BaseLM
 
-from .scores import BlockScores
+from .scores import DROP, BlockScores
 
 LAST_TOKEN, OTHER = "last token", "another block's gist"
 MEAN_BELOW = "mean of its gists"
@@ -164,7 +164,6 @@ def _exchanged(batches, gists, seed) -> list[Tensor]:
 
 
 def _score_batch(base, batch, teacher: Teacher, starts, carriers, tokens, horizon, first) -> BlockScores:
-    (b, n), names = starts.shape, list(carriers)
     hidden = read_carriers(base, teacher, starts, list(carriers.values()), tokens, horizon)
     hidden = torch.cat([hidden, dropped(base, teacher, starts, tokens, horizon)[None]])
     numbers = score_exactly(
@@ -174,16 +173,28 @@ def _score_batch(base, batch, teacher: Teacher, starts, carriers, tokens, horizo
         blocks(teacher.ids, starts + tokens + first, horizon - first).flatten(),
     )
 
-    def table(name, row=None):
-        values = numbers[name] if row is None else numbers[name][row]
-        return values.view(b * n, horizon - first).cpu()
+    return scores_of(batch, starts, numbers, list(carriers))
 
+
+def scores_of(batch: dict, starts: Tensor, numbers: dict[str, Tensor], carriers: list[str]) -> BlockScores:
+    """What ``score_exactly`` gave of the carriers and, behind them, of nothing in place, [carriers + 1, ...], by block.
+
+    Args:
+        batch: of which ``domain`` and ``document`` [B] are taken.
+        starts: of the blocks, [B, N].
+    """
+    b, n = starts.shape
+    tables = {
+        name: values.reshape(-1, b * n, numbers["full"].numel() // (b * n)).cpu() for name, values in numbers.items()
+    }
+    named = {name: dict(zip([*carriers, DROP], tables[name], strict=True)) for name in ("nll", "kl", "agree")}
+    drop = named["nll"].pop(DROP)
     return BlockScores(
-        full=table("full"),
-        drop=table("nll", len(names)),
-        carriers={name: table("nll", i) for i, name in enumerate(names)},
-        kl={name: table("kl", i) for i, name in enumerate([*names, "drop"])},
-        agree={name: table("agree", i) for i, name in enumerate([*names, "drop"])},
+        full=tables["full"][0],
+        drop=drop,
+        carriers=named["nll"],
+        kl=named["kl"],
+        agree=named["agree"],
         domain=[domain for domain in batch["domain"] for _ in range(n)],
         document=batch["document"].repeat_interleave(n).cpu(),
         start=starts.flatten().cpu(),

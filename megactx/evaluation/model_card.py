@@ -6,11 +6,41 @@ from pathlib import Path
 from megactx.framework.files import replacing
 
 from .context_use import BEFORE, BLOCK, PASSAGE, SEGMENT
+from .table import Table, cell, pivot
 
+SECTIONS = (  # metric, title, text, what a line is of
+    (
+        "loss_by_position",
+        "Loss by position",
+        "NLL by position of the predicted token, in windows of {length:,} tokens; the same documents in every row. A"
+        " base that uses its context falls.",
+        "positions",
+    ),
+    (
+        "copy_gain",
+        "A passage the second time",
+        f"Gain on a real passage of {PASSAGE} tokens that came before, by distance between the end of the first and the"
+        " start of the second occurrence. Control: the same passage at the same position, the first occurrence replaced"
+        f" by other text of the document. {BEFORE} tokens stand in front of it.",
+        "distance, tokens",
+    ),
+    (
+        "drop_cost",
+        "A block is missing",
+        f"Cost of hiding a block of {BLOCK} tokens, by offset behind it; all other tokens keep their positions.",
+        "offset, tokens",
+    ),
+    (
+        "cut_cost",
+        "The far context is missing",
+        f"Cost of a context of the first {BLOCK} tokens and only the last so many (up to {SEGMENT - 1} more).",
+        "last tokens kept",
+    ),
+)
 FACTS = ("name", "data", "steps", "tokens", "parameters", "validation")
 
 
-def model_card(facts: dict, use: dict) -> str:
+def model_card(facts: dict, use: Table) -> str:
     """Markdown with the header that the Hugging Face hub reads.
 
     Args:
@@ -50,57 +80,24 @@ def model_card(facts: dict, use: dict) -> str:
         "",
         "Means over held-out documents, nats per token, with 95 % intervals (bootstrap over texts).",
         "",
-        *_section(
-            "Loss by position",
-            f"NLL by position of the predicted token, in windows of {use['length']:,} tokens; the same documents in "
-            "every row. A base that uses its context falls.",
-            "positions",
-            use["loss_by_position"],
-        ),
-        *_section(
-            "A passage the second time",
-            f"Gain on a real passage of {PASSAGE} tokens that came before, by distance between the end of the first "
-            "and the start of the second occurrence. Control: the same passage at the same position, the first "
-            f"occurrence replaced by other text of the document. {BEFORE} tokens stand in front of it.",
-            "distance, tokens",
-            use["copy_gain"],
-        ),
-        *_section(
-            "A block is missing",
-            f"Cost of hiding a block of {BLOCK} tokens, by offset behind it; all other tokens keep their positions.",
-            "offset, tokens",
-            use["drop_cost"],
-        ),
-        *_section(
-            "The far context is missing",
-            f"Cost of a context of the first {BLOCK} tokens and only the last so many (up to {SEGMENT - 1} more).",
-            "last tokens kept",
-            use["cut_cost"],
-        ),
     ]
-    return "\n".join(lines).rstrip() + "\n"
+    sections = [_section(use, *section) for section in SECTIONS]
+    return "\n".join([*lines, *sections]).rstrip() + "\n"
 
 
-def write_model_card(folder: str | Path, facts: dict, use: dict) -> None:
+def write_model_card(folder: str | Path, facts: dict, use: Table) -> None:
     """Write ``README.md`` into the model's folder."""
     with replacing(Path(folder) / "README.md") as part:
         part.write_text(model_card(facts, use))
 
 
-def _section(title: str, text: str, what: str, measured: dict) -> list[str]:
-    domains = [domain for domain, values in measured.items() if values]
-    asked = list(dict.fromkeys(name for domain in domains for name in measured[domain]))
-    counts = {domain: max(value["documents"] for value in measured[domain].values()) for domain in domains}
-    head = [what, *[f"{domain} ({counts[domain]} documents)" for domain in domains]]
-    lines = [f"### {title}", "", text, "", f"| {' | '.join(head)} |", f"| --- |{' ---: |' * len(domains)}"]
-    for name in asked:
-        cells = [_cell(measured[domain].get(name)) for domain in domains]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return [*lines, ""]
+def _section(use: Table, metric: str, title: str, text: str, what: str) -> str:
+    own = use.pick(metric=metric)
+    counts = {domain: max(row["n"] for row in own.pick(domain=domain)) for domain in own.names("domain")}
+    columns = [(f"{domain} ({count} documents)", {"domain": domain}, _cell) for domain, count in counts.items()]
+    told = text.format(length=int(use.point(metric="length")))
+    return pivot(title, own, columns, "span", what).markdown(told, level=3)
 
 
-def _cell(value: dict | None) -> str:
-    if value is None:
-        return "-"
-    interval = "" if value["low"] != value["low"] else f" [{value['low']:.2f}, {value['high']:.2f}]"
-    return f"{value['mean']:.3f}{interval}"
+def _cell(row: dict | None) -> str:
+    return cell(row and {name: row[name] for name in ("point", "low", "high")}, ".3f")

@@ -12,11 +12,11 @@ import torch
 from megactx.focus.layout import by_value
 from megactx.focus.lensnet import LensNet
 from megactx.focus.values import continuation_nll
-from megactx.gist.scoring import nll
 from megactx.lm import BaseLM
-from megactx.memory import MegaContextTree, WorkingContext
+from megactx.memory import WorkingContext
 
-from .focus import FULL, GISTS, LENS, block_values, focused, windows
+from .focus import FULL, GISTS, LENS, focused, histories, windows
+from .table import OVERALL
 
 NEEDED = "the needed block"  # opened among gists
 USABLE = 0.5  # nats per token
@@ -43,7 +43,6 @@ def measure_planted(
     allocator: dict,
     documents: Iterable[dict],
     budget: float,
-    seed: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> PlantedScores:
     """Every policy at one budget on the same cases.
@@ -53,14 +52,9 @@ def measure_planted(
         documents: of ``plant``.
         budget: entries of a window over T.
     """
-    out, device = PlantedScores(), base.model.device
-    for number, document in enumerate(progress(list(documents))):
-        ids, cursor = document["ids"].to(device)[None], document["cursor"]
-        before, after = ids[:, :cursor], ids[:, cursor:]
-        tree = MegaContextTree.from_tokens(before, encoder, base)
-        full = nll(base, base(base.embed(ids[:, :-1]), None)[0], ids[0, 1:])
-        entries = int(budget * cursor)
-        values = block_values(base, tree, before, full, seed + number)
+    out = PlantedScores()
+    for document, after, tree, full, values in histories(base, encoder, progress(list(documents))):
+        entries = int(budget * document["cursor"])
         opened = torch.full_like(values[GISTS], -torch.inf)
         opened[0, document["needed"]] = 1.0
         found = windows(tree, entries, values) | {NEEDED: by_value(tree, entries, opened)}
@@ -69,7 +63,7 @@ def measure_planted(
         for policy, context in found.items():
             out.nll.setdefault(policy, []).append(continuation_nll(base, context, after).mean().item())
             out.found.setdefault(policy, []).append(in_detail(context, document["needed"]))
-        out.nll.setdefault(FULL, []).append(full[cursor - 1 :].mean().item())
+        out.nll.setdefault(FULL, []).append(full[document["cursor"] - 1 :].mean().item())
     return out
 
 
@@ -82,10 +76,9 @@ def in_detail(context: WorkingContext, needed: list[int], row: int = 0) -> bool:
 
 def summarise_planted(scores: PlantedScores) -> dict:
     """Per kind and overall: cases, usable ones, and of these each policy's share in detail and NLL of the answer."""
-    usable, kinds = scores.usable(), torch.tensor([hash(kind) for kind in scores.kind])
-    out = {"kinds": {}}
-    for kind in ("overall", *dict.fromkeys(scores.kind)):
-        own = torch.ones_like(usable) if kind == "overall" else kinds == hash(kind)
+    usable, out = scores.usable(), {"kinds": {}}
+    for kind in (OVERALL, *dict.fromkeys(scores.kind)):
+        own = torch.tensor([kind in (OVERALL, one) for one in scores.kind])
         chosen = own & usable
         rows = {}
         for policy, values in scores.nll.items():

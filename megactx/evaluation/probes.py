@@ -52,21 +52,6 @@ def measure_probes(base: BaseLM, net, probes: Iterable[Probe], recency: int) -> 
     return rows
 
 
-def recall(rows: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
-    """Rows of ``measure_probes`` -> class -> reader -> ``accuracy`` and mean ``nll``."""
-    out = {}
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        own = [row for row in rows if row["kind"] == kind]
-        out[kind] = {
-            reader: {
-                "accuracy": sum(row[reader]["right"] for row in own) / len(own),
-                "nll": sum(row[reader]["nll"] for row in own) / len(own),
-            }
-            for reader in READERS
-        }
-    return out
-
-
 def _answer(base: BaseLM, hidden: Tensor, targets: Tensor) -> dict:
     log_p = torch.log_softmax(base.logits(hidden).float(), dim=-1)  # [A, V]
     nll = -log_p.gather(1, targets[:, None]).mean()

@@ -1,28 +1,24 @@
-"""The end-of-run report: the numbers of ``summary`` as tables for a terminal, as Markdown, and as JSON."""
+"""The end-of-run report of a gist stage: the numbers of ``summary`` as one long table and its sheets."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
-from megactx.framework.files import replacing
+from .summary import DROPPED
+from .table import BLOCK, BLOCKS, OVERALL, Report, Sheet, Table, cell, pivot, stack
 
-from .files import without_nan
-from .sheets import Sheet, console_of, markdown_sheet, number, print_sheet, target_cells
-from .summary import DROPPED, OVERALL
-
-HEADING = "in place of the block"
-COLUMNS = {  # figure -> (heading, format)
-    "dnll": ("dNLL", "{:.3f}"),
-    "kl": ("KL", "{:.3f}"),
-    "recovery": ("recovery", "{:.2f}"),
-    "recovery_body": ("h>=4", "{:.2f}"),
-    "recovery_h0": ("h=0", "{:.2f}"),
-    "recovery_h1_3": ("1-3", "{:.2f}"),
-    "recovery_h4_15": ("4-15", "{:.2f}"),
-    "recovery_h16_up": ("16-", "{:.2f}"),
-    "substitutability": ("subst.", "{:.0%}"),
-    "ppl_ratio": ("ppl x", "{:.2f}"),
-    "top1": ("top-1", "{:.0%}"),
-}
+FIGURES = (  # heading, figure, format
+    ("dNLL", "dnll", ".3f"),
+    ("KL", "kl", ".3f"),
+    ("recovery", "recovery", ".2f"),
+    ("h>=4", "recovery_body", ".2f"),
+    ("h=0", "recovery_h0", ".2f"),
+    ("1-3", "recovery_h1_3", ".2f"),
+    ("4-15", "recovery_h4_15", ".2f"),
+    ("16-", "recovery_h16_up", ".2f"),
+    ("subst.", "substitutability", ".0%"),
+    ("ppl x", "ppl_ratio", ".2f"),
+    ("top-1", "top1", ".0%"),
+)
 GEOMETRY = {  # what is healthy, in words
     "diversity": "> 0.5; < 0.3 is collapse",
     "adjacent_distance": "> 0.3 in stage 1",
@@ -32,6 +28,8 @@ GEOMETRY = {  # what is healthy, in words
     "reconstruction_nll": "a decoder's, nats per token",
     "reconstruction_top1": "a decoder's, share of tokens",
 }
+LEVEL2 = "level 2"
+SPANS = (("all h", "all"), ("h >= 4", "body"))
 LEGEND = (
     "dNLL, KL in nats per token. recovery = 1 - sum dNLL / sum dNLL_drop, over all h, over h >= 4, and by band of h; "
     "subst. = blocks with dNLL < 1.0; ppl x = exp(dNLL); top-1 = same argmax as the full context. "
@@ -39,144 +37,143 @@ LEGEND = (
 )
 
 
-def print_report(numbers: dict, console=None) -> None:
-    """Print the tables, with rich."""
-    console = console_of(console)
-    console.print(f"\n[bold]{_headline(numbers)}[/bold]")
-    for sheet in _sheets(numbers):
-        print_sheet(sheet, console)
-    console.print(LEGEND, style="dim", highlight=False)
-    for note in numbers["notes"]:
-        console.print(f"! {note}", style="yellow", highlight=False)
-
-
-def markdown(numbers: dict) -> str:
-    """The same tables as Markdown."""
-    lines = [f"# {_headline(numbers)}", ""]
-    lines += [markdown_sheet(sheet) for sheet in _sheets(numbers)]
-    lines += [LEGEND, ""] + [f"- {note}" for note in numbers["notes"]]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def write_report(folder: str | Path, numbers: dict) -> None:
-    """Write ``report.md`` and ``report.json``; undefined numbers are ``null`` in JSON."""
-    with replacing(Path(folder) / "report.md") as part:
-        part.write_text(markdown(numbers))
-    with replacing(Path(folder) / "report.json") as part:
-        part.write_text(json.dumps(without_nan(numbers), indent=1, allow_nan=False))
-
-
-def _headline(numbers: dict) -> str:
-    return (
-        f"{numbers['subject']}: {numbers['blocks']:,} blocks of {numbers['documents']:,} documents, "
+def report_of(numbers: dict, draw: Callable[[Path], None] | None = None) -> Report:
+    """Numbers of ``summarise`` -> the report."""
+    subject, table, groups = numbers["subject"], table_of(numbers), _groups(numbers)
+    domains = [name for name in groups if name not in (OVERALL, LEVEL2)]
+    sheets = [_group_sheet(table, subject, name, group) for name, group in groups.items() if name != LEVEL2]
+    parts = [part for name, group in groups.items() for part in _against(table, subject, name, group)]
+    sheets.append(stack(f"recovery of {subject}, and its difference to each control on the same blocks", *parts))
+    if numbers["targets"]:
+        sheets.append(target_sheet([(None, target) for target in numbers["targets"]], subject))
+    if numbers["copies"]:
+        sheets.append(_copy_sheet(table, numbers, domains))
+    if numbers["level2"]:
+        sheets.append(_group_sheet(table, subject, LEVEL2, numbers["level2"]))
+    if numbers["history"]:
+        sheets.append(_history_sheet(table, numbers))
+    if numbers["geometry"]:
+        space = table.pick(span="gist space")
+        columns = [(name, {"domain": name}, ".3f") for name in (OVERALL, *domains)]
+        columns.append(("healthy", {}, lambda row: GEOMETRY.get(row["metric"], "")))
+        sheets.append(pivot("gist space", space, columns, "metric"))
+    title = (
+        f"{subject}: {numbers['blocks']:,} blocks of {numbers['documents']:,} documents, "
         f"H = {numbers['horizon']}, block hash {numbers['block_hash']}"
     )
+    return Report(title, table, sheets, LEGEND, numbers["notes"], draw=draw)
 
 
-def _sheets(numbers: dict) -> list[Sheet]:
-    sheets = [_group_sheet(numbers, name, group) for name, group in numbers["groups"].items()]
-    sheets.append(_against_sheet(numbers))
-    if numbers["targets"]:
-        sheets.append(_target_sheet(numbers))
-    if numbers["copies"]:
-        sheets.append(_copy_sheet(numbers))
-    if numbers["level2"]:
-        sheets.append(_group_sheet(numbers, "one gist of K gists in place of K^2 tokens", numbers["level2"]))
-    if numbers["history"]:
-        sheets.append(_history_sheet(numbers))
-    if numbers["geometry"]:
-        sheets.append(_geometry_sheet(numbers))
-    return sheets
+def table_of(numbers: dict) -> Table:
+    """The numbers as one long table."""
+    table, subject = Table(), numbers["subject"]
+    for domain, group in _groups(numbers).items():
+        about = {"domain": domain, "n": group["documents"]}
+        figures = {carrier: {k: v for k, v in row.items() if k != "quoted"} for carrier, row in group["rows"].items()}
+        table.add_all(figures, "carrier", "metric", **about)
+        intervals = {"recovery": group["recovery"], "ahead": group["against"]}
+        table.add_all(intervals, "metric", "carrier", "span", **about)
+    for distance, copied in numbers["copies"].items():
+        _passages(table, "copy", copied, f"{distance} tokens on", copied["blocks"])
+    if history := numbers["history"]:
+        _passages(table, "history", history, "history", history["documents"])
+        about = {"metric": "history_gain", "span": "history", "domain": OVERALL, "n": history["documents"]}
+        table.add_all(history["gain"], "carrier", **about)
+    for name, value in numbers["geometry"].items():
+        domain, _, metric = name.rpartition("/")
+        table.add(metric, value, carrier=subject, span="gist space", domain=domain or OVERALL)
+    table.add_all(numbers.get("flops_per_block", {}), "carrier", metric="flops_per_block")
+    return table
 
 
-def _group_sheet(numbers: dict, name: str, group: dict) -> Sheet:
-    subject = numbers["subject"]
+def _groups(numbers: dict) -> dict:
+    return numbers["groups"] | ({LEVEL2: numbers["level2"]} if numbers["level2"] else {})
+
+
+def _passages(table: Table, what: str, measured: dict, span: str, n: int) -> None:
+    table.add_all(measured["cost"], "domain", metric=f"{what}_cost", span=span, n=n)
+    table.add_all(measured["recovery"], "domain", "carrier", metric=f"{what}_recovery", span=span, n=n)
+
+
+def _group_sheet(table: Table, subject: str, name: str, group: dict) -> Sheet:
+    own = Table(row for row in table.pick(domain=name) if "span" not in row)
+    measured = own.names("metric")
     order = [row for row in group["rows"] if row not in (subject, *group["unquoted"])] + [subject]
-    present = [key for key in COLUMNS if any(key in group["rows"][row] for row in order)]
-    rows = []
-    for row in order:
-        figures = group["rows"][row]
-        label = f"{figures['quoted']} *" if "quoted" in figures else row
-        rows.append([label, *[number(figures.get(key), COLUMNS[key][1]) for key in present]])
-    title = f"{name}: {group['blocks']:,} blocks of {group['documents']:,} documents"
+    title = "one gist of K gists in place of K^2 tokens" if name == LEVEL2 else name
+    title += f": {group['blocks']:,} blocks of {group['documents']:,} documents"
     if families := [row for row in group["rows"] if "quoted" in group["rows"][row]]:
         title += f" (* the better of {len(group['unquoted']) // len(families)} forms of {', '.join(families)})"
-    return Sheet(title, [HEADING, *[COLUMNS[key][0] for key in present]], rows, (len(rows) - 1,))
+
+    def label(row: str) -> str:
+        return f"{group['rows'][row]['quoted']} *" if row in families else row
+
+    columns = [column for column in FIGURES if column[1] in measured]
+    return pivot(title, own, columns, heading=BLOCK, order=order, strong=[subject], label=label)
 
 
-def _against_sheet(numbers: dict) -> Sheet:
-    subject, rows, strong, groups = numbers["subject"], [], [], dict(numbers["groups"])
-    if numbers["level2"]:
-        groups["level 2"] = numbers["level2"]
-    for name, group in groups.items():
-        strong.append(len(rows))
-        own = group["recovery"][subject]
-        rows.append([f"{name}: {subject}", _interval(own["all"]), "", _interval(own["body"]), ""])
-        for control, spans in group["against"].items():
-            if control not in group["unquoted"]:
-                cells = [
-                    cell for span in spans.values() for cell in (_interval(span, sign="+", digits=3), span["verdict"])
-                ]
-                rows.append([f"  - {control}", *cells])
-    title = f"recovery of {subject}, and its difference to each control on the same blocks"
-    return Sheet(title, ["", "all h", "verdict", "h >= 4", "verdict"], rows, tuple(strong))
-
-
-def _copy_sheet(numbers: dict) -> Sheet:
-    subject, copied = numbers["subject"], numbers["copies"].values()
-    rows = [["cost of dropping, nats", *[number(part["cost"][OVERALL], "{:.3f}") for part in copied]]]
-    carriers = list(next(iter(copied))["recovery"][OVERALL])
-    for name in [*[name for name in carriers if name != subject], subject]:
-        rows.append([name, *[_interval(part["recovery"][OVERALL][name]) for part in copied]])
-    strong = (len(rows) - 1,)
-    for domain in [name for name in numbers["groups"] if name != OVERALL]:
-        cells = [part["recovery"].get(domain, {}).get(subject) for part in copied]
-        rows.append([f"{domain}: {subject}", *[_interval(cell) if cell else "-" for cell in cells]])
-    header = [f"{distance} tokens on" for distance in numbers["copies"]]
-    blocks = max(part["blocks"] for part in copied)
-    title = f"copy recovery: the block comes back so much later, up to {blocks:,} blocks"
-    return Sheet(title, [HEADING, *header], rows, strong)
-
-
-def _history_sheet(numbers: dict) -> Sheet:
-    subject, history = numbers["subject"], numbers["history"]
-    domains, rows = [name for name in history["recovery"] if name != OVERALL], []
-    costs = [number(history["cost"][name]) for name in (OVERALL, *domains)]
-    rows.append(["cost of no history, nats", *costs, ""])
-    carriers = list(history["recovery"][OVERALL])
-    for name in [*[name for name in carriers if name != subject], subject]:
-        cells = [_interval(history["recovery"][group][name]) for group in (OVERALL, *domains)]
-        gain = history["gain"].get(name)
-        rows.append([name, *cells, _interval(gain, sign="+", digits=3) if gain else ""])
-    title = (
-        f"history recovery: all blocks behind the recency window compressed, {history['segments']:,} segments of"
-        f" {history['tokens']} tokens, hash {history['block_hash']}"
+def _against(table: Table, subject: str, name: str, group: dict) -> tuple[Sheet, Sheet]:
+    """Its own recovery, and below it how far it is ahead of each control."""
+    own, controls = table.pick(domain=name), [row for row in group["against"] if row not in group["unquoted"]]
+    first, rest = [], []
+    for heading, span in SPANS:
+        first += [(heading, {"metric": "recovery", "span": span}), ("verdict", {}, lambda _: "")]
+        ahead = {"metric": "ahead", "span": span}
+        rest += [(heading, ahead, "+.3f"), ("verdict", ahead, lambda row: row["verdict"])]
+    return (
+        pivot("", own, first, order=[subject], strong=[subject], label=f"{name}: {{}}".format),
+        pivot("", own, rest, order=controls, label="  - {}".format),
     )
-    header = ["in place of the blocks", OVERALL, *domains, "gain at equal budget, nats"]
-    return Sheet(title, header, rows, (len(rows) - 1,))
 
 
-def _geometry_sheet(numbers: dict) -> Sheet:
-    geometry, domains = numbers["geometry"], [name for name in numbers["groups"] if name != OVERALL]
+def _copy_sheet(table: Table, numbers: dict, domains: list[str]) -> Sheet:
+    subject, found = numbers["subject"], numbers["copies"]
+    spans = [f"{distance} tokens on" for distance in found]
+    recovery, columns = table.pick(metric="copy_recovery"), [(span, {"span": span}) for span in spans]
+    cost = [(span, {"span": span, "domain": OVERALL}, ".3f") for span in spans]
+    carriers = recovery.pick(domain=OVERALL)
+    label = f"{{}}: {subject}".format
+    return stack(
+        f"copy recovery: the block comes back so much later, up to {max(part['blocks'] for part in found.values()):,}"
+        " blocks",
+        pivot("", table, cost, "metric", BLOCK, ["copy_cost"], label=lambda _: "cost of dropping, nats"),
+        pivot("", carriers, columns, order=_last(carriers.names("carrier"), subject), strong=[subject]),
+        pivot("", recovery.pick(carrier=subject), columns, "domain", order=domains, label=label),
+    )
+
+
+def _history_sheet(table: Table, numbers: dict) -> Sheet:
+    history, subject = numbers["history"], numbers["subject"]
+    own, domains = table.pick(span="history"), list(history["recovery"])
+    gain = "gain at equal budget, nats"
+    costs = [(name, {"domain": name}, ".3f") for name in domains] + [(gain, {}, lambda _: "")]
+    columns = [(name, {"metric": "history_recovery", "domain": name}) for name in domains]
+    columns.append((gain, "history_gain", lambda row: cell(row, "+.3f") if row else ""))
+    order = _last(own.names("carrier"), subject)
+    return stack(
+        f"history recovery: all blocks behind the recency window compressed, {history['segments']:,} segments of"
+        f" {history['tokens']} tokens, hash {history['block_hash']}",
+        pivot("", own, costs, "metric", BLOCKS, ["history_cost"], label=lambda _: "cost of no history, nats"),
+        pivot("", own, columns, order=order, strong=[subject]),
+    )
+
+
+def _last(names: list[str], subject: str) -> list[str]:
+    return [*[name for name in names if name != subject], subject]
+
+
+def target_sheet(targets: list[tuple[str | None, dict]], subject: str) -> Sheet:
+    """Judged targets: what was wanted, the value reached, the dropped block's own, the status.
+
+    Args:
+        targets: (stage, or ``None`` where there is but one; a target of ``summarise``, NaN or ``None`` if undefined).
+    """
     rows = []
-    for name in [name for name in geometry if "/" not in name]:
-        cells = [geometry[name], *[geometry.get(f"{domain}/{name}") for domain in domains]]
-        rows.append([name, *[number(cell, "{:.3f}") for cell in cells], GEOMETRY.get(name, "")])
-    return Sheet("gist space", ["", OVERALL, *domains, "healthy"], rows)
-
-
-def _target_sheet(numbers: dict) -> Sheet:
-    rows = [target_cells(target) for target in numbers["targets"]]
-    passed = sum(target["status"] == "passed" for target in numbers["targets"])
-    title = f"targets: {passed} of {len(rows)} passed"
-    return Sheet(title, ["", "target", numbers["subject"], DROPPED, "status"], rows)
-
-
-def _interval(values: dict, sign: str = "", digits: int = 2) -> str:
-    if values["point"] != values["point"]:
-        return "undefined"
-    form = f"{sign}.{digits}f"
-    point = f"{values['point']:{form}}"
-    if values["low"] != values["low"]:
-        return f"{point} [undefined]"
-    return f"{point} [{values['low']:{form}}, {values['high']:{form}}]"
+    for stage, target in targets:
+        goal = target["goal"]
+        sign = "<" if target["below"] else ">"
+        wanted = "{:g}-{:g}".format(*goal) if isinstance(goal, (list, tuple)) else f"{sign} {goal:g}"
+        reached = [cell(target[name], ".3f") for name in ("value", DROPPED)]
+        rows.append([stage] * bool(stage) + [target["target"], wanted, *reached, target["status"]])
+    passed = sum(row[-1] == "passed" for row in rows)
+    header = ["stage"] * bool(targets and targets[0][0]) + ["", "target", subject, DROPPED, "status"]
+    return Sheet(f"targets: {passed} of {len(rows)} passed", header, rows)

@@ -15,7 +15,7 @@ ERROR = re.compile(r"^[A-Za-z_][\w.]*: .*$", re.MULTILINE)  # the last line of a
 
 @dataclass
 class Run:
-    """One run folder. ``report`` is what ``write_report`` wrote, ``None`` where there is no result, with the reason."""
+    """One run folder. ``report``: of its ``report.json``; ``None`` where there is no result, with the reason."""
 
     folder: Path
     config: dict
@@ -67,11 +67,11 @@ def read_run(folder: Path) -> Run:
         run.reason = _why_not_done(folder)
     elif run.config.get("curriculum"):
         return run
-    elif not (folder / "report.json").exists():
-        run.reason = "its stage writes no report of gists"
-    else:
-        run.report = json.loads((folder / "report.json").read_text())
+    elif (path := folder / "report.json").exists() and "subject" in (report := json.loads(path.read_text())):
+        run.report = report
         run.steps, run.parameters = _from_checkpoint(folder / "checkpoints" / "last.ckpt", run)
+    else:
+        run.reason = "its stage writes no report of gists"
     return run
 
 

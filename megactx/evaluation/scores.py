@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megactx.framework.files import replacing
 
+from .table import OVERALL
+
 MORE_RAW = "as many more raw tokens"  # of a history: one raw token in place of each carrier
 DROP = "drop"  # the name under which ``kl`` and ``agree`` may also hold the dropped block
 
@@ -76,9 +78,20 @@ class BlockScores:
         """The domains present, in order of first appearance."""
         return list(dict.fromkeys(self.domain))
 
-    def rows(self, domain: str | None = None) -> Tensor:
-        """bool [M]: the blocks of one domain, or all of them."""
-        return torch.tensor([domain is None or name == domain for name in self.domain])
+    def rows(self, domain: str) -> list[int]:
+        """The blocks of one domain."""
+        return [index for index, name in enumerate(self.domain) if name == domain]
+
+    def by_domain(self) -> dict[str, "BlockScores"]:
+        """``overall`` and every domain -> its blocks."""
+        return {OVERALL: self} | {domain: self.take(self.rows(domain)) for domain in self.domains}
+
+    def take(self, blocks: list[int] | slice, offsets: slice = slice(None)) -> "BlockScores":
+        """Some of the blocks, in this order, over some of the offsets."""
+        tables = {name: values[blocks][:, offsets] for name, values in self._per_offset().items()}
+        order = range(len(self))[blocks] if isinstance(blocks, slice) else blocks
+        own = {"document": self.document[blocks], "start": self.start[blocks]}
+        return BlockScores(**_nested(tables), domain=[self.domain[index] for index in order], **own)
 
     def block_hash(self) -> str:
         """12 hex digits that identify the scored blocks whatever their order: equal hashes, same blocks."""

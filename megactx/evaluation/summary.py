@@ -11,8 +11,8 @@ from .bootstrap import difference_intervals, mean_interval, recovery_intervals, 
 from .measure import MEAN_BELOW
 from .metrics import BODY, LOWER_IS_BETTER, WEAK, block_sums, figures
 from .scores import DROP, MORE_RAW, BlockScores
+from .table import OVERALL
 
-OVERALL = "overall"
 WEIGHTED = "weighted"  # in front of a target: over the domains by their share of the training documents
 FULL, DROPPED = "full", "dropped"  # rows of the report that are no carriers
 SPANS = {"all": 0, "body": BODY}  # first offset of each
@@ -55,8 +55,7 @@ def summarise(
     if subject not in scores.carriers:
         raise ValueError(f"report: {subject!r} was not scored, only {list(scores.carriers)}")
     geometry = {name: float(value) for name, value in (geometry or {}).items()}
-    groups = {OVERALL: _group(scores, subject, None)}
-    groups |= {domain: _group(scores, subject, domain) for domain in scores.domains}
+    groups = {name: _group(own, subject) for name, own in scores.by_domain().items()}
     numbers = {
         "subject": subject,
         "horizon": scores.horizon,
@@ -65,8 +64,8 @@ def summarise(
         "block_hash": scores.block_hash(),
         "groups": groups,
         "geometry": geometry,
-        "copies": {str(distance): _copies(part) for distance, part in (copies or {}).items()},
-        "level2": level2 and _group(level2, subject, None),
+        "copies": {str(at): {"blocks": len(part)} | _passages(part) for at, part in (copies or {}).items()},
+        "level2": level2 and _group(level2, subject),
         "history": history and _history(history),
     }
     goals = {name: goal for name, goal in GEOMETRY_TARGETS.items() if name in geometry}
@@ -93,22 +92,19 @@ def check_targets(targets: dict[str, float], horizon: int) -> None:
             raise ValueError(f"stage.targets.{name}: it is not measured; measured are {', '.join(known)}")
 
 
-def _group(scores: BlockScores, subject: str, domain: str | None) -> dict:
-    rows = scores.rows(domain)
-    full, drop = scores.full[rows], scores.drop[rows]
-    tables = {FULL: full, DROPPED: drop} | {name: values[rows] for name, values in scores.carriers.items()}
-    figure = {}
-    for name, values in tables.items():
+def _group(scores: BlockScores, subject: str) -> dict:
+    full, drop, figure = scores.full, scores.drop, {}
+    for name, values in ({FULL: full, DROPPED: drop} | scores.carriers).items():
         key = DROP if name == DROPPED else name
         kl, agree = scores.kl.get(key), scores.agree.get(key)
         if name == FULL:
-            kl, agree = torch.zeros_like(scores.full), torch.ones_like(scores.full, dtype=torch.bool)
-        sums = block_sums(full, drop, values, kl if kl is None else kl[rows], agree if agree is None else agree[rows])
-        figure[name] = {key: value.item() for key, value in figures(sums).items() if key not in ("blocks", "dnll_drop")}
+            kl, agree = torch.zeros_like(full), torch.ones_like(full, dtype=torch.bool)
+        found = figures(block_sums(full, drop, values, kl, agree))
+        figure[name] = {key: value.item() for key, value in found.items() if key not in ("blocks", "dnll_drop")}
     drop_cost = drop.double() - full.double()
     out = {
-        "blocks": int(rows.sum()),
-        "documents": scores.document[rows].unique().numel(),
+        "blocks": len(scores),
+        "documents": scores.document.unique().numel(),
         "rows": figure,
         "cost_of_dropping": {"all": drop_cost.mean().item(), "h4_15": drop_cost[:, BODY:16].mean().item()},
         "recovery": {},
@@ -116,9 +112,9 @@ def _group(scores: BlockScores, subject: str, domain: str | None) -> dict:
     }
     controls = [name for name in scores.carriers if name != subject]
     for span, first in SPANS.items():
-        for name, interval in recovery_intervals(scores, list(scores.carriers), first, domain).items():
+        for name, interval in recovery_intervals(scores, list(scores.carriers), first).items():
             out["recovery"].setdefault(name, {})[span] = interval._asdict()
-        for name, interval in difference_intervals(scores, subject, controls, first, domain).items():
+        for name, interval in difference_intervals(scores, subject, controls, first).items():
             told = verdict(interval) if out["documents"] >= CLAIMED_FROM else "too few documents"
             out["against"].setdefault(name, {})[span] = interval._asdict() | {"verdict": told}
     out["unquoted"] = []
@@ -140,26 +136,20 @@ def _point(difference: dict) -> float:
     return float("inf") if difference["point"] != difference["point"] else difference["point"]
 
 
-def _copies(scores: BlockScores) -> dict:
-    """Cost of dropping the first occurrence, in nats per token of the second, and recovery of each carrier."""
-    out = {"blocks": len(scores), "cost": {}, "recovery": {}}
-    for domain in (None, *scores.domains):
-        rows, name = scores.rows(domain), domain or OVERALL
-        out["cost"][name] = (scores.drop[rows].double() - scores.full[rows].double()).mean().item()
-        intervals = recovery_intervals(scores, list(scores.carriers), domain=domain)
+def _passages(scores: BlockScores) -> dict:
+    """What having nothing costs, in nats per token, and recovery of each carrier, overall and by domain."""
+    out = {"cost": {}, "recovery": {}}
+    for name, own in scores.by_domain().items():
+        out["cost"][name] = (own.drop.double() - own.full.double()).mean().item()
+        intervals = recovery_intervals(own, list(own.carriers))
         out["recovery"][name] = {carrier: interval._asdict() for carrier, interval in intervals.items()}
     return out
 
 
 def _history(scores: BlockScores) -> dict:
-    """What a history without its old blocks costs, in nats; recovery of each carrier, and its gain at equal budget."""
+    """The passages behind compressed histories, and each carrier's gain at equal budget."""
     out = {"segments": len(scores), "tokens": scores.horizon, "documents": scores.document.unique().numel()}
-    out |= {"block_hash": scores.block_hash(), "cost": {}, "recovery": {}, "gain": {}}
-    for domain in (None, *scores.domains):
-        rows, name = scores.rows(domain), domain or OVERALL
-        out["cost"][name] = (scores.drop[rows].double() - scores.full[rows].double()).mean().item()
-        intervals = recovery_intervals(scores, list(scores.carriers), domain=domain)
-        out["recovery"][name] = {carrier: interval._asdict() for carrier, interval in intervals.items()}
+    out |= {"block_hash": scores.block_hash(), "gain": {}} | _passages(scores)
     for carrier, values in scores.carriers.items():
         if carrier != MORE_RAW:
             gain = (scores.carriers[MORE_RAW].double() - values.double()).mean(dim=1)

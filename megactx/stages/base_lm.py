@@ -17,6 +17,7 @@ from megactx.data.documents import VALIDATION, cut
 from megactx.data.tokenizer import bos_id
 from megactx.evaluation.context_use import context_use
 from megactx.evaluation.model_card import write_model_card
+from megactx.evaluation.table import OVERALL, Table
 from megactx.framework.files import IN_RUN, replacing
 from megactx.framework.kinds import Count, NonNegative, Share, Whole
 from megactx.framework.next_command import next_command
@@ -195,21 +196,21 @@ class BaseLMStage(Stage):
             base.model.save_pretrained(part)
             tokenizer.save_pretrained(part)
             write_model_card(part, self._facts(datamodule, use), use)
-        for distance, value in use["copy_gain"].get("overall", {}).items():
-            print(f"A passage the second time, at distance {distance}: {value['mean']:+.2f} nat per token gained")
+        for row in use.pick(metric="copy_gain", domain=OVERALL):
+            print(f"A passage the second time, at distance {row['span']}: {row['point']:+.2f} nat per token gained")
         print(f"Model and card: {final}")
         kept = {"keep": ("data", "trainer"), "options": ("preset",)}
         print(f"Next: {next_command(folder, 'demo', {'base.name': final}, **kept)}")
 
-    def _context_use(self, base: BaseLM, datamodule) -> dict:
+    def _context_use(self, base: BaseLM, datamodule) -> Table:
         held_out, _ = cut(datamodule.rows, VALIDATION, datamodule.tokenizer, 1, min(CARD_TOKENS, base.max_positions))
         # All in windows of one length, so that the same documents stand in every row of a table.
         length = max(len(document["input_ids"]) for document in held_out)
         documents = [document for document in held_out if len(document["input_ids"]) == length]
         return context_use(base, _balanced(documents, self.hparams.evaluate["documents"]), length)
 
-    def _facts(self, datamodule, use: dict) -> dict:
-        h = self.hparams
+    def _facts(self, datamodule, use: Table) -> dict:
+        h, losses = self.hparams, use.pick(metric="loss_by_position")
         each = datamodule.each
         windows = ", ".join(f"{p['steps']} steps of {p['batch'] * each} x {p['tokens']}" for p in datamodule.phases)
         return {
@@ -218,7 +219,7 @@ class BaseLMStage(Stage):
             "steps": self.global_step,
             "tokens": datamodule.tokens(self.global_step),
             "parameters": sum(p.numel() for p in self.base.parameters()),
-            "validation": {domain: _mean_loss(buckets) for domain, buckets in use["loss_by_position"].items()},
+            "validation": {domain: _mean_loss(losses.pick(domain=domain)) for domain in losses.names("domain")},
             "training": {
                 "windows of tokens": windows,
                 "optimizer": f"Muon {h.muon_lr} for matrices, AdamW {h.adamw_lr} for the rest, linear decay over the "
@@ -280,8 +281,8 @@ def _balanced(documents: list[dict], count: int) -> list[dict]:
     return out
 
 
-def _mean_loss(buckets: dict) -> float:
-    """Mean over all positions from the means of buckets named ``first-last``."""
-    widths = [int(name.split("-")[1]) - int(name.split("-")[0]) + 1 for name in buckets]
-    means = [value["mean"] for value in buckets.values()]
+def _mean_loss(buckets: Table) -> float:
+    """Mean over all positions from the means of buckets whose spans are named ``first-last``."""
+    spans, means = [row["span"].split("-") for row in buckets], [row["point"] for row in buckets]
+    widths = [int(last) - int(first) + 1 for first, last in spans]
     return sum(w * m for w, m in zip(widths, means, strict=True)) / sum(widths)

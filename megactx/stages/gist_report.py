@@ -12,7 +12,7 @@ from megactx.evaluation.measure import measure, untrained
 from megactx.evaluation.passages import measure_copies, measure_level
 from megactx.evaluation.plots import plot_run
 from megactx.evaluation.reconstruction import reconstruction, train_decoder
-from megactx.evaluation.report import print_report, write_report
+from megactx.evaluation.report import report_of
 from megactx.evaluation.summary import summarise
 from megactx.evaluation.validation import SpaceMetrics
 from megactx.framework.bar import bar
@@ -70,11 +70,11 @@ def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, wei
             f"{', '.join(without)}: keys and values have no output row, so at h = 0 they count as dropped; against"
             " vectors compare the bands from h = 1 on."
         )
+    curve = curve if curve.exists() else None
+    made = report_of(numbers, lambda path: plot_run(path, scores, curve, numbers["subject"]))
     print(f"\nResult on {what}")
-    print_report(numbers)
-    write_report(folder, numbers)
-    plot_run(folder / "report.png", scores, curve if curve.exists() else None, numbers["subject"])
-    print(f"Tables: {folder / 'report.md'}   picture: {folder / 'report.png'}")
+    made.show()
+    print(made.write(folder / "report", numbers))
 
 
 def _history(stage, batches: list[dict], count: int, settings: dict):

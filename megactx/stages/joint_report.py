@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megactx.evaluation.files import without_nan
+from megactx.evaluation.table import without_nan
 from megactx.framework.files import replacing
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapters_of

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megactx.data.files import Files
 from megactx.evaluation.focus import measure_focus
-from megactx.evaluation.focus_report import report_focus, summarise_focus
+from megactx.evaluation.focus_report import focus_report, summarise_focus
 from megactx.evaluation.planted import measure_planted, summarise_planted
 from megactx.framework.bar import bar
 
@@ -41,5 +41,6 @@ def _report(stage, folder: Path, documents: list[dict], cases: list[dict], what:
         numbers["planted"] = summarise_planted(measure_planted(*parts, cases, largest, progress=shown))
         numbers["planted"] |= {"budget": largest, "tokens": cases[0]["cursor"]}
     print(f"\nResult on {what}")
-    report_focus(folder, numbers)
-    print(f"Tables: {folder / 'report.md'}   picture: {folder / 'report.png'}")
+    made = focus_report(numbers)
+    made.show()
+    print(made.write(folder / "report", numbers))

@@ -9,21 +9,23 @@ of the same size, such as seeds, are combined.
 
 import argparse
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from megactx.evaluation.sheets import Sheet
-from megactx.framework.command_line import run
+from megactx.evaluation.pictures import colours_of, legend, line, panel, picture, powers
+from megactx.evaluation.table import BLOCK, Report, Sheet, Table, pivot, stack
 
-from .block_sizes_plot import MODES, plot
 from .ladder import read_ladder
-from .ladder_report import combine
-from .tables import interval, show, usable, write
+from .ladder_report import COMPARED, combine, table_of
+from .study import Options, command, usable
 
-NOTES = [
+SPANS = {"h >= 1": "one block, h >= 1", "h >= 4": "one block, h >= 4", "history": "history"}
+LEGEND = (
     "recovery = 1 - sum dNLL / sum dNLL_drop. Brackets: 95 %, bootstrap over documents; with several runs of a size ±"
-    " is their standard deviation.",
-    "cost of none: dNLL in nats per token with the block dropped, or all blocks of the history.",
-]
+    " is their standard deviation. cost of none: dNLL in nats per token with the block dropped, or all blocks of the"
+    " history."
+)
 
 
 def by_size(runs: list[dict]) -> dict[int, dict]:
@@ -39,81 +41,80 @@ def by_size(runs: list[dict]) -> dict[int, dict]:
     if len(sizes) < 2:
         raise ValueError(f"block_sizes: all runs have block_size={sizes[0]}; give ladders of at least two sizes")
     ladders = {size: combine([run for run in runs if run["block_size"] == size]) for size in sizes}
-    if not shared(ladders):
+    if not set.intersection(*[{*ladder["carriers"]} for ladder in ladders.values()]):
         raise ValueError("block_sizes: the runs have no carrier in common")
     return ladders
 
 
-def shared(ladders: dict[int, dict]) -> list[str]:
-    """Carriers that every size has, best at the smallest first."""
-    first = next(iter(ladders.values()))["carriers"]
-    names = [name for name in first if all(name in ladder["carriers"] for ladder in ladders.values())]
-    points = {name: (first[name].get("recovery") or {}).get("point") for name in names}
-    return sorted(names, key=lambda name: (points[name] is None, -(points[name] or 0)))
-
-
 def costs(ladder: dict) -> dict[str, float | None]:
-    """Mode -> what having nothing costs, in nats per token."""
+    """Span -> what having nothing costs, in nats per token."""
     dropped = ladder["by_offset"]["dropped"]
-    means = {
-        name: sum(dropped[first:]) / max(1, len(dropped) - first) for name, first in (("recovery", 1), ("body", 4))
-    }
+    means = {span: sum(dropped[h:]) / max(1, len(dropped) - h) for span, h in (("h >= 1", 1), ("h >= 4", 4))}
     return means | {"history": ladder.get("cost_of_no_history")}
 
 
-def sheets(ladders: dict[int, dict]) -> list[Sheet]:
-    names, out = shared(ladders), []
+def long_table(ladders: dict[int, dict]) -> Table:
+    """Carriers that every size has, with the block size as the run, best at the smallest first; and the costs."""
+    tables = {size: table_of(ladder) for size, ladder in ladders.items()}
+    first = next(iter(tables.values())).pick(metric="recovery", span=COMPARED["recovery"], domain=None)
+    names = [name for name in first.ranked() if all(name in ladder["carriers"] for ladder in ladders.values())]
+    out = Table(
+        {"run": size, **row} for name in names for size, own in tables.items() for row in own.pick(carrier=name)
+    )
+    for size, ladder in ladders.items():
+        out.add_all(costs(ladder), "span", metric="cost of none, nats", run=size)
+    return out
+
+
+def sheets(ladders: dict[int, dict], table: Table) -> list[Sheet]:
+    """A sheet for each span that was measured."""
     each = {k: f"{run['blocks']:,} blocks of {run['documents']:,} documents" for k, run in ladders.items()}
     alike = f"{each[min(each)]} each" if len({*each.values()}) == 1 else ""
     counted = alike or ", ".join(f"{k}: {text}" for k, text in each.items())
-    for mode, title in MODES.items():
-        if not any(mode in ladder["carriers"][name] for ladder in ladders.values() for name in names):
-            continue
-        rows = [[name, *[_cell(ladder["carriers"][name].get(mode)) for ladder in ladders.values()]] for name in names]
-        none = [costs(ladder)[mode] for ladder in ladders.values()]
-        rows.append(["cost of none, nats", *["-" if cost is None else f"{cost:.3f}" for cost in none]])
-        strong = (names.index(ladders[min(ladders)]["subject"]),)
-        heading = f"{title}: recovery by block size ({counted})"
-        out.append(Sheet(heading, ["in place of the block", *map(str, ladders)], rows, strong))
+    columns, out = [(str(size), {"run": size}) for size in ladders], []
+    nats = [(*column, ".3f") for column in columns]
+    for span, title in SPANS.items():
+        own = table.pick(span=span, domain=None)
+        if recovery := own.pick(metric="recovery"):
+            subject = ladders[min(ladders)]["subject"]
+            parts = [pivot("", recovery, columns, heading=BLOCK, strong=[subject])]
+            parts.append(pivot("", own.pick(metric="cost of none, nats"), nats, "metric"))
+            out.append(stack(f"{title}: recovery by block size ({counted})", *parts))
     return out
 
 
-def rows_of(ladders: dict[int, dict]) -> list[dict]:
-    """A row per carrier and size."""
-    out = []
-    for size, ladder in ladders.items():
-        for name in shared(ladders):
-            carrier = ladder["carriers"][name]
-            row = {"carrier": name, "block_size": size, "seeds": ladder["seeds"], "bytes": carrier["bytes_per_token"]}
-            for mode in MODES:
-                value = carrier.get(mode) or {}
-                row |= {mode: value.get("point"), f"{mode}_low": value.get("low"), f"{mode}_high": value.get("high")}
-            out.append(row)
-    return out
+def plot(table: Table, subject: str, path: Path) -> None:
+    """A panel per span, a line per carrier."""
+    recovery = table.pick(metric="recovery", domain=None)
+    names, sizes = recovery.names("carrier"), recovery.names("run")
+    colours = colours_of(names, subject)
+    with picture(path, (17, 5.2), columns=len(SPANS)) as grid:
+        for axes, (span, title) in zip(grid[0], SPANS.items(), strict=True):
+            for place, name in enumerate(names):
+                # Each line stands a little to the side, so that no interval hides another.
+                beside = 1.02 ** (place - len(names) / 2)
+                rows = recovery.pick(carrier=name, span=span)
+                line(axes, [(row["run"] * beside, row) for row in rows], color=colours[name], label=name)
+            powers(axes, sizes)
+            panel(axes, title, "tokens per block (log scale)", "recovery", zero=True)
+        legend(grid[0, 0], "right upper")
 
 
-def _cell(value: dict | None) -> str:
-    return interval(value) + (f" ± {value['std']:.3f}" if value and "std" in value else "")
+def options(given: Options) -> None:
+    given.runs("folders of finished ladders")
+    given.add("--out", type=Path, default=Path("runs/block_sizes"), help="stem of the files")
 
 
-def command(asked: argparse.Namespace) -> None:
+def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     """Tables and a picture of finished ladders."""
     ladders = by_size([read_ladder(Path(folder)) for folder in asked.runs])
-    tables = sheets(ladders)
-    show(tables, NOTES)
+    table, subject = long_table(ladders), next(iter(ladders.values()))["subject"]
     usable(asked.out.parent)
-    write(asked.out, "Block sizes", tables, NOTES, rows_of(ladders), {str(k): run for k, run in ladders.items()})
-    plot(asked.out.with_name(f"{asked.out.name}.png"), ladders)
-    print(f"Block sizes: {asked.out}.md, .csv, .json and .png")
+    draw = partial(plot, table, subject)
+    yield asked.out, Report("Block sizes", table, sheets(ladders, table), LEGEND, about={"ladders": ladders}, draw=draw)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; -> exit code."""
-    parser = argparse.ArgumentParser(prog="python -m megactx.studies.block_sizes", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished ladders")
-    parser.add_argument("--out", type=Path, default=Path("runs/block_sizes"), help="default runs/block_sizes")
-    return run(command, parser, arguments)
-
+main = command("block_sizes", __doc__, options, study)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from megactx.evaluation.measure import LAST_TOKEN, in_eval_mode
+from megactx.evaluation.table import Report, Table
 from megactx.framework.bar import bar
-from megactx.framework.command_line import run
 from megactx.gist.carrier import Compressor
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.last_token import LastToken
@@ -28,69 +28,78 @@ from megactx.stages.trained import gistnet_of
 
 from .caching_cost import measure_answers, measure_making
 from .caching_overlap import measure_overlap
-from .caching_report import notes_on, rows_of, sheets
-from .drift import check, measure_drift
+from .caching_report import report_of
+from .drift import measure_drift, parsed
 from .prompts import again, cached, compressed, levels
-from .tables import show, usable, write
-from .trained import NOTHING, Nothing, Trained, held_out, load, quiet, same
+from .study import Options, command, multiple, usable
+from .trained import NOTHING, Nothing, Trained, base_of, held_out, load, same
 from .transfer import measure_transfer
 
 BASE, GISTNET, BLOCK, HORIZON = "asset:tiny-base", "asset:tiny-gistnet", 32, 32  # without a run
-SIZES = ("tokens", "input", "answer", "documents", "blocks", "repeats")
 
 
-def study(asked: argparse.Namespace) -> Iterator[dict]:
-    """Everything that was asked for, as plain numbers: more of it after each part.
+def options(given: Options) -> None:
+    given.runs("run folders of gist stages; none: the embedded GistNet", nargs="*")
+    given.add("--base", help=f"a base LM without a GistNet (default: {BASE} and {GISTNET})")
+    given.path()
+    given.number("tokens", 1024, "of a prompt")
+    given.number("input", 32, "tokens behind it that are read raw")
+    given.number("answer", 32, "tokens of a continuation")
+    given.add("--compression", type=float, nargs="+", help="of what is behind the sink (default 1 2 4 .. K)")
+    given.number("documents", 48, "prompts to continue")
+    given.number("blocks", 200, "about so many, for recovery")
+    given.number("repeats", 7, "of every timing")
+    change = "of the base: a relative size, steps=N, a folder"
+    given.add("--drift", nargs="*", default=["0.01", "0.03", "0.1"], metavar="CHANGE", help=change)
+    given.number("seed", 0, "of the changes", least=0)
+    given.add("--out", type=Path, help="folder for the tables (default: the first run's, else runs/caching)")
+
+
+def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+    """Everything that was asked for: more of it after each part.
 
     Raises:
         ValueError: a setting that is not allowed, runs that do not belong together, or no text that is long enough.
     """
-    _check(asked)
+    if asked.runs and asked.base:
+        raise ValueError(f"--base={asked.base} is not allowed with runs: they name their own base")
+    for change in asked.drift:
+        parsed(change)
+    own = asked.out or not asked.runs
+    stem = (usable(asked.out or Path("runs/caching")) if own else Path(asked.runs[0])) / "caching"
     runs = load(asked.runs)
     same(runs)
     base, block, horizon = _subject(asked, runs)
-    if asked.tokens % block or asked.tokens < 2 * block:
-        raise ValueError(f"--tokens={asked.tokens} is not allowed: a multiple of block_size={block}, at least twice it")
+    multiple("tokens", asked.tokens, block, least=2)
     counts = levels(asked.tokens, block, asked.compression or [2**n for n in range(block.bit_length())])
     if (whole := asked.tokens + asked.input + asked.answer) > base.max_positions:
         raise ValueError(f"--tokens, --input and --answer: {whole} tokens, but the base takes {base.max_positions}")
     nets, controls = _nets(asked, runs, base, block), {LAST_TOKEN: LastToken(block), NOTHING: Nothing(block)}
     batches = held_out(base, asked.path, block, horizon, asked.tokens + asked.input, asked.blocks)
-    numbers = {
-        "base": asked.base or BASE if not runs else runs[0].base_name,
-        "runs": [run.name for run in runs],
-        "block_size": block,
-        "horizon": horizon,
-        "text": asked.path,
-        "threads": torch.get_num_threads(),
-        "device": base.model.device.type,
-    }
-    numbers |= {name: getattr(asked, name) for name in SIZES} | {"seed": asked.seed}
+    about = {name: getattr(asked, name) for name in ("tokens", "input", "answer", "documents", "blocks", "repeats")}
+    about |= {"base": asked.base or BASE if not runs else runs[0].base_name, "runs": [run.name for run in runs]}
+    about |= {"block_size": block, "horizon": horizon, "text": asked.path, "seed": asked.seed}
+    about |= {"threads": torch.get_num_threads(), "device": base.model.device.type}
+    about["trained"] = bool(runs) or "gistnet" in nets
+    table = Table()
     with in_eval_mode(*nets.values()):
-        prompt = batches[0]["ids"][:, : asked.tokens].to(base.model.device)
-        rest = batches[0]["ids"][:, asked.tokens :].to(base.model.device)
-        leader = next(iter(nets.values()))
-        numbers["costs"] = _costs(base, leader, prompt, rest, counts, asked)
-        numbers["making"] = measure_making(base, nets, prompt)
-        yield numbers
-        own = {
-            "tokens": asked.tokens,
-            "answer": asked.answer,
-            "levels": counts,
-            "progress": bar("greedy continuations"),
-        }
-        numbers["overlap"] = measure_overlap(base, nets | controls, batches[: asked.documents], **own)
-        yield numbers
+        prompt, rest = batches[0]["ids"].to(base.model.device).tensor_split([asked.tokens], dim=1)
+        _costs(base, next(iter(nets.values())), prompt, rest, counts, asked, table)
+        measure_making(base, nets, prompt, table)
+        yield stem, report_of(table, about)
+        sizes = {"tokens": asked.tokens, "answer": asked.answer, "levels": counts}
+        some, shown = batches[: asked.documents], bar("greedy continuations")
+        about |= measure_overlap(base, nets | controls, some, **sizes, table=table, progress=shown)
+        yield stem, report_of(table, about)
         if runs:
-            numbers["transfer"] = measure_transfer(runs, batches, horizon, bar("domains"))
-            yield numbers
-        drifting = {"seed": asked.seed, "progress": bar("drift")}
+            about |= measure_transfer(runs, batches, horizon, table, bar("domains"))
+            yield stem, report_of(table, about)
         if asked.drift:
-            numbers["drift"] = measure_drift(base, nets, asked.drift, batches, horizon, **drifting)
-            yield numbers
+            table += measure_drift(base, nets, asked.drift, batches, horizon, seed=asked.seed, progress=bar("drift"))
+            yield stem, report_of(table, about)
 
 
-def _costs(base: BaseLM, net: Compressor, ids, rest, counts: dict[float, int], asked) -> list[dict]:
+def _costs(base: BaseLM, net: Compressor, ids, rest, counts: dict[float, int], asked, table: Table) -> None:
     """Every form in which the prompt can be kept; what the carriers say does not change what they cost."""
     teacher = teach(base, ids, net.needs_hidden)
     prompts = {("again", None, 0): again(base, ids), ("cache", None, 0): cached(base, teacher)}
@@ -98,15 +107,14 @@ def _costs(base: BaseLM, net: Compressor, ids, rest, counts: dict[float, int], a
         for form, prompt in compressed(base, net, teacher, count).items():
             prompts[form, compression, count] = prompt
     found = measure_answers(base, prompts, rest, asked.answer, asked.repeats, bar("answers"))
-    return [{"form": form, "compression": c, "gists": n} | cost for (form, c, n), cost in found.items()]
+    for (form, compression, _), cost in found.items():
+        table.add_all(cost, "metric", carrier=form, span=compression)
 
 
 def _subject(asked, runs: list[Trained]) -> tuple[BaseLM, int, int]:
     if runs:
         return runs[0].base, runs[0].main.block_size, min(run.horizon for run in runs)
-    quiet()
-    base = BaseLM.from_pretrained(asked.base or BASE, "float32").freeze()
-    return base.to("cuda" if torch.cuda.is_available() else "cpu"), BLOCK, HORIZON
+    return base_of(asked.base or BASE), BLOCK, HORIZON
 
 
 def _nets(asked, runs: list[Trained], base: BaseLM, block: int) -> dict[str, Compressor]:
@@ -120,51 +128,7 @@ def _nets(asked, runs: list[Trained], base: BaseLM, block: int) -> dict[str, Com
     return nets | {"avgpool": AvgPool(block)}
 
 
-def _check(asked) -> None:
-    for name in SIZES:
-        if getattr(asked, name) < 1:
-            raise ValueError(f"--{name}={getattr(asked, name)} is not allowed: at least 1")
-    if asked.runs and asked.base:
-        raise ValueError(f"--base={asked.base} is not allowed with runs: they name their own base")
-    for change in asked.drift:
-        check(change)
-
-
-def command(asked: argparse.Namespace) -> None:
-    """Measure, and write the tables after every part."""
-    own = asked.out or not asked.runs
-    stem = (usable(asked.out or Path("runs/caching")) if own else Path(asked.runs[0])) / "caching"
-    for numbers in study(asked):
-        tables, notes = sheets(numbers), notes_on(numbers)
-        write(stem, "Gist caching", tables, notes, rows_of(numbers), numbers)
-    show(tables, notes)
-    print(f"Caching: {stem}.md, .csv and .json")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; -> exit code."""
-    parser = argparse.ArgumentParser(prog="python -m megactx.studies.caching", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders of gist stages; none: the embedded GistNet")
-    parser.add_argument("--base", help=f"a base LM without a GistNet (default: {BASE} and {GISTNET})")
-    parser.add_argument("--path", help="files to measure on; without it the held-out part of the embedded text")
-    parser.add_argument("--tokens", type=int, default=1024, help="of a prompt (default 1024)")
-    parser.add_argument("--input", type=int, default=32, help="tokens behind it that are read raw (default 32)")
-    parser.add_argument("--answer", type=int, default=32, help="tokens of a continuation (default 32)")
-    parser.add_argument("--compression", type=float, nargs="+", help="of what is behind the sink (default 1 2 4 .. K)")
-    parser.add_argument("--documents", type=int, default=48, help="prompts to continue (default 48)")
-    parser.add_argument("--blocks", type=int, default=200, help="about so many, for recovery (default 200)")
-    parser.add_argument("--repeats", type=int, default=7, help="of every timing (default 7)")
-    parser.add_argument(
-        "--drift",
-        nargs="*",
-        default=["0.01", "0.03", "0.1"],
-        metavar="CHANGE",
-        help="of the base: a relative size, steps=N, a folder (default 0.01 0.03 0.1)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the changes (default 0)")
-    parser.add_argument("--out", type=Path, help="folder for the tables (default: the first run's, else runs/caching)")
-    return run(command, parser, arguments)
-
+main = command("caching", __doc__, options, study)
 
 if __name__ == "__main__":
     sys.exit(main())

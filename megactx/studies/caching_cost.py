@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from megactx.evaluation.table import Table
 from megactx.gist.carrier import Compressor
 from megactx.gist.substitution import teach, unread
 from megactx.lm import BaseLM
@@ -72,25 +73,23 @@ def measure_answers(
     }
 
 
-def measure_making(base: BaseLM, nets: Mapping[str, Compressor], ids: Tensor) -> dict[str, dict]:
+def measure_making(base: BaseLM, nets: Mapping[str, Compressor], ids: Tensor, table: Table) -> None:
     """What each carrier costs once, for all blocks of a prompt ids [1, T], and what is then kept.
 
-    Returns:
-        Carrier -> ``flops`` of what is kept smallest: vectors where it makes them, else keys and values; ``keys_flops``
-        of its keys and values; and ``vector_bytes`` (``None`` without vectors) and ``key_bytes`` of one block.
+    Adds to the table, of each carrier: ``made_flops`` of what is kept smallest: vectors where it makes them, else keys
+    and values; ``keys_flops`` of its keys and values; ``vector_bytes`` (not without vectors), ``key_bytes`` of a block.
     """
-    out = {}
     for name, net in nets.items():
         k = net.block_size
         starts = torch.arange(k, ids.shape[1] // k * k, k, device=ids.device)[None]
         forms = compressed(base, net, teach(base, ids, net.needs_hidden), starts.shape[1])
-        made = flops(partial(_make, base, net, ids, starts))
-        out[name] = {"flops": made, "keys_flops": made, "vector_bytes": None}
+        made = keys = flops(partial(_make, base, net, ids, starts))
         if "vectors" in forms:
-            out[name]["keys_flops"] += flops(partial(filled, base, forms["vectors"]))
-            out[name]["vector_bytes"] = _make(base, net, ids, starts).bytes_per_block()
-        out[name]["key_bytes"] = forms["keys"].stored // forms["keys"].entries
-    return out
+            keys += flops(partial(filled, base, forms["vectors"]))
+            table.add("vector_bytes", _make(base, net, ids, starts).bytes_per_block(), carrier=name)
+        table.add("made_flops", made, carrier=name)
+        table.add("keys_flops", keys, carrier=name)
+        table.add("key_bytes", forms["keys"].stored // forms["keys"].entries, carrier=name)
 
 
 @torch.no_grad()

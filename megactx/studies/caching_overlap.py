@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.text import rouge_score
 
 from megactx.evaluation.bootstrap import mean_interval
+from megactx.evaluation.table import Table
 from megactx.gist.carrier import Compressor
 from megactx.gist.substitution import teach
 from megactx.lm import BaseLM
@@ -28,6 +29,7 @@ def measure_overlap(
     tokens: int,
     answer: int,
     levels: Mapping[float, int],
+    table: Table,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict:
     """Continue prompts greedily, in full and with their oldest blocks compressed.
@@ -39,11 +41,12 @@ def measure_overlap(
         tokens: T of the prompt.
         answer: tokens to continue by.
         levels: compression -> blocks that are compressed, see ``prompts.levels``.
+        table: gets ``rouge`` of each carrier and compression (a span), with its interval (bootstrap over texts);
+            undefined where nothing is left.
 
     Returns:
-        ``documents``; ``without_words``, those whose full continuation has no word and that are left out, for nothing
-        overlaps with it; ``rouge``: carrier -> compression -> ``point``, ``low``, ``high`` (bootstrap over texts), or
-        NaN where nothing is left.
+        ``prompts``; ``without_words``, those whose full continuation has no word and that are left out, for nothing
+        overlaps with it.
     """
     batches = list(batches)
     ids = torch.cat([batch["ids"] for batch in batches]).to(base.model.device)
@@ -58,12 +61,11 @@ def measure_overlap(
                 kept = compressed(base, net, teacher, count)["keys"]
                 own[name, compression] += _words(base, greedy(base, kept, rest, answer))
     some = [index for index, text in enumerate(full) if re.search("[a-z0-9]", text.lower())]
-    rouge = {name: {} for name in nets}
     for (name, compression), found in own.items():
         scores = torch.tensor([rouge_l(found[index], full[index]) for index in some])
-        kept = mean_interval(texts[some], scores)._asdict() if some else dict.fromkeys(("point", "low", "high"))
-        rouge[name][compression] = kept
-    return {"documents": len(full), "without_words": len(full) - len(some), "rouge": rouge}
+        value = mean_interval(texts[some], scores) if some else None
+        table.add("rouge", value, carrier=name, span=compression, n=len(some))
+    return {"prompts": len(full), "without_words": len(full) - len(some)}
 
 
 def rouge_l(text: str, reference: str) -> float:

@@ -22,6 +22,7 @@ from megactx.data.documents import TRAIN, cut, tokenised
 from megactx.data.embedded import Embedded
 from megactx.evaluation.bootstrap import difference_intervals, recovery_intervals
 from megactx.evaluation.measure import measure
+from megactx.evaluation.table import Table
 from megactx.gist.carrier import Compressor, Slots, Vectors
 from megactx.gist.substitution import Teacher, teach
 from megactx.lm import BaseLM
@@ -84,7 +85,7 @@ def measure_drift(
     horizon: int,
     seed: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
-) -> list[dict]:
+) -> Table:
     """Recovery, over h >= 1, of fresh and of stored carriers after each change of the base LM.
 
     Args:
@@ -94,16 +95,16 @@ def measure_drift(
         seed: of the noise, and of the order of the training text.
 
     Returns:
-        A row per change, carrier and form of what is stored: ``change``, ``carrier``, ``stored`` (``vectors`` or
-        ``keys and values``), ``nll`` of the base LM with its full context in nats per token, and the intervals
-        ``fresh``, ``kept`` (recovery of each) and ``lost`` (fresh minus stored).
+        Of every change (a run), carrier and form of what is stored: ``nll`` of the base LM with its full context in
+        nats per token, and the intervals ``fresh``, ``kept`` (recovery of each) and ``lost`` (fresh minus stored). A
+        carrier is named with its form: ``gistnet, vectors`` or ``gistnet, keys and values``.
 
     Raises:
         ValueError: a change that cannot be read or applied; it is raised before anything is measured.
     """
-    changes, batches, out = list(changes), list(batches), []
+    changes, batches, table = list(changes), list(batches), Table()
     for change in changes:
-        check(change)
+        parsed(change)
     was, old = copy.deepcopy((base, dict(nets)), {id(base.tokenizer): base.tokenizer})
     was = Reader(was)
     for change in [None, *changes]:
@@ -119,11 +120,9 @@ def measure_drift(
         for name, form in forms:
             stored = f"{name}, {form}"
             lost = difference_intervals(scores, name, [stored], FIRST)[stored]
-            row = {"change": change or "none", "carrier": name, "stored": form, "nll": scores.full.mean().item()}
-            out.append(
-                row | {"fresh": recovery[name]._asdict(), "kept": recovery[stored]._asdict(), "lost": lost._asdict()}
-            )
-    return out
+            found = {"nll": scores.full.mean().item(), "fresh": recovery[name], "kept": recovery[stored], "lost": lost}
+            table.add_all(found, "metric", run=change or "none", carrier=stored)
+    return table
 
 
 @contextmanager
@@ -131,43 +130,38 @@ def changed(base: BaseLM, change: str | None, seed: int = 0) -> Iterator[None]:
     """The same base LM with other weights inside, and with its own afterwards.
 
     Raises:
-        ValueError: see ``check``; or the other base LM has another architecture.
+        ValueError: see ``parsed``; or the other base LM has another architecture.
     """
     before = {name: value.clone() for name, value in base.state_dict().items()}
     try:
-        if change is None:
-            pass
-        elif (size := _number(change)) is not None:
-            _disturb(base, size, seed)
-        elif change.startswith(STEPS):
-            _train(base, _windows(base, int(change.removeprefix(STEPS)), seed))
-        else:
-            _replace(base, change)
+        if change is not None:
+            parsed(change)(base, seed)
         yield
     finally:
         base.load_state_dict(before)
 
 
-def check(change: str) -> None:
-    """Whether a change can be read.
+def parsed(change: str) -> Callable[[BaseLM, int], None]:
+    """What a change does to a base LM, drawn by a seed.
 
     Raises:
         ValueError: it is none of the three forms.
     """
-    size, steps = _number(change), change.removeprefix(STEPS)
-    if size is not None and not 0 < size < math.inf:
-        raise ValueError(f"--drift={change} is not allowed: a size is above 0")
-    if change.startswith(STEPS) and not (steps.isdecimal() and int(steps) > 0):
-        raise ValueError(f"--drift={change} is not allowed: {STEPS} takes a whole number from 1")
-    if size is None and not change.startswith(STEPS) and not Path(change).expanduser().is_dir():
-        raise ValueError(f"--drift={change} is not allowed: a relative size, {STEPS}N, or the folder of another base")
-
-
-def _number(text: str) -> float | None:
+    if change.startswith(STEPS):
+        steps = change.removeprefix(STEPS)
+        if not (steps.isdecimal() and int(steps) > 0):
+            raise ValueError(f"--drift={change} is not allowed: {STEPS} takes a whole number from 1")
+        return lambda base, seed: _train(base, _windows(base, int(steps), seed))
     try:
-        return float(text)
+        size = float(change)
     except ValueError:
-        return None
+        if not Path(change).expanduser().is_dir():
+            allowed = f"a relative size, {STEPS}N, or the folder of another base"
+            raise ValueError(f"--drift={change} is not allowed: {allowed}") from None
+        return lambda base, seed: _replace(base, change)
+    if not 0 < size < math.inf:
+        raise ValueError(f"--drift={change} is not allowed: a size is above 0")
+    return lambda base, seed: _disturb(base, size, seed)
 
 
 @torch.no_grad()

@@ -15,6 +15,9 @@ So nothing is left out that a session does in its life but the sampling itself.
 import argparse
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -26,19 +29,19 @@ from torch import Tensor
 from megactx.data.documents import VALIDATION, tokenised
 from megactx.data.embedded import Embedded
 from megactx.data.files import Files
-from megactx.evaluation.sheets import Sheet
+from megactx.evaluation.pictures import colours_of, legend, line, panel, picture
+from megactx.evaluation.table import Report, Sheet, Table, cell, pivot
 from megactx.framework.bar import bar
-from megactx.framework.command_line import run
-from megactx.framework.files import replacing
-from megactx.runtime import Session
+from megactx.runtime import Refocused, Session
 from megactx.runtime.command_line import add_models, controller_of, observers_of, session_of
 from megactx.runtime.text import Encoder
 
-from .tables import show, write
-from .trained import quiet
+from .length_policies import clock, telemetry
+from .study import Options, command
 
 MIB = 2**20
 ABOUT, HOW = "endurance", "endurance_settings"  # what a saved session knows of its study
+SHARES = {"swap": "swap", "reuse": "reuse", "used": "utilisation"}  # columns of the table
 SAVE_EVERY = 240.0  # seconds; what a kill costs at most
 
 
@@ -77,41 +80,20 @@ def formula(tokens: int, block: int, width: int, gist_bytes: int) -> int:
     return total
 
 
-class Watch:
-    """Sums over the refocuses of a stretch of text."""
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self) -> None:
-        self.events, self.seconds = 0, {}
-        self.swap, self.reuse, self.full = [], [], []
-
-    def __call__(self, event) -> None:
-        self.events += 1
-        for name, seconds in event.seconds.items():
-            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        self.full.append(event.utilisation[0])
-        if event.telemetry is not None:
-            self.swap.append(float(event.telemetry.swap_rate[0]))
-        if event.reuse is not None:
-            self.reuse.append(event.reuse)
-
-
 def carry(session: Session, ids: Tensor, every: int) -> list[dict]:
     """Read what the session has not read yet; -> a row per ``every`` tokens, those of before a stop among them."""
-    rows, watch = session.about.setdefault(ABOUT, []), Watch()
-    session.observers.append(watch)
+    rows, events, device = session.about.setdefault(ABOUT, []), [], session.stream.device
+    observer = events.append
+    session.observers.append(observer)
     process, saved = psutil.Process(), time.monotonic()
-    gpu = session.stream.device.type != "cpu"
     firsts = list(range(len(rows) * every, len(ids), every))
     terminal = sys.stdout.isatty()
     for first in bar("tokens")(firsts) if terminal else firsts:
-        watch.clear()
-        began = time.perf_counter() if gpu else time.process_time()
+        events.clear()
+        began = clock(device)
         nll = session.append(ids[first : first + every], score=True)
-        seconds = (time.perf_counter() if gpu else time.process_time()) - began
-        row = about(session, watch, process, nll) | {"ms": 1e3 * seconds / len(nll)}
+        ms = 1e3 * (clock(device) - began) / len(nll)
+        row = about(session, events, process, nll) | {"ms": ms}
         rows.append(row)
         if not terminal:
             print(
@@ -122,24 +104,26 @@ def carry(session: Session, ids: Tensor, every: int) -> list[dict]:
         if time.monotonic() - saved > SAVE_EVERY:
             session.save()
             saved = time.monotonic()
-    session.observers.remove(watch)
+    session.observers.remove(observer)
     session.save()
     return rows
 
 
-def about(session: Session, watch: Watch, process: psutil.Process, nll: Tensor) -> dict:
+def about(session: Session, events: list[Refocused], process: psutil.Process, nll: Tensor) -> dict:
     """What is known at the end of a stretch; the tree is compared with its formula."""
-    tree, whole = session.tree, sum(watch.seconds.values())
-    stored = int(tree.lengths[0])
+    tree, told = session.tree, telemetry(events)
+    stored, spent = int(tree.lengths[0]), Counter()
+    for event in events:
+        spent.update(event.seconds)
+    refocusing = sum(seconds for name, seconds in spent.items() if name not in ("decode", "read"))
     return {
         "tokens": session.length,
         "nll": nll.nanmean().item(),
-        "refocuses": watch.events,
-        "refocus_share": sum(s for name, s in watch.seconds.items() if name not in ("decode", "read"))
-        / max(whole, 1e-9),
-        "swap": mean(watch.swap) if watch.swap else None,
-        "reuse": mean(watch.reuse) if watch.reuse else None,
-        "utilisation": mean(watch.full) if watch.full else None,
+        "refocuses": len(events),
+        "refocus_share": refocusing / max(sum(spent.values()), 1e-9),
+        "swap": told.get("swap_rate"),
+        "reuse": told.get("reuse"),
+        "utilisation": told.get("utilisation"),
         "entries": int(session.context.counts[0]) if session.context is not None else 0,
         "resident": process.memory_info().rss,
         "working": session.stream.reader.bytes(),
@@ -155,122 +139,72 @@ def summary(rows: list[dict], full: int) -> dict:
         full: tokens after which the window is full, or nearly.
     """
     steady = [row for row in rows if row["tokens"] > 2 * full] or rows[-1:]
-    size = max(1, len(steady) // 10)
-    first, last = steady[:size], steady[-size:]
-
-    def held(row) -> int:
-        return row["resident"] - row["tree"]
-
-    ms = np.array([row["ms"] for row in steady])
-    return {
-        "ms_first": mean(row["ms"] for row in first),
-        "ms_last": mean(row["ms"] for row in last),
-        "ms_low": float(np.quantile(ms, 0.025)),
-        "ms_high": float(np.quantile(ms, 0.975)),
-        "time": mean(row["ms"] for row in last) / mean(row["ms"] for row in first),
-        "memory_first": mean(map(held, first)),
-        "memory_last": mean(map(held, last)),
-        "memory": mean(map(held, last)) / mean(map(held, first)),
+    size, found = max(1, len(steady) // 10), {}
+    values = {name: [row[name] for row in steady] for name in ("ms", "nll")}
+    values["memory"] = [row["resident"] - row["tree"] for row in steady]
+    for name, each in values.items():
+        found |= {f"{name}_first": mean(each[:size]), f"{name}_last": mean(each[-size:])}
+    low, high = np.quantile(values["ms"], (0.025, 0.975)).tolist()
+    return found | {
+        "ms_low": low,
+        "ms_high": high,
+        "time": found["ms_last"] / found["ms_first"],
+        "memory": found["memory_last"] / found["memory_first"],
         "tree": rows[-1]["tree"],
         "exact": all(row["tree"] == row["formula"] for row in rows),
-        "nll_first": mean(row["nll"] for row in first),
-        "nll_last": mean(row["nll"] for row in last),
         "refocuses": sum(row["refocuses"] for row in rows),
     }
 
 
-def sheet(rows: list[dict]) -> Sheet:
+def table_of(rows: list[dict]) -> Table:
+    """Rows of ``carry`` as the long table: a stretch is a span, the tokens at its end."""
+    table = Table()
+    for row in rows:
+        table.add_all({name: value for name, value in row.items() if name != "tokens"}, "metric", span=row["tokens"])
+    return table
+
+
+def sheet(table: Table) -> Sheet:
     """Twenty rows at most, evenly spread."""
-    chosen = sorted({round(i) for i in np.linspace(0, len(rows) - 1, min(20, len(rows)))})
-    body = []
-    for row in (rows[i] for i in chosen):
-        share = ["-" if row[name] is None else f"{row[name]:.2f}" for name in ("swap", "reuse", "utilisation")]
-        memory = [f"{row[name] / MIB:.2f}" for name in ("resident", "working", "tree", "formula")]
-        body.append(
-            (
-                f"{row['tokens']:,}",
-                f"{row['ms']:.2f}",
-                f"{row['refocus_share']:.2f}",
-                *memory,
-                *share,
-                f"{row['nll']:.3f}",
-            )
-        )
-    columns = ("tokens", "ms", "refocus", "resident MiB", "working", "tree", "formula", "swap", "reuse", "used", "NLL")
-    return Sheet("One session, along the way", columns, body)
+
+    def mib(row: dict) -> str:
+        return f"{row['point'] / MIB:.2f}"
+
+    def share(row: dict) -> str:
+        return cell(row["point"])
+
+    columns = [("ms", "ms"), ("refocus", "refocus_share"), ("resident MiB", "resident", mib)]
+    columns += [(name, name, mib) for name in ("working", "tree", "formula")]
+    columns += [(name, metric, share) for name, metric in SHARES.items()] + [("NLL", "nll", ".3f")]
+    spans = table.names("span")
+    chosen = sorted({round(i) for i in np.linspace(0, len(spans) - 1, min(20, len(spans)))})
+    order = [spans[index] for index in chosen]
+    return pivot("One session, along the way", table, columns, "span", "tokens", order, label="{:,}".format)
 
 
-def plot(path: Path, rows: list[dict]) -> None:
+def plot(rows: list[dict], path: Path) -> None:
     """Time, memory and NLL over the tokens of history."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    x = [row["tokens"] / 1e3 for row in rows]
-    panels = (
-        ("CPU ms per token", {"all": [row["ms"] for row in rows]}),
-        (
-            "MiB",
-            {
-                "resident, without the tree": [(row["resident"] - row["tree"]) / MIB for row in rows],
-                "tree": [row["tree"] / MIB for row in rows],
-                "keys, values and their inputs": [row["working"] / MIB for row in rows],
-            },
-        ),
-        ("NLL, nats per token", {"all": [row["nll"] for row in rows]}),
-    )
-    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(16, 4.2), dpi=100, layout="constrained")  # no pyplot: no global state, no display
-        for axes, (label, lines) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-            for name, values in lines.items():
-                axes.plot(x, values, label=name, linewidth=1)
+    columns = {name: [row[name] / MIB for row in rows] for name in ("resident", "tree", "working")}
+    held = [resident - tree for resident, tree in zip(columns["resident"], columns["tree"], strict=True)]
+    memory = {"resident, without the tree": held, "tree": columns["tree"]}
+    memory["keys, values and their inputs"] = columns["working"]
+    panels = {"CPU ms per token": {"_": [row["ms"] for row in rows]}, "MiB": memory}  # _: not in the legend
+    panels["NLL, nats per token"] = {"_": [row["nll"] for row in rows]}
+    tokens = [row["tokens"] / 1e3 for row in rows]
+    with picture(path, (16, 4.2), columns=len(panels)) as grid:
+        for axes, (label, lines) in zip(grid[0], panels.items(), strict=True):
+            for name, colour in colours_of(lines).items():
+                points = zip(tokens, lines[name], strict=True)
+                line(axes, points, color=colour, label=name, linewidth=1, marker=None)
             axes.set_ylim(bottom=0)
-            axes.set_xlabel("thousand tokens of history")
-            axes.set_ylabel(label)
-            axes.grid(alpha=0.25)
-            if len(lines) > 1:
-                axes.legend(frameon=False, fontsize=8)
-        with replacing(path) as part:
-            figure.savefig(part, format="png")
+            panel(axes, "", "thousand tokens of history", label)
+            legend(axes)
 
 
-def study(asked: argparse.Namespace) -> None:
-    """The command.
-
-    Raises:
-        ValueError: a setting that is not allowed, too little text, or a folder with another study.
-    """
-    quiet()
-    if asked.megacontext == "none":
-        raise ValueError("--megacontext=none has an end: focus or recency")
-    for name in ("tokens", "every"):
-        if (value := getattr(asked, name)) < 1:
-            raise ValueError(f"--{name}={value} is not allowed: at least 1")
-    controller, out = controller_of(asked, tree=True), Path(asked.out)
-    ids = text_of(controller.models.base.tokenizer, asked.path, asked.tokens, asked.seed)
-    how = {name: getattr(asked, name) for name in ("budget", "megacontext", "positions", "every", "seed")}
-    how["path"] = asked.path and str(Path(asked.path).absolute())
-    with session_of(out / "session", controller, observers_of(asked, controller)) as session:
-        if wrong := [f"{k}={v}, not {how[k]}" for k, v in session.about.get(HOW, how).items() if v != how[k]]:
-            raise ValueError(f"--out={out}: it holds a study with other settings: {'; '.join(wrong)}")
-        session.about[HOW] = how
-        rows = carry(session, ids, asked.every)
-        device = session.stream.device.type
-    found = summary(rows, asked.budget)
-    tables, notes = [sheet(rows)], notes_on(found, rows, asked.budget)
-    show(tables, notes)
-    stem = out / "endurance"
-    write(
-        stem, "One session that goes on", tables, notes, rows, how | {"device": device, "summary": found, "rows": rows}
-    )
-    plot(stem.with_suffix(".png"), rows)
-    print(f"Tables and pictures: {stem}.md, .csv, .json and .png")
-
-
-def notes_on(found: dict, rows: list[dict], budget: int) -> list[str]:
+def notes_on(found: dict, tokens: int, budget: int) -> list[str]:
     """What the numbers say."""
     ms = [f"{found[name]:.2f}" for name in ("ms_first", "ms_last", "ms_low", "ms_high")]
     memory = [f"{found[name] / MIB:.1f}" for name in ("memory_first", "memory_last", "tree")]
-    tokens = rows[-1]["tokens"]
     return [
         f"{tokens:,} tokens, {found['refocuses']:,} refocuses, a window of {budget:,} entries.",
         f"Time per token, last tenth over first tenth: {found['time']:.2f} ({ms[0]} -> {ms[1]} ms; 95 % of all"
@@ -282,22 +216,41 @@ def notes_on(found: dict, rows: list[dict], budget: int) -> list[str]:
     ]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; -> exit code."""
-    parser = argparse.ArgumentParser(prog="python -m megactx.studies.endurance", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add_models(parser, budget=512)
-    add("--path", help="files with text (default: the held-out part of the embedded text)")
-    add("--tokens", type=int, default=32_768, help="to read (default 32768)")
-    add("--every", type=int, default=4096, help="tokens per row of the table (default 4096)")
-    add("--seed", type=int, default=0, help="of the order of the documents (default 0)")
-    add(
-        "--out",
-        default="runs/endurance",
-        help="folder of the session and the results, gone on with (default runs/endurance)",
-    )
-    return run(study, parser, arguments)
+def options(given: Options) -> None:
+    add_models(given.parser, budget=512)
+    given.path()
+    given.number("tokens", 32_768, "to read")
+    given.number("every", 4096, "tokens per row of the table")
+    given.number("seed", 0, "of the order of the documents", least=0)
+    given.add("--out", default="runs/endurance", help="folder of the session and the results, gone on with")
 
+
+def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+    """One session through all of the text.
+
+    Raises:
+        ValueError: a setting that is not allowed, too little text, or a folder with another study.
+    """
+    if asked.megacontext == "none":
+        raise ValueError("--megacontext=none has an end: focus or recency")
+    controller, out = controller_of(asked, tree=True), Path(asked.out)
+    ids = text_of(controller.models.base.tokenizer, asked.path, asked.tokens, asked.seed)
+    how = {name: getattr(asked, name) for name in ("budget", "megacontext", "positions", "every", "seed")}
+    how["path"] = asked.path and str(Path(asked.path).absolute())
+    with session_of(out / "session", controller, observers_of(asked, controller)) as session:
+        if wrong := [f"{k}={v}, not {how[k]}" for k, v in session.about.get(HOW, how).items() if v != how[k]]:
+            raise ValueError(f"--out={out}: it holds a study with other settings: {'; '.join(wrong)}")
+        session.about[HOW] = how
+        rows = carry(session, ids, asked.every)
+        device = session.stream.device.type
+    found, table = summary(rows, asked.budget), table_of(rows)
+    notes = notes_on(found, rows[-1]["tokens"], asked.budget)
+    about = how | {"device": device, "summary": found}
+    report = Report("One session that goes on", table, [sheet(table)], "", notes, about, partial(plot, rows))
+    yield out / "endurance", report
+
+
+main = command("endurance", __doc__, options, study)
 
 if __name__ == "__main__":
     sys.exit(main())

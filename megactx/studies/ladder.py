@@ -26,7 +26,7 @@ from megactx.gist.carriers.oracle import Oracle
 from megactx.gist.substitution import teach
 from megactx.stages.gist import GistStage
 
-from .ladder_report import combine, rungs, show, write
+from .ladder_report import report_of, rungs
 
 ORACLES = {"oracle-transfer": 8, "oracle-fit": 0}  # name -> continuations that it is fitted on; 0: the true one
 
@@ -60,9 +60,9 @@ class Ladder(GistStage):
         batches = datamodule.held_out(Files(path), count) if path else datamodule.evaluation_documents(count)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.base.model.dtype == torch.bfloat16):
             numbers = self._measure(batches)
-        write(folder, [numbers])
-        show(combine([numbers]))
-        print(f"Ladder: {folder / 'ladder.md'}, .csv, .json and .png")
+        report = report_of([numbers])
+        report.show()
+        print(report.write(folder / "ladder", {"runs": [numbers]}))
 
     def _measure(self, batches: list[dict]) -> dict:
         asked, ladder, horizon = self.hparams.evaluate, self.hparams.ladder, self.hparams.horizon
@@ -129,14 +129,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         found = [read_ladder(folder) for folder in folders]
-        combined = combine(found)
+        report = report_of(found)
     except ValueError as error:
         print(f"megactx: {error}", file=sys.stderr)
         return 2
-    show(combined)
+    report.show()
     if len(folders) > 1:
-        write(folders[0].parent, found)
-        print(f"Ladder: {folders[0].parent / 'ladder.md'}, .csv, .json and .png")
+        print(report.write(folders[0].parent / "ladder", {"runs": found}))
     return 0
 
 

@@ -1,20 +1,31 @@
-"""The ladder as numbers, tables and pictures."""
+"""The ladder as numbers, as one long table with its sheets, and as a picture."""
 
-import csv
 import json
-import math
 import statistics
+from functools import partial
 from pathlib import Path
 
-from megactx.evaluation.bootstrap import difference_intervals, mean_interval, recovery_intervals, reverse, verdict
-from megactx.evaluation.files import without_nan
+from megactx.evaluation.bootstrap import difference_intervals, mean_interval, recovery_intervals, told
 from megactx.evaluation.metrics import BODY
-from megactx.evaluation.scores import MORE_RAW, BlockScores
-from megactx.evaluation.sheets import Sheet, markdown_sheet, print_sheet
-from megactx.framework.files import replacing
+from megactx.evaluation.pictures import (
+    colours_of,
+    legend,
+    line,
+    named,
+    panel,
+    picture,
+    powers,
+    room_above,
+    side_by_side,
+)
+from megactx.evaluation.scores import MORE_RAW
+from megactx.evaluation.table import BLOCK, OVERALL, Report, Sheet, Table, cell, defined, pivot, without_nan
 
 WITH_ROW = 1  # first offset that all carriers can be scored at
-COMPARED = {"all": "all h", "recovery": "h >= 1", "body": "h >= 4", "history": "history"}  # key -> column
+COMPARED = {"all": "all h", "recovery": "h >= 1", "body": "h >= 4", "history": "history"}  # key -> span of the table
+ORACLES = {"oracle": "a vector fitted to every block", "history oracle": "all vectors fitted together"}
+LINES = 7  # carriers with a line of their own in the middle panel
+WIDTH = 190  # columns, where the output is no terminal
 LEGEND = (
     "recovery = 1 - sum dNLL / sum dNLL_drop, over all h, h >= 1 and h >= 4 (keys and values have no output row, so"
     " nothing predicts the token at h = 0: all h is for vectors). history: all blocks behind the recency window"
@@ -44,13 +55,14 @@ def rungs(parts: dict, about: dict, subject: str, block: int, base: str) -> dict
         if subject in known:
             rest = [name for name in known if name != subject]
             _put(out, f"{key}_below_subject", difference_intervals(span, subject, rest, first))
-    _put(out, "h0", recovery_intervals(_columns(span, slice(0, 1)), with_row))
+    _put(out, "h0", recovery_intervals(span.take(slice(None), slice(0, 1)), with_row))
     out["by_offset"] = {name: (values - span.full).mean(0).tolist() for name, values in span.carriers.items()}
     out["by_offset"]["dropped"] = (span.drop - span.full).mean(0).tolist()
-    out["domains"] = {}
-    for domain in span.domains:
-        found = recovery_intervals(span, names, WITH_ROW, domain)
-        out["domains"][domain] = {name: interval._asdict() for name, interval in found.items()}
+    out["domains"] = {
+        domain: {name: interval._asdict() for name, interval in recovery_intervals(own, names, WITH_ROW).items()}
+        for domain, own in span.by_domain().items()
+        if domain != OVERALL
+    }
     if history is not None:
         out["segments"], out["history_hash"] = len(history), history.block_hash()
         out["cost_of_no_history"] = (history.drop.double() - history.full.double()).mean().item()
@@ -74,12 +86,6 @@ def rungs(parts: dict, about: dict, subject: str, block: int, base: str) -> dict
 def _put(out: dict, key: str, intervals: dict) -> None:
     for name, interval in intervals.items():
         out["carriers"][name][key] = interval._asdict()
-
-
-def _columns(scores: BlockScores, columns: slice) -> BlockScores:
-    carriers = {name: values[:, columns] for name, values in scores.carriers.items()}
-    about = {"domain": scores.domain, "document": scores.document, "start": scores.start}
-    return BlockScores(full=scores.full[:, columns], drop=scores.drop[:, columns], carriers=carriers, **about)
 
 
 def combine(runs: list[dict]) -> dict:
@@ -113,47 +119,33 @@ def combine(runs: list[dict]) -> dict:
     return out
 
 
-def show(numbers: dict) -> None:
-    """Print the tables."""
-    for sheet in sheets(numbers):
-        print_sheet(sheet, width=190)
-    print(LEGEND)
+def table_of(numbers: dict) -> Table:
+    """The numbers of ``rungs`` or ``combine`` as one long table; ``behind``: how far the subject is above a carrier."""
+    table, n = Table(), numbers["documents"]
+    for carrier, found in numbers["carriers"].items():
+        table.add_all({k: found[k] for k in ("bytes_per_token", "parameters")}, "metric", carrier=carrier)
+        for key, span in (COMPARED | {"h0": "h = 0"}).items():
+            for metric, value in (("recovery", found.get(key)), ("behind", found.get(f"{key}_below_subject"))):
+                if value:
+                    table.add(metric, value, carrier=carrier, span=span, n=n)
+        if "gain" in found:
+            table.add("gain", found["gain"], carrier=carrier, span="history", n=n)
+    about = {"metric": "recovery", "span": COMPARED["recovery"], "n": n}
+    table.add_all(numbers.get("domains", {}), "domain", "carrier", **about)
+    for part in ORACLES:
+        found = {f"{part}, {COMPARED[k]}": values for k, values in numbers.get(part, {}).items() if k in COMPARED}
+        table.add_all(found, "span", "carrier", metric="recovery", n=numbers.get(part, {}).get("documents"))
+    return table
 
 
-def write(folder: Path, runs: list[dict]) -> None:
-    """Write ``ladder.md``, ``ladder.csv``, ``ladder.json`` and ``ladder.png``."""
-    from .ladder_plot import plot
-
+def report_of(runs: list[dict]) -> Report:
+    """Numbers of one or several runs -> the report: the ladder, best first, and the blocks of the oracles."""
     numbers = combine(runs)
-    with replacing(folder / "ladder.md") as part:
-        part.write_text("\n".join(["# The ladder", "", *map(markdown_sheet, sheets(numbers)), LEGEND, ""]))
-    with replacing(folder / "ladder.json") as part:
-        part.write_text(json.dumps({"runs": runs}, indent=1, allow_nan=False))
-    with replacing(folder / "ladder.csv") as part, part.open("w", newline="") as file:
-        rows = [{"carrier": name} | _flat(numbers["carriers"][name]) for name in _order(numbers)]
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-    plot(folder / "ladder.png", numbers)
-
-
-def sheets(numbers: dict) -> list[Sheet]:
-    """The ladder, best first; where there is an oracle, its own blocks."""
-    order, rows = _order(numbers), []
-    for name in order:
-        carrier = numbers["carriers"][name]
-        bytes_ = carrier["bytes_per_token"]
-        rows.append(
-            [
-                name,
-                "-" if bytes_ is None else f"{bytes_:.3g}",
-                *[_cell(carrier.get(key)) for key in COMPARED],
-                _cell(carrier.get("gain"), 3),
-                *[_verdict(carrier, key) for key in COMPARED],
-            ]
-        )
-    header = ["in place of the block", "bytes", *COMPARED.values(), "gain, nats"]
-    header += [f"vs {column}" for column in COMPARED.values()]
+    table, subject = table_of(numbers), numbers["subject"]
+    own, spans = Table(row for row in table if "domain" not in row), list(COMPARED.values())
+    columns = [("bytes", "bytes_per_token", lambda row: "-" if row["point"] is None else f"{row['point']:.3g}")]
+    columns += [(span, {"metric": "recovery", "span": span}) for span in spans] + [("gain, nats", "gain", ".3f")]
+    columns += [(f"vs {span}", {"metric": "behind", "span": span}, told) for span in spans]
     title = (
         f"the ladder: {numbers['blocks']:,} blocks of {numbers['block_size']} tokens, {numbers['documents']:,}"
         f" documents, H = {numbers['horizon']}, hash {numbers['block_hash']}"
@@ -161,50 +153,68 @@ def sheets(numbers: dict) -> list[Sheet]:
     if "segments" in numbers:
         title += (
             f"; {numbers['segments']:,} histories, hash {numbers['history_hash']}, having none costs"
-            f" {numbers['cost_of_no_history']:.3f} nat, as many more raw tokens recover {_cell(numbers['more_raw'])}"
+            f" {numbers['cost_of_no_history']:.3f} nat, as many more raw tokens recover {cell(numbers['more_raw'])}"
         )
-    out = [Sheet(title, header, rows, (order.index(numbers["subject"]),))]
-    for part, what in (("oracle", "a vector fitted to every block"), ("history oracle", "all vectors fitted together")):
-        if oracle := numbers.get(part):
-            names = sorted(oracle["recovery"], key=lambda name: -_point(oracle["recovery"][name]))
-            keys = [key for key in ("recovery", "body") if key in oracle]
-            rows = [[name, *[_cell(oracle[key][name]) for key in keys]] for name in names]
-            header = ["in place of the block", "h >= 1", "h >= 4"] if len(keys) > 1 else ["in the history", "recovery"]
-            counted = f"{oracle['blocks']:,} {'blocks' if len(keys) > 1 else 'histories'}"
-            title = f"{what}: {counted} of {oracle['documents']:,} documents"
-            out.append(Sheet(title, header, rows, (names.index(numbers["subject"]),)))
-    return out
+    order = _ranked(table)
+    sheets = [pivot(title, own, columns, heading=BLOCK, order=order, strong=[subject])]
+    sheets += [_oracle_sheet(table, part, numbers[part], subject) for part in ORACLES if numbers.get(part)]
+    return Report("The ladder", table, sheets, LEGEND, draw=partial(plot, numbers, table), width=WIDTH)
 
 
-def _order(numbers: dict) -> list[str]:
-    return sorted(numbers["carriers"], key=lambda name: -_point(numbers["carriers"][name].get("recovery")))
+def _ranked(table: Table) -> list[str]:
+    known = table.pick(metric="recovery", span=COMPARED["recovery"], domain=None)
+    rest = [name for name in table.names("carrier") if name not in known.names("carrier")]
+    return known.ranked() + [name for name in rest if table.one(carrier=name, metric="parameters")]
 
 
-def _verdict(carrier: dict, key: str) -> str:
-    difference = carrier.get(f"{key}_below_subject")
-    return "" if not difference or difference["low"] is None else verdict(reverse(difference))
+def _oracle_sheet(table: Table, part: str, oracle: dict, subject: str) -> Sheet:
+    spans = [COMPARED[key] for key in ("recovery", "body") if key in oracle]
+    own = table.pick(span=f"{part}, {spans[0]}")
+    found = Table(row for row in table if row.get("span", "").startswith(f"{part}, "))
+    columns = [(span, {"span": f"{part}, {span}"}) for span in spans]
+    what, heading = ("blocks", BLOCK) if part == "oracle" else ("histories", "in the history")
+    title = f"{ORACLES[part]}: {oracle['blocks']:,} {what} of {oracle['documents']:,} documents"
+    return pivot(title, found, columns, heading=heading, order=own.ranked(), strong=[subject])
 
 
-def _point(value: dict | None) -> float:
-    return -math.inf if not value or value["point"] is None else value["point"]
+def plot(numbers: dict, table: Table, path: Path) -> None:
+    """Recovery against bytes, dNLL by offset, recovery by domain; 1800 x 640 pixels."""
+    recovery, subject = table.pick(metric="recovery", span=COMPARED["recovery"]), numbers["subject"]
+    names = [name for name in _ranked(table) if defined(recovery.one(carrier=name, domain=None))]
+    colours = colours_of(names, subject)
+    shown = list(dict.fromkeys([subject, *names[:LINES]]))
+    with picture(path, (18, 6.4), columns=3, width_ratios=(1.1, 1, 1)) as grid:
+        left, middle, right = grid[0]
+        _bytes(left, recovery, {name: numbers["carriers"][name]["bytes_per_token"] for name in names}, colours)
+        middle.plot(numbers["by_offset"]["dropped"], color="black", linestyle="--", label="dropped")
+        for name in shown:
+            first, values = numbers["carriers"][name]["first"], numbers["by_offset"][name]
+            middle.plot(range(first, len(values)), values[first:], color=colours[name], label=name)
+        middle.set_yscale("symlog", linthresh=0.1)
+        panel(middle, "dNLL by offset", "tokens behind the block (h)", "dNLL, nats per token (symlog)")
+        width, domains = 0.8 / len(shown), list(numbers["domains"])
+        for index, name in enumerate(shown):
+            rows = [recovery.one(carrier=name, domain=domain) for domain in domains]
+            places = [place + (index - (len(shown) - 1) / 2) * width for place in range(len(domains))]
+            known = [(x, row) for x, row in zip(places, rows, strict=True) if defined(row)]
+            right.bar([x for x, _ in known], [row["point"] for _, row in known], width, color=colours[name], label=name)
+            line(right, known, color="black", linestyle="", marker=None, capsize=2)
+        right.set_xticks(range(len(domains)), domains)
+        panel(right, "By domain", "", "recovery, h >= 1")
+        for axes in (middle, right):
+            legend(axes)
 
 
-def _cell(value: dict | None, digits: int = 2) -> str:
-    if not value:
-        return "-"
-    if value["point"] is None:
-        return "undefined"
-    text = f"{value['point']:.{digits}f}"
-    if value["low"] is not None:
-        text += f" [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
-    return text + (f" ± {value['std']:.{digits + 1}f}" if "std" in value else "")
-
-
-def _flat(carrier: dict) -> dict:
-    out = {}
-    for key, value in carrier.items():
-        if isinstance(value, dict):
-            out |= {f"{key}_{part}" if part != "point" else key: number for part, number in value.items()}
-        else:
-            out[key] = value
-    return out
+def _bytes(axes, recovery: Table, sizes: dict[str, float], colours: dict) -> None:
+    known = [name for name, size in sizes.items() if size]
+    for name, x in zip(known, side_by_side([sizes[name] for name in known]), strict=True):
+        named(axes, x, recovery.one(carrier=name, domain=None), name, color=colours[name])
+    powers(axes, [sizes[name] for name in known])
+    panel(
+        axes,
+        "What a block is worth behind each carrier",
+        "bytes per token that is compressed, 16 bit (log scale)",
+        "recovery, h >= 1",
+        zero=True,
+    )
+    room_above(axes)

@@ -21,23 +21,20 @@ from pathlib import Path
 import torch
 
 from megactx.assets import resolve
-from megactx.evaluation.files import without_nan
 from megactx.evaluation.planted import in_detail
+from megactx.evaluation.table import Report, without_nan
 from megactx.focus.pretrained import identity, load_lensnet
 from megactx.framework.bar import bar
-from megactx.framework.command_line import run
 from megactx.framework.files import replacing
 from megactx.memory import MegaContextTree
 from megactx.memory.encoding import identity_of_base
 from megactx.runtime import Models, Settings, load_models
 
 from . import length_planted as planted
-from .length_plot import plot
 from .length_policies import DROP, FOCUS, FULL, RECENCY, Found, dropping, full_context, session
-from .length_report import notes_on, rows_of, sheets, summarise
+from .length_report import report_of, summarise
 from .length_text import Texts, gather, tree_of
-from .tables import show, write
-from .trained import quiet
+from .study import Options, command, multiple
 
 SETTINGS = "settings.json"
 DOCUMENTS, CASES = "documents", "planted"
@@ -153,13 +150,29 @@ class Study:
         return self.folder / what / f"{number:04d}.json"
 
 
-def study(asked: argparse.Namespace) -> None:
-    """The command.
+def options(given: Options) -> None:
+    given.add("--model", help="a run folder or an exported folder (default: the embedded models)")
+    given.add("--lensnet", help="folder of a LensNet to use in place of the model's own")
+    given.path("files with the target documents (default: the held-out part of the embedded text)")
+    given.add("--filler", help="files with what stands before them (default: the same source, without the targets)")
+    given.add("--domains", nargs="+", help="of the text (default: all)")
+    given.add("--lengths", type=int, nargs="+", default=[4096, 32768], help="of the history")
+    given.add("--budgets", type=int, nargs="+", default=[512, 1024], help="entries of a window")
+    given.number("tokens", 512, "that are scored behind each history")
+    given.number("documents", 6, "at most")
+    given.number("planted", 12, "cases with a planted fact", least=0)
+    given.add("--limit", type=int, help="positions of rebased histories stay below it (default: half of the base's)")
+    given.number("refocuses", 0, "more ones at a cold start than a session makes", least=0)
+    given.number("seed", 0, "of the filler's order and the planted facts", least=0)
+    given.add("--out", default="runs/length", help="folder of the results, gone on with")
+
+
+def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+    """Measure what has no file yet in the output folder, and report on all of it.
 
     Raises:
         ValueError: a setting that is not allowed, or too little text.
     """
-    quiet()
     logging.basicConfig(format="%(message)s")
     models = load_models(asked.model)
     if models.gistnet is None:
@@ -175,13 +188,8 @@ def study(asked: argparse.Namespace) -> None:
     here.measure()
     about = here.about() | {"documents": len(here.texts.targets), "learned": here.texts.learned}
     about |= {"device": models.base.model.device.type, "most": models.base.max_positions, "filler": asked.filler}
-    numbers = summarise(here.measured(DOCUMENTS, asked.documents), here.measured(CASES, asked.planted), about)
-    tables, notes = sheets(numbers), notes_on(numbers)
-    show(tables, notes)
-    stem = here.folder / "length"
-    write(stem, "Evaluation at length", tables, notes, rows_of(numbers), numbers)
-    plot(stem, numbers)
-    print(f"Tables and pictures: {stem}.md, .csv, .json and .png")
+    cases = here.measured(CASES, asked.planted)
+    yield here.folder / "length", report_of(summarise(here.measured(DOCUMENTS, asked.documents), cases), cases, about)
 
 
 def check(asked: argparse.Namespace, models: Models) -> None:
@@ -192,13 +200,9 @@ def check(asked: argparse.Namespace, models: Models) -> None:
     """
     block, most = models.gistnet.block_size, models.base.max_positions
     asked.lengths, asked.budgets = sorted({*asked.lengths}), sorted({*asked.budgets})
-    if wrong := [length for length in asked.lengths if length < 2 * block or length % block]:
-        raise ValueError(f"--lengths={wrong[0]} is not allowed: a multiple of block_size={block}, at least twice it")
-    for name, least in (("tokens", block), ("documents", 1), ("planted", 0), ("refocuses", 0)):
-        if (value := getattr(asked, name)) < least:
-            raise ValueError(f"--{name}={value} is not allowed: at least {least}")
-    if asked.tokens % block:
-        raise ValueError(f"--tokens={asked.tokens} is not allowed: a multiple of block_size={block}")
+    for length in asked.lengths:
+        multiple("lengths", length, block, least=2)
+    multiple("tokens", asked.tokens, block)
     least = asked.budgets[-1] + 2 * block  # entries of a window, and room for new tokens
     if asked.limit is None:
         asked.limit = most // 2
@@ -213,26 +217,7 @@ def check(asked: argparse.Namespace, models: Models) -> None:
             raise ValueError(f"--budgets={budget} is not allowed: at most {asked.lengths[0]}, the shortest history")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; -> exit code."""
-    parser = argparse.ArgumentParser(prog="python -m megactx.studies.length", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--model", help="a run folder or an exported folder (default: the embedded models)")
-    add("--lensnet", help="folder of a LensNet to use in place of the model's own")
-    add("--path", help="files with the target documents (default: the held-out part of the embedded text)")
-    add("--filler", help="files with what stands before them (default: the same source, without the targets)")
-    add("--domains", nargs="+", help="of the text (default: all)")
-    add("--lengths", type=int, nargs="+", default=[4096, 32768], help="of the history (default 4096 32768)")
-    add("--budgets", type=int, nargs="+", default=[512, 1024], help="entries of a window (default 512 1024)")
-    add("--tokens", type=int, default=512, help="that are scored behind each history (default 512)")
-    add("--documents", type=int, default=6, help="at most (default 6)")
-    add("--planted", type=int, default=12, help="cases with a planted fact (default 12)")
-    add("--limit", type=int, help="positions of rebased histories stay below it (default: half of the base's)")
-    add("--refocuses", type=int, default=0, help="more ones at a cold start than a session makes (default 0)")
-    add("--seed", type=int, default=0, help="of the filler's order and the planted facts (default 0)")
-    add("--out", default="runs/length", help="folder of the results, gone on with (default runs/length)")
-    return run(study, parser, arguments)
-
+main = command("length", __doc__, options, study)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -105,17 +105,17 @@ def session(
     began = clock(device)
     found = stream.append(scored[None], score=True)[0]
     seconds, events = clock(device) - began, [event for event in events if event.read is not None]
-    return Found(found, seconds, before, _telemetry(events))
+    return Found(found, seconds, before, telemetry(events))
 
 
-def _telemetry(events: list[Refocused]) -> dict[str, float]:
+def telemetry(events: list[Refocused]) -> dict[str, float]:
     """Means over refocuses; ``rooms``: share of them before which siblings were collapsed to make room."""
     told = [event.telemetry for event in events if event.telemetry is not None]
     lists = {
         "swap_rate": [float(t.swap_rate[0]) for t in told],
         "residency": [value for t in told if (value := float(t.residency[0])) == value],  # NaN: there was no edit
         "utilisation": [event.utilisation[0] for event in events],
-        "reuse": [event.reuse for event in events],
+        "reuse": [event.reuse for event in events if event.reuse is not None],
         "rooms": [float(event.room is not None or bool(event.started.any())) for event in events],
     }
     return {name: fmean(values) for name, values in lists.items() if values}

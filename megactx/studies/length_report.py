@@ -1,81 +1,74 @@
-"""Measured documents and cases as tables, sentences and CSV rows."""
+"""Measured documents and cases as the long table, its sheets, sentences and pictures.
+
+A policy is a carrier, a length of history a span, a run ``512 rebased``: the budget and how positions are.
+"""
 
 import math
+from functools import partial
+from pathlib import Path
 
 import torch
 
-from megactx.evaluation.bootstrap import mean_interval
+from megactx.evaluation.bootstrap import mean_interval, wilson
+from megactx.evaluation.pictures import legend, line, panel, picture, powers
 from megactx.evaluation.planted import USABLE
-from megactx.evaluation.sheets import Sheet, number
+from megactx.evaluation.table import OVERALL, Report, Sheet, Table, cell, pivot
 from megactx.focus.allocator import RESIDENCY, SWAP_RATE, UTILISATION
 
 from .length_planted import usable
 from .length_policies import DROP, FOCUS, FULL, RECENCY
-from .probes_report import wilson
-from .tables import interval
 
-KEYS = ("length", "policy", "budget", "positions")
 TELEMETRY = ("swap_rate", "residency", "utilisation", "reuse", "rooms")
-OVERALL = "overall"
+COLOURS = {FOCUS: "#009E73", RECENCY: "#0072B2", DROP: "black", FULL: "#D55E00"}
+STYLES = {"absolute": "--", "rebased": "-"}
+ABSOLUTE = "- absolute"  # the run of full context
+LINE, HEADING = ("carrier", "run"), ["policy", "budget", "positions"]  # what a line of a sheet is of, and says
+PANELS = {"nll": "NLL, nats per token", "vs_dropping": "less is better than dropping, nats", "ms": "ms per token"}
+PLANTED = {"found": "needed block in detail, share", "answer": "NLL of the answer, nats per token"}
 
 
-def summarise(documents: list[dict], cases: list[dict], about: dict) -> dict:
-    """Plain numbers.
+def summarise(documents: list[dict], cases: list[dict]) -> Table:
+    """Measured documents and cases, of ``Study.document`` and ``Study.case``, -> the long table.
 
-    Args:
-        documents, cases: of ``Study.document`` and ``Study.case``.
-        about: what was measured; kept as it is.
-
-    Returns:
-        ``about``; ``full_at``, the longest history that full context can read (``None``: none); ``rows``, one per
-        length, policy, budget and positions; ``planted``, the same with ``kind``.
+    Of text ``nll``, also by block as a domain, ``vs_full``: than full context at the longest history that it reads,
+    ``vs_dropping``, ``ms`` per token and more; of planted facts ``found`` and ``answer``, by kind as a domain.
     """
-    values = _table(documents)
-    full_at = max((key[0] for key in values if key[1] == FULL), default=None)
+    table, values = Table(), _measured(documents)
+    longest = max((length for length, policy, _ in values if policy == FULL), default=None)
     text = torch.tensor([document["text"] for document in documents])
-    rows = []
-    for key, found in values.items():
-        length, policy, budget, positions = key
-        nll = _column(found, "mean")
-        full = values.get((full_at, FULL, None, "absolute"))
-        dropped = values.get((length, DROP, budget, positions))
-        row = dict(zip(KEYS, key, strict=True)) | {"documents": len(found)}
-        row |= {"nll": mean_interval(text, nll)._asdict(), "perplexity": math.exp(nll.mean().item())}
-        for name, other in (("vs_full", full), ("vs_dropping", dropped)):
-            row[name] = mean_interval(text, nll - _column(other, "mean"))._asdict() if other else None
-        for name in ("seconds", *TELEMETRY):
-            known = [own[name] for own in found if own.get(name) is not None]
-            row[name] = sum(known) / len(known) if known else None
-        row["tree_bytes_per_token"] = sum(own["tree_bytes"] for own in found) / len(found) / length
-        row["by_block"] = torch.tensor([own["nll"] for own in found]).mean(0).tolist()
-        rows.append(row)
-    return about | {"full_at": full_at, "rows": rows, "planted": _planted(cases)}
-
-
-def _planted(cases: list[dict]) -> list[dict]:
-    rows, kinds = [], [OVERALL, *dict.fromkeys(case["kind"] for case in cases)]
-    for kind in kinds if cases else ():
+    for (length, policy, run), found in values.items():
+        nll, about = _column(found, "mean"), {"carrier": policy, "span": length, "run": run, "n": len(found)}
+        table.add("nll", mean_interval(text, nll), **about)
+        table.add("perplexity", math.exp(nll.mean().item()), **about)
+        for metric, key in (("vs_full", (longest, FULL, ABSOLUTE)), ("vs_dropping", (length, DROP, run))):
+            if key in values:
+                table.add(metric, mean_interval(text, nll - _column(values[key], "mean")), **about)
+        for name in TELEMETRY:
+            if known := [own[name] for own in found if own.get(name) is not None]:
+                table.add(name, sum(known) / len(known), **about)
+        table.add("ms", 1e3 * sum(own["seconds"] for own in found) / len(found), **about)
+        table.add("tree_bytes_per_token", sum(own["tree_bytes"] for own in found) / len(found) / length, **about)
+        for index, value in enumerate(torch.tensor([own["nll"] for own in found]).mean(0).tolist()):
+            table.add("nll", value, domain=f"block {index}", **about)
+    for kind in [OVERALL, *dict.fromkeys(case["kind"] for case in cases)] * bool(cases):
         own = [case for case in cases if kind in (OVERALL, case["kind"])]
-        counted = [case for case in own if usable(case)]
-        for key in _table(own):
-            chosen = _table(counted).get(key, [])
-            found = [row["found"] for row in chosen if row["found"] is not None]
-            row = dict(zip(KEYS, key, strict=True)) | {"kind": kind, "cases": len(own), "usable": len(counted)}
-            row["nll"] = sum(one["mean"] for one in chosen) / len(chosen) if chosen else None
-            row["found"] = None
-            if found:
-                low, high = wilson(sum(found), len(found))
-                row["found"] = {"point": sum(found) / len(found), "low": low, "high": high}
-            rows.append(row)
-    return rows
+        counted = _measured([case for case in own if usable(case)])
+        for length, policy, run in _measured(own):
+            rows = counted.get((length, policy, run), [])
+            about = {"carrier": policy, "span": length, "run": run, "domain": kind, "n": len(rows)}
+            table.add("answer", sum(row["mean"] for row in rows) / len(rows) if rows else None, **about)
+            if seen := [row["found"] for row in rows if row["found"] is not None]:
+                table.add("found", wilson(sum(seen), len(seen)), **about)
+    return table
 
 
-def _table(items: list[dict]) -> dict[tuple, list[dict]]:
-    """(length, policy, budget, positions) -> a row of each item, in their order."""
+def _measured(items: list[dict]) -> dict[tuple, list[dict]]:
+    """(length, policy, run) -> a row of each item, in their order."""
     out = {}
     for item in items:
         for row in item["rows"]:
-            out.setdefault(tuple(row[name] for name in KEYS), []).append(row)
+            run = f"{row['budget'] or '-'} {row['positions']}"
+            out.setdefault((row["length"], row["policy"], run), []).append(row)
     return out
 
 
@@ -83,68 +76,57 @@ def _column(rows: list[dict], name: str) -> torch.Tensor:
     return torch.tensor([row[name] for row in rows], dtype=torch.float64)
 
 
-def sheets(numbers: dict) -> list[Sheet]:
-    """One table per length of history, then planted facts."""
-    out = []
-    for length in numbers["lengths"]:
-        rows = [row for row in numbers["rows"] if row["length"] == length]
-        title = (
-            f"T = {length:,}: the next {numbers['tokens']} tokens of {rows[0]['documents']} documents;"
-            f" the tree has {rows[0]['tree_bytes_per_token']:.1f} bytes per token of history"
-        )
-        header = ["policy", "budget", "positions", "perplexity", "NLL", "dNLL vs full", "vs dropping"]
-        header += ["swaps", "residency", "in use", "KV reuse", "ms / token"]
-        strong = tuple(place for place, row in enumerate(rows) if row["policy"] == FOCUS)
-        out.append(Sheet(title, header, [_line(row) for row in rows], strong))
-    if numbers["planted"]:
-        out.append(_planted_sheet(numbers))
-    return out
+def report_of(table: Table, cases: list[dict], about: dict) -> Report:
+    """One sheet per length of history, then planted facts; ``about``: what decides about the figures."""
+    about |= {"cases": len(cases), "usable": sum(map(usable, cases))}
+    sheets = [_sheet(table.pick(span=length), about, length) for length in about["lengths"]]
+    if cases:
+        sheets.append(_planted_sheet(table, about))
+    title, draw = "Evaluation at length", partial(plot, table, about)
+    return Report(title, table, sheets, "", notes_on(table, about), about, draw)
 
 
-def _line(row: dict) -> list[str]:
-    return [
-        row["policy"],
-        "-" if row["budget"] is None else f"{row['budget']:,}",
-        row["positions"],
-        f"{row['perplexity']:.2f}",
-        f"{row['nll']['point']:.3f}",
-        "0" if row["policy"] == FULL else interval(row["vs_full"], 3, "+"),
-        "0" if row["policy"] == DROP else interval(row["vs_dropping"], 3, "+"),
-        number(row["swap_rate"]),
-        number(row["residency"], "{:.1f}"),
-        number(row["utilisation"], "{:.0%}"),
-        number(row["reuse"], "{:.0%}"),
-        f"{1e3 * row['seconds']:.2f}",
-    ]
+def _sheet(own: Table, about: dict, length: int) -> Sheet:
+    first = own.one(metric="tree_bytes_per_token")
+    title = (
+        f"T = {length:,}: the next {about['tokens']} tokens of {first['n']} documents;"
+        f" the tree has {first['point']:.1f} bytes per token of history"
+    )
+
+    def but(policy: str, row: dict | None) -> str:
+        return "0" if row and row["carrier"] == policy else cell(row, "+.3f")
+
+    columns = [("perplexity", "perplexity"), ("NLL", "nll", lambda row: f"{row['point']:.3f}")]
+    columns += [("dNLL vs full", "vs_full", partial(but, FULL)), ("vs dropping", "vs_dropping", partial(but, DROP))]
+    columns += [("swaps", "swap_rate", ".3f"), ("residency", "residency", ".1f"), ("in use", "utilisation", ".0%")]
+    columns += [("KV reuse", "reuse", ".0%"), ("ms / token", "ms")]
+    text = Table(row for row in own if "domain" not in row)
+    focused = [name for name in text.names(LINE) if FOCUS in name]
+    return pivot(title, text, columns, LINE, HEADING, None, focused, _label)
 
 
-def _planted_sheet(numbers: dict) -> Sheet:
-    rows = [row for row in numbers["planted"] if row["kind"] == OVERALL]
-    title = f"planted facts: {rows[0]['usable']} usable ones of {rows[0]['cases']} cases"
-    header = ["history", "policy", "budget", "positions", "needed block in detail", "NLL of the answer"]
-    lines = [
-        [
-            f"{row['length']:,}",
-            row["policy"],
-            "-" if row["budget"] is None else f"{row['budget']:,}",
-            row["positions"],
-            interval(row["found"]),
-            number(row["nll"]),
-        ]
-        for row in rows
-    ]
-    return Sheet(title, header, lines, tuple(place for place, row in enumerate(rows) if row["policy"] == FOCUS))
+def _label(name: tuple[str, ...]) -> list[str]:
+    return [name[0], *name[1].split()]
 
 
-def notes_on(numbers: dict) -> list[str]:
+def _planted_sheet(table: Table, about: dict) -> Sheet:
+    own, down = table.pick(domain=OVERALL), ("span", *LINE)
+    columns = [("needed block in detail", "found"), ("NLL of the answer", "answer", ".3f")]
+    title = f"planted facts: {about['usable']} usable ones of {about['cases']} cases"
+    heading, focused = ["history", *HEADING], [name for name in own.names(down) if FOCUS in name]
+    return pivot(title, own, columns, down, heading, None, focused, lambda name: [f"{name[0]:,}", *_label(name[1:])])
+
+
+def notes_on(table: Table, about: dict) -> list[str]:
     """The whole system in a sentence per budget, what the columns mean, and what a reader must not overlook."""
-    block, tokens, full_at = numbers["block_size"], numbers["tokens"], numbers["full_at"]
-    out = [_whole(numbers, budget) for budget in numbers["budgets"]] if full_at is not None else []
+    block, tokens = about["block_size"], about["tokens"]
+    longest = max(table.pick(carrier=FULL).names("span"), default=None)
+    out = [_whole(table, about, longest, budget) for budget in about["budgets"]] if longest is not None else []
     out.append(
         f"NLL in nats per token over {tokens} tokens: H = {block} tokens between refocuses, {tokens // block} times, so"
         " dNLL is dNLL@H of the whole system. Brackets: 95 %, paired bootstrap over source texts."
     )
-    where = f" at T = {full_at:,}, the same scored tokens" if full_at else "; it fits at no length here"
+    where = f" at T = {longest:,}, the same scored tokens" if longest else "; it fits at no length here"
     out.append(
         f"vs full: than full context{where}. vs dropping: than the sink and the newest tokens alone, same budget and"
         " positions."
@@ -154,55 +136,69 @@ def notes_on(numbers: dict) -> list[str]:
         f" {RESIDENCY} refocuses, in use {UTILISATION[0]:.0%}-{UTILISATION[1]:.0%}. Swaps are LensNet's; collapses that"
         " make room for new tokens are not in them (rooms, in the CSV). recency has no allocator, so no swaps."
     )
-    far = [length for length in numbers["lengths"] if length + tokens > numbers["most"]]
+    far = ", ".join(f"{length:,}" for length in about["lengths"] if length + tokens > about["most"])
     out.append(
-        f"positions: rebased ones stay below {numbers['limit']:,}; absolute ones are possible while T + {tokens} <="
-        f" {numbers['most']:,}, what the base takes"
-        + (f", so not at T = {', '.join(f'{length:,}' for length in far)}." if far else ".")
+        f"positions: rebased ones stay below {about['limit']:,}; absolute ones are possible while T + {tokens} <="
+        f" {about['most']:,}, what the base takes" + (f", so not at T = {far}." if far else ".")
     )
     out.append(
-        f"ms / token: {'CPU' if numbers['device'] == 'cpu' else 'wall'} time, read {block} tokens at a time, with what"
+        f"ms / token: {'CPU' if about['device'] == 'cpu' else 'wall'} time, read {block} tokens at a time, with what"
         " chooses and reads a window anew; the tree was there before. dropping reads its whole window each time."
     )
-    if numbers["lensnet"] is None:
+    if about["lensnet"] is None:
         out.append(f"There is no LensNet here, so no {FOCUS}.")
-    if numbers["filler"]:
-        out.append(f"The filler is of {numbers['filler']}: it is not known here whether models learned from it.")
-    for domain, count in numbers["learned"].items():
+    if about["filler"]:
+        out.append(f"The filler is of {about['filler']}: it is not known here whether models learned from it.")
+    for domain, count in about["learned"].items():
         if count:
             out.append(f"{count:,} tokens of the filler of {domain} are of texts that models may have learned from.")
-    if numbers["planted"]:
-        counted, cases = (numbers["planted"][0][name] for name in ("usable", "cases"))
+    if cases := about["cases"]:
+        blocked = f"in {cases - about['usable']} of {cases} cases the base is the blocker"
         out.append(
             f"A case is usable if the needed block in detail is worth {USABLE} nats per token of the answer at T ="
-            f" {numbers['lengths'][0]:,}, among gists; in {cases - counted} of {cases} cases the base is the blocker. A"
-            f" refocus opens a gist by one level; the cold start had {numbers['refocuses']} refocuses more than a"
-            " session's."
+            f" {about['lengths'][0]:,}, among gists; {blocked}. A refocus opens a gist by one level; the cold start had"
+            f" {about['refocuses']} refocuses more than a session's."
         )
     return out
 
 
-def _whole(numbers: dict, budget: int) -> str:
-    length, parts = numbers["full_at"], []
+def _whole(table: Table, about: dict, length: int, budget: int) -> str:
+    parts, own = [], table.pick(span=length, run=f"{budget} absolute")
     for policy in (FOCUS, RECENCY, DROP):
-        for row in numbers["rows"]:
-            if [row[name] for name in KEYS] == [length, policy, budget, "absolute"]:
-                swaps = f" at {row['swap_rate']:.3f} swaps" if row["swap_rate"] is not None else ""
-                parts.append(f"{policy} {interval(row['vs_full'], 3, '+')}{swaps}")
-    what = f"Whole system, dNLL@{numbers['block_size']} against full context at T = {length:,}, W = {budget:,}"
+        if row := own.one(carrier=policy, metric="vs_full"):
+            swaps = own.one(carrier=policy, metric="swap_rate")
+            parts.append(f"{policy} {cell(row, '+.3f')}" + (f" at {swaps['point']:.3f} swaps" if swaps else ""))
+    what = f"Whole system, dNLL@{about['block_size']} against full context at T = {length:,}, W = {budget:,}"
     return f"{what}: {', '.join(parts)}."
 
 
-def rows_of(numbers: dict) -> list[dict]:
-    """One row per line of the tables, with the planted facts of every kind behind them."""
-    out = []
-    for table, rows in (("text", numbers["rows"]), ("planted", numbers["planted"])):
-        for row in rows:
-            flat = {"table": table}
-            for name, value in row.items():
-                if isinstance(value, dict):
-                    flat |= {name: value["point"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
-                elif name != "by_block":
-                    flat[name] = value
-            out.append(flat)
-    return out
+def plot(table: Table, about: dict, path: Path) -> None:
+    """NLL, against dropping, and time over the length of the history; beside it planted facts, where there are any."""
+    _draw(path, Table(row for row in table if "domain" not in row), PANELS, about)
+    if about["usable"]:
+        _draw(path.with_name(f"{path.stem}-planted.png"), table.pick(domain=OVERALL), PLANTED, about)
+
+
+def _draw(path: Path, table: Table, panels: dict[str, str], about: dict) -> None:
+    """A row of panels per budget; each line is a policy, its bars are 95 % intervals."""
+    budgets = about["budgets"]
+    with picture(path, (5.5 * len(panels), 4.2 * len(budgets)), len(budgets), len(panels)) as grid:
+        for budget, line_of_panels in zip(budgets, grid, strict=True):
+            for axes, (metric, label) in zip(line_of_panels, panels.items(), strict=True):
+                own = table.pick(metric=metric)
+                for policy, run in own.names(LINE):
+                    size, positions = run.split()
+                    if size in ("-", str(budget)):
+                        points = [(row["span"], row) for row in own.pick(carrier=policy, run=run)]
+                        style = {"color": COLOURS[policy], "linestyle": STYLES[positions]}
+                        line(axes, points, label=f"{policy}, {positions}", **style)
+                powers(axes, table.names("span"), [_short(length) for length in sorted(table.names("span"))])
+                panel(axes, f"W = {budget:,}", "tokens of history (log scale)", label)
+        legend(grid[0, 0])
+
+
+def _short(tokens: int) -> str:
+    for size, name in ((2**20, "M"), (2**10, "k")):
+        if tokens >= size:
+            return f"{tokens / size:g}{name}"
+    return str(tokens)

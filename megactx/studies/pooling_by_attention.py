@@ -12,7 +12,7 @@ L layers, D width.
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,9 +22,8 @@ from torch import Tensor
 from megactx.data.embedded import Embedded
 from megactx.data.files import DOMAINS, Files
 from megactx.data.spans_module import SpanData
-from megactx.evaluation.sheets import Sheet
+from megactx.evaluation.table import Report, Sheet, Table, pivot
 from megactx.framework.bar import bar
-from megactx.framework.command_line import run
 from megactx.framework.optimizers import warmup_cosine
 from megactx.framework.search_path import compose, root
 from megactx.gist.carrier import Compressor, Slots, windows
@@ -34,16 +33,16 @@ from megactx.gist.substitution import Teacher, teach
 from megactx.lm import BaseLM
 from megactx.lm.layers import keys_values
 
-from .tables import show, usable, write
-from .trained import quiet
+from .study import Options, command, usable
+from .trained import base_of
 
 POINTS = 6  # columns of the table of residuals over steps
 MEAN_OVER = 8  # batches that the constant state is the mean of
-NOTES = [
+LEGEND = (
     "residual = squared error to AvgPool's keys and values / that of one constant state, the mean of all blocks; mean"
-    " over layers, keys and values, on held-out blocks: 1 is a constant, 0 is AvgPool.",
-    "Without the shift the first layer keeps the gist token's own embedding: it has seen nothing, so at best 1.",
-]
+    " over layers, keys and values, on held-out blocks: 1 is a constant, 0 is AvgPool."
+)
+NOTE = "Without the shift the first layer keeps the gist token's own embedding: it has seen nothing, so at best 1."
 
 
 def variants(base: BaseLM, block: int, chosen: Iterable[str] | None = None) -> dict[str, Compressor]:
@@ -113,7 +112,7 @@ def train(
     held: Sequence[dict],
     steps: int,
     lr: float,
-) -> dict:
+) -> Table:
     """Train every net on the same batches, each with its own optimizer.
 
     Args:
@@ -123,14 +122,24 @@ def train(
         steps, lr: of AdamW with a warm-up and a cosine.
 
     Returns:
-        ``steps``: at which the residual was measured; ``residual``: name -> that many means over layers; ``layers``:
-        name -> the last one by layer, ``[keys, values]``; ``parameters``: name -> how many are trained.
+        Of every net ``parameters`` and the ``residual``, mean over layers, after so many steps (a span); at the end of
+        the ``keys`` and ``values`` of every layer (a span).
     """
     shown = sorted({round(steps * (index / (POINTS - 1)) ** 2) for index in range(POINTS)})  # denser at the beginning
     optimizers = {name: torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0) for name, net in nets.items()}
     leader = next(iter(nets.values()))
     means = mean_states(base, (batches[index] for index in range(MEAN_OVER)), leader.block_size)
-    found = {0: measure(base, nets, held, means)}
+    table = Table()
+    sizes = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
+    table.add_all(sizes, "carrier", metric="parameters")
+
+    def residuals(step: int) -> dict[str, Tensor]:
+        found = measure(base, nets, held, means)
+        values = {name: value.mean().item() for name, value in found.items()}
+        table.add_all(values, "carrier", metric="residual", span=step)
+        return found
+
+    residuals(0)
     for step in bar("training")(range(1, steps + 1)):
         target = Target(base, batches[step - 1], leader, means)
         for name, net in nets.items():
@@ -140,13 +149,11 @@ def train(
             (target.error(base, net) / target.spread).mean().backward()
             optimizers[name].step()
         if step in shown:
-            found[step] = measure(base, nets, held, means)
-    return {
-        "steps": list(found),
-        "residual": {name: [values[name].mean().item() for values in found.values()] for name in nets},
-        "layers": {name: found[max(found)][name].tolist() for name in nets},
-        "parameters": {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()},
-    }
+            last = residuals(step)
+    for name, layers in last.items():
+        for number, (keys, values) in enumerate(layers.tolist(), start=1):
+            table.add_all({"keys": keys, "values": values}, "metric", carrier=name, span=f"layer {number}")
+    return table
 
 
 def _read(base: BaseLM, batch: dict) -> tuple[Teacher, Tensor]:
@@ -158,53 +165,46 @@ def _mean(teacher: Teacher, starts: Tensor, block: int) -> Tensor:
     return torch.stack([windows(states, starts, block).mean(dim=(0, 1, 2)) for states in teacher.states[:-1]])
 
 
-def sheets(numbers: dict) -> list[Sheet]:
+def sheets(table: Table, about: dict) -> list[Sheet]:
     """Residual over steps, and at the end by layer."""
-    rows = [
-        [name, f"{numbers['parameters'][name]:,}", *[f"{value:.3f}" for value in values]]
-        for name, values in numbers["residual"].items()
-    ]
+    columns = [("parameters", "parameters", ",d")]
+    steps = table.pick(metric="residual").names("span")
+    columns += [(str(step), {"metric": "residual", "span": step}, ".3f") for step in steps]
     title = (
-        f"can attention learn to pool: residual to AvgPool after so many steps ({numbers['base']}, blocks of"
-        f" {numbers['block_size']}, {numbers['held']} held-out blocks)"
+        f"can attention learn to pool: residual to AvgPool after so many steps ({about['base']}, blocks of"
+        f" {about['block_size']}, {about['held']} held-out blocks)"
     )
-    out = [Sheet(title, ["", "parameters", *map(str, numbers["steps"])], rows)]
-    rows = [
-        [name, what, *[f"{layer[index]:.3f}" for layer in layers]]
-        for name, layers in numbers["layers"].items()
-        for index, what in enumerate(("keys", "values"))
-    ]
-    layers = range(1, len(next(iter(numbers["layers"].values()))) + 1)
-    return [
-        *out,
-        Sheet(f"by layer, after {numbers['steps'][-1]} steps", ["", "of", *map("layer {}".format, layers)], rows),
-    ]
+    out = [pivot(title, table, columns)]
+    for what in ("keys", "values"):
+        own = table.pick(metric=what)
+        layers = [(layer, {"span": layer}, ".3f") for layer in own.names("span")]
+        out.append(pivot(f"{what} by layer, after {steps[-1]} steps", own, layers))
+    return out
 
 
-def rows_of(numbers: dict) -> list[dict]:
-    """A row per compressor and step."""
-    return [
-        {"compressor": name, "step": step, "residual": value}
-        for name, values in numbers["residual"].items()
-        for step, value in zip(numbers["steps"], values, strict=True)
-    ]
+def options(given: Options) -> None:
+    given.add("--base", default="asset:tiny-base", help="the base LM")
+    given.path("files to train on; one text in ten is held out; without it the embedded text")
+    given.add("--only", nargs="+", metavar="OPTION", help="of the group compressor (default: all)")
+    given.number("steps", 300, "of 4 documents with 16 blocks each")
+    given.add("--lr", type=float, default=1e-2, help="of AdamW")
+    given.number("block-size", 32, "K")
+    given.number("tokens", 544, "of a document")
+    given.number("seed", 0, "of initialisation and sampling", least=0)
+    given.add("--out", type=Path, default=Path("runs/pooling_by_attention"), help="folder for the tables")
 
 
-def study(asked: argparse.Namespace) -> dict:
-    """Everything that was asked for, as plain numbers.
+def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+    """Train and measure.
 
     Raises:
         ValueError: a setting that is not allowed, or no text that is long enough; the message names it.
     """
-    for name in ("steps", "block_size", "tokens"):
-        if getattr(asked, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}={getattr(asked, name)} is not allowed: at least 1")
     if not asked.lr > 0:
         raise ValueError(f"--lr={asked.lr} is not allowed: above 0")
-    quiet()
+    stem = usable(asked.out) / "pooling_by_attention"
     torch.manual_seed(asked.seed)
-    base = BaseLM.from_pretrained(asked.base, "float32").freeze()
-    base.to("cuda" if torch.cuda.is_available() else "cpu")
+    base = base_of(asked.base)
     nets = variants(base, asked.block_size, asked.only)
     source = Files(asked.path) if asked.path else Embedded()
     sizes = {"min_tokens": asked.tokens, "max_tokens": asked.tokens, "batch": 4, "spans": 16, "seed": asked.seed}
@@ -215,34 +215,11 @@ def study(asked: argparse.Namespace) -> dict:
     held = list(data.val_dataloader())
     about = {"base": asked.base, "block_size": asked.block_size, "lr": asked.lr, "seed": asked.seed, "text": asked.path}
     about["held"] = sum(batch["starts"].shape[1] for batch in held)
-    return about | train(base, nets, data.training, held, asked.steps, asked.lr)
+    table = train(base, nets, data.training, held, asked.steps, asked.lr)
+    yield stem, Report("Can attention learn to pool?", table, sheets(table, about), LEGEND, [NOTE], about)
 
 
-def command(asked: argparse.Namespace) -> None:
-    """Train, measure, show and write."""
-    stem = usable(asked.out) / "pooling_by_attention"
-    numbers = study(asked)
-    show(sheets(numbers), NOTES)
-    write(stem, "Can attention learn to pool?", sheets(numbers), NOTES, rows_of(numbers), numbers)
-    print(f"Residuals: {stem}.md, .csv and .json")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; -> exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megactx.studies.pooling_by_attention", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--base", default="asset:tiny-base", help="the base LM (default asset:tiny-base)")
-    parser.add_argument("--path", help="files to train on; one text in ten is held out; without it the embedded text")
-    parser.add_argument("--only", nargs="+", metavar="OPTION", help="of the group compressor (default: all)")
-    parser.add_argument("--steps", type=int, default=300, help="of 4 documents with 16 blocks each (default 300)")
-    parser.add_argument("--lr", type=float, default=1e-2, help="of AdamW (default 0.01)")
-    parser.add_argument("--block-size", type=int, default=32, help="K (default 32)")
-    parser.add_argument("--tokens", type=int, default=544, help="of a document (default 544)")
-    parser.add_argument("--seed", type=int, default=0, help="of initialisation and sampling (default 0)")
-    parser.add_argument("--out", type=Path, default=Path("runs/pooling_by_attention"), help="folder for the tables")
-    return run(command, parser, arguments)
-
+main = command("pooling_by_attention", __doc__, options, study)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,6 +12,7 @@ documents that it learned from or measured with; FLOPs are those of a run with `
 
 import argparse
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,11 @@ from torch import Tensor
 from megactx.evaluation.bootstrap import recovery_intervals
 from megactx.evaluation.focus import focused
 from megactx.evaluation.measure import measure
+from megactx.evaluation.metrics import BODY
+from megactx.evaluation.table import Report
 from megactx.focus.lensnet import LensNet
 from megactx.focus.values import continuation_nll
 from megactx.framework.bar import bar
-from megactx.framework.command_line import run
-from megactx.framework.resume import best, read
 from megactx.gist import GistNet
 from megactx.gist.scoring import nll
 from megactx.lm import BaseLM
@@ -35,13 +36,9 @@ from megactx.stages.export import load_run
 from megactx.stages.gist import GistStage
 from megactx.stages.lens import LensStage
 
-from .tables import show, usable, write
-from .together_plot import plot
-from .together_report import sheet, summarise
-from .trained import held_out, quiet
-
-BODY = 4  # the first offset of recovery_body
-TITLE = "Learned together, learned apart"
+from .study import Options, command, usable
+from .together_report import report_of, summarise
+from .trained import base_of, checkpoint_of, device, held_out, same
 
 
 @dataclass
@@ -73,10 +70,7 @@ def parts_of(folder: str | Path) -> Parts:
         ValueError: there is no checkpoint, or it is of another stage.
     """
     folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such run folder")
-    path = best(folder)
-    checkpoint = read(path)
+    path, checkpoint = checkpoint_of(folder)
     given = checkpoint["hyper_parameters"]
     settings = {"map_location": "cpu", "weights_only": True}
     tokens, changed = None, False
@@ -89,7 +83,7 @@ def parts_of(folder: str | Path) -> Parts:
         stage = LensStage.load_from_checkpoint(path, **settings)
     else:
         raise ValueError(f"{folder}: it is of no gist, lens, alternating or end_to_end stage")
-    stage.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    stage.to(device()).eval()
     lens = getattr(stage, "lens", None) or LensNet(stage.base.width, stage.gistnet.block_size).to(stage.device).eval()
     return Parts(
         name=name_of(folder),
@@ -133,7 +127,7 @@ def behind(document: dict, values: Tensor) -> float:
 def measure_run(
     run: Parts, documents: list[dict], blocks: list[dict], horizon: int, budgets: list[float], full: list[Tensor]
 ) -> dict:
-    """Plain numbers of one run, see ``summarise``.
+    """What ``summarise`` takes of one run.
 
     Args:
         horizon: H, of the recovery.
@@ -175,91 +169,47 @@ def dropping(base: BaseLM, documents: list[dict], budgets: list[float]) -> dict[
     return found
 
 
-def study(folders: list[str], documents: int, tokens: int, budgets: list[float], path: str | None, blocks: int) -> dict:
-    """Measure all runs on the same documents and blocks; -> ``rows`` of ``summarise``, and what was measured.
+def options(given: Options) -> None:
+    given.runs("run folders of gist, lens, alternating or end_to_end stages")
+    given.number("documents", 100, "held-out ones at most")
+    given.number("tokens", 4096, "T, before the cursor", least=256)
+    given.add("--budgets", type=float, nargs="+", default=[0.25, 0.125], help="entries of a window over T")
+    given.number("blocks", 400, "about so many, for recovery")
+    given.path()
+    given.add("--out", type=Path, default=Path("runs/together"), help="stem of .md, .csv, .json and .png")
 
-    Args:
-        documents: held-out ones at most, of ``tokens`` tokens before the cursor.
-        budgets: entries of a window over them.
-        path: files; ``None``: the held-out tenth of the embedded text.
-        blocks: about so many, of documents of a quarter of the tokens, for recovery.
+
+def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+    """Measure all runs on the same documents, and their recovery on blocks of documents of a quarter of the tokens.
 
     Raises:
         ValueError: runs of other base LMs or blocks of other sizes; no text is that long.
     """
-    for name, value, least in (("documents", documents, 1), ("tokens", tokens, 256), ("blocks", blocks, 1)):
-        if value < least:
-            raise ValueError(f"--{name}={value} is not allowed: at least {least}")
-    for share in budgets:
+    for share in asked.budgets:
         if not 0 < share <= 1:
             raise ValueError(f"--budgets={share:g} is not allowed: above 0, and at most 1, the whole text")
-    runs = [parts_of(folder) for folder in folders]
-    for what in ("base_name", "block_size"):
-        if len({*(values := {run.name: getattr(run, what) for run in runs}).values()}) > 1:
-            raise ValueError(f"the runs differ in {what}: {values}")
+    usable(asked.out.parent)
+    runs, tokens = [parts_of(folder) for folder in asked.runs], asked.tokens
+    same(runs)
     first = runs[0]
-    block, horizon = first.block_size, first.horizon  # others may have learned from farther
-    long = held_out(first.base, path, block, horizon, tokens + horizon, None)
+    base, block, horizon = first.base, first.block_size, first.horizon  # others may have learned from farther
+    long = held_out(base, asked.path, block, horizon, tokens + horizon, None)
     chosen = [
         {"ids": batch["ids"][0], "cursor": tokens, "domain": batch["domain"][0], "text": int(batch["document"][0])}
-        for batch in long[:documents]
+        for batch in long[: asked.documents]
     ]
-    spans = held_out(first.base, path, block, horizon, max(tokens // 4, 2 * block + horizon), blocks)
-    untouched = BaseLM.from_pretrained(first.base_name, "float32").freeze().to(first.base.model.device)
+    spans = held_out(base, asked.path, block, horizon, max(tokens // 4, 2 * block + horizon), asked.blocks)
+    untouched = base_of(first.base_name)
     every = plain(untouched, chosen)
-    dropped = dropping(untouched, chosen, budgets)
-    found = [measure_run(run, chosen, spans, horizon, budgets, every) for run in runs]
+    dropped = dropping(untouched, chosen, asked.budgets)
+    found = [measure_run(run, chosen, spans, horizon, asked.budgets, every) for run in runs]
     full = torch.tensor([behind(*pair) for pair in zip(chosen, every, strict=True)], dtype=torch.float64)
     text = torch.tensor([document["text"] for document in chosen])
     about = {"documents": len(chosen), "tokens": tokens, "horizon": horizon, "base": first.base_name}
-    return about | {"full": float(full.mean()), "rows": summarise(found, full, text, dropped)}
+    yield asked.out, report_of(summarise(found, full, text, dropped), about | {"full": float(full.mean())})
 
 
-def command(asked: argparse.Namespace) -> None:
-    """Measure, show and write, with a picture."""
-    quiet()
-    usable(asked.out.parent)
-    found = study(asked.runs, asked.documents, asked.tokens, asked.budgets, asked.path, asked.blocks)
-    sheets = [sheet(found["rows"], budget) for budget in dict.fromkeys(row["budget"] for row in found["rows"])]
-    notes = [
-        f"{found['documents']} held-out documents of {found['tokens']:,} tokens, H = {found['horizon']}; the untouched"
-        f" base LM has {found['full']:.3f} nats per token there. Means over seeds; intervals: 95 %, paired bootstrap"
-        " over documents.",
-        "its recency: the cost of that run's cold starts. base lost: nats of its own NLL, without any windows.",
-    ]
-    show(sheets, notes)
-    flat = [{k: v["point"] if isinstance(v, dict) else v for k, v in row.items()} for row in found["rows"]]
-    write(asked.out, TITLE, sheets, notes, flat, found)
-    picture = asked.out.with_name(f"{asked.out.name}.png")
-    plot(picture, found["rows"])
-    print(f"Tables: {asked.out}.md, .csv and .json   picture: {picture}")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; -> exit code."""
-    parser = argparse.ArgumentParser(prog="python -m megactx.studies.together", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run folders of gist, lens, alternating or end_to_end stages"
-    )
-    parser.add_argument("--documents", type=int, default=100, help="held-out ones at most (default 100)")
-    parser.add_argument("--tokens", type=int, default=4096, help="T, before the cursor (default 4096)")
-    parser.add_argument(
-        "--budgets",
-        type=float,
-        nargs="+",
-        default=[0.25, 0.125],
-        help="entries of a window over T (default 0.25 0.125)",
-    )
-    parser.add_argument("--blocks", type=int, default=400, help="about so many, for recovery (default 400)")
-    parser.add_argument("--path", help="files to measure on; without it the held-out embedded text")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/together"),
-        help="stem of .md, .csv, .json and .png (default runs/together)",
-    )
-    return run(command, parser, arguments)
-
+main = command("together", __doc__, options, study)
 
 if __name__ == "__main__":
     sys.exit(main())

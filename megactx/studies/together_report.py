@@ -1,16 +1,23 @@
-"""What became of runs that learned together and apart: rows, and a table per budget."""
+"""What became of runs that learned together and apart: the long table, a sheet per budget, a picture."""
+
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megactx.evaluation.bootstrap import mean_interval
-from megactx.evaluation.sheets import Sheet, number
+from megactx.evaluation.pictures import colours_of, legend, line, panel, picture
+from megactx.evaluation.table import Report, Sheet, Table, pivot
 
 DROP = "newest tokens alone"
+TAKEN = {"tokens": "training tokens", "flops": "training FLOPs"}
+COUNTS = ("seeds", "steps", "tokens", "flops", "adapter_parameters")
+LEGEND = "its recency: the cost of that run's cold starts. base lost: nats of its own NLL, without any windows."
 
 
-def summarise(found: list[dict], full: Tensor, document: Tensor, dropped: dict[str, list[float]]) -> list[dict]:
-    """Rows: runs of one name at a budget, with the interval of their cost and of what it costs less than the first.
+def summarise(found: list[dict], full: Tensor, document: Tensor, dropped: dict[str, list[float]]) -> Table:
+    """Runs of one name at a budget (a span), with their cost and how much less that is than the first run's.
 
     Args:
         found: of ``measure_run``; those of one name are seeds, in their order.
@@ -18,68 +25,82 @@ def summarise(found: list[dict], full: Tensor, document: Tensor, dropped: dict[s
         document: which text each is of, [documents].
         dropped: of ``dropping``.
     """
-    groups, rows = {}, []
+    groups, table = {}, Table()
     for run in found:
         groups.setdefault(run["name"], []).append(run)
     first = next(iter(groups.values()))
+
+    def costs(runs: list[dict], kind: str, budget: str) -> Tensor:
+        return torch.tensor([run[kind][budget] for run in runs], dtype=torch.float64) - full  # [seeds, documents]
+
     for budget, drop in dropped.items():
+        theirs = costs(first, "lens", budget)
         for name, seeds in groups.items():
-            mine, theirs = (_costs(runs, "lens", budget) - full for runs in (seeds, first))
+            mine, about = costs(seeds, "lens", budget), {"run": name, "span": budget, "n": len(full)}
             paired = min(len(mine), len(theirs))
-            told = [value for run in seeds for value in run["swap_rate"][budget]]
-            lost = [run["base_lost"] for run in seeds]
+            less = mine[:paired] - theirs[:paired]
+            table.add("cost", mean_interval(document, mine.mean(0)), **about)
+            table.add("less", mean_interval(document, less.mean(0)), **about)
+            table.add("recency", mean_interval(document, costs(seeds, "recency", budget).mean(0)), **about)
+            for seed, values in enumerate(mine):
+                table.add("cost", values.mean().item(), carrier=f"seed {seed}", **about)
+            for seed, values in enumerate(less):
+                table.add("less", values.mean().item(), carrier=f"seed {seed}", **about)
             own = torch.tensor([run["own_full"] for run in seeds], dtype=torch.float64) - full
-            body = [run["recovery_body"]["point"] for run in seeds]
-            rows.append(
-                {
-                    "run": name,
-                    "seeds": len(seeds),
-                    "steps": seeds[0]["steps"],
-                    "tokens": seeds[0]["tokens"],
-                    "flops": seeds[0]["flops"],
-                    "budget": budget,
-                    "cost": mean_interval(document, mine.mean(0))._asdict(),
-                    "cost_of_seeds": mine.mean(1).tolist(),
-                    "less": mean_interval(document, mine[:paired].mean(0) - theirs[:paired].mean(0))._asdict(),
-                    "less_of_seeds": (mine[:paired] - theirs[:paired]).mean(1).tolist(),
-                    "recency": mean_interval(document, (_costs(seeds, "recency", budget) - full).mean(0))._asdict(),
-                    "own_full": float(own.mean()),
-                    "recovery_body": sum(body) / len(body),
-                    "swap_rate": sum(told) / max(1, len(told)),
-                    "base_lost": sum(lost) / len(lost),
-                    "adapter_parameters": seeds[0]["adapter_parameters"],
-                }
-            )
-        cost = torch.tensor(drop, dtype=torch.float64) - full
-        theirs = (_costs(first, "lens", budget) - full).mean(0)
-        alone = {"run": DROP, "budget": budget, "cost": mean_interval(document, cost)._asdict()}
-        rows.append(alone | {"less": mean_interval(document, cost - theirs)._asdict()})
-    return rows
+            body, swaps = [run["recovery_body"]["point"] for run in seeds], [run["swap_rate"][budget] for run in seeds]
+            means = {"own_full": float(own.mean()), "recovery_body": sum(body) / len(body)}
+            means["swap_rate"] = sum(map(sum, swaps)) / max(1, sum(map(len, swaps)))
+            means["base_lost"] = sum(run["base_lost"] for run in seeds) / len(seeds)
+            counts = {"seeds": len(seeds)} | {name: seeds[0][name] for name in COUNTS[1:]}
+            table.add_all(means | counts, "metric", **about)
+        cost, about = torch.tensor(drop, dtype=torch.float64) - full, {"run": DROP, "span": budget, "n": len(full)}
+        table.add("cost", mean_interval(document, cost), **about)
+        table.add("less", mean_interval(document, cost - theirs.mean(0)), **about)
+    return table
 
 
-def _costs(runs: list[dict], kind: str, budget: str) -> Tensor:
-    """[seeds, documents]"""
-    return torch.tensor([run[kind][budget] for run in runs], dtype=torch.float64)
+def report_of(table: Table, about: dict) -> Report:
+    """The report; ``about``: ``documents``, ``tokens``, ``horizon``, ``base``, and ``full``, the base LM's own NLL."""
+    sheets = [sheet(table, budget) for budget in table.names("span")]
+    note = (
+        f"{about['documents']} held-out documents of {about['tokens']:,} tokens, H = {about['horizon']}; the untouched"
+        f" base LM has {about['full']:.3f} nats per token there. Means over seeds; intervals: 95 %, paired bootstrap"
+        " over documents."
+    )
+    title = "Learned together, learned apart"
+    return Report(title, table, sheets, LEGEND, [note], about, partial(plot, table))
 
 
-def sheet(rows: list[dict], budget: str) -> Sheet:
-    """The table of one budget."""
-    head = ["run", "seeds", "steps", "tokens", "FLOPs", "cost", "than the first", "of each seed", "its recency"]
-    head += ["recovery h>=4", "swaps", "base lost"]
-    lines = []
-    for row in (row for row in rows if row["budget"] == budget):
-        each = " ".join(f"{value:+.3f}" for value in row.get("less_of_seeds", []))
-        counts = [f"{row[name]:,}" if row.get(name) is not None else "-" for name in ("seeds", "steps", "tokens")]
-        flops = f"{row['flops']:.1e}" if row.get("flops") is not None else "-"
-        line = [row["run"], *counts, flops, _interval(row["cost"]), _interval(row["less"]), each]
-        if "recency" in row:
-            line += [number(row["recency"]["point"]), number(row["recovery_body"], "{:.2f}")]
-            line += [number(row["swap_rate"], "{:.2f}"), number(row["base_lost"], "{:+.3f}")]
-        lines.append(line + ["-"] * (len(head) - len(line)))
-    return Sheet(f"budget {budget} of the tokens; cost in nats per token above the untouched base LM", head, lines)
+def sheet(table: Table, budget: str) -> Sheet:
+    """The sheet of one budget."""
+
+    def each(row: dict) -> str:
+        seeds = table.pick(metric="less", run=row["run"], span=budget)
+        return " ".join(f"{row['point']:+.3f}" for row in seeds if "carrier" in row)
+
+    def count(row: dict | None, form: str = ",") -> str:
+        return "-" if row is None or row["point"] is None else format(row["point"], form)
+
+    columns = [(name, name, count) for name in ("seeds", "steps", "tokens")]
+    columns += [("FLOPs", "flops", partial(count, form=".1e")), ("cost", "cost", ".3f")]
+    columns += [("than the first", "less", ".3f"), ("of each seed", "less", each)]
+    columns += [("its recency", "recency", lambda row: "-" if row is None else f"{row['point']:.3f}")]
+    columns += [("recovery h>=4", "recovery_body"), ("swaps", "swap_rate"), ("base lost", "base_lost", "+.3f")]
+    title = f"budget {budget} of the tokens; cost in nats per token above the untouched base LM"
+    return pivot(title, table.pick(span=budget), columns, "run", "run")
 
 
-def _interval(value: dict) -> str:
-    if value["low"] != value["low"]:
-        return number(value["point"])
-    return f"{value['point']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+def plot(table: Table, path: Path) -> None:
+    """What it brought over what it took: a line of two panels per budget; what was not counted is missing there."""
+    budgets, colours = table.names("span"), colours_of(table.names("run"))
+    with picture(path, (12, 4.2 * len(budgets)), len(budgets), len(TAKEN)) as grid:
+        for budget, panels in zip(budgets, grid, strict=True):
+            for axes, (metric, label) in zip(panels, TAKEN.items(), strict=True):
+                for row in table.pick(metric="less", span=budget, carrier=None):
+                    taken = table.one(metric=metric, run=row["run"], span=budget)
+                    if taken and taken["point"]:
+                        line(axes, [(taken["point"], row)], color=colours[row["run"]], label=row["run"])
+                title = f"windows of {float(budget):g} of the tokens"
+                panel(axes, title, label, "nats per token above the first", zero=True)
+        for axes in grid.flat:
+            legend(axes)

@@ -51,6 +51,11 @@ class Trained:
     def main(self) -> Compressor:
         return next(iter(self.nets.values()))
 
+    @property
+    def block_size(self) -> int:
+        """K, tokens."""
+        return self.main.block_size
+
 
 def load(folders: Iterable[str | Path]) -> list[Trained]:
     """Runs from their folders, each from its best checkpoint; the base LM in fp32, on the GPU where there is one.
@@ -60,7 +65,6 @@ def load(folders: Iterable[str | Path]) -> list[Trained]:
     Raises:
         ValueError: there is no checkpoint in a folder, or it is of another stage.
     """
-    quiet()
     paths, runs = [Path(folder) for folder in folders], []
     counts = Counter(path.resolve().name for path in paths)
     for path in paths:
@@ -73,16 +77,16 @@ def load(folders: Iterable[str | Path]) -> list[Trained]:
     return runs
 
 
-def same(runs: list[Trained]) -> None:
+def same(runs: Iterable) -> None:
     """Runs that are compared have one base LM and one block size.
 
     Raises:
         ValueError: they differ.
     """
-    for what, of in (("base.name", lambda run: run.base_name), ("block_size", lambda run: run.main.block_size)):
-        values = {run.name: of(run) for run in runs}
-        if len({*values.values()}) > 1:
-            told = ", ".join(f"{name}: {value}" for name, value in values.items())
+    for what, attribute in (("base.name", "base_name"), ("block_size", "block_size")):
+        values = [(run.name, getattr(run, attribute)) for run in runs]
+        if len({value for _, value in values}) > 1:
+            told = ", ".join(f"{name}: {value}" for name, value in values)
             raise ValueError(f"the runs differ in {what} ({told}); give runs of one {what} at a time")
 
 
@@ -97,7 +101,6 @@ def held_out(base: BaseLM, path: str | None, block: int, horizon: int, tokens: i
     Raises:
         ValueError: the base LM does not take documents that long, or no text is that long.
     """
-    quiet()
     if tokens > base.max_positions:
         raise ValueError(f"documents of {tokens} tokens are asked for, but the base takes {base.max_positions}")
     source = Files(path) if path else Embedded()
@@ -113,14 +116,33 @@ def quiet() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def _load(folder: Path, name: str) -> Trained:
+def checkpoint_of(folder: Path) -> tuple[Path, dict]:
+    """Where the best checkpoint of a run is, and what it holds.
+
+    Raises:
+        ValueError: there is no such folder, or no checkpoint in it.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such run folder")
     path = best(folder)
-    if "controls" not in (settings := read(path)["hyper_parameters"]):
+    return path, read(path)
+
+
+def base_of(name: str) -> BaseLM:
+    """A frozen base LM in fp32, on the GPU where there is one."""
+    return BaseLM.from_pretrained(name, "float32").freeze().to(device())
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _load(folder: Path, name: str) -> Trained:
+    path, checkpoint = checkpoint_of(folder)
+    if "controls" not in (settings := checkpoint["hyper_parameters"]):
         raise ValueError(f"{folder}: it is no run of a gist stage")
     stage = GistStage.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    stage.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    stage.to(device()).eval()
     stage.base.to(torch.float32)  # probes and greedy decoding ask for the argmax: rounding must not decide it
     config = folder / "config.yaml"
     data = (yaml.safe_load(config.read_text()) if config.exists() else {}).get("data", {})

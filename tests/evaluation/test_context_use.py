@@ -61,14 +61,16 @@ def window(document, length, seed, row):
 
 def test_all_measures_are_finite_and_name_their_domains(base, documents):
     use = context_use(base, documents, length=1024)
-    assert set(use) == {"length", "loss_by_position", "copy_gain", "drop_cost", "cut_cost"}
-    for measure in set(use) - {"length"}:
-        assert set(use[measure]) == {"overall", "narrative", "code"}
-        for values in use[measure].values():
-            for value in values.values():
-                assert np.isfinite([value["mean"], value["low"], value["high"], value["std"]]).all()
-    assert list(use["copy_gain"]["overall"]) == ["128", "256"]  # farther ones do not fit into 1,024 tokens
-    assert use["drop_cost"]["overall"]["0"]["documents"] == 5 and use["drop_cost"]["code"]["0"]["documents"] == 2
+    assert use.names("metric") == ["length", "loss_by_position", "copy_gain", "drop_cost", "cut_cost"]
+    for measure in use.names("metric")[1:]:
+        own = use.pick(metric=measure)
+        assert set(own.names("domain")) == {"overall", "narrative", "code"}
+        for row in own:
+            assert np.isfinite([row[name] for name in ("point", "low", "high", "std")]).all()
+    near = use.pick(metric="copy_gain", domain="overall").names("span")
+    assert near == ["128", "256"], "farther ones do not fit into 1,024 tokens"
+    counts = {row["domain"]: row["n"] for row in use.pick(metric="drop_cost", span="0")}
+    assert counts == {"overall": 5, "narrative": 3, "code": 2}
 
 
 def test_loss_by_position_equals_a_plain_loop(base, documents):
@@ -187,6 +189,6 @@ def test_model_card_states_training_and_all_four_measures(base, documents, tmp_p
         "The far context is missing",
     ):
         assert heading in text
-    assert f"{use['drop_cost']['overall']['8-31']['mean']:.3f}" in text
+    assert f"{use.point(metric='drop_cost', domain='overall', span='8-31'):.3f}" in text
     with pytest.raises(ValueError, match="lack steps, tokens"):
         model_card({k: v for k, v in facts.items() if k not in ("steps", "tokens")}, use)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megactx.evaluation.focus import BM25, FULL, GISTS, LENS, ORACLE, RANDOM, RECENCY, SURPRISE, FocusScores, bm25
-from megactx.evaluation.focus_report import report_focus, summarise_focus
+from megactx.evaluation.focus_report import focus_report, summarise_focus
 from megactx.evaluation.planted import NEEDED, PlantedScores, in_detail, summarise_planted
 from megactx.memory import MegaContextTree, WorkingContext
 
@@ -115,7 +115,9 @@ def test_only_cases_that_the_base_can_use_count_as_planted_facts(tmp_path, capsy
     assert found["kinds"]["overall"]["rows"][LENS]["found"] == 0.5
     assert found["kinds"]["copy"]["rows"][LENS]["found"] == 1.0
     numbers = summarise_focus(scores(lens=0.4), 32) | {"planted": found | {"budget": 0.25, "tokens": 2048}}
-    report_focus(tmp_path, numbers)
+    report = focus_report(numbers)
+    report.show()
+    report.write(tmp_path / "report", numbers)
     text = (tmp_path / "report.md").read_text()
     assert "copy (1 of 2)" in text and "the base can use 2 cases, fewer than 200" in text
     assert "LensNet is better than" in capsys.readouterr().out and (tmp_path / "report.png").exists()

@@ -1,15 +1,14 @@
 import csv
 import json
-import math
 
 import pytest
 import yaml
 from block_scores import synthetic
 
 from megactx.evaluation.bootstrap import difference_intervals
-from megactx.evaluation.leaderboard import build, main, report
-from megactx.evaluation.leaderboard_tables import tables
-from megactx.evaluation.report import write_report
+from megactx.evaluation.leaderboard import build, main, report, report_of
+from megactx.evaluation.pictures import side_by_side
+from megactx.evaluation.report import report_of as report_of_run
 from megactx.evaluation.runs import find_runs, labels
 from megactx.evaluation.summary import summarise
 
@@ -36,7 +35,7 @@ def make_run(folder, recovery=0.6, seed=0, scores=None, flops=1e6, steps=10, **s
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / "run.yaml").write_text("{}")
     scores.save(folder / "scores")
-    write_report(folder, numbers)
+    report_of_run(numbers).write(folder / "report", numbers)
     (folder / "done").touch()
     return folder
 
@@ -58,8 +57,8 @@ def test_runs_are_ranked_by_recovery_and_named_by_the_settings_in_which_they_dif
 def test_a_row_has_the_figures_and_intervals_of_its_report(tmp_path):
     numbers = json.loads((make_run(tmp_path / "a") / "report.json").read_text())["groups"]["overall"]
     (row,) = build([tmp_path]).rows
-    assert row.recovery["recovery"]._asdict() == numbers["recovery"]["gistnet"]["all"]
-    assert row.recovery["recovery_body"]._asdict() == numbers["recovery"]["gistnet"]["body"]
+    assert row.recovery["all"] == numbers["recovery"]["gistnet"]["all"]
+    assert row.recovery["body"] == numbers["recovery"]["gistnet"]["body"]
     assert row.figures["dnll"] == numbers["rows"]["gistnet"]["dnll"]
     assert row.flops == 1e6 and row.name == "a"  # alone it differs from nothing
 
@@ -87,11 +86,11 @@ def test_runs_that_differ_in_their_seed_only_are_one_row_with_mean_and_spread(tm
     make_run(tmp_path / "other", 0.3, layers=1)
     first, second = build([tmp_path]).rows
     points = [run.report["groups"]["overall"]["recovery"]["gistnet"]["all"]["point"] for run in first.runs]
-    assert first.recovery["recovery"].point == pytest.approx(sum(points) / 3)
-    assert first.spread["recovery"] == pytest.approx(0.1, abs=0.01)
-    assert math.isnan(first.recovery["recovery"].low) and math.isnan(second.spread["recovery"])
-    assert "(3 seeds)" in tables(build([tmp_path]))[0][2][0][2]
-    assert second.to_best["recovery"].point == pytest.approx(second.recovery["recovery"].point - sum(points) / 3)
+    assert first.recovery["all"]["point"] == pytest.approx(sum(points) / 3)
+    assert first.recovery["all"]["std"] == pytest.approx(0.1, abs=0.01)
+    assert "low" not in first.recovery["all"] and "std" not in second.recovery["all"]
+    assert "(3 seeds)" in report_of(build([tmp_path])).sheets[0].rows[0][2]
+    assert second.to_best["all"].point == pytest.approx(second.recovery["all"]["point"] - sum(points) / 3)
 
 
 def test_a_difference_to_the_best_is_the_paired_bootstrap_whatever_the_order_of_the_blocks(tmp_path):
@@ -112,9 +111,9 @@ def test_a_difference_to_the_best_is_the_paired_bootstrap_whatever_the_order_of_
     make_run(tmp_path / "a", scores=synthetic(blocks=200, noise=0.3, recovery={"gistnet": 0.6}))
     make_run(tmp_path / "b", scores=shuffled, layers=4)
     best, other = build([tmp_path]).rows
-    assert (best.verdict("recovery"), other.verdict("recovery")) == ("best", "below")
+    assert (best.verdict("all"), other.verdict("all")) == ("best", "below")
     # Resampling draws the documents in another order, so the ends agree only nearly.
-    assert other.to_best["recovery"] == pytest.approx(expected, abs=1e-4)
+    assert other.to_best["all"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_what_the_bootstrap_cannot_tell_apart_is_a_tie(tmp_path):
@@ -123,8 +122,8 @@ def test_what_the_bootstrap_cannot_tell_apart_is_a_tie(tmp_path):
         own.carriers["gistnet"] = own.full + synthetic(blocks=200, noise=0.3, seed=seed).carriers["gistnet"] * 0.1
         make_run(tmp_path / name, scores=own, layers=seed)
     _, other = build([tmp_path]).rows
-    assert other.verdict("recovery") == "tie"
-    assert other.to_best["recovery"].low < 0 < other.to_best["recovery"].high
+    assert other.verdict("all") == "tie"
+    assert other.to_best["all"].low < 0 < other.to_best["all"].high
 
 
 @pytest.mark.parametrize(
@@ -151,20 +150,20 @@ def test_without_scores_there_is_a_row_but_no_verdict(tmp_path):
     run = make_run(tmp_path / "b", 0.5, layers=4)
     (run / "scores.safetensors").unlink()
     _, other = build([tmp_path]).rows
-    assert other.to_best is None and other.verdict("recovery") == ""
+    assert other.to_best is None and other.verdict("all") == ""
 
 
 def test_an_undefined_recovery_ranks_last_and_says_so(tmp_path):
     make_run(tmp_path / "a", layers=4, scores=synthetic(blocks=200, cost=0.001))
     make_run(tmp_path / "b", -0.5)
     board = build([tmp_path])
-    assert names(board) == ["layers=2", "layers=4"] and tables(board)[0][2][1][2] == "undefined"
+    assert names(board) == ["layers=2", "layers=4"] and report_of(board).sheets[0].rows[1][2] == "undefined"
     assert report([tmp_path], tmp_path / "out").rows and (tmp_path / "out" / "leaderboard.png").exists()
 
 
 def test_runs_without_a_result_are_listed_with_the_reason(tmp_path):
     make_run(tmp_path / "good")
-    for name in ("failed", "refused", "killed", "stopped", "base_lm"):
+    for name in ("failed", "refused", "killed", "stopped", "base_lm", "lens"):
         (tmp_path / name).mkdir()
         if name != "refused":
             (tmp_path / name / "config.yaml").write_text("seed: 0\n")
@@ -176,6 +175,8 @@ def test_runs_without_a_result_are_listed_with_the_reason(tmp_path):
     (tmp_path / "refused" / "outcome.json").write_text(json.dumps(dict(state="failed", message="lrr: no\nmore")))
     (tmp_path / "killed" / "outcome.json").write_text(json.dumps(dict(state="running", message="")))
     (tmp_path / "base_lm" / "done").touch()
+    (tmp_path / "lens" / "done").touch()
+    (tmp_path / "lens" / "report.json").write_text(json.dumps(dict(budgets={})))  # a report of windows
     board = build([tmp_path])
     assert len(board.rows) == 1
     assert {run.folder.name: run.reason for run in board.missing} == {
@@ -184,6 +185,7 @@ def test_runs_without_a_result_are_listed_with_the_reason(tmp_path):
         "killed": "not finished: it runs, or was killed",
         "stopped": "not finished: it runs, or was stopped",
         "base_lm": "its stage writes no report of gists",
+        "lens": "its stage writes no report of gists",
     }
 
 
@@ -226,13 +228,19 @@ def test_files_hold_every_row_and_every_missing_run(tmp_path):
     (tmp_path / "c" / "run.yaml").write_text("{}")
     assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        f"leaderboard.{end}" for end in ("csv", "md", "png")
+        f"leaderboard.{end}" for end in ("csv", "json", "md", "png")
     ]
     with (tmp_path / "out" / "leaderboard.csv").open() as file:
-        first, second, missing = csv.DictReader(file)
-    assert (first["run"], first["rank"], second["recovery_verdict"]) == ("layers=4", "1", "below")
-    assert float(second["recovery_to_best"]) == pytest.approx(float(second["recovery"]) - float(first["recovery"]))
-    assert missing["folder"] == str(tmp_path / "c") and "not finished" in missing["reason"]
+        rows = list(csv.DictReader(file))
+    told = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
+    assert [row["run"] for row in told["rows"]] == [row["run"] for row in rows if row["metric"] == "rank"]
+    first, second = told["rows"]
+    assert first["run"] == "layers=4" and second["verdict"]["all"] == "below"
+    points = {(row["run"], row["metric"]): float(row["point"]) for row in rows if row["span"] == "all"}
+    behind = points[second["run"], "recovery"] - points[first["run"], "recovery"]
+    assert points[second["run"], "to best"] == pytest.approx(behind)
+    assert "not finished" in told["missing"][str(tmp_path / "c")] and "not finished" in rows[-1]["metric"]
+    assert rows[-1]["run"] == str(tmp_path / "c")
     text = (tmp_path / "out" / "leaderboard.md").read_text()
     assert "| **1** | **layers=4** |" in text and "not finished" in text
     assert (tmp_path / "out" / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
@@ -248,7 +256,7 @@ def test_the_picture_has_one_labelled_point_per_row_and_the_controls_lines(tmp_p
     original = Axes.errorbar
 
     def watched(self, x, y, *args, **kwargs):
-        seen.append((x, round(y, 3), kwargs["fmt"], kwargs["color"]))
+        seen.append((x[0], round(y[0], 3), kwargs["marker"], kwargs["color"]))
         return original(self, x, y, *args, **kwargs)
 
     levels = []
@@ -258,10 +266,12 @@ def test_the_picture_has_one_labelled_point_per_row_and_the_controls_lines(tmp_p
         board = report([tmp_path], tmp_path)
     last = board.rows[0].runs[0].report["groups"]["overall"]["recovery"]["last token"]
     assert levels == [0, last["all"]["point"], 0, last["body"]["point"]]
-    left = seen[:3]
-    for row, (x, y, *_) in zip(board.rows, left, strict=True):
-        assert x == pytest.approx(row.flops) and y == round(row.recovery["recovery"].point, 3)
-    marks = {row.name: mark[2:] for row, mark in zip(board.rows, left, strict=True)}
+    left = {mark[1]: mark for mark in seen[:3]}
+    marks = {}
+    for row in board.rows:
+        x, _, *mark = left[round(row.recovery["all"]["point"], 3)]
+        assert x == pytest.approx(row.flops)
+        marks[row.name] = mark
     cls, linear, deep = (
         next(mark for name, mark in marks.items() if part in name) for part in ("cls", "linear", "layers=4")
     )
@@ -270,12 +280,7 @@ def test_the_picture_has_one_labelled_point_per_row_and_the_controls_lines(tmp_p
 
 
 def test_points_of_nearly_equal_flops_stand_side_by_side_around_them():
-    from types import SimpleNamespace
-
-    from megactx.evaluation.leaderboard_plot import _side_by_side
-
-    rows = [SimpleNamespace(flops=flops, runs=[SimpleNamespace(settings={})]) for flops in (1e6, 1.1e6, 5e6, 1.05e6)]
-    x = _side_by_side(rows)
+    x = side_by_side([1e6, 1.1e6, 5e6, 1.05e6])
     near = sorted([x[0], x[1], x[3]])
     assert x[2] == pytest.approx(5e6) and near[1] == pytest.approx(1.05e6, rel=0.01)
     assert near[1] / near[0] == pytest.approx(near[2] / near[1]) and near[1] / near[0] > 1.05

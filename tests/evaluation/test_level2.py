@@ -7,7 +7,7 @@ import torch
 from plain_forward import VOCABULARY, WIDTH, document, plain_nll, tiny_base
 
 from megactx.evaluation.passages import measure_level
-from megactx.evaluation.report import markdown, write_report
+from megactx.evaluation.report import report_of
 from megactx.evaluation.scores import BlockScores
 from megactx.evaluation.summary import summarise
 from megactx.evaluation.validation import ValidationMetrics
@@ -110,8 +110,8 @@ def test_the_report_has_the_gists_below_the_better_mean_and_a_verdict_against_ea
     against = numbers["level2"]["against"]
     assert against["mean of its gists"]["all"]["verdict"] == "above"
     assert against["its 32 gists"]["all"]["verdict"] == "below"
-    write_report(tmp_path, numbers)
+    report_of(numbers).write(tmp_path / "report", numbers)
     assert json.loads((tmp_path / "report.json").read_text())["level2"]["rows"]["dropped"]["recovery"] == 0
-    text = markdown(numbers)
+    text = report_of(numbers).markdown()
     assert "level 2: gistnet" in text and "  - its 32 gists" in text
     assert "(* the better of 2 forms of mean of its gists)" in text

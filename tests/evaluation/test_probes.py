@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megactx.data.probes import Probe
-from megactx.evaluation.probes import READERS, measure_probes, recall
+from megactx.evaluation.probes import READERS, measure_probes
 from megactx.gist import GistNet
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.lm import BaseLM, masks
@@ -70,12 +70,3 @@ def test_a_carrier_that_loses_nothing_answers_as_the_full_context_does(base):
         for reader in READERS:
             assert row[reader]["nll"] == pytest.approx(row["full context"]["nll"], rel=1e-4)
             assert row[reader]["right"] == row["full context"]["right"]
-
-
-def test_recall_is_the_share_of_answers_that_are_right_in_every_token():
-    def row(kind, *right):
-        return {"kind": kind} | {name: {"right": r, "nll": float(r)} for name, r in zip(READERS, right, strict=True)}
-
-    table = recall([row("uuid", False, True, True), row("uuid", False, False, True), row("word", True, True, True)])
-    assert table["uuid"]["block expanded"] == {"accuracy": 0.5, "nll": 0.5}
-    assert table["uuid"]["gists only"]["accuracy"] == 0 and table["word"]["gists only"]["accuracy"] == 1

@@ -5,7 +5,7 @@ import torch
 from block_scores import synthetic
 
 from megactx.evaluation.metrics import recovery
-from megactx.evaluation.report import markdown, print_report, write_report
+from megactx.evaluation.report import report_of
 from megactx.evaluation.summary import summarise
 
 
@@ -22,7 +22,7 @@ def test_a_target_that_dropping_also_meets_does_not_count_as_passed():
         "recovery_body": "missed",
         "structured/dnll": "no blocks",
     }
-    text = markdown(numbers)
+    text = report_of(numbers).markdown()
     assert "targets: 1 of 4 passed" in text and "not informative" in text
     dropped = numbers["targets"][0]["dropped"]
     assert dropped == pytest.approx((weak.drop - weak.full).mean().item(), rel=1e-5) and f"{dropped:.3f}" in text
@@ -61,10 +61,10 @@ def test_geometry_stands_per_domain_and_its_targets_are_found_there():
         "code/diversity": "missed",
         "structured/diversity": "no blocks",
     }
-    text = markdown(numbers)
+    text = report_of(numbers).markdown()
     assert "|  | overall | narrative | code | healthy |" in text
     assert "| diversity | 0.600 | 0.700 | 0.400 | > 0.5; < 0.3 is collapse |" in text
-    assert "| attention_entropy | undef. | - | - | 2.0-4.0 bits |" in text
+    assert "| attention_entropy | undefined | - | - | 2.0-4.0 bits |" in text
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_geometry_stands_per_domain_and_its_targets_are_found_there():
 def test_attention_entropy_has_a_target_with_two_ends(bits, result):
     numbers = summarise(synthetic(), geometry={"attention_entropy": bits})
     assert status(numbers) == {"attention_entropy": result}
-    assert f"| attention_entropy | 2-4 | {bits:.3f} | - | {result} |" in markdown(numbers)
+    assert f"| attention_entropy | 2-4 | {bits:.3f} | - | {result} |" in report_of(numbers).markdown()
 
 
 def test_copy_recovery_stands_beside_its_controls_and_the_cost_of_dropping(tmp_path):
     copied = {64: synthetic(horizon=8), 128: synthetic(horizon=8, domains=("narrative",)), 256: synthetic(cost=0.001)}
     numbers = summarise(synthetic(), copies=copied)
-    text = markdown(numbers)
+    text = report_of(numbers).markdown()
     assert "| in place of the block | 64 tokens on | 128 tokens on | 256 tokens on |" in text
     near, far = copied[64], numbers["copies"]["256"]
     cost = (near.drop - near.full).mean().item()
@@ -92,7 +92,7 @@ def test_copy_recovery_stands_beside_its_controls_and_the_cost_of_dropping(tmp_p
     assert "| - |" in code, "no copy of that distance in code"
     assert any("256 tokens" in note and "copy recovery is undefined" in note for note in numbers["notes"])
     assert not any("128 tokens" in note for note in numbers["notes"])
-    write_report(tmp_path, numbers)
+    report_of(numbers).write(tmp_path / "report", numbers)
     data = json.loads((tmp_path / "report.json").read_text())
     assert data["copies"]["256"]["recovery"]["overall"]["gistnet"]["point"] is None
 
@@ -105,7 +105,7 @@ def test_hierarchical_consistency_is_judged_beside_the_dropped_span(cost, result
     target = numbers["targets"][-1]
     assert target["target"] == "level2/dnll" and target["dropped"] == pytest.approx(dropped, rel=1e-5)
     assert target["status"] == result
-    assert "one gist of K gists in place of K^2 tokens: 40 blocks" in markdown(numbers)
+    assert "one gist of K gists in place of K^2 tokens: 40 blocks" in report_of(numbers).markdown()
 
 
 def test_what_was_not_measured_is_said():
@@ -143,7 +143,7 @@ def test_the_better_form_of_the_untrained_mean_is_quoted_for_each_range():
     assert group["rows"]["untrained mean"]["quoted"] == "untrained mean (rescaled)"
     assert group["against"]["untrained mean"]["all"] == group["against"]["untrained mean (rescaled)"]["all"]
     assert group["against"]["untrained mean"]["body"] == group["against"]["untrained mean (raw)"]["body"]
-    table = markdown(numbers)
+    table = report_of(numbers).markdown()
     assert "untrained mean (rescaled) *" in table and "untrained mean (raw)" not in table
 
 
@@ -163,7 +163,7 @@ def test_a_weak_base_is_named():
     scores.drop[:, 4:16] = scores.full[:, 4:16]
     numbers = summarise(scores)
     assert any("base too weak" in note and "4-15" in note for note in numbers["notes"])
-    assert "undef." in markdown(numbers) and "undefined" in markdown(numbers)
+    assert "undefined" in report_of(numbers).markdown()
     assert any("recovery is undefined" in note for note in summarise(synthetic(cost=0.001))["notes"])
 
 
@@ -175,7 +175,7 @@ def test_few_blocks_and_a_high_perplexity_ratio_are_said():
 def test_report_files_hold_every_row_the_hash_and_no_nan(tmp_path):
     scores = synthetic(cost=0.001)
     numbers = summarise(scores, targets={"recovery": 0.5})
-    write_report(tmp_path / "run", numbers)
+    report_of(numbers).write(tmp_path / "run" / "report", numbers)
     text, data = (
         (tmp_path / "run" / "report.md").read_text(),
         json.loads((tmp_path / "run" / "report.json").read_text()),
@@ -185,7 +185,9 @@ def test_report_files_hold_every_row_the_hash_and_no_nan(tmp_path):
     for row in ("full", "dropped", "last token", "gistnet"):
         assert f"{row} " in text and row in data["groups"]["code"]["rows"]
     assert data["groups"]["overall"]["rows"]["gistnet"]["recovery"] is None
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["report.json", "report.md"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        f"report.{ending}" for ending in ("csv", "json", "md")
+    ]
 
 
 def test_tables_fit_in_120_columns_without_a_terminal():
@@ -195,7 +197,8 @@ def test_tables_fit_in_120_columns_without_a_terminal():
 
     out = io.StringIO()
     extra = {"copies": {d: synthetic(horizon=8) for d in (64, 128, 256)}, "level2": synthetic()}
-    print_report(summarise(synthetic(blocks=100), geometry={"diversity": 0.6}, **extra), Console(file=out))
+    numbers = summarise(synthetic(blocks=100), geometry={"diversity": 0.6}, **extra)
+    report_of(numbers).show(Console(file=out))
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 120
     assert any("untrained mean (rescaled) *" in line and "%" in line for line in lines)
@@ -205,6 +208,6 @@ def test_a_horizon_of_one_and_missing_kl_still_make_a_report():
     scores = synthetic(horizon=1)
     scores.kl.clear()
     scores.agree.pop("last token")
-    text = markdown(summarise(scores))
+    text = report_of(summarise(scores)).markdown()
     assert "undefined" in text and "gistnet" in text
     assert torch.isfinite(scores.full).all()

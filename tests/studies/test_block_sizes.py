@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from megactx.studies.block_sizes import by_size, costs, main, shared
+from megactx.studies.block_sizes import by_size, costs, long_table, main
 
 
 def interval(point, low=None, high=None):
@@ -40,13 +40,13 @@ def test_sizes_stand_in_order_and_seeds_of_one_size_are_combined():
     ladders = by_size([ladder(32, 0.2), ladder(8, 0.4), ladder(8, 0.5)])
     assert list(ladders) == [8, 32] and [run["seeds"] for run in ladders.values()] == [2, 1]
     assert ladders[8]["carriers"]["gistnet"]["recovery"]["point"] == pytest.approx(0.45)
-    assert shared(ladders) == ["gistnet", "last token"]
+    assert long_table(ladders).names("carrier") == ["gistnet", "last token"]
 
 
 def test_the_cost_of_a_dropped_block_is_a_mean_over_the_offsets_that_are_scored():
     found = costs(ladder(8, 0.4))
-    assert found["recovery"] == pytest.approx((0.6 + 0.3 + 0.3 + 0.1 + 0.2) / 5)
-    assert found["body"] == pytest.approx(0.15) and found["history"] == 0.25
+    assert found["h >= 1"] == pytest.approx((0.6 + 0.3 + 0.3 + 0.1 + 0.2) / 5)
+    assert found["h >= 4"] == pytest.approx(0.15) and found["history"] == 0.25
 
 
 def test_table_rows_and_picture_are_written(folders, tmp_path, capsys):
@@ -56,9 +56,11 @@ def test_table_rows_and_picture_are_written(folders, tmp_path, capsys):
     assert "0.45 [0.43, 0.47] ± 0.071" in text and "0.20 [0.18, 0.22]" in text and "undefined" in text
     assert "cost of none, nats" in text and "recovery by block size" in capsys.readouterr().out
     with out.with_name("sizes.csv").open() as file:
-        rows = {(row["carrier"], row["block_size"]): row for row in csv.DictReader(file)}
-    assert len(rows) == 4 and float(rows["gistnet", "8"]["bytes"]) == 64 and rows["last token", "8"]["history"] == ""
-    assert set(json.loads(out.with_name("sizes.json").read_text())) == {"8", "32"}
+        rows = {(row["carrier"], row["run"], row["metric"], row["span"]): row for row in csv.DictReader(file)}
+    assert float(rows["gistnet", "8", "bytes_per_token", ""]["point"]) == 64
+    assert float(rows["gistnet", "8", "recovery", "h >= 1"]["point"]) == pytest.approx(0.45)
+    assert rows["last token", "8", "recovery", "history"]["point"] == "", "undefined"
+    assert set(json.loads(out.with_name("sizes.json").read_text())["ladders"]) == {"8", "32"}
     assert out.with_name("sizes.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -9,6 +9,7 @@ import torch
 
 from megactx.evaluation.measure import LAST_TOKEN, measure
 from megactx.evaluation.metrics import recovery_of_sums
+from megactx.evaluation.table import Table
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.lm import BaseLM
 from megactx.studies import caching
@@ -53,12 +54,14 @@ def test_what_loses_nothing_continues_as_the_prompt_and_one_text_gives_no_interv
         for text in (0, 1, 1)
     ]
     nets = {"every token": AvgPool(1), NOTHING: Nothing(8)}
-    found = measure_overlap(base, nets, batches, 64, 8, {1.0: 0, 8.0: 7})
-    assert found["documents"] == 3
-    assert found["rouge"]["every token"][8.0]["point"] == found["rouge"][NOTHING][1.0]["point"] == 1
-    assert found["rouge"][NOTHING][8.0]["point"] < 1
-    alone = measure_overlap(base, nets, batches[:1], 64, 8, {1.0: 0})["rouge"][NOTHING][1.0]
-    assert alone["point"] == 1 and alone["low"] != alone["low"]
+    table, alone = Table(), Table()
+    found = measure_overlap(base, nets, batches, 64, 8, {1.0: 0, 8.0: 7}, table)
+    assert found["prompts"] == 3
+    assert table.point(carrier="every token", span=8.0) == table.point(carrier=NOTHING, span=1.0) == 1
+    assert table.point(carrier=NOTHING, span=8.0) < 1
+    measure_overlap(base, nets, batches[:1], 64, 8, {1.0: 0}, alone)
+    row = alone.one(carrier=NOTHING, span=1.0)
+    assert row["point"] == 1 and row["low"] != row["low"]
 
 
 @pytest.mark.slow
@@ -68,13 +71,14 @@ def test_a_run_stands_on_every_domain_beside_the_controls(trained_runs, texts):
     first, second = (next(run.base.parameters()) for run in runs)
     assert first.data_ptr() == second.data_ptr(), "one base for all runs"
     batches = held_out(runs[0].base, str(texts), 8, 16, 128, 24)
-    found = measure_transfer(runs, batches, 16)
-    assert {"prose", "code", LAST_TOKEN} <= set(found["rows"])
-    assert set(found["rows"]["code"]) == {"trained", "narrative", "code", "overall"}
+    table = Table()
+    about = measure_transfer(runs, batches, 16, table)["transfer"]
+    assert {"prose", "code", LAST_TOKEN} <= {*table.names("carrier")} and about["trained"]["prose"] == {"narrative": 1}
+    assert {*table.names("domain")} == {"narrative", "code", "overall"}
     scores = measure(runs[0].base, {"own": runs[1].main}, [b for b in batches if b["domain"] == ["narrative"]], 16)
     sums = ((values - scores.full).double().sum(0) for values in (scores.carriers["own"], scores.drop))
     wanted = recovery_of_sums(*sums, torch.tensor(float(len(scores)))).item()
-    assert found["rows"]["code"]["narrative"]["point"] == pytest.approx(wanted, abs=1e-6)
+    assert table.point(carrier="code", domain="narrative") == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.slow
@@ -83,12 +87,14 @@ def test_the_command_measures_runs_and_writes_its_tables(trained_runs, texts, tm
     assert main([*runs, *SMALL, "--path", str(texts), "--drift", "0.05", "--out", str(tmp_path)]) == 0
     assert "stored gists after the base has changed" in capsys.readouterr().out
     numbers = json.loads((tmp_path / "caching.json").read_text())
-    assert [row["form"] for row in numbers["costs"]][:3] == ["again", "cache", "keys"]
-    assert {row["compression"] for row in numbers["costs"]} > {None, 1.0, 8.0}
-    assert set(numbers["overlap"]["rouge"]) == {"prose", "code", "avgpool", LAST_TOKEN, NOTHING}
-    assert {row["change"] for row in numbers["drift"]} == {"none", "0.05"}
+    table = Table(numbers["table"])
+    costs = table.pick(metric="flops")
+    assert costs.names("carrier") == ["again", "cache", "keys", "vectors"] and {*costs.names("span")} > {None, 1.0, 8.0}
+    assert {*table.pick(metric="rouge").names("carrier")} == {"prose", "code", "avgpool", LAST_TOKEN, NOTHING}
+    assert table.pick(metric="lost").names("run") == ["none", "0.05"]
     with (tmp_path / "caching.csv").open() as file:
-        assert {row["table"] for row in csv.DictReader(file)} == {"cost", "making", "rouge", "domain", "drift"}
+        metrics = {row["metric"] for row in csv.DictReader(file)}
+    assert {"flops", "seconds", "bytes", "made_flops", "rouge", "recovery", "lost"} <= metrics
     assert "narrative 100%" in (tmp_path / "caching.md").read_text()
 
 
@@ -96,8 +102,8 @@ def test_without_a_run_another_base_has_no_trained_gist_which_is_said(base_folde
     small = [*SMALL, "--base", str(base_folder), "--path", str(texts), "--out", str(tmp_path)]
     assert main([*small, "--drift", "--compression", "1", "32"]) == 0
     assert "There is no trained gist here" in capsys.readouterr().out
-    numbers = json.loads((tmp_path / "caching.json").read_text())
-    assert "transfer" not in numbers and "drift" not in numbers
+    metrics = {row["metric"] for row in json.loads((tmp_path / "caching.json").read_text())["table"]}
+    assert "rouge" in metrics and not {"recovery", "lost"} & metrics
 
 
 @pytest.mark.slow
@@ -108,15 +114,16 @@ def test_what_is_measured_is_written_before_the_next_part_begins(texts, tmp_path
     monkeypatch.setattr(caching, "measure_drift", stop)
     asked = [*SMALL, "--path", str(texts), "--out", str(tmp_path), "--drift", "0.05", "--compression", "32"]
     assert main(asked) == 130
-    assert {"costs", "making", "overlap"} <= json.loads((tmp_path / "caching.json").read_text()).keys()
+    metrics = {row["metric"] for row in json.loads((tmp_path / "caching.json").read_text())["table"]}
+    assert {"flops", "made_flops", "rouge"} <= metrics and "lost" not in metrics
     assert "ROUGE-L" in (tmp_path / "caching.md").read_text()
 
 
 def test_without_a_run_and_a_base_it_is_the_gistnet_that_ships_with_the_embedded_one(texts, tmp_path):
     assert main([*SMALL, "--path", str(texts), "--out", str(tmp_path), "--drift", "--compression", "32"]) == 0
-    numbers = json.loads((tmp_path / "caching.json").read_text())
-    assert {row["form"] for row in numbers["costs"]} == {"again", "cache", "vectors", "keys"}
-    assert numbers["making"]["gistnet"]["vector_bytes"] == 2 * 256
+    table = Table(json.loads((tmp_path / "caching.json").read_text())["table"])
+    assert {*table.pick(metric="flops").names("carrier")} == {"again", "cache", "vectors", "keys"}
+    assert table.point(carrier="gistnet", metric="vector_bytes") == 2 * 256
 
 
 @pytest.mark.parametrize(

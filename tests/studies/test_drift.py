@@ -11,7 +11,7 @@ from megactx.gist.carriers.gistpool import GistPool
 from megactx.lm import masks
 from megactx.lm.prefill import prefill
 from megactx.studies import drift
-from megactx.studies.drift import changed, check, keys_of, measure_drift
+from megactx.studies.drift import changed, keys_of, measure_drift, parsed
 
 K, H, T = 8, 6, 64
 
@@ -93,7 +93,7 @@ def test_another_base_takes_its_place_where_it_has_the_same_architecture(tmp_pat
 )
 def test_a_change_that_cannot_be_read_is_refused(change, named):
     with pytest.raises(ValueError, match=f"--drift={change} is not allowed.*{named}"):
-        check(change)
+        parsed(change)
 
 
 @torch.no_grad()
@@ -122,15 +122,11 @@ def test_the_keys_of_a_vector_are_those_of_a_plain_pass(batches, gaussian_rope):
 def test_stored_and_fresh_agree_until_the_base_changes(batches):
     base = sharp()
     nets = {"gistnet": gistnet(base), "gistpool": GistPool(base, K, rank=2), "avgpool": AvgPool(K)}
-    rows = measure_drift(base, nets, ["0.2"], batches, H)
-    forms = [("gistnet", "vectors"), ("gistnet", "keys and values")]
-    forms += [("gistpool", "keys and values"), ("avgpool", "keys and values")]
-    assert [(row["change"], row["carrier"], row["stored"]) for row in rows] == [
-        (change, *form) for change in ("none", "0.2") for form in forms
-    ]
-    for row in rows:
-        if row["change"] == "none":
-            assert row["lost"]["point"] == pytest.approx(0, abs=1e-4)
-        else:
-            assert abs(row["lost"]["point"]) > 1e-4
-            assert row["lost"]["point"] == pytest.approx(row["fresh"]["point"] - row["kept"]["point"], abs=1e-6)
+    table = measure_drift(base, nets, ["0.2"], batches, H)
+    stored = ["gistnet, vectors", "gistnet, keys and values", "gistpool, keys and values", "avgpool, keys and values"]
+    assert table.names("run") == ["none", "0.2"] and table.names("carrier") == stored
+    for change in ("none", "0.2"):
+        for carrier in stored:
+            fresh, kept, lost = (table.point(run=change, carrier=carrier, metric=m) for m in ("fresh", "kept", "lost"))
+            assert lost == pytest.approx(fresh - kept, abs=1e-6)
+            assert abs(lost) < 1e-4 if change == "none" else abs(lost) > 1e-4

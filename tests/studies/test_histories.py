@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from megactx.evaluation.scores import MORE_RAW, BlockScores
+from megactx.evaluation.table import Table
 from megactx.studies.histories import main, sheets, summarise
 
+RUNS = {"0": ["net", "rare"], "1": ["net"]}
 SIZES = ["--segment", "16", "--recency", "16", "--tokens", "128", "--count", "5"]
 
 
@@ -23,21 +25,23 @@ def scores():
 
 
 def test_seeds_are_averaged_history_by_history_and_each_stands_beside():
-    numbers = summarise(scores(), [["net", "rare"], ["net"]])
-    carriers = numbers["carriers"]
-    assert numbers["subject"] == "net" and set(carriers) == {"net", "rare", "last token"}
-    assert carriers["net"]["recovery"]["point"] == pytest.approx(0.4)
-    assert carriers["net"]["of_each"] == pytest.approx([0.5, 0.3]) and carriers["last token"]["of_each"] == []
-    assert carriers["net"]["gain"]["point"] == pytest.approx(0.2) and numbers["cost"] == pytest.approx(1.0)
-    assert carriers["rare"]["below_subject"]["point"] == pytest.approx(-0.4)
-    assert numbers["more_raw"]["point"] == pytest.approx(0.2)
+    table = summarise(scores(), RUNS)
+    assert {*table.pick(metric="gain").names("carrier")} == {"net", "rare", "last token"}
+    assert table.point(carrier="net", metric="recovery", run=None) == pytest.approx(0.4)
+    each = [row["point"] for row in table.pick(carrier="net", metric="recovery") if "run" in row]
+    assert each == pytest.approx([0.5, 0.3])
+    assert not [row for row in table.pick(carrier="last token") if "run" in row]
+    assert table.point(carrier="net", metric="gain") == pytest.approx(0.2)
+    assert table.point(metric="cost") == pytest.approx(1.0)
+    assert table.point(carrier="rare", metric="behind") == pytest.approx(-0.4)
+    assert table.point(carrier=MORE_RAW, metric="recovery") == pytest.approx(0.2)
 
 
 def test_the_best_stands_first_and_the_verdict_is_that_of_the_paired_interval():
-    numbers = summarise(scores(), [["net", "rare"], ["net"]]) | {"segment": 3, "recency": 32}
-    (sheet,) = sheets(numbers)
+    (sheet,) = sheets(summarise(scores(), RUNS), scores(), {"segment": 3, "recency": 32}, "net")
     assert [row[0] for row in sheet.rows] == ["rare", "net", "last token"] and sheet.strong == (1,)
     assert [row[-1] for row in sheet.rows] == ["above", "", "below"]
+    assert [row[2] for row in sheet.rows] == ["0.800", "0.500 0.300", ""]
 
 
 @pytest.mark.slow
@@ -45,14 +49,17 @@ def test_the_command_measures_runs_and_controls(trained_runs, texts, capsys):
     assert main([*map(str, trained_runs), "--path", str(texts), *SIZES]) == 0
     assert "5 histories" in capsys.readouterr().out
     numbers = json.loads((trained_runs[0] / "histories.json").read_text())
-    assert {"gistnet", "blockmean_linear", "avgpool", "last token", "random gist"} <= set(numbers["carriers"])
-    assert len(numbers["carriers"]["gistnet"]["of_each"]) == 2 and numbers["runs"] == ["prose", "code"]
+    table = Table(numbers["table"])
+    assert {"gistnet", "blockmean_linear", "avgpool", "last token", "random gist"} <= {*table.names("carrier")}
+    assert table.pick(carrier="gistnet", metric="recovery").names("run") == numbers["runs"] == ["prose", "code"]
     with (trained_runs[0] / "histories.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == len(numbers["carriers"])
+        assert len(list(csv.DictReader(file))) == len(table)
     assert main([str(trained_runs[0]), "--path", str(texts), *SIZES, "--only", "blockmean_linear"]) == 0
     only = json.loads((trained_runs[0] / "histories.json").read_text())
-    assert only["subject"] == "blockmean_linear" and "gistnet" not in only["carriers"]
-    assert only["hash"] == numbers["hash"] and only["cost"] == pytest.approx(numbers["cost"], rel=1e-5)
+    found = Table(only["table"])
+    assert only["subject"] == "blockmean_linear" and "gistnet" not in found.names("carrier")
+    assert only["hash"] == numbers["hash"]
+    assert found.point(metric="cost") == pytest.approx(table.point(metric="cost"), rel=1e-5)
     assert "**blockmean_linear**" in (trained_runs[0] / "histories.md").read_text()
 
 

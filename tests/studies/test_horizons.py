@@ -7,23 +7,25 @@ import pytest
 
 from megactx.evaluation.bootstrap import recovery_intervals
 from megactx.evaluation.measure import measure
-from megactx.studies.horizons import BANDS, main, study
+from megactx.studies.horizons import COST, FIRSTS, main, summarise
 from megactx.studies.trained import held_out, load
 
 SIZES = ["--horizons", "8", "16", "--tokens", "128", "--blocks", "6"]
 
 
 def test_a_shorter_horizon_is_the_same_blocks_measured_over_fewer_tokens(trained_runs, texts):
-    runs = load(trained_runs[:1])
-    numbers = study(runs, str(texts), [16, 8], 128, 6)
-    assert list(numbers["horizons"]) == [8, 16]
-    batches = held_out(runs[0].base, str(texts), 8, 16, 128, 6)
-    short = measure(runs[0].base, runs[0].nets, batches, 8)
-    for band, first in BANDS.items():
-        found, expected = numbers["horizons"][8][band], recovery_intervals(short, ["gistnet", "last token"], first)
-        for name, value in expected.items():
-            assert found["recovery"][name]["point"] == pytest.approx(value.point, abs=1e-4, nan_ok=True)
-        assert found["cost"] == pytest.approx((short.drop - short.full)[:, first:].mean().item(), abs=1e-5)
+    run = load(trained_runs[:1])[0]
+    batches = held_out(run.base, str(texts), 8, 16, 128, 6)
+    table = summarise(measure(run.base, run.nets, batches, 16), [16, 8])
+    assert [span for span in table.names("span") if span.startswith("H = 8")] == ["H = 8, h >= 1", "H = 8, h >= 4"]
+    short = measure(run.base, run.nets, batches, 8)
+    for first in FIRSTS:
+        own = table.pick(span=f"H = 8, h >= {first}")
+        for name, value in recovery_intervals(short, ["gistnet", "last token"], first).items():
+            point = own.point(metric="recovery", carrier=name)
+            assert point == pytest.approx(value.point, abs=1e-4, nan_ok=True)
+        cost = (short.drop - short.full)[:, first:].mean().item()
+        assert own.point(metric=COST) == pytest.approx(cost, abs=1e-5)
 
 
 def test_the_command_writes_tables_and_names_the_runs(trained_runs, texts, capsys):
@@ -32,11 +34,12 @@ def test_the_command_writes_tables_and_names_the_runs(trained_runs, texts, capsy
     text = (trained_runs[0] / "horizons.md").read_text()
     assert "prose: gistnet" in text and "code: blockmean_linear" in text and "cost of a dropped block" in text
     numbers = json.loads((trained_runs[0] / "horizons.json").read_text())
-    assert numbers["subject"] == "prose: gistnet" and set(numbers["horizons"]) == {"8", "16"}
+    assert numbers["subject"] == "prose: gistnet"
     with (trained_runs[0] / "horizons.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert {row["horizon"] for row in rows} == {"8", "16"} and {row["first"] for row in rows} == {"1", "4"}
-    assert len(rows) == 2 * 2 * len(numbers["horizons"]["8"]["body"]["recovery"])
+    assert {row["span"] for row in rows} == {f"H = {horizon}, h >= {first}" for horizon in (8, 16) for first in FIRSTS}
+    carriers = {row["carrier"] for row in rows} - {""}
+    assert len(rows) == 2 * 2 * (2 * len(carriers) - 1 + 1), "recovery, the difference to the first, and a cost"
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
+from megactx.evaluation.table import Table
 from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree
 from megactx.studies import length_planted as planted
 from megactx.studies.length import main
 from megactx.studies.length_policies import DROP, FOCUS, FULL, RECENCY, dropping, full_context, session
-from megactx.studies.length_report import notes_on, rows_of, sheets, summarise
+from megactx.studies.length_report import report_of, summarise
 from megactx.studies.length_text import Texts, gather, tree_of
 
 K, NEAR, SCORED, BUDGET, LIMIT = 4, 256, 32, 232, 256
@@ -128,7 +129,7 @@ def row(length, policy, nll, budget=512, positions="absolute", **more):
     return {"length": length, "policy": policy, "budget": budget, "positions": positions} | blocks | more
 
 
-def numbers(learned=None, lensnet="x") -> dict:
+def report(learned=None, lensnet="x"):
     documents = []
     for text in range(20):
         hard = 2 + 0.1 * (text % 7)
@@ -148,33 +149,34 @@ def numbers(learned=None, lensnet="x") -> dict:
     ]
     about = {"lengths": [4096, 32768], "budgets": [512], "tokens": 32, "block_size": 32, "limit": 4096, "most": 8192}
     about |= {"device": "cpu", "lensnet": lensnet, "learned": learned or {}, "filler": None, "refocuses": 0}
-    return summarise(documents, cases, about)
+    return report_of(summarise(documents, cases), cases, about)
 
 
 def test_costs_are_paired_with_full_context_and_dropping_of_the_same_document():
-    found = numbers()
-    by = {(r["length"], r["policy"]): r for r in found["rows"]}
-    assert found["full_at"] == 4096
-    assert by[4096, FOCUS]["vs_full"]["low"] == pytest.approx(0.1) and by[4096, FOCUS]["vs_full"][
-        "high"
-    ] == pytest.approx(0.1)
-    assert by[32768, FOCUS]["vs_full"]["point"] == pytest.approx(0.2)
-    assert by[32768, FOCUS]["vs_dropping"]["high"] == pytest.approx(-0.2)
-    assert by[4096, FULL]["vs_dropping"] is None and by[4096, FOCUS]["tree_bytes_per_token"] == 38
-    assert any("focus +0.100 [+0.100, +0.100] at 0.100 swaps, dropping +0.400" in note for note in notes_on(found))
+    found = report()
+    near, far = (found.table.pick(span=length, domain=None) for length in (4096, 32768))
+    row = near.one(carrier=FOCUS, metric="vs_full")
+    assert row["low"] == pytest.approx(0.1) and row["high"] == pytest.approx(0.1)
+    assert far.point(carrier=FOCUS, metric="vs_full") == pytest.approx(0.2), "at the longest that it reads"
+    assert far.one(carrier=FOCUS, metric="vs_dropping")["high"] == pytest.approx(-0.2)
+    assert near.one(carrier=FULL, metric="vs_dropping") is None
+    assert near.point(carrier=FOCUS, metric="tree_bytes_per_token") == 38
+    assert any("focus +0.100 [+0.100, +0.100] at 0.100 swaps, dropping +0.400" in note for note in found.notes)
 
 
 def test_only_cases_that_the_base_can_use_count():
-    overall = [r for r in numbers()["planted"] if r["kind"] == "overall"]
-    assert overall[0]["usable"] == 4 and overall[0]["cases"] == 5 and overall[0]["found"]["point"] == 0.75
+    found = report()
+    row = found.table.one(domain="overall", metric="found")
+    assert (found.about["usable"], found.about["cases"], row["n"]) == (4, 5, 4) and row["point"] == 0.75
 
 
 def test_the_report_says_what_is_missing():
-    told = " ".join(notes_on(numbers(learned={"code": 1000}, lensnet=None)))
+    found = report(learned={"code": 1000}, lensnet=None)
+    told = " ".join(found.notes)
     assert "no LensNet" in told and "1,000 tokens of the filler of code" in told and "not at T = 32,768" in told
-    for sheet in sheets(numbers()):
+    for sheet in found.sheets:
         assert all(len(line) == len(sheet.header) for line in sheet.rows)
-    assert {r["table"] for r in rows_of(numbers())} == {"text", "planted"}
+    assert found.sheets[-1].rows == [["4,096", FOCUS, "512", "absolute", "0.75 [0.30, 0.95]", "1.000"]]
 
 
 @pytest.mark.slow
@@ -185,7 +187,8 @@ def test_the_study_in_miniature_goes_on_where_it_was_stopped(exported, texts, tm
     command += ["--planted", "2", "--out", str(out)]
     assert main(command) == 0
     written = json.loads((out / "length.json").read_text())
-    policies = [(r["length"], r["policy"], r["positions"]) for r in written["rows"]]
+    table = Table(written["table"]).pick(metric="nll", domain=None)
+    policies = [(r["span"], r["carrier"], r["run"].split()[1]) for r in table]
     near = [(NEAR, FULL, "absolute")]
     near += [(NEAR, name, at) for at in ("absolute", "rebased") for name in (DROP, RECENCY, FOCUS)]
     assert policies == [*near, *((512, name, "rebased") for name in (DROP, RECENCY, FOCUS))]
@@ -196,7 +199,7 @@ def test_the_study_in_miniature_goes_on_where_it_was_stopped(exported, texts, tm
     assert len(list(out.glob("documents/*.json"))) == 2
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     again = json.loads((out / "length.json").read_text())
-    assert [r["nll"] for r in again["rows"]] == [r["nll"] for r in written["rows"]]
+    assert Table(again["table"]).pick(metric="nll", domain=None) == table
     assert main([*command, "--seed", "1"]) == 2
     assert "other settings: " in capsys.readouterr().err
 

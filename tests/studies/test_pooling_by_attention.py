@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_base import small
 
+from megactx.evaluation.table import Table
 from megactx.gist.carrier import Compressor, Slots
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.lm.layers import keys_values
@@ -82,21 +83,25 @@ def test_every_option_that_makes_keys_is_there_and_a_lora_learns_while_the_base_
     assert set(nets) == {"gisting", "gisting_shift", "gisting_separate", "gistpool"}
     before = {name: value.clone() for name, value in base.state_dict().items()}
     found = train(base, nets, batches[:1] * 12, batches[:1], steps=12, lr=1e-2)
-    assert found["steps"][0] == 0 and found["steps"][-1] == 12
-    for name, values in found["residual"].items():
+    steps = found.pick(metric="residual").names("span")
+    assert steps[0] == 0 and steps[-1] == 12
+    for name in nets:
+        values = [row["point"] for row in found.pick(metric="residual", carrier=name)]
         if name in ("gisting_separate", "gistpool"):  # the others have a single vector to learn
             assert values[-1] < 0.9 * values[0], name
-        assert torch.tensor(found["layers"][name]).mean().item() == pytest.approx(values[-1])
+        layers = [row["point"] for what in ("keys", "values") for row in found.pick(metric=what, carrier=name)]
+        assert torch.tensor(layers).mean().item() == pytest.approx(values[-1])
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 
 
 def test_the_command_writes_its_tables(base_folder, texts, tmp_path):
     settings = ["--base", str(base_folder), "--path", str(texts), "--only", "gistpool", "--out", str(tmp_path)]
     assert main([*settings, "--steps", "2", "--block-size", "8", "--tokens", "128"]) == 0
-    numbers = json.loads((tmp_path / "pooling_by_attention.json").read_text())
-    assert numbers["steps"][-1] == 2 and len(numbers["layers"]["gistpool"]) == 2
+    table = Table(json.loads((tmp_path / "pooling_by_attention.json").read_text())["table"])
+    assert table.pick(metric="residual").names("span")[-1] == 2
+    assert table.pick(carrier="gistpool", metric="keys").names("span") == ["layer 1", "layer 2"]
     assert "gistpool" in (tmp_path / "pooling_by_attention.md").read_text()
-    assert (tmp_path / "pooling_by_attention.csv").read_text().startswith("compressor,step,residual")
+    assert (tmp_path / "pooling_by_attention.csv").read_text().startswith("run,carrier,span,domain,metric")
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import math
 import pytest
 
 from megactx.data.probes import KINDS
+from megactx.evaluation.bootstrap import wilson
 from megactx.evaluation.probes import READERS
-from megactx.studies.probes import main
-from megactx.studies.probes_report import ALL, notes_on, rows_of, sheets, summarise, wilson
+from megactx.evaluation.table import Table
+from megactx.studies.probes import ALL, main, notes_on, sheets, summarise
 
 ABOUT = {"run": "run", "subject": "gistnet", "blocks": 4, "block_size": 32, "recency": 64}
 
@@ -21,29 +22,33 @@ def answers(kind, *right):
 def test_a_share_and_its_interval_are_wilsons():
     """Against the definition: the shares from which what was seen is 1.96 standard errors away."""
     for right, of in ((0, 40), (40, 40), (7, 40), (1, 3)):
-        for end in wilson(right, of):
+        share, *ends = wilson(right, of)
+        assert share == right / of
+        for end in ends:
             if 0 < end < 1:
                 assert abs(right / of - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / of), rel=1e-6)
-    assert wilson(0, 40)[0] == 0 and wilson(40, 40)[1] == 1
+    assert wilson(0, 40).low == 0 and wilson(40, 40).high == 1
 
 
 def test_accuracy_is_counted_by_class_and_over_all():
     rows = [answers("uuid", 0, 1, 1), answers("uuid", 0, 0, 1), answers("word", 1, 1, 1)]
-    numbers = summarise({"gistnet": rows, "nothing": rows}, ABOUT)
-    own = numbers["carriers"]["gistnet"]
-    assert numbers["classes"] == {"uuid": 2, "word": 1, ALL: 3}
-    assert own[READERS[0]][ALL]["right"] == 1 and own[READERS[1]]["uuid"]["point"] == 0.5
-    assert numbers["full"][ALL]["point"] == 1 and own[READERS[0]]["uuid"]["nll"] == 2
-    assert len(rows_of(numbers)) == 3 + 2 * 2 * 3
-    assert [sheet.rows[0][0] for sheet in sheets(numbers)] == [READERS[2]] * 4
-    assert len(notes_on(numbers)) == 1
+    table = summarise({"gistnet": rows, "nothing": rows})
+    own, full = table.pick(carrier="gistnet"), table.pick(carrier=READERS[2])
+    assert {row["domain"]: row["n"] for row in own} == {"uuid": 2, "word": 1, ALL: 3}
+    assert own.point(span=READERS[0], domain=ALL, metric="accuracy") == pytest.approx(1 / 3)
+    assert own.point(span=READERS[1], domain="uuid", metric="accuracy") == 0.5
+    assert own.point(span=READERS[0], domain="uuid", metric="nll") == 2
+    assert full.point(domain=ALL, metric="accuracy") == 1
+    assert len(table) == 2 * (3 + 2 * 2 * 3), "accuracy and nats"
+    assert [sheet.rows[0][0] for sheet in sheets(table, ABOUT)] == [READERS[2]] * 4
+    assert notes_on(table) == []
 
 
 def test_a_base_that_knows_nothing_is_named_as_the_blocker():
-    one = summarise({"gistnet": [answers("uuid", 0, 0, 0), answers("word", 0, 0, 1)]}, ABOUT)
-    assert notes_on(one)[1:] == ["uuid: the base is the blocker, even with the full context it answers none of 1."]
-    none = summarise({"gistnet": [answers("uuid", 0, 0, 0), answers("word", 0, 0, 0)]}, ABOUT)
-    assert "The base is the blocker: even with the full context it answers none of 2" in notes_on(none)[1]
+    one = summarise({"gistnet": [answers("uuid", 0, 0, 0), answers("word", 0, 0, 1)]})
+    assert notes_on(one) == ["uuid: the base is the blocker, even with the full context it answers none of 1."]
+    none = summarise({"gistnet": [answers("uuid", 0, 0, 0), answers("word", 0, 0, 0)]})
+    assert "The base is the blocker: even with the full context it answers none of 2" in notes_on(none)[0]
 
 
 def test_the_command_measures_a_run_and_its_controls(trained_runs, texts, capsys):
@@ -51,11 +56,11 @@ def test_the_command_measures_a_run_and_its_controls(trained_runs, texts, capsys
     assert main([str(trained_runs[0]), *settings]) == 0
     assert "the base is the blocker" in capsys.readouterr().out.lower()
     numbers = json.loads((trained_runs[0] / "probes.json").read_text())
-    assert set(numbers["classes"]) == {*KINDS, ALL} and numbers["classes"][ALL] == 5
-    assert {"gistnet", "blockmean_linear", "nothing", "last token", "random gist"} <= set(numbers["carriers"])
+    table = Table(numbers["table"])
+    assert {*table.names("domain")} == {*KINDS, ALL} and table.one(domain=ALL)["n"] == 5
+    assert {"gistnet", "blockmean_linear", "nothing", "last token", "random gist"} <= {*table.names("carrier")}
     with (trained_runs[0] / "probes.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert {"carrier", "reader", "class", "right", "of", "point", "low", "high", "nll"} == set(rows[0])
+        assert len(list(csv.DictReader(file))) == len(table)
     assert "**gistnet**" in (trained_runs[0] / "probes.md").read_text()
 
 

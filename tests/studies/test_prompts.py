@@ -4,6 +4,7 @@ import pytest
 import torch
 from small_base import WIDTH, small
 
+from megactx.evaluation.table import Table
 from megactx.gist import GistNet
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.last_token import LastToken
@@ -145,9 +146,11 @@ def test_answers_and_carriers_are_measured(base, ids):
     assert found["again"]["flops"] > found["cache"]["flops"] > found["keys"]["flops"]
     assert found["again"]["flops"] > found["vectors"]["flops"] > found["keys"]["flops"]
     assert all(cost["answer_flops"] > cost["flops"] and cost["answer_seconds"] > 0 for cost in found.values())
-    made = measure_making(base, {"gistnet": net, "avgpool": AvgPool(K)}, prompt)
-    assert made["gistnet"]["vector_bytes"] == 2 * WIDTH and made["avgpool"]["vector_bytes"] is None
-    assert made["gistnet"]["keys_flops"] - made["gistnet"]["flops"] == linear_flops(base, K + 7) + 4 * (
-        (K + 7) ** 2 * HEADS * HEAD_WIDTH * LAYERS
-    )
-    assert made["avgpool"]["flops"] == made["avgpool"]["keys_flops"] > flops(lambda: read(base, prompt))
+    made = Table()
+    measure_making(base, {"gistnet": net, "avgpool": AvgPool(K)}, prompt, made)
+    own, avgpool = made.pick(carrier="gistnet"), made.pick(carrier="avgpool")
+    assert own.point(metric="vector_bytes") == 2 * WIDTH and avgpool.one(metric="vector_bytes") is None
+    more = own.point(metric="keys_flops") - own.point(metric="made_flops")
+    assert more == linear_flops(base, K + 7) + 4 * ((K + 7) ** 2 * HEADS * HEAD_WIDTH * LAYERS)
+    flat = avgpool.point(metric="made_flops")
+    assert flat == avgpool.point(metric="keys_flops") > flops(lambda: read(base, prompt))

@@ -1,16 +1,16 @@
 """Runs that learned together and apart, in one table; and the whole road in miniature."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from megactx.evaluation.table import Report, Table
 from megactx.framework.app import run
-from megactx.studies.tables import write
 from megactx.studies.together import main, name_of
-from megactx.studies.together_plot import plot
-from megactx.studies.together_report import DROP, sheet, summarise
+from megactx.studies.together_report import DROP, plot, sheet, summarise
 
 
 def found(name: str, nll: list[float], own_full: list[float]) -> dict:
@@ -26,18 +26,22 @@ def test_cost_is_above_the_untouched_base_and_differences_are_paired_with_the_fi
     # Its own full context is worse, which must gain it nothing.
     seeds = [found("together", (full + cost).tolist(), (full + 1).tolist()) for cost in (0.1, 0.2)]
     dropped = {"0.25": (full + 0.3).tolist()}
-    rows = summarise([first, *seeds], full, torch.arange(50), dropped)
-    apart, together, alone = rows
-    assert apart["cost"]["point"] == pytest.approx(0.4) and together["cost"]["point"] == pytest.approx(0.15)
-    assert together["cost_of_seeds"] == pytest.approx([0.1, 0.2]) and together["seeds"] == 2
-    assert together["less_of_seeds"] == pytest.approx([-0.3]), "paired with the seeds that there are"
-    assert together["less"]["high"] == pytest.approx(-0.3) and apart["less"]["point"] == 0
-    assert together["recency"]["point"] == pytest.approx(0.65) and together["own_full"] == pytest.approx(1)
-    assert together["swap_rate"] == pytest.approx(0.2) and together["base_lost"] == pytest.approx(0.1)
-    assert alone["run"] == DROP and alone["less"]["point"] == pytest.approx(-0.1)
-    (title, header, lines, _) = sheet(rows, "0.25")
+    table = summarise([first, *seeds], full, torch.arange(50), dropped)
+    apart, together, alone = (table.pick(run=name, carrier=None) for name in ("apart", "together", DROP))
+    assert apart.point(metric="cost") == pytest.approx(0.4) and together.point(metric="cost") == pytest.approx(0.15)
+    each = table.pick(run="together", metric="cost")[1:]
+    assert [row["point"] for row in each] == pytest.approx([0.1, 0.2]) and together.point(metric="seeds") == 2
+    paired = table.pick(run="together", metric="less")[1:]
+    assert [row["point"] for row in paired] == pytest.approx([-0.3]), "with the seeds that there are"
+    assert together.one(metric="less")["high"] == pytest.approx(-0.3) and apart.point(metric="less") == 0
+    assert together.point(metric="recency") == pytest.approx(0.65)
+    assert together.point(metric="own_full") == pytest.approx(1)
+    assert together.point(metric="swap_rate") == pytest.approx(0.2)
+    assert together.point(metric="base_lost") == pytest.approx(0.1)
+    assert alone.point(metric="less") == pytest.approx(-0.1)
+    lines = sheet(table, "0.25").rows
     assert [line[0] for line in lines] == ["apart", "together", DROP]
-    assert all(len(line) == len(header) for line in lines)
+    assert lines[1][7] == "-0.300" and lines[2][8:] == ["-"] * 4
 
 
 def test_folders_that_are_numbers_are_seeds_of_the_folder_above():
@@ -82,25 +86,27 @@ def test_from_a_gist_run_over_a_lens_run_to_parts_that_learn_together_and_are_ex
     folders = [str(tmp_path / name) for name in ("gist", "lens", "turn", "once")]
     sizes = ["--documents", "3", "--tokens", "300", "--budgets", "0.6", "--blocks", "8", "--path", str(texts)]
     assert main([*folders, *sizes, "--out", str(tmp_path / "table")]) == 0
-    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    alone = rows.pop()
-    assert [row["run"].split("/")[-1] for row in rows] == ["gist", "lens", "turn", "once"] and alone["run"] == DROP
-    assert [row["tokens"] is None for row in rows] == [True, True, False, False]
+    table = Table(json.loads((tmp_path / "table.json").read_text())["table"])
+    runs = table.names("run")
+    assert [name.split("/")[-1] for name in runs] == ["gist", "lens", "turn", "once", DROP]
+    assert [math.isnan(table.point(run=name, metric="tokens")) for name in runs[:4]] == [True, True, False, False]
     assert (tmp_path / "table.png").read_bytes()[:4] == b"\x89PNG"
-    assert rows[0]["base_lost"] == rows[1]["base_lost"] == 0 and rows[3]["adapter_parameters"] > 0
+    assert table.point(run=runs[0], metric="base_lost") == table.point(run=runs[1], metric="base_lost") == 0
+    assert table.point(run=runs[3], metric="adapter_parameters") > 0
 
 
 def test_a_stem_with_a_dot_keeps_it(tmp_path):
-    write(tmp_path / "table_0.125", "Title", [], [], [{"a": 1}], {"a": 1})
+    Report("Title", Table([{"metric": "a", "point": 1.0}]), []).write(tmp_path / "table_0.125")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"table_0.125.{kind}" for kind in ("csv", "json", "md")]
 
 
 def test_a_run_whose_tokens_were_not_counted_and_an_undefined_interval_do_not_stop_the_picture(tmp_path):
     nan = float("nan")
-    rows = [
-        {"run": "a", "budget": "0.25", "tokens": 100, "flops": None, "less": {"point": 0.0, "low": nan, "high": nan}},
-        {"run": "b", "budget": "0.25", "tokens": None, "flops": 1e9, "less": {"point": 0.1, "low": 0.0, "high": 0.2}},
-        {"run": DROP, "budget": "0.25", "less": {"point": 0.1, "low": 0.0, "high": 0.2}},
-    ]
-    plot(tmp_path / "a.png", rows)
+    table = Table()
+    for name, taken, low in (("a", {"tokens": 100, "flops": None}, nan), ("b", {"tokens": None, "flops": 1e9}, 0.0)):
+        table.add("less", {"point": 0.1, "low": low, "high": 2 * low}, run=name, span="0.25")
+        for metric, value in taken.items():
+            table.add(metric, value, run=name, span="0.25")
+    table.add("less", {"point": 0.1, "low": 0.0, "high": 0.2}, run=DROP, span="0.25")
+    plot(table, tmp_path / "a.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
