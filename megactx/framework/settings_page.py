@@ -4,6 +4,7 @@ python -m megactx.framework.settings_page > docs/settings.md
 python -m megactx.framework.settings_page --check
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -16,8 +17,8 @@ HEAD = f"""# Settings
 Generated from the config files by `{COMMAND}`.
 
 A run is one option of every group, `python train.py GROUP=OPTION`, and any setting can be set directly, `KEY=VALUE`. An
-experiment chooses options and sets values; the command line has the last word. `${{...}}` takes the value of another
-setting. `null` is no value.
+experiment chooses options and sets values; the command line has the last word. `${{...}}` is made of other settings; one
+that only hands another through is left out. `null` is no value.
 """
 
 
@@ -61,7 +62,8 @@ def _about(option: Option) -> list[str]:
 def _table(settings: list[Setting]) -> str:
     lines = ["| setting | value | |", "|---|---|---|"]
     for setting in settings:
-        if setting.value or setting.comment:  # else it only opens a mapping
+        handed = re.fullmatch(r"\$\{[\w.]+\}", setting.value)  # it stands where it is set
+        if not handed and (setting.value or setting.comment):  # else it only opens a mapping
             shown = f"`{_cell(setting.value)}`" if setting.value else ""
             lines.append(f"| `{setting.key}` | {shown} | {_cell(setting.comment)} |")
     return "\n".join([*lines, ""])
