@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "megactx"
 # Rooms of one line do not import each other either.
 LADDER = [
     {"studies"},
+    {"apps"},
     {"stages"},
     {"evaluation", "runtime"},
     {"focus"},

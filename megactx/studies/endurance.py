@@ -23,6 +23,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from megactx.apps.command_line import add_models, controller_of, observers_of, session_of
 from megactx.data.documents import VALIDATION, tokenised
 from megactx.data.embedded import Embedded
 from megactx.data.files import Files
@@ -31,7 +32,6 @@ from megactx.framework.bar import bar
 from megactx.framework.command_line import run
 from megactx.framework.files import replacing
 from megactx.runtime import Session
-from megactx.runtime.command_line import add_models, controller_of, observers_of, session_of
 from megactx.runtime.text import Encoder
 
 from .tables import show, write

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from megactx.memory import strip
+from megactx.runtime import Session
+from megactx.runtime.text import printable
 
-from .session import Session
-from .text import printable
+from .strip import strip
 
 HELP = "/focus  /tree  /history [TOKENS]  /save [FOLDER]  /load FOLDER  /help  /quit"
 TOP = 8  # entries of a table

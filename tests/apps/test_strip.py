@@ -7,14 +7,32 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 
-from megactx.memory import MegaContextTree, WorkingContext, plot_strip, strip
+from megactx.apps.strip import plot_strip, strip
+from megactx.memory import MegaContextTree, WorkingContext
+
+
+class Mean:
+    width = 4
+
+    def __init__(self, block_size):
+        self.block_size = block_size
+
+    def encode_span(self, children):
+        return children.mean(1)
+
+    def offset_in(self, tokens):
+        return tokens - 1
+
+
+def tree_of(block_size, lengths) -> MegaContextTree:
+    tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    table = torch.nn.Embedding(9, Mean.width).requires_grad_(False)
+    return MegaContextTree.from_tokens(tokens, Mean(block_size), table, torch.tensor(lengths))
 
 
 @pytest.fixture
-def context(encoder, table):
-    tree = MegaContextTree.from_tokens(
-        torch.zeros(2, 100, dtype=torch.long), encoder(4), table, torch.tensor([100, 30])
-    )
+def context():
+    tree = tree_of(4, [100, 30])
     index = torch.arange(100).repeat(2, 1)
     context = WorkingContext(tree, torch.zeros_like(index), index, tree.lengths, 100)
     context.collapse(1, torch.arange(1, 20))
@@ -59,14 +77,14 @@ def test_the_picture_is_a_png_in_which_lods_have_their_colours(context, tmp_path
         assert drawn_in(colour, tmp_path / "strip.png") > 500
 
 
-def test_tokens_that_are_narrower_than_a_pixel_have_their_colour(encoder, table, tmp_path):
-    tree = MegaContextTree.from_tokens(torch.zeros(1, 4096, dtype=torch.long), encoder(32), table)
+def test_tokens_that_are_narrower_than_a_pixel_have_their_colour(tmp_path):
+    tree = tree_of(32, [4096])
     plot_strip(tmp_path / "strip.png", WorkingContext.recency(tree, 288))  # 256 tokens: 80 columns of 60 pixels
     assert drawn_in("#009E73", tmp_path / "strip.png") > 3000
 
 
-def test_a_long_history_is_drawn_in_joined_blocks(encoder, table, tmp_path):
-    tree = MegaContextTree.from_tokens(torch.zeros(1, 20_000, dtype=torch.long), encoder(4), table)
+def test_a_long_history_is_drawn_in_joined_blocks(tmp_path):
+    tree = tree_of(4, [20_000])
     context = WorkingContext.recency(tree, 1500)
     plot_strip(tmp_path / "strip.png", context)
     assert (tmp_path / "strip.png").stat().st_size > 1000

@@ -8,11 +8,11 @@ import pytest
 from browser import Browser, chromium
 from PIL import Image
 
+from megactx.apps.serving import Server
+from megactx.apps.view.__main__ import main
+from megactx.apps.view.app import build
+from megactx.apps.view.player import Player
 from megactx.runtime import Sampling, Session
-from megactx.runtime.serving import Server
-from megactx.runtime.view.__main__ import main
-from megactx.runtime.view.app import build
-from megactx.runtime.view.player import Player
 
 pytestmark = [
     pytest.mark.slow,

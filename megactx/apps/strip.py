@@ -11,8 +11,7 @@ from rich.text import Text
 from torch import Tensor
 
 from megactx.framework.files import replacing
-
-from .working_context import WorkingContext
+from megactx.memory import WorkingContext
 
 # Okabe & Ito's colours, told apart by colour-blind readers too; LOD0, LOD1, ...; coarser ones share the last.
 COLOURS = ("#009E73", "#0072B2", "#E69F00", "#CC79A7", "#666666")

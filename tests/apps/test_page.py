@@ -16,8 +16,8 @@ def test_the_python_of_the_page_runs_as_written(capsys):
 def test_every_option_that_the_page_names_is_one():
     import argparse
 
-    from megactx.runtime.chat_commands import COMMANDS
-    from megactx.runtime.command_line import add_models, add_sampling
+    from megactx.apps.chat_commands import COMMANDS
+    from megactx.apps.command_line import add_models, add_sampling
 
     parser = argparse.ArgumentParser()
     add_models(parser)

@@ -1,32 +1,22 @@
-"""What a session says of itself while it runs, in OpenTelemetry's terms; names and units are in docs/telemetry.md.
+"""What a session says of itself with each refocus, in one place; names and units are in docs/telemetry.md.
 
-    session = Session(controller, observers=[Telemetry(controller.models)])
-
-OpenTelemetry is imported when a ``Telemetry`` is made and not before. Without a meter provider that the program has set
-its own no-op meter takes it all and keeps nothing. The commands set one up with ``--metrics PORT``, see ``prometheus``.
-
-``measured`` says what is measured, in one place: whoever keeps it elsewhere, as ``callbacks=sessions`` does of a
-training run, reads it too.
+Whoever keeps it reads it here: the observer of ``apps.telemetry``, and ``callbacks=sessions`` of a training run.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from .events import Refocused
 from .models import Models
 
-if TYPE_CHECKING:
-    from opentelemetry.metrics import Meter
-
 COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
 BINS = 10  # of scores, from -1 to 1
 PARTS = ("gist", "room", "score", "allocate", "read")  # of a refocus
 OWN = ("room", "score", "allocate")  # what a plain model has nothing of, and what must cost next to nothing
-SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # upper ends of the histograms
 
 
 @dataclass(frozen=True)
@@ -130,50 +120,3 @@ def rope_scales(models: Models) -> Iterator[Measured]:
     if getattr(spread, "log_scale", None) is not None:
         for place, scale in enumerate(spread.log_scale.detach().exp().tolist()):
             yield Measured("megactx.rope.scale", scale, str(place + 1))
-
-
-class Telemetry:
-    """An observer that hands what is measured to OpenTelemetry.
-
-    Args:
-        models: of the session, for what does not change; ``None``: it is left out.
-        meter: ``None``: that of the provider which the program has set, and nothing at all where it has set none.
-
-    Raises:
-        ValueError: there is no meter, and the extra ``telemetry`` is not installed.
-    """
-
-    def __init__(self, models: Models | None = None, meter: "Meter | None" = None):
-        if meter is None:
-            try:
-                from opentelemetry.metrics import get_meter
-            except ImportError as error:
-                raise ValueError(f"telemetry: pip install 'megactx[telemetry]' first ({error})") from error
-            meter = get_meter("megactx")
-        self._instruments = {name: _instrument(meter, name, metric) for name, metric in METRICS.items()}
-        for value in rope_scales(models) if models is not None else ():
-            self._keep(value)
-
-    def __call__(self, event: Refocused) -> None:
-        for value in measured(event):
-            self._keep(value)
-
-    def _keep(self, measured: Measured) -> None:
-        name, value, attribute = measured
-        metric = METRICS[name]
-        attributes = {} if metric.attribute is None else {metric.attribute: attribute}
-        instrument = self._instruments[name]
-        if metric.kind == COUNTER:
-            instrument.add(value, attributes)
-        elif metric.kind == GAUGE:
-            instrument.set(value, attributes)
-        else:
-            instrument.record(value, attributes)
-
-
-def _instrument(meter: "Meter", name: str, metric: Metric):
-    if metric.kind == COUNTER:
-        return meter.create_counter(name, metric.unit, metric.meaning)
-    if metric.kind == GAUGE:
-        return meter.create_gauge(name, metric.unit, metric.meaning)
-    return meter.create_histogram(name, metric.unit, metric.meaning, explicit_bucket_boundaries_advisory=SECONDS)

@@ -1,9 +1,9 @@
 """See what a session sees, live in a browser: the timeline, the working context, scores, edits, the text of any block.
 
-    python -m megactx.runtime.view                              opens at http://127.0.0.1:8765, write there
-    python -m megactx.runtime.view --session FOLDER             of a session that is kept
-    python -m megactx.runtime.view --file book.txt --tokens 500
-    python -m megactx.runtime.view --file book.txt --export replay.html      no server; also .png and .gif
+    python -m megactx.apps.view                              opens at http://127.0.0.1:8765, write there
+    python -m megactx.apps.view --session FOLDER             of a session that is kept
+    python -m megactx.apps.view --file book.txt --tokens 500
+    python -m megactx.apps.view --file book.txt --export replay.html      no server; also .png and .gif
 
 The page is for this machine alone: it is bound to 127.0.0.1, and the address holds a token of this run. From another
 machine: ssh -L 8765:127.0.0.1:8765 HOST.
@@ -15,21 +15,13 @@ import sys
 from pathlib import Path
 
 from megactx.framework.command_line import run
-from megactx.runtime.command_line import (
-    add_models,
-    add_sampling,
-    controller_of,
-    observers_of,
-    sampling_of,
-    session_of,
-)
-from megactx.runtime.events import Refocused
-from megactx.runtime.serving import HOST, Server
+from megactx.runtime import Refocused
 from megactx.runtime.text import encodable, from_bytes
 
-from .app import MOST, build
+from ..command_line import HOST, add_models, add_sampling, controller_of, observers_of, sampling_of, session_of
+from ..extra import extra
 from .export import STRIPS, writer
-from .player import Player
+from .player import MOST, Player
 
 PORT = 8765
 
@@ -46,7 +38,12 @@ def view(asked: argparse.Namespace) -> None:
         raise ValueError(f"--tokens={asked.tokens} is not allowed: at most {MOST:,}")
     sampling, prompt = sampling_of(asked), _prompt(asked)
     write = writer(asked.export) if asked.export else None
-    server = None if write else Server(asked.port, asked.host)
+    server = None
+    if not write:
+        with extra("view"):
+            from ..serving import Server
+            from .app import build
+        server = Server(asked.port, asked.host)
     try:
         controller = controller_of(asked, tree=True)
         with session_of(asked.session, controller, observers_of(asked, controller)) as session:
@@ -55,7 +52,12 @@ def view(asked: argparse.Namespace) -> None:
                 if write:
                     _export(player, prompt, asked, write)
                 else:
-                    _serve(player, prompt, asked, server)
+                    token = secrets.token_urlsafe(24)
+                    app = build(player, server.host, token, f"megactx-{server.port}")
+                    print(f"Look at {server.address}/?token={token}   (Ctrl-C ends)", flush=True)
+                    if prompt:
+                        player.say(prompt, asked.tokens)
+                    server.run(app, ending=player.feed.close)
             finally:
                 player.close()
                 if asked.session:
@@ -63,15 +65,6 @@ def view(asked: argparse.Namespace) -> None:
     finally:
         if server is not None:
             server.close()
-
-
-def _serve(player: Player, prompt: str, asked: argparse.Namespace, server: Server) -> None:
-    token = secrets.token_urlsafe(24)
-    app = build(player, server.host, token, f"megactx-{server.port}")
-    print(f"Look at {server.address}/?token={token}   (Ctrl-C ends)", flush=True)
-    if prompt:
-        player.say(prompt, asked.tokens)
-    server.run(app, ending=player.feed.close)
 
 
 def _export(player: Player, prompt: str, asked: argparse.Namespace, write) -> None:
@@ -110,7 +103,7 @@ def _prompt(asked: argparse.Namespace) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; -> exit code."""
-    parser = argparse.ArgumentParser(prog="python -m megactx.runtime.view", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m megactx.apps.view", description=__doc__.split("\n")[0])
     parser.add_argument("prompt", nargs="?", default="", help="text to begin with (default: none, write in the page)")
     parser.add_argument("--file", help="a text file as the prompt")
     parser.add_argument(

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from megactx.focus.replay import View
 from megactx.framework.errors import verdict
-from megactx.runtime.events import Refocused
-from megactx.runtime.sampling import Sampling
-from megactx.runtime.session import Session
+from megactx.runtime import Refocused, Sampling, Session
 from megactx.runtime.text import encodable
 
 from . import frames
@@ -24,6 +22,7 @@ from .feed import Feed
 PIECE = 1024  # tokens that are read at a time at most, so that there is something to see meanwhile
 TAIL = 6000  # characters of the newest text that the page shows
 OPENING = 500  # tokens of a session that is gone on with
+MOST = 100_000  # tokens of one answer
 OFTEN = 0.1  # seconds between two updates of the text
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .text import Encoder, encodable, special_tokens
+from megactx.runtime.text import Encoder, encodable, special_tokens
 
 OWN_END = "end"  # ``Piece.stopped`` where the model itself ends its answer
 TOLD, ANSWERED = "\ue000told\ue000", "\ue000answered\ue000"  # stand for what is said; private-use characters

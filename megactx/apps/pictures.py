@@ -1,6 +1,6 @@
 """Pictures of a replay: scores over the timeline, and the window from refocus to refocus.
 
-Everywhere the timeline goes from left to right and colours are LODs, as in ``megactx.memory.strip``. What is expanded
+Everywhere the timeline goes from left to right and colours are LODs, as in ``strip``. What is expanded
 is marked with ^, what is collapsed with v, at the middle of the tokens that it stands for.
 """
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from megactx.focus import Edits
+from megactx.focus.replay import Replay, Step, View
 from megactx.framework.files import replacing
-from megactx.memory.strip import bars, colour
 
-from .edits import Edits
-from .replay import Replay, Step, View
+from .strip import bars, colour
 
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from megactx.apps.view import frames
+from megactx.apps.view.__main__ import main
+from megactx.apps.view.feed import KEPT, Feed
+from megactx.apps.view.player import Busy, Player
 from megactx.runtime import Sampling, Session
-from megactx.runtime.view import frames
-from megactx.runtime.view.__main__ import main
-from megactx.runtime.view.feed import KEPT, Feed
-from megactx.runtime.view.player import Busy, Player
 
 TEXT = "def read(path):\n    return path.read_text()\n" * 12
 EVIL = "</script><script>alert(1)</script>\u202e\x1b[31m"

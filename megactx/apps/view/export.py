@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from megactx.focus.pictures import animate_replay, plot_replay
 from megactx.focus.replay import Replay, Step
 from megactx.framework.files import replacing
+from megactx.runtime.text import LONGEST, text_of
 
-from ..text import LONGEST, text_of
+from ..pictures import animate_replay, plot_replay
 from . import frames
 from .player import Player
 

@@ -13,7 +13,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HOST = "127.0.0.1"
+from .command_line import HOST
+
 PORTS = range(0, 2**16)
 STARTS = 10.0  # seconds that a server may need to start
 CONNECTIONS = 64  # at a time; more are told to come back

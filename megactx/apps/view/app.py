@@ -11,16 +11,14 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from megactx.runtime.guard import LARGEST, Guard, TooLarge
-
+from ..guard import LARGEST, Guard, TooLarge
 from . import frames
 from .export import page
-from .player import Busy, Player
+from .player import MOST, Busy, Player
 
 PAGE = Path(__file__).parent / "page"
 KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 FILES = {path.name: path for path in sorted(PAGE.iterdir()) if path.suffix in KINDS}
-MOST = 100_000  # tokens of one answer
 PATIENCE = 20.0  # seconds that a question may wait: one piece of a text is read meanwhile
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from megactx.runtime import Sampling, Session, models, serving
-from megactx.runtime.guard import LARGEST, Guard
-from megactx.runtime.serving import Server
+from megactx.apps import serving
+from megactx.apps.guard import LARGEST, Guard
+from megactx.apps.serving import Server
+from megactx.apps.view.app import build
+from megactx.apps.view.player import Player
+from megactx.runtime import Sampling, Session, models
 from megactx.runtime.settings import Settings
-from megactx.runtime.view.app import build
-from megactx.runtime.view.player import Player
 
 TEXT = "def read(path):\n    return path.read_text()\n" * 12
 COOKIE = {"Cookie": "own=secret"}
@@ -152,7 +153,7 @@ def test_a_replay_can_be_saved_from_the_page(served):
 
 
 def test_the_page_is_package_data_and_loads_nothing_from_elsewhere():
-    folder = files("megactx.runtime.view") / "page"
+    folder = files("megactx.apps.view") / "page"
     for path in folder.iterdir():
         text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
         assert "http:" not in text and "https:" not in text and "innerHTML" not in text
@@ -163,7 +164,7 @@ def test_the_page_is_package_data_and_loads_nothing_from_elsewhere():
 def test_ctrl_c_saves_the_session_and_ends_with_130(exported, tmp_path):
     arguments = ["--model", str(exported), "--budget", "400", "--port", "0", "--session", str(tmp_path / "kept")]
     running = subprocess.Popen(
-        [sys.executable, "-m", "megactx.runtime.view", TEXT, "--tokens", "20", *arguments],
+        [sys.executable, "-m", "megactx.apps.view", TEXT, "--tokens", "20", *arguments],
         cwd=Path(models.__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it

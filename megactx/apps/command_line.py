@@ -4,14 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from .controller import Controller
-from .events import Observer
-from .models import load_models
-from .sampling import Sampling
-from .session import Session
-from .session_files import is_session
-from .settings import KINDS, POSITIONS, Settings
+from megactx.runtime import Controller, Observer, Sampling, Session, Settings, load_models
+from megactx.runtime.session_files import is_session
+from megactx.runtime.settings import KINDS, POSITIONS
 
+HOST = "127.0.0.1"  # where servers listen
 MODEL = "a run's or an exported folder; a plain base: a folder, a GGUF file, smollm2 (default: the embedded models)"
 
 

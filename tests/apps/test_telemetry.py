@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megactx.apps import generate, serving
+from megactx.apps.prometheus import Prometheus
+from megactx.apps.telemetry import Telemetry
 from megactx.focus.allocator import RESIDENCY, SWAP_RATE, SWAP_RATE_ALARM, UTILISATION
-from megactx.runtime import Models, Session, generate, serving
-from megactx.runtime.prometheus import Prometheus
-from megactx.runtime.telemetry import METRICS, Telemetry, bins, measured
+from megactx.runtime import Models, Session
+from megactx.runtime.metrics import METRICS, bins, measured
 
 REPOSITORY = Path(__file__).parents[2]
 DASHBOARD, ALERTS = (REPOSITORY / "docs" / "telemetry" / name for name in ("grafana.json", "alerts.yml"))
@@ -76,7 +78,7 @@ def series(text):
 @pytest.mark.slow
 def test_a_session_that_nobody_watches_imports_no_opentelemetry():
     program = (
-        "import sys, megactx.runtime.telemetry, megactx.runtime.chat, megactx.runtime.view.__main__\n"
+        "import sys, megactx.apps.telemetry, megactx.apps.chat, megactx.apps.view.__main__\n"
         "from megactx.runtime import Controller, Session, Settings, load_models\n"
         "session = Session(Controller(load_models(), Settings(budget=512)))\n"
         "session.append('def read(path): ' * 200, score=True)\n"
@@ -231,10 +233,10 @@ def test_without_the_extra_a_command_says_what_to_install(monkeypatch, exported,
     monkeypatch.setitem(sys.modules, missing, None)
     assert generate.main([TEXT, "--model", str(exported), "--budget", "400", "--metrics", "0"]) == 2
     told = capsys.readouterr().err.strip().splitlines()
-    assert "--metrics=0: pip install 'megactx[telemetry]' first" in told[-1] and "Traceback" not in " ".join(told)
+    assert "--metrics=0: pip install 'megactx[apps]' first" in told[-1] and "Traceback" not in " ".join(told)
 
 
 def test_without_the_extra_an_observer_of_ones_own_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.metrics", None)
-    with pytest.raises(ValueError, match=r"pip install 'megactx\[telemetry\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'megactx\[apps\]'"):
         Telemetry(Models(None))

@@ -5,7 +5,7 @@ import copy
 import pytest
 from byte_fallback import KINDS
 
-from megactx.runtime.framing import Framing, Template, framing_of
+from megactx.apps.framing import Framing, Template, framing_of
 
 PLAIN = "{% for m in messages %}{{ bos_token if loop.first }}<{{ m.role }}>{{ m.content }}{{ eos_token }}\n{% endfor %}"
 PLAIN += "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -8,10 +8,10 @@ import math
 
 from megactx.focus import Edits
 from megactx.focus.replay import View
-from megactx.memory.strip import COLOURS
-from megactx.runtime.events import Refocused
-from megactx.runtime.session import Session
+from megactx.runtime import Refocused, Session
 from megactx.runtime.text import printable
+
+from ..strip import COLOURS
 
 SHOWN = (160, 48)  # tokens of a node's text that are shown, from its beginning and from its end
 

@@ -3,14 +3,9 @@
 The server is bound to 127.0.0.1, answers /metrics and nothing else, and says numbers only, never text of a history.
 """
 
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from megactx.runtime import Models
 
-from .guard import Guard
-from .models import Models
-from .serving import Server
+from .extra import extra
 from .telemetry import Telemetry
 
 
@@ -26,17 +21,21 @@ class Prometheus:
         address: where the numbers are.
 
     Raises:
-        ValueError: the port is taken, or the extra ``telemetry`` is not installed.
+        ValueError: the port is taken, or the extra ``apps`` is not installed.
     """
 
     def __init__(self, port: int, models: Models | None = None):
-        try:
+        with extra(f"--metrics={port}"):
             import prometheus_client
             from opentelemetry.exporter.prometheus import PrometheusMetricReader
             from opentelemetry.sdk.metrics import MeterProvider
             from opentelemetry.sdk.resources import Resource
-        except ImportError as error:
-            raise ValueError(f"--metrics={port}: pip install 'megactx[telemetry]' first ({error})") from error
+            from starlette.applications import Starlette
+            from starlette.responses import Response
+            from starlette.routing import Route
+
+            from .guard import Guard
+            from .serving import Server
         self._server = Server(port, option="--metrics")
         registry = prometheus_client.CollectorRegistry()  # its own: nothing of the process, and no second of a name
         reader = PrometheusMetricReader(disable_target_info=True, scope_info_enabled=False, registry=registry)
@@ -44,7 +43,7 @@ class Prometheus:
         self.telemetry = Telemetry(models, self._provider.get_meter("megactx"))
         self.address = f"{self._server.address}/metrics"
 
-        def numbers(_: Request) -> Response:
+        def numbers(_) -> Response:
             return Response(
                 prometheus_client.generate_latest(registry), media_type=prometheus_client.CONTENT_TYPE_LATEST
             )

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megactx.apps import chat, generate, ingest
 from megactx.framework.errors import RunFailed
-from megactx.runtime import Controller, Session, Settings, chat, generate, ingest, load_models
+from megactx.runtime import Controller, Session, Settings, load_models
 from megactx.runtime.session_files import MANIFEST
 
 REPOSITORY = Path(__file__).parents[2]
@@ -273,13 +274,13 @@ def test_the_commands_run_as_modules_with_nothing_but_the_package(tmp_path):
         command = [sys.executable, "-m", *map(str, arguments)]
         return subprocess.run(command, input=stdin, capture_output=True, cwd=REPOSITORY, env=environment)
 
-    done = python("megactx.runtime.ingest", REPOSITORY / "README.md", tmp_path / "out")
+    done = python("megactx.apps.ingest", REPOSITORY / "README.md", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    done = python("megactx.runtime.chat", "--session", tmp_path / "out", "--tokens", 20, stdin=b"hello\n/tree\n")
+    done = python("megactx.apps.chat", "--session", tmp_path / "out", "--tokens", 20, stdin=b"hello\n/tree\n")
     assert done.returncode == 0 and b"sees" in done.stdout, done.stderr
-    done = python("megactx.runtime.generate", "import", "--tokens", 5, "--session", tmp_path / "out")
+    done = python("megactx.apps.generate", "import", "--tokens", 5, "--session", tmp_path / "out")
     assert done.returncode == 0 and len(done.stdout) > 3, done.stderr
-    done = python("megactx.runtime.generate", "import", "--tokens", "many")
+    done = python("megactx.apps.generate", "import", "--tokens", "many")
     assert done.returncode == 2 and b"Traceback" not in done.stderr
 
 
@@ -389,7 +390,7 @@ def test_ctrl_c_while_a_long_text_is_read_keeps_what_was_read(own, tmp_path, mon
 def test_ctrl_c_while_a_command_imports_gives_one_line_and_130(tmp_path):
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
     path = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(generate.__file__).parents[2]}"}
-    command = [sys.executable, "-m", "megactx.runtime.chat"]
+    command = [sys.executable, "-m", "megactx.apps.chat"]
     done = subprocess.run(command, env=os.environ | path, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 130 and done.stderr == "\nmegactx: interrupted\n"
 
