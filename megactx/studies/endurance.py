@@ -142,7 +142,7 @@ def about(session: Session, watch: Watch, process: psutil.Process, nll: Tensor) 
         "utilisation": mean(watch.full) if watch.full else None,
         "entries": int(session.context.counts[0]) if session.context is not None else 0,
         "resident": process.memory_info().rss,
-        "working": session.stream.reader.bytes(),
+        "working": session.stream.prefill.bytes(),
         "tree": tree.bytes(),
         "formula": formula(stored, tree.block_size, tree.width, tree.dtype.itemsize if tree.dtype else 0),
     }

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 AHEAD = 4  # of the limit, one part in so many is left for new tokens
 
 
-class Placement:
+class PositionRebase:
     """Positions of a window from one reading to the next.
 
     Args:

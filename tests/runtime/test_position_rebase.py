@@ -8,7 +8,7 @@ from megactx.gist import GistNet
 from megactx.lm import BaseLM
 from megactx.memory import WorkingContext
 from megactx.runtime import Controller, Models, Settings
-from megactx.runtime.placement import Placement
+from megactx.runtime.position_rebase import PositionRebase
 from megactx.runtime.settings import note_on, tail
 
 LIMIT, BUDGET, STEP = 200, 90, 4
@@ -22,22 +22,22 @@ def grown(tree, context, count):
 
 def test_positions_are_absolute_until_new_tokens_would_leave_the_trained_range():
     tree = tree_of(small_base(), lengths=(150,))
-    context, placement = window(tree, edits=0), Placement("rebased", LIMIT, BUDGET, STEP)
-    positions, behind = placement.place(context)
+    context, rebase = window(tree, edits=0), PositionRebase("rebased", LIMIT, BUDGET, STEP)
+    positions, behind = rebase.place(context)
     assert torch.equal(positions, context.positions()) and behind.tolist() == [150]
-    assert placement.moved == [None]
+    assert rebase.moved == [None]
 
 
 def test_beyond_it_they_stay_below_the_limit_and_move_once_in_many_refocuses():
     tree = tree_of(small_base(), lengths=(150, 97))
-    context, placement = WorkingContext.recency(tree, BUDGET), Placement("rebased", LIMIT, BUDGET, STEP)
+    context, rebase = WorkingContext.recency(tree, BUDGET), PositionRebase("rebased", LIMIT, BUDGET, STEP)
     moved, before, there = 0, None, None
     for _ in range(70):
         if int(context.counts.max()) > BUDGET - STEP:
             context = WorkingContext.recency(tree, BUDGET - 20)
             context.budget, before = BUDGET, None
         context = grown(tree, context, STEP)
-        positions, behind = placement.place(context)
+        positions, behind = rebase.place(context)
         ends = context.ends()
         for row, count in enumerate(context.counts.tolist()):
             own = positions[row, :count]
@@ -53,15 +53,15 @@ def test_beyond_it_they_stay_below_the_limit_and_move_once_in_many_refocuses():
 def test_absolute_positions_go_on_beyond_the_limit():
     tree = tree_of(small_base(), lengths=(300,))
     context = window(tree, edits=0)
-    positions, behind = Placement("absolute", LIMIT, BUDGET, STEP).place(context)
+    positions, behind = PositionRebase("absolute", LIMIT, BUDGET, STEP).place(context)
     assert torch.equal(positions, context.positions()) and behind.tolist() == [300]
 
 
 def test_absolute_positions_warn_once_when_they_pass_the_trained_range(caplog):
-    placement = Placement("absolute", 100, 64, 4)
-    placement.moved = [None]
+    rebase = PositionRebase("absolute", 100, 64, 4)
+    rebase.moved = [None]
     for tokens in (50, 96, 97, 200):
-        assert placement._below(0, tokens) is None
+        assert rebase._below(0, tokens) is None
         assert len(caplog.records) == (tokens > 96)
 
 
@@ -92,7 +92,7 @@ def test_a_session_of_a_base_with_few_positions_runs_past_them_and_stays_within(
     stream = controller.stream()
     stream.append(ids(1, 1500))
     assert torch.isfinite(stream.logits()).all()
-    positions, behind = stream.placement.place(stream.context)
+    positions, behind = stream.rebase.place(stream.context)
     assert int(positions.max()) < 512 and int(behind.max()) < 512
 
 

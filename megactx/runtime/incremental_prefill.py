@@ -16,7 +16,7 @@ from megactx.lm.adapters import stamp_of
 from .cache import KeyCache
 
 
-class Reader:
+class IncrementalPrefill:
     """A base LM, and what it has read last.
 
     Args:

@@ -6,22 +6,22 @@ from windows import BASES, following, small_base, tree_of, window
 
 from megactx.focus import moves
 from megactx.memory import WorkingContext
-from megactx.runtime.placement import Placement
-from megactx.runtime.reader import Reader
+from megactx.runtime.incremental_prefill import IncrementalPrefill
+from megactx.runtime.position_rebase import PositionRebase
 
 LIMIT, BUDGET = 512, 90
 
 
-def read(reader: Reader, context, placement=None):
-    placement = placement or Placement("absolute", LIMIT, BUDGET, 4)
-    positions, behind = placement.place(context)
+def read(prefill: IncrementalPrefill, context, rebase=None):
+    rebase = rebase or PositionRebase("absolute", LIMIT, BUDGET, 4)
+    positions, behind = rebase.place(context)
     sigma = context.tree.encoder.spread(context.lods())
-    return reader.read(context.to_tensor(), positions, context.lengths, sigma), behind
+    return prefill.read(context.to_tensor(), positions, context.lengths, sigma), behind
 
 
-def assert_same(reader: Reader, fresh: Reader, context):
-    assert (reader.hidden - fresh.hidden).abs().max() < 1e-4 * fresh.hidden.abs().max().clamp(min=1)
-    for own, other in zip(reader.cache.layers, fresh.cache.layers, strict=True):
+def assert_same(prefill: IncrementalPrefill, fresh: IncrementalPrefill, context):
+    assert (prefill.hidden - fresh.hidden).abs().max() < 1e-4 * fresh.hidden.abs().max().clamp(min=1)
+    for own, other in zip(prefill.cache.layers, fresh.cache.layers, strict=True):
         for row, count in enumerate(context.counts.tolist()):
             for one, two in ((own.keys, other.keys), (own.values, other.values)):
                 assert (one[row, :, :count] - two[row, :, :count]).abs().max() < 1e-4 * two.abs().max().clamp(min=1)
@@ -50,23 +50,23 @@ def test_keys_and_values_after_many_edits_and_appends_are_those_of_a_fresh_prefi
     base = small_base(kind)
     context = window(tree_of(base, gaussian_rope="damped"), budget=60, edits=0)
     context.budget = BUDGET
-    reader, generator, reused = Reader(base), torch.Generator().manual_seed(4), []
-    placement = Placement(positions, 160, BUDGET, 8)  # rebased: the rows are longer than that soon
+    prefill, generator, reused = IncrementalPrefill(base), torch.Generator().manual_seed(4), []
+    rebase = PositionRebase(positions, 160, BUDGET, 8)  # rebased: the rows are longer than that soon
     for _ in range(changes):
         context = change(context, generator)
-        read(reader, context, placement)
-        reused.append(float(reader.reused.sum() / reader.lengths.sum()))
-        fresh = Reader(base)
-        places, _ = placement.place(context)
+        read(prefill, context, rebase)
+        reused.append(float(prefill.reused.sum() / prefill.lengths.sum()))
+        fresh = IncrementalPrefill(base)
+        places, _ = rebase.place(context)
         fresh.read(context.to_tensor(), places, context.lengths, context.tree.encoder.spread(context.lods()))
-        assert_same(reader, fresh, context)
+        assert_same(prefill, fresh, context)
     assert 0.05 < sum(reused) / len(reused) < 1
 
 
 def test_a_reading_equals_that_of_the_base_lm():
     base = small_base()
     context = window(tree_of(base))
-    hidden, _ = read(Reader(base), context)
+    hidden, _ = read(IncrementalPrefill(base), context)
     expected = base.read(context.to_tensor(), context.positions(), context.lengths)
     last = expected[torch.arange(2), context.lengths - 1]
     assert torch.allclose(hidden, last, atol=1e-5)
@@ -75,55 +75,55 @@ def test_a_reading_equals_that_of_the_base_lm():
 def test_an_edit_keeps_exactly_the_entries_before_it():
     base = small_base()
     context = window(tree_of(base, lengths=(150,)), edits=0)
-    reader, passes = Reader(base), []
-    read(reader, context)
-    reader.base.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape[1]))
+    prefill, passes = IncrementalPrefill(base), []
+    read(prefill, context)
+    prefill.base.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape[1]))
     entry = int((context.lod[0] > 0).nonzero()[3])
     context.expand(entry)
-    read(reader, context)
+    read(prefill, context)
     assert passes == [int(context.counts[0]) - entry]
-    assert reader.reused.tolist() == [entry] and reader.lengths.tolist() == context.counts.tolist()
+    assert prefill.reused.tolist() == [entry] and prefill.lengths.tolist() == context.counts.tolist()
 
 
 def test_nothing_is_computed_where_nothing_changed_nor_where_what_was_decoded_becomes_part_of_the_window():
     base = small_base()
     tree = tree_of(base, lengths=(150, 97))
     context = window(tree, edits=0)
-    reader, new = Reader(base), following(2, 3)
-    _, behind = read(reader, context)
+    prefill, new = IncrementalPrefill(base), following(2, 3)
+    _, behind = read(prefill, context)
     for n in range(3):
-        reader.step(new[:, n : n + 1], behind[:, None] + n)
+        prefill.step(new[:, n : n + 1], behind[:, None] + n)
     passes = []
-    handle = reader.base.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape[1]))
+    handle = prefill.base.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape[1]))
     tree.append(new)
     context.append(3)
-    hidden, _ = read(reader, context)
-    read(reader, context)
+    hidden, _ = read(prefill, context)
+    read(prefill, context)
     handle.remove()
-    assert passes == [] and torch.equal(reader.reused, context.counts)
-    fresh = Reader(base)
+    assert passes == [] and torch.equal(prefill.reused, context.counts)
+    fresh = IncrementalPrefill(base)
     read(fresh, context)
-    assert_same(reader, fresh, context)
-    assert torch.equal(hidden, reader.hidden)
+    assert_same(prefill, fresh, context)
+    assert torch.equal(hidden, prefill.hidden)
 
 
 def test_rows_that_stop_at_different_times_are_read_as_if_each_were_alone():
     base = small_base()
     tree = tree_of(base, lengths=(150, 97))
     context = window(tree, edits=0)
-    reader, new = Reader(base), following(2, 4)
+    prefill, new = IncrementalPrefill(base), following(2, 4)
     there = torch.tensor([[True, True, False, False], [True, True, True, True]])
-    _, behind = read(reader, context)
+    _, behind = read(prefill, context)
     for n in range(4):
-        reader.step(new[:, n : n + 1], behind[:, None] + n, there[:, n : n + 1])
+        prefill.step(new[:, n : n + 1], behind[:, None] + n, there[:, n : n + 1])
     tree.append(new, there.sum(1))
     context.append(there.sum(1))
-    fresh = Reader(base)
+    fresh = IncrementalPrefill(base)
     read(fresh, context)
-    assert torch.allclose(reader.hidden, fresh.hidden, atol=1e-5)
-    read(reader, context)  # the columns of the rows are brought together
-    assert_same(reader, fresh, context)
-    assert reader.reused.tolist() == context.counts.tolist()
+    assert torch.allclose(prefill.hidden, fresh.hidden, atol=1e-5)
+    read(prefill, context)  # the columns of the rows are brought together
+    assert_same(prefill, fresh, context)
+    assert prefill.reused.tolist() == context.counts.tolist()
 
 
 @pytest.mark.parametrize("what", ["position", "spread", "embedding"])
@@ -132,8 +132,8 @@ def test_a_change_of_position_spread_or_embedding_alone_makes_an_entry_dirty(wha
     context = window(tree_of(base, lengths=(150,)), edits=0)
     embeddings, positions = context.to_tensor(), context.positions()
     sigma = torch.zeros_like(positions, dtype=torch.float)
-    reader = Reader(base)
-    reader.read(embeddings, positions, context.lengths, sigma)
+    prefill = IncrementalPrefill(base)
+    prefill.read(embeddings, positions, context.lengths, sigma)
     if what == "position":
         positions = positions.clone()
         positions[:, 20:] += 1
@@ -142,18 +142,18 @@ def test_a_change_of_position_spread_or_embedding_alone_makes_an_entry_dirty(wha
     else:
         embeddings = embeddings.clone()
         embeddings[:, 20, 5] += 1e-3
-    reader.read(embeddings, positions, context.lengths, sigma)
-    assert reader.reused.tolist() == [20]
-    fresh = Reader(base)
+    prefill.read(embeddings, positions, context.lengths, sigma)
+    assert prefill.reused.tolist() == [20]
+    fresh = IncrementalPrefill(base)
     fresh.read(embeddings, positions, context.lengths, sigma)
-    assert_same(reader, fresh, context)
+    assert_same(prefill, fresh, context)
 
 
 def test_a_reading_that_was_interrupted_is_made_anew(monkeypatch):
     base = small_base()
     context = window(tree_of(base, lengths=(150,)), edits=0)
-    reader, calls = Reader(base), []
-    read(reader, context)
+    prefill, calls = IncrementalPrefill(base), []
+    read(prefill, context)
 
     def stopped(module, args, output):
         calls.append(1)
@@ -163,23 +163,23 @@ def test_a_reading_that_was_interrupted_is_made_anew(monkeypatch):
     hooks = [layer.register_forward_hook(stopped) for layer in base.model.model.layers]
     context.expand(int((context.lod[0] > 0).nonzero()[0]))
     with pytest.raises(KeyboardInterrupt):
-        read(reader, context)
+        read(prefill, context)
     for hook in hooks:
         hook.remove()
-    read(reader, context)
-    fresh = Reader(base)
+    read(prefill, context)
+    fresh = IncrementalPrefill(base)
     read(fresh, context)
-    assert_same(reader, fresh, context)
+    assert_same(prefill, fresh, context)
 
 
 def test_memory_does_not_grow_with_what_was_read_and_cut_off():
     base = small_base()
     context = window(tree_of(base, lengths=(150,)), edits=0)
-    reader, new = Reader(base), following(1, 8)
+    prefill, new = IncrementalPrefill(base), following(1, 8)
     sizes = set()
     for _ in range(20):
-        _, behind = read(reader, context)
+        _, behind = read(prefill, context)
         for n in range(8):
-            reader.step(new[:, n : n + 1], behind[:, None] + n)
-        sizes.add(reader.cache.bytes())
+            prefill.step(new[:, n : n + 1], behind[:, None] + n)
+        sizes.add(prefill.cache.bytes())
     assert len(sizes) == 1

@@ -1,4 +1,4 @@
-"""Cutting and joining trees; nodes that need no encoding: ready gists, and those of a tree whose grid coincides.
+"""Cutting and slice_merge trees; nodes that need no encoding: ready gists, and those of a tree whose grid coincides.
 
 ``find(lod, row [M], index [M])``, on the CPU, says which nodes are known, bool [M], and gives their columns.
 """
@@ -8,7 +8,7 @@ import time
 import torch
 from torch import Tensor
 
-from . import encoding, growth
+from . import build, encoding
 
 
 class Ready:
@@ -51,8 +51,8 @@ class Shifted:
         self.source, self.shift = source, shift
         self.counts = [level.lengths for level in source.levels]  # before it grows, where a tree is merged with itself
         self.numbers = torch.tensor(
-            [*numbers, growth.STALE], device=source.device
-        )  # growth.STALE indexes the last: it stays
+            [*numbers, build.STALE], device=source.device
+        )  # build.STALE indexes the last: it stays
 
     def find(self, lod: int, row: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         width = self.source.block_size**lod
@@ -84,7 +84,7 @@ def cut(tree, start: int, stop: int):
     new.versions, new.version, new.stamp = list(tree.versions), tree.version, tree.stamp
     counts = (tree.lengths.clamp(max=stop) - start).clamp(min=0)
     shifted = Shifted(tree, torch.full_like(counts, -start), list(range(len(tree.versions))))
-    growth.extend(new, tree.levels[0].span("token", start, stop), counts, shifted)
+    build.extend(new, tree.levels[0].span("token", start, stop), counts, shifted)
     return new
 
 
@@ -104,5 +104,5 @@ def merge(tree, other) -> None:
     shift, numbers = tree.lengths.clone(), [tree.version_of(identity) for identity in other.identities()]
     shifted = Shifted(other, shift, numbers)
     parts = [(name, first + shift) for name, first in other.parts]
-    growth.extend(tree, other.tokens, other.lengths, shifted)
+    build.extend(tree, other.tokens, other.lengths, shifted)
     tree.parts = tree.parts + parts

@@ -15,7 +15,7 @@ PIECE = 65_536  # tokens that are taken up at a time: what is needed on the way 
 
 
 def extend(tree, tokens: Tensor, lengths: Tensor, known=None) -> None:
-    """Append ``lengths`` [B] of tokens [B, T]; nodes that are ``known`` (see ``joining``) are not encoded.
+    """Append ``lengths`` [B] of tokens [B, T]; nodes that are ``known`` (see ``slice_merge``) are not encoded.
 
     What goes wrong on the way, an encoder that fails or Ctrl-C, leaves the tree as it was.
     """

@@ -18,7 +18,7 @@ SINK = 32  # first tokens, which are never dropped
 LEAST = 4 * SINK  # tokens of a window that drops
 
 
-class Stock:
+class PlainLM:
     """Histories of B rows, as ``Stream`` but without tree and window; all rows have one length.
 
     Args:
@@ -99,7 +99,7 @@ class Stock:
         return self.tokens[:, -count:]
 
 
-class Dropping(Stock):
+class Dropping(PlainLM):
     """Histories without an end, of which the base LM sees the first ``SINK`` tokens and the newest.
 
     When the window is full, the newest tokens move up behind the first ones, as many as leave room for an eighth of the
