@@ -7,6 +7,7 @@ from pathlib import Path
 from megactx.runtime import Controller, Observer, Sampling, Session, Settings, load_models
 from megactx.runtime.session_files import is_session
 from megactx.runtime.settings import KINDS, POSITIONS
+from megactx.runtime.text import from_bytes
 
 HOST = "127.0.0.1"  # where servers listen
 MODEL = "a run's or an exported folder; a plain base: a folder, a GGUF file, smollm2 (default: the embedded models)"
@@ -24,6 +25,13 @@ def add_models(parser: argparse.ArgumentParser, budget: int = 2048) -> None:
     )
     parser.add_argument(
         "--metrics", type=int, metavar="PORT", help="give Prometheus numbers at 127.0.0.1:PORT/metrics (default: none)"
+    )
+
+
+def add_session(parser: argparse.ArgumentParser) -> None:
+    """``--session``."""
+    parser.add_argument(
+        "--session", metavar="FOLDER", help="go on with this session, and save it; made if it is not there"
     )
 
 
@@ -79,6 +87,24 @@ def observers_of(asked: argparse.Namespace, controller: Controller) -> list[Obse
     found = Prometheus(asked.metrics, controller.models)
     print(f"metrics: {found.address}", file=sys.stderr)
     return [found.telemetry]
+
+
+def prompt_file_of(asked: argparse.Namespace) -> str | None:
+    """The text of ``--file``; ``None``: there is none.
+
+    Raises:
+        ValueError: a prompt is there as well, or the file is missing, empty or not text.
+    """
+    if not asked.file:
+        return None
+    if asked.prompt:
+        raise ValueError("give a prompt or --file, not both")
+    path = Path(asked.file).expanduser()
+    if not path.is_file():
+        raise ValueError(f"--file={asked.file}: there is no such file")
+    if not (text := from_bytes(path.read_bytes(), str(path))):
+        raise ValueError(f"--file={asked.file}: it is empty, there is nothing to continue")
+    return text
 
 
 def session_of(folder: str | Path | None, controller: Controller, observers=()) -> Session:

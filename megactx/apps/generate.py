@@ -20,7 +20,16 @@ from megactx.runtime.session import end_ids
 from megactx.runtime.session_files import is_session
 from megactx.runtime.text import LONGEST, Answer, StopStrings, encodable, from_bytes, parts_of, printable
 
-from .command_line import add_models, add_sampling, controller_of, observers_of, sampling_of, session_of
+from .command_line import (
+    add_models,
+    add_sampling,
+    add_session,
+    controller_of,
+    observers_of,
+    prompt_file_of,
+    sampling_of,
+    session_of,
+)
 
 PIECE = 2**16  # characters of a prompt that are read at a time
 
@@ -94,19 +103,12 @@ def answers(
 
 
 def _prompts(asked: argparse.Namespace) -> list[str]:
-    if asked.prompt and asked.file:
-        raise ValueError("give a prompt or --file, not both")
+    if (text := prompt_file_of(asked)) is not None:
+        return [text]
     if len(asked.prompt) > 1 and asked.session:
         raise ValueError("a session has one history: give one prompt with --session")
     if asked.prompt:
         return [encodable(prompt) for prompt in asked.prompt]
-    if asked.file:
-        path = Path(asked.file).expanduser()
-        if not path.is_file():
-            raise ValueError(f"--file={asked.file}: there is no such file")
-        if not (text := from_bytes(path.read_bytes(), str(path))):
-            raise ValueError(f"--file={asked.file}: it is empty, there is nothing to continue")
-        return [text]
     text = "" if sys.stdin.isatty() else from_bytes(sys.stdin.buffer.read(), "stdin")
     if not text and not (asked.session and is_session(Path(asked.session).expanduser())):
         raise ValueError("stdin is empty, there is nothing to continue: give a prompt, --file, or a session with text")
@@ -118,9 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megactx.apps.generate", description=__doc__.split("\n")[0])
     parser.add_argument("prompt", nargs="*", help="text; several are decoded as a batch; none: --file, or stdin")
     parser.add_argument("--file", help="a text file as the prompt")
-    parser.add_argument(
-        "--session", metavar="FOLDER", help="go on with this session, and save it; made if it is not there"
-    )
+    add_session(parser)
     parser.add_argument("--stop", nargs="+", default=[], metavar="STRING", help="strings that end an answer")
     add_sampling(parser, tokens=128)
     add_models(parser)

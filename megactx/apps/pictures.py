@@ -1,4 +1,4 @@
-"""Pictures of a replay: scores over the timeline, and the window from refocus to refocus.
+"""Pictures: a window over its tree; of a replay the scores, and the window from refocus to refocus.
 
 Everywhere the timeline goes from left to right and colours are LODs, as in ``strip``. What is expanded
 is marked with ^, what is collapsed with v, at the middle of the tokens that it stands for.
@@ -12,10 +12,45 @@ import torch
 from megactx.focus import Edits
 from megactx.focus.replay import Replay, Step, View
 from megactx.framework.files import replacing
+from megactx.memory import WorkingContext
 
-from .strip import bars, colour
+from .strip import colour, new_in, view_of
 
+RUNS = 400  # blocks of a row that are drawn one by one; more are joined with their neighbours of the same LOD
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+
+
+def plot_strip(path: str | Path, context: WorkingContext, before: WorkingContext | None = None, row: int = 0) -> None:
+    """A tree and a window of it, as ``strip`` shows them: a PNG of 1400 x 400 pixels.
+
+    Args:
+        before: the same window before an edit; what is new since then is marked with ^.
+        row: of the batch.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    view = view_of(context, row)
+    tree, total = context.tree, int(context.tree.lengths[row])
+    with _figure(14, 4) as figure:
+        axes = figure.subplots()
+        labels = ["working\ncontext", *(f"LOD{level}" for level in range(1, tree.depth + 1))]
+        for level in range(1, tree.depth + 1):
+            index = torch.arange(int(tree.counts(level)[row]))
+            _strip(axes, View(torch.full_like(index, level), index, tree.block_size), level, total)
+        _strip(axes, view, 0, total)
+        if before is not None:
+            new = new_in(view, view_of(before, row))
+            centre = (view.start + view.width / 2)[new]
+            axes.plot(centre, torch.full_like(centre, -0.55), "^", color="black", markersize=6, clip_on=False)
+            labels[0] += f"\n(^ {int(new.sum())} new)"
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(-0.7, len(labels) - 0.5)
+        axes.set_title(f"{len(view.lod):,} entries stand for {view.tokens:,} tokens (budget {context.budget:,})")
+        _timeline(axes, total)
+        _legend(axes, tree.block_size, tree.depth, -0.18)
+        with replacing(path) as part:
+            figure.savefig(part, format="png")
 
 
 def plot_scores(path: str | Path, replay: Replay, step: int = 0) -> None:
@@ -43,7 +78,7 @@ def plot_scores(path: str | Path, replay: Replay, step: int = 0) -> None:
         panels[0].set_title(_told(replay, step))
         panels[0].set_ylabel("score before")
         panels[1].set_ylabel("score after")
-        _legend(panels[1], replay, -0.25)
+        _legend(panels[1], now.before.block_size, replay.depth, -0.25)
         with replacing(path) as part:
             figure.savefig(part, format="png")
 
@@ -68,7 +103,7 @@ def plot_replay(path: str | Path, replay: Replay) -> None:
         axes.set_ylim(-len(labels) + 0.3, 0.5)
         axes.set_ylabel("refocus")
         _timeline(axes, replay.tokens)
-        _legend(axes, replay, -0.6 / len(labels) - 0.04)
+        _legend(axes, view.block_size, replay.depth, -0.6 / len(labels) - 0.04)
         with replacing(path) as part:
             figure.savefig(part, format="png")
 
@@ -110,7 +145,7 @@ def animate_replay(path: str | Path, replay: Replay, seconds: float = 1.0) -> No
             below.set_yticks([0], ["window"])
             below.set_ylim(-0.8, 0.5)
             _timeline(below, replay.tokens)
-            _legend(below, replay, -0.75)
+            _legend(below, view.block_size, replay.depth, -0.75)
             writer.grab_frame()
 
 
@@ -135,7 +170,22 @@ def _axis_of_scores(axes) -> None:
 
 
 def _strip(axes, view: View, height: float, total: int) -> None:
-    bars(axes, view.start, view.width, view.lod, height, total)
+    """Blocks as bars at a height; many neighbours of one LOD as one bar."""
+    start, width, lod = view.start, view.width, view.lod
+    if len(lod) > RUNS:
+        _, run, sizes = torch.unique_consecutive(lod, return_inverse=True, return_counts=True)
+        first = sizes.cumsum(0) - sizes
+        start, lod = start[first], lod[first]
+        width = torch.zeros_like(sizes).index_add_(0, run, width)
+    colours = [colour(n) for n in lod.tolist()]
+    wide = (width * RUNS >= total).tolist()  # a white edge would cover what is narrower, such as most tokens
+    axes.broken_barh(
+        list(zip(start.tolist(), width.tolist(), strict=True)),
+        (height - 0.35, 0.7),
+        facecolors=colours,
+        edgecolors=["white" if w else own for w, own in zip(wide, colours, strict=True)],
+        linewidth=0.4,
+    )
 
 
 def _marks(axes, edits: Edits, block_size: int, expands: float, collapses: float | None = None) -> None:
@@ -155,11 +205,10 @@ def _timeline(axes, total: int) -> None:
         axes.set_xlabel("tokens")
 
 
-def _legend(axes, replay: Replay, below: float) -> None:
+def _legend(axes, block_size: int, depth: int, below: float) -> None:
     from matplotlib.patches import Patch
 
-    k = replay.steps[0].before.block_size
-    names = ["token", *(f"gist of {k**lod:,}" for lod in range(1, replay.depth + 1))]
+    names = ["token", *(f"gist of {block_size**lod:,}" for lod in range(1, depth + 1))]
     patches = [Patch(color=colour(lod), label=name) for lod, name in enumerate(names)]
     axes.legend(handles=patches, frameon=False, ncols=len(patches), loc="upper center", bbox_to_anchor=(0.5, below))
 

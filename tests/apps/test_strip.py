@@ -7,7 +7,8 @@ import torch
 from matplotlib.image import imread
 from rich.console import Console
 
-from megactx.apps.strip import plot_strip, strip
+from megactx.apps.pictures import plot_strip
+from megactx.apps.strip import strip
 from megactx.memory import MegaContextTree, WorkingContext
 
 

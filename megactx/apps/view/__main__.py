@@ -12,13 +12,22 @@ machine: ssh -L 8765:127.0.0.1:8765 HOST.
 import argparse
 import secrets
 import sys
-from pathlib import Path
 
 from megactx.framework.command_line import run
 from megactx.runtime import Refocused
-from megactx.runtime.text import encodable, from_bytes
+from megactx.runtime.text import encodable
 
-from ..command_line import HOST, add_models, add_sampling, controller_of, observers_of, sampling_of, session_of
+from ..command_line import (
+    HOST,
+    add_models,
+    add_sampling,
+    add_session,
+    controller_of,
+    observers_of,
+    prompt_file_of,
+    sampling_of,
+    session_of,
+)
 from ..extra import extra
 from .export import STRIPS, writer
 from .player import MOST, Player
@@ -36,7 +45,8 @@ def view(asked: argparse.Namespace) -> None:
         raise ValueError("--megacontext=none has no working context to look at; focus and recency have one")
     if asked.tokens > MOST:
         raise ValueError(f"--tokens={asked.tokens} is not allowed: at most {MOST:,}")
-    sampling, prompt = sampling_of(asked), _prompt(asked)
+    sampling, text = sampling_of(asked), prompt_file_of(asked)
+    prompt = encodable(asked.prompt) if text is None else text
     write = writer(asked.export) if asked.export else None
     server = None
     if not write:
@@ -88,27 +98,12 @@ def _export(player: Player, prompt: str, asked: argparse.Namespace, write) -> No
     print(f"{asked.export}: {player.feed.count:,} refocuses of {player.session.length:,} tokens")
 
 
-def _prompt(asked: argparse.Namespace) -> str:
-    if asked.prompt and asked.file:
-        raise ValueError("give a prompt or --file, not both")
-    if asked.file:
-        path = Path(asked.file).expanduser()
-        if not path.is_file():
-            raise ValueError(f"--file={asked.file}: there is no such file")
-        if not (text := from_bytes(path.read_bytes(), str(path))):
-            raise ValueError(f"--file={asked.file}: it is empty, there is nothing to continue")
-        return text
-    return encodable(asked.prompt)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line; -> exit code."""
     parser = argparse.ArgumentParser(prog="python -m megactx.apps.view", description=__doc__.split("\n")[0])
     parser.add_argument("prompt", nargs="?", default="", help="text to begin with (default: none, write in the page)")
     parser.add_argument("--file", help="a text file as the prompt")
-    parser.add_argument(
-        "--session", metavar="FOLDER", help="go on with this session, and save it; made if it is not there"
-    )
+    add_session(parser)
     parser.add_argument("--port", type=int, default=PORT, help=f"of the page, 0: any free one (default {PORT})")
     parser.add_argument("--host", default=HOST, help=f"to bind to; others can then reach it (default {HOST})")
     parser.add_argument("--export", metavar="FILE", help="write a replay instead: .html, .png or .gif")
