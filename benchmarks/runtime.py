@@ -119,7 +119,7 @@ def per_token(models: Models, tree: MegaContextTree, budget: int, kind: str, blo
         "refocus_ms": part(lambda name: name not in (DECODE, RECOMPUTE)),
         "reuse": sum(event.reuse for event in events) / len(events),
         "entries": int(stream.context.counts[0]),
-        "working_bytes": stream.reader.bytes(),
+        "working_bytes": stream.prefill.bytes(),
         "tree_bytes": tree.bytes(),
     }
 

@@ -34,7 +34,7 @@ train LensNet lens experiment=lens "${BASE[@]}" "stage.gistnet=$OUT/gist"
 train "in turn" alternating experiment=alternating "${BASE[@]}" "stage.gistnet=$OUT/gist" "stage.init=$OUT/lens"
 train "end to end" end_to_end experiment=end_to_end "${BASE[@]}" "stage.gistnet=$OUT/gist" "stage.init=$OUT/lens"
 step export export "$PYTHON" -m megactx.stages.export "$OUT/end_to_end" "$OUT/model"
-echo "What is a gist?" | "$PYTHON" -m megactx.runtime.chat --model "$OUT/model" --tokens 16 >"$OUT/chat.log" 2>&1 ||
+echo "What is a gist?" | "$PYTHON" -m megactx.apps.chat --model "$OUT/model" --tokens 16 >"$OUT/chat.log" 2>&1 ||
     { tail -20 "$OUT/chat.log"; echo "smoke: the chat failed"; exit 3; }
 grep -q . "$OUT/chat.log" || { echo "smoke: the chat said nothing"; exit 3; }
 echo "smoke: all of it in $((SECONDS - began)) s"

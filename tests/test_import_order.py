@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megactx"
 # Rooms of one line do not import each other either.
 LADDER = [
-    {"studies"},
+    {"studies"},  # the endurance of a session is measured with the options of the apps
+    {"apps"},
     {"stages"},
     {"evaluation", "runtime"},
     {"focus"},

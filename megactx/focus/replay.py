@@ -1,4 +1,4 @@
-"""What happened at each refocus of a session, kept so that it can be looked at: see ``pictures``.
+"""What happened at each refocus of a session, kept so that it can be looked at.
 
     replay = Replay()
     replay.refocus(allocator, context, scores.score, scores.price)     # instead of allocator.refocus(context, ...)

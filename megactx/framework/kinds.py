@@ -177,8 +177,8 @@ def check(target, given: Mapping, where: str, elsewhere: Mapping[str, str] | Non
     """See that settings may be given to a class.
 
     Args:
-        where: the group in which a user sets them, such as ``gistnet``; ``elsewhere``: argument -> its full name where
-            it is set in another.
+        where: the group in which a user sets them, such as ``gistnet``, or none; ``elsewhere``: argument -> its full
+            name where it is set in another.
 
     Raises:
         ValueError: a line for each that may not.
@@ -186,12 +186,12 @@ def check(target, given: Mapping, where: str, elsewhere: Mapping[str, str] | Non
     names, lines = elsewhere or {}, []
     for name, hint in hints(target).items():
         if name in given:
-            lines += problems(given[name], hint, names.get(name, f"{where}.{name}"))
+            lines += problems(given[name], hint, names.get(name, f"{where}.{name}" if where else name))
     if lines:
         raise ValueError("\n".join(line.replace(": allowed is", " is not allowed:", 1) for line in lines))
 
 
-def declared(where: str, **elsewhere: str):
+def declared(where: str = "", **elsewhere: str):
     """A class whose arguments are checked against their annotations whenever one is built; as ``check`` does it."""
 
     def wrap(kind: type) -> type:

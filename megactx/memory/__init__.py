@@ -1,7 +1,6 @@
 """The tree of gists, and the working context: a view of it that fits a fixed budget."""
 
-from .strip import plot_strip, strip
 from .tree import MegaContextTree
 from .working_context import WorkingContext
 
-__all__ = ["MegaContextTree", "WorkingContext", "plot_strip", "strip"]
+__all__ = ["MegaContextTree", "WorkingContext"]

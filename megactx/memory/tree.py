@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import encoding, growth, joining
+from . import build, encoding, slice_merge
 from .encoding import Encoder
 from .pages import Pages
 
@@ -129,8 +129,8 @@ class MegaContextTree:
             raise ValueError(f"gists have shape {list(gists.shape)}, expected {wanted}: one for each completed block")
         if self.hidden and gists is None and completed.any():
             raise ValueError("encoder: it needs hidden states, so append takes the gists of complete blocks ready made")
-        ready = None if gists is None else joining.Ready(gists, self.counts(1), self.version)
-        growth.extend(self, tokens, lengths, ready)
+        ready = None if gists is None else slice_merge.Ready(gists, self.counts(1), self.version)
+        build.extend(self, tokens, lengths, ready)
 
     def slice(self, start: int, stop: int | None = None) -> "MegaContextTree":
         """The tree of tokens start .. stop - 1, with the nodes that lie on its grid; the others are encoded.
@@ -138,7 +138,7 @@ class MegaContextTree:
         Raises:
             ValueError: ``start`` is not on the grid of blocks, or beyond ``stop``.
         """
-        return joining.cut(self, start, int(self.lengths.max()) if stop is None else stop)
+        return slice_merge.cut(self, start, int(self.lengths.max()) if stop is None else stop)
 
     def merge(self, other: "MegaContextTree") -> None:
         """Append another tree. Its nodes are kept where they lie on the grid of this one; the others are encoded.
@@ -147,7 +147,7 @@ class MegaContextTree:
             ValueError: a row of this tree does not end on the grid of blocks, or the trees are not of one kind.
                 Nothing was merged.
         """
-        joining.merge(self, other)
+        slice_merge.merge(self, other)
 
     def refresh(self, encoder: Encoder) -> int:
         """Use another GistNet from now on: encode again what was not made by it, bottom up.
@@ -165,11 +165,11 @@ class MegaContextTree:
             raise ValueError("encoder: it needs hidden states, which a refresh does not have; build the tree anew")
         self.version = self.version_of(encoding.identity(encoder))
         self.encoder, self.stamp, self.hidden = encoder, encoding.stamp(encoder), False
-        return growth.renew(self)
+        return build.renew(self)
 
     def stale(self) -> int:
         """How many gists were not made by the GistNet in use."""
-        return sum(int(growth.stale(self, lod).sum()) for lod in range(1, self.depth + 1))
+        return sum(int(build.stale(self, lod).sum()) for lod in range(1, self.depth + 1))
 
     def children(self, lod: int, index: Tensor) -> Tensor:
         """Nodes of a level, index [B, M] -> their children one level below, [B, M, K].

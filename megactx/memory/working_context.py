@@ -39,12 +39,12 @@ class WorkingContext:
 
     @classmethod
     def recency(cls, tree: MegaContextTree, budget: int, debug: bool = False) -> "WorkingContext":
-        """The cold start: the newest text raw, older text coarser and coarser; see ``recency``.
+        """The cold start: the newest text raw, older text coarser and coarser; see ``cold_start``.
 
         Raises:
             ValueError: not even the coarsest levels of the tree fit the budget.
         """
-        from .recency import entries
+        from .cold_start import entries
 
         return cls(tree, *entries(tree, budget), budget, debug)
 

@@ -21,9 +21,9 @@ from megactx.memory import MegaContextTree, WorkingContext
 from .events import Observer
 from .focusing import Focus
 from .models import Models
+from .plain_lm import LEAST, SINK, Dropping, PlainLM
 from .sampling import RECENT, Sampling
 from .settings import RESERVE, Settings, note_on
-from .stock import LEAST, SINK, Dropping, Stock
 from .stream import Stream
 
 
@@ -64,7 +64,7 @@ class Controller:
     def plain(self) -> str | None:
         """What to call it where the base LM reads tokens only, without a tree and a window of it; else ``None``."""
         if self.settings.megacontext == "none":
-            return Stock.kind
+            return PlainLM.kind
         return Dropping.kind if self.models.gistnet is None else None
 
     def _check_dropping(self) -> None:
@@ -111,14 +111,14 @@ class Controller:
 
     def stream(
         self, rows: int = 1, tree: MegaContextTree | None = None, observers: Iterable[Observer] = ()
-    ) -> "Stream | Stock":
+    ) -> "Stream | PlainLM":
         """Histories of B rows, empty or those of a tree; of the plain base LM with ``megacontext=none``, or without a
         GistNet."""
         if self.plain:
             if tree is not None:
                 raise ValueError(f"{self.plain} reads no tree; allowed with one are focus and recency")
             if self.settings.megacontext == "none":
-                return Stock(self.models.base, rows)
+                return PlainLM(self.models.base, rows)
             return Dropping(self.models.base, rows, self.settings.budget, self.settings.budget // RESERVE)
         return Stream(self.models, self.settings, rows, tree, observers)
 
@@ -160,7 +160,7 @@ class Controller:
 
 
 def decode(
-    stream: Stream | Stock, max_tokens: int, sampling: Sampling, over: Callable[[int, int], bool] | None = None
+    stream: Stream | PlainLM, max_tokens: int, sampling: Sampling, over: Callable[[int, int], bool] | None = None
 ) -> Iterator[list[int | None]]:
     """Decode token by token; -> the token of each row, ``None`` for rows that have stopped.
 

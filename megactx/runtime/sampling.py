@@ -5,8 +5,10 @@ session that was saved and resumed draws what it would have drawn.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -16,9 +18,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from megactx.framework.kinds import NonNegative, PartOf, Positive, Whole, declared
+
 RECENT = 256  # newest tokens that the repetition penalty counts
 
 
+@declared()
 @dataclass(frozen=True)
 class Sampling:
     """How a token is chosen.
@@ -34,22 +39,11 @@ class Sampling:
         ValueError: a setting that is not allowed.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, right, allowed in (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_k", self.top_k >= 0, "0 or more tokens"),
-            ("top_p", 0 < self.top_p <= 1, "0 < top_p <= 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "more than 0"),
-            ("seed", 0 <= self.seed < 2**63, "0 to 2^63 - 1"),
-        ):
-            if not right:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed: {allowed}")
+    temperature: NonNegative = 0.0
+    top_k: Whole = 0
+    top_p: PartOf = 1.0
+    repetition_penalty: Positive = 1.0
+    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
 
     def choose(self, logits: Tensor, recent: Tensor, place: Tensor) -> Tensor:
         """The next token of each row.

@@ -25,8 +25,8 @@ from . import session_files
 from .controller import Controller, decode
 from .events import Observer
 from .lock import Lock
+from .plain_lm import PlainLM
 from .sampling import Sampling
-from .stock import Stock
 from .stream import Stream
 from .text import LONGEST, Answer, Encoder, encodable, text_of
 
@@ -58,12 +58,12 @@ class Session:
     def __init__(self, controller: Controller, observers: Iterable[Observer] = ()):
         self._begin(controller, controller.stream(observers=observers), {})
         first = torch.tensor([[bos_id(self.tokenizer)]])
-        if isinstance(self.stream, Stock):
+        if isinstance(self.stream, PlainLM):
             self.stream.append(first)
         else:
             self.stream.push(first[0].to(self.stream.device))
 
-    def _begin(self, controller: Controller, stream: Stream | Stock, about: dict) -> None:
+    def _begin(self, controller: Controller, stream: Stream | PlainLM, about: dict) -> None:
         self.controller, self.stream, self.about = controller, stream, about
         self.tokenizer = controller.models.base.tokenizer
         if self.tokenizer is None:
@@ -85,7 +85,7 @@ class Session:
     @property
     def context(self) -> WorkingContext | None:
         """The window; ``None`` before the first K tokens, and with ``megacontext=none`` or no GistNet."""
-        return None if isinstance(self.stream, Stock) else self.stream.window()
+        return None if isinstance(self.stream, PlainLM) else self.stream.window()
 
     @property
     def observers(self) -> list[Observer]:
@@ -146,7 +146,7 @@ class Session:
     def ids(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Tokens start .. stop - 1 of the history, [N] on the CPU."""
         stop = self.length if stop is None else min(stop, self.length)
-        if isinstance(self.stream, Stock):
+        if isinstance(self.stream, PlainLM):
             return self.stream.tokens[0, start:stop].cpu()
         there = int(self.tree.lengths[0])
         stored = self.tree.levels[0].span("token", min(start, there), min(stop, there))[0].long().cpu()
@@ -164,7 +164,7 @@ class Session:
                 session with ``megacontext=none``, or without a GistNet.
             RunFailed: the disk is full. The session still holds the folder that it held, where what was saved is whole.
         """
-        if isinstance(self.stream, Stock):
+        if isinstance(self.stream, PlainLM):
             raise ValueError(f"{self.stream.kind} keeps no tree, so its sessions cannot be saved")
         if folder is None and self.folder is None:
             raise ValueError("save: name a folder; this session was neither saved nor loaded before")

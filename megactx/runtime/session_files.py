@@ -140,7 +140,7 @@ def is_session(folder: Path) -> bool:
 
 
 def _state(stream: Stream) -> dict[str, Tensor]:
-    moved = stream.placement.moved[0] if stream.placement.moved else None
+    moved = stream.rebase.moved[0] if stream.rebase.moved else None
     state = {
         "waiting": stream.waiting[0, : int(stream.counts[0])],
         "refocuses": torch.tensor(stream.refocuses),
@@ -164,7 +164,7 @@ def _restore(stream: Stream, state: dict[str, Tensor], same: bool) -> None:
         return
     stream.refocuses = int(state["refocuses"])
     moved = state["moved"].tolist()
-    stream.placement.moved = [tuple(moved) if len(moved) == 2 else None]
+    stream.rebase.moved = [tuple(moved) if len(moved) == 2 else None]
     own = {name.partition(".")[2]: value for name, value in state.items() if name.startswith("allocator.")}
     stream.focus.allocator.load_state_dict(own)
     if "lod" in state:

@@ -1,14 +1,17 @@
 """What a person decides about a session: how large its window is, what fills it, where positions end."""
 
 from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
 
 from megactx.focus.edits import PROTECTED
+from megactx.framework.kinds import Count, declared
 
 KINDS, POSITIONS = ("focus", "recency", "none"), ("rebased", "absolute")
 HISTORY = 2**20  # tokens of history whose coarsest view must fit any window
 RESERVE = 8  # one part in so many of a window is room for new tokens
 
 
+@declared()
 @dataclass(frozen=True)
 class Settings:
     """How histories are read.
@@ -25,23 +28,11 @@ class Settings:
         ValueError: a setting that is not known.
     """
 
-    budget: int = 2048
-    megacontext: str = "focus"
-    positions: str = "rebased"
-    limit: int | None = None
+    budget: Count = 2048
+    megacontext: Literal[KINDS] = "focus"
+    positions: Literal[POSITIONS] = "rebased"
+    limit: Count | None = None
     allocator: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        for name, value, allowed in (
-            ("megacontext", self.megacontext, KINDS),
-            ("positions", self.positions, POSITIONS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value} is not known, allowed are {', '.join(allowed)}")
-        if self.budget < 1:
-            raise ValueError(f"budget={self.budget} is not allowed: at least 1 entry")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit={self.limit} is not allowed: at least 1 position, or None")
 
     @property
     def protected(self) -> int:

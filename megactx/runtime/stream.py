@@ -19,9 +19,9 @@ from megactx.memory import MegaContextTree, WorkingContext
 
 from .events import Observer, Refocused, views
 from .focusing import Focus
+from .incremental_prefill import IncrementalPrefill
 from .models import Models
-from .placement import Placement
-from .reader import Reader
+from .position_rebase import PositionRebase
 from .settings import Settings
 
 
@@ -51,8 +51,8 @@ class Stream:
         self.context: WorkingContext | None = None
         self.focus = Focus(settings, self.block, models.lensnet)
         limit = settings.limit or self.base.max_positions
-        self.placement = Placement(settings.positions, limit, settings.budget, self.block)
-        self.reader = Reader(self.base)
+        self.rebase = PositionRebase(settings.positions, limit, settings.budget, self.block)
+        self.prefill = IncrementalPrefill(self.base)
         self.waiting = torch.zeros(self.rows, self.block, dtype=torch.long, device=self.device)
         self.counts = torch.zeros(self.rows, dtype=torch.long)  # of waiting tokens
         self.hidden: Tensor | None = None  # [B, D]; None: to be read
@@ -151,7 +151,7 @@ class Stream:
         self.context, self.hidden = context, None
         self._before = views(context) if self.observers else ()
         self._ends = self.tree.lengths if context is None else context.ends().cpu()
-        self.reader.forget()
+        self.prefill.forget()
 
     def _check_begun(self, new: Tensor) -> None:
         if (self.lengths + new == 0).any():
@@ -188,21 +188,21 @@ class Stream:
         start = self.counts.to(self.device)[:, None] + torch.arange(tokens.shape[1], device=self.device)
         following = 0 if self._following is None else self._following[:, None]
         try:
-            hidden = self.reader.step(tokens, following + start, there)
+            hidden = self.prefill.step(tokens, following + start, there)
         except BaseException:
             self.hidden = None
             raise
         there = torch.ones_like(tokens, dtype=torch.bool) if there is None else there
         row, column = there.nonzero().unbind(1)
         self.waiting[row, start[row, column]] = tokens[row, column]
-        self.counts, self.hidden = self.counts + there.sum(1).cpu(), self.reader.hidden
+        self.counts, self.hidden = self.counts + there.sum(1).cpu(), self.prefill.hidden
         self._decoded += self._now() - began
         return hidden
 
     def _notice(self) -> None:
         """What was read with other adapters than those that are on now is read again."""
-        if not self.reader.current():
-            self.reader.forget()
+        if not self.prefill.current():
+            self.prefill.forget()
             self.hidden = None
 
     def _flush(self, read: bool) -> None:
@@ -272,8 +272,8 @@ class Stream:
                 budget=context.budget,
                 telemetry=None if scores is None else self.focus.allocator.telemetry,
                 seconds={"decode": decoded} | seconds,
-                reused=self.reader.reused if read else None,
-                read=self.reader.lengths if read else None,
+                reused=self.prefill.reused if read else None,
+                read=self.prefill.lengths if read else None,
             )
             self._before = event.after
             for observer in self.observers:
@@ -282,17 +282,17 @@ class Stream:
     def _read(self) -> None:
         """Read the window, as far as it has changed, and what waits behind it."""
         if self.window() is not None:
-            positions, self._following = self.placement.place(self.context)
+            positions, self._following = self.rebase.place(self.context)
             spread = self.models.gistnet.spread(self.context.lods())
-            self.reader.read(self.context.to_tensor(), positions, self.context.lengths, spread)
+            self.prefill.read(self.context.to_tensor(), positions, self.context.lengths, spread)
         else:
-            self.reader.forget()
+            self.prefill.forget()
         if (count := int(self.counts.max())) > 0:  # of a session that was resumed
             place = torch.arange(count, device=self.device)
             following = 0 if self._following is None else self._following[:, None]
             there = place < self.counts.to(self.device)[:, None]
-            self.reader.step(self.waiting[:, :count], following + place.expand(self.rows, -1), there)
-        self.hidden = self.reader.hidden
+            self.prefill.step(self.waiting[:, :count], following + place.expand(self.rows, -1), there)
+        self.hidden = self.prefill.hidden
 
     def _now(self) -> float:
         if self.device.type == "cuda" and self.observers:

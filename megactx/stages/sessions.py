@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from megactx.gist import GistNet
 from megactx.runtime import Controller, Models, Refocused, Settings
-from megactx.runtime.telemetry import BINS, bins, measured, rope_scales
+from megactx.runtime.metrics import BINS, bins, measured, rope_scales
 
 SCORES, EDITS, KEPT = "megactx.lens.scores", "megactx.edits", "megactx.kv.entries"
 ONCE = {"megactx.tokens", "megactx.refocuses", "megactx.history.size"}  # the same at each validation

@@ -26,6 +26,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from megactx.apps.command_line import add_models, controller_of, observers_of, session_of
 from megactx.data.documents import VALIDATION, tokenised
 from megactx.data.embedded import Embedded
 from megactx.data.files import Files
@@ -33,7 +34,6 @@ from megactx.evaluation.pictures import colours_of, legend, line, panel, picture
 from megactx.evaluation.table import Report, Sheet, Table, cell, pivot
 from megactx.framework.bar import bar
 from megactx.runtime import Refocused, Session
-from megactx.runtime.command_line import add_models, controller_of, observers_of, session_of
 from megactx.runtime.text import Encoder
 
 from .length_policies import clock, telemetry
@@ -126,7 +126,7 @@ def about(session: Session, events: list[Refocused], process: psutil.Process, nl
         "utilisation": told.get("utilisation"),
         "entries": int(session.context.counts[0]) if session.context is not None else 0,
         "resident": process.memory_info().rss,
-        "working": session.stream.reader.bytes(),
+        "working": session.stream.prefill.bytes(),
         "tree": tree.bytes(),
         "formula": formula(stored, tree.block_size, tree.width, tree.dtype.itemsize if tree.dtype else 0),
     }

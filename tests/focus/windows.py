@@ -2,12 +2,14 @@
 
 import torch
 
-from megactx.focus import moves
+from megactx.focus import FocusAllocator, moves
+from megactx.focus.replay import Replay
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
 from megactx.memory import MegaContextTree, WorkingContext
 
 K, WIDTH, VOCABULARY = 4, 32, 97
+REFOCUSES = 3
 
 BASES = {
     "llama": dict(model_type="llama"),
@@ -51,3 +53,20 @@ def window(tree: MegaContextTree, budget: int = 60, edits: int = 6, seed: int = 
 
 def following(rows: int, horizon: int) -> torch.Tensor:
     return torch.randint(VOCABULARY, (rows, horizon), generator=torch.Generator().manual_seed(3))
+
+
+def scored(context) -> torch.Tensor:
+    """Every legal edit is due: gists want to be expanded, siblings to be collapsed."""
+    legal = moves(context, 8)
+    score = torch.where(legal.expand, 0.9, 0.0)
+    return torch.where(legal.first >= 0, -0.8, score)
+
+
+def replayed() -> tuple[Replay, list[WorkingContext]]:
+    """A replay of row 1, and the windows before and after, as they were."""
+    context = WorkingContext.recency(tree_of(small_base()), 60)
+    allocator, replay, windows = FocusAllocator(protected=8, cooldown=0), Replay(row=1), [context.copy()]
+    for _ in range(REFOCUSES):
+        replay.refocus(allocator, context, scored(context), torch.tensor([0.5, 0.25]))
+        windows.append(context.copy())
+    return replay, windows

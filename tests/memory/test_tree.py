@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megactx.gist import GistNet
-from megactx.memory import MegaContextTree, growth
+from megactx.memory import MegaContextTree, build
 
 same = settings(
     max_examples=40,
@@ -90,7 +90,7 @@ def test_pages_and_pieces_of_any_size_hold_the_same_tree(encoder, table, monkeyp
     large = MegaContextTree.from_tokens(tokens, encoder(4, places=True), table, lengths)
     monkeypatch.setattr(module, "TOKENS", 100)
     monkeypatch.setattr(module, "NODES", 7)
-    monkeypatch.setattr(growth, "PIECE", 90)
+    monkeypatch.setattr(build, "PIECE", 90)
     small = MegaContextTree.from_tokens(tokens, encoder(4, places=True), table, lengths)
     assert len(small.levels[0].pages) == 20
     assert_same(large, small)
@@ -343,7 +343,7 @@ def test_an_empty_tree_and_a_tail_alone_have_no_gists(encoder, table):
 
 
 def test_an_encoder_that_fails_on_the_way_leaves_the_tree_as_it_was(encoder, table, monkeypatch):
-    monkeypatch.setattr(growth, "PIECE", 40)
+    monkeypatch.setattr(build, "PIECE", 40)
     net = encoder(4)
     tree = MegaContextTree.from_tokens(ids(2, 30), net, table)
     before, good = levels(tree), net.encode_span

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from megactx.gist import GistNet
 from megactx.memory import MegaContextTree, WorkingContext
+from megactx.memory.cold_start import FINE, RAW, entries
 from megactx.memory.invariants import violations
-from megactx.memory.recency import FINE, RAW, entries
 
 K = 4
 
@@ -96,7 +96,7 @@ def test_recency_keeps_every_invariant_and_the_budget_or_names_what_it_would_tak
 
 
 class Grid:
-    """What recency looks at in a tree."""
+    """What the cold start looks at in a tree."""
 
     rows, device = 1, "cpu"
 

@@ -90,7 +90,7 @@ def test_a_gguf_file_is_a_plain_base(base_folder, tiny_tokenizer, tmp_path, caps
     from tiny_gguf import write_gguf
     from transformers import AutoModelForCausalLM
 
-    from megactx.runtime import generate
+    from megactx.apps import generate
 
     own = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     path = write_gguf(tmp_path / "small.gguf", own, tiny_tokenizer)

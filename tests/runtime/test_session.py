@@ -481,7 +481,7 @@ def test_a_session_reads_again_what_it_read_with_another_adapter(make_models):
     adapted, close = session.stream.logits(), partial(torch.allclose, atol=1e-3)
     with adapters.switched_off(models.base):
         plain = session.stream.logits()
-        session.stream.reader.forget()
+        session.stream.prefill.forget()
         session.stream.hidden = None
         assert close(plain, session.stream.logits()) and not close(plain, adapted)
     assert close(session.stream.logits(), adapted)

@@ -104,7 +104,7 @@ def test_past_the_trained_range_every_window_keeps_its_invariants(controller, id
         context.check()
         assert int(context.counts[0]) <= 96 and context.ends().tolist() == stream.tree.lengths.tolist()
         assert (context.lod[0, -PROTECTED:] == 0).all() and context.lod[0, :K].tolist() == [0] * K
-        places, behind = stream.placement.place(context)
+        places, behind = stream.rebase.place(context)
         assert (places[0, 1:] > places[0, :-1]).all()
         assert positions == "absolute" or int(behind) + K <= LIMIT
 
@@ -113,7 +113,7 @@ def test_past_the_trained_range_every_window_keeps_its_invariants(controller, id
     nll = stream.append(history, score=True)
     assert nll[0, 1:].isfinite().all() and torch.equal(stream.tree.tokens.long(), history)
     assert len(events) == tokens // K and events[-1].tokens.tolist() == [tokens]
-    largest = stream.reader.bytes()
+    largest = stream.prefill.bytes()
     assert largest < 2 * 96 * (2 * 2 * 32 + 40) * 4  # keys and values of 2 layers; embeddings and so on
     reuse = sum(event.reuse for event in events) / len(events)
     assert 0.1 < reuse < 1
@@ -173,7 +173,7 @@ def test_a_stop_in_the_middle_of_a_refocus_loses_nothing(models, controller, ids
         "lensnet": (stream.focus.lensnet, "forward"),
         "allocator": (stream.focus.allocator, "refocus"),
         "room": (stream.focus, "room"),
-        "base": (stream.reader, "_pass"),
+        "base": (stream.prefill, "_pass"),
     }[where]
     with monkeypatch.context() as patch:
         patch.setattr(part, name, stopped)
@@ -186,7 +186,7 @@ def test_a_stop_in_the_middle_of_a_refocus_loses_nothing(models, controller, ids
     stream.context.check()
     fresh = controller().stream(tree=stream.tree)
     fresh.restore(stream.context.copy())
-    fresh.placement.moved = stream.placement.moved
+    fresh.rebase.moved = stream.rebase.moved
     fresh.waiting, fresh.counts = stream.waiting, stream.counts
     assert torch.allclose(stream.logits(), fresh.logits(), atol=1e-4)
 

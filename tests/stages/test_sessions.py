@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megactx.framework.app import run
-from megactx.runtime.telemetry import METRICS
+from megactx.runtime.metrics import METRICS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "telemetry.md").read_text(encoding="utf-8")
 SMALL = ["callbacks=sessions", "callbacks.sessions.history=600", "callbacks.sessions.scored=32"]

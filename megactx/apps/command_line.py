@@ -1,0 +1,128 @@
+"""What the commands of this room have in common: models, settings, sampling."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megactx.runtime import Controller, Observer, Sampling, Session, Settings, load_models
+from megactx.runtime.session_files import is_session
+from megactx.runtime.settings import KINDS, POSITIONS
+from megactx.runtime.text import from_bytes
+
+HOST = "127.0.0.1"  # where servers listen
+MODEL = "a run's or an exported folder; a plain base: a folder, a GGUF file, smollm2 (default: the embedded models)"
+
+
+def add_models(parser: argparse.ArgumentParser, budget: int = 2048) -> None:
+    """``--model`` and what decides how a history is read."""
+    parser.add_argument("--model", help=MODEL)
+    parser.add_argument("--budget", type=int, default=budget, help=f"entries of the working context (default {budget})")
+    parser.add_argument(
+        "--megacontext", choices=KINDS, default="focus", help="focus, recency, or none: the plain model (default focus)"
+    )
+    parser.add_argument(
+        "--positions", choices=POSITIONS, default="rebased", help="beyond the trained range (default rebased)"
+    )
+    parser.add_argument(
+        "--metrics", type=int, metavar="PORT", help="give Prometheus numbers at 127.0.0.1:PORT/metrics (default: none)"
+    )
+
+
+def add_session(parser: argparse.ArgumentParser) -> None:
+    """``--session``."""
+    parser.add_argument(
+        "--session", metavar="FOLDER", help="go on with this session, and save it; made if it is not there"
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser, tokens: int) -> None:
+    """How many tokens, and which."""
+    parser.add_argument("--tokens", type=int, default=tokens, help=f"of an answer, at most (default {tokens})")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default 0)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest (default 0: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest of this share (default 1)")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="of the newest 256 tokens (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+
+
+def sampling_of(asked: argparse.Namespace) -> Sampling:
+    """Raises ValueError for what is not allowed."""
+    if asked.tokens < 0:
+        raise ValueError(f"--tokens={asked.tokens} is not allowed: at least 0")
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    return Sampling(**{name: getattr(asked, name) for name in names})
+
+
+def controller_of(asked: argparse.Namespace, tree: bool = False) -> Controller:
+    """Load what was asked for; what a person should know goes to stderr.
+
+    Args:
+        tree: the command is about trees.
+
+    Raises:
+        ValueError: models and settings do not fit, or make no tree.
+    """
+    settings = Settings(budget=asked.budget, megacontext=asked.megacontext, positions=asked.positions)
+    quiet()
+    controller = Controller(load_models(asked.model), settings)
+    if tree and controller.plain:
+        raise ValueError(f"{controller.plain} keeps no tree, which this command is about")
+    for note in controller.notes:
+        print(note, file=sys.stderr)
+    return controller
+
+
+def observers_of(asked: argparse.Namespace, controller: Controller) -> list[Observer]:
+    """The telemetry that was asked for, if any; its server ends with the process.
+
+    Raises:
+        ValueError: the port is taken, what it needs is not installed, or there is nothing to measure.
+    """
+    if asked.metrics is None:
+        return []
+    if controller.plain:
+        raise ValueError(f"--metrics: {controller.plain} has no working context to measure; focus and recency have one")
+    from .prometheus import Prometheus
+
+    found = Prometheus(asked.metrics, controller.models)
+    print(f"metrics: {found.address}", file=sys.stderr)
+    return [found.telemetry]
+
+
+def prompt_file_of(asked: argparse.Namespace) -> str | None:
+    """The text of ``--file``; ``None``: there is none.
+
+    Raises:
+        ValueError: a prompt is there as well, or the file is missing, empty or not text.
+    """
+    if not asked.file:
+        return None
+    if asked.prompt:
+        raise ValueError("give a prompt or --file, not both")
+    path = Path(asked.file).expanduser()
+    if not path.is_file():
+        raise ValueError(f"--file={asked.file}: there is no such file")
+    if not (text := from_bytes(path.read_bytes(), str(path))):
+        raise ValueError(f"--file={asked.file}: it is empty, there is nothing to continue")
+    return text
+
+
+def session_of(folder: str | Path | None, controller: Controller, observers=()) -> Session:
+    """The session of a folder, or a new one; it is saved there when ``save`` is called."""
+    if folder is None:
+        return Session(controller, observers)
+    if is_session(Path(folder).expanduser()):
+        return Session.load(folder, controller, observers)
+    session = Session(controller, observers)
+    session.save(folder)  # now, so that a folder that cannot be used is refused before anything is done
+    return session
+
+
+def quiet() -> None:
+    """Without a terminal the bars of transformers and datasets are silent."""
+    if not sys.stderr.isatty():
+        import datasets
+        import transformers
+
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()

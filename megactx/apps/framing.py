@@ -1,0 +1,104 @@
+"""How turns of a talk are written for a model: by the chat template that its tokenizer brings, or as plain lines."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megactx.runtime.text import Encoder, encodable, special_tokens
+
+OWN_END = "end"  # ``Piece.stopped`` where the model itself ends its answer
+TOLD, ANSWERED = "\ue000told\ue000", "\ue000answered\ue000"  # stand for what is said; private-use characters
+
+
+@dataclass(frozen=True)
+class Framing:
+    """Lines that begin with who speaks, for a model that was trained on plain text."""
+
+    user: str = "User:"
+    assistant: str = "Assistant:"
+
+    @property
+    def stops(self) -> list[str]:
+        """Where an answer ends: the model begins a line of the user's, which is then part of the history."""
+        return [f"\n{self.user}"]
+
+    def ends(self, stopped: str | None) -> bool:
+        """Whether the history now ends where the user's turn begins."""
+        return stopped in self.stops
+
+    def asked(self, text: str, turn: str, last: int | None = None) -> str:
+        """What is appended to the history.
+
+        Args:
+            turn: ``new``: nothing was said yet; ``asking``: the history ends with the beginning of the user's line;
+                ``answering``: it ends within or behind an answer.
+            last: the newest id of the history; ``None``: with ``asking`` the template's own end of a turn.
+        """
+        begin = {"new": self.user, "asking": "", "answering": f"\n{self.user}"}[turn]
+        return f"{begin} {text}\n{self.assistant}"
+
+
+class Template:
+    """The tokenizer's own chat template. What a person types is text in it, whatever it looks like.
+
+    Raises:
+        ValueError: the template does not show what is said, or cannot be rendered.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer)
+        first = self._rendered([{"role": "user", "content": TOLD}])
+        bos = tokenizer.bos_token or ""
+        self.first = self._around(first.removeprefix(bos) if bos else first)
+        whole = self._rendered(
+            [
+                {"role": "user", "content": "."},
+                {"role": "assistant", "content": ANSWERED},
+                {"role": "user", "content": TOLD},
+            ]
+        )
+        if ANSWERED not in whole:
+            raise ValueError("chat_template: it does not show the model's answer")
+        self.later = self._around(whole.partition(ANSWERED)[2])
+        # The template's own end of a turn is often another token than EOS, and not every model says that it is an end.
+        self.end = next(iter(self.encoder(self.later[0], begins=False, plain=False)), None)
+        special = special_tokens(tokenizer)
+        self.stops = [special[self.end]] if self.end in special else []
+
+    def ends(self, stopped: str | None) -> bool:
+        """Whether the history ends with the end of the model's turn."""
+        return stopped in (OWN_END, *self.stops)
+
+    def asked(self, text: str, turn: str, last: int | None = None) -> Tensor:
+        """What is appended to the history, ids [N]; arguments as of ``Framing``."""
+        before, after = self.first if turn == "new" else self.later
+        if turn == "new":
+            bos = self.tokenizer.bos_token or ""
+            ids = self.encoder(bos + before, begins=True, plain=False)
+            ids = ids[1:] if bos and ids[0] == self.tokenizer.bos_token_id else ids
+        else:
+            ids = self.encoder(before, begins=False, plain=False)
+            if last is None and turn == "asking":
+                last = self.end
+            if last is not None and ids[:1] == [last]:  # the end of the answer is there already
+                ids = ids[1:]
+        ids += self.encoder(encodable(text), begins=False) + self.encoder(after, begins=False, plain=False)
+        return torch.tensor(ids, dtype=torch.long)
+
+    def _rendered(self, messages: list[dict]) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # it is a program of whoever made the tokenizer
+            raise ValueError(f"chat_template: it cannot be rendered ({error})") from error
+
+    def _around(self, rendered: str) -> tuple[str, str]:
+        if rendered.count(TOLD) != 1:
+            raise ValueError("chat_template: it does not show once what the user says")
+        before, _, after = rendered.partition(TOLD)
+        return before, after
+
+
+def framing_of(tokenizer) -> Framing | Template:
+    """The template that a tokenizer brings, else plain lines."""
+    return Template(tokenizer) if getattr(tokenizer, "chat_template", None) else Framing()

@@ -1,0 +1,108 @@
+"""Cutting and slice_merge trees; nodes that need no encoding: ready gists, and those of a tree whose grid coincides.
+
+``find(lod, row [M], index [M])``, on the CPU, says which nodes are known, bool [M], and gives their columns.
+"""
+
+import time
+
+import torch
+from torch import Tensor
+
+from . import build, encoding
+
+
+class Ready:
+    """Level-1 gists that were made elsewhere.
+
+    Args:
+        gists: [B, N, D].
+        first: the node of each row that the first of them is, [B].
+        version: of the encoder that made them.
+    """
+
+    def __init__(self, gists: Tensor, first: Tensor, version: int):
+        self.gists, self.first, self.version = gists, first.clone(), version
+
+    def find(self, lod: int, row: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if lod > 1:
+            return torch.zeros_like(row, dtype=torch.bool), {}
+        at = (index - self.first[row]).to(self.gists.device)
+        gists = self.gists.detach()[row.to(at.device), at]
+        version = torch.full_like(at, self.version)
+        return torch.ones_like(row, dtype=torch.bool), {
+            "gist": gists,
+            "version": version,
+            "time": torch.full_like(version, int(time.time())),
+            "access": torch.zeros_like(version),
+            "protected": torch.zeros_like(version, dtype=torch.bool),
+        }
+
+
+class Shifted:
+    """The nodes of another tree.
+
+    Args:
+        source: the other tree.
+        shift: its token 0 is this token of the new tree, [B]; may be negative.
+        numbers: what its versions are called in the new tree.
+    """
+
+    def __init__(self, source, shift: Tensor, numbers: list[int]):
+        self.source, self.shift = source, shift
+        self.counts = [level.lengths for level in source.levels]  # before it grows, where a tree is merged with itself
+        self.numbers = torch.tensor(
+            [*numbers, build.STALE], device=source.device
+        )  # build.STALE indexes the last: it stays
+
+    def find(self, lod: int, row: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        width = self.source.block_size**lod
+        there = index - self.shift[row] // width
+        alike = (torch.minimum(there, index) >= self._first_alike(lod)) | ((self.shift[row] == 0) & (there >= 0))
+        found = (self.shift[row] % width == 0) & alike
+        found &= there < self.counts[lod][row] if lod < len(self.counts) else False
+        if not found.any():
+            return found, {}
+        level, at = self.source.levels[lod], (row[found].to(self.source.device), there[found].to(self.source.device))
+        values = {column: level.read(column, *at) for column in level.columns}
+        return found, values | {"version": self.numbers[values["version"].long()]}
+
+    def _first_alike(self, lod: int) -> int:
+        """The first node whose left context is nowhere cut off by the start of a tree: others see less, or more."""
+        first, k = 0, self.source.block_size
+        for n in range(1, lod + 1):
+            first = -(-(first + encoding.left_of(self.source.encoder, n)) // k)
+        return first
+
+
+def cut(tree, start: int, stop: int):
+    """The tree of tokens start .. stop - 1 of another; see ``MegaContextTree.slice``."""
+    k = tree.block_size
+    if start % k or not 0 <= start <= stop:
+        raise ValueError(f"start={start} is not allowed: a multiple of {k}, from 0 to stop={stop}")
+    new = type(tree)(tree.encoder, tree.base, tree.rows, tree.max_level, tree.dtype, tree.device)
+    new.parts = [(name, (first - start).clamp(min=0)) for name, first in tree.parts]
+    new.versions, new.version, new.stamp = list(tree.versions), tree.version, tree.stamp
+    counts = (tree.lengths.clamp(max=stop) - start).clamp(min=0)
+    shifted = Shifted(tree, torch.full_like(counts, -start), list(range(len(tree.versions))))
+    build.extend(new, tree.levels[0].span("token", start, stop), counts, shifted)
+    return new
+
+
+def merge(tree, other) -> None:
+    """Append a tree to another; see ``MegaContextTree.merge``."""
+    k = tree.block_size
+    if (tree.lengths % k).any():
+        raise ValueError(f"merge: the first tree has lengths {tree.lengths.tolist()}, allowed are multiples of {k}")
+    for what in ("block_size", "width", "rows"):
+        mine, theirs = getattr(tree, what), getattr(other, what)
+        if mine != theirs:
+            raise ValueError(f"merge: the first tree has {what} {mine}, the second {theirs}")
+    if tree.base is not other.base and encoding.identity_of_base(tree.base) != encoding.identity_of_base(other.base):
+        raise ValueError("merge: the trees belong to different base LMs")
+    if tree.hidden:
+        raise ValueError("merge: the encoder needs hidden states, and those depend on all that came before")
+    shift, numbers = tree.lengths.clone(), [tree.version_of(identity) for identity in other.identities()]
+    shifted = Shifted(other, shift, numbers)
+    parts = [(name, first + shift) for name, first in other.parts]
+    build.extend(tree, other.tokens, other.lengths, shifted)
+    tree.parts = tree.parts + parts

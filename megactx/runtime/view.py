@@ -1,0 +1,6 @@
+"""The old name of ``megactx.apps.view``."""
+
+from megactx.framework.renamed import run_as
+
+if __name__ == "__main__":
+    run_as("megactx.apps.view")

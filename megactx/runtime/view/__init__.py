@@ -1,1 +1,0 @@
-"""What a session sees, as a web page: live, or as a file of what has been. ``python -m megactx.runtime.view``."""

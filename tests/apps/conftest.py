@@ -1,0 +1,11 @@
+"""Small models and their sessions: see ``small_sessions``."""
+
+from small_sessions import (  # noqa: F401  fixtures
+    byte_models,
+    byte_tokenizers,
+    controller,
+    exported,
+    ids,
+    make_models,
+    models,
+)
