@@ -12,7 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "megactx"
 LADDER = [
     {"studies"},
     {"stages"},
-    {"evaluation", "runtime"},
+    {"evaluation"},
+    {"runtime"},
+    {"parts"},
     {"focus"},
     {"memory"},
     {"gist"},

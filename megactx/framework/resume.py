@@ -189,57 +189,6 @@ def read(path: Path, setting: str = "resume") -> dict:
     return checkpoint
 
 
-def read_best(path: Path, setting: str) -> dict:
-    """The content of a checkpoint, or of the best one of a run folder; ``setting`` is what has named it, for messages.
-
-    Raises:
-        ValueError: there is none, or it is no checkpoint.
-    """
-    if not path.exists():
-        raise ValueError(f"{setting}={path}: there is no such checkpoint or run folder")
-    try:
-        path = best(path) if path.is_dir() else path
-    except ValueError as error:
-        raise ValueError(f"{setting}={error}") from error
-    return read(path, setting)
-
-
-def other_base(checkpoint: dict, mine: dict) -> str:
-    """How the base LM that a checkpoint was trained with differs from this one, in words, its name and width first.
-
-    Empty where it does not, or where a checkpoint of earlier days does not say.
-
-    Args:
-        mine: ``name``, ``width``, ``embeddings`` and ``weights`` (their hashes) of this one, as a stage keeps them in
-            checkpoints; a checkpoint of earlier days has no ``weights``.
-    """
-    there = checkpoint.get("base") or {}
-    changed = next(
-        (key for key in ("width", "embeddings", "weights") if key in there and there[key] != mine[key]), None
-    )
-    if changed is None:
-        return ""
-    return (
-        f"it was trained with another base LM: {there['name']} of width {there['width']}, this one is {mine['name']} of"
-        f" width {mine['width']}{', with other ' * (changed != 'width')}"
-        f"{dict(width='', embeddings='embeddings', weights='layers')[changed]}"
-    )
-
-
-def refuse_other_base(checkpoint: dict, mine: dict, what: str = "") -> None:
-    """A checkpoint that was trained with another base LM is worth nothing with this one.
-
-    Args:
-        mine: of this one, see ``other_base``.
-        what: what was asked for, for the message.
-
-    Raises:
-        ValueError: it was.
-    """
-    if changed := other_base(checkpoint, mine):
-        raise ValueError(f"{what}{changed}")
-
-
 def check_fits(stage, path: Path) -> dict:
     """Refuse a checkpoint of another architecture; -> its content.
 

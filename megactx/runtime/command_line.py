@@ -4,9 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from megactx.parts.models import load_models
+
 from .controller import Controller
 from .events import Observer
-from .models import load_models
 from .sampling import Sampling
 from .session import Session
 from .session_files import is_session

@@ -8,8 +8,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from megactx.parts.models import Models
+
 from .guard import Guard
-from .models import Models
 from .serving import Server
 from .telemetry import Telemetry
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree, WorkingContext
+from megactx.parts.models import Models
 
 from .events import Observer, Refocused, views
 from .focusing import Focus
-from .models import Models
 from .placement import Placement
 from .reader import Reader
 from .settings import Settings

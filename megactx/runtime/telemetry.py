@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from megactx.parts.models import Models
+
 from .events import Refocused
-from .models import Models
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import Meter

@@ -23,9 +23,10 @@ from megactx.gist.footprint import footprint, in_words
 from megactx.gist.loss import Context, build_losses, needed
 from megactx.lm.prefill import prefill
 
-from .gist_nets import build_nets, groups_of, refuse_without_vectors, take_weights
+from .gist_nets import build_nets, groups_of, refuse_without_vectors
 from .gist_report import report
 from .stage import Stage, portable
+from .taking import take_weights
 from .work import Work
 
 log = logging.getLogger(__name__)

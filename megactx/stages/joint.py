@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megactx.evaluation.focus import focused
+from megactx.focus.lensnet import LensNet
 from megactx.focus.values import continuation_nll
 from megactx.focus.variants import same_rows
 from megactx.framework.optimizers import warmup_cosine
@@ -21,11 +22,13 @@ from megactx.lm import BaseLM
 from megactx.lm.adapters import adapt, adapters_of, switched_off
 from megactx.lm.chunked_head import OBJECTIVES, nll
 from megactx.lm.prefill import Prefill, prefill, unread
+from megactx.parts.read import gistnet_of, lensnet_of
 
-from .joint_parts import TRAIN_BASE, kept_of_base, lensnet_of, take_parts
 from .joint_report import report
 from .stage import Stage, portable, portable_part
-from .trained import gistnet_of
+from .taking import take_parts
+
+TRAIN_BASE = ("frozen", "lora", "full")
 
 
 class JointStage(Stage):
@@ -88,8 +91,11 @@ class JointStage(Stage):
         self.save_hyperparameters()
         self._check()
         self.take_base(base)
-        self.gistnet = gistnet_of(gistnet, self.base)
-        self.lens = lensnet_of(None if init else lens, lensnet, self.gistnet, self.base_record)
+        self.gistnet = gistnet_of(gistnet, self.base, "stage.gistnet", self.base_record)
+        if lens is None or init:
+            self.lens = LensNet(self.gistnet.width, self.gistnet.block_size, **lensnet)
+        else:
+            self.lens = lensnet_of(lens, self.gistnet, self.base_record, "stage.lens", lensnet)
         self._reference: tuple[BaseLM, ...] = ()  # not a submodule: it is in no checkpoint
         if lora["rank"]:
             adapt(self.base, **lora)
@@ -247,7 +253,7 @@ class JointStage(Stage):
         self.log("val/base_lost", plain - before)  # nats that the base LM's own NLL lost
 
     def kept_of_base(self) -> set[str]:
-        return kept_of_base(self)
+        return set(self.base.state_dict() if self.train_base == "full" else adapters_of(self.base))
 
     def factor(self, step: int, group: dict) -> float:
         """A part's warm-up and cosine are over its own steps."""

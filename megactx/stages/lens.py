@@ -14,12 +14,12 @@ from torchmetrics.functional import spearman_corrcoef
 from megactx.focus.lensnet import LensNet
 from megactx.focus.objectives import preference_loss, value_loss
 from megactx.focus.states import States, load
+from megactx.parts.read import gistnet_of
 
 from .lens_losses import value_losses
 from .lens_report import report
 from .lens_states import HELD, ensure, measuring_flops, sizes_ahead
 from .stage import Stage, portable, portable_part
-from .trained import gistnet_of
 from .window_work import WindowWork
 
 OBJECTIVES = ("value", "preference")
@@ -84,7 +84,7 @@ class LensStage(Stage):
             if windows[name] < least:
                 raise ValueError(f"stage.windows.{name}={windows[name]} is not allowed: at least {least}")
         self.take_base(base)
-        self.gistnet = gistnet_of(gistnet, self.base).requires_grad_(False)
+        self.gistnet = gistnet_of(gistnet, self.base, "stage.gistnet", self.base_record).requires_grad_(False)
         self.lens = LensNet(self.base.width, self.gistnet.block_size, **lensnet)
         self.measured: list[tuple] = []  # since the last step: see ``lens_states.ensure``
         self.learned_from: list[tuple[int, int]] = []  # windows and entries of the step

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from megactx.assets import resolve
 from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
-from megactx.framework.resume import refuse_other_base
 from megactx.lm import BaseLM
 from megactx.lm.identity import record_of
+from megactx.parts.find import refuse_other_base
 from megactx.runtime.settings import note_on
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.last_token import LastToken
 from megactx.gist.substitution import teach
 from megactx.lm import BaseLM
-from megactx.stages.trained import gistnet_of
+from megactx.parts.read import gistnet_of
 
 from .caching_cost import measure_answers, measure_making
 from .caching_overlap import measure_overlap

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megactx.runtime import Sampling, Session, models, serving
+from megactx.runtime import Sampling, Session, serving
 from megactx.runtime.guard import LARGEST, Guard
 from megactx.runtime.serving import Server
 from megactx.runtime.settings import Settings
@@ -164,7 +164,7 @@ def test_ctrl_c_saves_the_session_and_ends_with_130(exported, tmp_path):
     arguments = ["--model", str(exported), "--budget", "400", "--port", "0", "--session", str(tmp_path / "kept")]
     running = subprocess.Popen(
         [sys.executable, "-m", "megactx.runtime.view", TEXT, "--tokens", "20", *arguments],
-        cwd=Path(models.__file__).parents[2],
+        cwd=Path(serving.__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
         stdout=subprocess.PIPE,

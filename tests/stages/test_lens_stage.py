@@ -9,8 +9,8 @@ from hydra.utils import instantiate
 from megactx.framework.app import run
 from megactx.framework.search_path import compose
 from megactx.gist import GistNet
-from megactx.gist.pretrained import save_gistnet
 from megactx.lm import BaseLM
+from megactx.parts.write import save_gistnet
 from megactx.stages import lens_states
 from megactx.stages.lens import LensStage
 

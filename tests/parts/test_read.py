@@ -1,4 +1,4 @@
-"""A LensNet comes back from a folder as it was, and only for the GistNet that it was trained with."""
+"""Parts come back from folders as they were, and only for the GistNet or base that they were trained with."""
 
 import json
 
@@ -7,9 +7,12 @@ import torch
 from windows import WIDTH, K, gistnet, small_base, tree_of
 
 from megactx.focus import LensNet
-from megactx.focus.pretrained import SETTINGS, WEIGHTS, load_lensnet, save_lensnet
-from megactx.gist.pretrained import load_gistnet, save_gistnet
+from megactx.lm.identity import record_of
 from megactx.memory import WorkingContext
+from megactx.parts.find import LENSNET as SETTINGS
+from megactx.parts.find import WEIGHTS
+from megactx.parts.read import gistnet_of, gistnet_settings, lensnet_of, load_gistnet, load_lensnet
+from megactx.parts.write import save_gistnet, save_lensnet
 
 OWN = dict(layers=1, num_heads=4, head="linear")
 
@@ -85,3 +88,52 @@ def test_missing_and_damaged_files_are_refused(saved, name, content):
         (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match="lensnet="):
         load_lensnet(folder, net)
+
+
+@pytest.fixture
+def exported(saved, tmp_path):
+    """A folder with ``gistnet/`` and ``lensnet/`` in it, as an export has them."""
+    folder, lens, net, base = saved
+    save_gistnet(net, dict(block_size=K, num_heads=4, skip="none"), base, tmp_path / "out" / "gistnet")
+    written = load_gistnet(tmp_path / "out" / "gistnet", base)
+    save_lensnet(lens, OWN, written, tmp_path / "out" / "lensnet")
+    return tmp_path / "out", lens, base
+
+
+def test_an_export_has_the_parts_that_its_folders_have(exported):
+    out, lens, base = exported
+    net = gistnet_of(str(out), base)
+    assert net.block_size == K and gistnet_settings(str(out))["skip"] == "none"
+    found = lensnet_of(str(out), net, record_of(base, "small"), "stage.lens", OWN)
+    assert torch.equal(found.tau, lens.tau)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00{", b"{}", b'{"settings": {}, "width": 32}'])
+def test_a_damaged_description_of_a_gistnet_is_refused(exported, content):
+    out, _, base = exported
+    (out / "gistnet" / "gistnet.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"gistnet=.*: gistnet.json is damaged"):
+        load_gistnet(out / "gistnet", base)
+
+
+def test_damaged_weights_of_a_gistnet_are_refused(exported):
+    out, _, base = exported
+    (out / "gistnet" / WEIGHTS).write_bytes(b"\x08")
+    with pytest.raises(ValueError, match="gistnet=.*: its weights do not fit its settings"):
+        load_gistnet(out / "gistnet", base)
+
+
+def test_a_name_that_leads_nowhere_is_told_with_its_own_setting(saved):
+    base = saved[3]
+    for path, message in (("asset:nothing", "there is no such asset"), ("/no/where", "there is no such folder or")):
+        with pytest.raises(ValueError, match=f"^stage.gistnet={path}: {message}"):
+            gistnet_of(path, base, "stage.gistnet")
+
+
+def test_a_gistnet_that_another_one_began_with_is_named_where_it_is_gone(saved, tmp_path):
+    net, base = saved[2:]
+    weights = {f"gistnet.{name}": value for name, value in net.state_dict().items()}
+    hparams = {"gistnet": str(tmp_path / "gone")}
+    torch.save({"state_dict": weights, "hyper_parameters": hparams}, tmp_path / "lens.ckpt")
+    with pytest.raises(ValueError, match=r"^gistnet=.*lens.ckpt, which began with gistnet=.*gone: there is no such"):
+        gistnet_of(tmp_path / "lens.ckpt", base)
