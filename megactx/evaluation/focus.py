@@ -166,7 +166,7 @@ def _newest(base: BaseLM, ids: Tensor, cursor: int, budget: int) -> float:
 def _oracle(base, tree, budget, lens, allocator, after, out: FocusScores) -> float:
     """The best NLL on the way of greedy refocuses by measured values."""
     context = WorkingContext.recency(tree, budget)
-    greedy = FocusAllocator(**allocator | {"kind": "greedy", "max_edits": 10**6, "cooldown": 0})
+    greedy = FocusAllocator(**allocator | {"temperature": 0.0, "max_edits": 10**6, "cooldown": 0})
     best = float("inf")
     for turn in range(ORACLE_REFOCUSES + 1):
         legal = moves(context, greedy.protected)

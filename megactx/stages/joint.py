@@ -25,7 +25,7 @@ from megactx.lm.prefill import Prefill, prefill, unread
 from megactx.parts.read import gistnet_of, lensnet_of
 
 from .joint_report import report
-from .stage import Stage, portable, portable_part
+from .stage import Stage, of_today, portable, portable_part
 from .taking import take_parts
 
 TRAIN_BASE = ("frozen", "lora", "full")
@@ -87,7 +87,7 @@ class JointStage(Stage):
     ):
         super().__init__()
         base = base | {"name": portable(base["name"])}
-        gistnet, lens = portable_part(gistnet), portable_part(lens)
+        gistnet, lens, allocator = portable_part(gistnet), portable_part(lens), of_today(allocator)
         self.save_hyperparameters()
         self._check()
         self.take_base(base)

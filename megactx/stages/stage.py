@@ -188,3 +188,8 @@ def portable(name: str) -> str:
 def portable_part(path: str | None) -> str | None:
     """The same of a trained GistNet or LensNet, which may be a checkpoint."""
     return path if path is None or path.startswith("asset:") else str(Path(path).expanduser().absolute())
+
+
+def of_today(allocator: dict) -> dict:
+    """Settings of an allocator; checkpoints of earlier days name a ``kind`` too, which the temperature says now."""
+    return {name: value for name, value in allocator.items() if name != "kind"}

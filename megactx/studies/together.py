@@ -97,7 +97,7 @@ def parts_of(folder: str | Path) -> Parts:
         base_name=given["base"]["name"],
         gistnet=stage.gistnet,
         lens=lens,
-        allocator=dict(given.get("allocator", {})),
+        allocator=dict(stage.hparams.get("allocator", {})),
         horizon=given["horizon"],
         steps=checkpoint["global_step"],
         tokens=tokens,
@@ -139,7 +139,7 @@ def measure_run(
         horizon: H, of the recovery.
         full: of ``plain`` with the untouched base LM.
     """
-    allocator, device = run.allocator or {"kind": "greedy"}, run.base.model.device
+    allocator, device = run.allocator, run.base.model.device
     found = {name: getattr(run, name) for name in ("name", "steps", "tokens", "flops")}
     found |= {"lens": {}, "recency": {}, "swap_rate": {}}
     for document in bar(f"{run.name}: windows")(documents):
