@@ -6,7 +6,6 @@ and so have all jobs of a sweep.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -16,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from . import processes
 from .checkpoints import LATEST
+from .lock import Lock
 from .resume import PACED
 from .runfolder import quiet, write
 
@@ -92,10 +92,8 @@ def _of_sweep(folder: Path | None, cfg: DictConfig):
     if folder is None:
         yield known
         return
-    folder.mkdir(parents=True, exist_ok=True)
     path, key = folder / "lengths.json", f"{cfg.name}, preset.minutes={cfg.preset.minutes}"
-    with (folder / ".lengths.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with Lock(folder / ".lengths.lock", "", wait=True):
         every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         known.update(every.get(key, {}))
         yield known

@@ -6,7 +6,6 @@ and speaks; another one leaves no more than the traceback of a failure of its ow
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import platform
@@ -20,6 +19,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from .files import IN_RUN, clear, replacing, writing
+from .lock import Lock
 from .processes import rank
 
 PACKAGES = ("megactx", "torch", "lightning", "transformers", "tokenizers", "datasets", "torchmetrics", "peft", "numpy")
@@ -107,32 +107,16 @@ def _choices() -> dict[str, str]:
     return {group: option for group, option in found.items() if option is not None and "hydra/" not in group}
 
 
-@contextlib.contextmanager
-def held(folder: Path):
+def held(folder: Path) -> contextlib.AbstractContextManager:
     """Holds a run folder: a second ``resume=auto`` would go on in it at the same time.
 
     Raises:
         ValueError: another process trains in it.
     """
     if rank():
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(
-                f"folder={folder}: another process{f' ({who})' if (who := file.read().strip()) else ''} trains in it;"
-                " wait for it to end, or start another run with resume=never and another folder"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        file.truncate(0)
-        file.write(f"{os.getpid()}")
-        file.flush()
-        yield
+        return contextlib.nullcontext()
+    busy = f"folder={folder}: another process ({{holder}}) trains in it; wait for it to end, or start another run with"
+    return Lock(folder / ".lock", f"{busy} resume=never and another folder", "set folder=... to another place")
 
 
 def close_folder(folder: Path) -> None:

@@ -5,8 +5,6 @@ resumes the rest; at the end all jobs stand in one table, and those with a resul
 files, so that jobs may run in other processes.
 """
 
-import contextlib
-import fcntl
 import importlib
 import json
 import os
@@ -20,6 +18,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import open_dict, read_write
 
 from .errors import DONE, FAILED
+from .lock import Lock
 from .runfolder import hide_in_command, write
 
 _ID = "MEGACTX_SWEEP"  # reaches the jobs of launchers that start processes
@@ -77,17 +76,9 @@ def _share_cores(config) -> None:
     os.environ.setdefault(_THREADS, str(max(1, cores // at_once)))
 
 
-@contextlib.contextmanager
-def alone(folder: Path):
+def alone(folder: Path) -> Lock:
     """Holds the folder of a job: jobs of a launcher may outlive a sweep that was killed and then started again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"megactx: another process is at {folder}; waiting for it", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return Lock(folder / ".lock", f"another process is at {folder}; waiting for it", wait=True)
 
 
 def note(folder: Path, state: str, code: int | None = None, message: str = "", value: float | None = None) -> None:
