@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from megactx.framework.kinds import Count, Whole, declared
+
 from .spans import SpanBatches
 from .windows_module import WindowData
 
@@ -11,6 +13,7 @@ SPANS, PICKS, WINDOWS = "spans", "picks", "windows"  # kinds of batches
 KEY = 2**30  # of documents for windows, beside those whose windows are measured ahead
 
 
+@declared("datamodule")
 class JointData(WindowData):
     """Documents, and three kinds of training batches of them. Batch i is a function of (seed, i) and of its kind.
 
@@ -29,11 +32,8 @@ class JointData(WindowData):
         ValueError: a number that is not allowed; it names the setting.
     """
 
-    def __init__(self, documents: int, spans: int = 0, **settings):
+    def __init__(self, documents: Count, spans: Whole = 0, **settings):
         super().__init__(**settings)
-        for name, value, least in (("documents", documents, 1), ("spans", spans, 0)):
-            if value < least:
-                raise ValueError(f"datamodule.{name}={value} is not allowed: it must be {least} or more")
         self.documents, self.spans = documents, spans
         self.kind_at = lambda index: WINDOWS
 

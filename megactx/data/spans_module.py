@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_convert
 
+from megactx.framework.kinds import Count, NonNegative, Seed, Share, Whole, declared
+
 from .adversarial import Vocabulary
 from .composed import Composed
 from .documents import TRAIN, VALIDATION, cut, length_of, tokenised
@@ -19,12 +21,15 @@ from .tokenizer import load_tokenizer
 log = logging.getLogger(__name__)
 
 LONGEST_DOCUMENT = 16_384
+PRESET = {name: f"preset.{name}" for name in ("batch", "spans", "validation_documents")}  # where they are set
+PRESET |= {name: f"data.{name}" for name in ("min_tokens", "max_tokens", "workers")}
 
 # Of an evaluation. The blocks of a document share the teacher's pass over it, so few blocks are of few documents; a
 # report on fewer than 20 of them claims nothing.
 BLOCKS_PER_DOCUMENT = 8
 
 
+@declared("datamodule", block="block_size", horizon="horizon.tokens", weights="data.weights", **PRESET)
 class SpanData(Shares):
     """Documents with block starts for training, validation and evaluation, resumed to the exact batch.
 
@@ -53,20 +58,20 @@ class SpanData(Shares):
         self,
         source,
         tokenizer,
-        block: int,
-        horizon: int,
-        min_tokens: int,
-        max_tokens: int | None,
-        batch: int,
-        spans: int,
-        weights: dict,
-        seed: int = 0,
-        workers: int = 0,
-        validation_documents: int = 100,
-        validation_blocks: int = 8,
-        interleave: float = 0.0,
-        adversarial: float = 0.0,
-        level2_spans: int = 0,
+        block: Count,
+        horizon: Count,
+        min_tokens: Count,
+        max_tokens: Count | None,
+        batch: Count,
+        spans: Count,
+        weights: dict[str, NonNegative | None],
+        seed: Seed = 0,
+        workers: Whole = 0,
+        validation_documents: Count = 100,
+        validation_blocks: Count = 8,
+        interleave: Share = 0.0,
+        adversarial: Share = 0.0,
+        level2_spans: Whole = 0,
         history: dict | None = None,
     ):
         super().__init__()
@@ -76,9 +81,6 @@ class SpanData(Shares):
         self.batch, self.spans, self.weights = batch, spans, dict(weights)
         self.validation_documents, self.validation_blocks = validation_documents, validation_blocks
         self.asked_tokens = max_tokens
-        for name, value in (("validation_documents", validation_documents), ("validation_blocks", validation_blocks)):
-            if value < 1:
-                raise ValueError(f"preset.{name}={value} is not allowed: it must be 1 or more")
         self.interleave, self.adversarial, self.level2_spans = interleave, adversarial, level2_spans
         self.history = history if history and (history["weight"] or history.get("recall")) else None
         _check_shares(interleave, adversarial)
@@ -187,16 +189,11 @@ class SpanData(Shares):
         return documents
 
     def _check_lengths(self) -> None:
-        for name, value in (("block_size", self.block), ("horizon.tokens", self.horizon)):
-            if value < 1:
-                raise ValueError(f"{name}={value} is not allowed: it must be 1 or more")
         if self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"data.min_tokens={self.min_tokens} is not allowed: documents have at most {self.max_tokens} tokens"
                 f" (data.max_tokens, or what the base takes)"
             )
-        if self.level2_spans < 0:
-            raise ValueError(f"datamodule.level2_spans={self.level2_spans} is not allowed: it must be 0 or more")
         needed = 2 * self.block**2 + self.horizon
         if self.level2_spans and self.min_tokens < needed:
             raise ValueError(
@@ -215,9 +212,6 @@ class SpanData(Shares):
 
 
 def _check_shares(interleave: float, adversarial: float) -> None:
-    for name, share in (("interleave", interleave), ("adversarial", adversarial)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"datamodule.{name}={share} is not allowed: a share of the documents is from 0 to 1")
     if interleave + adversarial > 1:
         raise ValueError(
             f"datamodule.interleave={interleave} and datamodule.adversarial={adversarial} are not allowed together:"

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from megactx.framework.kinds import Count, NonNegative, Seed, Share, declared
+
 from .documents import TRAIN, VALIDATION, IdsOf, cut, length_of, tokenised
 from .planted import KINDS, plant
 from .shares import Shares
@@ -18,6 +20,7 @@ from .tokenizer import load_tokenizer
 log = logging.getLogger(__name__)
 
 
+@declared("datamodule", block="block_size", horizon="horizon.tokens", weights="data.weights", batch="preset.batch")
 class WindowData(Shares):
     """Documents with a cursor, and for training numbers that choose among the windows that were measured so far.
 
@@ -44,29 +47,20 @@ class WindowData(Shares):
         self,
         source,
         tokenizer,
-        block: int,
-        horizon: int,
-        min_tokens: int,
-        max_tokens: int | None,
-        batch: int,
-        weights: dict,
-        seed: int = 0,
-        validation_windows: int = 32,
-        planted: float = 0.0,
+        block: Count,
+        horizon: Count,
+        min_tokens: Count,
+        max_tokens: Count | None,
+        batch: Count,
+        weights: dict[str, NonNegative | None],
+        seed: Seed = 0,
+        validation_windows: Count = 32,
+        planted: Share = 0.0,
     ):
         super().__init__()
         self.source, self.seed, self.block, self.horizon = source, seed, block, horizon
         self.tokenizer = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         self.min_tokens, self.asked, self.weights = min_tokens, max_tokens, dict(weights)
-        for name, value in (
-            ("preset.batch", batch),
-            ("datamodule.validation_windows", validation_windows),
-            ("horizon.tokens", horizon),
-        ):
-            if value < 1:
-                raise ValueError(f"{name}={value} is not allowed: it must be 1 or more")
-        if not 0 <= planted <= 1:
-            raise ValueError(f"datamodule.planted={planted} is not allowed: a share of the documents is from 0 to 1")
         self.batch, self.validation_windows, self.planted = batch, validation_windows, planted
         self.limit_to(LONGEST_DOCUMENT)
 

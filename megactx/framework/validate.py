@@ -7,15 +7,18 @@ misspells pass it silently. So every key must be known to the parts, or be an ar
 import glob
 import importlib
 import inspect
-import math
+import re
 from pathlib import Path
+from typing import Annotated
 
+from annotated_types import Ge
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import did_you_mean, flatten
-from .kinds import allowed, fits, hints, like, word
+from .kinds import Count, NonNegative, Seed, Whole, hints, like, word
+from .kinds import problems as wrong_values
 
 ALLOWED = ("megactx", "torch", "lightning", "torchmetrics")
 MAPPINGS = ("callbacks", "logger")  # name -> {_target_}: names are free
@@ -31,56 +34,18 @@ OWN_WORDS = ("trainer.accelerator", "trainer.precision", "trainer.devices", "tra
 HYDRA_WORDS = {"_target_", "_recursive_", "_convert_"}
 
 MISSING = object()
-WHOLE, REAL = int, (int, float)
-# What can be judged without the object that takes it: kind, least, most.
-RANGES = {
-    "seed": (WHOLE, 0, 2**32 - 1),
-    **{
-        f"preset.{name}": (WHOLE, 1, math.inf)
-        for name in (
-            "steps batch spans accumulate validate_every validation_documents min_tokens max_tokens plateau_window"
-        ).split()
-    },
-    "preset.warmup": (WHOLE, 0, math.inf),
-    "preset.minutes": (REAL, 0.1, math.inf),
-    "horizon.tokens": (WHOLE, 1, math.inf),
-    "contrastive.weight": (REAL, 0, math.inf),
-    "stage.lr": (REAL, 0, math.inf),
-    "stage.min_lr": (REAL, 0, math.inf),
-    "stage.muon_lr": (REAL, 0, math.inf),
-    "stage.adamw_lr": (REAL, 0, math.inf),
-    "stage.weight_decay": (REAL, 0, math.inf),
-    "stage.decay": (REAL, 0, 1),
-    "loss.level2.weight": (REAL, 0, math.inf),
-    "loss.block.weight": (REAL, 0, math.inf),
-    "loss.recall.weight": (REAL, 0, math.inf),
-    "stage.evaluate.blocks": (WHOLE, 1, math.inf),
-    "trainer.gradient_clip_val": (REAL, 0, math.inf),
-    "trainer.log_every_n_steps": (WHOLE, 0, math.inf),
-    "contrastive.margin": (REAL, 0, 2),
-    "gistnet.layers": (WHOLE, 0, math.inf),
-    "gistnet.num_heads": (WHOLE, 1, math.inf),
-    "block_size": (WHOLE, 1, math.inf),
-    "gistnet.dropout": (REAL, 0, 1),
-    "gistnet.levels": (WHOLE, 1, math.inf),
-    "data.min_tokens": (WHOLE, 1, math.inf),
-    "data.max_tokens": (WHOLE, 1, math.inf),
-    "data.workers": (WHOLE, 0, math.inf),
-    "data.weights.narrative": (REAL, 0, math.inf),
-    "data.weights.code": (REAL, 0, math.inf),
-    "data.weights.structured": (REAL, 0, math.inf),
-    "datamodule.interleave": (REAL, 0, 1),
-    "datamodule.adversarial": (REAL, 0, 1),
-    "datamodule.level2_spans": (WHOLE, 0, math.inf),
-    "gistnet.context": (WHOLE, 0, math.inf),
-    "gistnet.input_layer": (WHOLE, 0, math.inf),
-    "loss.history.weight": (REAL, 0, math.inf),
-    "loss.history.segments": (WHOLE, 1, math.inf),
-    "loss.history.segment": (WHOLE, 1, math.inf),
-    "loss.history.recency": (WHOLE, 1, math.inf),
+# What no argument of this package takes, so no annotation says what it may be.
+RULES = {
+    "seed": Seed,
+    "block_size": Count,
+    "preset.steps": Count,
+    "preset.accumulate": Count,
+    "preset.validate_every": Count,
+    "preset.minutes": Annotated[float, Ge(0.1)] | None,
+    "horizon.tokens": Count,
+    "trainer.gradient_clip_val": NonNegative | None,
+    "trainer.log_every_n_steps": Whole,
 }
-NULLABLE = {"data.max_tokens", "preset.max_tokens", "preset.minutes", "stage.muon_lr", "trainer.gradient_clip_val"}
-NULLABLE |= {key for key in RANGES if key.startswith("data.weights.")}
 
 
 def validate(cfg: DictConfig, reference: DictConfig) -> None:
@@ -105,10 +70,14 @@ def validate(cfg: DictConfig, reference: DictConfig) -> None:
     except OmegaConfBaseException as error:
         raise ValueError("\n".join(problems) or str(error).splitlines()[0]) from error
     problems += [f"{name}: it is gone; {name}=none leaves it out" for name in MAPPINGS if name not in raw]
-    _keys(raw, known, "", flatten(known), problems, reference)
-    _targets(tree, raw, "", problems)
-    for key, rule in RANGES.items():
-        _value(tree, key, *rule, problems)
+    wrong: list[str] = []
+    for key, rule in RULES.items():
+        if (value := _at(tree, key)) not in (MISSING, "???"):
+            wrong += wrong_values(value, rule, key)
+    _targets(tree, raw, "", wrong)
+    wrong = [_where_it_is_set(line, raw) for line in wrong]
+    _keys(raw, known, "", flatten(known), problems, reference, {line.partition("=")[0] for line in wrong})
+    problems += wrong
     _special(tree, problems)
     _lengths(tree, problems)
     if problems:
@@ -140,7 +109,24 @@ def refuse_idle(overrides: list[str], choices: dict) -> None:
         )
 
 
-def _keys(tree: dict, known, prefix: str, all_known: list[str], problems: list[str], reference: DictConfig) -> None:
+def _where_it_is_set(line: str, raw: dict) -> str:
+    """A problem under the name of the setting that a value comes from: ``stage.max_steps=0`` is ``preset.steps=0``."""
+    key, sign, rest = line.partition("=")
+    return _source(key, raw) + sign + rest if sign else line
+
+
+def _source(key: str, raw: dict) -> str:
+    node, names = raw, key.split(".")
+    for index, name in enumerate(names):
+        node = node.get(name) if isinstance(node, dict) else None
+        if isinstance(node, str) and (other := re.fullmatch(r"\$\{([\w.]+)\}", node)):
+            return _source(".".join([other[1], *names[index + 1 :]]), raw)
+    return key
+
+
+def _keys(
+    tree: dict, known, prefix: str, all_known, problems: list[str], reference: DictConfig, told: set[str]
+) -> None:
     """Unknown keys, and values of another kind than those that they replace; both trees are not resolved."""
     built = "_target_" in tree  # its own arguments are checked against its signature
     for name, value in tree.items():
@@ -158,8 +144,8 @@ def _keys(tree: dict, known, prefix: str, all_known: list[str], problems: list[s
             old = OmegaConf.to_container(found, resolve=False)
         if isinstance(value, dict) and isinstance(old, dict):
             if key not in NAMES_ARE_FREE:
-                _keys(value, old, f"{key}.", all_known, problems, reference)
-        elif not (built or key in RANGES or prefix[:-1] in MAPPINGS or _refers(value) or _refers(old)):
+                _keys(value, old, f"{key}.", all_known, problems, reference, told)
+        elif not (built or key in told or prefix[:-1] in MAPPINGS or _refers(value) or _refers(old)):
             if not like(value, old):
                 example = f", such as {old}" if not isinstance(old, dict | list) else ""
                 problems.append(f"{key}={value}: allowed is {word(old)}{example}")
@@ -271,18 +257,10 @@ def _arguments(target, node: dict, raw: dict, key: str, problems: list[str]) -> 
             problems.append(f"{key}.{name}: {node['_target_']} needs it")
     annotations = hints(target)
     for name in set(given) & set(names) & annotations.keys():
-        where, value, hint = f"{key}.{name}", node[name], annotations[name]
+        where, value = f"{key}.{name}", node[name]
         built = isinstance(value, dict) and "_target_" in value  # becomes something else
-        if (
-            built
-            or where in OWN_WORDS
-            or where in RANGES
-            or _refers(raw.get(name))
-            or value == parameters[name].default
-        ):
-            continue
-        if not fits(value, hint):
-            problems.append(f"{where}={value}: allowed is {allowed(hint)}")
+        if not built and where not in OWN_WORDS and value not in ("???", parameters[name].default):
+            problems += wrong_values(value, annotations[name], where)
 
 
 def _parameters(target) -> dict[str, inspect.Parameter]:
@@ -305,10 +283,6 @@ def _special(tree: dict, problems: list[str]) -> None:
         for name, node in (tree.get(group) or {}).items():
             if node is not None and not (isinstance(node, dict) and "_target_" in node):
                 problems.append(f"{group}.{name}={node}: allowed is a mapping with a _target_, or null to leave it out")
-    targets = _at(tree, "stage.targets")
-    for name, goal in targets.items() if isinstance(targets, dict) else ():
-        if not fits(goal, float):
-            problems.append(f"stage.targets.{name}={goal}: allowed is a number")
     controls, known = _at(tree, "stage.controls"), tree.get("gistnet")
     for name, settings in controls.items() if isinstance(controls, dict) and isinstance(known, dict) else ():
         if not isinstance(settings, dict | None):
@@ -368,15 +342,3 @@ def _at(tree: dict, key: str):
     for name in key.split("."):
         tree = tree.get(name, MISSING) if isinstance(tree, dict) else MISSING
     return tree
-
-
-def _value(tree: dict, key: str, kind, least: float, most: float, problems: list[str]) -> None:
-    value = _at(tree, key)
-    if value is MISSING or value == "???" or (value is None and key in NULLABLE):
-        return
-    number = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not least <= value <= most:
-        what = "a whole number" if kind is WHOLE else "a number"
-        span = f"from {least}" if most == math.inf else f"from {least} to {most}"
-        shown = "null" if value is None else value
-        problems.append(f"{key}={shown}: allowed is {what} {span}")

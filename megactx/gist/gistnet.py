@@ -1,17 +1,19 @@
 """GistNet: a block of K embeddings (or gists of the level below) -> one vector that the base LM reads instead."""
 
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
+from megactx.framework.kinds import Count, Whole, declared
 from megactx.lm.gaussian_rope import PositionSpread
 from megactx.lm.prefill import Prefill, blocks
 
 from . import heads, poolings
 from .backbone import Backbone
-from .carrier import Compressor, Vectors
+from .carrier import POSITIONS, Compressor, Vectors
 from .parts import find
 
 TYPES, SKIPS, INPUTS = ("transformer", "mean"), ("none", "last", "mean"), ("embedding", "hidden")
@@ -25,6 +27,7 @@ class Seen(NamedTuple):
     hidden: bool = False  # states of the base LM, not embeddings or gists
 
 
+@declared("gistnet", block_size="block_size")
 class GistNet(Compressor):
     """32 -> 1 compressor (method 2).
 
@@ -62,32 +65,22 @@ class GistNet(Compressor):
         self,
         width: int,
         embedding_rms: float,
-        block_size: int = 32,
-        type: str = "transformer",
-        layers: int = 2,
-        num_heads: int = 8,
+        block_size: Count = 32,
+        type: Literal[TYPES] = "transformer",
+        layers: Whole = 2,
+        num_heads: Count = 8,
         pooling: str = "mean",
         head: str = "mlp",
-        skip: str = "last",
-        position: str = "end",
-        dropout: float = 0.0,
-        context: int = 0,
-        input: str = "embedding",
-        input_layer: int = 2,
+        skip: Literal[SKIPS] = "last",
+        position: Literal[POSITIONS] = "end",
+        dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
+        context: Whole = 0,
+        input: Literal[INPUTS] = "embedding",
+        input_layer: Whole = 2,
         gaussian_rope: str = "plain",
-        levels: int = 1,
+        levels: Count = 1,
     ):
         super().__init__(block_size, position)
-        for name, value, allowed in (("type", type, TYPES), ("skip", skip, SKIPS), ("input", input, INPUTS)):
-            if value not in allowed:
-                raise ValueError(f"gistnet.{name}={value} is not known, allowed are {', '.join(allowed)}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"gistnet.dropout={dropout} is not allowed: 0 <= dropout < 1")
-        if levels < 1:
-            raise ValueError(f"gistnet.levels={levels} is not allowed: at least 1")
-        for name, value in (("context", context), ("input_layer", input_layer)):
-            if value < 0:
-                raise ValueError(f"gistnet.{name}={value} is not allowed: at least 0")
         if type == "mean" and (context or input != "embedding"):
             raise ValueError(f"gistnet.type=mean has no backbone: gistnet.context={context}, gistnet.input={input}")
         self.width, self.skip, self.embedding_rms = width, skip, embedding_rms

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from megactx.framework.kinds import NonNegative
 from megactx.gist.carrier import Compressor, Slots, Vectors
 from megactx.gist.parts import find
 from megactx.lm import BaseLM
@@ -79,10 +80,8 @@ class Loss:
     needs: tuple[str, ...] = ()
     all_vectors = main_vectors = False
 
-    def __init__(self, weight: float):
+    def __init__(self, weight: NonNegative):
         self.weight = weight
-        if not weight >= 0:
-            raise ValueError(f"{self.setting}.weight={weight} is not allowed: 0 or more")
 
     @property
     def name(self) -> str:

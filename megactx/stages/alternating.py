@@ -13,6 +13,7 @@ import logging
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from megactx.focus.sampling import KINDS, draw
 from megactx.focus.states import load
 from megactx.focus.variants import same_rows
 from megactx.framework.files import IN_RUN, replacing
+from megactx.framework.kinds import AtLeast2, Count, Whole
 from megactx.gist.loss import Context
 from megactx.gist.losses.block import Block
 from megactx.lm.adapters import adapters_of
@@ -41,6 +43,13 @@ WHO = {"gist": "GistNet", "lens": "LensNet", "lora": "LoRA"}
 NEEDS = {"gist": SPANS, "lens": PICKS, "lora": WINDOWS}  # phase -> kind of batch
 
 
+class WindowsPerCycle(TypedDict):
+    """Measured windows of a LensNet phase, and edits of each."""
+
+    per_round: AtLeast2
+    edits: AtLeast2
+
+
 class AlternatingStage(JointStage):
     """Cycles of GistNet steps, fresh labels, LensNet steps and LoRA steps.
 
@@ -54,16 +63,13 @@ class AlternatingStage(JointStage):
         ValueError: a setting that is not allowed; the message names it.
     """
 
-    def __init__(self, cycles: int, steps: dict, windows: dict, **settings):
+    def __init__(self, cycles: Count, steps: dict[str, Whole], windows: WindowsPerCycle, **settings):
         schedule = Schedule(dict(steps), cycles)
         own = "lora" if steps["lora"] else "frozen"
         if settings.get("train_base", own) != own:
             raise ValueError(f"stage.train_base={settings['train_base']}: stage.steps.lora={steps['lora']} says {own}")
         super().__init__(**settings | {"train_base": own})
         self.schedule, self.block_loss = schedule, Block(objective=self.hparams.objective)
-        for name, least in (("per_round", 2), ("edits", 2)):
-            if windows[name] < least:
-                raise ValueError(f"stage.windows.{name}={windows[name]} is not allowed: at least {least}")
         self._windows_before: Path | None = None
         self._begun = self._measured = None  # the phase that was told of, the cycle whose windows were counted
 

@@ -7,6 +7,7 @@ The result is a Hugging Face folder with a model card of measured figures.
 import logging
 import re
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from megactx.data.tokenizer import bos_id
 from megactx.evaluation.context_use import context_use
 from megactx.evaluation.model_card import write_model_card
 from megactx.framework.files import IN_RUN, replacing
+from megactx.framework.kinds import Count, NonNegative, Share, Whole
 from megactx.framework.next_command import next_command
 from megactx.framework.optimizers import fast_dtype, warmup_stable_decay
 from megactx.framework.resume import differences
@@ -27,6 +29,12 @@ from .stage import Stage
 from .work import Work
 
 log = logging.getLogger(__name__)
+
+
+class Evaluate(TypedDict):
+    """Of the model card."""
+
+    documents: Count
 
 
 class BaseLMStage(Stage):
@@ -51,17 +59,18 @@ class BaseLMStage(Stage):
         self,
         config: dict,
         weights: str | None,
-        muon_lr: float,
-        adamw_lr: float,
-        weight_decay: float,
-        warmup: int,
-        decay: float,
-        max_steps: int,
+        muon_lr: NonNegative,
+        adamw_lr: NonNegative,
+        weight_decay: NonNegative,
+        warmup: Whole,
+        decay: Share,
+        max_steps: Count,
         card: dict,
-        evaluate: dict,
+        evaluate: Evaluate,
     ):
         super().__init__()
         self.save_hyperparameters()
+        self.check_settings()
         # Without a row for padding, which no window has: transformers would never train it, whatever token it is of.
         self.base = BaseLM.from_config(config | dict.fromkeys(SPECIAL))
         if weights is not None:

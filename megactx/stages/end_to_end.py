@@ -6,18 +6,29 @@ document of C tokens -> tree -> N1 windows, one of them the cold start -> LensNe
    -> WC* = argmin of loss + lambda x distance among the variants of a source, for LensNet
 """
 
+from typing import TypedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from megactx.focus.packed import Windows, accumulated, continuation_loss, encode_shown, unique_windows
 from megactx.focus.variants import Variants, focus_losses, make_variants, same_rows
+from megactx.framework.kinds import Count, NonNegative
 
 from .joint import JointStage
 from .lens_states import sizes_ahead
 from .window_work import WindowWork
 
 SOFT = {"lod1": 1, "lod2": 2}  # term -> level of the gist that is predicted
+
+
+class WindowsPerDocument(TypedDict):
+    """``sources`` (N1), ``variants`` (N2), and how many the base LM reads at once."""
+
+    sources: Count
+    variants: Count
+    per_pass: Count
 
 
 class EndToEndStage(JointStage):
@@ -37,9 +48,22 @@ class EndToEndStage(JointStage):
         ValueError: a setting that is not allowed; the message names it.
     """
 
-    def __init__(self, windows: dict, weights: dict, distance: float, recompute: bool, max_steps: int, **settings):
+    def __init__(
+        self,
+        windows: WindowsPerDocument,
+        weights: dict[str, NonNegative],
+        distance: NonNegative,
+        recompute: bool,
+        max_steps: Count,
+        **settings,
+    ):
         super().__init__(**settings)
-        _check(windows, weights, distance)
+        sources, variants = windows["sources"], windows["variants"]
+        if variants % sources or variants < 2 * sources:
+            raise ValueError(
+                f"stage.windows.variants={variants} is not allowed: a multiple of stage.windows.sources={sources}, at"
+                " least twice as many"
+            )
         self.shown: list[tuple[int, dict]] = []
         k, horizon = self.gistnet.block_size, self.hparams.horizon
         for term, level in SOFT.items():
@@ -169,20 +193,3 @@ class EndToEndStage(JointStage):
         tokens = self.gistnet.block_size**level
         spans = embeddings[:, : h // tokens * tokens].reshape(-1, tokens, d)
         return self.gistnet.encode_level(spans, level).view(n, -1, d)
-
-
-def _check(windows: dict, weights: dict, distance: float) -> None:
-    sources, variants = windows["sources"], windows["variants"]
-    for name in ("sources", "per_pass"):
-        if windows[name] < 1:
-            raise ValueError(f"stage.windows.{name}={windows[name]} is not allowed: at least 1")
-    if variants % sources or variants < 2 * sources:
-        raise ValueError(
-            f"stage.windows.variants={variants} is not allowed: a multiple of stage.windows.sources={sources}, at least"
-            " twice as many"
-        )
-    for name, weight in weights.items():
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"stage.weights.{name}={weight} is not allowed: 0 or more")
-    if not 0 <= distance < float("inf"):
-        raise ValueError(f"stage.distance={distance} is not allowed: 0 or more")

@@ -6,6 +6,7 @@ and learning rate, each with its own gradient clipping. So the table at the end 
 
 import logging
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from megactx.evaluation.curriculum import write_curriculum
 from megactx.evaluation.summary import check_targets
 from megactx.evaluation.sums import loggable
 from megactx.evaluation.validation import ValidationMetrics
+from megactx.framework.kinds import Count, NonNegative, Whole
 from megactx.framework.next_command import next_command
 from megactx.gist import GistNet
 from megactx.gist.carrier import Compressor
@@ -25,11 +27,23 @@ from megactx.lm.prefill import prefill
 
 from .gist_nets import build_nets, groups_of, refuse_without_vectors
 from .gist_report import report
-from .stage import Stage, portable
+from .stage import BaseSettings, Stage, portable
 from .taking import take_weights
 from .work import Work
 
 log = logging.getLogger(__name__)
+
+
+class Evaluate(TypedDict, total=False):
+    """What the end-of-run report measures; 0 leaves a part out."""
+
+    blocks: Count
+    controls: bool
+    copies: Whole
+    level2: Whole
+    reconstruction: Whole
+    history: Whole
+    path: str | None
 
 
 class GistStage(Stage):
@@ -60,25 +74,26 @@ class GistStage(Stage):
 
     def __init__(
         self,
-        base: dict,
+        base: BaseSettings,
         gistnet: dict,
         controls: dict,
-        horizon: int,
+        horizon: Count,
         losses: dict,
-        lr: float,
-        muon_lr: float | None,
-        min_lr: float,
-        weight_decay: float,
-        warmup: int,
-        max_steps: int,
-        targets: dict,
-        evaluate: dict,
+        lr: NonNegative,
+        muon_lr: NonNegative | None,
+        min_lr: NonNegative,
+        weight_decay: NonNegative,
+        warmup: Whole,
+        max_steps: Count,
+        targets: dict[str, float],
+        evaluate: Evaluate,
         init: str | None = None,
         compressor: dict | None = None,
     ):
         super().__init__()
         base = base | {"name": portable(base["name"])}
         self.save_hyperparameters()
+        self.check_settings()
         check_targets(targets, horizon)
         self.take_base(base)
         self.nets = build_nets(self.base, compressor or {}, gistnet, controls)

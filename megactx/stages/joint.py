@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from megactx.evaluation.focus import focused
 from megactx.focus.lensnet import LensNet
 from megactx.focus.values import continuation_nll
 from megactx.focus.variants import same_rows
+from megactx.framework.kinds import Count, NonNegative, PartOf, Whole
 from megactx.framework.optimizers import warmup_cosine
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapt, adapters_of, switched_off
@@ -25,10 +27,29 @@ from megactx.lm.prefill import Prefill, prefill, unread
 from megactx.parts.read import gistnet_of, lensnet_of
 
 from .joint_report import report
-from .stage import Stage, of_today, portable, portable_part
+from .stage import BaseSettings, Stage, of_today, portable, portable_part
 from .taking import take_parts
 
 TRAIN_BASE = ("frozen", "lora", "full")
+
+
+class Lora(TypedDict):
+    """Adapters of the base LM, see ``adapt``."""
+
+    rank: Whole
+    layers: str
+    embeddings: bool
+
+
+class FocusEvaluate(TypedDict, total=False):
+    """What the end-of-run report measures of windows."""
+
+    documents: Count
+    tokens: Count | None
+    budgets: list[PartOf]
+    oracle: Whole
+    planted: Whole
+    path: str | None
 
 
 class JointStage(Stage):
@@ -63,25 +84,25 @@ class JointStage(Stage):
 
     def __init__(
         self,
-        base: dict,
+        base: BaseSettings,
         gistnet: str,
         lensnet: dict,
         allocator: dict,
-        lora: dict,
-        horizon: int,
-        objective: str,
-        budgets: list,
-        gist_lr: float,
-        muon_lr: float | None,
-        lens_lr: float,
-        direct_lr: float,
-        base_lr: float,
-        min_lr: float,
-        weight_decay: float,
-        warmup: int,
-        evaluate: dict,
+        lora: Lora,
+        horizon: Count,
+        objective: Literal[OBJECTIVES],
+        budgets: list[PartOf],
+        gist_lr: NonNegative,
+        muon_lr: NonNegative | None,
+        lens_lr: NonNegative,
+        direct_lr: NonNegative,
+        base_lr: NonNegative,
+        min_lr: NonNegative,
+        weight_decay: NonNegative,
+        warmup: Whole,
+        evaluate: FocusEvaluate,
         folder: str,
-        train_base: str = "frozen",
+        train_base: Literal[TRAIN_BASE] = "frozen",
         lens: str | None = None,
         init: str | None = None,
     ):
@@ -89,7 +110,12 @@ class JointStage(Stage):
         base = base | {"name": portable(base["name"])}
         gistnet, lens, allocator = portable_part(gistnet), portable_part(lens), of_today(allocator)
         self.save_hyperparameters()
-        self._check()
+        self.check_settings()
+        if train_base == "lora" and not lora["rank"] or train_base == "full" and lora["rank"]:
+            wanted = "from 4 to 16" if train_base == "lora" else "0"
+            raise ValueError(
+                f"stage.lora.rank={lora['rank']} is not allowed with stage.train_base={train_base}: {wanted}"
+            )
         self.take_base(base)
         self.gistnet = gistnet_of(gistnet, self.base, "stage.gistnet", self.base_record)
         if lens is None or init:
@@ -109,20 +135,6 @@ class JointStage(Stage):
         self._new_tokens: int | Tensor = 0  # of the batch
         self._before: dict[int, Tensor] = {}  # NLL of held-out documents by the untouched base LM, which stays as it is
         self.register_buffer("tokens", torch.zeros((), dtype=torch.long))
-
-    def _check(self) -> None:
-        h = self.hparams
-        if h.objective not in OBJECTIVES:
-            raise ValueError(f"stage.objective={h.objective} is not known, allowed are {', '.join(OBJECTIVES)}")
-        if h.train_base not in TRAIN_BASE:
-            raise ValueError(f"stage.train_base={h.train_base} is not known, allowed are {', '.join(TRAIN_BASE)}")
-        rank = h.lora["rank"]
-        if h.train_base == "lora" and not rank or h.train_base == "full" and rank:
-            wanted = "from 4 to 16" if h.train_base == "lora" else "0"
-            raise ValueError(f"stage.lora.rank={rank} is not allowed with stage.train_base={h.train_base}: {wanted}")
-        for share in h.budgets:
-            if not 0 < share <= 1:
-                raise ValueError(f"stage.budgets={list(h.budgets)} is not allowed: shares above 0, up to 1")
 
     @property
     def train_base(self) -> str:

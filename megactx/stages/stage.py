@@ -2,12 +2,14 @@
 
 import logging
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import lightning
 import torch
 from torch import Tensor, nn
 
 from megactx.assets import resolve
+from megactx.framework.kinds import check
 from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
 from megactx.lm import BaseLM
 from megactx.lm.identity import record_of
@@ -17,6 +19,13 @@ from megactx.runtime.settings import note_on
 log = logging.getLogger(__name__)
 
 STATES = ("state_dict", "current_model_state")  # the second where weights are averaged: those that go on training
+
+
+class BaseSettings(TypedDict):
+    """Of a stage: the base LM."""
+
+    name: str
+    dtype: NotRequired[str | None]
 
 
 class Stage(lightning.LightningModule):
@@ -115,6 +124,14 @@ class Stage(lightning.LightningModule):
         return None, None
 
     # What all of them do
+
+    def check_settings(self) -> None:
+        """See that the hyperparameters are what the annotations of the arguments say.
+
+        Raises:
+            ValueError: a line for each that is not.
+        """
+        check(type(self), self.hparams, "stage", {"horizon": "horizon.tokens"})
 
     def take_base(self, base: dict) -> None:
         """Load the frozen base LM: ``name`` and ``dtype``."""

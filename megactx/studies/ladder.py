@@ -11,6 +11,7 @@ same teacher pass, the same steps. Its settings are those of ``train.py --help``
 import json
 import sys
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -18,6 +19,7 @@ from megactx.data.files import Files
 from megactx.evaluation.history import measure_history, segments
 from megactx.evaluation.measure import measure, untrained
 from megactx.framework.bar import bar
+from megactx.framework.kinds import Count, Whole
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.history_oracle import HistoryOracle
 from megactx.gist.carriers.oracle import Oracle
@@ -27,6 +29,14 @@ from megactx.stages.gist import GistStage
 from .ladder_report import combine, rungs, show, write
 
 ORACLES = {"oracle-transfer": 8, "oracle-fit": 0}  # name -> continuations that it is fitted on; 0: the true one
+
+
+class Oracles(TypedDict):
+    """How many blocks and histories get vectors of their own, and the steps of each fit."""
+
+    oracle: Whole
+    history_oracle: Whole
+    oracle_steps: Count
 
 
 class Ladder(GistStage):
@@ -41,10 +51,7 @@ class Ladder(GistStage):
     # All rungs are measured behind their last step: a checkpoint that the subject's validation chose would favour it.
     monitor, reports_best = None, False
 
-    def __init__(self, ladder: dict, **settings):
-        for name, least in (("oracle", 0), ("history_oracle", 0), ("oracle_steps", 1)):
-            if ladder[name] < least:
-                raise ValueError(f"stage.ladder.{name}={ladder[name]} is not allowed: at least {least}")
+    def __init__(self, ladder: Oracles, **settings):
         super().__init__(**settings)  # which also saves what it does not know as hyperparameters
 
     @torch.inference_mode()

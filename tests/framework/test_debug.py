@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+from cases import RUNS, common, world
 
 from megactx.framework.app import run
 
@@ -61,3 +62,33 @@ def test_limit_runs_to_the_end_and_fdr_keeps_nothing(short, tmp_path):
     rest = [o for o in short if not o.startswith("folder=")]
     assert run([*rest, "debug=fdr", f"folder={tmp_path / 'b'}"]) == 0
     assert not (tmp_path / "b" / "checkpoints").exists() and not (tmp_path / "b" / "metrics.csv").exists()
+
+
+# What a matrix of stages needs beside the debug option, which sets the lengths.
+LENGTHS = ("preset.steps", "preset.warmup", "preset.validate_every", "stage.steps", "stage.cycles")
+LENGTHS += tuple(f"stage.evaluate.{name}" for name in ("blocks", "copies", "level2", "documents", "oracle", "planted"))
+LENGTHS += ("stage.windows.per_round", "stage.windows.rounds", "stage.windows.variants", "preset.validation_documents")
+OVERFIT = ["preset.steps=6", "preset.warmup=1", "preset.validate_every=3", "preset.alternating.gist=6"]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    return world(tmp_path_factory.mktemp("matrix"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["fdr", "limit", "overfit", "profiler", "trace"])
+@pytest.mark.parametrize("stage", ["gist", "lens", "alternating", "end_to_end"])
+def test_every_option_works_for_every_stage(stage, option, places, tmp_path):
+    kept = [setting for setting in RUNS[stage](places) if not setting.startswith(LENGTHS)]
+    kept += [*common(tmp_path / "run", places), "trainer.precision=32-true"]
+    assert run([*kept, f"debug={option}", *(OVERFIT if option == "overfit" else [])]) == 0
+    assert (tmp_path / "run" / "done").exists()
+    assert (tmp_path / "run" / "checkpoints").exists() == (option != "fdr")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["fdr", "limit", "overfit", "profiler", "trace"])
+def test_the_tokenizer_which_trains_in_no_steps_takes_every_option_too(option, places, tmp_path):
+    own = ["experiment=tokenizer", f"data.path={places['texts']}", "data=files", "stage.vocab_size=300"]
+    assert run([*own, f"folder={tmp_path / 'run'}", f"debug={option}"]) == 0

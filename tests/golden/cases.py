@@ -76,13 +76,17 @@ def world(folder: Path) -> dict[str, Path]:
     return found
 
 
+def common(folder: Path, places: dict) -> list[str]:
+    """What all trainings share."""
+    own = [f"folder={folder}", "trainer=cpu", "trainer.log_every_n_steps=1", f"block_size={K}", "data=files"]
+    return [*own, f"data.path={places['texts']}", "data.weights={narrative: 0.5, code: 0.5, structured: 0}"]
+
+
 def trained(folder: Path, places: dict, overrides: list[str]) -> dict:
     """Train; -> ``curve``: every logged value of every step, and the report's numbers."""
     from megactx.framework.app import run
 
-    common = [f"folder={folder}", "trainer=cpu", "trainer.log_every_n_steps=1", f"block_size={K}", "data=files"]
-    common += [f"data.path={places['texts']}", "data.weights={narrative: 0.5, code: 0.5, structured: 0}"]
-    assert run([*common, *overrides]) == 0
+    assert run([*common(folder, places), *overrides]) == 0
     with (folder / "metrics.csv").open() as file:
         rows = [{k: float(v) for k, v in row.items() if v and not k.startswith(TIMES)} for row in csv.DictReader(file)]
     assert len({row["step"] for row in rows}) >= STEPS

@@ -1,8 +1,11 @@
 """What one gist does in the place of its block: the base LM's NLL of what follows, in one packed pass (method 3, 4)."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from megactx.framework.kinds import NonNegative, Share, declared
 from megactx.gist.loss import Context, Loss
 from megactx.gist.reading import read_carriers
 from megactx.gist.substitution import check_blocks
@@ -12,6 +15,7 @@ from megactx.lm.prefill import blocks, rows_at
 SEAM = 4  # offsets right behind the block, which one vector that says how the block ended serves; then comes the body
 
 
+@declared("loss.block")
 class Block(Loss):
     """Single blocks, each replaced by its carrier.
 
@@ -30,13 +34,11 @@ class Block(Loss):
     needs = ("starts",)
     starts, level = "starts", 1  # the entry of the batch, and what its spans are: K^level tokens
 
-    def __init__(self, weight: float = 1.0, objective: str = "kl", seam_weight: float = 1.0):
+    def __init__(self, weight: NonNegative = 1.0, objective: Literal[OBJECTIVES] = "kl", seam_weight: Share = 1.0):
         super().__init__(weight)
         self.objective, self.seam_weight = objective, seam_weight
         if objective not in OBJECTIVES:
             raise ValueError(f"{self.setting}.objective={objective} is not known, allowed are {', '.join(OBJECTIVES)}")
-        if not 0 <= seam_weight <= 1:
-            raise ValueError(f"{self.setting}.seam_weight={seam_weight} is not allowed: from 0 to 1")
 
     def __call__(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         losses, dnll = self.per_net(context)

@@ -1,13 +1,18 @@
 """Gists of neighbours are pushed apart where they are alike (method 4)."""
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from megactx.data.documents import length_of
+from megactx.framework.kinds import NonNegative, declared
 from megactx.gist.loss import Context, Loss
 
 
+@declared("contrastive")
 class Contrastive(Loss):
     """The first net's gists against those of the blocks to their right: mean of ``max(0, margin - (1 - cosine))``.
 
@@ -23,7 +28,7 @@ class Contrastive(Loss):
     main_vectors = True
     setting = "contrastive"
 
-    def __init__(self, weight: float = 0.0, margin: float = 0.2):
+    def __init__(self, weight: NonNegative = 0.0, margin: Annotated[float, Ge(0), Le(2)] = 0.2):
         super().__init__(weight)
         self.margin = margin
         self.without_pairs = 0  # batches in which no block had a right neighbour, since the run began

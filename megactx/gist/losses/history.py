@@ -1,14 +1,18 @@
 """What gists do all together: segments behind histories of which every old block is compressed (method 3)."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from megactx.framework.kinds import Count, NonNegative, declared
 from megactx.gist.history import check_segments, old_blocks, with_carriers, with_everything
 from megactx.gist.loss import Context, Loss
 from megactx.lm.chunked_head import OBJECTIVES, score
 from megactx.lm.prefill import blocks
 
 
+@declared("loss.history")
 class History(Loss):
     """History mode.
 
@@ -27,11 +31,11 @@ class History(Loss):
 
     def __init__(
         self,
-        weight: float = 0.0,
-        segments: int = 2,
-        segment: int = 128,
-        recency: int = 256,
-        objective: str = "kl",
+        weight: NonNegative = 0.0,
+        segments: Count = 2,
+        segment: Count = 128,
+        recency: Count = 256,
+        objective: Literal[OBJECTIVES] = "kl",
     ):
         super().__init__(weight)
         self.segment, self.recency, self.objective = segment, recency, objective

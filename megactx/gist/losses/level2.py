@@ -1,8 +1,14 @@
 """What a gist of gists does in the place of its K^2 tokens: the block loss a level up (method 4)."""
 
+from typing import Literal
+
+from megactx.framework.kinds import NonNegative, Share, declared
+from megactx.lm.chunked_head import OBJECTIVES
+
 from .block import Block
 
 
+@declared("loss.level2")
 class Level2(Block):
     """Spans of K^2 tokens, each replaced by the gist of its K gists. Arguments as of ``Block``."""
 
@@ -10,5 +16,5 @@ class Level2(Block):
     main_vectors = True
     starts, level = "starts2", 2
 
-    def __init__(self, weight: float = 0.0, objective: str = "kl", seam_weight: float = 1.0):
+    def __init__(self, weight: NonNegative = 0.0, objective: Literal[OBJECTIVES] = "kl", seam_weight: Share = 1.0):
         super().__init__(weight, objective, seam_weight)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from megactx.framework.kinds import Count, NonNegative, declared
 from megactx.gist.loss import Context, Loss
 from megactx.gist.recall import full, mixed
 from megactx.lm.chunked_head import score
@@ -11,6 +12,7 @@ from megactx.lm.prefill import blocks
 from .history import old_of
 
 
+@declared("loss.recall")
 class Recall(Loss):
     """The NLL of old blocks that come back, less that over the full context.
 
@@ -24,7 +26,7 @@ class Recall(Loss):
     needs = ("segments", "told")
     all_vectors = True
 
-    def __init__(self, weight: float = 0.0, recency: int = 256):
+    def __init__(self, weight: NonNegative = 0.0, recency: Count = 256):
         super().__init__(weight)
         self.recency = recency
 
