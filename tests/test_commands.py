@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from megactx.framework.search_path import VERSION_BASE, compose, register, root
+from megactx.framework.config.search_path import VERSION_BASE, compose, register, root
 from megactx.framework.validate import validate
 
 REPOSITORY = Path(__file__).parents[1]

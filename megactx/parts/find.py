@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megactx.assets import resolve
-from megactx.framework.resume import best, read
+from megactx.framework.run.resume import best, read
 
 GISTNET, LENSNET, WEIGHTS = "gistnet.json", "lensnet.json", "model.safetensors"  # the files of a part's folder
 

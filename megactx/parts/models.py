@@ -13,7 +13,7 @@ import torch
 
 from megactx.assets import is_gguf, known, resolve
 from megactx.focus import LensNet
-from megactx.framework.resume import best, read
+from megactx.framework.run.resume import best, read
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
 from megactx.lm.identity import record_of

@@ -20,7 +20,7 @@ import torch
 
 from megactx.framework.command_line import run
 from megactx.framework.files import replacing
-from megactx.framework.resume import best, read
+from megactx.framework.run.resume import best, read
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapters_of, merged
 from megactx.parts.read import gistnet_settings, load_gistnet

@@ -17,8 +17,8 @@ from megactx.evaluation.curriculum import write_curriculum
 from megactx.evaluation.summary import check_targets
 from megactx.evaluation.sums import loggable
 from megactx.evaluation.validation import ValidationMetrics
-from megactx.framework.kinds import Count, NonNegative, Whole
-from megactx.framework.next_command import next_command
+from megactx.framework.config.types import Count, NonNegative, Whole
+from megactx.framework.run.next_command import next_command
 from megactx.gist import GistNet
 from megactx.gist.carrier import Compressor
 from megactx.gist.footprint import footprint, in_words

@@ -18,7 +18,7 @@ from megactx.evaluation.focus import focused
 from megactx.focus.lensnet import LensNet
 from megactx.focus.values import continuation_nll
 from megactx.focus.variants import same_rows
-from megactx.framework.kinds import Count, NonNegative, PartOf, Whole
+from megactx.framework.config.types import Count, NonNegative, PartOf, Whole
 from megactx.framework.optimizers import warmup_cosine
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapt, adapters_of, switched_off

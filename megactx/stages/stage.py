@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megactx.assets import resolve
-from megactx.framework.kinds import check
+from megactx.framework.config.types import check
 from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
 from megactx.lm import BaseLM
 from megactx.lm.identity import record_of

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from megactx.framework.resume import differences, with_weights
+from megactx.framework.run.resume import differences, with_weights
 from megactx.lm.adapters import adapters_of
 from megactx.parts.find import other_base, read_best, under
 from megactx.parts.read import take

@@ -19,7 +19,7 @@ from megactx.data.files import Files
 from megactx.evaluation.history import measure_history, segments
 from megactx.evaluation.measure import measure, untrained
 from megactx.framework.bar import bar
-from megactx.framework.kinds import Count, Whole
+from megactx.framework.config.types import Count, Whole
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.history_oracle import HistoryOracle
 from megactx.gist.carriers.oracle import Oracle

@@ -25,8 +25,8 @@ from megactx.data.spans_module import SpanData
 from megactx.evaluation.sheets import Sheet
 from megactx.framework.bar import bar
 from megactx.framework.command_line import run
+from megactx.framework.config.search_path import compose, root
 from megactx.framework.optimizers import warmup_cosine
-from megactx.framework.search_path import compose, root
 from megactx.gist.carrier import Compressor, Slots, windows
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.compressors import build

@@ -25,7 +25,7 @@ from megactx.focus.lensnet import LensNet
 from megactx.focus.values import continuation_nll
 from megactx.framework.bar import bar
 from megactx.framework.command_line import run
-from megactx.framework.resume import best, read
+from megactx.framework.run.resume import best, read
 from megactx.gist import GistNet
 from megactx.gist.scoring import nll
 from megactx.lm import BaseLM

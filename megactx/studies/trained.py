@@ -16,7 +16,7 @@ from megactx.data.embedded import Embedded
 from megactx.data.files import DOMAINS, Files
 from megactx.data.segments import RECENCY
 from megactx.data.spans_module import SpanData
-from megactx.framework.resume import best, read
+from megactx.framework.run.resume import best, read
 from megactx.gist.carrier import Compressor, Slots
 from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM

@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 
 from megactx.focus import FocusAllocator
 from megactx.framework.app import run
-from megactx.framework.search_path import compose
+from megactx.framework.config.search_path import compose
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
 from megactx.parts.write import save_gistnet

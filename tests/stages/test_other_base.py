@@ -8,8 +8,8 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from megactx.framework.resume import check_fits
-from megactx.framework.search_path import compose
+from megactx.framework.config.search_path import compose
+from megactx.framework.run.resume import check_fits
 from megactx.lm import BaseLM
 from megactx.memory.encoding import identity_of_base
 from megactx.parts.read import gistnet_of

@@ -1,16 +1,16 @@
 """``docs/settings.md``: every config group, its options, and every setting with its default and its comment.
 
-python -m megactx.framework.settings_page > docs/settings.md
-python -m megactx.framework.settings_page --check
+python -m megactx.framework.config.settings_page > docs/settings.md
+python -m megactx.framework.config.settings_page --check
 """
 
 import sys
 from pathlib import Path
 
-from .options import Option, Setting, chosen, groups, read
+from .config_docs import Option, Setting, chosen, groups, read
 from .search_path import root
 
-COMMAND = "python -m megactx.framework.settings_page > docs/settings.md"
+COMMAND = "python -m megactx.framework.config.settings_page > docs/settings.md"
 HEAD = f"""# Settings
 
 Generated from the config files by `{COMMAND}`.
@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
     if arguments != ["--check"]:
         print(page(), end="")
         return 0
-    path = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
+    path = Path(__file__).resolve().parents[3] / "docs" / "settings.md"
     if path.exists() and path.read_text(encoding="utf-8") == page():
         return 0
     print(f"docs/settings.md is not current; run: {COMMAND}", file=sys.stderr)

@@ -26,6 +26,7 @@ WEIGHTLESS = re.compile(
     r"|input_layer|_token_id|hidden_act|initializer_range)$"
     r"|^stage\.(evaluate|targets|allocator|budgets|windows|history|contrastive|card|weights|ladder)\b"
 )
+HOUSE = re.compile(r"^megactx\.framework\..*\.")  # a run may have been begun when a class had its place elsewhere
 FREE = ("resume", "logger", "name", "folder", *(f"callbacks.{name}" for name in WATCHERS))
 
 
@@ -163,6 +164,8 @@ def differences(before, now, key: str = "") -> list[str]:
                 before.get(name, "(unset)"), now.get(name, "(unset)"), f"{key}.{name}" if key else str(name)
             )
         ]
+    if key.endswith("_target_"):
+        before, now = (HOUSE.sub("", str(name)) for name in (before, now))
     return [] if before == now else [f"{key}: {before} -> {now}"]
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from . import processes
-from .checkpoints import LATEST
-from .lock import Lock
+from ..callbacks.checkpoints import LATEST
+from ..lock import Lock
+from . import distributed
 from .resume import PACED
 from .runfolder import quiet, write
 
@@ -23,7 +23,7 @@ TRIED = 6  # steps that are timed, behind a first one that is not
 REACHED = 0.4  # of the rate of one large product, by a step of the demo on two CPU cores
 LONG = 10 * 60  # seconds from which on a run says how long it takes
 _FIXED = "MEGACTX_LENGTH"  # reaches the processes that Lightning starts
-processes.carry(_FIXED)
+distributed.carry(_FIXED)
 
 
 def by_time(cfg: DictConfig, overrides: list[str], reference: DictConfig) -> bool:
@@ -36,7 +36,7 @@ def by_time(cfg: DictConfig, overrides: list[str], reference: DictConfig) -> boo
     Raises:
         ValueError: minutes are given by hand and say nothing here.
     """
-    from .validate import locate
+    from ..validate import locate
 
     given = by_hand(overrides)
     minutes, timed = cfg.preset.get("minutes"), locate(cfg.stage["_target_"]).timed
@@ -73,7 +73,7 @@ def settle(cfg: DictConfig, overrides, reference: DictConfig, before: dict | Non
         if "minutes" in cfg.preset:
             cfg.preset.minutes = None  # what is kept is what counts
         found.pop("preset.steps", None)
-    elif not paced and processes.rank() and _FIXED in os.environ:
+    elif not paced and distributed.rank() and _FIXED in os.environ:
         found = json.loads(os.environ[_FIXED])
     elif not paced:
         with _of_sweep(shared, cfg) as known:
@@ -168,7 +168,7 @@ def announce(stage, config: dict, device) -> None:
     It is reckoned from what ``stage.flops_ahead`` says and from how fast this machine multiplies matrices, before texts
     are read: it tells minutes from months, no more.
     """
-    if processes.rank():
+    if distributed.rank():
         return
     seconds = stage.flops_ahead(config["datamodule"], config["preset"]) / (_flops_per_second(device) * device.count)
     if seconds > LONG:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from . import processes
+from . import distributed
 
 
 def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoint: Path | None) -> float | None:
@@ -26,7 +26,7 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
     import lightning
     from hydra.utils import instantiate
 
-    from .checkpoints import Record
+    from ..callbacks.checkpoints import Record
     from .pace import announce
 
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -40,7 +40,7 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
     datamodule = instantiate(cfg.datamodule, _convert_="all")
     source = getattr(datamodule, "source", None)
     fingerprint = source.fingerprint() if hasattr(source, "fingerprint") else None
-    if hasattr(source, "write_list") and not processes.rank():  # what the text was, where nobody else can tell
+    if hasattr(source, "write_list") and not distributed.rank():  # what the text was, where nobody else can tell
         source.write_list(folder / "files.sha256")
     stage.prepare(datamodule)
     trainer = _trainer(cfg, config, folder, device, fingerprint)
@@ -62,13 +62,13 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
     try:
         trainer.fit(stage, datamodule, ckpt_path=checkpoint, weights_only=True)
     except BaseException:
-        processes.stop_others(trainer)
+        distributed.stop_others(trainer)
         raise
     if trainer.checkpoint_callbacks and not trainer.fast_dev_run:
         # The last step need not be one at which a checkpoint is due; what is reported is what is saved.
         with next(callback for callback in trainer.callbacks if isinstance(callback, Record)).going_on(stage):
             trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
-    if processes.leave(trainer) and not trainer.fast_dev_run:
+    if distributed.leave(trainer) and not trainer.fast_dev_run:
         if stage.reports_best:
             _take_best(stage, folder / "checkpoints" / "best.ckpt", trainer.global_step)
         stage.to(trainer.strategy.root_device)  # Lightning moves it to the CPU at the end
@@ -95,7 +95,7 @@ def check_data(cfg: DictConfig) -> None:
 
 def _lowest(trainer) -> float | None:
     """The lowest value of what the stage monitors, where ``best.ckpt`` is kept."""
-    from .checkpoints import Best
+    from ..callbacks.checkpoints import Best
 
     scores = [callback.best_model_score for callback in trainer.checkpoint_callbacks if isinstance(callback, Best)]
     return next((float(score) for score in scores if score is not None), None)
@@ -118,8 +118,8 @@ def _trainer(cfg: DictConfig, config: dict, folder: Path, device, source: str | 
     from hydra.utils import instantiate
     from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
-    from .checkpoints import AtomicCheckpointIO, RandomState, Record
-    from .guards import StopOnBadLoss, StopOnInterrupt
+    from ..callbacks.checkpoints import AtomicCheckpointIO, RandomState, Record
+    from ..callbacks.stopping import StopOnBadLoss, StopOnInterrupt
 
     chosen = [instantiate(node, _convert_="all") for node in cfg.callbacks.values() if node]
     # Lightning adds a bar and a checkpoint of its own where it is not told otherwise.

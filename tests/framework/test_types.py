@@ -4,7 +4,7 @@ from typing import Any, Literal, Optional
 
 import pytest
 
-from megactx.framework.kinds import allowed, fits, hints, like
+from megactx.framework.config.types import allowed, fits, hints, like
 
 
 @pytest.mark.parametrize(

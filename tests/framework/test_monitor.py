@@ -5,9 +5,9 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import nn
 from torch.utils.data import DataLoader
 
+from megactx.framework.callbacks.monitor import GradientNorm, LearningRate, Summary, describe
+from megactx.framework.callbacks.throughput import Throughput
 from megactx.framework.optimizers import MuonWithAdamW
-from megactx.framework.throughput import Throughput
-from megactx.framework.watch import GradientNorm, LearningRate, Summary, describe
 
 
 class Rows(Logger):

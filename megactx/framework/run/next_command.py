@@ -6,8 +6,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from .errors import flatten
-from .options import chosen
+from ..config.config_docs import chosen
+from ..errors import flatten
 from .runfolder import HIDDEN
 
 # What a run is about, whatever comes next; and the net, for what goes on from its weights.
@@ -63,7 +63,7 @@ def next_command(
 
 def _set_elsewhere(folder: Path, overrides: list[str], keep) -> dict:
     """What the run's base and data are that these overrides do not give, for its experiment's own file has set it."""
-    from .search_path import compose
+    from ..config.search_path import compose
 
     if not (folder / "config.yaml").exists():
         return {}

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megactx.framework.protocol import ValidationProtocol
+from megactx.framework.callbacks.early_stopping import ValidationProtocol
 
 
 def run(values, window=1000, every=100, warmup=0):

@@ -17,7 +17,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from .errors import did_you_mean
+from ..errors import did_you_mean
 
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 Count = Annotated[int, Ge(1)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from .runfolder import write
+from ..run.runfolder import write
 
 
 class CSV(CSVLogger):

@@ -9,8 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from megactx.framework.app import run
-from megactx.framework.options import chosen, groups, help_text, read, split_comment
-from megactx.framework.search_path import root
+from megactx.framework.config.config_docs import chosen, groups, help_text, read, split_comment
+from megactx.framework.config.search_path import root
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = [path for name in ("configs", "conf") for path in sorted(root(name).rglob("*.yaml"))]

@@ -6,14 +6,14 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from . import processes
-from .errors import DONE, MISTAKE, composition_message, verdict
+from ..config.search_path import compose, reference
+from ..errors import DONE, MISTAKE, composition_message, verdict
+from ..validate import locate, validate
+from . import distributed
 from .fit import build_and_run, check_data, finish_loggers
 from .pace import settle
 from .resume import begun_with, best, differing, last_of, plain
 from .runfolder import close_folder, held, open_folder, short, show
-from .search_path import compose, reference
-from .validate import locate, validate
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def run_in_turn(
         elif changes := differing(stage, own):  # its experiment was edited since
             raise ValueError(f"{own} was done with other settings: {'; '.join(changes)}. Remove it to run it again")
         before = own
-    if not processes.rank():
+    if not distributed.rank():
         locate(stage.stage["_target_"]).conclude(folder, list(stages))
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from .files import IN_RUN, clear, replacing, writing
-from .lock import Lock
-from .processes import rank
+from ..files import IN_RUN, clear, replacing, writing
+from ..lock import Lock
+from .distributed import rank
 
 PACKAGES = ("megactx", "torch", "lightning", "transformers", "tokenizers", "datasets", "torchmetrics", "peft", "numpy")
 SECRET = re.compile(r"(key|token|password|secret)$", re.IGNORECASE)
@@ -139,7 +139,7 @@ def write_error(folder: Path | None) -> str:
 
 def git_commit() -> str | None:
     """Commit of the checkout that the package runs from, with ``+changes`` where the tree differs from it."""
-    here = Path(__file__).resolve().parents[2]
+    here = Path(__file__).resolve().parents[3]
     if not (here / ".git").exists():
         return None
     try:

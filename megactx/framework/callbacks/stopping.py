@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from ..errors import Interrupted, RunFailed
 from .checkpoints import validation_is_due
-from .errors import Interrupted, RunFailed
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import open_dict, read_write
 
-from .errors import DONE, FAILED
-from .lock import Lock
-from .runfolder import hide_in_command, write
+from ..errors import DONE, FAILED
+from ..lock import Lock
+from ..run.runfolder import hide_in_command, write
 
 _ID = "MEGACTX_SWEEP"  # reaches the jobs of launchers that start processes
 _THREADS = "OMP_NUM_THREADS"

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from .errors import RunFailed
-from .files import IN_RUN, replacing
+from ..errors import RunFailed
+from ..files import IN_RUN, replacing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

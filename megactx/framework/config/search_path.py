@@ -12,14 +12,14 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
-from .options import listing
+from .config_docs import listing
 
 VERSION_BASE = "1.3"
 
 
 def root(name: str) -> Path:
     """The folder of a config root, ``configs`` or ``conf``: in the wheel below ``_conf``, else beside the package."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     packed = package / "_conf" / name
     return packed if packed.is_dir() else package.parent / name
 
@@ -35,7 +35,7 @@ def register() -> None:
     """Make the second root and the resolvers of the configs known to Hydra. Safe to call again."""
     if ExperimentsSearchPath not in Plugins.instance().discover(SearchPathPlugin):
         Plugins.instance().register(ExperimentsSearchPath)
-    from . import grids  # only now: looking for plugins, Hydra loads the sweeper that it is made of once more
+    from ..sweep import grids  # only now: looking for plugins, Hydra loads the sweeper that it is made of once more
 
     grids.register()
     # Our launchers' files have the names of the plugins' own, on purpose: the values in them suit training.

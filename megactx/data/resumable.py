@@ -3,7 +3,7 @@
 import lightning
 
 
-class Shares(lightning.LightningDataModule):
+class Resumable(lightning.LightningDataModule):
     """A DataModule whose training batch i is a function of (seed, i), and whose validation has a fixed order.
 
     i counts the batches of all processes: process r of w is served r, r + w, r + 2 w, ..., so that two processes train
