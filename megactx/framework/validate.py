@@ -75,7 +75,10 @@ def validate(cfg: DictConfig, reference: DictConfig) -> None:
         if (value := _at(tree, key)) not in (MISSING, "???"):
             wrong += wrong_values(value, rule, key)
     _targets(tree, raw, "", wrong)
-    wrong = [_where_it_is_set(line, raw) for line in wrong]
+    first = {}
+    for line in (_where_it_is_set(line, raw) for line in wrong):
+        first.setdefault(line.partition("=")[0], line)  # several arguments may take one setting
+    wrong = list(first.values())
     _keys(raw, known, "", flatten(known), problems, reference, {line.partition("=")[0] for line in wrong})
     problems += wrong
     _special(tree, problems)

@@ -134,6 +134,17 @@ class Loss:
         return found | {f"{prefix}{name}/dnll": value.detach() for name, value in rest}
 
 
+def loss_kind(name: str) -> type[Loss]:
+    """The class of a file of ``megactx/gist/losses``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from megactx.gist import losses
+
+    return find(losses, name, "loss")
+
+
 def build_losses(settings: dict[str, dict], nets: dict[str, Compressor]) -> list[Loss]:
     """Losses by name, in their order.
 
@@ -144,11 +155,9 @@ def build_losses(settings: dict[str, dict], nets: dict[str, Compressor]) -> list
     Raises:
         ValueError: an unknown name or argument, or nets that cannot learn from one.
     """
-    from megactx.gist import losses
-
     found = []
     for name, given in settings.items():
-        kind = find(losses, name, "loss")
+        kind = loss_kind(name)
         known = inspect.signature(kind).parameters
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"loss.{name}.{unknown[0]}: there is no such setting, there is {', '.join(known)}")

@@ -6,7 +6,7 @@ and learning rate, each with its own gradient clipping. So the table at the end 
 
 import logging
 from pathlib import Path
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,12 +17,12 @@ from megactx.evaluation.curriculum import write_curriculum
 from megactx.evaluation.summary import check_targets
 from megactx.evaluation.sums import loggable
 from megactx.evaluation.validation import ValidationMetrics
-from megactx.framework.config.types import Count, NonNegative, Whole
+from megactx.framework.config.types import ArgumentsOf, Count, NonNegative, Whole
 from megactx.framework.run.next_command import next_command
 from megactx.gist import GistNet
 from megactx.gist.carrier import Compressor
 from megactx.gist.footprint import footprint, in_words
-from megactx.gist.loss import Context, build_losses, needed
+from megactx.gist.loss import Context, build_losses, loss_kind, needed
 from megactx.lm.prefill import prefill
 
 from .gist_nets import build_nets, groups_of, refuse_without_vectors
@@ -75,10 +75,10 @@ class GistStage(Stage):
     def __init__(
         self,
         base: BaseSettings,
-        gistnet: dict,
+        gistnet: Annotated[dict, ArgumentsOf(GistNet)],
         controls: dict,
         horizon: Count,
-        losses: dict,
+        losses: Annotated[dict, ArgumentsOf(loss_kind, each=True)],
         lr: NonNegative,
         muon_lr: NonNegative | None,
         min_lr: NonNegative,

@@ -141,7 +141,7 @@ def test_the_seam_counts_as_much_as_it_is_told_to(gist_run, seam_weight):
 @pytest.mark.parametrize("seam_weight", [-0.1, 1.1])
 def test_a_seam_weight_outside_0_to_1_is_refused_by_name(gist_run, seam_weight):
     with pytest.raises(
-        InstantiationException, match=f"loss.block.seam_weight={seam_weight} is not allowed: from 0 to 1"
+        InstantiationException, match=f"loss.block.seam_weight={seam_weight} is not allowed: a number from 0 to 1"
     ):
         stage_of([*gist_run, f"loss.block.seam_weight={seam_weight}"])
 

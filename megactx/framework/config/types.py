@@ -12,7 +12,8 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -27,6 +28,28 @@ NonNegative = Annotated[float, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 PartOf = Annotated[float, Gt(0), Le(1)]  # a share that is not nothing
+
+
+@dataclass(frozen=True)
+class ArgumentsOf:
+    """Annotated[dict, ArgumentsOf(kind)]: keyword arguments of a class; with ``each``, a mapping of name -> those of
+    ``kind(name)``."""
+
+    kind: Callable
+    each: bool = False
+
+    def problems(self, value: Mapping, where: str) -> Iterator[str]:
+        for name, settings in value.items() if self.each else [(None, value)]:
+            try:
+                known = hints(self.kind(name) if self.each else self.kind)
+            except ValueError as error:
+                yield str(error)
+                continue
+            inside = where if name is None else f"{where}.{name}"
+            for key, inner in (settings or {}).items():
+                if key in known:
+                    yield from problems(inner, known[key], f"{inside}.{key}")
+
 
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 WORDS |= {dict: "a mapping", list: "a list"}
@@ -58,11 +81,15 @@ def problems(value, hint, where: str) -> Iterator[str]:
     if origin is Annotated:
         hint, *bounds = typing.get_args(hint)
         origin = typing.get_origin(hint)
-    if typing.is_typeddict(hint) and isinstance(value, Mapping):
+    taken = next((bound for bound in bounds if isinstance(bound, ArgumentsOf)), None)
+    if taken and isinstance(value, Mapping):
+        yield from taken.problems(value, where)
+    elif typing.is_typeddict(hint) and isinstance(value, Mapping):
         known = typing.get_type_hints(hint, include_extras=True)
         for key in value:
             if key not in known:
-                yield f"{where}.{key}: no such setting.{did_you_mean(str(key), known)}"
+                meant = did_you_mean(f"{where}.{key}", [f"{where}.{name}" for name in known])
+                yield f"{where}.{key}: no such setting.{meant}"
         for key, inner in known.items():
             if key in value:
                 yield from problems(value[key], inner, f"{where}.{key}")
@@ -130,7 +157,7 @@ def _within(value, bounds) -> bool:
         Le: lambda b: value <= b.le,
         Lt: lambda b: value < b.lt,
     }
-    return value is None or all(tests[type(bound)](bound) for bound in bounds)
+    return value is None or all(tests[type(bound)](bound) for bound in bounds if type(bound) in tests)
 
 
 def _is(value, kind) -> bool:
