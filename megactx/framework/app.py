@@ -156,12 +156,12 @@ def _run_job(cfg: DictConfig, here, folder: Path, multirun: bool) -> float | Non
 
 
 def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | None:
+    from .config.validate import refuse_idle, validate
     from .run.curriculum import find_curriculum, run_in_turn, stages_of
     from .run.device import choose
     from .run.pace import settle
     from .run.resume import begun_with, find, last_of, plain, refuse_used
     from .run.runfolder import close_folder, held, logs, open_folder, quiet_bars, show
-    from .validate import refuse_idle, validate
 
     quiet_bars()
     refuse_idle(list(here.overrides.task), here.runtime.choices)

@@ -15,8 +15,8 @@ import torch
 from megactx.data.resumable import Resumable
 from megactx.framework.app import run
 from megactx.framework.config.search_path import compose
+from megactx.framework.config.validate import validate
 from megactx.framework.run import distributed
-from megactx.framework.validate import validate
 
 REPOSITORY = Path(__file__).parents[2]
 SGD = Path(__file__).with_name("plain_sgd.py")

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megactx.framework.config.search_path import compose
-from megactx.framework.validate import _special, locate, validate
+from megactx.framework.config.validate import _special, locate, validate
 
 
 def problems(*overrides: str, groups: tuple[str, ...] = ()) -> list[str]:

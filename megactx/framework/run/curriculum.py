@@ -7,8 +7,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from ..config.search_path import compose, reference
+from ..config.validate import locate, validate
 from ..errors import DONE, MISTAKE, composition_message, verdict
-from ..validate import locate, validate
 from . import distributed
 from .fit import build_and_run, check_data, finish_loggers
 from .pace import settle

@@ -36,7 +36,7 @@ def by_time(cfg: DictConfig, overrides: list[str], reference: DictConfig) -> boo
     Raises:
         ValueError: minutes are given by hand and say nothing here.
     """
-    from ..validate import locate
+    from ..config.validate import locate
 
     given = by_hand(overrides)
     minutes, timed = cfg.preset.get("minutes"), locate(cfg.stage["_target_"]).timed

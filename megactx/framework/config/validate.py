@@ -16,9 +16,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .config.types import Count, NonNegative, Seed, Whole, hints, like, word
-from .config.types import problems as wrong_values
-from .errors import did_you_mean, flatten
+from ..errors import did_you_mean, flatten
+from .types import Count, NonNegative, Seed, Whole, hints, like, word
+from .types import problems as wrong_values
 
 ALLOWED = ("megactx", "torch", "lightning", "torchmetrics")
 MAPPINGS = ("callbacks", "logger")  # name -> {_target_}: names are free
