@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megactx.framework.command_line import run
-from megactx.framework.search_path import compose
+from megactx.framework.config.search_path import compose
 from megactx.gist import GistNet
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.lm.prefill import prefill, unread

@@ -64,7 +64,7 @@ def measure(base: str, variants: int, kind: str, tokens: int, steps: int, device
     """Steps of one kind; -> seconds per step, tokens per second, peak MiB."""
     from hydra.utils import instantiate
 
-    from megactx.framework.search_path import compose
+    from megactx.framework.config.search_path import compose
 
     overrides = ["experiment=end_to_end", "preset=demo", f"base.name={base}", f"stage.gistnet={gistnet}"]
     overrides += ["stage.lens=null"]  # what it weighs does not depend on what it has learned

@@ -44,7 +44,7 @@ from megactx.focus.lensnet import LensNet
 from megactx.focus.sampling import draw, measured_share
 from megactx.focus.values import continuation_nll, measure_values
 from megactx.framework.command_line import run
-from megactx.framework.device import choose
+from megactx.framework.run.device import choose
 from megactx.lm import BaseLM, masks
 from megactx.memory import MegaContextTree, WorkingContext
 

@@ -40,7 +40,7 @@ from rich.table import Table
 
 from megactx.focus import LensNet
 from megactx.framework.command_line import run
-from megactx.framework.device import choose
+from megactx.framework.run.device import choose
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
 from megactx.memory import MegaContextTree

@@ -24,7 +24,7 @@ from torch.utils.data import default_convert
 
 from megactx.data.spans import SpanBatches
 from megactx.framework.command_line import run
-from megactx.framework.device import choose
+from megactx.framework.run.device import choose
 from megactx.gist import GistNet
 from megactx.gist.footprint import footprint, in_words
 from megactx.gist.substitution import substituted

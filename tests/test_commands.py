@@ -9,8 +9,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from megactx.framework.search_path import VERSION_BASE, compose, register, root
-from megactx.framework.validate import validate
+from megactx.framework.config.search_path import VERSION_BASE, compose, register, root
+from megactx.framework.config.validate import validate
 
 REPOSITORY = Path(__file__).parents[1]
 EXPERIMENTS = sorted((REPOSITORY / "conf" / "experiment").glob("*.yaml"))

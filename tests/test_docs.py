@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megactx.framework.app import run
-from megactx.framework.settings_page import COMMAND, main, page
+from megactx.framework.config.settings_page import COMMAND, main, page
 
 DOCS = Path(__file__).parents[1] / "docs"
 ADDING = (DOCS / "adding.md").read_text(encoding="utf-8")

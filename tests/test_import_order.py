@@ -13,7 +13,9 @@ LADDER = [
     {"studies"},  # the endurance of a session is measured with the options of the apps
     {"apps"},
     {"stages"},
-    {"evaluation", "runtime"},
+    {"evaluation"},
+    {"runtime"},
+    {"parts"},
     {"focus"},
     {"memory"},
     {"gist"},
@@ -73,7 +75,7 @@ def test_the_framework_asks_a_stage_for_nothing_that_a_stage_does_not_declare():
     """No ``getattr`` with a default on stages: what a hook is and does when a stage has none says ``Stage``."""
     asked = [
         (path.name, node.lineno)
-        for path in (PACKAGE / "framework").glob("*.py")
+        for path in (PACKAGE / "framework").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr")
         if ast.unparse(node.args[0]) in ("stage", "pl_module", "self.lightning_module", "kind")

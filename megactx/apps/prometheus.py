@@ -3,7 +3,7 @@
 The server is bound to 127.0.0.1, answers /metrics and nothing else, and says numbers only, never text of a history.
 """
 
-from megactx.runtime import Models
+from megactx.parts.models import Models
 
 from .extra import extra
 from .telemetry import Telemetry

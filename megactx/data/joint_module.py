@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megactx.framework.kinds import Count, Whole, declared
+from megactx.framework.config.types import Count, Whole, declared
 
 from .spans import SpanBatches
 from .windows_module import WindowData

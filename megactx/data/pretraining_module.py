@@ -4,10 +4,10 @@ from torch.utils.data import DataLoader
 
 from .documents import VALIDATION, tokenised
 from .pretraining import PretrainingBatches
-from .shares import Shares
+from .resumable import Resumable
 
 
-class PretrainingData(Shares):
+class PretrainingData(Resumable):
     """Training and validation batches for a base LM, resumed to the exact batch.
 
     Args:

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, default_convert
 
-from megactx.framework.kinds import Count, NonNegative, Seed, Share, Whole, declared
+from megactx.framework.config.types import Count, NonNegative, Seed, Share, Whole, declared
 
 from .adversarial import Vocabulary
 from .composed import Composed
 from .documents import TRAIN, VALIDATION, cut, length_of, tokenised
+from .resumable import Resumable
 from .segments import check_history
-from .shares import Shares
 from .spans import SpanBatches, check_weights, eligible_starts, evenly, single
 from .tokenizer import load_tokenizer
 
@@ -30,7 +30,7 @@ BLOCKS_PER_DOCUMENT = 8
 
 
 @declared("datamodule", block="block_size", horizon="horizon.tokens", weights="data.weights", **PRESET)
-class SpanData(Shares):
+class SpanData(Resumable):
     """Documents with block starts for training, validation and evaluation, resumed to the exact batch.
 
     Args:

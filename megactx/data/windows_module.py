@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megactx.framework.kinds import Count, NonNegative, Seed, Share, declared
+from megactx.framework.config.types import Count, NonNegative, Seed, Share, declared
 
 from .documents import TRAIN, VALIDATION, IdsOf, cut, length_of, tokenised
 from .planted import KINDS, plant
-from .shares import Shares
+from .resumable import Resumable
 from .spans import check_weights
 from .spans_module import LONGEST_DOCUMENT, in_turn
 from .tokenizer import load_tokenizer
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 @declared("datamodule", block="block_size", horizon="horizon.tokens", weights="data.weights", batch="preset.batch")
-class WindowData(Shares):
+class WindowData(Resumable):
     """Documents with a cursor, and for training numbers that choose among the windows that were measured so far.
 
     Which windows there are is the stage's matter, for its LensNet has a say in them. So a training batch is ``batch``

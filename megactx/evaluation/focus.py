@@ -21,8 +21,8 @@ from megactx.focus.layout import by_value, free_edits
 from megactx.focus.lensnet import LensNet
 from megactx.focus.price import price, signed_scores
 from megactx.focus.values import continuation_nll, measure_values
-from megactx.gist.scoring import nll
 from megactx.lm import BaseLM
+from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree, WorkingContext
 
 LENS, ORACLE, FULL, DROP = "LensNet", "greedy oracle", "full context", "newest tokens alone"
@@ -161,7 +161,7 @@ def _newest(base: BaseLM, document: dict, budget: int) -> float:
 def _oracle(base, tree, budget, lens, allocator, after, out: FocusScores) -> float:
     """The best NLL on the way of greedy refocuses by measured values."""
     context = WorkingContext.recency(tree, budget)
-    greedy = FocusAllocator(**allocator | {"kind": "greedy", "max_edits": 10**6, "cooldown": 0})
+    greedy = FocusAllocator(**allocator | {"temperature": 0.0, "max_edits": 10**6, "cooldown": 0})
     best = float("inf")
     for turn in range(ORACLE_REFOCUSES + 1):
         legal = moves(context, greedy.protected)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from megactx.data.segments import RECENCY, SEGMENT, eligible_segments
 from megactx.gist.history import check_segments, old_blocks, with_carriers, with_everything, with_nothing
-from megactx.gist.scoring import score_exactly
-from megactx.gist.substitution import blocks, teach
 from megactx.lm import BaseLM
+from megactx.lm.chunked_head import score_exactly
+from megactx.lm.prefill import blocks, prefill
 
 from .measure import in_eval_mode, scores_of
 from .passages import documents_with
@@ -71,7 +71,7 @@ def measure_history(
         for batch in progress(list(batches)):
             ids, starts = batch["ids"].to(device), batch["starts"].to(device)
             check_segments(starts, batch["lengths"].to(device), block, segment, recency)
-            teacher = teach(base, ids, needs_hidden)
+            teacher = prefill(base, ids, needs_hidden)
             old, sizes = old_blocks(starts, block, recency), (block, segment, recency)
             rows = {
                 name: with_carriers(base, teacher, starts, net.compress(base, teacher, old), *sizes)

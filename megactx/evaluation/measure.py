@@ -14,9 +14,10 @@ from megactx.gist.carriers.last_token import LastToken
 from megactx.gist.carriers.mean_token import MeanToken
 from megactx.gist.carriers.random_gist import RandomGist
 from megactx.gist.reading import read_carriers
-from megactx.gist.scoring import score_exactly
-from megactx.gist.substitution import Teacher, blocks, check_blocks, dropped, rows_at, teach, unread
+from megactx.gist.substitution import check_blocks, dropped
 from megactx.lm import BaseLM
+from megactx.lm.chunked_head import score_exactly
+from megactx.lm.prefill import Prefill, blocks, prefill, rows_at, unread
 
 from .scores import DROP, BlockScores
 
@@ -68,7 +69,7 @@ def measure(
         for index, batch in enumerate(progress(batches)):
             ids, starts = batch["ids"].to(device), batch["starts"].to(device)
             check_blocks(starts, batch["lengths"].to(device), tokens, horizon)
-            teacher = teach(base, ids, with_states)
+            teacher = prefill(base, ids, with_states)
             carriers = {name: net.compress(base, teacher, starts, **settings) for name, net in nets.items()}
             if with_controls:
                 at = {"offset": leader.offset_in(tokens), "sigma": leader.sigma(level)}
@@ -111,7 +112,7 @@ def in_eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
             module.train()
 
 
-def _below(base, net: GistNet, teacher: Teacher, starts: Tensor, level: int, seed: int) -> dict[str, Vectors]:
+def _below(base, net: GistNet, teacher: Prefill, starts: Tensor, level: int, seed: int) -> dict[str, Vectors]:
     """The K gists that a gist of gists was made of, and their mean at its place: what it has to be better than.
 
     And the K gists in one random order, each at a position that is another's: it is worse where positions matter.
@@ -138,7 +139,7 @@ def _other_documents(base, net, batches: list[dict], settings: dict, seed: int) 
     gists = []
     for batch in batches:
         ids, starts = batch["ids"].to(base.model.device), batch["starts"].to(base.model.device)
-        teacher = teach(base, ids, with_states=True) if net.needs_hidden else unread(ids)
+        teacher = prefill(base, ids, with_states=True) if net.needs_hidden else unread(ids)
         gists.append(net.compress(base, teacher, starts, **settings).vectors)
     return _exchanged(batches, gists, seed)
 
@@ -163,7 +164,7 @@ def _exchanged(batches, gists, seed) -> list[Tensor]:
     return out
 
 
-def _score_batch(base, batch, teacher: Teacher, starts, carriers, tokens, horizon, first) -> BlockScores:
+def _score_batch(base, batch, teacher: Prefill, starts, carriers, tokens, horizon, first) -> BlockScores:
     hidden = read_carriers(base, teacher, starts, list(carriers.values()), tokens, horizon)
     hidden = torch.cat([hidden, dropped(base, teacher, starts, tokens, horizon)[None]])
     numbers = score_exactly(

@@ -13,8 +13,8 @@ from torch import Tensor
 from megactx.data.probes import Probe
 from megactx.gist.carrier import Slots, Vectors
 from megactx.gist.history import continued, read_stream, stream
-from megactx.gist.substitution import rows_at, teach
 from megactx.lm import BaseLM
+from megactx.lm.prefill import prefill, rows_at
 
 from .measure import in_eval_mode
 
@@ -34,7 +34,7 @@ def measure_probes(base: BaseLM, net, probes: Iterable[Probe], recency: int) -> 
         for probe in probes:
             ids = torch.from_numpy(probe.ids)[None].to(base.model.device)
             start = torch.full((1, 1), probe.asked, device=ids.device)
-            teacher = teach(base, ids, getattr(net, "needs_hidden", False))
+            teacher = prefill(base, ids, getattr(net, "needs_hidden", False))
             old = torch.arange(net.block_size, probe.asked - recency, net.block_size, device=ids.device)[None]
             carriers = net.compress(base, teacher, old)
             kept = {

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from megactx.data.files import ALL_DOMAINS
 from megactx.gist import GistNet
 from megactx.gist.backbone import Backbone
-from megactx.gist.substitution import blocks, teach, unread
 from megactx.lm import BaseLM
+from megactx.lm.prefill import blocks, prefill, unread
 
 from .measure import in_eval_mode
 from .sums import DomainSums
@@ -101,7 +101,7 @@ def _gists(base: BaseLM, net: GistNet, batch: dict) -> tuple[Tensor, Tensor, lis
     """The gists [M, D] of a batch, without a graph; their blocks' tokens [M, K]; their domains."""
     ids, starts = (batch[name].to(base.model.device) for name in ("ids", "starts"))
     tokens = blocks(ids, starts, net.block_size).flatten(0, 1)
-    teacher = teach(base, ids, with_states=True) if net.needs_hidden else unread(ids)
+    teacher = prefill(base, ids, with_states=True) if net.needs_hidden else unread(ids)
     with in_eval_mode(net):
         gists = net.compress(base, teacher, starts).vectors.flatten(0, 1)
     return gists, tokens, [name for name in batch["domain"] for _ in range(starts.shape[1])]

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from megactx.data.files import ALL_DOMAINS
 from megactx.gist import GistNet
-from megactx.gist.substitution import blocks, teach, unread
 from megactx.lm import BaseLM
+from megactx.lm.prefill import blocks, prefill, unread
 
 from .geometry import AttentionEntropy, GistGeometry
 from .measure import in_eval_mode, measure
@@ -35,7 +35,7 @@ class SpaceMetrics(nn.Module):
         ids, starts = batch["ids"].to(device), batch["starts"].to(device)
         paired = starts + 2 * block <= batch["lengths"].to(device)[:, None]
         domain = [name for name in batch["domain"] for _ in range(starts.shape[1])]
-        teacher = teach(base, ids, with_states=True) if net.needs_hidden else unread(ids)
+        teacher = prefill(base, ids, with_states=True) if net.needs_hidden else unread(ids)
         # A block without a right neighbour gathers itself, and is then left out.
         there = torch.where(paired, starts + block, starts)
         with in_eval_mode(net):

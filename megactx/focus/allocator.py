@@ -29,7 +29,6 @@ from megactx.memory import WorkingContext
 
 from .edits import PROTECTED, Edits, Moves, moves
 
-KINDS = ("greedy", "stochastic")
 SWAP_RATE, SWAP_RATE_ALARM = (0.05, 0.20), 0.25  # healthy from .. to, and too restless (method 11)
 RESIDENCY = 3  # refocuses that an entry should stand on average, at least
 UTILISATION = (0.80, 1.00)  # share of the budget that should be in use
@@ -52,14 +51,13 @@ class FocusAllocator:
     """Edits of a batch of working contexts, and the memory of those that it made.
 
     Args:
-        kind: ``greedy`` makes the best edits; ``stochastic`` draws them, better ones more often.
         threshold: of scores: what is closer to 0 stays as it is. method 11 has 0.2; estimates of expected values are
             small beside tau, and a tenth of the needed blocks stayed closed for it (RESULTS.md).
         max_edits: of a row and refocus, better an even number, as a swap takes two; ``None``: max(4, W_max / 512).
         cooldown: refocuses for which a gist that was expanded or collapsed stays as it is.
         protected: newest tokens that do not collapse.
-        temperature: of ``stochastic``, in units of the score.
-        seed: of ``stochastic``. A draw depends on it and on the number of refocuses so far, on nothing else.
+        temperature: 0 makes the best edits; above, they are drawn, better ones more often: in units of the score.
+        seed: of the draws. One depends on it and on the number of refocuses so far, on nothing else.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -67,16 +65,13 @@ class FocusAllocator:
 
     def __init__(
         self,
-        kind: str = "greedy",
         threshold: float = 0.1,
         max_edits: int | None = None,
         cooldown: int = 2,
         protected: int = PROTECTED,
-        temperature: float = 0.1,
+        temperature: float = 0.0,
         seed: int = 0,
     ):
-        if kind not in KINDS:
-            raise ValueError(f"allocator.kind={kind} is not known, allowed are {', '.join(KINDS)}")
         if not 0 <= threshold < 1:
             raise ValueError(f"allocator.threshold={threshold} is not allowed: 0 <= threshold < 1, as scores are")
         if max_edits is not None and max_edits < 2:
@@ -85,9 +80,9 @@ class FocusAllocator:
             raise ValueError(f"allocator.cooldown={cooldown} is not allowed: at least 0 refocuses")
         if protected < 0:
             raise ValueError(f"allocator.protected={protected} is not allowed: at least 0 tokens")
-        if not temperature > 0:
-            raise ValueError(f"allocator.temperature={temperature} is not allowed: more than 0")
-        self.kind, self.threshold, self.max_edits, self.cooldown = kind, threshold, max_edits, cooldown
+        if not temperature >= 0:
+            raise ValueError(f"allocator.temperature={temperature} is not allowed: at least 0")
+        self.threshold, self.max_edits, self.cooldown = threshold, max_edits, cooldown
         self.protected, self.temperature, self.seed = protected, temperature, seed
         self.telemetry: Refocus | None = None  # of the last refocus
         self.refocuses = 0
@@ -179,7 +174,7 @@ class FocusAllocator:
 
     def _noise(self, scores: Tensor) -> Tensor:
         """What is added to the scores [B, W] of expands and of collapses, [2, B, W]."""
-        if self.kind == "greedy":
+        if not self.temperature:
             return torch.zeros(2, 1, 1, device=scores.device)
         # The generator of a CPU takes 32 bits of a seed. A draw is the same on every device.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.refocuses) % 2**32)

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megactx.focus import heads
 from megactx.gist.backbone import Block
+from megactx.gist.parts import find
 from megactx.lm.gaussian_rope import LODS, PositionSpread
 from megactx.memory import WorkingContext
 
@@ -24,7 +26,6 @@ from .content import contents
 from .edits import Moves, moves
 from .price import price, signed_scores
 
-HEADS = ("linear", "mlp")
 # An old entry and the question lie thousands of tokens apart. Pairs of channels that turn with position cannot tell
 # there whether the two are alike, so half of them do not.
 ROTARY_SHARE = 0.5
@@ -52,7 +53,7 @@ class LensNet(nn.Module):
         block_size: K.
         layers: blocks.
         num_heads: must divide D into even heads.
-        head: ``linear``, or ``mlp`` with one hidden layer of max(D / 2, 128).
+        head: a file of ``megactx/focus/heads``.
         dropout: inside the blocks.
         gaussian_rope: ``plain``, ``damped`` or ``learned``: how wide the positions of gists are.
         content: also read the mean embedding of the tokens that an entry stands for, see ``contents``.
@@ -79,8 +80,6 @@ class LensNet(nn.Module):
             raise ValueError(
                 f"lensnet.num_heads={num_heads} does not divide the base LM's width {width} into even heads"
             )
-        if head not in HEADS:
-            raise ValueError(f"lensnet.head={head} is not known, allowed are {', '.join(HEADS)}")
         if not 0 <= dropout < 1:
             raise ValueError(f"lensnet.dropout={dropout} is not allowed: 0 <= dropout < 1")
         self.width, self.block_size = width, block_size
@@ -92,9 +91,8 @@ class LensNet(nn.Module):
         self.content = nn.Linear(width, width, bias=False) if content else None
         self.blocks = nn.ModuleList(Block(width, num_heads, dropout, ROTARY_SHARE) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
-        hidden = max(width // 2, 128)
-        self.head = nn.Sequential(nn.Linear(width, hidden), nn.GELU()) if head == "mlp" else nn.Identity()
-        self.last = nn.Linear(hidden if head == "mlp" else width, 2)
+        self.head = find(heads, head, "lensnet.head")(width)
+        self.last = nn.Linear(self.head.outputs, 2)
         # What these few numbers say is learned from dozens of windows, what the blocks add to it from thousands: fed
         # to the blocks alone it was lost among their inputs.
         self.direct = nn.Sequential(nn.Linear(features, DIRECT), nn.GELU(), nn.Linear(DIRECT, 2))

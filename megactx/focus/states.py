@@ -31,7 +31,6 @@ class States:
     there: Tensor  # [B, W] bool
     content: Tensor  # [B, W, D], see ``contents``
     legal: Moves
-    nll: Tensor  # [B], mean of the scored tokens behind the window, nats
     row: Tensor  # [E], of each measured edit
     column: Tensor  # [E]: the gist, or the first of the siblings
     expand: Tensor  # [E] bool
@@ -44,16 +43,13 @@ class States:
         return torch.where(self.expand, values[self.row, self.column, 0], keep)
 
 
-def save(
-    path: Path, context: WorkingContext, row: int, legal: Moves, edits: Edits, values: Tensor, nll: Tensor
-) -> None:
+def save(path: Path, context: WorkingContext, row: int, legal: Moves, edits: Edits, values: Tensor) -> None:
     """Write one row of a batch of windows, whole or not at all.
 
     Args:
         legal: what may be done in these windows.
         edits: the measured ones, of any rows; those of this row are kept.
         values: [E] nats.
-        nll: [B] nats.
     """
     length, tree = int(context.counts[row]), context.tree
     lod, index = context.lod[row, :length], context.index[row, :length]
@@ -70,7 +66,6 @@ def save(
         "contents": node_contents(tree, rows[gist], lod[gist], index[gist]).to(torch.bfloat16),
         "distance": (context.ends()[row] - context.positions()[row, :length]).int(),
         "first": legal.first[row, :length].int(),
-        "nll": nll[row].float(),
         "column": column_of(context, own.row, own.lod - (~own.expand).long(), first).int(),
         "expand": own.expand,
         "values": values[edits.row == row].float(),
@@ -105,7 +100,6 @@ def load(paths: list[Path], base: BaseLM) -> States:
         there=there,
         content=content,
         legal=Moves(there & (lods > 0), padded("first", -1)),
-        nll=torch.stack([file["nll"] for file in files]),
         row=torch.repeat_interleave(counts),
         column=torch.cat([file["column"] for file in files]).long(),
         expand=torch.cat([file["expand"] for file in files]),

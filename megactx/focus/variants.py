@@ -32,6 +32,8 @@ from .price import price, signed_scores
 from .sampling import draw, one_per_row
 from .states import States
 
+TEMPERATURE = 0.1  # of the edits that are drawn, in units of the score
+
 
 @dataclass(frozen=True)
 class Variants:
@@ -85,7 +87,7 @@ def make_variants(
     sources = _sources(few, budget, generator)
     legal = moves(sources, allocator.get("protected", 128))
     seed = int(torch.randint(2**31, (), generator=generator))
-    allocator = FocusAllocator(**allocator | {"kind": "stochastic", "cooldown": 0, "seed": seed})
+    allocator = FocusAllocator(**allocator | {"temperature": TEMPERATURE, "cooldown": 0, "seed": seed})
     states = _states(sources, legal)
     with torch.no_grad():
         values = lens(states.embeddings, states.lods, states.distance, states.there, states.content)
@@ -134,10 +136,9 @@ def focus_losses(lens: LensNet, variants: Variants, nll: Tensor, weight: float, 
     tau = lens.tau.clone()  # the next document of a step changes it, before this one's gradient is taken
     best = (nll + distance).view(-1, each).argmin(1)
     chosen = F.cross_entropy(((expected - distance) / tau).view(-1, each), best)
-    source = torch.arange(rows, device=nll.device) // each
-    losses = value_loss(expected, measured, source, tau)
+    huber = value_loss(expected, measured)
     gained = measured.view(-1, each).gather(1, best[:, None]).mean()
-    return losses | {"choice": chosen, "loss": losses["huber"] + choice * chosen, "gained": gained}
+    return {"huber": huber, "choice": chosen, "loss": huber + choice * chosen, "gained": gained}
 
 
 def _sources(tree: MegaContextTree, budget: int, generator: Generator) -> WorkingContext:
@@ -185,7 +186,6 @@ def _states(context: WorkingContext, legal, edits: Edits | None = None, row: Ten
         there=context.there,
         content=contents(context),
         legal=legal,
-        nll=nothing.float(),
         row=nothing if row is None else row,
         column=column,
         expand=expand,

@@ -16,13 +16,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from . import processes, sweep
+from .config.config_docs import help_text
+from .config.search_path import VERSION_BASE, reference, register, root
 from .errors import DONE, FAILED, INTERRUPTED, MISTAKE, Interrupted, RunFailed, composition_message, verdict
 from .files import FULL
-from .fit import build_and_run, finish_loggers
-from .options import help_text
-from .runfolder import HIDDEN, hide_in_command, hide_secrets, short, write_error
-from .search_path import VERSION_BASE, reference, register, root
+from .run import distributed
+from .run.fit import build_and_run, finish_loggers
+from .run.runfolder import HIDDEN, hide_in_command, hide_secrets, short, write_error
+from .sweep import jobs
 
 _code = DONE  # of the run that Hydra called; Hydra itself drops it
 
@@ -40,7 +41,7 @@ def run(argv: list[str] | None = None) -> int:
     overrides = [a for a in arguments if not a.startswith("-")]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here instead of being printed and exited
     register()
-    processes.hush()
+    distributed.hush()
     _code = DONE
     shown = io.StringIO()
     try:
@@ -49,7 +50,7 @@ def run(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # --help, or Hydra's own argument parser
         _code = stop.code if isinstance(stop.code, int) else (DONE if stop.code is None else MISTAKE)
     except KeyboardInterrupt:
-        _say("interrupted; the same command goes on" if sweep.begun() else "interrupted before anything was saved")
+        _say("interrupted; the same command goes on" if jobs.begun() else "interrupted before anything was saved")
         _code = INTERRUPTED
     except Exception as error:
         # Hydra makes the folder of a run before anything of ours is asked; its own errors are OSErrors too, of no file.
@@ -57,16 +58,16 @@ def run(argv: list[str] | None = None) -> int:
             full = error.errno in FULL
             place = "disk" if full else "place"
             _say(f"{error.filename} cannot be written ({error.strerror}); set folder=... to another {place}")
-            _code = FAILED if full or sweep.jobs_begun() else MISTAKE
+            _code = FAILED if full or jobs.jobs_begun() else MISTAKE
         else:
             _say(composition_message(error, overrides))
-            _code = FAILED if sweep.jobs_begun() else MISTAKE
+            _code = FAILED if jobs.jobs_begun() else MISTAKE
     finally:
         sys.argv = before
         GlobalHydra.instance().clear()
     if _shows_config(arguments):
         _tell(_without_secrets(shown.getvalue()).removesuffix("\n"))
-    told = sweep.summary()
+    told = jobs.summary()
     _code = _code if _code == INTERRUPTED else told or _code
     return _code
 
@@ -95,9 +96,9 @@ def main(cfg: DictConfig) -> float | None:
     folder = Path(here.runtime.output_dir)
     if here.mode != RunMode.MULTIRUN:
         return _run_job(cfg, here, folder, multirun=False)
-    with sweep.alone(folder):
+    with jobs.alone(folder):
         if not (folder / "done").exists():
-            sweep.note(folder, "running")
+            jobs.note(folder, "running")
             return _run_job(cfg, here, folder, multirun=True)
         return _done_before(cfg, folder)
 
@@ -105,7 +106,7 @@ def main(cfg: DictConfig) -> float | None:
 def _done_before(cfg: DictConfig, folder: Path) -> float | None:
     """A job of a sweep that has its result already; that of other settings, say of an experiment file that was edited
     since, is refused."""
-    from .curriculum import changed
+    from .run.curriculum import changed
 
     try:
         changes = changed(cfg, list(HydraConfig.get().overrides.task), folder)
@@ -114,10 +115,10 @@ def _done_before(cfg: DictConfig, folder: Path) -> float | None:
     if changes:
         message = f"{folder} was done with other settings: {'; '.join(changes)}. Remove it to run the job again"
         _say(message)
-        sweep.note(folder, "refused", MISTAKE, message)
+        jobs.note(folder, "refused", MISTAKE, message)
         return None
-    value = sweep.value_before(folder)
-    sweep.note(folder, "done before", DONE, value=value)
+    value = jobs.value_before(folder)
+    jobs.note(folder, "done before", DONE, value=value)
     return value
 
 
@@ -127,18 +128,18 @@ def _run_job(cfg: DictConfig, here, folder: Path, multirun: bool) -> float | Non
     kept: list[Path] = []  # the run folder, once there is one
     value = None
     try:
-        with processes.own_environment():
+        with distributed.own_environment():
             value = _train(cfg, here, folder, kept)
         _code, state, message = DONE, "done", ""
     except (KeyboardInterrupt, Interrupted, SystemExit) as stop:  # Lightning exits where Ctrl-C comes a second time
         message = _how_to_go_on(str(stop) if isinstance(stop, Interrupted) else "interrupted", kept, overrides)
-        _code, state = processes.joint(INTERRUPTED, DONE), "interrupted"
+        _code, state = distributed.joint(INTERRUPTED, DONE), "interrupted"
         if _code:
             _say(message)
     except Exception as error:
         _code, message = verdict(error)
         if isinstance(error, RunFailed):
-            _code = processes.joint(_code, DONE)
+            _code = distributed.joint(_code, DONE)
         if _code:
             _say(message + write_error(kept[-1] if kept else None))
         state = "failed"
@@ -148,19 +149,19 @@ def _run_job(cfg: DictConfig, here, folder: Path, multirun: bool) -> float | Non
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only where nothing was written: Hydra makes it before the config is checked
     if multirun:
-        sweep.note(folder, state, _code, message, value)
+        jobs.note(folder, state, _code, message, value)
         if _code == INTERRUPTED:
             raise KeyboardInterrupt
     return value
 
 
 def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | None:
-    from .curriculum import find_curriculum, run_in_turn, stages_of
-    from .device import choose
-    from .pace import settle
-    from .resume import begun_with, find, last_of, plain, refuse_used
-    from .runfolder import close_folder, held, logs, open_folder, quiet_bars, show
-    from .validate import refuse_idle, validate
+    from .config.validate import refuse_idle, validate
+    from .run.curriculum import find_curriculum, run_in_turn, stages_of
+    from .run.device import choose
+    from .run.pace import settle
+    from .run.resume import begun_with, find, last_of, plain, refuse_used
+    from .run.runfolder import close_folder, held, logs, open_folder, quiet_bars, show
 
     quiet_bars()
     refuse_idle(list(here.overrides.task), here.runtime.choices)
@@ -185,12 +186,12 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
             fixed = here.mode == RunMode.MULTIRUN or (named and cfg.resume == "auto")
             return None, find_curriculum(cfg, folder, fixed)
         if here.mode == RunMode.MULTIRUN:
-            processes.refuse_sweep(device.count)
+            distributed.refuse_sweep(device.count)
             return last_of(cfg, folder), folder
         return find(cfg, folder, named)
 
     with _early_logs():
-        checkpoint, target = processes.agreed(decide)
+        checkpoint, target = distributed.agreed(decide)
     if not cfg.curriculum and (checkpoint is None or checkpoint.parent != target / "checkpoints"):
         refuse_used(cfg, target)
     stages = stages_of(cfg, here, target, device)
@@ -250,5 +251,5 @@ def _without_secrets(text: str) -> str:
 
 
 def _say(message: str) -> None:
-    who = f"megactx, process {processes.rank()}" if processes.rank() else "megactx"
+    who = f"megactx, process {distributed.rank()}" if distributed.rank() else "megactx"
     print(f"{who}: {message}", file=sys.stderr, flush=True)

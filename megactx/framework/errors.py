@@ -127,7 +127,7 @@ def known_keys(overrides: list[str] = ()) -> list[str]:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
-    from .search_path import compose
+    from .config.search_path import compose
 
     for attempt in ([o for o in overrides if _is_group(o) and "," not in o], []):
         try:
@@ -149,13 +149,13 @@ def flatten(tree: dict, prefix: str = "") -> list[str]:
 
 
 def _groups() -> list[str]:
-    from .search_path import root
+    from .config.search_path import root
 
     return sorted(p.name for name in ("configs", "conf") for p in root(name).iterdir() if p.is_dir())
 
 
 def _options(group: str) -> list[str]:
-    from .search_path import root
+    from .config.search_path import root
 
     return sorted(p.stem for name in ("configs", "conf") for p in (root(name) / group).glob("*.yaml"))
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from .device import cpu_bf16_units
+from .run.device import cpu_bf16_units
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from megactx.framework.kinds import Count, Whole, declared
+from megactx.framework.config.types import Count, Whole, declared
 from megactx.lm.gaussian_rope import PositionSpread
 from megactx.lm.prefill import Prefill, blocks
 

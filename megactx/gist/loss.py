@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from megactx.framework.kinds import NonNegative
+from megactx.framework.config.types import NonNegative
 from megactx.gist.carrier import Compressor, Slots, Vectors
 from megactx.gist.parts import find
 from megactx.lm import BaseLM

@@ -17,11 +17,7 @@ import torch
 from torch import Tensor
 
 from megactx.lm import BaseLM
-from megactx.lm.prefill import Prefill, blocks, prefill, rows_at, unread
-
-# The old names, until all rooms have the new ones.
-Teacher, teach = Prefill, prefill
-__all__ = ["blocks", "rows_at", "unread"]
+from megactx.lm.prefill import Prefill, blocks, rows_at
 
 
 def check_blocks(starts: Tensor, lengths: Tensor, block: int, horizon: int) -> None:

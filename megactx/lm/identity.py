@@ -61,6 +61,16 @@ def of_weights(base: BaseLM) -> str:
     return digest.hexdigest()[:16]
 
 
+def of_net(net: torch.nn.Module) -> str:
+    """Sixteen hex digits of the weights of a GistNet or LensNet in bf16, in which they are saved: the same before and
+    after."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(net.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(raw(tensor.to(torch.bfloat16)))
+    return digest.hexdigest()[:16]
+
+
 def _add_adapters(digest, module: torch.nn.Module) -> None:
     for name, tensor in sorted(active_adapters(module).items()):
         digest.update(f"{name} {list(tensor.shape)}".encode())

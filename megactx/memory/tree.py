@@ -167,32 +167,6 @@ class MegaContextTree:
         self.encoder, self.stamp, self.hidden = encoder, encoding.stamp(encoder), False
         return build.renew(self)
 
-    def stale(self) -> int:
-        """How many gists were not made by the GistNet in use."""
-        return sum(int(build.stale(self, lod).sum()) for lod in range(1, self.depth + 1))
-
-    def children(self, lod: int, index: Tensor) -> Tensor:
-        """Nodes of a level, index [B, M] -> their children one level below, [B, M, K].
-
-        Raises:
-            ValueError: tokens have no children; or a node is not in the tree.
-        """
-        if lod < 1:
-            raise ValueError("lod=0 is not allowed: a token has no children")
-        self._check_nodes(index, lod)
-        return index[..., None] * self.block_size + torch.arange(self.block_size, device=index.device)
-
-    def parent(self, lod: int, index: Tensor) -> Tensor:
-        """Nodes of a level, index [B, M] -> their parents one level above, [B, M].
-
-        Raises:
-            ValueError: a node or its parent is not in the tree.
-        """
-        self._check_nodes(index, lod)
-        above = index // self.block_size
-        self._check_nodes(above, lod + 1)
-        return above
-
     def gather(self, lod: int | Tensor, index: Tensor) -> Tensor:
         """Nodes (lod, index), each [B, M] or one lod for all -> what the base LM reads for them, [B, M, D].
 
@@ -249,19 +223,6 @@ class MegaContextTree:
             here = ((lod == n) & known).nonzero().squeeze(1)
             known[here] = ~self.levels[n].read("protected", row[here], index[here])
         return known
-
-    def source(self, lod: int, index: Tensor) -> Tensor:
-        """From which of ``parts`` nodes come, index [B, M] -> [B, M]; -1 where several have a share.
-
-        Raises:
-            ValueError: a node is not in the tree.
-        """
-        self._check_nodes(index, lod)
-        firsts = torch.stack([first for _, first in self.parts], 1).to(index.device)  # [B, parts], ascending
-        width = self.block_size**lod
-        first = torch.searchsorted(firsts, (index * width).contiguous(), right=True) - 1
-        last = torch.searchsorted(firsts, (index * width + width - 1).contiguous(), right=True) - 1
-        return torch.where(first == last, first, -1)
 
     def save(self, folder: str | Path) -> None:
         """Write the tree into a folder, in place of one that may be there; see ``storage``."""

@@ -1,8 +1,9 @@
 """Sessions that never end: a history of any length, a window of fixed size, the same cost per token."""
 
+from megactx.parts.models import Models, load_models
+
 from .controller import Controller
 from .events import Observer, Refocused
-from .models import Models, load_models
 from .sampling import Sampling
 from .session import Piece, Session
 from .settings import Settings

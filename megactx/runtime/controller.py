@@ -17,10 +17,10 @@ from torch import Tensor
 
 from megactx.focus import Edits
 from megactx.memory import MegaContextTree, WorkingContext
+from megactx.parts.models import Models
 
 from .events import Observer
 from .focusing import Focus
-from .models import Models
 from .plain_lm import LEAST, SINK, Dropping, PlainLM
 from .sampling import RECENT, Sampling
 from .settings import RESERVE, Settings, note_on

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from megactx.parts.models import Models
+
 from .events import Refocused
-from .models import Models
 
 COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
 BINS = 10  # of scores, from -1 to 1

@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from megactx.framework.kinds import NonNegative, PartOf, Positive, Whole, declared
+from megactx.framework.config.types import NonNegative, PartOf, Positive, Whole, declared
 
 RECENT = 256  # newest tokens that the repetition penalty counts
 

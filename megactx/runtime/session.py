@@ -24,7 +24,6 @@ from megactx.memory import MegaContextTree, WorkingContext
 from . import session_files
 from .controller import Controller, decode
 from .events import Observer
-from .lock import Lock
 from .plain_lm import PlainLM
 from .sampling import Sampling
 from .stream import Stream
@@ -70,7 +69,7 @@ class Session:
             raise ValueError("base: it has no tokenizer, which a session needs; Controller.stream takes ids")
         self.encoder = Encoder(self.tokenizer)
         self.folder: Path | None = None
-        self._lock: Lock | None = None
+        self._lock: session_files.Lock | None = None
 
     @property
     def length(self) -> int:
@@ -171,7 +170,7 @@ class Session:
         folder = (self.folder if folder is None else Path(folder).expanduser()).absolute()
         if self.folder is None or folder.resolve() != self.folder.resolve():
             session_files.check_free(folder)
-            lock = Lock(folder)
+            lock = session_files.lock(folder)
             try:
                 session_files.save(self.stream, folder, self.about)
             except BaseException:  # the session stays where it was
@@ -196,7 +195,7 @@ class Session:
             raise ValueError(f"{controller.plain} reads no tree, so it cannot go on with a saved session")
         if not session_files.is_session(folder):
             raise ValueError(f"{folder}: there is no session, {session_files.MANIFEST} is missing")
-        lock = Lock(folder)
+        lock = session_files.lock(folder)
         try:
             stream, about, _ = session_files.load(folder, controller.models, controller.settings, observers)
         except BaseException:

@@ -22,18 +22,29 @@ from torch import Tensor
 
 from megactx.data.tokenizer import tokenizer_hash, vocabulary_hash
 from megactx.framework.files import PART, clear, replacing, sync, writing
+from megactx.framework.lock import Lock
 from megactx.memory import MegaContextTree, WorkingContext, storage
 
-from .lock import NAME as LOCK
 from .settings import Settings
 from .stream import Stream
 
 FORMAT = 1
-MANIFEST, STATE = "session.json", "state.safetensors"
+MANIFEST, STATE, LOCK = "session.json", "state.safetensors", "lock"
 DATA = re.compile(r"data-[0-9a-f]{16}")
 OURS = re.compile(rf"data-[0-9a-f]{{16}}|{re.escape(PART)}.*")
 REMEDY = "save into another folder, which --session, OUT or /save name"
 WINDOW = ("lod", "index")  # absent where no window was put together yet
+
+
+def lock(folder: Path) -> Lock:
+    """Hold a session's folder.
+
+    Raises:
+        ValueError: another process holds it, and the message says which; or the folder cannot be written.
+        RunFailed: the disk is full.
+    """
+    busy = f"{folder} is in use by process {{holder}}: a session has one process at a time. End that one, or work on a"
+    return Lock(folder / LOCK, f"{busy} copy of the folder", "a session keeps its files there; name another folder")
 
 
 def check_free(folder: Path) -> None:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from megactx.focus.edits import PROTECTED
-from megactx.framework.kinds import Count, declared
+from megactx.framework.config.types import Count, declared
 
 KINDS, POSITIONS = ("focus", "recency", "none"), ("rebased", "absolute")
 HISTORY = 2**20  # tokens of history whose coarsest view must fit any window

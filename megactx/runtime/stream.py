@@ -16,11 +16,11 @@ from torch import Tensor
 
 from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree, WorkingContext
+from megactx.parts.models import Models
 
 from .events import Observer, Refocused, views
 from .focusing import Focus
 from .incremental_prefill import IncrementalPrefill
-from .models import Models
 from .position_rebase import PositionRebase
 from .settings import Settings
 

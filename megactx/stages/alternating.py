@@ -24,8 +24,8 @@ from megactx.focus.packed import Windows, accumulated, continuation_loss, encode
 from megactx.focus.sampling import KINDS, draw
 from megactx.focus.states import load
 from megactx.focus.variants import same_rows
+from megactx.framework.config.types import AtLeast2, Count, Whole
 from megactx.framework.files import IN_RUN, replacing
-from megactx.framework.kinds import AtLeast2, Count, Whole
 from megactx.gist.loss import Context
 from megactx.gist.losses.block import Block
 from megactx.lm.adapters import adapters_of

@@ -18,11 +18,11 @@ from megactx.data.tokenizer import bos_id
 from megactx.evaluation.context_use import context_use
 from megactx.evaluation.model_card import write_model_card
 from megactx.evaluation.table import OVERALL, Table
+from megactx.framework.config.types import Count, NonNegative, Share, Whole
 from megactx.framework.files import IN_RUN, replacing
-from megactx.framework.kinds import Count, NonNegative, Share, Whole
-from megactx.framework.next_command import next_command
 from megactx.framework.optimizers import fast_dtype, warmup_stable_decay
-from megactx.framework.resume import differences
+from megactx.framework.run.next_command import next_command
+from megactx.framework.run.resume import differences
 from megactx.lm import BaseLM
 from megactx.lm.masks import CAUSAL
 

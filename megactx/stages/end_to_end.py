@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from megactx.focus.packed import Windows, accumulated, continuation_loss, encode_shown, unique_windows
 from megactx.focus.variants import Variants, focus_losses, make_variants, same_rows
-from megactx.framework.kinds import Count, NonNegative
+from megactx.framework.config.types import Count, NonNegative
 
 from .joint import JointStage
 from .lens_states import sizes_ahead

@@ -18,19 +18,18 @@ from pathlib import Path
 
 import torch
 
-from megactx.focus.pretrained import save_lensnet
 from megactx.framework.command_line import run
 from megactx.framework.files import replacing
-from megactx.framework.resume import best, read
-from megactx.gist.pretrained import load_gistnet, save_gistnet
+from megactx.framework.run.resume import best, read
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapters_of, merged
+from megactx.parts.read import gistnet_settings, load_gistnet
+from megactx.parts.write import save_gistnet, save_lensnet
 
 from .alternating import AlternatingStage
 from .end_to_end import EndToEndStage
 from .joint import JointStage
 from .joint_report import in_words
-from .trained import gistnet_settings
 
 MANIFEST = "megactx.json"
 STAGES = (AlternatingStage, EndToEndStage)

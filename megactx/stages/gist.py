@@ -17,17 +17,18 @@ from megactx.evaluation.curriculum import write_curriculum
 from megactx.evaluation.summary import check_targets
 from megactx.evaluation.sums import loggable
 from megactx.evaluation.validation import ValidationMetrics
-from megactx.framework.kinds import ArgumentsOf, Count, NonNegative, Whole
-from megactx.framework.next_command import next_command
+from megactx.framework.config.types import ArgumentsOf, Count, NonNegative, Whole
+from megactx.framework.run.next_command import next_command
 from megactx.gist import GistNet
 from megactx.gist.carrier import Compressor
 from megactx.gist.footprint import footprint, in_words
 from megactx.gist.loss import Context, build_losses, loss_kind, needed
 from megactx.lm.prefill import prefill
 
-from .gist_nets import build_nets, groups_of, refuse_without_vectors, take_weights
+from .gist_nets import build_nets, groups_of, refuse_without_vectors
 from .gist_report import report
 from .stage import BaseSettings, Stage, portable
+from .taking import take_weights
 from .work import Work
 
 log = logging.getLogger(__name__)

@@ -1,10 +1,7 @@
-"""What a gist stage trains, where its weights come from, and its optimizer."""
-
-from pathlib import Path
+"""What a gist stage trains, and its optimizer."""
 
 from torch import nn
 
-from megactx.framework.resume import differences, other_base, read_best, with_weights
 from megactx.gist.carrier import Compressor
 from megactx.gist.compressors import build
 from megactx.lm import BaseLM
@@ -56,29 +53,6 @@ def groups_of(nets: nn.ModuleDict, lr: float, muon_lr: float | None, weight_deca
 def with_backbone(net: Compressor) -> bool:
     """A GistNet that is more than a map of its block's mean."""
     return getattr(net, "backbone", None) is not None
-
-
-def take_weights(nets: nn.ModuleDict, path: Path, gistnet: dict, base: dict) -> str:
-    """Load what another run has of these nets, see ``GistStage.start_from``; ``base`` is ``record_of`` this base LM."""
-    checkpoint = read_best(path, "stage.init")
-    other = other_base(checkpoint, base)
-    changes = differences(checkpoint["hyper_parameters"].get("gistnet") or {}, gistnet, "gistnet")
-    changes = [line for line in changes if not line.startswith("gistnet.dropout:")]
-    there = {k.removeprefix("nets."): v for k, v in checkpoint["state_dict"].items() if k.startswith("nets.")}
-    taken, main = [], next(iter(nets))
-    for name, net in nets.items():
-        own = {k.removeprefix(f"{name}."): v for k, v in there.items() if k.startswith(f"{name}.")}
-        shapes = {k: v.shape for k, v in net.state_dict().items()}
-        if {k: v.shape for k, v in own.items()} == shapes:
-            net.load_state_dict(own)
-            taken.append(name)
-        elif name == main:
-            what, why = "GistNet" if name == "gistnet" else name, [other] * bool(other) + with_weights(changes)
-            raise ValueError(
-                f"stage.init={path}: its {what} has another architecture: {'; '.join(why) or 'see its tensors'}"
-            )
-    told = f"Starting from {path}, step {checkpoint['global_step']}: {', '.join(taken)}"
-    return "\n".join([told, *(f"  {line}" for line in [other] * bool(other) + changes)])
 
 
 def refuse_without_vectors(settings) -> None:

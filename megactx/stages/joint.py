@@ -15,19 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from megactx.evaluation.focus import focused
+from megactx.focus.lensnet import LensNet
 from megactx.focus.values import continuation_nll
 from megactx.focus.variants import same_rows
-from megactx.framework.kinds import Count, NonNegative, PartOf, Whole
+from megactx.framework.config.types import Count, NonNegative, PartOf, Whole
 from megactx.framework.optimizers import warmup_cosine
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapt, adapters_of, switched_off
 from megactx.lm.chunked_head import OBJECTIVES, nll
 from megactx.lm.prefill import Prefill, prefill, unread
+from megactx.parts.read import gistnet_of, lensnet_of
 
-from .joint_parts import TRAIN_BASE, kept_of_base, lensnet_of, take_parts
 from .joint_report import report
-from .stage import BaseSettings, Stage, portable, portable_part
-from .trained import gistnet_of
+from .stage import BaseSettings, Stage, of_today, portable, portable_part
+from .taking import take_parts
+
+TRAIN_BASE = ("frozen", "lora", "full")
 
 
 class Lora(TypedDict):
@@ -105,7 +108,7 @@ class JointStage(Stage):
     ):
         super().__init__()
         base = base | {"name": portable(base["name"])}
-        gistnet, lens = portable_part(gistnet), portable_part(lens)
+        gistnet, lens, allocator = portable_part(gistnet), portable_part(lens), of_today(allocator)
         self.save_hyperparameters()
         self.check_settings()
         if train_base == "lora" and not lora["rank"] or train_base == "full" and lora["rank"]:
@@ -114,8 +117,11 @@ class JointStage(Stage):
                 f"stage.lora.rank={lora['rank']} is not allowed with stage.train_base={train_base}: {wanted}"
             )
         self.take_base(base)
-        self.gistnet = gistnet_of(gistnet, self.base)
-        self.lens = lensnet_of(None if init else lens, lensnet, self.gistnet, self.base_record)
+        self.gistnet = gistnet_of(gistnet, self.base, "stage.gistnet", self.base_record)
+        if lens is None or init:
+            self.lens = LensNet(self.gistnet.width, self.gistnet.block_size, **lensnet)
+        else:
+            self.lens = lensnet_of(lens, self.gistnet, self.base_record, "stage.lens", lensnet)
         self._reference: tuple[BaseLM, ...] = ()  # not a submodule: it is in no checkpoint
         if lora["rank"]:
             adapt(self.base, **lora)
@@ -259,7 +265,7 @@ class JointStage(Stage):
         self.log("val/base_lost", plain - before)  # nats that the base LM's own NLL lost
 
     def kept_of_base(self) -> set[str]:
-        return kept_of_base(self)
+        return set(self.base.state_dict() if self.train_base == "full" else adapters_of(self.base))
 
     def factor(self, step: int, group: dict) -> float:
         """A part's warm-up and cosine are over its own steps."""

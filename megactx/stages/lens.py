@@ -12,17 +12,15 @@ from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
 from megactx.focus.lensnet import LensNet
-from megactx.focus.objectives import preference_loss, value_loss
-from megactx.focus.states import States, load
+from megactx.focus.objectives import value_loss
+from megactx.focus.states import load
+from megactx.parts.read import gistnet_of
 
 from .lens_losses import value_losses
 from .lens_report import report
 from .lens_states import HELD, ensure, measuring_flops, sizes_ahead
-from .stage import Stage, portable, portable_part
-from .trained import gistnet_of
+from .stage import Stage, of_today, portable, portable_part
 from .window_work import WindowWork
-
-OBJECTIVES = ("value", "preference")
 
 
 class LensStage(Stage):
@@ -34,8 +32,6 @@ class LensStage(Stage):
             checkpoint of a gist stage.
         lensnet: keyword arguments of ``LensNet`` other than width and block size.
         allocator: keyword arguments of ``FocusAllocator``.
-        objective: ``value``, or ``preference`` (between windows of one text and one budget).
-        pair_weight: of the hinge beside the Huber loss, see ``value_loss``.
         horizon: H, scored tokens behind a window.
         budgets: entries of a window over the tokens that it stands for; windows have them in turn.
         windows: ``per_round`` and ``rounds``; ``edits``, measured per window.
@@ -58,8 +54,6 @@ class LensStage(Stage):
         gistnet: str,
         lensnet: dict,
         allocator: dict,
-        objective: str,
-        pair_weight: float,
         horizon: int,
         budgets: list,
         windows: dict,
@@ -74,9 +68,8 @@ class LensStage(Stage):
     ):
         super().__init__()
         base, gistnet = base | {"name": portable(base["name"])}, portable_part(gistnet)
+        allocator = of_today(allocator)
         self.save_hyperparameters()
-        if objective not in OBJECTIVES:
-            raise ValueError(f"stage.objective={objective} is not known, allowed are {', '.join(OBJECTIVES)}")
         for share in budgets:
             if not 0 < share <= 1:
                 raise ValueError(f"stage.budgets={list(budgets)} is not allowed: shares above 0, up to 1")
@@ -84,14 +77,10 @@ class LensStage(Stage):
             if windows[name] < least:
                 raise ValueError(f"stage.windows.{name}={windows[name]} is not allowed: at least {least}")
         self.take_base(base)
-        self.gistnet = gistnet_of(gistnet, self.base).requires_grad_(False)
+        self.gistnet = gistnet_of(gistnet, self.base, "stage.gistnet", self.base_record).requires_grad_(False)
         self.lens = LensNet(self.base.width, self.gistnet.block_size, **lensnet)
         self.measured: list[tuple] = []  # since the last step: see ``lens_states.ensure``
         self.learned_from: list[tuple[int, int]] = []  # windows and entries of the step
-
-    @property
-    def pairs(self) -> bool:
-        return self.hparams.objective == "preference"
 
     def flops_ahead(self, data: dict, preset: dict) -> float:
         h, learned = self.hparams, sum(p.numel() for p in self.lens.parameters())
@@ -126,28 +115,14 @@ class LensStage(Stage):
     def training_step(self, picks: Tensor, batch_index: int) -> Tensor:
         folder, count, paths = Path(self.hparams.folder), self.hparams.windows["per_round"], []
         for number in range(self.round_at(self.global_step) + 1):
-            paths += ensure(self, self.trainer.datamodule, folder, number, count, self.pairs)
-        chosen = (picks.double().cpu() * (len(paths) // (2 if self.pairs else 1))).long().tolist()
-        if self.pairs:
-            losses = self.preference([paths[2 * i] for i in chosen], [paths[2 * i + 1] for i in chosen])
-        else:
-            losses = self.value(load([paths[i] for i in chosen], self.base), learn=True)
+            paths += ensure(self, self.trainer.datamodule, folder, number, count)
+        chosen = (picks.double().cpu() * len(paths)).long().tolist()
+        states = load([paths[i] for i in chosen], self.base)
+        self.learned_from.append(tuple(states.there.shape))
+        losses = value_losses(self.lens, states, learn=True)
         for name, loss in losses.items():
             self.log(f"train/{name}", loss.detach(), prog_bar=name == "loss")
         return losses["loss"]
-
-    def value(self, states: States, learn: bool = False) -> dict[str, Tensor]:
-        """Losses on measured values; with ``learn`` they enter ``tau``."""
-        self.learned_from.append(tuple(states.there.shape))
-        return value_losses(self.lens, states, learn, self.hparams.pair_weight)
-
-    def preference(self, first: list[Path], second: list[Path]) -> dict[str, Tensor]:
-        """Losses on which of two windows was better."""
-        a, b = load(first, self.base), load(second, self.base)
-        self.learned_from += [tuple(a.there.shape), tuple(b.there.shape)]
-        self.lens.see(torch.cat([a.values, b.values]))
-        values = [self.lens(s.embeddings, s.lods, s.distance, s.there, s.content) for s in (a, b)]
-        return preference_loss(b.nll - a.nll, *values, a.legal, b.legal, self.lens.tau)
 
     @property
     def parts(self) -> dict:
@@ -162,13 +137,13 @@ class LensStage(Stage):
         states = load([paths[i] for i in indices.tolist()], self.base)
         values = self.lens(states.embeddings, states.lods, states.distance, states.there, states.content)
         estimates = states.estimates(values, self.lens.block_size)
-        self.found.append((estimates, states.values, states.row + int(indices[0])))
+        self.found.append((estimates, states.values))
 
     def on_validation_epoch_end(self) -> None:
-        estimates, values, row = (torch.cat(part).float() for part in zip(*self.found, strict=True))
-        losses = value_loss(estimates, values, row, self.lens.tau, self.hparams.pair_weight)
-        for name, loss in losses.items():
-            self.log(f"val/{name}", loss, prog_bar=name == "loss")
+        estimates, values = (torch.cat(part).float() for part in zip(*self.found, strict=True))
+        loss = value_loss(estimates, values)
+        self.log("val/huber", loss)
+        self.log("val/loss", loss, prog_bar=True)
         self.log("val/rank_correlation", spearman_corrcoef(estimates, values), prog_bar=True)
 
     def groups(self) -> list[dict]:

@@ -36,7 +36,7 @@ def folder_of(folder: Path, what: int | str) -> Path:
     return folder / (what if what == HELD else f"round_{what:02d}")
 
 
-def ensure(stage, datamodule, folder: Path, what: int | str, count: int, pairs: bool = False) -> list[Path]:
+def ensure(stage, datamodule, folder: Path, what: int | str, count: int) -> list[Path]:
     """Measure windows of a round that are not there yet; -> the files of all of them.
 
     Window i is a function of (seed, round, i) and of the LensNet at the start of the round. So a run that was killed
@@ -46,7 +46,6 @@ def ensure(stage, datamodule, folder: Path, what: int | str, count: int, pairs: 
         stage: a ``LensStage``; the sizes of what is measured are added to its list ``measured``.
         what: the number of the round, or ``HELD``.
         count: windows.
-        pairs: windows 2 i and 2 i + 1 are random ones of one text and one budget.
     """
     paths = [folder_of(folder, what) / f"{index:05d}.safetensors" for index in range(count)]
     missing = [index for index, path in enumerate(paths) if not path.exists()]
@@ -58,14 +57,11 @@ def ensure(stage, datamodule, folder: Path, what: int | str, count: int, pairs: 
     shown = bar(f"measuring windows ({what})")(missing)
     with torch.no_grad(), torch.autocast(stage.device.type, torch.bfloat16, enabled=stage.half):
         for index in shown:
-            text = index // 2 if pairs else index
             rng = np.random.default_rng([datamodule.seed, 2**31 if what == HELD else what, index])
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            key = [2**31 if what == HELD else what, text]
-            document = datamodule.training_document(key) if held is None else held[text % len(held)]
-            kind = KINDS[0] if pairs else KINDS[index % len(KINDS)]
-            budgets = list(asked.budgets)
-            budget = budgets[text % len(budgets)]
+            key = [2**31 if what == HELD else what, index]
+            document = datamodule.training_document(key) if held is None else held[index % len(held)]
+            kind, budget = KINDS[index % len(KINDS)], asked.budgets[index % len(asked.budgets)]
             _make(stage, document, kind, budget, generator, paths[index])
     stage.lens.train(training)
     return paths
@@ -90,6 +86,6 @@ def _make(stage, document: dict, kind: str, fraction: float, generator, path: Pa
     promise = torch.cat([likeness[legal.expand], likeness[legal.leads]])
     promise[(edits.lod == 1) & torch.isin(edits.index, asked)] = torch.inf
     edits = measured_share(edits, stage.hparams.windows["edits"], generator, promise)
-    values, nll = measure_values(stage.base, context, edits, ids[:, cursor:])
+    values, _ = measure_values(stage.base, context, edits, ids[:, cursor:])
     stage.measured.append((cursor, ids.shape[1] - cursor, int(context.counts[0]), len(edits)))
-    save(path, context, 0, legal, edits, values, nll)
+    save(path, context, 0, legal, edits, values)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from megactx.assets import resolve
-from megactx.framework.kinds import check
+from megactx.framework.config.types import check
 from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
-from megactx.framework.resume import refuse_other_base
 from megactx.lm import BaseLM
 from megactx.lm.identity import record_of
+from megactx.parts.find import refuse_other_base
 from megactx.runtime.settings import note_on
 
 log = logging.getLogger(__name__)
@@ -205,3 +205,8 @@ def portable(name: str) -> str:
 def portable_part(path: str | None) -> str | None:
     """The same of a trained GistNet or LensNet, which may be a checkpoint."""
     return path if path is None or path.startswith("asset:") else str(Path(path).expanduser().absolute())
+
+
+def of_today(allocator: dict) -> dict:
+    """Settings of an allocator; checkpoints of earlier days name a ``kind`` too, which the temperature says now."""
+    return {name: value for name, value in allocator.items() if name != "kind"}

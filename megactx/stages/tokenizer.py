@@ -7,7 +7,7 @@ from pathlib import Path
 from megactx.data.documents import TRAIN, VALIDATION, split_of
 from megactx.data.tokenizer import train_tokenizer
 from megactx.framework.files import IN_RUN, replacing
-from megactx.framework.next_command import next_command
+from megactx.framework.run.next_command import next_command
 
 log = logging.getLogger(__name__)
 

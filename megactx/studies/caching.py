@@ -22,9 +22,9 @@ from megactx.framework.bar import bar
 from megactx.gist.carrier import Compressor
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.last_token import LastToken
-from megactx.gist.substitution import teach
 from megactx.lm import BaseLM
-from megactx.stages.trained import gistnet_of
+from megactx.lm.prefill import prefill
+from megactx.parts.read import gistnet_of
 
 from .caching_cost import measure_answers, measure_making
 from .caching_overlap import measure_overlap
@@ -101,7 +101,7 @@ def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
 
 def _costs(base: BaseLM, net: Compressor, ids, rest, counts: dict[float, int], asked, table: Table) -> None:
     """Every form in which the prompt can be kept; what the carriers say does not change what they cost."""
-    teacher = teach(base, ids, net.needs_hidden)
+    teacher = prefill(base, ids, net.needs_hidden)
     prompts = {("again", None, 0): again(base, ids), ("cache", None, 0): cached(base, teacher)}
     for compression, count in counts.items():
         for form, prompt in compressed(base, net, teacher, count).items():

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megactx.evaluation.table import Table
 from megactx.gist.carrier import Compressor
-from megactx.gist.substitution import teach, unread
 from megactx.lm import BaseLM
+from megactx.lm.prefill import prefill, unread
 
 from .prompts import Prompt, compressed, filled, greedy
 
@@ -82,7 +82,7 @@ def measure_making(base: BaseLM, nets: Mapping[str, Compressor], ids: Tensor, ta
     for name, net in nets.items():
         k = net.block_size
         starts = torch.arange(k, ids.shape[1] // k * k, k, device=ids.device)[None]
-        forms = compressed(base, net, teach(base, ids, net.needs_hidden), starts.shape[1])
+        forms = compressed(base, net, prefill(base, ids, net.needs_hidden), starts.shape[1])
         made = keys = flops(partial(_make, base, net, ids, starts))
         if "vectors" in forms:
             keys += flops(partial(filled, base, forms["vectors"]))
@@ -95,7 +95,7 @@ def measure_making(base: BaseLM, nets: Mapping[str, Compressor], ids: Tensor, ta
 @torch.no_grad()
 def _make(base: BaseLM, net: Compressor, ids: Tensor, starts: Tensor):
     reads = net.needs_hidden or not net.makes_vectors
-    return net.compress(base, teach(base, ids, net.needs_hidden) if reads else unread(ids), starts)
+    return net.compress(base, prefill(base, ids, net.needs_hidden) if reads else unread(ids), starts)
 
 
 def _now(base: BaseLM) -> float:

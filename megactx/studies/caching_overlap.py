@@ -14,8 +14,8 @@ from torchmetrics.functional.text import rouge_score
 from megactx.evaluation.bootstrap import mean_interval
 from megactx.evaluation.table import Table
 from megactx.gist.carrier import Compressor
-from megactx.gist.substitution import teach
 from megactx.lm import BaseLM
+from megactx.lm.prefill import prefill
 
 from .prompts import cached, compressed, greedy
 
@@ -54,7 +54,7 @@ def measure_overlap(
     full, own = [], {(name, compression): [] for name in nets for compression in levels}
     for part in progress(ids.split(BATCH)):
         prompt, rest = part[:, :tokens], part[:, tokens:]
-        teacher = teach(base, prompt, any(net.needs_hidden for net in nets.values()))
+        teacher = prefill(base, prompt, any(net.needs_hidden for net in nets.values()))
         full += _words(base, greedy(base, cached(base, teacher), rest, answer))
         for name, net in nets.items():
             for compression, count in levels.items():

@@ -24,10 +24,10 @@ from megactx.evaluation.bootstrap import difference_intervals, recovery_interval
 from megactx.evaluation.measure import measure
 from megactx.evaluation.table import Table
 from megactx.gist.carrier import Compressor, Slots, Vectors
-from megactx.gist.substitution import Teacher, teach
 from megactx.lm import BaseLM
 from megactx.lm.gaussian_rope import spread
 from megactx.lm.layers import keys_values, recorded
+from megactx.lm.prefill import Prefill, prefill
 
 FIRST = 1  # offset from which on keys and values have a score
 STEPS = "steps="
@@ -47,7 +47,7 @@ class Stored(Compressor):
         super().__init__(net.block_size, net.position)
         self.net, self.was, self.as_keys, self.makes_vectors = net, was, as_keys, net.makes_vectors and not as_keys
 
-    def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Vectors | Slots:
+    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors | Slots:
         before = self.was.read(teacher.ids)
         carriers = self.net.compress(self.was.base, before, starts)
         return keys_of(self.was.base, before, starts, carriers) if self.as_keys else carriers
@@ -59,13 +59,13 @@ class Reader:
     def __init__(self, base: BaseLM):
         self.base, self.last = base, None
 
-    def read(self, ids: Tensor) -> Teacher:
+    def read(self, ids: Tensor) -> Prefill:
         if self.last is None or self.last.ids is not ids:
-            self.last = teach(self.base, ids, with_states=True)
+            self.last = prefill(self.base, ids, with_states=True)
         return self.last
 
 
-def keys_of(base: BaseLM, teacher: Teacher, starts: Tensor, carriers: Vectors) -> Slots:
+def keys_of(base: BaseLM, teacher: Prefill, starts: Tensor, carriers: Vectors) -> Slots:
     """The keys and values that a base LM makes of vectors [B, N, D], each in place of its block at starts [B, N]."""
     decoder, positions = base.model.get_decoder(), starts + carriers.offset
     sigma = None if carriers.sigma is None else carriers.sigma.expand(positions.shape)

@@ -19,11 +19,11 @@ from megactx.data.files import Files
 from megactx.evaluation.history import measure_history, segments
 from megactx.evaluation.measure import measure, untrained
 from megactx.framework.bar import bar
-from megactx.framework.kinds import Count, Whole
+from megactx.framework.config.types import Count, Whole
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.history_oracle import HistoryOracle
 from megactx.gist.carriers.oracle import Oracle
-from megactx.gist.substitution import teach
+from megactx.lm.prefill import prefill
 from megactx.stages.gist import GistStage
 
 from .ladder_report import report_of, rungs
@@ -98,7 +98,7 @@ class Ladder(GistStage):
         """Bytes per source token, trained parameters, and whether it keeps a vector or keys and values."""
         ids = torch.zeros(1, 2 * net.block_size, dtype=torch.long, device=self.device)
         starts = torch.full((1, 1), net.block_size, device=self.device)
-        carrier = net.compress(self.base, teach(self.base, ids, with_states=True), starts)
+        carrier = net.compress(self.base, prefill(self.base, ids, with_states=True), starts)
         return {
             "bytes_per_token": carrier.bytes_per_block() / net.block_size,
             "parameters": sum(p.numel() for p in net.parameters() if p.requires_grad),

@@ -23,11 +23,12 @@ import torch
 from megactx.assets import resolve
 from megactx.evaluation.planted import in_detail
 from megactx.evaluation.table import Report, without_nan
-from megactx.focus.pretrained import identity, load_lensnet
 from megactx.framework.bar import bar
 from megactx.framework.files import replacing
+from megactx.lm.identity import of_net
 from megactx.memory import MegaContextTree
 from megactx.memory.encoding import identity_of_base
+from megactx.parts.read import load_lensnet
 from megactx.runtime import Models, Settings, load_models
 
 from . import length_planted as planted
@@ -125,8 +126,8 @@ class Study:
         return {name: getattr(self.asked, name) for name in names} | {
             "models": models.name,
             "base": identity_of_base(models.base),
-            "gistnet": identity(models.gistnet),
-            "lensnet": None if models.lensnet is None else identity(models.lensnet),
+            "gistnet": of_net(models.gistnet),
+            "lensnet": None if models.lensnet is None else of_net(models.lensnet),
             "text": self.texts.fingerprint,
             "block_size": self.block,
         }

@@ -18,8 +18,8 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from megactx.gist.scoring import nll
 from megactx.lm import BaseLM, masks
+from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree, WorkingContext
 from megactx.runtime import Controller, Models, Refocused, Settings
 

@@ -24,14 +24,14 @@ from megactx.data.files import DOMAINS, Files
 from megactx.data.spans_module import SpanData
 from megactx.evaluation.table import Report, Sheet, Table, pivot
 from megactx.framework.bar import bar
+from megactx.framework.config.search_path import compose, root
 from megactx.framework.optimizers import warmup_cosine
-from megactx.framework.search_path import compose, root
 from megactx.gist.carrier import Compressor, Slots, windows
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.compressors import build
-from megactx.gist.substitution import Teacher, teach
 from megactx.lm import BaseLM
 from megactx.lm.layers import keys_values
+from megactx.lm.prefill import Prefill, prefill
 
 from .study import Options, command, usable
 from .trained import base_of
@@ -156,12 +156,12 @@ def train(
     return table
 
 
-def _read(base: BaseLM, batch: dict) -> tuple[Teacher, Tensor]:
+def _read(base: BaseLM, batch: dict) -> tuple[Prefill, Tensor]:
     ids, starts = (torch.as_tensor(batch[name]).to(base.model.device) for name in ("ids", "starts"))
-    return teach(base, ids, with_states=True), starts.sort(dim=1).values
+    return prefill(base, ids, with_states=True), starts.sort(dim=1).values
 
 
-def _mean(teacher: Teacher, starts: Tensor, block: int) -> Tensor:
+def _mean(teacher: Prefill, starts: Tensor, block: int) -> Tensor:
     return torch.stack([windows(states, starts, block).mean(dim=(0, 1, 2)) for states in teacher.states[:-1]])
 
 

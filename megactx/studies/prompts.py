@@ -23,8 +23,8 @@ from transformers import DynamicCache
 
 from megactx.gist.carrier import BYTES, Compressor, Vectors
 from megactx.gist.history import stream
-from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM, masks
+from megactx.lm.prefill import Prefill
 
 ID_BYTES = 4
 
@@ -66,13 +66,13 @@ def again(base: BaseLM, ids: Tensor) -> Prompt:
     return Prompt(ids.shape[1], ID_BYTES * ids.shape[1], (), base.embed(ids), None)
 
 
-def cached(base: BaseLM, teacher: Teacher) -> Prompt:
+def cached(base: BaseLM, teacher: Prefill) -> Prompt:
     """The plain cache of prompts that the base LM has read."""
     return _columns(teacher.cache, base, teacher.ids.shape[1])
 
 
 @torch.no_grad()
-def compressed(base: BaseLM, net: Compressor, teacher: Teacher, count: int) -> dict[str, Prompt]:
+def compressed(base: BaseLM, net: Compressor, teacher: Prefill, count: int) -> dict[str, Prompt]:
     """Prompts whose ``count`` oldest blocks are carriers: ``vectors`` where they are, and ``keys``.
 
     ``teacher``: of the prompts, with states where the compressor needs them.
@@ -118,7 +118,7 @@ def greedy(base: BaseLM, prompt: Prompt, ids: Tensor, tokens: int) -> Tensor:
     return torch.stack(out, dim=1)
 
 
-def _vectors(base: BaseLM, teacher: Teacher, old: Tensor, carriers: Vectors, block: int, raw: Tensor) -> Prompt:
+def _vectors(base: BaseLM, teacher: Prefill, old: Tensor, carriers: Vectors, block: int, raw: Tensor) -> Prompt:
     ids, (b, t) = teacher.ids, teacher.ids.shape
     sink = torch.arange(block, device=ids.device).expand(b, -1)
     rows = [base.embed(ids[:, :block]), carriers.vectors.to(teacher.hidden.dtype), base.embed(ids[:, raw[0]])]

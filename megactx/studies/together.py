@@ -28,9 +28,9 @@ from megactx.focus.lensnet import LensNet
 from megactx.focus.values import continuation_nll
 from megactx.framework.bar import bar
 from megactx.gist import GistNet
-from megactx.gist.scoring import nll
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapters_of
+from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree, WorkingContext
 from megactx.stages.export import load_run
 from megactx.stages.gist import GistStage
@@ -91,7 +91,7 @@ def parts_of(folder: str | Path) -> Parts:
         base_name=given["base"]["name"],
         gistnet=stage.gistnet,
         lens=lens,
-        allocator=dict(given.get("allocator", {})),
+        allocator=dict(stage.hparams.get("allocator", {})),
         horizon=given["horizon"],
         steps=checkpoint["global_step"],
         tokens=tokens,
@@ -133,7 +133,7 @@ def measure_run(
         horizon: H, of the recovery.
         full: of ``plain`` with the untouched base LM.
     """
-    allocator, device = run.allocator or {"kind": "greedy"}, run.base.model.device
+    allocator, device = run.allocator, run.base.model.device
     found = {name: getattr(run, name) for name in ("name", "steps", "tokens", "flops")}
     found |= {"lens": {}, "recency": {}, "swap_rate": {}}
     for document in bar(f"{run.name}: windows")(documents):

@@ -16,10 +16,10 @@ from megactx.data.embedded import Embedded
 from megactx.data.files import DOMAINS, Files
 from megactx.data.segments import RECENCY
 from megactx.data.spans_module import SpanData
-from megactx.framework.resume import best, read
+from megactx.framework.run.resume import best, read
 from megactx.gist.carrier import Compressor, Slots
-from megactx.gist.substitution import Teacher
 from megactx.lm import BaseLM
+from megactx.lm.prefill import Prefill
 from megactx.stages.gist import GistStage
 
 NOTHING = "nothing"
@@ -30,7 +30,7 @@ class Nothing(Compressor):
 
     makes_vectors = False
 
-    def compress(self, base: BaseLM, teacher: Teacher, starts: Tensor) -> Slots:
+    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Slots:
         return Slots([tuple(part[:, :, :0] for part in layer) for layer in teacher.cache])
 
 

@@ -17,7 +17,7 @@ from megactx.apps.guard import LARGEST, Guard
 from megactx.apps.serving import Server
 from megactx.apps.view.app import build
 from megactx.apps.view.player import Player
-from megactx.runtime import Sampling, Session, models
+from megactx.runtime import Sampling, Session
 from megactx.runtime.settings import Settings
 
 TEXT = "def read(path):\n    return path.read_text()\n" * 12
@@ -165,7 +165,7 @@ def test_ctrl_c_saves_the_session_and_ends_with_130(exported, tmp_path):
     arguments = ["--model", str(exported), "--budget", "400", "--port", "0", "--session", str(tmp_path / "kept")]
     running = subprocess.Popen(
         [sys.executable, "-m", "megactx.apps.view", TEXT, "--tokens", "20", *arguments],
-        cwd=Path(models.__file__).parents[2],
+        cwd=Path(serving.__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
         stdout=subprocess.PIPE,

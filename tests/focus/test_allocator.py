@@ -115,13 +115,13 @@ def test_rows_do_not_know_of_each_other(lengths, levels, seed, spare, most):
         assert names(again) == [(0, *name[1:]) for name in after if name[0] == row]
 
 
-@pytest.mark.parametrize("kind", ["greedy", "stochastic"])
-def test_the_same_again_and_after_a_saved_session(kind):
+@pytest.mark.parametrize("temperature", [0.0, 0.1])
+def test_the_same_again_and_after_a_saved_session(temperature):
     def session(turns, context, allocator):
         return [names(allocator.refocus(context, drawn_scores(context, turn))) for turn in turns]
 
     def fresh():
-        return FocusAllocator(kind, max_edits=4, protected=NEWEST, seed=3)
+        return FocusAllocator(temperature=temperature, max_edits=4, protected=NEWEST, seed=3)
 
     start = window(tree((150, 97)), 5, spare=7)
     context, allocator = start.copy(), fresh()
@@ -134,8 +134,8 @@ def test_the_same_again_and_after_a_saved_session(kind):
     resumed.load_state_dict(state)
     assert session(range(4, 9), saved, resumed) == rest
     assert session(range(9), start.copy(), fresh()) == first + rest
-    other = FocusAllocator(kind, max_edits=4, protected=NEWEST, seed=4)
-    assert (session(range(9), start.copy(), other) == first + rest) == (kind == "greedy")
+    other = FocusAllocator(temperature=temperature, max_edits=4, protected=NEWEST, seed=4)
+    assert (session(range(9), start.copy(), other) == first + rest) == (temperature == 0)
 
 
 @checked
@@ -143,7 +143,7 @@ def test_the_same_again_and_after_a_saved_session(kind):
 def test_draws_come_from_the_same_queues(lengths, levels, seed, spare, most):
     context = window(tree(lengths, levels), seed, spare)
     scores = drawn_scores(context, seed)
-    drawn = FocusAllocator("stochastic", max_edits=most, protected=NEWEST, seed=seed).propose(context, scores)
+    drawn = FocusAllocator(temperature=0.1, max_edits=most, protected=NEWEST, seed=seed).propose(context, scores)
     make_one_by_one(drawn, context)
     assert len(drawn) == len(FocusAllocator(max_edits=most, protected=NEWEST).propose(context, scores))
     context.budget = 10**6  # room for all: then the queues are emptied
@@ -157,14 +157,14 @@ def test_the_better_an_edit_the_more_often_it_is_drawn():
     scores[0, -6:] = torch.tensor([0.25, 0.3, 0.35, 0.4, 0.45, 0.1])
     counts = torch.zeros(context.lod.shape[1])
     for seed in range(300):
-        edits = FocusAllocator("stochastic", max_edits=2, protected=0, seed=seed).propose(context, scores)
+        edits = FocusAllocator(temperature=0.1, max_edits=2, protected=0, seed=seed).propose(context, scores)
         counts[-6:] += torch.bincount(edits.index - int(context.index[0, -6]), minlength=6)
     assert counts.sum() == 600 and counts[-1] == 0
     assert (counts[-6:-1].diff() > 0).all() and counts[-6] > 10
 
 
 def test_every_refocus_draws_anew_and_nothing_else_does():
-    context, allocator = expandable(6, spare=6), FocusAllocator("stochastic", max_edits=2, protected=0)
+    context, allocator = expandable(6, spare=6), FocusAllocator(temperature=0.1, max_edits=2, protected=0)
     scores, seen = (context.lod > 0) * 0.5, set()
     for _ in range(8):
         drawn = names(allocator.propose(context, scores))
@@ -246,13 +246,12 @@ def test_scores_that_are_no_numbers_are_refused(bad):
 @pytest.mark.parametrize(
     "wrong",
     [
-        dict(kind="best"),
         dict(threshold=1.0),
         dict(threshold=-0.1),
         dict(max_edits=1),
         dict(cooldown=-1),
         dict(protected=-1),
-        dict(temperature=0.0),
+        dict(temperature=-0.1),
     ],
 )
 def test_a_setting_that_is_not_allowed_is_named(wrong):

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from megactx.framework.app import _flags_first, _how_to_go_on, run
-from megactx.framework.runfolder import held
+from megactx.framework.run.runfolder import held
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from megactx.framework.checkpoints import AtomicCheckpointIO, Best, Newest, RandomState, Record
+from megactx.framework.callbacks.checkpoints import AtomicCheckpointIO, Best, Newest, RandomState, Record
+from megactx.framework.callbacks.progress import Progress
+from megactx.framework.callbacks.stopping import StopOnBadLoss, StopOnInterrupt
 from megactx.framework.errors import FAILED, Interrupted, RunFailed, verdict
-from megactx.framework.guards import StopOnBadLoss, StopOnInterrupt
-from megactx.framework.progress import Progress
 
 
 class Net(lightning.LightningModule):
@@ -229,7 +229,7 @@ def test_averaged_weights_are_saved_beside_those_that_go_on_and_no_frozen_base_w
 
 
 def test_where_steps_take_long_there_is_a_checkpoint_between_the_due_ones(tmp_path, monkeypatch):
-    from megactx.framework import checkpoints
+    from megactx.framework.callbacks import checkpoints
 
     class Seen(lightning.Callback):
         def __init__(self):

@@ -12,26 +12,26 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megactx.data.shares import Shares
-from megactx.framework import processes
+from megactx.data.resumable import Resumable
 from megactx.framework.app import run
-from megactx.framework.search_path import compose
-from megactx.framework.validate import validate
+from megactx.framework.config.search_path import compose
+from megactx.framework.config.validate import validate
+from megactx.framework.run import distributed
 
 REPOSITORY = Path(__file__).parents[2]
 SGD = Path(__file__).with_name("plain_sgd.py")
 TWO = ["trainer.accelerator=cpu", "trainer.devices=2"]
 
 
-def shares(rank: int, count: int) -> Shares:
-    module = Shares()
+def shares(rank: int, count: int) -> Resumable:
+    module = Resumable()
     ready = SimpleNamespace(total=SimpleNamespace(ready=0))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=ready))
     module.trainer = SimpleNamespace(global_rank=rank, world_size=count, fit_loop=loop)
     return module
 
 
-def first(module: Shares, count: int) -> list[int]:
+def first(module: Resumable, count: int) -> list[int]:
     served = iter(module.indices())
     module.trainer.fit_loop.epoch_loop.batch_progress.total.ready += count
     return [next(served) for _ in range(count)]
@@ -65,12 +65,12 @@ def test_fewer_validation_items_than_processes_are_refused_by_the_settings_name(
 
 def test_another_process_takes_folder_and_checkpoint_from_the_first(tmp_path, monkeypatch):
     monkeypatch.delenv("MEGACTX_RUN", raising=False)
-    with processes.own_environment():
+    with distributed.own_environment():
         for decided in ((None, tmp_path), (tmp_path / "a.ckpt", tmp_path / "b")):
             monkeypatch.setenv("LOCAL_RANK", "0")
-            assert processes.agreed(lambda decided=decided: decided) == decided
+            assert distributed.agreed(lambda decided=decided: decided) == decided
             monkeypatch.setenv("LOCAL_RANK", "1")
-            assert processes.agreed(lambda: pytest.fail("only the first one decides")) == decided
+            assert distributed.agreed(lambda: pytest.fail("only the first one decides")) == decided
     assert "MEGACTX_RUN" not in os.environ
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from megactx.framework.device import choose, cpu_bf16_units
-from megactx.framework.search_path import compose
+from megactx.framework.config.search_path import compose
+from megactx.framework.run.device import choose, cpu_bf16_units
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megactx.framework.app import run
-from megactx.framework.flops import Counter
+from megactx.framework.callbacks.flops import Counter
 
 
 def test_attention_of_the_cpu_is_counted_forward_and_backward():

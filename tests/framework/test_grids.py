@@ -6,8 +6,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from megactx.framework.app import run
-from megactx.framework.grids import Grids
-from megactx.framework.search_path import VERSION_BASE, compose, register, root
+from megactx.framework.config.search_path import VERSION_BASE, compose, register, root
+from megactx.framework.sweep.grids import Grids
 
 
 def jobs(grids, overrides=(), at_once=None) -> list[list[list[str]]]:

@@ -102,7 +102,7 @@ def test_wandbs_own_errors_have_their_codes():
 
 
 def test_csv_keeps_its_rows_and_columns_when_a_run_goes_on_with_more_metrics(tmp_path):
-    from megactx.framework.logs import CSV
+    from megactx.framework.callbacks.logs import CSV
 
     first = CSV(str(tmp_path))
     first.log_metrics({"a": 1.0}, step=0)
@@ -129,7 +129,7 @@ def test_callbacks_full_logs_the_device_too(tiny_run, tmp_path):
     ("torn", "steps", "kept"), [("", 9, [0, 1, 1, 2]), ("", 2, [0, 1, 1]), ("7,1", 9, [0, 1, 1, 2])]
 )
 def test_a_log_is_rewound_to_its_first_steps_without_what_a_kill_has_cut(tmp_path, torn, steps, kept):
-    from megactx.framework.logs import CSV
+    from megactx.framework.callbacks.logs import CSV
 
     first = CSV(tmp_path)
     for step, metrics in ((0, {"loss": 1.0}), (1, {"loss": 2.0}), (1, {"val": 3.0}), (2, {"loss": 4.0})):
@@ -147,7 +147,7 @@ def test_a_log_is_rewound_to_its_first_steps_without_what_a_kill_has_cut(tmp_pat
 
 
 def test_there_is_nothing_to_rewind_in_a_new_folder(tmp_path):
-    from megactx.framework.logs import CSV
+    from megactx.framework.callbacks.logs import CSV
 
     CSV(tmp_path).rewind(3)
     assert not (tmp_path / "metrics.csv").exists()

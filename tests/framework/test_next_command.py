@@ -5,9 +5,9 @@ import shlex
 import pytest
 from omegaconf import OmegaConf
 
-from megactx.framework.next_command import next_command, setting
-from megactx.framework.resume import plain
-from megactx.framework.search_path import compose
+from megactx.framework.config.search_path import compose
+from megactx.framework.run.next_command import next_command, setting
+from megactx.framework.run.resume import plain
 
 
 def left(folder, overrides: list[str], choices: dict, **more) -> None:

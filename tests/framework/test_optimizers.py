@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from megactx.framework import device, optimizers
+from megactx.framework import optimizers
 from megactx.framework.optimizers import Muon, MuonWithAdamW, fast_dtype, newton_schulz
+from megactx.framework.run import device
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)  # torch's own
 

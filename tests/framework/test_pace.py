@@ -7,10 +7,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from megactx.framework import pace
 from megactx.framework.app import run
-from megactx.framework.device import Device
-from megactx.framework.search_path import compose
+from megactx.framework.config.search_path import compose
+from megactx.framework.run import pace
+from megactx.framework.run.device import Device
 
 
 @pytest.fixture

@@ -7,9 +7,18 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from megactx.framework.curriculum import changed, stage_config
-from megactx.framework.resume import check_accumulation, check_fits, check_source, differing, find, plain, read
-from megactx.framework.search_path import compose
+from megactx.framework.config.search_path import compose
+from megactx.framework.run.curriculum import changed, stage_config
+from megactx.framework.run.resume import (
+    check_accumulation,
+    check_fits,
+    check_source,
+    differences,
+    differing,
+    find,
+    plain,
+    read,
+)
 
 
 class Net(lightning.LightningModule):
@@ -159,3 +168,12 @@ def test_changed_texts_are_refused_where_a_run_goes_on_by_itself_and_told_where_
             check_source(saved, "other", resume)
     assert "then -> other" in check_source(saved, "other", "runs/a")
     assert check_source({}, "other", "auto") is None  # an older checkpoint does not know
+
+
+def test_a_class_of_the_framework_that_has_moved_is_the_same_class():
+    def lines(then: str, now: str) -> list[str]:
+        return differences({"callbacks": {"best": {"_target_": then}}}, {"callbacks": {"best": {"_target_": now}}})
+
+    here = "megactx.framework.callbacks.checkpoints.Best"
+    assert not lines("megactx.framework.checkpoints.Best", here)
+    assert lines("megactx.framework.checkpoints.Newest", here) and lines("mine.checkpoints.Best", here)

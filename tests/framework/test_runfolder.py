@@ -2,8 +2,8 @@ import logging
 
 from omegaconf import OmegaConf
 
-from megactx.framework.logs import CSV
-from megactx.framework.runfolder import git_commit, hide_in_command, hide_secrets, logs, open_folder
+from megactx.framework.callbacks.logs import CSV
+from megactx.framework.run.runfolder import git_commit, hide_in_command, hide_secrets, logs, open_folder
 
 
 def test_secrets_are_hidden_and_our_own_settings_are_not():

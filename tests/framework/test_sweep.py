@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from megactx.framework import sweep
 from megactx.framework.app import run
 from megactx.framework.errors import composition_message
+from megactx.framework.sweep import jobs
 
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = [sys.executable, str(REPOSITORY / "train.py")]
@@ -27,9 +27,9 @@ def short_names(overrides: list[str]) -> list[str]:
 def begun(tmp_path):
     """A sweep that this process has begun, with a report that notes what it is given."""
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path / "s")}, "launcher": {"_target_": "basic"}}})
-    sweep.RememberFolder(f"{__name__}.remember").on_multirun_start(config)
+    jobs.RememberFolder(f"{__name__}.remember").on_multirun_start(config)
     yield tmp_path / "s"
-    sweep._now = None
+    jobs._now = None
     os.environ.pop("MEGACTX_SWEEP", None)
 
 
@@ -57,7 +57,7 @@ def test_the_table_names_jobs_by_the_overrides_in_which_they_differ(begun, repor
     shared = ["experiment=demo", "data.path=/a/long/path/that/says/nothing"]
     outcome(begun / "a", 0, overrides=[*shared, "depth=d1"])
     outcome(begun / "b", 0, "done before", overrides=[*shared, "depth=d2"])
-    assert sweep.summary() == 0
+    assert jobs.summary() == 0
     shown = capsys.readouterr().out
     assert "depth=d1" in shown and "done before" in shown and "long/path" not in shown and "experiment" not in shown
 
@@ -65,7 +65,7 @@ def test_the_table_names_jobs_by_the_overrides_in_which_they_differ(begun, repor
 def test_a_failed_job_gives_the_code_and_its_message_and_the_leaderboard_comes_all_the_same(begun, reported, capsys):
     outcome(begun / "a", 0, overrides=["depth=d1"])
     outcome(begun / "b", 3, "failed", ["depth=d2"], message="the loss is NaN\nmore")
-    assert sweep.summary() == 3
+    assert jobs.summary() == 3
     shown = capsys.readouterr().out
     assert "the loss is NaN" in shown and "more" not in shown
     assert reported == [(["a", "b"], "s")]
@@ -73,14 +73,14 @@ def test_a_failed_job_gives_the_code_and_its_message_and_the_leaderboard_comes_a
 
 def test_a_job_that_ended_without_a_word_counts_as_failed(begun, reported, capsys):
     outcome(begun / "a", None, "running", ["depth=d1"])
-    assert sweep.summary() == 3
+    assert jobs.summary() == 3
     assert "ended without a word" in capsys.readouterr().out
 
 
 def test_jobs_of_earlier_starts_in_the_same_folder_do_not_count(begun, reported):
     outcome(begun / "a", 0, overrides=["depth=d1"])
     outcome(begun / "old", 3, "failed", ["depth=d2"], of="another start")
-    assert sweep.summary() == 0
+    assert jobs.summary() == 0
     assert reported == [(["a"], "s")]
 
 
@@ -90,18 +90,18 @@ def test_a_leaderboard_that_cannot_be_made_is_said_and_counts(begun, reported, m
 
     monkeypatch.setattr(sys.modules[__name__], "remember", broken)
     outcome(begun / "a", 0, overrides=["depth=d1"])
-    assert sweep.summary() == 3
+    assert jobs.summary() == 3
     captured = capsys.readouterr()
     assert "no leaderboard: RuntimeError: no" in captured.err and "depth=d1" in captured.out
 
 
 def test_a_summary_is_given_once_and_leaves_nothing_behind(begun, reported, capsys):
     outcome(begun / "a", 3, "failed", ["depth=d1"])
-    assert sweep.begun() and sweep.jobs_begun()
-    assert sweep.summary() == 3
+    assert jobs.begun() and jobs.jobs_begun()
+    assert jobs.summary() == 3
     capsys.readouterr()
-    assert sweep.summary() == 0 and capsys.readouterr().out == ""
-    assert not sweep.begun() and "MEGACTX_SWEEP" not in os.environ
+    assert jobs.summary() == 0 and capsys.readouterr().out == ""
+    assert not jobs.begun() and "MEGACTX_SWEEP" not in os.environ
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,11 @@ def test_jobs_that_run_at_once_share_the_cores(tmp_path, monkeypatch, launcher, 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "launcher": launcher, "sweeper": sweeper}})
     OmegaConf.set_struct(config, True)
-    sweep.RememberFolder("a.b").on_multirun_start(config)
+    jobs.RememberFolder("a.b").on_multirun_start(config)
     assert os.environ["OMP_NUM_THREADS"] == str(max(1, cores // (jobs or cores)))
     if sweeper:
         assert config.hydra.sweeper.max_batch_size == (jobs or cores)
-    sweep.summary()
+    jobs.summary()
     assert "OMP_NUM_THREADS" not in os.environ
 
 
@@ -131,7 +131,7 @@ def folder_of(*overrides: str) -> str:
     from hydra._internal.config_loader_impl import get_overrides_dirname
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from megactx.framework.search_path import compose
+    from megactx.framework.config.search_path import compose
 
     cfg = compose(overrides, with_hydra=True)
     excluded = list(cfg.hydra.job.config.override_dirname.exclude_keys)
@@ -189,16 +189,16 @@ def test_a_job_that_is_done_is_refused_where_an_edited_experiment_would_give_ano
     capsys.readouterr()
     assert sweep_with(2, 0.02) == 2 and outcomes() == "refused"
     assert "was done with other settings: stage.muon_lr: 0.01 -> 0.02" in capsys.readouterr().err
-    monkeypatch.setattr(sweep, "_now", None)
+    monkeypatch.setattr(jobs, "_now", None)
     rest = [override.replace("preset.steps=2", "preset.steps=3") for override in rest]
     assert sweep_with(3, 0.01) == 2
     assert "preset.steps: 2 -> 3" in capsys.readouterr().err  # results of two steps are none of three
 
 
 def test_a_second_process_waits_for_the_one_that_is_at_a_job(tmp_path):
-    program = "import sys; from pathlib import Path; from megactx.framework.sweep import alone\n"
+    program = "import sys; from pathlib import Path; from megactx.framework.sweep.jobs import alone\n"
     program += "with alone(Path(sys.argv[1])): print((Path(sys.argv[1]) / 'done').exists())"
-    with sweep.alone(tmp_path / "job"):
+    with jobs.alone(tmp_path / "job"):
         command = [sys.executable, "-c", program, str(tmp_path / "job")]
         second = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert "another process is at" in second.stderr.readline()

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megactx.framework import throughput
-from megactx.framework.throughput import Throughput, peak
+from megactx.framework.callbacks import throughput
+from megactx.framework.callbacks.throughput import Throughput, peak
 from megactx.gist import GistNet
 from megactx.gist.losses.block import Block
 from megactx.gist.substitution import substituted

@@ -3,8 +3,8 @@ import os
 import pytest
 from omegaconf import OmegaConf
 
-from megactx.framework.search_path import compose
-from megactx.framework.validate import _special, locate, validate
+from megactx.framework.config.search_path import compose
+from megactx.framework.config.validate import _special, locate, validate
 
 
 def problems(*overrides: str, groups: tuple[str, ...] = ()) -> list[str]:
@@ -130,7 +130,10 @@ def test_a_value_out_of_range_is_told_with_what_is_allowed(override, allowed):
             "stage.controls.mine.tpye: a GistNet has no such setting. Did you mean type?",
         ),
         ("+data.weights.prose=1", "data.weights.prose: no such setting."),
-        ("+callbacks.speed.every=3", "callbacks.speed.every: megactx.framework.throughput.Throughput takes no such"),
+        (
+            "+callbacks.speed.every=3",
+            "callbacks.speed.every: megactx.framework.callbacks.throughput.Throughput takes no such",
+        ),
         ("+stage._partial_=true", "stage._partial_: megactx.stages.gist.GistStage takes no such setting."),
         # places
         ("+callbacks.x={_target_: torch.nn.ReLU}", "callbacks.x._target_: torch.nn.ReLU is no Callback"),

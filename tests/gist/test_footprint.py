@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from megactx.framework.search_path import compose
+from megactx.framework.config.search_path import compose
 from megactx.gist import GistNet
 from megactx.gist.footprint import footprint, in_words
 from megactx.gist.substitution import substituted

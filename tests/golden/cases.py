@@ -53,8 +53,8 @@ def world(folder: Path) -> dict[str, Path]:
     """Texts, a base LM with a tokenizer of 512 ids, a GistNet; -> where they lie."""
     from megactx.data.tokenizer import train_tokenizer
     from megactx.gist import GistNet
-    from megactx.gist.pretrained import save_gistnet
     from megactx.lm import BaseLM
+    from megactx.parts.write import save_gistnet
 
     found = {"texts": texts(folder / "texts"), "base": folder / "base", "gistnet": folder / "gistnet"}
     written = [path.read_text() for path in sorted(found["texts"].iterdir())]

@@ -241,7 +241,7 @@ def test_the_command_converts_and_says_where(written, own_cache, capsys):
 
 
 def test_the_base_of_another_package_says_how_to_get_it(monkeypatch, capsys):
-    from megactx.framework.search_path import compose
+    from megactx.framework.config.search_path import compose
 
     assert compose(["base=smollm2"]).base.name == "asset:smollm2"  # composes without the file
     monkeypatch.setattr("megactx.assets.find_spec", lambda name: None)

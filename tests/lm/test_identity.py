@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from megactx.gist import GistNet
-from megactx.gist.pretrained import load_gistnet, save_gistnet
 from megactx.lm import BaseLM, adapters
 from megactx.lm.identity import of_embeddings, of_weights
 from megactx.memory import MegaContextTree
+from megactx.parts.read import load_gistnet
+from megactx.parts.write import save_gistnet
 
 SETTINGS = dict(block_size=8, num_heads=4)
 

@@ -115,7 +115,7 @@ def test_another_gistnet_is_refused_or_encodes_again(tmp_path):
     with pytest.raises(ValueError, match="another GistNet made it"):
         MegaContextTree.load(tmp_path, new, table)
     loaded = MegaContextTree.load(tmp_path, new, table, refresh=True)
-    assert loaded.stale() == 0
+    assert loaded.refresh(new) == 0
     assert torch.equal(loaded.gists(2), MegaContextTree.from_tokens(ids(1, 100), new, table).gists(2))
     ends = GistNet(32, 0.05, block_size=K, num_heads=4, skip="none", position="centre")
     ends.load_state_dict(old.state_dict())

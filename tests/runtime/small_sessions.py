@@ -8,10 +8,9 @@ import torch
 from byte_fallback import KINDS, byte_fallback
 
 from megactx.focus import LensNet
-from megactx.focus.pretrained import save_lensnet
 from megactx.gist import GistNet
-from megactx.gist.pretrained import save_gistnet
 from megactx.lm import BaseLM
+from megactx.parts.write import save_gistnet, save_lensnet
 from megactx.runtime import Controller, Models, Settings
 
 K = 4

@@ -19,8 +19,7 @@ from megactx.framework.files import PART
 from megactx.lm import adapters
 from megactx.memory.encoding import identity_of_base
 from megactx.runtime import Controller, Models, Sampling, Session, Settings
-from megactx.runtime.lock import Lock
-from megactx.runtime.session_files import MANIFEST, STATE
+from megactx.runtime.session_files import MANIFEST, STATE, lock
 
 TEXT = "def read(path):\n    return path.read_text()\n" * 12  # some 400 tokens
 
@@ -131,7 +130,7 @@ def test_another_process_is_told_who_holds_the_folder(session, tmp_path):
     folder, (reading, writing) = session.save(tmp_path / "saved"), os.pipe()
     if os.fork() == 0:
         try:
-            Lock(folder)
+            lock(folder)
         except ValueError as error:
             os.write(writing, str(error).encode())
         finally:

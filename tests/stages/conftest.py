@@ -27,8 +27,8 @@ def killed():
 def joint_settings(base_folder, texts, tmp_path_factory):
     """Overrides of a short run of a joint stage; a test adds ``experiment=...`` and ``folder=...``."""
     from megactx.gist import GistNet
-    from megactx.gist.pretrained import save_gistnet
     from megactx.lm import BaseLM
+    from megactx.parts.write import save_gistnet
 
     base = BaseLM.from_pretrained(str(base_folder)).freeze()
     torch.manual_seed(3)

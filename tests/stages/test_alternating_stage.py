@@ -7,7 +7,7 @@ import torch
 from hydra.utils import instantiate
 
 from megactx.framework.app import run
-from megactx.framework.search_path import compose
+from megactx.framework.config.search_path import compose
 from megactx.stages.alternating import AlternatingStage
 from megactx.stages.phases import PHASES, Place, Schedule
 

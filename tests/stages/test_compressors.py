@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from torch.utils.data import default_convert
 
 from megactx.framework.app import run
-from megactx.framework.search_path import compose
+from megactx.framework.config.search_path import compose
 from megactx.stages.gist import GistStage
 
 SHORT = ["block_size=8", "stage.evaluate.copies=0"]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megactx.framework.app import run
-from megactx.framework.curriculum import run_in_turn, stage_config
-from megactx.framework.runfolder import held
-from megactx.framework.search_path import compose
+from megactx.framework.config.search_path import compose
+from megactx.framework.run.curriculum import run_in_turn, stage_config
+from megactx.framework.run.runfolder import held
 from megactx.stages.gist import GistStage
 
 STAGES = ["gist_stage1", "gist_stage2", "gist_stage3"]
@@ -76,8 +76,8 @@ def test_a_stage_is_not_started_alone_while_its_curriculum_trains_it(curriculum,
         with held(folder):  # as a run in it would
             raise AssertionError("two processes train in one folder")
 
-    monkeypatch.setattr("megactx.framework.curriculum.build_and_run", training)
-    monkeypatch.setattr("megactx.framework.curriculum.check_data", lambda stage: None)
+    monkeypatch.setattr("megactx.framework.run.curriculum.build_and_run", training)
+    monkeypatch.setattr("megactx.framework.run.curriculum.check_data", lambda stage: None)
     assert run([*curriculum, f"folder={tmp_path / 'a'}"]) == 2
     assert f"folder={tmp_path / 'a' / 'gist_stage1'}: another process" in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ import torch
 from hydra.utils import instantiate
 
 from megactx.framework.app import run
-from megactx.framework.search_path import compose
+from megactx.framework.config.search_path import compose
 from megactx.stages.end_to_end import EndToEndStage
 
 LORA = ("stage.train_base=lora", "stage.lora.layers=all", "stage.lora.embeddings=true")

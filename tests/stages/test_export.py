@@ -6,10 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megactx.focus.pretrained import load_lensnet
 from megactx.framework.app import run
-from megactx.gist.pretrained import load_gistnet
 from megactx.lm import BaseLM
+from megactx.parts.read import load_gistnet, load_lensnet
 from megactx.stages.export import MANIFEST, load_run, main, plain_base
 
 SHORT = ["stage.evaluate.documents=2", "preset.validate_every=2", "stage.lora.rank=4", "stage.base_lr=0.05"]

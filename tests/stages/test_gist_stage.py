@@ -10,7 +10,7 @@ import torch
 from hydra.errors import InstantiationException
 
 from megactx.framework.app import run
-from megactx.framework.search_path import compose
+from megactx.framework.config.search_path import compose
 from megactx.stages.gist import GistStage
 
 

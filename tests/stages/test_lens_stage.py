@@ -6,11 +6,12 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
+from megactx.focus import FocusAllocator
 from megactx.framework.app import run
-from megactx.framework.search_path import compose
+from megactx.framework.config.search_path import compose
 from megactx.gist import GistNet
-from megactx.gist.pretrained import save_gistnet
 from megactx.lm import BaseLM
+from megactx.parts.write import save_gistnet
 from megactx.stages import lens_states
 from megactx.stages.lens import LensStage
 
@@ -106,18 +107,20 @@ def test_a_run_that_is_interrupted_goes_on_to_the_same_weights(moment, whole, se
     assert (tmp_path / "run" / "report.json").read_text() == (whole / "report.json").read_text()
 
 
-def test_preferences_between_windows_of_one_text_can_be_learned_from_too(settings, tmp_path):
-    short = ["stage.objective=preference", "preset.steps=2", "stage.evaluate.documents=1", "stage.evaluate.planted=0"]
-    short += ["stage.windows.rounds=1", "stage.evaluate.oracle=0"]
-    assert run([*settings, *short, f"folder={tmp_path / 'run'}"]) == 0
-    header = (tmp_path / "run" / "metrics.csv").read_text().split("\n")[0].split(",")
-    assert {"train/preference", "train/budget", "train/legality"} <= set(header)
+def test_a_checkpoint_of_earlier_days_loads_without_the_settings_that_are_gone(whole, tmp_path):
+    checkpoint = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
+    hparams = checkpoint["hyper_parameters"]
+    hparams |= {"objective": "value", "pair_weight": 0.0, "allocator": {"kind": "greedy", **hparams["allocator"]}}
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    stage = LensStage.load_from_checkpoint(tmp_path / "old.ckpt", weights_only=True)
+    assert FocusAllocator(**stage.hparams.allocator).temperature == 0 and "objective" not in stage.hparams
+    assert all(torch.equal(v, checkpoint["state_dict"][f"lens.{k}"]) for k, v in stage.lens.state_dict().items())
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stage.objective=rank", "stage.objective=rank is not known, allowed are value, preference"),
+        ("stage.objective=preference", "stage.objective: no such setting"),
         ("stage.budgets=[0.6, 1.5]", "is not allowed: shares above 0, up to 1"),
         ("stage.budgets=[0.1]", "0.1 of"),
         ("stage.windows.edits=1", "stage.windows.edits=1 is not allowed: at least 2"),
@@ -126,7 +129,7 @@ def test_preferences_between_windows_of_one_text_can_be_learned_from_too(setting
         ("datamodule.max_tokens=600", "are not allowed: at most 504"),
         ("datamodule.planted=2", "datamodule.planted=2"),
         ("stage.evaluate.tokens=450", "none of held-out documents has so many tokens"),
-        ("allocator.kind=best", "allocator.kind=best is not known"),
+        ("allocator.threshold=1", "allocator.threshold=1 is not allowed"),
     ],
 )
 def test_a_users_mistake_is_one_clear_message(override, message, settings, tmp_path, capsys):

@@ -8,15 +8,15 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from megactx.framework.resume import check_fits
-from megactx.framework.search_path import compose
+from megactx.framework.config.search_path import compose
+from megactx.framework.run.resume import check_fits
 from megactx.lm import BaseLM
 from megactx.memory.encoding import identity_of_base
+from megactx.parts.read import gistnet_of
 from megactx.stages.gist import GistStage
 from megactx.stages.joint import JointStage
 from megactx.stages.lens import LensStage
 from megactx.stages.stage import Stage
-from megactx.stages.trained import gistnet_of
 
 GISTNET = dict(block_size=8, layers=1, num_heads=4, dropout=0.0)
 SETTINGS = dict(controls={}, horizon=8, losses={"block": {}}, lr=1e-3)
@@ -119,7 +119,7 @@ def test_joint_stages_know_their_base_too(joint_settings, bases, tmp_path):
     mine = stage(bases["one"])
     path = save(mine, tmp_path / "joint.ckpt")
     own = tmp_path / "net"  # the GistNet of the settings is of the first base
-    from megactx.gist.pretrained import save_gistnet
+    from megactx.parts.write import save_gistnet
 
     other = BaseLM.from_pretrained(bases["other"])
     save_gistnet(mine.gistnet, {"block_size": 8, "num_heads": 4, "dropout": 0.1}, other, own)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megactx.framework import throughput
 from megactx.framework.app import run
+from megactx.framework.callbacks import throughput
 from megactx.stages.window_work import WindowWork
 
 # P = 100, V D = 50, L A = 8; a block of 4 costs 7; LensNet has 30 weights and l D = 6.

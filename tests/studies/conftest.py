@@ -7,11 +7,10 @@ import torch
 import yaml
 
 from megactx.focus import LensNet
-from megactx.focus.pretrained import save_lensnet
 from megactx.framework.app import run
 from megactx.gist import GistNet
-from megactx.gist.pretrained import save_gistnet
 from megactx.lm import BaseLM
+from megactx.parts.write import save_gistnet, save_lensnet
 from megactx.runtime import Models
 
 K = 4

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megactx.framework.kinds import NonNegative, Share, declared
+from megactx.framework.config.types import NonNegative, Share, declared
 from megactx.gist.loss import Context, Loss
 from megactx.gist.reading import read_carriers
 from megactx.gist.substitution import check_blocks

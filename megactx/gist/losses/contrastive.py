@@ -8,7 +8,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from megactx.data.documents import length_of
-from megactx.framework.kinds import NonNegative, declared
+from megactx.framework.config.types import NonNegative, declared
 from megactx.gist.loss import Context, Loss
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megactx.framework.kinds import Count, NonNegative, declared
+from megactx.framework.config.types import Count, NonNegative, declared
 from megactx.gist.history import check_segments, old_blocks, with_carriers, with_everything
 from megactx.gist.loss import Context, Loss
 from megactx.lm.chunked_head import OBJECTIVES, score

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from megactx.framework.kinds import NonNegative, Share, declared
+from megactx.framework.config.types import NonNegative, Share, declared
 from megactx.lm.chunked_head import OBJECTIVES
 
 from .block import Block

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megactx.framework.kinds import Count, NonNegative, declared
+from megactx.framework.config.types import Count, NonNegative, declared
 from megactx.gist.loss import Context, Loss
 from megactx.gist.recall import full, mixed
 from megactx.lm.chunked_head import score

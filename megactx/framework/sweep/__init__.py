@@ -1,0 +1,1 @@
+"""Sweeps: jobs that go on where they stopped, and grids of them."""

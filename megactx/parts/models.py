@@ -1,0 +1,96 @@
+"""The models that a session needs, from a run folder, an exported folder, or the package itself.
+
+nothing                 the embedded base LM, its GistNet and its LensNet
+exported folder         a Hugging Face folder with gistnet/ and, where there is one, lensnet/ in it
+run of a lens stage     all three; of a gist stage: base and GistNet; of a base stage: the base LM alone
+Hugging Face folder     a base LM alone, as are a GGUF file, a folder with one in it, and a base of ``asset:NAME``
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megactx.assets import is_gguf, known, resolve
+from megactx.focus import LensNet
+from megactx.framework.run.resume import best, read
+from megactx.gist import GistNet
+from megactx.lm import BaseLM
+from megactx.lm.identity import record_of
+
+from .find import GISTNET, LENSNET, refuse_other_base
+from .read import gistnet_of, lensnet_of, load_gistnet, load_lensnet
+
+EMBEDDED = [f"asset:tiny-{part}" for part in ("base", "gistnet", "lensnet")]
+
+
+@dataclass(frozen=True)
+class Models:
+    """All frozen, in eval mode, on one device."""
+
+    base: BaseLM
+    gistnet: GistNet | None = None
+    lensnet: LensNet | None = None
+    name: str = ""  # where they came from, for people
+
+    def to(self, device) -> "Models":
+        """The same on a device: a base LM in bf16 on a GPU, in fp32 on a CPU."""
+        device = torch.device(device)
+        parts = [
+            None if part is None else part.to(device).requires_grad_(False) for part in (self.gistnet, self.lensnet)
+        ]
+        self.base.freeze().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        return Models(self.base, *parts, self.name)
+
+
+def load_models(path: str | None = None, device: str | None = None) -> Models:
+    """Models from ``path``, see above; on the GPU where there is one.
+
+    Raises:
+        ValueError: there are none, or they do not belong together.
+    """
+    return _read(path).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _read(path: str | None) -> Models:
+    if path is None:
+        return _together(*map(resolve, EMBEDDED), "the embedded models")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        name = path if is_gguf(path) or path.startswith("asset:") else f"asset:{path}"
+        if not is_gguf(name) and name not in known():
+            raise ValueError(f"model={path}: there is no such folder, file or asset")
+        return Models(BaseLM.from_pretrained(name, "float32"), name=path)
+    if (folder / "gistnet" / GISTNET).is_file():
+        lensnet = folder / "lensnet"
+        return _together(folder, folder / "gistnet", lensnet if (lensnet / LENSNET).is_file() else None, str(path))
+    for own in (folder / "model", folder):  # of a run of a base stage; or a model itself
+        if (own / "config.json").is_file() or own == folder and is_gguf(resolve(folder, "model")):
+            return Models(BaseLM.from_pretrained(str(own), "float32"), name=str(path))
+    return _of_run(folder)
+
+
+def _together(base: str | Path, gistnet: str | Path, lensnet: str | Path | None, name: str) -> Models:
+    """Models from the folders of each."""
+    base = BaseLM.from_pretrained(str(base), "float32").freeze()
+    gistnet = load_gistnet(gistnet, base)
+    return Models(base, gistnet, None if lensnet is None else load_lensnet(lensnet, gistnet), name)
+
+
+def _of_run(folder: Path) -> Models:
+    """Models of a run folder of a gist or a lens stage, from its best checkpoint."""
+    checkpoint = read(best(folder))
+    settings = checkpoint.get("hyper_parameters", {})
+    if "train_base" in settings:
+        raise ValueError(
+            f"model={folder}: it is a run of a joint stage, whose base LM may have adapters; export it first: python -m"
+            f" megactx.stages.export {folder} OUT"
+        )
+    if "base" not in settings or "gistnet" not in settings:
+        raise ValueError(f"model={folder}: it is a run of neither a gist nor a lens stage, and no model's folder")
+    base = BaseLM.from_pretrained(settings["base"]["name"], "float32").freeze()
+    record = record_of(base, settings["base"]["name"])
+    refuse_other_base(checkpoint, record, f"model={folder}: ")  # the folder of the base may hold another one by now
+    gistnet = gistnet_of(folder, base, "model", record)
+    lensnet = lensnet_of(folder, gistnet, record, "model").eval() if "lensnet" in settings else None
+    return Models(base, gistnet, lensnet, str(folder))
