@@ -20,11 +20,14 @@ B rows, W entries, K children of a node, E edits, R remembered edits, M edits of
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Lt
 from torch import Tensor
 
+from megactx.framework.config.types import AtLeast2, NonNegative, Whole, declared
 from megactx.memory import WorkingContext
 
 from .edits import PROTECTED, Edits, Moves, moves
@@ -47,6 +50,7 @@ class Refocus:
     price: Tensor | None  # [B] what was handed in
 
 
+@declared("allocator")
 class FocusAllocator:
     """Edits of a batch of working contexts, and the memory of those that it made.
 
@@ -65,23 +69,13 @@ class FocusAllocator:
 
     def __init__(
         self,
-        threshold: float = 0.1,
-        max_edits: int | None = None,
-        cooldown: int = 2,
-        protected: int = PROTECTED,
-        temperature: float = 0.0,
+        threshold: Annotated[float, Ge(0), Lt(1)] = 0.1,
+        max_edits: AtLeast2 | None = None,
+        cooldown: Whole = 2,
+        protected: Whole = PROTECTED,
+        temperature: NonNegative = 0.0,
         seed: int = 0,
     ):
-        if not 0 <= threshold < 1:
-            raise ValueError(f"allocator.threshold={threshold} is not allowed: 0 <= threshold < 1, as scores are")
-        if max_edits is not None and max_edits < 2:
-            raise ValueError(f"allocator.max_edits={max_edits} is not allowed: at least 2, for a swap takes two edits")
-        if cooldown < 0:
-            raise ValueError(f"allocator.cooldown={cooldown} is not allowed: at least 0 refocuses")
-        if protected < 0:
-            raise ValueError(f"allocator.protected={protected} is not allowed: at least 0 tokens")
-        if not temperature >= 0:
-            raise ValueError(f"allocator.temperature={temperature} is not allowed: at least 0")
         self.threshold, self.max_edits, self.cooldown = threshold, max_edits, cooldown
         self.protected, self.temperature, self.seed = protected, temperature, seed
         self.telemetry: Refocus | None = None  # of the last refocus

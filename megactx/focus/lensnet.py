@@ -11,12 +11,15 @@ B rows, W entries, D width.
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 
 from megactx.focus import heads
+from megactx.framework.config.types import Count, declared
 from megactx.gist.backbone import Block
 from megactx.gist.parts import find
 from megactx.lm.gaussian_rope import LODS, PositionSpread
@@ -45,6 +48,7 @@ class Scores:
     score: Tensor  # [B, W], from -1 (collapse) to 1 (expand), 0 where nothing is legal
 
 
+@declared("lensnet", block_size="block_size")
 class LensNet(nn.Module):
     """Transformer blocks over a window, and two numbers per entry.
 
@@ -65,23 +69,19 @@ class LensNet(nn.Module):
     def __init__(
         self,
         width: int,
-        block_size: int = 32,
-        layers: int = 2,
-        num_heads: int = 8,
+        block_size: Count = 32,
+        layers: Annotated[int, Ge(1), Le(16)] = 2,
+        num_heads: Count = 8,
         head: str = "mlp",
-        dropout: float = 0.0,
+        dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
         gaussian_rope: str = "damped",
         content: bool = True,
     ):
         super().__init__()
-        if not 1 <= layers <= 16:
-            raise ValueError(f"lensnet.layers={layers} is not allowed: 1 to 16")
-        if num_heads < 1 or width % num_heads or width // num_heads % 2:
+        if width % num_heads or width // num_heads % 2:
             raise ValueError(
                 f"lensnet.num_heads={num_heads} does not divide the base LM's width {width} into even heads"
             )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"lensnet.dropout={dropout} is not allowed: 0 <= dropout < 1")
         self.width, self.block_size = width, block_size
         self.spread = PositionSpread(gaussian_rope, block_size)
         self.lod = nn.Embedding(LODS + 1, width)

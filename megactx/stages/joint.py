@@ -9,16 +9,17 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from megactx.evaluation.focus import focused
+from megactx.focus.allocator import FocusAllocator
 from megactx.focus.lensnet import LensNet
 from megactx.focus.values import continuation_nll
 from megactx.focus.variants import same_rows
-from megactx.framework.config.types import Count, NonNegative, PartOf, Whole
+from megactx.framework.config.types import ArgumentsOf, Count, NonNegative, PartOf, Whole
 from megactx.framework.optimizers import warmup_cosine
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapt, adapters_of, switched_off
@@ -27,7 +28,7 @@ from megactx.lm.prefill import Prefill, prefill, unread
 from megactx.parts.read import gistnet_of, lensnet_of
 
 from .joint_report import report
-from .stage import BaseSettings, Stage, of_today, portable, portable_part
+from .stage import BaseSettings, FocusEvaluate, Stage, of_today, portable, portable_part
 from .taking import take_parts
 
 TRAIN_BASE = ("frozen", "lora", "full")
@@ -39,17 +40,6 @@ class Lora(TypedDict):
     rank: Whole
     layers: str
     embeddings: bool
-
-
-class FocusEvaluate(TypedDict, total=False):
-    """What the end-of-run report measures of windows."""
-
-    documents: Count
-    tokens: Count | None
-    budgets: list[PartOf]
-    oracle: Whole
-    planted: Whole
-    path: str | None
 
 
 class JointStage(Stage):
@@ -86,8 +76,8 @@ class JointStage(Stage):
         self,
         base: BaseSettings,
         gistnet: str,
-        lensnet: dict,
-        allocator: dict,
+        lensnet: Annotated[dict, ArgumentsOf(LensNet)],
+        allocator: Annotated[dict, ArgumentsOf(FocusAllocator)],
         lora: Lora,
         horizon: Count,
         objective: Literal[OBJECTIVES],

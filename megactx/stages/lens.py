@@ -6,21 +6,32 @@ LensNet learns from the windows of all rounds so far: measuring is what costs, s
 """
 
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 import torch
 from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
+from megactx.focus.allocator import FocusAllocator
 from megactx.focus.lensnet import LensNet
 from megactx.focus.objectives import value_loss
 from megactx.focus.states import load
+from megactx.framework.config.types import ArgumentsOf, AtLeast2, Count, NonNegative, PartOf, Whole
 from megactx.parts.read import gistnet_of
 
 from .lens_losses import value_losses
 from .lens_report import report
 from .lens_states import HELD, ensure, measuring_flops, sizes_ahead
-from .stage import Stage, of_today, portable, portable_part
+from .stage import BaseSettings, FocusEvaluate, Stage, of_today, portable, portable_part
 from .window_work import WindowWork
+
+
+class MeasuredWindows(TypedDict):
+    """Windows of a round, rounds, and edits that are measured of each window."""
+
+    per_round: AtLeast2
+    rounds: Count
+    edits: AtLeast2
 
 
 class LensStage(Stage):
@@ -50,32 +61,27 @@ class LensStage(Stage):
 
     def __init__(
         self,
-        base: dict,
+        base: BaseSettings,
         gistnet: str,
-        lensnet: dict,
-        allocator: dict,
-        horizon: int,
-        budgets: list,
-        windows: dict,
-        lr: float,
-        direct_lr: float,
-        min_lr: float,
-        weight_decay: float,
-        warmup: int,
-        max_steps: int,
-        evaluate: dict,
+        lensnet: Annotated[dict, ArgumentsOf(LensNet)],
+        allocator: Annotated[dict, ArgumentsOf(FocusAllocator)],
+        horizon: Count,
+        budgets: list[PartOf],
+        windows: MeasuredWindows,
+        lr: NonNegative,
+        direct_lr: NonNegative,
+        min_lr: NonNegative,
+        weight_decay: NonNegative,
+        warmup: Whole,
+        max_steps: Count,
+        evaluate: FocusEvaluate,
         folder: str,
     ):
         super().__init__()
         base, gistnet = base | {"name": portable(base["name"])}, portable_part(gistnet)
         allocator = of_today(allocator)
         self.save_hyperparameters()
-        for share in budgets:
-            if not 0 < share <= 1:
-                raise ValueError(f"stage.budgets={list(budgets)} is not allowed: shares above 0, up to 1")
-        for name, least in (("per_round", 2), ("rounds", 1), ("edits", 2)):
-            if windows[name] < least:
-                raise ValueError(f"stage.windows.{name}={windows[name]} is not allowed: at least {least}")
+        self.check_settings()
         self.take_base(base)
         self.gistnet = gistnet_of(gistnet, self.base, "stage.gistnet", self.base_record).requires_grad_(False)
         self.lens = LensNet(self.base.width, self.gistnet.block_size, **lensnet)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megactx.assets import resolve
-from megactx.framework.config.types import check
+from megactx.framework.config.types import Count, PartOf, Whole, check
 from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
 from megactx.lm import BaseLM
 from megactx.lm.identity import record_of
@@ -26,6 +26,17 @@ class BaseSettings(TypedDict):
 
     name: str
     dtype: NotRequired[str | None]
+
+
+class FocusEvaluate(TypedDict, total=False):
+    """Of the stages that read windows: what the end-of-run report measures of them."""
+
+    documents: Count
+    tokens: Count | None
+    budgets: list[PartOf]
+    oracle: Whole
+    planted: Whole
+    path: str | None
 
 
 class Stage(lightning.LightningModule):
@@ -131,7 +142,18 @@ class Stage(lightning.LightningModule):
         Raises:
             ValueError: a line for each that is not.
         """
-        check(type(self), self.hparams, "stage", {"horizon": "horizon.tokens", "gistnet": "gistnet", "losses": "loss"})
+        check(
+            type(self),
+            self.hparams,
+            "stage",
+            {
+                "horizon": "horizon.tokens",
+                "gistnet": "gistnet",
+                "losses": "loss",
+                "lensnet": "lensnet",
+                "allocator": "allocator",
+            },
+        )
 
     def take_base(self, base: dict) -> None:
         """Load the frozen base LM: ``name`` and ``dtype``."""

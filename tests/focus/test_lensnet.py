@@ -135,7 +135,7 @@ def test_masked_values_of_a_window_without_siblings_are_zero():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(layers=0), r"lensnet.layers=0 is not allowed: 1 to 16"),
+        (dict(layers=0), r"lensnet.layers=0 is not allowed: a whole number from 1 to 16"),
         (dict(num_heads=3), r"lensnet.num_heads=3 does not divide the base LM's width 32"),
         (dict(head="deep"), r"lensnet.head=deep is not known, allowed are linear, mlp"),
         (dict(dropout=1.0), r"lensnet.dropout=1.0 is not allowed"),

@@ -105,7 +105,7 @@ def test_a_summary_is_given_once_and_leaves_nothing_behind(begun, reported, caps
 
 
 @pytest.mark.parametrize(
-    ("launcher", "sweeper", "jobs"),
+    ("launcher", "sweeper", "count"),
     [
         ({"_target_": "a.JoblibLauncher", "n_jobs": 2}, {}, 2),
         ({"_target_": "a.JoblibLauncher", "n_jobs": -1}, {}, None),
@@ -113,15 +113,15 @@ def test_a_summary_is_given_once_and_leaves_nothing_behind(begun, reported, caps
         ({"_target_": "submitit_launcher.LocalLauncher", "submitit_folder": "x/%j"}, {"max_batch_size": None}, None),
     ],
 )
-def test_jobs_that_run_at_once_share_the_cores(tmp_path, monkeypatch, launcher, sweeper, jobs):
+def test_jobs_that_run_at_once_share_the_cores(tmp_path, monkeypatch, launcher, sweeper, count):
     cores = len(os.sched_getaffinity(0))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "launcher": launcher, "sweeper": sweeper}})
     OmegaConf.set_struct(config, True)
     jobs.RememberFolder("a.b").on_multirun_start(config)
-    assert os.environ["OMP_NUM_THREADS"] == str(max(1, cores // (jobs or cores)))
+    assert os.environ["OMP_NUM_THREADS"] == str(max(1, cores // (count or cores)))
     if sweeper:
-        assert config.hydra.sweeper.max_batch_size == (jobs or cores)
+        assert config.hydra.sweeper.max_batch_size == (count or cores)
     jobs.summary()
     assert "OMP_NUM_THREADS" not in os.environ
 

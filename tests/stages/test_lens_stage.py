@@ -121,15 +121,15 @@ def test_a_checkpoint_of_earlier_days_loads_without_the_settings_that_are_gone(w
     ("override", "message"),
     [
         ("stage.objective=preference", "stage.objective: no such setting"),
-        ("stage.budgets=[0.6, 1.5]", "is not allowed: shares above 0, up to 1"),
+        ("stage.budgets=[0.6, 1.5]", "allowed is a list, each a number above 0, up to 1"),
         ("stage.budgets=[0.1]", "0.1 of"),
-        ("stage.windows.edits=1", "stage.windows.edits=1 is not allowed: at least 2"),
+        ("stage.windows.edits=1", "stage.windows.edits=1: allowed is a whole number from 2"),
         ("stage.gistnet=nowhere", "there is no such folder or checkpoint"),
         ("stage.gistnet=asset:tiny-gistnet", "was trained with another base LM"),
         ("datamodule.max_tokens=600", "are not allowed: at most 504"),
         ("datamodule.planted=2", "datamodule.planted=2"),
         ("stage.evaluate.tokens=450", "none of held-out documents has so many tokens"),
-        ("allocator.threshold=1", "allocator.threshold=1 is not allowed"),
+        ("allocator.threshold=1", "allocator.threshold=1: allowed is a number from 0, below 1"),
     ],
 )
 def test_a_users_mistake_is_one_clear_message(override, message, settings, tmp_path, capsys):
