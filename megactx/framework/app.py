@@ -167,7 +167,7 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
     refuse_idle(list(here.overrides.task), here.runtime.choices)
     OmegaConf.set_struct(cfg, False)
     cfg.folder = short(folder)
-    known, shared = reference(here.runtime.choices), None
+    known, shared = reference(here.runtime.choices, cfg), None
     validate(cfg, known)
     if here.mode == RunMode.MULTIRUN:
         shared = Path(here.sweep.dir)

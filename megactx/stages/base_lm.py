@@ -153,6 +153,7 @@ class BaseLMStage(Stage):
         self.log("val/nll_copied", copied / batches, prog_bar=True)
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         self.work = Work.of_base(self.base)  # which keeps its fp32 weights: it learns
 
     def flops(self, batch: dict) -> Tensor | float:
@@ -160,10 +161,6 @@ class BaseLMStage(Stage):
 
     def amounts(self, batch: dict) -> dict:
         return {"tokens": batch["ids"].numel(), "documents": len(batch["ids"])}
-
-    @property
-    def parts(self) -> dict:
-        return {"base": [p for group in self.groups() for p in group["params"]]}
 
     def groups(self) -> list[dict]:
         matrices, others = [], []
@@ -179,12 +176,6 @@ class BaseLMStage(Stage):
 
     def factor(self, step: int, group: dict) -> float:
         return warmup_stable_decay(step, self.hparams.warmup, self.hparams.max_steps, self.hparams.decay)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        pass  # the base is what a checkpoint is of
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        pass
 
     def finish(self, folder: Path, datamodule) -> None:
         """Write ``folder/model``: a Hugging Face folder in bf16 with tokenizer and a model card of measured figures."""

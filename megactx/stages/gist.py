@@ -27,7 +27,7 @@ from megactx.lm.prefill import prefill
 
 from .gist_nets import build_nets, groups_of, refuse_without_vectors
 from .gist_report import report
-from .stage import BaseSettings, Stage, portable
+from .stage import BaseSettings, FrozenBaseStage, portable
 from .taking import take_weights
 from .work import Work
 
@@ -46,7 +46,7 @@ class Evaluate(TypedDict, total=False):
     path: str | None
 
 
-class GistStage(Stage):
+class GistStage(FrozenBaseStage):
     """GistNet training with a frozen base.
 
     Args:

@@ -28,7 +28,7 @@ from megactx.lm.prefill import Prefill, prefill, unread
 from megactx.parts.read import gistnet_of, lensnet_of
 
 from .joint_report import report
-from .stage import BaseSettings, FocusEvaluate, Stage, of_today, portable, portable_part
+from .stage import BaseSettings, FocusEvaluate, FrozenBaseStage, of_today, portable, portable_part
 from .taking import take_parts
 
 TRAIN_BASE = ("frozen", "lora", "full")
@@ -42,7 +42,7 @@ class Lora(TypedDict):
     embeddings: bool
 
 
-class JointStage(Stage):
+class JointStage(FrozenBaseStage):
     """GistNet, LensNet and a base LM that may learn too.
 
     Args:

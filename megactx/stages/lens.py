@@ -22,7 +22,7 @@ from megactx.parts.read import gistnet_of
 from .lens_losses import value_losses
 from .lens_report import report
 from .lens_states import HELD, ensure, measuring_flops, sizes_ahead
-from .stage import BaseSettings, FocusEvaluate, Stage, of_today, portable, portable_part
+from .stage import BaseSettings, FocusEvaluate, FrozenBaseStage, of_today, portable, portable_part
 from .window_work import WindowWork
 
 
@@ -34,7 +34,7 @@ class MeasuredWindows(TypedDict):
     edits: AtLeast2
 
 
-class LensStage(Stage):
+class LensStage(FrozenBaseStage):
     """LensNet training.
 
     Args:

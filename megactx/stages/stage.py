@@ -40,17 +40,16 @@ class FocusEvaluate(TypedDict, total=False):
 
 
 class Stage(lightning.LightningModule):
-    """A stage with a frozen base LM, one optimizer, and a warm-up and cosine per group of parameters.
+    """A training: one optimizer, and a warm-up and cosine per group of parameters.
 
-    A stage says what learns (``groups``), in which parts gradients are clipped (``parts``), what of the base LM a
-    checkpoint must hold (``kept_of_base``), and what is found at the end (``finish``). Attributes, all of the class:
+    A stage says what learns (``groups``), in which parts gradients are clipped (``parts``), and what is found at the
+    end (``finish``). Attributes, all of the class:
 
         monitor        logged value of which a new minimum is worth a checkpoint; ``None``: none
         reports_best   that checkpoint is what the report is of, and what the next stage starts from
         timed          ``preset.minutes`` may decide how many steps there are: they are all alike
         in_curriculum  it can be one of several that ``curriculum=[...]`` runs, each from the last
         one_process    it cannot be trained by several processes
-        train_base     what of the base LM learns: ``frozen``, ``lora`` or ``full``
         shorter        what makes its training short, for the line that says how long it takes
     """
 
@@ -59,17 +58,15 @@ class Stage(lightning.LightningModule):
     timed = False
     in_curriculum = False
     one_process = False
-    train_base = "frozen"
     shorter = "preset=demo is a matter of minutes"
-    base: BaseLM
-    half = False  # trained in bf16
     betas = (0.9, 0.999)  # of AdamW
 
     # What a stage says of itself
 
     def groups(self) -> list[dict]:
         """Groups of parameters of the optimizer: ``params``, ``lr`` (peak), ``weight_decay``, ``muon``, ``part``."""
-        raise NotImplementedError
+        h = self.hparams
+        return [{"params": list(self.parameters()), "lr": h.lr, "weight_decay": h.weight_decay}]
 
     def factor(self, step: int, group: dict) -> float:
         """Of the peak learning rate of a group at an optimizer step: warm-up and cosine over ``max_steps``."""
@@ -79,11 +76,7 @@ class Stage(lightning.LightningModule):
     @property
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """name -> parameters that are clipped together: one part's spike must not shrink another's step."""
-        raise NotImplementedError
-
-    def kept_of_base(self) -> set[str]:
-        """Names of the base LM's tensors that a checkpoint must hold, for they are trained."""
-        return set()
+        return {"all": [p for group in self.groups() for p in group["params"]]}
 
     def prepare(self, datamodule) -> None:
         """Before training and before texts are read: tell the data what the models take.
@@ -116,11 +109,11 @@ class Stage(lightning.LightningModule):
 
     def flops_ahead(self, data: dict, preset: dict) -> float:
         """About how many floating-point operations the training takes; ``data`` and ``preset`` are of the config."""
-        raise NotImplementedError
+        return 0.0  # which says nothing
 
     def flops(self, batch) -> Tensor | float:
-        """Floating-point operations of the step that was just taken."""
-        raise NotImplementedError
+        """Floating-point operations of the step that was just taken, for the MFU; 0: not known."""
+        return 0.0
 
     def amounts(self, batch) -> dict[str, Tensor | int]:
         """What a batch is in ``tokens``, ``documents`` and ``spans``, for the speed; empty where in none of these."""
@@ -142,18 +135,35 @@ class Stage(lightning.LightningModule):
         Raises:
             ValueError: a line for each that is not.
         """
-        check(
-            type(self),
-            self.hparams,
-            "stage",
-            {
-                "horizon": "horizon.tokens",
-                "gistnet": "gistnet",
-                "losses": "loss",
-                "lensnet": "lensnet",
-                "allocator": "allocator",
-            },
-        )
+        groups = {name: name for name in ("gistnet", "lensnet", "allocator")}
+        check(type(self), self.hparams, "stage", groups | {"horizon": "horizon.tokens", "losses": "loss"})
+
+    def setup(self, stage: str) -> None:
+        if self.one_process and self.trainer.world_size > 1:
+            raise ValueError(f"trainer.devices={self.trainer.world_size}: this stage trains in one process")
+
+    def configure_optimizers(self):
+        optimizer = MuonWithAdamW(self.groups(), self.betas)
+        # A peak is read before the schedule writes to it.
+        factors = [lambda step, group=dict(group): self.factor(step, group) for group in optimizer.param_groups]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        for parameters in self.parts.values():
+            if parameters:
+                nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+
+
+class FrozenBaseStage(Stage):
+    """A stage with a base LM that is frozen, or of which adapters learn: it is in no checkpoint as a whole.
+
+    ``train_base``: what of the base LM learns, ``frozen``, ``lora`` or ``full``.
+    """
+
+    train_base = "frozen"
+    base: BaseLM
+    half = False  # trained in bf16
 
     def take_base(self, base: dict) -> None:
         """Load the frozen base LM: ``name`` and ``dtype``."""
@@ -161,8 +171,7 @@ class Stage(lightning.LightningModule):
         self.base_record = record_of(self.base, base["name"])  # as it is before it learns
 
     def setup(self, stage: str) -> None:
-        if self.one_process and self.trainer.world_size > 1:
-            raise ValueError(f"trainer.devices={self.trainer.world_size}: this stage trains in one process")
+        super().setup(stage)
         self.half = str(self.trainer.precision).startswith("bf16")
         self.set_dtype(torch.bfloat16 if self.half else torch.float32)
 
@@ -187,17 +196,9 @@ class Stage(lightning.LightningModule):
                 " is for both"
             )
 
-    def configure_optimizers(self):
-        optimizer = MuonWithAdamW(self.groups(), self.betas)
-        # A peak is read before the schedule writes to it.
-        factors = [lambda step, group=dict(group): self.factor(step, group) for group in optimizer.param_groups]
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        for parameters in self.parts.values():
-            if parameters:
-                nn.utils.clip_grad_norm_(parameters, gradient_clip_val or float("inf"))
+    def kept_of_base(self) -> set[str]:
+        """Names of the base LM's tensors that a checkpoint must hold, for they are trained."""
+        return set()
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """A frozen base is named in the hyperparameters; its weights do not belong into every checkpoint."""

@@ -16,7 +16,7 @@ from megactx.parts.read import gistnet_of
 from megactx.stages.gist import GistStage
 from megactx.stages.joint import JointStage
 from megactx.stages.lens import LensStage
-from megactx.stages.stage import Stage
+from megactx.stages.stage import FrozenBaseStage
 
 GISTNET = dict(block_size=8, layers=1, num_heads=4, dropout=0.0)
 SETTINGS = dict(controls={}, horizon=8, losses={"block": {}}, lr=1e-3)
@@ -150,7 +150,7 @@ def test_a_training_says_what_sessions_need_where_the_base_takes_few_positions(b
     base = BaseLM.from_pretrained(bases["one"])
     net = SimpleNamespace(block_size=32, levels=1)
     stage = SimpleNamespace(base=base, gistnet=net, main=net, hparams=SimpleNamespace(horizon=8))
-    stage.fit_data, stage.loss_settings = partial(Stage.fit_data, stage), lambda name: {}
+    stage.fit_data, stage.loss_settings = partial(FrozenBaseStage.fit_data, stage), lambda name: {}
     data = SimpleNamespace(limit_to=lambda tokens: None, block=32, horizon=8, level2_spans=0)
     for positions, said in ((512, "the newest 64 tokens stay"), (256, "need at least"), (2048, "")):
         base.config.max_position_embeddings = positions

@@ -65,10 +65,19 @@ def compose(overrides=(), with_hydra: bool = False) -> DictConfig:
         return hydra.compose(**asked)
 
 
-def reference(choices) -> DictConfig:
-    """The chosen parts without the values of the experiment and of the command line."""
+def reference(choices, cfg: DictConfig) -> DictConfig:
+    """The chosen parts without the values of the experiment and of the command line.
+
+    Args:
+        choices: group -> option, as Hydra keeps them: groups of which several are chosen are not among them.
+        cfg: the composed config, in which those are.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+
     groups = {g: c for g, c in choices.items() if not g.startswith("hydra/") and g != "experiment" and c is not None}
-    return compose([f"{group}={choice}" for group, choice in groups.items()])
+    known = GlobalHydra.instance().config_loader().get_group_options("loss")
+    losses = ",".join(name for name in cfg.get("loss") or {} if name in known)
+    return compose([*(f"{group}={choice}" for group, choice in groups.items()), f"loss=[{losses}]"])
 
 
 def _run_name() -> str:

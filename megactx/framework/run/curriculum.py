@@ -55,7 +55,7 @@ def stages_of(cfg: DictConfig, here, folder: Path, device) -> dict[str, DictConf
             f"trainer.devices={cfg.trainer.devices}: a curriculum runs on 1 device, as its processes would start anew"
             " in each stage; run its stages one by one, each with stage.init=FOLDER of the one before"
         )
-    overrides, known = list(here.overrides.task), reference(here.runtime.choices)
+    overrides, known = list(here.overrides.task), reference(here.runtime.choices, cfg)
     stages = {name: stage_config(name, overrides, folder) for name in cfg.curriculum}
     for name, stage in stages.items():
         kind = locate(stage.stage["_target_"])

@@ -24,8 +24,8 @@ class ShardedBase(DDPStrategy):
         self.shared, self.plain = [], []
 
     def setup(self, trainer) -> None:
-        base = self.lightning_module.base
-        if any(p.requires_grad for p in base.parameters()):
+        base = dict(self.lightning_module.named_children()).get("base")
+        if base is None or any(p.requires_grad for p in base.parameters()):
             raise ValueError("trainer=fsdp: it shares a frozen base, and this stage has none; use trainer=ddp")
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         decoder = base.model.get_decoder()
