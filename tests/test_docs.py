@@ -156,3 +156,12 @@ def test_the_study_that_the_page_shows_measures_and_refuses_what_is_not_allowed(
     assert "%" in capsys.readouterr().out
     assert main(["--path", str(texts), "--characters", "0"]) == 2
     assert "--characters=0 is not allowed: at least 1" in capsys.readouterr().err
+
+
+def test_the_walk_of_a_document_names_functions_that_are_there_and_takes_at_most_twelve_steps():
+    rows = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", (DOCS / "where.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert 0 < len(rows) <= 12
+    for _, cell in rows:
+        for path, name in re.findall(r"`([\w/]+\.py)` `(?:\w+\.)?(\w+)`", cell):
+            source = (DOCS.parent / "megactx" / path).read_text(encoding="utf-8")
+            assert f"def {name}(" in source or f"class {name}(" in source, (path, name)
