@@ -192,10 +192,10 @@ def test_a_folder_that_is_not_in_order_is_refused_in_one_message(change, said, m
     ("settings", "said"),
     [
         (["base.name=/nowhere/model"], "base.name=/nowhere/model: there is no such folder"),
-        (["base.name=null"], "base.name=null: allowed is text"),
+        (["base.name=null"], "base.name is not set"),
         (["base.dtype=fp16"], "base.dtype=fp16 is not known, allowed are float32, bfloat16, float16, or null"),
         (["gistnet.num_heads=5"], "gistnet.num_heads=5 does not divide the base LM's width 64"),
-        (["data.path=null"], "data.path=null: allowed is text"),
+        (["data.path=null"], "data.path is not set"),
         (["preset.batch=0"], "preset.batch=0: allowed is a whole number from 1"),
         (["preset.min_tokens=64"], "a document needs the sink block, a block and the horizon, 2 x 32 + 32 = 96"),
         (["data.weights.narrative=0"], "at least one weight must be above 0"),

@@ -8,6 +8,14 @@ import errno
 import re
 
 DONE, MISTAKE, FAILED, INTERRUPTED = 0, 2, 3, 130
+# Settings of the release before -> where they are now.
+RENAMED = {f"stage.history.{name}": f"loss.history.{name}" for name in ("segments", "segment", "recency")} | {
+    "stage.history.weight": "loss.history.weight, and loss.block.weight has what is left of 1",
+    "stage.history.recall": "loss.recall.weight",
+    "stage.level2_weight": "loss.level2.weight",
+    "stage.seam_weight": "loss.block.seam_weight",
+    "stage.objective": "loss.block.objective",
+}
 
 
 class RunFailed(Exception):
@@ -94,6 +102,8 @@ def composition_message(error: Exception, overrides: list[str]) -> str:
             f"{wrong}: it cannot be read ({text.splitlines()[0]}); quote it for the shell, and for Hydra where needed"
         )
     if match := re.match(r"(?:In '.*': )?Could not (?:override|delete|append to).*?'~?([^']+)'", text, re.DOTALL):
+        if match[1] in RENAMED:
+            return f"{match[1]}: it is now {RENAMED[match[1]]}"
         inner = re.search(r"full_key: (\S+)", _last(error))
         return _unknown(inner[1] if inner else match[1], known_keys(overrides))
     if match := re.search(r"Interpolation key '([^']+)' not found", _last(error)):

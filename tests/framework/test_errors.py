@@ -4,6 +4,7 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 
+from megactx.framework.app import run
 from megactx.framework.errors import FAILED, MISTAKE, RunFailed, closest, verdict
 
 
@@ -39,3 +40,12 @@ def test_a_misspelt_setting_is_found_among_its_neighbours_first():
     assert closest("gistnet.haed", known) == ["gistnet.head"]
     assert closest("lr", known) == ["stage.lr"]
     assert closest("nothing.like", known) == []
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [("stage.history.recall=0.1", "loss.recall.weight"), ("stage.level2_weight=1", "loss.level2.weight")],
+)
+def test_a_setting_under_its_name_of_before_says_the_new_one(was, now, capsys):
+    assert run(["experiment=demo", was]) == MISTAKE
+    assert f"{was.partition('=')[0]}: it is now {now}" in capsys.readouterr().err

@@ -150,6 +150,14 @@ def test_a_run_of_gistpool_goes_on_to_the_same_weights(pool_run, tmp_path, monke
         (["loss.block.weight=0"], "loss: all weights are 0"),
         (["loss.history.weight=1", "loss.history.segment=20"], "history.segment=20"),
         (["loss.history.weight=1"], "data.min_tokens=200"),
+        (
+            [*HISTORY, "loss.recall.weight=0.1", "loss.recall.recency=16"],
+            "loss.recall.recency=16, but datamodule.history.recency=32: set them alike",
+        ),
+        (
+            [*HISTORY, "datamodule.history.segment=24"],
+            "loss.history.segment=16, but datamodule.history.segment=24: set them alike",
+        ),
         (["gistnet.block_size=16"], "stage.controls.blockmean_linear.block_size=8 differs from block_size=16"),
     ],
 )

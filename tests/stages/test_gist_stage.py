@@ -241,7 +241,7 @@ def test_a_contrastive_term_that_can_never_have_a_pair_is_refused(gist_run, tmp_
 @pytest.mark.slow
 def test_texts_that_changed_since_a_stop_are_refused_by_auto_and_told_to_a_path(gist_run, tmp_path, texts, capsys):
     shutil.copytree(texts, tmp_path / "texts")
-    own = [*gist_run, f"data.path={tmp_path / 'texts'}", "preset.validate_every=1", "preset.minutes=null"]
+    own = [*gist_run, f"data.path={tmp_path / 'texts'}", "preset.validate_every=1"]
     assert run([*own, "preset.steps=1"]) == 0
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["source"]
     path = sorted((tmp_path / "texts").glob("*.py"))[0]

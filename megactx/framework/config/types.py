@@ -112,8 +112,8 @@ def fits(value, hint) -> bool:
 
 def allowed(hint) -> str:
     """What fits, in words."""
-    order = sorted(_plain(hint) or [], key=lambda kind: list(WORDS).index(kind[0]) if kind[0] in WORDS else -1)
     # In one order: typing keeps a union as it was written first, in whatever library.
+    order = sorted(_plain(hint) or [], key=lambda kind: list(WORDS).index(kind[0]) if kind[0] in WORDS else -1)
     return " or ".join(dict.fromkeys(_words(kind, bounds) for kind, bounds in order))
 
 

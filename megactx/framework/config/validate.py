@@ -76,8 +76,10 @@ def validate(cfg: DictConfig, reference: DictConfig) -> None:
             wrong += wrong_values(value, rule, key)
     _targets(tree, raw, "", wrong)
     first = {}
-    for line in (_where_it_is_set(line, raw) for line in wrong):
-        first.setdefault(line.partition("=")[0], line)  # several arguments may take one setting
+    for line in wrong:
+        moved = _where_it_is_set(line, raw)
+        if moved == line or "=null: " not in line:  # what was to be set elsewhere: who needs it says how to give it
+            first.setdefault(moved.partition("=")[0], moved)  # several arguments may take one setting
     wrong = list(first.values())
     _keys(raw, known, "", flatten(known), problems, reference, {line.partition("=")[0] for line in wrong})
     problems += wrong
@@ -259,7 +261,7 @@ def _arguments(target, node: dict, raw: dict, key: str, problems: list[str]) -> 
         if parameters[name].default is inspect.Parameter.empty and name not in given:
             problems.append(f"{key}.{name}: {node['_target_']} needs it")
     annotations = hints(target)
-    for name in set(given) & set(names) & annotations.keys():
+    for name in (name for name in names if name in given and name in annotations):
         where, value = f"{key}.{name}", node[name]
         built = isinstance(value, dict) and "_target_" in value  # becomes something else
         if not built and where not in OWN_WORDS and value not in ("???", parameters[name].default):

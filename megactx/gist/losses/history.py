@@ -18,7 +18,7 @@ class History(Loss):
 
     Args:
         weight: its share of the sum.
-        segments: scored segments per document.
+        segments: scored segments per document; the data draws them.
         segment: S, scored tokens of a segment.
         recency: R, raw tokens before it; all older blocks are compressed.
         objective: ``kl`` or ``delta_nll``.
@@ -39,8 +39,6 @@ class History(Loss):
     ):
         super().__init__(weight)
         self.segment, self.recency, self.objective = segment, recency, objective
-        if objective not in OBJECTIVES:
-            raise ValueError(f"{self.setting}.objective={objective} is not known, allowed are {', '.join(OBJECTIVES)}")
 
     def __call__(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         starts, prefill = context.batch["segments"], context.prefill
@@ -57,6 +55,21 @@ class History(Loss):
         )
         losses = loss.mean(dim=1)
         return losses, self.numbers(context, losses, (numbers["nll"] - numbers["full"]).mean(dim=1))
+
+    def check_data(self, datamodule, nets) -> None:
+        if self.weight:
+            as_drawn(self.setting, datamodule, segment=self.segment, recency=self.recency)
+
+
+def as_drawn(setting: str, datamodule, **sizes: int) -> None:
+    """See that the data draws segments for these sizes: others would stand at places that were not meant for them.
+
+    Raises:
+        ValueError: it draws them for others.
+    """
+    for name, value in sizes.items():
+        if (drawn := datamodule.history[name]) != value:
+            raise ValueError(f"{setting}.{name}={value}, but datamodule.history.{name}={drawn}: set them alike")
 
 
 def old_of(context: Context, recency: int) -> Tensor:

@@ -9,7 +9,7 @@ from megactx.gist.recall import full, mixed
 from megactx.lm.chunked_head import score
 from megactx.lm.prefill import blocks
 
-from .history import old_of
+from .history import as_drawn, old_of
 
 
 @declared("loss.recall")
@@ -29,6 +29,10 @@ class Recall(Loss):
     def __init__(self, weight: NonNegative = 0.0, recency: Count = 256):
         super().__init__(weight)
         self.recency = recency
+
+    def check_data(self, datamodule, nets) -> None:
+        if self.weight:
+            as_drawn(self.setting, datamodule, recency=self.recency)
 
     def __call__(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         base, prefill, block = context.base, context.prefill, context.block
