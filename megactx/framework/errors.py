@@ -102,10 +102,11 @@ def composition_message(error: Exception, overrides: list[str]) -> str:
             f"{wrong}: it cannot be read ({text.splitlines()[0]}); quote it for the shell, and for Hydra where needed"
         )
     if match := re.match(r"(?:In '.*': )?Could not (?:override|delete|append to).*?'~?([^']+)'", text, re.DOTALL):
-        if match[1] in RENAMED:
+        known = known_keys(overrides)
+        if match[1] in RENAMED and "stage.losses" in known:  # LensNet's stage had an objective too
             return f"{match[1]}: it is now {RENAMED[match[1]]}"
         inner = re.search(r"full_key: (\S+)", _last(error))
-        return _unknown(inner[1] if inner else match[1], known_keys(overrides))
+        return _unknown(inner[1] if inner else match[1], known)
     if match := re.search(r"Interpolation key '([^']+)' not found", _last(error)):
         return f"{match[1]}: a setting that others refer to is gone ({_last(error).splitlines()[0]})"
     if store := next((o for o in overrides if o.lstrip("+").startswith("hydra.sweeper.storage=")), ""):

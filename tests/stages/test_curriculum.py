@@ -41,7 +41,7 @@ def test_a_curriculum_trains_its_stages_in_turn_and_ends_with_all_targets_in_one
     assert horizons == [32, 64, 128]
     for before, name in zip(STAGES, STAGES[1:], strict=False):
         assert f"Starting from {tmp_path / 'a' / before / 'checkpoints' / 'best.ckpt'}" in shown
-        assert last(tmp_path / "a" / name)["hyper_parameters"]["contrastive"]["weight"] > 0
+        assert last(tmp_path / "a" / name)["hyper_parameters"]["losses"]["contrastive"]["weight"] > 0
 
 
 @pytest.mark.slow
