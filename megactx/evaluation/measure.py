@@ -50,27 +50,29 @@ def measure(
         with_controls: measure the untrained controls too.
         progress: wraps the batches, to show a bar.
         first: only offsets h = first..H-1 are scored, where the rest of the horizon is not asked for.
-        level: what is replaced is a block of K^level tokens, by a gist of that level; above 1 for GistNets only.
+        level: what is replaced is a span of K^level tokens, by a gist of that level.
 
     Returns:
         ``BlockScores`` with a row per block and a column per scored offset. With controls and Gaussian RoPE, the first
         net's gists are also read without it. From level 2 on, with controls, there are also the first net's K gists of
         the level below, each at its own position, the same in another order, and their mean.
+
+    Raises:
+        ValueError: a block that is not eligible, or a level above 1 and a net that makes no gists of gists.
     """
     batches = list(batches)
     leader = next(iter(nets.values()))
     tokens, device = leader.block_size**level, base.model.device
-    settings = {} if level == 1 else {"level": level}
     with_states = any(net.needs_hidden for net in nets.values())
     parts, others = [], None
     with in_eval_mode(*nets.values()):
         if with_controls and leader.makes_vectors:
-            others = _other_documents(base, leader, batches, settings, seed)
+            others = _other_documents(base, leader, batches, level, seed)
         for index, batch in enumerate(progress(batches)):
             ids, starts = batch["ids"].to(device), batch["starts"].to(device)
             check_blocks(starts, batch["lengths"].to(device), tokens, horizon)
             teacher = prefill(base, ids, with_states)
-            carriers = {name: net.compress(base, teacher, starts, **settings) for name, net in nets.items()}
+            carriers = {name: net.compress_level(base, teacher, starts, level) for name, net in nets.items()}
             if with_controls:
                 at = {"offset": leader.offset_in(tokens), "sigma": leader.sigma(level)}
                 for name, net in untrained(base, tokens, leader.position, seed).items():
@@ -119,8 +121,7 @@ def _below(base, net: GistNet, teacher: Prefill, starts: Tensor, level: int, see
     """
     k, tokens = net.block_size, net.block_size**level
     each = torch.arange(0, tokens, tokens // k, device=starts.device)
-    settings = {} if level == 2 else {"level": level - 1}
-    below = net.compress(base, teacher, (starts[..., None] + each).flatten(1), **settings)
+    below = net.compress(base, teacher, (starts[..., None] + each).flatten(1), level - 1)
     gists = below.vectors.view(*starts.shape, k, -1)
     at = {"offset": net.offset_in(tokens), "sigma": net.sigma(level)}
     mean = gists.mean(dim=2)
@@ -134,13 +135,13 @@ def _below(base, net: GistNet, teacher: Prefill, starts: Tensor, level: int, see
     }
 
 
-def _other_documents(base, net, batches: list[dict], settings: dict, seed: int) -> list[Tensor]:
+def _other_documents(base, net, batches: list[dict], level: int, seed: int) -> list[Tensor]:
     """For each block the gist of a block of another text."""
     gists = []
     for batch in batches:
         ids, starts = batch["ids"].to(base.model.device), batch["starts"].to(base.model.device)
         teacher = prefill(base, ids, with_states=True) if net.needs_hidden else unread(ids)
-        gists.append(net.compress(base, teacher, starts, **settings).vectors)
+        gists.append(net.compress_level(base, teacher, starts, level).vectors)
     return _exchanged(batches, gists, seed)
 
 

@@ -57,6 +57,7 @@ class Compressor(nn.Module):
     setting = "compressor"  # where a user sets it
     needs_hidden = False  # reads the base LM's own states of the block
     makes_vectors = True  # and not ``Slots``
+    makes_levels = False  # ``compress`` takes a ``level``, and makes gists of gists too
 
     def __init__(self, block_size: int = 32, position: str = "centre"):
         super().__init__()
@@ -88,6 +89,18 @@ class Compressor(nn.Module):
     def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors | Slots:
         """Carriers of the blocks at starts [B, N] of the documents that ``teacher`` has read."""
         raise NotImplementedError
+
+    def compress_level(self, base: BaseLM, teacher: Prefill, starts: Tensor, level: int) -> Vectors | Slots:
+        """``compress``, where a carrier stands for a span of K^level tokens.
+
+        Raises:
+            ValueError: a level above 1 of what makes no gists of gists.
+        """
+        if level == 1:
+            return self.compress(base, teacher, starts)
+        if not self.makes_levels:
+            raise ValueError(f"{type(self).__name__} makes no gists of gists: level={level} is not allowed, only 1")
+        return self.compress(base, teacher, starts, level)
 
     @torch.no_grad()
     def flops_per_block(self, base: BaseLM) -> int:

@@ -60,6 +60,7 @@ class GistNet(Compressor):
     """
 
     setting = "gistnet"
+    makes_levels = True
 
     def __init__(
         self,

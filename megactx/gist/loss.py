@@ -48,8 +48,7 @@ class Context:
         """Those of one net. Starts are the same where they are the same tensor: comparing them would wait for it."""
         key = (name, id(starts), level)
         if key not in self._made:
-            settings = {} if level == 1 else {"level": level}
-            made = self.nets[name].compress(self.base, self.prefill, starts, **settings)
+            made = self.nets[name].compress_level(self.base, self.prefill, starts, level)
             self._made[key] = (starts, made)  # which keeps the tensor, and so its id
         return self._made[key][1]
 

@@ -26,6 +26,12 @@ class Prefill:
     cache: tuple[tuple[Tensor, Tensor], ...]  # per layer, each [B, key-value heads, T, head width]
     states: tuple[Tensor, ...] = ()  # L + 1, each [B, T, D]
 
+    def document(self, index: int) -> "Prefill":
+        """One document of the batch, as a batch of one."""
+        one = slice(index, index + 1)
+        cache = tuple((keys[one], values[one]) for keys, values in self.cache)
+        return Prefill(self.ids[one], self.hidden[one], cache, tuple(states[one] for states in self.states))
+
 
 @torch.no_grad()
 def prefill(base: BaseLM, ids: Tensor, with_states: bool = False) -> Prefill:

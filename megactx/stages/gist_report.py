@@ -52,8 +52,9 @@ def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, wei
         scores = measure(*nets, batches, horizon, **settings)
         if asked["copies"]:
             extra["copies"] = measure_copies(*nets, every, blocks=asked["copies"], **settings)
-        if asked["level2"] and stage.main.makes_vectors:
-            extra["level2"] = measure_level(*nets, every, horizon, blocks=asked["level2"], **settings)
+        if asked["level2"] and stage.main.makes_levels:
+            with_levels = {name: net for name, net in stage.nets.items() if net.makes_levels}
+            extra["level2"] = measure_level(stage.base, with_levels, every, horizon, blocks=asked["level2"], **settings)
         if asked["history"]:
             extra["history"] = _history(stage, every, asked["history"], settings)
         geometry = _geometry(stage, batches) if stage.main.makes_vectors else {}
@@ -70,6 +71,8 @@ def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, wei
             f"{', '.join(without)}: keys and values have no output row, so at h = 0 they count as dropped; against"
             " vectors compare the bands from h = 1 on."
         )
+    if extra.get("level2") and (without := [name for name, net in stage.nets.items() if not net.makes_levels]):
+        numbers["notes"].append(f"{', '.join(without)}: no gists of gists, so no row in their table.")
     curve = curve if curve.exists() else None
     made = report_of(numbers, lambda path: plot_run(path, scores, curve, numbers["subject"]))
     print(f"\nResult on {what}")

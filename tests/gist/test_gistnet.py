@@ -138,15 +138,6 @@ def test_a_gist_of_a_level_is_the_gist_of_the_gists_below():
             gistnet.encode_level(x[:, :tokens], level)
 
 
-def test_a_block_of_one_token_and_gists_of_gists_are_encoded():
-    torch.manual_seed(0)
-    one = GistNet(WIDTH, RMS, block_size=1, num_heads=4)
-    assert one.encode_span(embeddings()[:, :1]).shape == (6, WIDTH)
-    gistnet = net(skip="none")
-    level1 = gistnet.encode_span(embeddings(K))
-    assert gistnet.encode_span(level1[None]).shape == (1, WIDTH)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -19,7 +19,7 @@ class HistoryOracle(Oracle):
     tokens, so this is a loose upper bound; with 8 they are fitted on segments that the base LM samples itself.
 
     Args:
-        segment, recency: S and R, tokens. The blocks that ``compress`` gets end R tokens before the segment.
+        segment, recency: S and R, tokens. The last block that ``compress`` gets ends R tokens before the segment.
         samples, steps, lr, seed: see ``Oracle``.
     """
 
@@ -37,9 +37,23 @@ class HistoryOracle(Oracle):
         super().__init__(segment, block_size, position, samples, steps, lr, seed)
         self.recency = recency
 
-    @torch.inference_mode(False)
     def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors:
-        """Vectors of the blocks at starts [1, M], of one document and in order."""
+        """Vectors of all blocks behind the sink up to the last one, starts [B, M]; a document's are fitted together.
+
+        Raises:
+            ValueError: a block is left out, or they are in another order.
+        """
+        every = self.block_size * torch.arange(1, starts.shape[1] + 1, device=starts.device)
+        if (starts != every).any():
+            raise ValueError(
+                f"HistoryOracle: block starts are {starts.tolist()}, wanted {every.tolist()} of each document"
+            )
+        each = [self._fitted(base, teacher.document(b), starts[b : b + 1]) for b in range(len(starts))]
+        return Vectors(torch.cat(each), self.offset)
+
+    @torch.inference_mode(False)
+    def _fitted(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Tensor:
+        """Those of one document: starts [1, M] -> [1, M, D]."""
         ends = starts[:, -1:] + self.block_size + self.recency
         upto = teacher.ids[:, : int(ends)].clone()  # no inference tensors in a graph
         with torch.no_grad():
@@ -64,4 +78,4 @@ class HistoryOracle(Oracle):
                 loss.mean().backward()
                 optimizer.step()
                 schedule.step()
-        return Vectors(vectors.detach() * rms, self.offset)
+        return vectors.detach() * rms

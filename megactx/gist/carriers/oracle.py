@@ -72,12 +72,15 @@ class Oracle(Compressor):
     @torch.no_grad()
     def _sampled(self, base: BaseLM, teacher, ends: Tensor) -> Tensor:
         """Continuations of the full context up to ends [B, N], at temperature 1: [B, N, samples, H]."""
-        generator = torch.Generator(ends.device).manual_seed(self.seed + int(teacher.ids[0].sum()))
+        # One generator per document: what is drawn behind one does not depend on who shares its batch. Padding is id 0.
+        seeds = (self.seed + teacher.ids.sum(dim=1)).tolist()
+        generators = [torch.Generator(ends.device).manual_seed(seed) for seed in seeds]
         ids = ends.new_zeros(*ends.shape, self.samples, 0)
         for _ in range(self.horizon):
             # All rows again at every token: H^2 / 2 rows instead of H, and no cache of branches to keep.
             logits = base.logits(_continued(base, teacher, ends, F.pad(ids, (0, 1)))[..., -1, :])
-            drawn = torch.multinomial(logits.float().softmax(-1).flatten(0, 2), 1, generator=generator)
+            each = zip(logits.float().softmax(-1).flatten(1, 2), generators, strict=True)  # B times [N * samples, V]
+            drawn = torch.stack([torch.multinomial(rows, 1, generator=generator) for rows, generator in each])
             ids = torch.cat([ids, drawn.view(*ids.shape[:3], 1)], dim=-1)
         return ids
 
