@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megactx.framework.app import run
-from megactx.framework.config.settings_page import COMMAND, main, page
+from megactx.framework.config import methods_page, settings_page
 
 DOCS = Path(__file__).parents[1] / "docs"
 ADDING = (DOCS / "adding.md").read_text(encoding="utf-8")
@@ -45,10 +45,22 @@ def added(tmp_path, monkeypatch):
     return add
 
 
-def test_the_page_of_settings_is_current(capsys):
-    current = (DOCS / "settings.md").read_text(encoding="utf-8") == page()
-    assert current, f"docs/settings.md is not current; run: {COMMAND}"
-    assert main(["--check"]) == 0
+@pytest.mark.parametrize("made", [settings_page, methods_page], ids=lambda made: made.__name__.rpartition(".")[2])
+def test_a_page_that_is_generated_is_current(made):
+    path = DOCS / made.COMMAND.rpartition("/")[2]
+    assert path.read_text(encoding="utf-8") == made.page(), f"docs/{path.name} is not current; run: {made.COMMAND}"
+    assert made.main(["--check"]) == 0
+
+
+def test_the_table_of_methods_has_every_part_that_can_be_chosen():
+    from megactx.evaluation import policies
+    from megactx.focus import heads as lens_heads
+    from megactx.gist import carriers, heads, losses, poolings
+    from megactx.gist.parts import names
+
+    page = (DOCS / "methods.md").read_text(encoding="utf-8")
+    for package in (carriers, heads, losses, poolings, policies, lens_heads):
+        assert all(f"\n| {name} | " in page for name in names(package)), package.__name__
 
 
 def test_every_file_that_the_page_shows_is_found():

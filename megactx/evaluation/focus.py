@@ -83,7 +83,7 @@ def measure_focus(
             row.setdefault(FULL, []).append(full[cursor - 1 :].mean().item())
             row.setdefault(DROP, []).append(_newest(base, document, budget))
             if number < oracle:
-                row.setdefault(ORACLE, []).append(_oracle(base, tree, budget, lens, allocator, after, out))
+                row.setdefault(ORACLE, []).append(greedy_oracle(base, tree, budget, lens, allocator, after, out))
             out.free.setdefault(name, []).append(int(free_edits(tree, budget)[0]))
     return out
 
@@ -127,8 +127,11 @@ def _newest(base: BaseLM, document: dict, budget: int) -> float:
     return nll(base, base(base.embed(ids[:, :-1]), None)[0], ids[0, 1:])[budget - 1 :].mean().item()
 
 
-def _oracle(base, tree, budget, lens, allocator, after, out: FocusScores) -> float:
-    """The best NLL on the way of greedy refocuses by measured values."""
+def greedy_oracle(base, tree, budget, lens, allocator, after, out: FocusScores) -> float:
+    """Edits by their measured values, which look at the tokens that are scored: no policy can have them.
+
+    Setting: ``stage.evaluate.oracle``. The refocuses are greedy; the best NLL on the way counts.
+    """
     context = WorkingContext.recency(tree, budget)
     greedy = FocusAllocator(**allocator | {"temperature": 0.0, "max_edits": 10**6, "cooldown": 0})
     best = float("inf")

@@ -52,7 +52,9 @@ class Refocus:
 
 @declared("allocator")
 class FocusAllocator:
-    """Edits of a batch of working contexts, and the memory of those that it made.
+    """The best expands that fit, and the worst details collapsed to pay for them (method 11).
+
+    It edits a batch of working contexts, and remembers the edits that it made.
 
     Args:
         threshold: of scores: what is closer to 0 stays as it is. method 11 has 0.2; estimates of expected values are

@@ -50,7 +50,9 @@ class Scores:
 
 @declared("lensnet", block_size="block_size")
 class LensNet(nn.Module):
-    """Transformer blocks over a window, and two numbers per entry.
+    """Transformer blocks over a window estimate what each entry's detail is worth for the tokens that come next.
+
+    Setting: ``--megacontext focus``.
 
     Args:
         width: D of the base LM.

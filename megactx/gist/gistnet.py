@@ -29,7 +29,7 @@ class Seen(NamedTuple):
 
 @declared("gistnet", block_size="block_size")
 class GistNet(Compressor):
-    """32 -> 1 compressor (method 2).
+    """One vector for the K embeddings of a block, or for K gists: the last token plus a learned correction (method 2).
 
     The gist is ``skip + head(pool(backbone(block)))``, at the scale of the base LM's token embeddings.
 

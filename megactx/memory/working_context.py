@@ -39,7 +39,10 @@ class WorkingContext:
 
     @classmethod
     def recency(cls, tree: MegaContextTree, budget: int, debug: bool = False) -> "WorkingContext":
-        """The cold start: the newest text raw, older text coarser and coarser; see ``cold_start``.
+        """The sink and the newest text raw, older text coarser and coarser: the cold start.
+
+        The first block stays because attention leans on it (Xiao et al. 2023, arXiv 2309.17453). See ``cold_start``.
+        Setting: ``--megacontext recency``.
 
         Raises:
             ValueError: not even the coarsest levels of the tree fit the budget.

@@ -10,7 +10,7 @@ QUERY = 128  # newest tokens, which are the question
 
 
 class Bm25(Policy):
-    """Blocks by Okapi BM25 for the newest 128 tokens as the question (Robertson & Zaragoza 2009)."""
+    """Blocks whose words match the newest 128 tokens, by Okapi BM25 (Robertson & Zaragoza 2009)."""
 
     title = "BM25 of the tail"
 

@@ -12,7 +12,7 @@ class AvgPool(Compressor):
     """Keys and values of the block's mean state at every layer; nothing is trained.
 
     The baseline of arXiv 2504.08934: layer l pools its inputs h^(l-1), then applies its own norm, projections and the
-    rotation of the carrier's position. With K = 1 it is the uncompressed model.
+    rotation of the carrier's position. With K = 1 it is the uncompressed model. Setting: ``experiment=ladder``.
     """
 
     needs_hidden, makes_vectors = True, False

@@ -17,6 +17,7 @@ class HistoryOracle(Oracle):
 
     ``samples`` as those of ``Oracle``: with 0 they have seen the segment that is then scored, M x D numbers for S
     tokens, so this is a loose upper bound; with 8 they are fitted on segments that the base LM samples itself.
+    Setting: ``stage.ladder.history_oracle``.
 
     Args:
         segment, recency: S and R, tokens. The last block that ``compress`` gets ends R tokens before the segment.

@@ -8,7 +8,10 @@ from megactx.lm.prefill import Prefill
 
 
 class LastToken(Compressor):
-    """One entry for one entry: the bar that a gist must clear (method 5)."""
+    """The block's last token as it is, one entry for one entry: the bar that a gist must clear (method 5).
+
+    Setting: ``stage.evaluate.controls``.
+    """
 
     def __init__(self, block_size: int = 32):
         super().__init__(block_size, "end")

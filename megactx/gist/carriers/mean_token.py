@@ -9,7 +9,10 @@ from megactx.lm.prefill import Prefill
 
 
 class MeanToken(Compressor):
-    """The mean as it is, or rescaled to the root mean square of token embeddings (Feldman & Artzi 2025).
+    """The mean of token embeddings as it is, or rescaled to their root mean square.
+
+    Pooling by a mean is a strong compressor where it is trained (Feldman & Artzi 2025, arXiv 2510.20797).
+    Setting: ``stage.evaluate.controls``.
 
     Args:
         rms: the root mean square to rescale to; ``None`` leaves the mean as it is.

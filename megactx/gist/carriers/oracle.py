@@ -17,6 +17,7 @@ class Oracle(Compressor):
     answer, so it is an upper bound, and its recovery may exceed 1. ``samples=8``, oracle-transfer: fitted on
     continuations that the base LM itself samples behind the full context, and scored on the true one: the ceiling
     that is quoted (method 6). Kuratov et al. 2025 (arXiv 2502.13063) fit such vectors to find what one can hold.
+    Setting: ``stage.ladder.oracle``.
 
     Args:
         horizon: H, tokens of each continuation.

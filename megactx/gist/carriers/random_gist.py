@@ -11,6 +11,8 @@ from megactx.lm.prefill import Prefill
 class RandomGist(Compressor):
     """Gaussian noise at the root mean square of token embeddings, the same for a document whatever its batch.
 
+    Setting: ``stage.evaluate.controls``.
+
     Args:
         rms: root mean square of the base LM's token embeddings.
         seed: of the noise.

@@ -17,7 +17,7 @@ SEAM = 4  # offsets right behind the block, which one vector that says how the b
 
 @declared("loss.block")
 class Block(Loss):
-    """Single blocks, each replaced by its carrier.
+    """KL from the full context behind single blocks, each replaced by its carrier.
 
     Branches read the ``cache`` of the prefill and are compared with its ``hidden``: where the base LM has adapters, the
     first is from a pass with them and the second from one without.

@@ -14,7 +14,7 @@ from megactx.gist.loss import Context, Loss
 
 @declared("contrastive")
 class Contrastive(Loss):
-    """The first net's gists against those of the blocks to their right: mean of ``max(0, margin - (1 - cosine))``.
+    """Gists of neighbours are pushed apart: mean of ``max(0, margin - (1 - cosine))`` over the first net's pairs.
 
     Args:
         weight: lambda.

@@ -14,7 +14,7 @@ from megactx.lm.prefill import blocks
 
 @declared("loss.history")
 class History(Loss):
-    """History mode.
+    """KL from the full context over segments of text, every old block before them compressed: history mode (method 3).
 
     Args:
         weight: its share of the sum.

@@ -11,7 +11,10 @@ from .block import Block
 
 @declared("loss.level2")
 class Level2(Block):
-    """Spans of K^2 tokens, each replaced by the gist of its K gists. Arguments as of ``Block``."""
+    """KL from the full context behind spans of K^2 tokens, each replaced by the gist of its K gists.
+
+    Arguments as of ``Block``.
+    """
 
     needs = ("starts2",)
     starts, level = "starts2", 2

@@ -14,7 +14,7 @@ from .history import as_drawn, old_of
 
 @declared("loss.recall")
 class Recall(Loss):
-    """The NLL of old blocks that come back, less that over the full context.
+    """NLL of old blocks that come back word for word, less their NLL over the full context.
 
     Not the KL from the full context, which has more text that could go on, and so copies less surely.
 
