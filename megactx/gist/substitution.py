@@ -60,26 +60,30 @@ def substituted(
     Returns:
         [C, B, N, H, D]; row h predicts token ``start + K + h``.
     """
-    gists = gists if gists.ndim == 5 else gists[:, :, :, None]
+    gists = gists if gists.ndim == 5 else gists[:, :, :, None]  # [C, B, N, M, D]
     c, b, n, m, d = gists.shape
+    # The last token of the horizon is only predicted, so H - 1 tokens are read: [B, N, H - 1, D].
     continuation = base.embed(blocks(teacher.ids, starts + block, horizon - 1)) if horizon > 1 else None
     rows = gists.permute(1, 2, 0, 3, 4).to(teacher.hidden.dtype)  # [B, N, C, M, D]
     if continuation is not None:
+        # Carriers of a block share its continuation; their branches never see each other.
         continuation = continuation.to(rows.dtype)[:, :, None].expand(b, n, c, horizon - 1, d)
         rows = torch.cat([rows, continuation], dim=3)  # [B, N, C, R, D], R = M + H - 1
-    after = torch.arange(horizon - 1, device=starts.device) + block
+    # Relative to the block's start. Tokens behind the block keep their places; a gist takes one place of its block's K.
+    after = torch.arange(horizon - 1, device=starts.device) + block  # [H - 1]
     first = torch.as_tensor(offsets, device=starts.device).view(c, m)
     relative = torch.cat([first, after.expand(c, -1)], dim=1)  # [C, R]
     positions = starts[..., None, None] + relative  # [B, N, C, R]
     hidden = _branches(
         base,
         teacher,
-        starts.repeat_interleave(c, dim=1),
-        rows.flatten(1, 2),
-        positions.flatten(1, 2),
+        starts.repeat_interleave(c, dim=1),  # [B, N * C]: a block's carriers are neighbours, their prefixes are alike
+        rows.flatten(1, 2),  # [B, N * C, R, D]
+        positions.flatten(1, 2),  # [B, N * C, R]
         sigma=_sigma(sigmas, m, positions),
     )
-    hidden = hidden.view(b, n, c, m + horizon - 1, d)[..., m - 1 :, :]  # the last of M gists predicts the first token
+    # The last of the M gists predicts the first token behind the block; the others predict nothing that is scored.
+    hidden = hidden.view(b, n, c, m + horizon - 1, d)[..., m - 1 :, :]  # [B, N, C, H, D]
     return hidden.permute(2, 0, 1, 3, 4)
 
 
@@ -140,17 +144,20 @@ def _branches(
     sigma: Tensor | None = None,
 ) -> Tensor:
     """The packed pass: prefix [B, N], rows [B, N, R, D], positions and sigma [B, N, R] -> hidden [B, N, R, D]."""
-    order = prefix.argsort(dim=1)  # neighbours in a group of attention then have prefixes of like length
-    take = order[..., None].expand_as(positions)
+    # A group of attention reads as many cached columns as the longest prefix in it. Sorted by prefix, the branches of a
+    # group need nearly the same number, and few columns are computed only to be masked.
+    order = prefix.argsort(dim=1)  # [B, N]
+    take = order[..., None].expand_as(positions)  # [B, N, R]
     if slots is not None:
-        index = order[:, None, :, None]
+        index = order[:, None, :, None]  # [B, 1, N, 1], for parts [B, key-value heads, N, head width]
         slots = [tuple(part.gather(2, index.expand_as(part)) for part in layer) for layer in slots]
     hidden = base.forward_branches(
-        rows.gather(1, take[..., None].expand_as(rows)),
-        positions.gather(1, take),
+        rows.gather(1, take[..., None].expand_as(rows)),  # [B, N, R, D]
+        positions.gather(1, take),  # [B, N, R]
         teacher.cache,
-        prefix.gather(1, order),
+        prefix.gather(1, order),  # [B, N], ascending
         slots=slots,
         sigma=None if sigma is None else sigma.gather(1, take),
     )
+    # ``argsort`` of a permutation is its inverse: the branches go back to where the caller has them.
     return hidden.gather(1, order.argsort(dim=1)[..., None, None].expand_as(hidden))

@@ -18,7 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from . import masks
 
 NAME = "megactx_branches"
-# Rows of a group. Larger ones waste columns, smaller ones waste kernel launches.
+# Rows of a group. In a group of Q rows each row computes scores with all Q of them and is masked from all but its own
+# branch, so larger groups waste columns. Smaller ones read the cache more often and launch more kernels.
 ROWS_PER_GROUP = {"cpu": 256, "cuda": 4096}
 
 
@@ -55,13 +56,16 @@ class Branches:
         slots: Sequence[tuple[Tensor, Tensor]] | None = None,
     ):
         self.kept, self.slots, self.layers = kept, slots, 0
-        size = max(1, ROWS_PER_GROUP.get(prefix.device.type, 256) // rows)
-        longest = prefix.amax(dim=0).tolist()  # the one host sync of a pass
+        size = max(1, ROWS_PER_GROUP.get(prefix.device.type, 256) // rows)  # branches of a group
+        # [N], over the documents, which share each group's columns. Columns are a slice, whose end the host must know:
+        # this is the one time in a pass that it waits for the device.
+        longest = prefix.amax(dim=0).tolist()
         self.groups = []
         for first in range(0, len(longest), size):
-            part = prefix[:, first : first + size]
+            part = prefix[:, first : first + size]  # [B, branches of the group]
             columns = max(longest[first : first + size])
             begin = None if since is None else since[:, first : first + size]
+            # Made once per group and read by all layers.
             mask = masks.additive(masks.branches(part, rows, columns, begin, slots is not None), dtype)
             last = first + part.shape[1]
             self.groups.append(Group(slice(first * rows, last * rows), slice(first, last), columns, mask))
@@ -74,12 +78,14 @@ def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, br
     out = []
     for group in branches.groups:
         seen = []
-        for part, own in enumerate((key, value)):
+        for part, own in enumerate((key, value)):  # each [B, key-value heads, N * R, head width]
+            # The order of the columns is that of the mask: cached, slots, own rows. Keys were rotated when they were
+            # made, so they may stand side by side in any order.
             columns = [kept[part][:, :, : group.columns], own[:, :, group.rows]]
             if slots is not None:
                 columns.insert(1, slots[part][:, :, group.branches])
-            seen.append(torch.cat(columns, dim=2))
-        rows = query[:, :, group.rows]
+            seen.append(torch.cat(columns, dim=2))  # [B, key-value heads, columns of the group, head width]
+        rows = query[:, :, group.rows]  # [B, heads, rows of the group, head width]
         out.append(sdpa_attention_forward(module, rows, *seen, group.mask, **kwargs)[0])
     branches.layers += 1
     return torch.cat(out, dim=1), None

@@ -49,11 +49,12 @@ def unread(ids: Tensor) -> Prefill:
 
 def blocks(ids: Tensor, starts: Tensor, block: int) -> Tensor:
     """Token ids of blocks: ids [B, T], starts [B, N] -> [B, N, K]."""
-    index = starts[..., None] + torch.arange(block, device=ids.device)
+    index = starts[..., None] + torch.arange(block, device=ids.device)  # [B, N, K]
     return ids.gather(1, index.flatten(1)).view(*starts.shape, block)
 
 
 def rows_at(hidden: Tensor, starts: Tensor, rows: int) -> Tensor:
     """hidden [B, T, D], starts [B, N] -> the ``rows`` states from each start on, [B, N, rows, D]."""
-    index = (starts[..., None] + torch.arange(rows, device=hidden.device)).flatten(1)
+    index = (starts[..., None] + torch.arange(rows, device=hidden.device)).flatten(1)  # [B, N * rows]
+    # The index is expanded, not repeated: it takes no memory of its own for the D channels.
     return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])).view(*starts.shape, rows, -1)
