@@ -4,16 +4,17 @@
     collapses  mean of K siblings < -threshold       -0.8  -0.5  -0.3
     edits      two free places: e e, then pairs c e c e; a collapse pays for the expand behind it
 
-An entry that wants to be expanded keeps its siblings from being collapsed, so no two edits of a refocus concern the
-same entries and the order of each queue is all that matters: no loop over rows, entries or edits.
+If an entry is to be expanded, its siblings are not collapsed. So no two edits of a refocus concern the same entries,
+and only the order of each queue matters: there is no loop over rows, entries or edits.
 
-**Why it comes to rest.** Let every gist have one fixed value: v_down where it stands, v_keep where its children do. An
-expand is made only above the price, a collapse only below it. So the total worth of all gists that stand expanded grows
-with every expand and with every pair. A lone collapse could undo that: a gist of little worth with children of much is
-collapsed while they keep the price up, looks cheap once they are gone, is expanded, and so on for ever. Hence, where
-the price is known and above 0, no collapse is made but for an expand; at 0 only siblings go whose parent is better than
-they are. Then the worth rises with each refocus that changes a row, whatever the values, and there is an end. Where
-v_down and v_keep of one gist contradict each other nothing can promise that; ``cooldown`` makes it slow.
+**Why it comes to rest.** Let every gist have one fixed value: v_down while it stands, v_keep while its children stand.
+An expand is made only above the price, a collapse only below it. So the total worth of all expanded gists grows with
+every expand, and with every pair of a collapse and an expand. A lone collapse could undo that. Take a gist of little
+worth whose children are worth much. The children keep the price up, so the gist is collapsed. Without them it looks
+cheap, and is expanded, and so on for ever. Hence, where the price is known and above 0, a collapse is made only to pay
+for an expand. At 0 only siblings go whose parent is better than they are. Then the worth rises with each refocus that
+changes a row, so there is an end. If v_down and v_keep of one gist contradict each other, nothing can promise an end;
+``cooldown`` then makes the changes slow.
 
 B rows, W entries, K children of a node, E edits, R remembered edits, M edits of a row at most.
 """
@@ -35,7 +36,7 @@ from .edits import PROTECTED, Edits, Moves, moves
 SWAP_RATE, SWAP_RATE_ALARM = (0.05, 0.20), 0.25  # healthy from .. to, and too restless (method 11)
 RESIDENCY = 3  # refocuses that an entry should stand on average, at least
 UTILISATION = (0.80, 1.00)  # share of the budget that should be in use
-REMEMBERED = 16  # refocuses for which edits are remembered: residency counts no further
+REMEMBERED = 16  # refocuses for which edits are remembered: residency is counted up to this
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Refocus:
     swap_rate: Tensor  # [B] fine entries created or removed, K per edit, over the entries before
     utilisation: Tensor  # [B] entries after, over the budget
     residency: Tensor  # [B] mean refocuses since the edited gists last changed, REMEMBERED at most; NaN without edits
-    price: Tensor | None  # [B] what was handed in
+    price: Tensor | None  # [B] that of ``refocus``
 
 
 @declared("allocator")
@@ -63,8 +64,8 @@ class FocusAllocator:
         max_edits: of a row and refocus, better an even number, as a swap takes two; ``None``: max(4, W_max / 512).
         cooldown: refocuses for which a gist that was expanded or collapsed stays as it is.
         protected: newest tokens that do not collapse.
-        temperature: 0 makes the best edits; above, they are drawn, better ones more often: in units of the score.
-        seed: of the draws. One depends on it and on the number of refocuses so far, on nothing else.
+        temperature: in units of the score. 0 makes the best edits; above 0 edits are drawn, better ones more often.
+        seed: of the draws. A draw depends on it and on the number of refocuses so far, and on nothing else.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -87,19 +88,19 @@ class FocusAllocator:
 
     def margin(self, tau: float | Tensor) -> float | Tensor:
         """How far a value must be from the price for an edit, in nats: ``margin`` of ``price``."""
-        return math.atanh(self.threshold) * tau * 1.001  # that much more, so that no rounding decides
+        return math.atanh(self.threshold) * tau * 1.001  # a little more, so that no rounding decides
 
     @torch.no_grad()
     def propose(self, context: WorkingContext, scores: Tensor, price: Tensor | None = None) -> Edits:
-        """The edits that are due; the budget holds after every single one. Nothing is changed.
+        """The edits that are due. The budget holds after every single one. Nothing is changed.
 
         Args:
-            context: what would be edited. Its rows are the same at every call.
+            context: what would be edited. Row b must be the same text at every call.
             scores: from -1 (collapse) to 1 (expand), [B, W].
-            price: at which they were worked out, [B]; where it is above 0, no collapse is made but for an expand.
+            price: behind the scores, [B]. Where it is above 0, a collapse is made only to pay for an expand.
 
         Returns:
-            In the order in which they are to be made, row after row.
+            Edits in the order in which they are to be made, row after row.
 
         Raises:
             ValueError: scores of another shape, NaN or infinite.
@@ -134,7 +135,7 @@ class FocusAllocator:
         return Edits(row, torch.where(expand, lod, lod + 1), torch.where(expand, index, index // k), expand)
 
     def refocus(self, context: WorkingContext, scores: Tensor, price: Tensor | None = None) -> Edits:
-        """Make the edits that are due, and remember them; see ``propose``. ``telemetry`` tells what was done."""
+        """Make the edits that ``propose`` gives, and remember them. ``telemetry`` then tells what was done."""
         edits, before = self.propose(context, scores, price), context.lengths
         residency = self._age_of(_name(edits.row, edits.lod, edits.index), context).float()
         edits.apply(context)
@@ -157,7 +158,7 @@ class FocusAllocator:
         return edits
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a saved session needs to go on as if it had not been stopped."""
+        """The memory of edits: a saved session goes on with it as if it had never stopped."""
         row, lod, index = _unname(self._node)
         return {
             "refocuses": torch.tensor(self.refocuses),
@@ -185,7 +186,7 @@ class FocusAllocator:
         return self.temperature * gumbel.to(scores.device)
 
     def _rested(self, context: WorkingContext, legal: Moves, expand: bool) -> Tensor:
-        """Which entries' gists, or with them as the first sibling parents, may change again: bool [B, W]."""
+        """Whether each entry's gist, or the parent of the siblings that begin there, may change again: bool [B, W]."""
         row = torch.arange(len(context.lod), device=context.lod.device)[:, None]
         lod, index = context.lod, context.index
         if not expand:
@@ -193,7 +194,7 @@ class FocusAllocator:
         return self._age_of(_name(row, lod, index), context) > self.cooldown
 
     def _age_of(self, node: Tensor, context: WorkingContext) -> Tensor:
-        """How many refocuses ago nodes [...] were changed: 1 is the last one; [...]."""
+        """How many refocuses ago each of the nodes [...] was changed, [...]; 1 is the last refocus."""
         forgotten = torch.full_like(node, self._horizon)
         if len(self._node) == 0:
             return forgotten
@@ -215,12 +216,12 @@ class FocusAllocator:
 
 
 def _turns(room: Tensor, wanted: Tensor, spared: Tensor, lone: Tensor | int, most: int) -> tuple[Tensor, ...]:
-    """Who comes when: expands while there is room, then pairs of a collapse and an expand, then lone collapses.
+    """The order of the edits: expands while there is room, then pairs of a collapse and an expand, then lone collapses.
 
     Args:
         room: expands that fit, [B].
         wanted, spared: lengths of both queues, [B].
-        lone: collapses that no expand follows, at most; [B] or one for all.
+        lone: the most collapses that no expand follows, [B] or one number for all rows.
         most: M.
 
     Returns:
@@ -245,7 +246,7 @@ def _queue(mask: Tensor, key: Tensor) -> Tensor:
 
 
 def _of_siblings(values: Tensor, k: int) -> Tensor:
-    """values [B, W] -> those of each entry and of the K - 1 behind it, [B, W, K]."""
+    """values [B, W] -> the values of each entry and of the K - 1 entries behind it, [B, W, K]."""
     return F.pad(values, (0, k - 1)).unfold(1, k, 1)
 
 

@@ -15,17 +15,17 @@ from megactx.memory import WorkingContext
 
 @dataclass(frozen=True)
 class Rows:
-    """What is read of each row, in two parts: entries, padded on the right, and behind the padding what follows."""
+    """Columns of each row: W of entries, padded on the right, and behind the padding H - 1 of tokens that follow."""
 
     embeddings: Tensor  # [B, W + H - 1, D]
     positions: Tensor  # [B, W + H - 1]
     sigma: Tensor | None  # [B, W + H - 1]
     lengths: Tensor  # [B], entries of each row
-    order: Tensor  # [B, W + H - 1]: where each column of the pass is taken from; padding comes last
+    order: Tensor  # [B, W + H - 1]: the column above that each column of the pass takes; padding comes last
     horizon: int  # H
 
     def read(self, base: BaseLM, cache=None) -> Tensor:
-        """One pass of the base LM over all rows, each column sees those before it: hidden [B, W + H - 1, D]."""
+        """One causal pass of the base LM over all rows, in the order of the pass: hidden [B, W + H - 1, D]."""
         return base(
             taken(self.embeddings, self.order),
             taken(self.positions, self.order),
@@ -35,7 +35,7 @@ class Rows:
         )
 
     def scored(self, hidden: Tensor) -> Tensor:
-        """Of ``read``, what predicts the tokens that follow: [B, H, D]."""
+        """hidden of ``read`` -> the states that predict the tokens that follow, [B, H, D]."""
         return taken(hidden, self.lengths[:, None] - 1 + torch.arange(self.horizon, device=self.lengths.device))
 
 
@@ -62,7 +62,7 @@ def lay_out(
         positions, lods: of the entries, [B, W].
         lengths, ends: entries of each row, and the tokens that they stand for, [B].
         following: ids of the tokens that come next, [B, H]; the last one is only scored.
-        encoder: it says how wide the positions of gists are.
+        encoder: its ``spread`` says how wide the positions of gists are.
 
     Raises:
         ValueError: ids of another number of rows.

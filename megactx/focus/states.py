@@ -1,7 +1,8 @@
 """Working contexts with the measured values of their edits, on disk: what LensNet learns from.
 
-A file holds one window: its entries, token ids of the raw ones, vectors of the gists, and a value per measured edit. So
-a window of a 3B base takes kilobytes, and a run that was killed goes on with the files that are there.
+A file holds one window: its entries, the ids of its tokens, the vectors of its gists, and a value per measured edit. It
+does not hold hidden states, so a window of a 3B base takes kilobytes. A run that was killed goes on with the files that
+are there.
 
 B windows, W entries, G gists, E edits, D width.
 """
@@ -32,12 +33,12 @@ class States:
     content: Tensor  # [B, W, D], see ``contents``
     legal: Moves
     row: Tensor  # [E], of each measured edit
-    column: Tensor  # [E]: the gist, or the first of the siblings
+    column: Tensor  # [E], of the gist, or of the first of the siblings
     expand: Tensor  # [E] bool
     values: Tensor  # [E] nats
 
     def estimates(self, values: Tensor, block_size: int) -> Tensor:
-        """values [B, W, 2] of LensNet -> those of the measured edits, [E]: of siblings the mean."""
+        """values [B, W, 2] of LensNet -> its value of each measured edit, [E]; of siblings it is their mean."""
         siblings = self.column[:, None] + torch.arange(block_size, device=self.column.device)
         keep = values[self.row[:, None], siblings.clamp(max=values.shape[1] - 1), 1].mean(1)
         return torch.where(self.expand, values[self.row, self.column, 0], keep)
@@ -48,7 +49,7 @@ def save(path: Path, context: WorkingContext, row: int, legal: Moves, edits: Edi
 
     Args:
         legal: what may be done in these windows.
-        edits: the measured ones, of any rows; those of this row are kept.
+        edits: the measured edits of all rows; the file gets those of this row.
         values: [E] nats.
     """
     length, tree = int(context.counts[row]), context.tree

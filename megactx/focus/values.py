@@ -4,10 +4,10 @@
     an edit      cache of entries < c [ what comes ][ the others ] y0 y1 ... y(H-2)       one branch
     scored                                                         y0 y1 ... y(H-1)
 
-Nothing in front of an edit depends on it, so a branch starts where the edit does. Edits of like length share a pass.
+Nothing in front of an edit depends on it, so a branch starts where the edit does. Branches of like length share a pass.
 
-    v_down = NLL(as it is) - NLL(children in its place)          of a gist: what its detail is worth
-    v_keep = NLL(parent in the place of K siblings) - NLL(as it is)   of siblings: what theirs is worth
+    v_down = NLL(as it is) - NLL(children in its place)               of a gist: what its detail would be worth
+    v_keep = NLL(parent in the place of K siblings) - NLL(as it is)   of siblings: what their detail is worth
 
 B rows, W entries, K children of a node, E edits, H scored tokens, D width.
 """
@@ -25,7 +25,7 @@ from megactx.memory import WorkingContext
 from .edits import Edits, column_of
 from .rows import rows_of, taken
 
-ROWS = {"cpu": 2048, "cuda": 65_536}  # of one packed pass: enough to fill the machine, no more memory than that
+ROWS = {"cpu": 2048, "cuda": 65_536}  # of one packed pass: they fill the machine, and more would only take memory
 
 
 def continuation_nll(base: BaseLM, context: WorkingContext, following: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def continuation_nll(base: BaseLM, context: WorkingContext, following: Tensor) -
 
 @torch.no_grad()
 def measure_values(base: BaseLM, context: WorkingContext, edits: Edits, following: Tensor) -> tuple[Tensor, Tensor]:
-    """The value of each edit, in nats per token, by what the base LM then thinks of the H true next tokens.
+    """The value of each edit, in nats per token: how it changes the NLL of the H true next tokens.
 
     Positions are absolute. An edit that breaks the budget is measured like any other.
 
@@ -50,8 +50,8 @@ def measure_values(base: BaseLM, context: WorkingContext, edits: Edits, followin
         following: ids of the tokens that come next, [B, H].
 
     Returns:
-        Values [E]: positive where detail helps, v_down of expands and v_keep of collapses; and the NLL of the working
-        context as it is, [B].
+        Values [E], v_down of expands and v_keep of collapses, positive where detail helps; and the NLL behind the
+        working context as it is, [B].
 
     Raises:
         ValueError: ids of another number of rows.
@@ -136,11 +136,12 @@ class _Read:
         old = first + goes + r - comes  # entries behind the edit, as they were
         after = w + r - comes - rest  # tokens that follow: they stand behind the padding of the entries
         found = torch.where(r < comes, new, torch.where(r < comes + rest, old, after))
-        # Where a row has no n-th edit, what stands here is another row's: it is not read, but it must exist.
+        # A row without an n-th edit has the numbers of edit 0 here, which may be of another row. What they point to is
+        # not read, but it must exist.
         return torch.where(r < comes + rest + self.horizon - 1, found, 0).clamp(max=all_before + n * k - 1)
 
     def _replacements(self, edits: Edits, e: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Embeddings [B, n * K, D], positions and sigma [B, n * K] of what comes; of a parent only the first counts."""
+        """Embeddings [B, n * K, D], positions and sigma [B, n * K] of what comes; a parent has the first of K."""
         tree, k, b = self.context.tree, self.context.tree.block_size, len(e)
         opened = edits.expand[e]
         lod = edits.lod[e] - opened.long()

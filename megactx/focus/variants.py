@@ -1,12 +1,12 @@
-"""Windows of one document that differ, edits of them, and what LensNet learns from which edits were good (method 12).
+"""Different windows of one document, edits of them, and what LensNet learns from the good edits (method 12).
 
     sources     N1 windows: the cold start, and random ones
-    variants    N2 / N1 of each: the source itself, what LensNet and the allocator make of it, a random one
+    variants    N2 / N1 of each: the source itself, what LensNet and the allocator make of it, a random change of it
 
     WC* = argmin over the variants of a source of  L + lambda x distance        what LensNet should have chosen
 
-L is the measured loss of the variant, in nats per token. The distance is that of the swap rate: fine entries that edits
-create or remove, over all entries.
+L is the measured loss of the variant, in nats per token. The distance is the swap rate: the fine entries that edits
+create or remove, over all entries of the source.
 
 N1 sources, N2 variants, W entries, E edits, K children of a node, D width.
 """
@@ -32,7 +32,7 @@ from .price import price, signed_scores
 from .sampling import draw, one_per_row
 from .states import States
 
-TEMPERATURE = 0.1  # of the edits that are drawn, in units of the score
+TEMPERATURE = 0.1  # at which edits are drawn, in units of the score
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Variants:
     """Sources, their variants, and the edits between them."""
 
     sources: WorkingContext  # N1 rows
-    context: WorkingContext  # N2 rows; variants r x N2 / N1 ... of source r
+    context: WorkingContext  # N2 rows; those of source r begin at row r x N2 / N1
     edits: Edits  # by row of ``context``
-    states: States  # LensNet's view of the sources, and of all edits; their values are not known yet
+    states: States  # LensNet's view of the sources and of all edits, whose values are not known yet
 
     @property
     def each(self) -> int:
@@ -52,7 +52,7 @@ class Variants:
 
 @torch.no_grad()
 def same_rows(net: GistNet, base: BaseLM, teacher: Prefill, *rows: int) -> tuple[MegaContextTree, ...]:
-    """Trees with so many rows of the same document each; its gists are made once.
+    """A tree for each number of ``rows``, with one document in all of its rows. The gists are made once.
 
     Args:
         teacher: of the document, ids [1, C]; ``unread`` is enough for a GistNet that reads embeddings.
@@ -75,8 +75,8 @@ def make_variants(
 
     Args:
         trees: of one document, with N1 and with N2 rows.
-        budget: entries of a window.
-        allocator: keyword arguments of ``FocusAllocator``; it draws its edits by their scores.
+        budget: the most entries of a window.
+        allocator: keyword arguments of ``FocusAllocator``, which draws its edits by their scores.
         generator: of all choices, on the CPU.
 
     Raises:
@@ -102,14 +102,15 @@ def make_variants(
     random = (number == each - 1) & (each > 2) | (torch.bincount(edits.row, minlength=many.rows) == 0)
     edits = edits[(number[edits.row] > 0) & ~random[edits.row]]
     edits = _joined(edits, _random(context, random & (number > 0), allocator.protected, generator))
-    # An expand is of a gist of the source, and a collapse of siblings in it: both are found there.
+    # Gists that are expanded and siblings that are collapsed all stand in the source, so LensNet's values are found
+    # there.
     states = _states(sources, legal, edits, edits.row // each)
     edits.apply(context)
     return Variants(sources, context, edits, states)
 
 
 def focus_losses(lens: LensNet, variants: Variants, nll: Tensor, weight: float, choice: float) -> dict[str, Tensor]:
-    """What LensNet should have said of the edits, now that each variant was measured.
+    """Losses of LensNet's values of the edits, once each variant is measured.
 
     Args:
         nll: of each variant, [N2] nats per token.
@@ -117,9 +118,9 @@ def focus_losses(lens: LensNet, variants: Variants, nll: Tensor, weight: float, 
         choice: weight of the choice beside the values.
 
     Returns:
-        ``choice``: cross-entropy of WC* among the variants of each source; ``huber`` of ``value_loss`` on what all
-        edits of a variant gained together; ``loss``, their weighted sum; and without gradient ``gained``, nats that WC*
-        is better than its source.
+        ``choice``: cross-entropy of WC* among the variants of each source. ``huber``: ``value_loss`` of the sum of a
+        variant's values against what its edits gained together. ``loss``: their weighted sum. ``gained``, without
+        gradient: nats by which WC* is better than its source.
     """
     states, each, rows = variants.states, variants.each, len(nll)
     values = lens(states.embeddings, states.lods, states.distance, states.there, states.content)
@@ -133,7 +134,7 @@ def focus_losses(lens: LensNet, variants: Variants, nll: Tensor, weight: float, 
     measured = nll.view(-1, each)[:, :1].repeat_interleave(each, 1).flatten() - nll
     edited = count > 0
     lens.see(measured[edited] / count[edited])
-    tau = lens.tau.clone()  # the next document of a step changes it, before this one's gradient is taken
+    tau = lens.tau.clone()  # the next document of the step changes it before backward of this one
     best = (nll + distance).view(-1, each).argmin(1)
     chosen = F.cross_entropy(((expected - distance) / tau).view(-1, each), best)
     huber = value_loss(expected, measured)
@@ -153,7 +154,7 @@ def _sources(tree: MegaContextTree, budget: int, generator: Generator) -> Workin
 
 
 def _random(context: WorkingContext, rows: Tensor, protected: int, generator: Generator) -> Edits:
-    """An expand in each of the rows bool [N], and where it does not fit a collapse of raw tokens before it."""
+    """A random expand in each of the rows, bool [N]. Where it does not fit, a collapse of raw tokens comes first."""
     legal, k = moves(context, protected).edits(context), context.tree.block_size
     legal = legal[rows[legal.row]]
     expands = one_per_row(legal[legal.expand], generator)

@@ -1,7 +1,7 @@
 """What stands for a block, and what makes it.
 
-    Vectors  one embedding per block: the base LM reads it as it reads a token, and it has an output row
-    Slots    keys and values of one column per block at every layer: nothing runs through the layers in its place
+    Vectors  one embedding per block. The base LM reads it as it reads a token, and it has an output row.
+    Slots    keys and values of one column per block at every layer. The base LM only attends to them: no output row.
 
 B documents, N blocks, K tokens of a block, D width, L layers, G key-value heads, W head width.
 """
@@ -21,12 +21,12 @@ BYTES = 2  # of a stored number: 16 bit
 
 @dataclass(frozen=True)
 class Vectors:
-    """One vector per block, at ``start + offset``, or several. The last one's output predicts the token after it."""
+    """One vector per block, at ``start + offset``, or several. The output of the last predicts the token behind it."""
 
     vectors: Tensor  # [B, N, D], or [B, N, M, D]: M of them
     offset: int | Sequence[int]  # of each of the M
     sigma: Tensor | None = None  # standard deviation of that position in tokens, a scalar; None: it is a point
-    first = 0  # the first offset of the horizon that it can be scored at
+    first = 0  # the first offset of the horizon that has a score
 
     def bytes_per_block(self) -> int:
         return BYTES * self.vectors.shape[2:].numel()
@@ -34,10 +34,10 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Slots:
-    """Keys (rotated already) and values of one column per block. There is no output row: h = 0 has no score."""
+    """Keys (rotated already) and values of one column per block. They have no output row, so h = 0 has no score."""
 
     layers: Sequence[tuple[Tensor, Tensor]]  # per layer, each [B, G, N, W]
-    first = 1  # the first offset of the horizon that it can be scored at
+    first = 1  # the first offset of the horizon that has a score
 
     def bytes_per_block(self) -> int:
         return sum(BYTES * part.shape[1] * part.shape[3] for layer in self.layers for part in layer)
@@ -56,7 +56,7 @@ class Compressor(nn.Module):
 
     setting = "compressor"  # where a user sets it
     needs_hidden = False  # reads the base LM's own states of the block
-    makes_vectors = True  # and not ``Slots``
+    makes_vectors = True  # ``Vectors``; else ``Slots``
     makes_levels = False  # ``compress`` takes a ``level``, and makes gists of gists too
 
     def __init__(self, block_size: int = 32, position: str = "centre"):
@@ -87,7 +87,7 @@ class Compressor(nn.Module):
         return None
 
     def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors | Slots:
-        """Carriers of the blocks at starts [B, N] of the documents that ``teacher`` has read."""
+        """Carriers of the blocks at starts [B, N]. ``teacher`` is what the base LM made of their documents."""
         raise NotImplementedError
 
     def compress_level(self, base: BaseLM, teacher: Prefill, starts: Tensor, level: int) -> Vectors | Slots:

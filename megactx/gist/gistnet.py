@@ -43,17 +43,17 @@ class GistNet(Compressor):
         pooling: a file of ``megactx/gist/poolings``.
         head: a file of ``megactx/gist/heads``.
         skip: ``none`` | ``last`` (last token's embedding plus a correction that starts at zero) | ``mean`` (the same
-            with the block's mean, at token scale). The correction is the head plus a linear shortcut, and both see the
-            last token's embedding and the block's mean beside the pooled vector.
+            with the block's mean, at token scale). The correction is the head plus a linear shortcut. Both read the
+            pooled vector, the last token's embedding and the block's mean.
         position: ``centre`` | ``end``, see ``Compressor``.
         dropout: in the backbone.
-        context: W, so many tokens to the left of the block are read too; for gists of gists W // K gists.
-        input: ``embedding``, or ``hidden``: the backbone reads the base LM's own states of the block, which have read
-            everything before it; gists of gists read gists.
+        context: W, tokens to the left of the block that are read too; gists of gists read W // K gists there.
+        input: ``embedding``, or ``hidden``: the backbone reads the base LM's own states of the block, which know the
+            text before it. Gists of gists read gists in both cases.
         input_layer: which states: 0 is what goes into the first layer of the base LM, L what leaves the last one.
         gaussian_rope: ``plain`` | ``damped`` | ``learned``: how wide the gist's position is, see ``PositionSpread``.
-        levels: sets of weights. 1 serves tokens and gists of every level; with 2, gists of gists have their own, and so
-            on; levels beyond the last share its weights.
+        levels: sets of weights. With 1, tokens and gists of every level share one set. With 2, gists of gists have a
+            set of their own, and so on; levels beyond the last share the last set.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -133,7 +133,7 @@ class GistNet(Compressor):
         return self.spread(torch.tensor(level, device=self.gain.device))
 
     def compress(self, base, teacher: Prefill, starts: Tensor, level: int = 1) -> Vectors:
-        """Gists of the blocks at starts [B, N] of the documents that ``teacher`` has read, or of spans of K^level.
+        """Gists of the blocks, or of the spans of K^level tokens, at starts [B, N] of the documents of ``teacher``.
 
         Raises:
             ValueError: ``input_layer`` is not one of the base LM's.
@@ -141,7 +141,7 @@ class GistNet(Compressor):
         k, left = self.block_size, self.left_context // self.block_size if level > 1 else 0
         if level > 2 and left:
             raise ValueError(f"gistnet.context={self.left_context} is not supported above level 2, wanted {level}")
-        # The blocks of a span and those left of it, each with what it sees; above them there are only gists.
+        # First the gists of all blocks of a span and of those left of it, then the levels above, which read only gists.
         inner = torch.arange(-left * k, k**level, k, device=starts.device)
         first = (starts[..., None] + inner).flatten(1)
         there = (first >= 0).view(-1, len(inner))
@@ -153,7 +153,7 @@ class GistNet(Compressor):
         return Vectors(gists[:, 0].view(*starts.shape, -1), self.offset_in(k**level), self.sigma(level))
 
     def seen(self, base, teacher: Prefill, starts: Tensor) -> Seen | None:
-        """What the backbone reads of the blocks at starts [B, N]; ``None``: their embeddings and nothing else."""
+        """What the backbone reads of the blocks at starts [B, N]; ``None``: only their embeddings."""
         if not (self.left_context or self.needs_hidden):
             return None
         index = (starts - self.left_context)[..., None] + torch.arange(
@@ -173,7 +173,7 @@ class GistNet(Compressor):
         return Seen(states, None if bool(there.all()) else there.flatten(0, 1), self.needs_hidden)
 
     def encode_span(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor:
-        """embeddings [B, K, D] -> gists [B, D], in fp32; ``seen`` is what the backbone reads in their place.
+        """embeddings [B, K, D] -> gists [B, D], in fp32. The backbone reads ``seen`` instead, where it is given.
 
         Raises:
             ValueError: K or D are not those that the net was built for.
@@ -184,8 +184,8 @@ class GistNet(Compressor):
             # Normalised, so that a fresh gist has exactly the scale of a token; the gain is learned.
             gist = F.rms_norm(self.head(pooled).float(), (self.width,)) * self.gain
         else:
-            # Nearly all of the loss is at h = 0; without the plain mean and the shortcut the far offsets, which a
-            # linear map of the mean serves well, are learned so slowly that blockmean_linear catches up on them.
+            # Nearly all of the loss is at h = 0. The far offsets are served well by a linear map of the mean. Without
+            # the plain mean and the shortcut they are learned so slowly that blockmean_linear is as good there.
             mean = F.rms_norm(x.mean(dim=1), (self.width,))
             kept = x[:, -1] if self.skip == "last" else mean
             seen = torch.cat([pooled.to(kept.dtype), x[:, -1], mean], dim=-1)
@@ -214,9 +214,9 @@ class GistNet(Compressor):
         return self.encode_gists(first.view(len(embeddings), -1, self.width), level)
 
     def encode_gists(self, gists: Tensor, level: int, seen: Seen | None = None) -> list[Tensor]:
-        """Gists of level 1 [B, K^(level - 1), D] -> those of every level up to ``level``, the given ones first.
+        """Gists of level 1 [B, K^(level - 1), D] -> the gists of every level up to ``level``, from level 1 on.
 
-        ``seen``: the same with the gists to their left, for level 2.
+        ``seen``: for level 2, the given gists together with the gists to their left.
         """
         found = [gists]
         for own in range(2, level + 1):
@@ -229,7 +229,7 @@ class GistNet(Compressor):
         return [self, *self.above][min(level - 1, len(self.above))]
 
     def _entering(self, x: Tensor, seen: Seen | None) -> tuple[Tensor, Tensor | None, int]:
-        """What the backbone takes: states, which of them are there, how many lie left of the block."""
+        """Arguments of the backbone: states, a mask of those that are there, and how many lie left of the block."""
         if seen is None:
             return x, None, 0
         if seen.hidden:
@@ -239,7 +239,7 @@ class GistNet(Compressor):
         return states, seen.there, seen.states.shape[1] - self.block_size
 
     def attention(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor | None:
-        """How the gist reads its block: weights that sum to 1 over the last axis, fp32. For looking, not for training.
+        """How the gist reads its block: weights in fp32 that sum to 1 over the last axis. They are for measuring only.
 
         Args:
             embeddings: [B, K, D].
@@ -247,7 +247,7 @@ class GistNet(Compressor):
         Returns:
             ``query``: the learned query's weights [B, 1, 1, K]. ``cls``: the CLS row of the last layer
             [B, A, 1, 1 + K], CLS first. ``mean``: all rows of the last layer [B, A, K, K]. ``None`` without a backbone
-            (``type: mean``), which attends nowhere.
+            (``type: mean``): there is no attention.
         """
         if self.backbone is None:
             return None

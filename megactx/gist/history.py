@@ -6,8 +6,9 @@
     scored                                                                         y0 ....... y(S-1)
 
 Gists see the sink and older gists only, so their keys and values are computed once per document and shared by all
-branches. A branch recomputes its R raw tokens: a state of the teacher would carry what its own past had seen, and with
-a sliding mask over one pass raw text leaks L x R tokens back through L layers.
+branches. Each branch computes its R raw tokens again. It cannot use the teacher's states of them, which know the text
+that is compressed. Nor can one pass with a sliding mask serve all: through L layers, raw text leaks from L x R tokens
+back.
 
 Shapes: B documents, T tokens, N segments per document, M blocks, S tokens of a segment, R recency, K block, D width.
 """
@@ -23,10 +24,10 @@ from .carrier import Slots, Vectors
 
 
 def check_segments(starts: Tensor, lengths: Tensor, block: int, segment: int, recency: int) -> None:
-    """Every segment lies on the block grid, inside its document, and leaves at least one block to compress.
+    """See that every segment lies on the block grid, inside its document, and leaves at least one block to compress.
 
     Raises:
-        ValueError: naming the setting, or the first segment that does not.
+        ValueError: a size or a segment that does not fit; the message names it.
     """
     for name, value in (("segment", segment), ("recency", recency)):
         if value < block or value % block:
@@ -42,13 +43,13 @@ def check_segments(starts: Tensor, lengths: Tensor, block: int, segment: int, re
 
 
 def old_blocks(starts: Tensor, block: int, recency: int) -> Tensor:
-    """Starts [B, M] of all blocks that any of the segments at starts [B, N] sees compressed."""
+    """Starts [B, M] of all blocks that are compressed for any of the segments at starts [B, N]."""
     last = int(starts.max()) - recency
     return torch.arange(block, last, block, device=starts.device).expand(len(starts), -1)
 
 
 def stream(base: BaseLM, teacher: Prefill, old: Tensor, carriers: Vectors | Slots, block: int):
-    """Keys and values per layer of the sink and all carriers of the blocks at old [B, M]: K + M columns."""
+    """Keys and values per layer of the sink and of the carriers of the blocks at old [B, M]: K + M columns."""
     if isinstance(carriers, Slots):
         return [
             tuple(torch.cat([sink[:, :, :block], slots], dim=2) for sink, slots in zip(kept, layer, strict=True))
@@ -73,12 +74,12 @@ def read_stream(base: BaseLM, teacher: Prefill, vectors: Tensor, positions: Tens
 
 
 def continued(base: BaseLM, teacher: Prefill, starts: Tensor, kept, columns: Tensor, raw: int, segment: int) -> Tensor:
-    """Hidden states of segments over some cached columns and raw tokens that are computed again.
+    """Hidden states of segments that read some cached columns, and raw tokens computed again.
 
     Args:
         starts: segment starts [B, N].
         kept: keys and values per layer.
-        columns: how many of them each segment sees, [B, N].
+        columns: how many cached columns each segment sees, [B, N].
         raw: raw tokens in front of each segment.
         segment: S.
 

@@ -1,4 +1,4 @@
-"""What the base LM makes of carriers of every kind, in place of their blocks: the packed pass for all of them."""
+"""What the base LM makes of carriers in place of their blocks: the packed pass for every kind of carrier."""
 
 from collections.abc import Sequence
 
@@ -24,9 +24,8 @@ def read_carriers(
         horizon: H.
 
     Returns:
-        [C, B, N, H, D]; row h predicts token ``start + tokens + h``. Slots have no output row: in place of
-        their row 0 is what the base LM knows without the block, as with ``dropped``; ``carrier.first`` says where
-        scores begin.
+        [C, B, N, H, D]; row h predicts token ``start + tokens + h``. Slots have no output row. Their row 0 is what the
+        base LM knows without the block, as in ``dropped``, and ``carrier.first`` says where scores begin.
     """
     out: list[Tensor | None] = [None] * len(carriers)
     together: dict[int, list[int]] = {}

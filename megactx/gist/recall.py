@@ -34,8 +34,8 @@ def mixed(
     Args:
         starts: where it comes again [B, N], on the block grid.
         told: start of the block that is in tokens [B, N], one of the old ones.
-        old: starts of all blocks that any case sees compressed [B, M], see ``history.old_blocks``.
-        carriers: of these.
+        old: starts of all blocks that are compressed for any case [B, M], see ``history.old_blocks``.
+        carriers: of the old blocks.
         recency: R, raw tokens before ``starts``.
     """
     b, n = starts.shape
@@ -81,7 +81,7 @@ def mixed(
 
 @torch.no_grad()
 def full(base: BaseLM, teacher: Prefill, starts: Tensor, told: Tensor, block: int) -> Tensor:
-    """The same of the full context, which the block at ``told`` follows at ``starts``: [B, N, K, D]."""
+    """Hidden states that predict the block at ``told`` at ``starts``, behind the full context: [B, N, K, D]."""
     first = rows_at(teacher.hidden, starts - 1, 1)
     if block == 1:
         return first

@@ -21,10 +21,10 @@ from megactx.lm.prefill import Prefill, blocks, rows_at
 
 
 def check_blocks(starts: Tensor, lengths: Tensor, block: int, horizon: int) -> None:
-    """Every block must lie on the grid, after the sink block, with its whole horizon inside its document (method 3).
+    """See that every block lies on the grid, behind the sink, with its whole horizon inside its document (method 3).
 
     Raises:
-        ValueError: naming the first block that does not.
+        ValueError: a block that does not; the message names the first.
     """
     if horizon < 1:
         raise ValueError(f"horizon.tokens={horizon} is not allowed: at least 1")
@@ -109,10 +109,10 @@ def slotted(base: BaseLM, teacher: Prefill, starts: Tensor, slots, block: int, h
 
     Returns:
         [B, N, H - 1, D]: row h - 1 predicts token ``start + K + h``, h = 1..H-1. Slots have no output of their own, so
-        there is none for h = 0.
+        no row predicts h = 0.
 
     Raises:
-        ValueError: a horizon of 1, of which nothing can be scored.
+        ValueError: a horizon of 1, which leaves nothing to score.
     """
     if horizon < 2:
         raise ValueError(
@@ -124,7 +124,7 @@ def slotted(base: BaseLM, teacher: Prefill, starts: Tensor, slots, block: int, h
 
 
 def _sigma(sigmas: Sequence[Tensor | None] | None, vectors: int, positions: Tensor) -> Tensor | None:
-    """One scalar per carrier, for the first M rows of its branch, 0 for the rest: [B, N * C, R], as the positions."""
+    """The sigma of each row, [B, N * C, R]: that of the carrier for the M gists of its branch, 0 for tokens."""
     b, n, c, r = positions.shape
     if sigmas is None or all(sigma is None for sigma in sigmas):
         return None

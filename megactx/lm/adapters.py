@@ -3,8 +3,8 @@
     q, k, v, o of the chosen layers     W x  ->  W x + (alpha / r) B A x         B starts at zero: nothing changes
     the embeddings, where asked         E_i  ->  E_i + (alpha / r) B A_i         the LM head keeps its own rows
 
-With the adapters off the model is the very one that it was, so it is its own teacher. A model whose head and embeddings
-are one matrix is untied when adapted embeddings are merged: its head was never adapted.
+With the adapters off the model is what it was, so it can be its own teacher. Some models share one matrix between head
+and embeddings. Merging adapted embeddings gives the head a matrix of its own, because the head was never adapted.
 """
 
 import copy
@@ -64,9 +64,9 @@ def adapters_of(base: BaseLM) -> dict[str, nn.Parameter]:
 
 
 def active_adapters(module: nn.Module) -> dict[str, torch.Tensor]:
-    """name -> weight of all adapters in a module that change what it gives now, their scales too.
+    """name -> weight or scale of all adapters that change the module's output now.
 
-    Those that are switched off, and those of which one half is still zero, change nothing.
+    An adapter changes nothing while it is switched off, or while one of its two matrices is still zero.
     """
     found = {}
     for place, layer in module.named_modules():
@@ -81,7 +81,7 @@ def active_adapters(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def stamp_of(base: nn.Module) -> tuple:
-    """What changes when adapters are put in, switched, scaled or trained."""
+    """A value that changes whenever adapters are put in, switched, scaled or trained."""
     return tuple(
         (id(layer), layer.disable_adapters, layer.merged, *layer.active_adapters, *sorted(layer.scaling.items()))
         + tuple((id(p), 0 if p.is_inference() else p._version) for key, p in layer.named_parameters() if "lora_" in key)
@@ -92,9 +92,10 @@ def stamp_of(base: nn.Module) -> tuple:
 
 @contextmanager
 def switched_off(base: BaseLM) -> Iterator[BaseLM]:
-    """Passes inside are those of the base LM without its adapters. Nothing happens where it has none."""
+    """Inside, the base LM works without its adapters. A base LM without any is left as it is."""
     layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
-    # peft freezes what it switches off, and thaws all that it switches on: who trains is not its matter here.
+    # peft freezes adapters when it switches them off, and unfreezes all when it switches them on. What is trained is
+    # decided elsewhere, so it is put back afterwards.
     asked = {name: p.requires_grad for name, p in adapters_of(base).items()}
     for layer in layers:
         layer.enable_adapters(False)

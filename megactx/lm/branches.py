@@ -1,8 +1,9 @@
 """Attention of many branches over one cached prefix: one pass through the layers, attention in groups.
 
-Linear layers are fastest on all rows at once; attention is fastest on few, because rows of one group pass over each
-other's columns, and over the longest prefix among them. So the rows go through the model together, and only its
-attention function, which transformers lets us name (``AttentionInterface``), works group by group.
+Linear layers are fastest on all rows at once. Attention is fastest on few rows: each row of a group also computes
+scores with the columns of the other rows, and with as many cached columns as the longest prefix among them. So all rows
+go through the model together, and only the attention function works group by group. transformers lets us name that
+function (``AttentionInterface``).
 
     columns of a group     cached, since[k] <= t < prefix[k] | one slot per branch, where given | rows of the group
 """
@@ -25,7 +26,7 @@ ROWS_PER_GROUP = {"cpu": 256, "cuda": 4096}
 
 @dataclass(frozen=True)
 class Group:
-    """Some rows of a pass, how many cached columns they see at most, and their mask [B, 1, Q, all columns]."""
+    """Some rows of a pass, the most cached columns that any of them sees, and their mask [B, 1, Q, all columns]."""
 
     rows: slice
     branches: slice
@@ -42,8 +43,8 @@ class Branches:
         rows: rows R of each branch.
         dtype: of the pass.
         since: first visible cached column of each branch [B, N]; ``None``: 0.
-        slots: keys and values of one more column per branch and layer, each [B, key-value heads, N, head width], that
-            all rows of that branch see and no other.
+        slots: keys and values of one more column per branch and layer, each [B, key-value heads, N, head width]. All
+            rows of the branch see it, and no other rows do.
     """
 
     def __init__(

@@ -3,19 +3,19 @@
 import torch
 from torch import Tensor
 
-CAUSAL = "causal"  # in place of ``causal(Q)``: the same to ``BaseLM.forward``, which then needs no mask
+CAUSAL = "causal"  # ``BaseLM.forward`` takes it in place of ``causal(Q)``, and makes no mask then
 
 
 def causal(length: int, device=None) -> Tensor:
-    """Plain causal mask [1, 1, T, T]; handed over whenever positions jump."""
+    """Plain causal mask [1, 1, T, T]. A pass needs it whenever positions jump."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
 
 
 def branches(prefix: Tensor, rows: int, columns: int, since: Tensor | None = None, slots: bool = False) -> Tensor:
     """Mask of the packed pass: N independent branches over one cached prefix.
 
-    Row (k, r) sees cache columns since[k] <= t < prefix[k], the slot of its branch, and rows r' <= r of its own branch,
-    nothing else.
+    Row (k, r) sees cache columns since[k] <= t < prefix[k], the slot of its branch, and rows r' <= r of its own branch.
+    It sees nothing else.
 
     Args:
         prefix: end of the visible cache columns of each branch, [B, N].
@@ -44,5 +44,5 @@ def branches(prefix: Tensor, rows: int, columns: int, since: Tensor | None = Non
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as what SDPA adds to the scores: 0 or -inf. Made once, where SDPA would make it in every layer."""
+    """A bool mask -> what SDPA adds to the scores, 0 or -inf. SDPA would make it in every layer; this makes it once."""
     return torch.where(mask, 0.0, -torch.inf).to(dtype)

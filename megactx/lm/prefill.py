@@ -1,4 +1,4 @@
-"""One pass of the base LM over whole documents, kept: what everything else reads (method 3).
+"""One pass of the base LM over whole documents. All losses read the keys, values and states that it leaves (method 3).
 
 B documents, T tokens, N blocks per document, K block, D width.
 """
@@ -43,7 +43,7 @@ def prefill(base: BaseLM, ids: Tensor, with_states: bool = False) -> Prefill:
 
 
 def unread(ids: Tensor) -> Prefill:
-    """Documents that the base LM has not read: enough for what looks at tokens only."""
+    """Documents that the base LM has not read, for compressors that look at tokens only."""
     return Prefill(ids, ids.new_empty(0), ())
 
 

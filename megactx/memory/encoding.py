@@ -1,7 +1,7 @@
-"""What the tree asks of an encoder, and how it calls one so that pieces give the same bits as the whole.
+"""What the tree asks of an encoder, and how it calls the encoder so that pieces give the same bits as the whole.
 
 A matrix product of another shape may take another kernel and round differently. So blocks are always encoded in padded
-batches of ``BATCH``, and a block's place in its batch follows from its row and index alone: the same block meets the
+batches of ``BATCH``. A block's place in its batch follows from its row and index alone. The same block then meets the
 same kernel at the same place, however the text was cut into pieces.
 
 E blocks of a batch, K children of a node, W left context, D width, M nodes.
@@ -26,11 +26,13 @@ BATCH = 16  # E: wide enough for the matrix products of a long text, narrow enou
 class Encoder(Protocol):
     """K children -> their gist. ``GistNet`` is one.
 
-    Three more attributes may be there. ``left_context`` (default 0): W, the number of tokens left of a block that it
-    also reads, at levels >= 2 the W // K nodes left of the children; it is then called as
-    ``encode_span(children, Seen(nodes [E, W + K, D], there [E, W + K]))``, False before the start of the text.
-    ``of_level(level)``, where there is one, gives what makes the gists of that level.
-    ``needs_hidden`` (default False): level 1 reads the base LM's hidden states, not token embeddings.
+    An encoder may have three more attributes:
+
+        left_context   default 0: W, tokens left of a block that it also reads; at levels >= 2, W // K nodes left of the
+                       children. It is then called as ``encode_span(children, Seen(nodes [E, W + K, D], there
+                       [E, W + K]))``, where ``there`` is False before the start of the text.
+        of_level       ``of_level(level)`` is the encoder that makes the gists of that level.
+        needs_hidden   default False: level 1 reads the base LM's hidden states, not token embeddings.
     """
 
     block_size: int  # K
@@ -44,7 +46,7 @@ class Encoder(Protocol):
 
 
 def left_of(encoder: Encoder, level: int) -> int:
-    """How many nodes of the level below are read left of a node's children."""
+    """How many nodes of the level below the encoder reads to the left of a node's children."""
     tokens = getattr(encoder, "left_context", 0)
     return tokens if level == 1 else tokens // encoder.block_size
 
@@ -83,7 +85,7 @@ def encode(encoder: Encoder, level: int, nodes: Tensor, left: int, seen: Tensor)
 
 @contextmanager
 def _evaluating(encoder) -> Iterator[None]:
-    """Without dropout: a tree that is built twice must be the same tree."""
+    """Inside, the encoder works without dropout: a tree that is built twice must be the same tree."""
     if not getattr(encoder, "training", False):
         yield
         return
@@ -105,7 +107,7 @@ def vocabulary(base) -> int | None:
 
 
 def stamp(encoder) -> tuple | None:
-    """What changes when an optimizer or ``load_state_dict`` changes the weights; not seen is what goes by ``.data``."""
+    """A value that changes when an optimizer or ``load_state_dict`` changes weights. It misses changes by ``.data``."""
     if not isinstance(encoder, nn.Module):
         return None
     return tuple((id(p), 0 if p.is_inference() else p._version) for p in encoder.parameters())
@@ -125,9 +127,9 @@ def identity(thing) -> str:
 
 
 def identity_of_base(base) -> str | None:
-    """The same for what embeds the tokens; ``None`` for a bare function.
+    """``identity`` of what embeds the tokens; ``None`` for a bare function.
 
-    Of a ``BaseLM`` only the embeddings count, with adapters on them that are switched on.
+    Of a ``BaseLM`` only the embeddings count, and the adapters on them that are switched on.
     """
     if isinstance(base, FunctionType | MethodType):
         return None
@@ -137,5 +139,5 @@ def identity_of_base(base) -> str | None:
 
 
 def identity_of_layers(base, encoder) -> str | None:
-    """Of all layers of a base LM, where an encoder reads its hidden states; ``None`` where it does not."""
+    """Identity of all layers of a base LM if the encoder reads its hidden states, else ``None``."""
     return of_weights(base) if getattr(encoder, "needs_hidden", False) and hasattr(base, "model") else None

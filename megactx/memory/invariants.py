@@ -1,11 +1,11 @@
-"""The eight invariants of a working context, from nothing but lod and index: what the class derives is not trusted."""
+"""The eight invariants of a working context, from lod and index alone: what the class derives is checked, not used."""
 
 import torch
 from torch import Tensor
 
 
 def violations(context) -> list[str]:
-    """What does not hold, in words; empty where all is well. The first row where it does not is named."""
+    """The invariants that do not hold, in words; each names the first row that breaks it. Empty where all is well."""
     tree, lod, index = context.tree, context.lod, context.index
     k, (b, w), levels = tree.block_size, lod.shape, range(tree.depth + 1)
     device = lod.device

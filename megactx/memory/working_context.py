@@ -2,9 +2,9 @@
 
     [ sink: 32 tokens ][ gists of 1,024 ... ][ gists of 32 ... ][ last tokens ]
 
-Entries are nodes (lod, index) of a tree; together they stand for tokens 0 .. end - 1, each exactly once. Where an
-entry starts, how wide it is and where it sits are derived. An edit is worked out as a whole before anything is changed,
-so one that is refused leaves everything as it was.
+Entries are nodes (lod, index) of a tree. Together they stand for tokens 0 .. end - 1, each exactly once. The start,
+width and position of an entry are derived. An edit is worked out as a whole before anything is changed, so a refused
+edit leaves everything as it was.
 
 B rows, W entries, K children of a node, D width, E edits.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .tree import MegaContextTree
 
-RAGGED = 2**62  # start of an entry that is not there: behind all others
+RAGGED = 2**62  # start of an entry of the padding: behind all others
 
 
 class WorkingContext:
@@ -56,7 +56,7 @@ class WorkingContext:
         return WorkingContext(self.tree, self.lod, self.index, self.counts, self.budget, self.debug)
 
     def check(self) -> None:
-        """Raises ValueError where one of the eight invariants of method 8 does not hold."""
+        """Raise ValueError if one of the eight invariants of method 8 does not hold."""
         from .invariants import violations
 
         if wrong := violations(self):
@@ -69,7 +69,7 @@ class WorkingContext:
 
     @property
     def there(self) -> Tensor:
-        """Which entries are none of the padding, bool [B, W]."""
+        """Which columns hold an entry and no padding, bool [B, W]."""
         return torch.arange(self.lod.shape[1], device=self.lod.device) < self.lengths[:, None]
 
     def lods(self) -> Tensor:
@@ -89,13 +89,13 @@ class WorkingContext:
         return torch.where(self.there, self.widths(), 0).sum(1)
 
     def positions(self, limit: int | None = None) -> Tensor:
-        """Where the base LM reads each entry: tokens at their own place, gists where the GistNet was trained to sit.
+        """The position at which the base LM reads each entry: a token's own, a gist's where its GistNet places it.
 
         Args:
-            limit: positions that the base was trained on. Rows that end beyond it are *rebased*: the sink keeps
-                0 .. K - 1 and the newest raw run its spacing, with the last token at ``limit`` - 1; what lies between
-                is squeezed, in order. A caller that goes on decoding leaves room: ``limit`` less the tokens to come.
-                ``None``: absolute, however far that is.
+            limit: positions that the base was trained on. Rows that end beyond it are *rebased*. The sink keeps
+                0 .. K - 1. The newest raw run keeps its spacing, and its last token is at ``limit`` - 1. Entries
+                between the two are squeezed, in order. A caller that goes on decoding gives ``limit`` less the tokens
+                to come. ``None``: absolute positions, without a limit.
 
         Returns:
             [B, W], strictly ascending, 0 in the padding.
@@ -111,7 +111,7 @@ class WorkingContext:
         return torch.where((self.ends() > limit)[:, None], self._rebased(absolute, limit), absolute)
 
     def to_tensor(self) -> Tensor:
-        """What the base LM reads, [B, W, D] in the dtype of its embeddings; 0 in the padding."""
+        """The vectors that the base LM reads, [B, W, D] in the dtype of its embeddings; 0 in the padding."""
         row, column = self.there.nonzero().unbind(1)
         embeddings = self.tree.embeddings(row, self.lod[row, column], self.index[row, column])
         b, w = self.lod.shape
@@ -121,13 +121,13 @@ class WorkingContext:
         return embeddings.view(b, w, self.tree.width)
 
     def append(self, count: int | Tensor | None = None) -> None:
-        """Take up tokens of the tree that come next, raw.
+        """Take up the next tokens of the tree, raw.
 
         Args:
-            count: how many, one for all rows or [B]; ``None``: all that the tree has.
+            count: how many, one number for all rows or [B]; ``None``: all that the tree has.
 
         Raises:
-            ValueError: the tree has not that many more, or they do not fit the budget.
+            ValueError: the tree has fewer tokens left, or they do not fit the budget.
         """
         ends = self.ends().cpu()
         ahead = self.tree.lengths - ends
@@ -147,11 +147,11 @@ class WorkingContext:
         """Put the K children of gists in their place, all at once.
 
         Args:
-            entry: where the gists stand in their rows, one or [E].
+            entry: columns of the gists in their rows, one or [E].
             row: their rows, one or [E].
 
         Raises:
-            ValueError: no such entry, a token, an entry named twice, or not within the budget.
+            ValueError: there is no such entry, it is a token or named twice, or the children do not fit the budget.
         """
         row, entry = self._pairs(row, entry)
         self._check_entries(row, entry)
@@ -174,7 +174,7 @@ class WorkingContext:
             row: their rows, one or [E].
 
         Raises:
-            ValueError: no such gist, one that holds block 0 or is protected, or its K children are not all there.
+            ValueError: there is no such gist, it holds block 0 or is protected, or its K children are not all there.
         """
         row, lod, index = self._pairs(row, lod, index)
         self._check_usable(row, lod, index)
@@ -203,12 +203,12 @@ class WorkingContext:
         """Put other nodes in the place of entries start .. start + count - 1 of a row, for exactly the same tokens.
 
         Args:
-            replacements: indices of the nodes, [E], one behind the other.
+            replacements: indices of the nodes, [E], in the order of the text.
             lod: their level.
 
         Raises:
-            ValueError: no such entries or nodes; the nodes stand for other tokens, hold block 0 or are protected; or
-                not within the budget.
+            ValueError: there are no such entries or nodes; the nodes stand for other tokens, hold block 0 or are
+                protected; or they do not fit the budget.
         """
         rows, entries = self._pairs(row, torch.arange(start, start + max(count, 0)))
         self._check_entries(rows, entries)
@@ -260,7 +260,7 @@ class WorkingContext:
         run = self.lengths[:, None] - 1 - last_gist  # tokens of the newest raw run
         room, before = limit - run, absolute.gather(1, last_gist.clamp(min=0))  # the squeezed end below ``room``
         squeezed = k + (absolute - k) * (room - k).clamp(min=0) // (before + 1 - k).clamp(min=1)
-        # Strictly ascending: at least one behind its neighbour, and room for all that are still to come.
+        # Strictly ascending: each at least one behind its neighbour, and with room for all entries behind it.
         squeezed = torch.where(column < k, column, squeezed)
         squeezed = (squeezed - column).cummax(1).values + column
         squeezed = torch.minimum(squeezed, room - 1 - last_gist + column)

@@ -15,8 +15,8 @@ from .oracle import Oracle
 class HistoryOracle(Oracle):
     """Vectors of the blocks behind one segment, optimised so that the base LM reads it as over the full context.
 
-    ``samples`` as those of ``Oracle``: with 0 they have seen the segment that is then scored, M x D numbers for S
-    tokens, so this is a loose upper bound; with 8 they are fitted on segments that the base LM samples itself.
+    ``samples`` as in ``Oracle``. With 0 the vectors have seen the segment that is then scored, and M x D numbers fit S
+    tokens: a loose upper bound. With 8 they are fitted on segments that the base LM samples itself.
     Setting: ``stage.ladder.history_oracle``.
 
     Args:

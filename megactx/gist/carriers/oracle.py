@@ -13,10 +13,10 @@ from megactx.lm.prefill import Prefill, blocks, rows_at
 class Oracle(Compressor):
     """A vector per block, optimised so that the base LM continues as with the block in place.
 
-    ``samples=0``, oracle-fit: fitted by KL on the true continuation, the one that is then scored. It has seen the
-    answer, so it is an upper bound, and its recovery may exceed 1. ``samples=8``, oracle-transfer: fitted on
-    continuations that the base LM itself samples behind the full context, and scored on the true one: the ceiling
-    that is quoted (method 6). Kuratov et al. 2025 (arXiv 2502.13063) fit such vectors to find what one can hold.
+    ``samples=0``, oracle-fit: fitted by KL on the true continuation, which is then scored. It has seen the answer, so
+    it is an upper bound, and its recovery may exceed 1. ``samples=8``, oracle-transfer: fitted on continuations that
+    the base LM samples itself behind the full context, and scored on the true one. That is the ceiling that is quoted
+    (method 6). Kuratov et al. 2025 (arXiv 2502.13063) fit such vectors to find what one can hold.
     Setting: ``stage.ladder.oracle``.
 
     Args:
@@ -78,7 +78,7 @@ class Oracle(Compressor):
         generators = [torch.Generator(ends.device).manual_seed(seed) for seed in seeds]
         ids = ends.new_zeros(*ends.shape, self.samples, 0)
         for _ in range(self.horizon):
-            # All rows again at every token: H^2 / 2 rows instead of H, and no cache of branches to keep.
+            # Every token computes all rows of its branch again: H^2 / 2 rows instead of H, but no cache of branches.
             logits = base.logits(_continued(base, teacher, ends, F.pad(ids, (0, 1)))[..., -1, :])
             each = zip(logits.float().softmax(-1).flatten(1, 2), generators, strict=True)  # B times [N * samples, V]
             drawn = torch.stack([torch.multinomial(rows, 1, generator=generator) for rows, generator in each])

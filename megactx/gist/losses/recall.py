@@ -1,4 +1,4 @@
-"""A block comes back, itself in tokens among gists of all others: gists must not be in its way (method 4)."""
+"""A block that stands in tokens among gists of all others comes back: gists must not get in its way (method 4)."""
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ from .history import as_drawn, old_of
 class Recall(Loss):
     """NLL of old blocks that come back word for word, less their NLL over the full context.
 
-    Not the KL from the full context, which has more text that could go on, and so copies less surely.
+    It is not the KL from the full context: that has more text that could go on, and so copies less surely itself.
 
     Args:
         weight: its share of the sum; 0.03 costs nothing, 0.1 copies better.
-        recency: R, raw tokens before the copy, as of history mode, whose carriers it shares.
+        recency: R, raw tokens before the copy. It is that of history mode, whose carriers are used again.
     """
 
     needs = ("segments", "told")
