@@ -53,4 +53,6 @@ def test_two_devices_that_share_the_base_learn_what_one_learns(device, gist_sett
         assert done.returncode == 0, done.stderr
         with (tmp_path / name / "metrics.csv").open(newline="") as file:
             found[name] = [float(row["val/dnll"]) for row in csv.DictReader(file) if row["val/dnll"]]
-    assert len(found["one"]) == 1 and found["two"] == pytest.approx(found["one"], rel=1e-4)
+    # Muon orthogonalises in bf16 on a card, where another order of a sum shows more.
+    near = {"cpu": 1e-4, "cuda": 1e-2}[device]
+    assert len(found["one"]) == 1 and found["two"] == pytest.approx(found["one"], rel=near)
