@@ -137,5 +137,6 @@ def identity_of_base(base) -> str | None:
 
 
 def identity_of_layers(base, encoder) -> str | None:
-    """Of all layers of a base LM, where an encoder reads its hidden states; ``None`` where it does not."""
-    return of_weights(base) if getattr(encoder, "needs_hidden", False) and hasattr(base, "model") else None
+    """Of all layers of a base LM, where an encoder reads with them or their states; ``None`` where it does not."""
+    reads = getattr(encoder, "needs_hidden", False) or getattr(encoder, "reads_layers", False)
+    return of_weights(base) if reads and hasattr(base, "model") else None
