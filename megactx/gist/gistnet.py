@@ -7,16 +7,17 @@ import torch.nn.functional as F
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from megactx.framework.config.types import Count, Whole, declared
+from megactx.framework.config.types import Count, Positive, Whole, declared
 from megactx.lm.gaussian_rope import PositionSpread
 from megactx.lm.prefill import Prefill, blocks
 
 from . import heads, poolings
 from .backbone import Backbone
+from .base_backbone import BaseBackbone
 from .carrier import POSITIONS, Compressor, Vectors
 from .parts import find
 
-TYPES, SKIPS, INPUTS = ("transformer", "mean"), ("none", "last", "mean"), ("embedding", "hidden")
+TYPES, SKIPS, INPUTS = ("transformer", "base", "mean"), ("none", "last", "mean"), ("embedding", "hidden")
 
 
 class Seen(NamedTuple):
@@ -37,8 +38,9 @@ class GistNet(Compressor):
         width: D of the base LM.
         embedding_rms: root mean square of the base LM's token embeddings; a fresh gist has the same.
         block_size: K.
-        type: ``transformer``, or ``mean``: no backbone, the control ``blockmean_linear`` / ``blockmean_mlp``.
-        layers: blocks of the backbone, 1..16.
+        type: ``transformer``; ``base``: the base LM's own first layers with LoRA, see ``BaseBackbone``; or ``mean``: no
+            backbone, the control ``blockmean_linear`` / ``blockmean_mlp``.
+        layers: blocks of the backbone, 1..16, or those that the base LM has.
         num_heads: attention heads; divides ``width``.
         pooling: a file of ``megactx/gist/poolings``.
         head: a file of ``megactx/gist/heads``.
@@ -54,6 +56,10 @@ class GistNet(Compressor):
         gaussian_rope: ``plain`` | ``damped`` | ``learned``: how wide the gist's position is, see ``PositionSpread``.
         levels: sets of weights. With 1, tokens and gists of every level share one set. With 2, gists of gists have a
             set of their own, and so on; levels beyond the last share the last set.
+        rank: r of LoRA with ``type=base``.
+        gain: how far a fresh correction moves a gist for what the head says, and with ``skip=none`` the scale of a
+            fresh gist; each channel's gain is learned from there.
+        base: the base LM, which ``type=base`` alone needs.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -80,6 +86,9 @@ class GistNet(Compressor):
         input_layer: Whole = 2,
         gaussian_rope: str = "plain",
         levels: Count = 1,
+        rank: Count = 16,
+        gain: Positive = 1.0,
+        base=None,
     ):
         super().__init__(block_size, position)
         if type == "mean" and (context or input != "embedding"):
@@ -98,20 +107,33 @@ class GistNet(Compressor):
                 )
             self.pooling = find(poolings, pooling, "gistnet.pooling")(width)
             self.backbone = Backbone(width, layers, num_heads, dropout, self.pooling.needs_cls)
+        elif type == "base":
+            if base is None:
+                raise ValueError("gistnet.type=base: its layers are those of a base LM, and none is given")
+            if dropout:
+                raise ValueError(f"gistnet.dropout={dropout} is not allowed with gistnet.type=base: 0")
+            self.pooling = find(poolings, pooling, "gistnet.pooling")(width)
+            first = input_layer if self.needs_hidden else 0
+            self.backbone = BaseBackbone(base, layers, rank, self.pooling.needs_cls, first)
         else:
             self.pooling, self.backbone = find(poolings, "mean", "gistnet.pooling")(width), None
         inputs = width if skip == "none" else 3 * width
-        self.enter = nn.Linear(width, width, bias=False) if self.needs_hidden else None
+        self.enter = nn.Linear(width, width, bias=False) if self.needs_hidden and type != "base" else None
         self.head = find(heads, head, "gistnet.head")(inputs, width)
         self.shortcut = nn.Linear(inputs, width, bias=False) if skip != "none" else None
-        self.gain = nn.Parameter(torch.ones(width))
+        self.gain = nn.Parameter(torch.full((width,), float(gain)))
         self._initialise()
         same = (width, embedding_rms, block_size, type, layers, num_heads, pooling, head, skip, position, dropout)
-        self.above = nn.ModuleList(GistNet(*same) for _ in range(levels - 1))
+        self.above = nn.ModuleList(GistNet(*same, rank=rank, gain=gain, base=base) for _ in range(levels - 1))
 
     @property
     def levels(self) -> int:
         return 1 + len(self.above)
+
+    @property
+    def reads_layers(self) -> bool:
+        """Whether its gists depend on the layers of the base LM, and not on the embeddings alone."""
+        return self.needs_hidden or isinstance(self.backbone, BaseBackbone)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -119,7 +141,7 @@ class GistNet(Compressor):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if self.backbone is not None:
+        if isinstance(self.backbone, Backbone):
             for block in self.backbone.blocks:
                 for last in (block.out, block.down):
                     # Keeps the residual stream's scale independent of depth (Radford et al. 2019).
@@ -230,9 +252,12 @@ class GistNet(Compressor):
 
     def _entering(self, x: Tensor, seen: Seen | None) -> tuple[Tensor, Tensor | None, int]:
         """Arguments of the backbone: states, a mask of those that are there, and how many lie left of the block."""
+        own = isinstance(self.backbone, BaseBackbone)  # which reads what the base LM reads, at its scale
         if seen is None:
-            return x, None, 0
-        if seen.hidden:
+            return x * self.embedding_rms if own else x, None, 0
+        if own:
+            states = seen.states.float()
+        elif seen.hidden:
             states = self.enter(F.rms_norm(seen.states.float(), (self.width,)))
         else:
             states = seen.states.float() / self.embedding_rms
@@ -247,9 +272,9 @@ class GistNet(Compressor):
         Returns:
             ``query``: the learned query's weights [B, 1, 1, K]. ``cls``: the CLS row of the last layer
             [B, A, 1, 1 + K], CLS first. ``mean``: all rows of the last layer [B, A, K, K]. ``None`` without a backbone
-            (``type: mean``): there is no attention.
+            (``type: mean``): there is no attention; and with the base LM's own layers, which show no weights.
         """
-        if self.backbone is None:
+        if not isinstance(self.backbone, Backbone):
             return None
         states, last = self.backbone.with_attention(*self._entering(self._scaled(embeddings), seen))
         return self.pooling.attention(states, last) if hasattr(self.pooling, "attention") else last

@@ -24,6 +24,7 @@ from .layers import attention_of, layers_of
 LAYERS = ("first_two", "last_two", "all")
 RANKS = (4, 16)  # from, to
 SCALE = 2  # alpha / r
+LINEAR = (nn.Linear, Conv1D)  # GPT-2's is a linear layer with its matrix the other way round
 
 
 def adapt(base: BaseLM, rank: int, layers: str = "last_two", embeddings: bool = False) -> list[nn.Parameter]:
@@ -46,6 +47,28 @@ def adapt(base: BaseLM, rank: int, layers: str = "last_two", embeddings: bool = 
     targets = _projections(base, layers)
     if embeddings:
         targets.append(_name_of(base, base.model.get_input_embeddings()))
+    return list(_inject(base, rank, targets).values())
+
+
+def lora_into(base: BaseLM, layers: nn.Module, rank: int, setting: str) -> dict[str, nn.Parameter]:
+    """Put LoRA into all linear maps of some layers of a base LM, in place; -> name -> parameter, in fp32.
+
+    Who else trains is left as it is: the weights may be shared with another model.
+
+    Raises:
+        ValueError: ``rank``, which ``setting`` gives, is not 1 to 128.
+    """
+    if not 1 <= rank <= 128:
+        raise ValueError(f"{setting}={rank} is not allowed: from 1 to 128")
+    inside = {id(m) for m in layers.modules() if isinstance(m, LINEAR)}
+    learns = {p: p.requires_grad for p in base.parameters()}
+    found = _inject(base, rank, [name for name, module in base.model.named_modules() if id(module) in inside])
+    for p, was in learns.items():
+        p.requires_grad_(was)
+    return found
+
+
+def _inject(base: BaseLM, rank: int, targets: list[str]) -> dict[str, nn.Parameter]:
     settings = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=targets, init_lora_weights=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")  # ``merged`` unties them
@@ -55,7 +78,7 @@ def adapt(base: BaseLM, rank: int, layers: str = "last_two", embeddings: bool = 
     for parameter in found.values():
         parameter.data = parameter.data.float()
     base.eval()
-    return list(found.values())
+    return found
 
 
 def adapters_of(base: BaseLM) -> dict[str, nn.Parameter]:
@@ -134,8 +157,7 @@ def _untie(model: nn.Module, embeddings: nn.Embedding) -> None:
 def _projections(base: BaseLM, which: str) -> list[str]:
     layers = list(layers_of(base.model.get_decoder()))
     chosen = {"first_two": layers[:2], "last_two": layers[-2:], "all": layers}[which]
-    kinds = (nn.Linear, Conv1D)  # GPT-2's is a linear layer with its matrix the other way round
-    inside = {id(m) for layer in chosen for m in attention_of(layer).modules() if isinstance(m, kinds)}
+    inside = {id(m) for layer in chosen for m in attention_of(layer).modules() if isinstance(m, LINEAR)}
     return [name for name, module in base.model.named_modules() if id(module) in inside]
 
 

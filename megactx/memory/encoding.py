@@ -139,5 +139,6 @@ def identity_of_base(base) -> str | None:
 
 
 def identity_of_layers(base, encoder) -> str | None:
-    """Identity of all layers of a base LM if the encoder reads its hidden states, else ``None``."""
-    return of_weights(base) if getattr(encoder, "needs_hidden", False) and hasattr(base, "model") else None
+    """Identity of all layers of a base LM if the encoder reads with them or their states, else ``None``."""
+    reads = getattr(encoder, "needs_hidden", False) or getattr(encoder, "reads_layers", False)
+    return of_weights(base) if reads and hasattr(base, "model") else None

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from megactx.gist.backbone import Backbone
 from megactx.gist.carrier import Compressor
 from megactx.gist.compressors import build
 from megactx.lm import BaseLM
@@ -51,8 +52,8 @@ def groups_of(nets: nn.ModuleDict, lr: float, muon_lr: float | None, weight_deca
 
 
 def with_backbone(net: Compressor) -> bool:
-    """A GistNet that is more than a map of its block's mean."""
-    return getattr(net, "backbone", None) is not None
+    """A GistNet with blocks of its own: more than a map of its block's mean, or adapters in the base's layers."""
+    return isinstance(getattr(net, "backbone", None), Backbone)
 
 
 def refuse_without_vectors(settings) -> None:
