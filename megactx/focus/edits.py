@@ -54,7 +54,7 @@ class Edits:
                 column = column_of(context, part.row, part.lod, part.index)
                 at = column.clamp(max=context.lod.shape[1] - 1)
                 same = (context.lod[part.row, at] == part.lod) & (context.index[part.row, at] == part.index)
-                same &= context.there[part.row, at]
+                same &= context.mask[part.row, at]
                 if not same.all():
                     wrong = part[~same]
                     raise ValueError(
@@ -92,13 +92,13 @@ def moves(context: WorkingContext, protected: int = PROTECTED) -> Moves:
     Args:
         protected: newest tokens of each row that do not collapse.
     """
-    lod, index, there, k = context.lod, context.index, context.there, context.tree.block_size
+    lod, index, mask, k = context.lod, context.index, context.mask, context.tree.block_size
     b, w = lod.shape
     column = torch.arange(w, device=lod.device)
     # Entries leave no gap. So if the first and the last of K siblings stand K - 1 columns apart, the others stand
     # between.
     last = (column + k - 1).clamp(max=w - 1).expand(b, w)
-    whole = there & (column + k <= w) & there.gather(1, last) & (index % k == 0)
+    whole = mask & (column + k <= w) & mask.gather(1, last) & (index % k == 0)
     whole &= (lod.gather(1, last) == lod) & (index.gather(1, last) == index + k - 1)
     end = (index + k) * context.widths()
     whole &= end <= (context.ends() - protected)[:, None]
@@ -107,12 +107,12 @@ def moves(context: WorkingContext, protected: int = PROTECTED) -> Moves:
     row, lead = row[legal], lead[legal]
     first = torch.full_like(lod, -1)
     first[row[:, None], lead[:, None] + torch.arange(k, device=lod.device)] = lead[:, None].expand(-1, k)
-    return Moves(expand=there & (lod > 0), first=first)
+    return Moves(expand=mask & (lod > 0), first=first)
 
 
 def column_of(context: WorkingContext, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
     """Columns [E] of nodes (lod, index) [E] in their rows [E], or of the first of their descendants there."""
     start = index * context.tree.block_size**lod
     far = torch.iinfo(torch.long).max
-    starts = torch.where(context.there, context.starts(), far)
+    starts = torch.where(context.mask, context.starts(), far)
     return torch.searchsorted(starts[row], start[:, None].contiguous())[:, 0]

@@ -23,10 +23,10 @@ from megactx.lm.chunked_head import score
 from megactx.lm.prefill import Prefill
 from megactx.memory import WorkingContext
 
-from .rows import lay_out
+from .window_rows import lay_out
 
 ENCODED = 64  # blocks that are encoded at once
-LEVEL = 2**40  # a node as one number: level x this + index
+LOD = 2**40  # a node as one number: lod x this + index
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class Windows:
     def of(cls, context: WorkingContext) -> "Windows":
         """Of working contexts whose rows are all windows of the same text."""
         lod, index, tree = context.lod, context.index, context.tree
-        gist, raw = context.there & (lod > 0), context.there & (lod == 0)
-        shown, order = torch.unique(lod[gist] * LEVEL + index[gist], return_inverse=True)
+        gist, raw = context.mask & (lod > 0), context.mask & (lod == 0)
+        shown, order = torch.unique(lod[gist] * LOD + index[gist], return_inverse=True)
         place = torch.full_like(lod, -1)
         place[gist] = order
         row, column = raw.nonzero().unbind(1)
         ids = torch.zeros_like(lod)
         ids[raw] = tree.levels[0].read("token", row, index[row, column]).long()
-        nodes = {level: shown[shown // LEVEL == level] % LEVEL for level in (shown // LEVEL).unique().tolist()}
+        nodes = {lod: shown[shown // LOD == lod] % LOD for lod in (shown // LOD).unique().tolist()}
         return cls(ids, place, context.positions(), lod, context.lengths, context.ends(), nodes)
 
     def read(self, base: BaseLM, gists: Tensor, following: Tensor, encoder) -> Tensor:
@@ -74,7 +74,7 @@ class Windows:
 
 def unique_windows(context: WorkingContext) -> tuple[Tensor, Tensor]:
     """Find equal rows, to read them once: -> (the first row of each kind [U], the kind 0 to U - 1 of each row [N])."""
-    rows = torch.cat([torch.where(context.there, values, -1) for values in (context.lod, context.index)], dim=1)
+    rows = torch.cat([torch.where(context.mask, values, -1) for values in (context.lod, context.index)], dim=1)
     _, kind = torch.unique(rows, dim=0, return_inverse=True)
     order = torch.arange(len(kind), device=kind.device)
     first = torch.full_like(kind, len(kind)).scatter_reduce(0, kind, order, "amin")[: int(kind.max()) + 1]
@@ -82,21 +82,21 @@ def unique_windows(context: WorkingContext) -> tuple[Tensor, Tensor]:
     return first, rank.argsort()[kind]
 
 
-def encode_shown(net: GistNet, base: BaseLM, teacher: Prefill, nodes: dict[int, Tensor], recompute: bool) -> Tensor:
-    """The gists of nodes of one document, with gradient: [M, D], level by level.
+def encode_shown(net: GistNet, base: BaseLM, prefill: Prefill, nodes: dict[int, Tensor], recompute: bool) -> Tensor:
+    """The gists of nodes of one document, with gradient: [M, D], LOD by LOD.
 
     Args:
-        teacher: of the document; ``unread`` is enough for a GistNet that reads embeddings.
+        prefill: of the document; ``unread`` is enough for a GistNet that reads embeddings.
         recompute: keep no activations, compute them again during backward.
     """
-    found = [torch.empty(0, net.width, device=teacher.ids.device)]
-    for level, index in nodes.items():
-        starts = index[None] * net.block_size**level
+    found = [torch.empty(0, net.width, device=prefill.ids.device)]
+    for lod, index in nodes.items():
+        starts = index[None] * net.block_size**lod
 
-        def encoded(starts: Tensor, level: int = level) -> Tensor:
-            return net.compress(base, teacher, starts, level).vectors[0]
+        def encoded(starts: Tensor, lod: int = lod) -> Tensor:
+            return net.compress(base, prefill, starts, lod).vectors[0]
 
-        for part in starts.split(max(1, ENCODED // net.block_size ** (level - 1)), dim=1):
+        for part in starts.split(max(1, ENCODED // net.block_size ** (lod - 1)), dim=1):
             found.append(checkpoint(encoded, part, use_reentrant=False) if recompute else encoded(part))
     return torch.cat(found)
 

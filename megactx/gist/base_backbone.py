@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megactx.lm import BaseLM
 from megactx.lm.adapters import lora_into
-from megactx.lm.layers import layers_of
+from megactx.lm.kv_hooks import layers_of
 
 
 class BaseBackbone(nn.Module):

@@ -14,7 +14,7 @@ from megactx.lm.prefill import Prefill, blocks
 from . import heads, poolings
 from .backbone import Backbone
 from .base_backbone import BaseBackbone
-from .carrier import POSITIONS, Compressor, Vectors
+from .carrier import POSITIONS, Compressor, SoftTokens
 from .parts import find
 
 TYPES, SKIPS, INPUTS = ("transformer", "base", "mean"), ("none", "last", "mean"), ("embedding", "hidden")
@@ -24,7 +24,7 @@ class Seen(NamedTuple):
     """What the backbone reads in place of the block's embeddings."""
 
     states: Tensor  # [B, W + K, D]
-    there: Tensor | None  # bool [B, W + K], False where the document has not begun; None: all are there
+    mask: Tensor | None  # bool [B, W + K], False where the document has not begun; None: all are there
     hidden: bool = False  # states of the base LM, not embeddings or gists
 
 
@@ -150,51 +150,51 @@ class GistNet(Compressor):
             nn.init.zeros_(self.head.last.weight)
             nn.init.zeros_(self.shortcut.weight)
 
-    def sigma(self, level: int) -> Tensor | None:
+    def sigma(self, lod: int) -> Tensor | None:
         """Standard deviation of a gist's position in tokens, a scalar; ``None`` where positions are points."""
-        return self.spread(torch.tensor(level, device=self.gain.device))
+        return self.spread(torch.tensor(lod, device=self.gain.device))
 
-    def compress(self, base, teacher: Prefill, starts: Tensor, level: int = 1) -> Vectors:
-        """Gists of the blocks, or of the spans of K^level tokens, at starts [B, N] of the documents of ``teacher``.
+    def compress(self, base, prefill: Prefill, starts: Tensor, lod: int = 1) -> SoftTokens:
+        """Gists of the blocks, or of the spans of K^level tokens, at starts [B, N] of the documents of ``prefill``.
 
         Raises:
             ValueError: ``input_layer`` is not one of the base LM's.
         """
-        k, left = self.block_size, self.left_context // self.block_size if level > 1 else 0
-        if level > 2 and left:
-            raise ValueError(f"gistnet.context={self.left_context} is not supported above level 2, wanted {level}")
+        k, left = self.block_size, self.left_context // self.block_size if lod > 1 else 0
+        if lod > 2 and left:
+            raise ValueError(f"gistnet.context={self.left_context} is not supported above LOD 2, wanted {lod}")
         # First the gists of all blocks of a span and of those left of it, then the levels above, which read only gists.
-        inner = torch.arange(-left * k, k**level, k, device=starts.device)
+        inner = torch.arange(-left * k, k**lod, k, device=starts.device)
         first = (starts[..., None] + inner).flatten(1)
-        there = (first >= 0).view(-1, len(inner))
+        mask = (first >= 0).view(-1, len(inner))
         first = first.clamp(min=0)
-        embedded = base.embed(blocks(teacher.ids, first, k)).flatten(0, 1)
-        gists = self.encode_span(embedded, self.seen(base, teacher, first)).view(-1, len(inner), self.width)
-        if level > 1:
-            gists = self.encode_gists(gists[:, left:], level, Seen(gists, there) if left else None)[-1]
-        return Vectors(gists[:, 0].view(*starts.shape, -1), self.offset_in(k**level), self.sigma(level))
+        embedded = base.embed(blocks(prefill.ids, first, k)).flatten(0, 1)
+        gists = self.encode_block(embedded, self.seen(base, prefill, first)).view(-1, len(inner), self.width)
+        if lod > 1:
+            gists = self.encode_gists(gists[:, left:], lod, Seen(gists, mask) if left else None)[-1]
+        return SoftTokens(gists[:, 0].view(*starts.shape, -1), self.offset_in(k**lod), self.sigma(lod))
 
-    def seen(self, base, teacher: Prefill, starts: Tensor) -> Seen | None:
+    def seen(self, base, prefill: Prefill, starts: Tensor) -> Seen | None:
         """What the backbone reads of the blocks at starts [B, N]; ``None``: only their embeddings."""
         if not (self.left_context or self.needs_hidden):
             return None
         index = (starts - self.left_context)[..., None] + torch.arange(
             self.left_context + self.block_size, device=starts.device
         )  # [B, N, W + K]
-        there = index >= 0
+        mask = index >= 0
         if self.needs_hidden:
-            if not 0 <= self.input_layer < len(teacher.states):
+            if not 0 <= self.input_layer < len(prefill.states):
                 raise ValueError(
-                    f"gistnet.input_layer={self.input_layer} is not allowed: 0 to {len(teacher.states) - 1}"
+                    f"gistnet.input_layer={self.input_layer} is not allowed: 0 to {len(prefill.states) - 1}"
                 )
-            states = teacher.states[self.input_layer]
+            states = prefill.states[self.input_layer]
         else:
-            states = base.embed(teacher.ids)
+            states = base.embed(prefill.ids)
         taken = index.clamp(min=0).flatten(1)[..., None].expand(-1, -1, states.shape[-1])
         states = states.gather(1, taken).view(-1, index.shape[-1], states.shape[-1])
-        return Seen(states, None if bool(there.all()) else there.flatten(0, 1), self.needs_hidden)
+        return Seen(states, None if bool(mask.all()) else mask.flatten(0, 1), self.needs_hidden)
 
-    def encode_span(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor:
+    def encode_block(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor:
         """embeddings [B, K, D] -> gists [B, D], in fp32. The backbone reads ``seen`` instead, where it is given.
 
         Raises:
@@ -214,41 +214,43 @@ class GistNet(Compressor):
             gist = kept + (self.head(seen) + self.shortcut(seen)).float() * self.gain
         return gist * self.embedding_rms
 
-    def encode_level(self, embeddings: Tensor, level: int) -> Tensor:
-        """embeddings [B, K^level, D] -> their gist of that level [B, D]: a gist of gists of gists.
+    encode_span = encode_block  # the design's name
+
+    def encode_lod(self, embeddings: Tensor, lod: int) -> Tensor:
+        """embeddings [B, K^lod, D] -> their gist of that LOD [B, D]: a gist of gists of gists.
 
         Raises:
-            ValueError: there are not K^level embeddings.
+            ValueError: there are not K^lod embeddings.
         """
-        return self.encode_levels(embeddings, level)[-1][:, 0]
+        return self.encode_lods(embeddings, lod)[-1][:, 0]
 
-    def encode_levels(self, embeddings: Tensor, level: int) -> list[Tensor]:
-        """embeddings [B, K^level, D] -> the gists of every level: [B, K^(level - 1), D], ..., [B, 1, D].
+    def encode_lods(self, embeddings: Tensor, lod: int) -> list[Tensor]:
+        """embeddings [B, K^lod, D] -> the gists of every LOD: [B, K^(lod - 1), D], ..., [B, 1, D].
 
         Raises:
-            ValueError: there are not K^level embeddings.
+            ValueError: there are not K^lod embeddings.
         """
-        if level < 1 or embeddings.shape[1] != self.block_size**level:
+        if lod < 1 or embeddings.shape[1] != self.block_size**lod:
             raise ValueError(
-                f"a gist of level {level} stands for {self.block_size}^{level} embeddings, not {embeddings.shape[1]}"
+                f"a gist of LOD {lod} stands for {self.block_size}^{lod} embeddings, not {embeddings.shape[1]}"
             )
-        first = self.encode_span(embeddings.reshape(-1, self.block_size, self.width))
-        return self.encode_gists(first.view(len(embeddings), -1, self.width), level)
+        first = self.encode_block(embeddings.reshape(-1, self.block_size, self.width))
+        return self.encode_gists(first.view(len(embeddings), -1, self.width), lod)
 
-    def encode_gists(self, gists: Tensor, level: int, seen: Seen | None = None) -> list[Tensor]:
-        """Gists of level 1 [B, K^(level - 1), D] -> the gists of every level up to ``level``, from level 1 on.
+    def encode_gists(self, gists: Tensor, lod: int, seen: Seen | None = None) -> list[Tensor]:
+        """Gists of level 1 [B, K^(level - 1), D] -> the gists of every level up to ``lod``, from level 1 on.
 
         ``seen``: for level 2, the given gists together with the gists to their left.
         """
         found = [gists]
-        for own in range(2, level + 1):
+        for own in range(2, lod + 1):
             below = found[-1].reshape(-1, self.block_size, self.width)
-            found.append(self.of_level(own).encode_span(below, seen).view(len(gists), -1, self.width))
+            found.append(self.of_lod(own).encode_block(below, seen).view(len(gists), -1, self.width))
         return found
 
-    def of_level(self, level: int) -> "GistNet":
-        """The weights that make gists of this level."""
-        return [self, *self.above][min(level - 1, len(self.above))]
+    def of_lod(self, lod: int) -> "GistNet":
+        """The weights that make gists of this LOD."""
+        return [self, *self.above][min(lod - 1, len(self.above))]
 
     def _entering(self, x: Tensor, seen: Seen | None) -> tuple[Tensor, Tensor | None, int]:
         """Arguments of the backbone: states, a mask of those that are there, and how many lie left of the block."""
@@ -261,7 +263,7 @@ class GistNet(Compressor):
             states = self.enter(F.rms_norm(seen.states.float(), (self.width,)))
         else:
             states = seen.states.float() / self.embedding_rms
-        return states, seen.there, seen.states.shape[1] - self.block_size
+        return states, seen.mask, seen.states.shape[1] - self.block_size
 
     def attention(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor | None:
         """How the gist reads its block: weights in fp32 that sum to 1 over the last axis. They are for measuring only.
@@ -301,8 +303,8 @@ class GistNet(Compressor):
         """
         from .losses.contrastive import pushed_apart
 
-        gists = self.encode_span(embeddings)
+        gists = self.encode_block(embeddings)
         terms = {}
         if neighbours is not None:
-            terms["contrastive"] = pushed_apart(gists[: len(neighbours)], self.encode_span(neighbours), margin)
+            terms["contrastive"] = pushed_apart(gists[: len(neighbours)], self.encode_block(neighbours), margin)
         return gists, terms

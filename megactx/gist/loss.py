@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from megactx.framework.config.types import NonNegative
-from megactx.gist.carrier import Compressor, Slots, Vectors
+from megactx.gist.carrier import Compressor, KVSlots, SoftTokens
 from megactx.gist.parts import find
 from megactx.lm import BaseLM
 from megactx.lm.prefill import Prefill
@@ -40,15 +40,15 @@ class Context:
     def block(self) -> int:
         return self.nets[self.main].block_size
 
-    def carriers(self, starts: Tensor, level: int = 1) -> list[Vectors | Slots]:
-        """Of each net: carriers of the blocks at starts [B, N], or with ``level`` 2 of spans of K^2 tokens."""
-        return [self.carrier(name, starts, level) for name in self.nets]
+    def carriers(self, starts: Tensor, lod: int = 1) -> list[SoftTokens | KVSlots]:
+        """Of each net: carriers of the blocks at starts [B, N], or with ``lod`` 2 of spans of K^2 tokens."""
+        return [self.carrier(name, starts, lod) for name in self.nets]
 
-    def carrier(self, name: str, starts: Tensor, level: int = 1) -> Vectors | Slots:
+    def carrier(self, name: str, starts: Tensor, lod: int = 1) -> SoftTokens | KVSlots:
         """Carriers of one net. Only one and the same tensor counts as the same starts: to compare would be to wait."""
-        key = (name, id(starts), level)
+        key = (name, id(starts), lod)
         if key not in self._made:
-            made = self.nets[name].compress_level(self.base, self.prefill, starts, level)
+            made = self.nets[name].compress_level(self.base, self.prefill, starts, lod)
             self._made[key] = (starts, made)  # with the tensor, so that its id stays its own
         return self._made[key][1]
 

@@ -8,19 +8,19 @@ from torch import Tensor
 from megactx.lm import BaseLM
 from megactx.lm.prefill import Prefill, rows_at
 
-from .carrier import Slots, Vectors
+from .carrier import KVSlots, SoftTokens
 from .substitution import slotted, substituted
 
 
 def read_carriers(
-    base: BaseLM, teacher: Prefill, starts: Tensor, carriers: Sequence[Vectors | Slots], tokens: int, horizon: int
+    base: BaseLM, prefill: Prefill, starts: Tensor, carriers: Sequence[SoftTokens | KVSlots], tokens: int, horizon: int
 ) -> Tensor:
     """Hidden states of branches in which each carrier stands for its block.
 
     Args:
         starts: block starts [B, N].
         carriers: C of them, each of all blocks.
-        tokens: of a block, K, or K^n where carriers of level n stand for so many.
+        tokens: of a block, K, or K^n where carriers of LOD n stand for so many.
         horizon: H.
 
     Returns:
@@ -30,16 +30,16 @@ def read_carriers(
     out: list[Tensor | None] = [None] * len(carriers)
     together: dict[int, list[int]] = {}
     for index, carrier in enumerate(carriers):
-        if isinstance(carrier, Slots):
-            before = rows_at(teacher.hidden, starts - 1, 1)
-            out[index] = torch.cat([before, slotted(base, teacher, starts, carrier.layers, tokens, horizon)], dim=2)
+        if isinstance(carrier, KVSlots):
+            before = rows_at(prefill.hidden, starts - 1, 1)
+            out[index] = torch.cat([before, slotted(base, prefill, starts, carrier.layers, tokens, horizon)], dim=2)
         else:
             together.setdefault(carrier.vectors.ndim, []).append(index)
     for indices in together.values():  # one vector per block, then several
         same = [carriers[index] for index in indices]
         hidden = substituted(
             base,
-            teacher,
+            prefill,
             starts,
             torch.stack([carrier.vectors for carrier in same]),
             [carrier.offset for carrier in same],

@@ -40,7 +40,7 @@ def check_blocks(starts: Tensor, lengths: Tensor, block: int, horizon: int) -> N
 
 def substituted(
     base: BaseLM,
-    teacher: Prefill,
+    prefill: Prefill,
     starts: Tensor,
     gists: Tensor,
     offsets: Sequence[int],
@@ -54,7 +54,7 @@ def substituted(
         starts: block starts [B, N].
         gists: [C, B, N, D], C vectors per block, each in a branch of its own; or [C, B, N, M, D], M in each branch.
         offsets: position of each carrier's vectors relative to the block's start, C numbers, or C lists of M.
-        block: tokens of a block, K, or K^n where gists of level n stand for so many.
+        block: tokens of a block, K, or K^n where gists of LOD n stand for so many.
         sigmas: standard deviation of these positions in tokens, C scalars; ``None``: points, as those of tokens.
 
     Returns:
@@ -63,8 +63,8 @@ def substituted(
     gists = gists if gists.ndim == 5 else gists[:, :, :, None]  # [C, B, N, M, D]
     c, b, n, m, d = gists.shape
     # The last token of the horizon is only predicted, so H - 1 tokens are read: [B, N, H - 1, D].
-    continuation = base.embed(blocks(teacher.ids, starts + block, horizon - 1)) if horizon > 1 else None
-    rows = gists.permute(1, 2, 0, 3, 4).to(teacher.hidden.dtype)  # [B, N, C, M, D]
+    continuation = base.embed(blocks(prefill.ids, starts + block, horizon - 1)) if horizon > 1 else None
+    rows = gists.permute(1, 2, 0, 3, 4).to(prefill.hidden.dtype)  # [B, N, C, M, D]
     if continuation is not None:
         # Carriers of a block share its continuation; their branches never see each other.
         continuation = continuation.to(rows.dtype)[:, :, None].expand(b, n, c, horizon - 1, d)
@@ -76,7 +76,7 @@ def substituted(
     positions = starts[..., None, None] + relative  # [B, N, C, R]
     hidden = _branches(
         base,
-        teacher,
+        prefill,
         starts.repeat_interleave(c, dim=1),  # [B, N * C]: a block's carriers are neighbours, their prefixes are alike
         rows.flatten(1, 2),  # [B, N * C, R, D]
         positions.flatten(1, 2),  # [B, N * C, R]
@@ -87,20 +87,20 @@ def substituted(
     return hidden.permute(2, 0, 1, 3, 4)
 
 
-def dropped(base: BaseLM, teacher: Prefill, starts: Tensor, block: int, horizon: int) -> Tensor:
+def dropped(base: BaseLM, prefill: Prefill, starts: Tensor, block: int, horizon: int) -> Tensor:
     """Hidden states where the block is gone and nothing stands in its place: [B, N, H, D].
 
     Row 0 is the teacher's row ``start - 1``; the other H - 1 rows keep their original positions.
     """
-    first = rows_at(teacher.hidden, starts - 1, 1)
+    first = rows_at(prefill.hidden, starts - 1, 1)
     if horizon == 1:
         return first
-    rows = base.embed(blocks(teacher.ids, starts + block, horizon - 1)).to(teacher.hidden.dtype)
+    rows = base.embed(blocks(prefill.ids, starts + block, horizon - 1)).to(prefill.hidden.dtype)
     positions = starts[..., None] + block + torch.arange(horizon - 1, device=starts.device)
-    return torch.cat([first, _branches(base, teacher, starts, rows, positions)], dim=2)
+    return torch.cat([first, _branches(base, prefill, starts, rows, positions)], dim=2)
 
 
-def slotted(base: BaseLM, teacher: Prefill, starts: Tensor, slots, block: int, horizon: int) -> Tensor:
+def slotted(base: BaseLM, prefill: Prefill, starts: Tensor, slots, block: int, horizon: int) -> Tensor:
     """Hidden states of branches in which keys and values at every layer stand for the block.
 
     Args:
@@ -118,9 +118,9 @@ def slotted(base: BaseLM, teacher: Prefill, starts: Tensor, slots, block: int, h
         raise ValueError(
             f"horizon.tokens={horizon} is not allowed: keys and values are scored from the second token on"
         )
-    rows = base.embed(blocks(teacher.ids, starts + block, horizon - 1)).to(teacher.hidden.dtype)
+    rows = base.embed(blocks(prefill.ids, starts + block, horizon - 1)).to(prefill.hidden.dtype)
     positions = starts[..., None] + block + torch.arange(horizon - 1, device=starts.device)
-    return _branches(base, teacher, starts, rows, positions, slots)
+    return _branches(base, prefill, starts, rows, positions, slots)
 
 
 def _sigma(sigmas: Sequence[Tensor | None] | None, vectors: int, positions: Tensor) -> Tensor | None:
@@ -136,17 +136,17 @@ def _sigma(sigmas: Sequence[Tensor | None] | None, vectors: int, positions: Tens
 
 def _branches(
     base: BaseLM,
-    teacher: Prefill,
-    prefix: Tensor,
+    prefill: Prefill,
+    cache_len: Tensor,
     rows: Tensor,
     positions: Tensor,
     slots=None,
     sigma: Tensor | None = None,
 ) -> Tensor:
-    """The packed pass: prefix [B, N], rows [B, N, R, D], positions and sigma [B, N, R] -> hidden [B, N, R, D]."""
+    """The packed pass: cache_len [B, N], rows [B, N, R, D], positions and sigma [B, N, R] -> hidden [B, N, R, D]."""
     # A group of attention reads as many cached columns as the longest prefix in it. Sorted by prefix, the branches of a
     # group need nearly the same number, and few columns are computed only to be masked.
-    order = prefix.argsort(dim=1)  # [B, N]
+    order = cache_len.argsort(dim=1)  # [B, N]
     take = order[..., None].expand_as(positions)  # [B, N, R]
     if slots is not None:
         index = order[:, None, :, None]  # [B, 1, N, 1], for parts [B, key-value heads, N, head width]
@@ -154,8 +154,8 @@ def _branches(
     hidden = base.forward_branches(
         rows.gather(1, take[..., None].expand_as(rows)),  # [B, N, R, D]
         positions.gather(1, take),  # [B, N, R]
-        teacher.cache,
-        prefix.gather(1, order),  # [B, N], ascending
+        prefill.cache,
+        cache_len.gather(1, order),  # [B, N], ascending
         slots=slots,
         sigma=None if sigma is None else sigma.gather(1, take),
     )

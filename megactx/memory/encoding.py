@@ -29,26 +29,26 @@ class Encoder(Protocol):
     An encoder may have three more attributes:
 
         left_context   default 0: W, tokens left of a block that it also reads; at levels >= 2, W // K nodes left of the
-                       children. It is then called as ``encode_span(children, Seen(nodes [E, W + K, D], there
+                       children. It is then called as ``encode_block(children, Seen(nodes [E, W + K, D], there
                        [E, W + K]))``, where ``there`` is False before the start of the text.
-        of_level       ``of_level(level)`` is the encoder that makes the gists of that level.
+        of_level       ``of_lod(lod)`` is the encoder that makes the gists of that level.
         needs_hidden   default False: level 1 reads the base LM's hidden states, not token embeddings.
     """
 
     block_size: int  # K
     width: int  # D
 
-    def encode_span(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor:
+    def encode_block(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor:
         """[E, K, D] -> [E, D]"""
 
     def offset_in(self, tokens: int) -> int:
         """Position of a gist relative to the start of the span of ``tokens`` that it stands for."""
 
 
-def left_of(encoder: Encoder, level: int) -> int:
+def left_of(encoder: Encoder, lod: int) -> int:
     """How many nodes of the level below the encoder reads to the left of a node's children."""
     tokens = getattr(encoder, "left_context", 0)
-    return tokens if level == 1 else tokens // encoder.block_size
+    return tokens if lod == 1 else tokens // encoder.block_size
 
 
 def slots(row: Tensor, index: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -61,8 +61,8 @@ def slots(row: Tensor, index: Tensor, rows: int) -> Iterator[tuple[Tensor, Tenso
 
 
 @torch.no_grad()
-def encode(encoder: Encoder, level: int, nodes: Tensor, left: int, seen: Tensor) -> Tensor:
-    """nodes [E, left + K, D], seen [E, left] -> gists of ``level`` [E, D].
+def encode(encoder: Encoder, lod: int, nodes: Tensor, left: int, seen: Tensor) -> Tensor:
+    """nodes [E, left + K, D], seen [E, left] -> gists of ``lod`` [E, D].
 
     Raises:
         ValueError: embeddings or gists are not as wide as the encoder says.
@@ -70,14 +70,14 @@ def encode(encoder: Encoder, level: int, nodes: Tensor, left: int, seen: Tensor)
     d = encoder.width
     if nodes.shape[-1] != d:
         raise ValueError(f"base: its embeddings have width {nodes.shape[-1]}, the encoder's width is {d}")
-    encoder = encoder.of_level(level) if hasattr(encoder, "of_level") else encoder
+    encoder = encoder.of_lod(lod) if hasattr(encoder, "of_lod") else encoder
     with _evaluating(encoder):
         if left:
-            gists = encoder.encode_span(
+            gists = encoder.encode_block(
                 nodes[:, left:], Seen(nodes, F.pad(seen, (0, nodes.shape[1] - left), value=True))
             )
         else:
-            gists = encoder.encode_span(nodes)
+            gists = encoder.encode_block(nodes)
     if gists.shape != (len(nodes), d):
         raise ValueError(f"encoder: its gists have shape {list(gists.shape)}, expected {[len(nodes), d]}")
     return gists

@@ -45,10 +45,10 @@ def options(given: Options) -> None:
     given.add("--out", type=Path, default=Path("base_card"), help="folder of the tables")
 
 
-def held(asked: dict) -> Table:
+def held(args: dict) -> Table:
     """Passages' capacities -> rows of the long table."""
     table = Table()
-    for metric, values in asked.items():
+    for metric, values in args.items():
         rows = torch.arange(len(values))
         table.add(metric, mean_interval(rows, values.double()), domain=OVERALL, n=len(values))
     return table
@@ -63,36 +63,36 @@ def sheet(table: Table, block: int) -> Sheet:
     return Sheet(f"What one vector can hold: {exact['n']} passages", ["", "mean"], rows)
 
 
-def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     """Measure a base LM.
 
     Raises:
         ValueError: there is no such base, or no text is that long; the message names the option.
     """
-    stem = usable(asked.out) / "base_card"
-    base = load_models(asked.model).base
-    if asked.length > base.max_positions:
-        raise ValueError(f"--length={asked.length} is not allowed: the base takes {base.max_positions} positions")
-    source = Files(asked.path) if asked.path else Embedded()
-    split = None if asked.path else VALIDATION
-    documents, _ = cut(tokenised(source, base.tokenizer), split, base.tokenizer, asked.length, asked.length)
-    documents = in_turn(documents)[: asked.documents]
-    about = {"model": asked.model, "text": asked.path, "length": asked.length, "documents": len(documents)}
+    stem = usable(args.out) / "base_card"
+    base = load_models(args.model).base
+    if args.length > base.max_positions:
+        raise ValueError(f"--length={args.length} is not allowed: the base takes {base.max_positions} positions")
+    source = Files(args.path) if args.path else Embedded()
+    split = None if args.path else VALIDATION
+    documents, _ = cut(tokenised(source, base.tokenizer), split, base.tokenizer, args.length, args.length)
+    documents = in_turn(documents)[: args.documents]
+    about = {"model": args.model, "text": args.path, "length": args.length, "documents": len(documents)}
     if not documents:
-        raise ValueError(f"--length={asked.length}: no text has so many tokens; give longer ones or lower it")
-    table = context_use(base, documents, asked.length)
+        raise ValueError(f"--length={args.length}: no text has so many tokens; give longer ones or lower it")
+    table = context_use(base, documents, args.length)
     sheets = card_sheets(table)
-    yield stem, Report(f"Base card of {asked.model}", table, sheets, LEGEND, [], about)
-    if asked.passages:
-        size = min(LONGEST, asked.length // 2)
-        middle = slice(asked.length // 2, asked.length // 2 + size)
-        chosen = [torch.from_numpy(document["input_ids"][middle]).long() for document in documents[: asked.passages]]
+    yield stem, Report(f"Base card of {args.model}", table, sheets, LEGEND, [], about)
+    if args.passages:
+        size = min(LONGEST, args.length // 2)
+        middle = slice(args.length // 2, args.length // 2 + size)
+        chosen = [torch.from_numpy(document["input_ids"][middle]).long() for document in documents[: args.passages]]
         passages = torch.stack(chosen).to(base.model.device)
-        found = capacity(base, passages, min(asked.block, size), asked.patience, told=_told)
+        found = capacity(base, passages, min(args.block, size), args.patience, told=_told)
         own = held({"capacity": found.exact, "capacity_block": found.block})
         table = Table([*table, *own])
-        about |= {"passages": len(passages), "patience": asked.patience, "block": asked.block}
-        yield stem, Report(f"Base card of {asked.model}", table, [*sheets, sheet(own, asked.block)], LEGEND, [], about)
+        about |= {"passages": len(passages), "patience": args.patience, "block": args.block}
+        yield stem, Report(f"Base card of {args.model}", table, [*sheets, sheet(own, args.block)], LEGEND, [], about)
 
 
 def _told(steps: int, exact: torch.Tensor) -> None:

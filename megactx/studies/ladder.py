@@ -65,7 +65,7 @@ class Ladder(GistStage):
         print(report.write(folder / "ladder", {"runs": [numbers]}))
 
     def _measure(self, batches: list[dict]) -> dict:
-        asked, ladder, horizon = self.hparams.evaluate, self.hparams.ladder, self.hparams.horizon
+        evaluate, ladder, horizon = self.hparams.evaluate, self.hparams.ladder, self.hparams.horizon
         block = self.main.block_size
         nets = dict(self.nets) | {"avgpool": AvgPool(block), "avgpool at the end": AvgPool(block, "end")}
         scores = measure(self.base, nets, batches, horizon, progress=bar("all carriers, one block at a time"))
@@ -73,11 +73,11 @@ class Ladder(GistStage):
         settings = {"position": self.main.position, "steps": ladder["oracle_steps"]}
         sizes = dict(zip(("segment", "recency"), self.windows, strict=True))
         rest = nets | untrained(self.base, block, self.main.position)
-        if asked["history"] and (found := segments(batches, block, asked["history"], **sizes)):
+        if evaluate["history"] and (found := segments(batches, block, evaluate["history"], **sizes)):
             parts["history"] = measure_history(self.base, rest, found, **sizes, progress=bar("histories"))
         # One segment of each document: it is fitted to all of its old blocks at once.
         if (count := ladder["history_oracle"]) and (found := segments(batches, block, count, **sizes)):
-            found = [batch | {"starts": batch["starts"][:, -1:]} for batch in found]
+            found = [batch | {"block_starts": batch["block_starts"][:, -1:]} for batch in found]
             fitted = {
                 name: HistoryOracle(**sizes, block_size=block, samples=samples, **settings)
                 for name, samples in ORACLES.items()
@@ -109,7 +109,7 @@ class Ladder(GistStage):
 def _first_blocks(batches: list[dict], count: int) -> list[dict]:
     """The first block of each document, then the second, until there are ``count``: as many documents as possible."""
     each = -(-count // len(batches))
-    kept = [batch | {"starts": batch["starts"][:, :each]} for batch in batches]
+    kept = [batch | {"block_starts": batch["block_starts"][:, :each]} for batch in batches]
     return kept[: -(-count // each)]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from megactx.gist.compressors import build
 from megactx.lm.adapters import adapters_of
-from megactx.lm.layers import recorded
+from megactx.lm.kv_hooks import recorded
 from megactx.lm.prefill import prefill, unread
 from megactx.memory import MegaContextTree
 from megactx.memory.encoding import identity_of_layers

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megactx.gist import GistNet, carriers, poolings
-from megactx.gist.carrier import Compressor, Slots, Vectors
+from megactx.gist.carrier import Compressor, KVSlots, SoftTokens
 from megactx.gist.carriers.history_oracle import HistoryOracle
 from megactx.gist.parts import find, names
 from megactx.lm.prefill import prefill
@@ -45,7 +45,7 @@ def documents() -> torch.Tensor:
 
 
 @torch.no_grad()
-def compressed(net: Compressor, base, ids, only: slice = slice(None)) -> Vectors | Slots:
+def compressed(net: Compressor, base, ids, only: slice = slice(None)) -> SoftTokens | KVSlots:
     """Carriers of three blocks of each document; of some documents ``only``."""
     starts = [[4, 16, 24], [8, 12, 32]]
     if isinstance(net, HistoryOracle):  # which takes all blocks behind the sink
@@ -53,17 +53,17 @@ def compressed(net: Compressor, base, ids, only: slice = slice(None)) -> Vectors
     return net.compress(base, prefill(base, ids[only], with_states=True), torch.tensor(starts)[only])
 
 
-def flat(carrier: Vectors | Slots) -> torch.Tensor:
+def flat(carrier: SoftTokens | KVSlots) -> torch.Tensor:
     """All of its numbers, a row per block: [B, N, numbers]."""
-    if isinstance(carrier, Vectors):
+    if isinstance(carrier, SoftTokens):
         return carrier.vectors.flatten(2).float()
     parts = [part.transpose(1, 2).flatten(2) for layer in carrier.layers for part in layer]
     return torch.cat(parts, dim=-1).float()
 
 
-def assert_shapes(net: Compressor, base, carrier: Vectors | Slots):
+def assert_shapes(net: Compressor, base, carrier: SoftTokens | KVSlots):
     config = base.config
-    assert isinstance(carrier, Vectors if net.makes_vectors else Slots)
+    assert isinstance(carrier, SoftTokens if net.makes_vectors else KVSlots)
     if net.makes_vectors:
         assert carrier.vectors.shape == (2, 3, base.width) and carrier.first == 0
         assert carrier.offset == net.offset and 0 <= net.offset < net.block_size
@@ -120,15 +120,15 @@ def test_other_documents_of_the_batch_change_nothing(name, base):
 @torch.no_grad()
 @pytest.mark.parametrize("name", CARRIERS)
 def test_a_span_of_blocks_has_a_gist_of_gists_or_is_refused(name, base):
-    net, teacher = made(name, base), prefill(base, documents(), with_states=True)
+    net, read = made(name, base), prefill(base, documents(), with_states=True)
     starts = torch.tensor([[16, 32], [32, 16]])
     if not net.makes_levels:
         with pytest.raises(ValueError, match=f"{type(net).__name__} makes no gists of gists: level=2 is not allowed"):
-            net.compress_level(base, teacher, starts, 2)
+            net.compress_level(base, read, starts, 2)
         return
-    gists = net.compress_level(base, teacher, starts, 2)
+    gists = net.compress_level(base, read, starts, 2)
     assert gists.vectors.shape == (2, 2, base.width) and gists.offset == net.offset_in(K * K)
     if net.left_context:  # which sees more than its own span
         return
-    below = net.compress(base, teacher, (starts[..., None] + torch.arange(0, K * K, K)).flatten(1)).vectors
-    torch.testing.assert_close(gists.vectors.flatten(0, 1), net.encode_span(below.view(4, K, -1)))
+    below = net.compress(base, read, (starts[..., None] + torch.arange(0, K * K, K)).flatten(1)).vectors
+    torch.testing.assert_close(gists.vectors.flatten(0, 1), net.encode_block(below.view(4, K, -1)))

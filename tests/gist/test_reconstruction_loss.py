@@ -24,7 +24,7 @@ def context_of(base, **settings):
     torch.manual_seed(2)
     net = GistNet(WIDTH, base.embedding_rms(), block_size=K, num_heads=4, skip="none", **settings)
     ids = torch.randint(3, 97, (2, 60))
-    batch = {"starts": torch.tensor([[16, 40, 8], [24, 8, 32]]), "lengths": torch.tensor([60, 60])}
+    batch = {"block_starts": torch.tensor([[16, 40, 8], [24, 8, 32]]), "lengths": torch.tensor([60, 60])}
     return Context(base, {"gistnet": net}, prefill(base, ids), batch, 8)
 
 
@@ -37,9 +37,9 @@ def test_it_is_what_a_loop_over_blocks_gives(make_base, settings):
     value, numbers = loss(context)
     net, ids, found = context.nets["gistnet"], context.prefill.ids, []
     for b, n in [(0, 0), (0, 1), (1, 0), (1, 1)]:
-        start = int(context.batch["starts"][b, n])
+        start = int(context.batch["block_starts"][b, n])
         block = ids[b : b + 1, start : start + K]
-        gist = net.encode_span(base.embed(block))[:, None]
+        gist = net.encode_block(base.embed(block))[:, None]
         words = torch.cat([torch.tensor([[3, 4]]), block[:, :-1]], dim=1)
         rows = torch.cat([base.embed(ids[b : b + 1, :K]), gist, base.embed(words)], dim=1)
         places = [*range(K), start + net.offset, *range(start + K, start + K + words.shape[1])]

@@ -8,7 +8,7 @@ from small_base import WIDTH, small
 from megactx.gist import GistNet
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.reading import read_carriers
-from megactx.lm import branches, chunked_head
+from megactx.lm import chunked_head, packed_attention
 from megactx.lm.prefill import blocks, prefill, rows_at
 
 K, H = 8, 6
@@ -24,7 +24,7 @@ def error(mine: torch.Tensor, theirs: torch.Tensor) -> float:
 @pytest.fixture
 def several_groups(monkeypatch, device):
     """Rows in groups of 4 branches, as those of a real batch are."""
-    monkeypatch.setitem(branches.ROWS_PER_GROUP, device, 4 * H)
+    monkeypatch.setitem(packed_attention.ROWS_PER_GROUP, device, 4 * H)
 
 
 def documents(device: str, dtype: torch.dtype):
@@ -53,12 +53,12 @@ def one_by_one(base, ids, starts, gists, offset):
 def test_the_packed_pass_and_its_gradient_are_those_of_a_pass_per_block(device, dtype, several_groups):
     base, ids, starts = documents(device, dtype)
     net = GistNet(WIDTH, base.embedding_rms(), block_size=K, num_heads=4, skip="none").to(device)
-    teacher, found = prefill(base, ids), []
+    read, found = prefill(base, ids), []
     slope = torch.linspace(0, 1, WIDTH, device=device)
     for packed in (True, False):
-        carrier = net.compress(base, teacher, starts)
+        carrier = net.compress(base, read, starts)
         if packed:
-            hidden = read_carriers(base, teacher, starts, [carrier], K, H)[0]
+            hidden = read_carriers(base, read, starts, [carrier], K, H)[0]
         else:
             hidden = one_by_one(base, ids, starts, carrier.vectors, carrier.offset)
         (hidden.float().square() * slope).mean().backward()
@@ -72,11 +72,11 @@ def test_the_packed_pass_and_its_gradient_are_those_of_a_pass_per_block(device, 
 @torch.no_grad()
 def test_keys_and_values_are_read_alike_in_one_group_and_in_several(device, dtype, monkeypatch):
     base, ids, starts = documents(device, dtype)
-    teacher = prefill(base, ids, with_states=True)
-    carrier, found = AvgPool(K).compress(base, teacher, starts), []
+    read = prefill(base, ids, with_states=True)
+    carrier, found = AvgPool(K).compress(base, read, starts), []
     for rows in (1, 4096):  # a branch alone, and all of them
-        monkeypatch.setitem(branches.ROWS_PER_GROUP, device, rows)
-        found.append(read_carriers(base, teacher, starts, [carrier], K, H))
+        monkeypatch.setitem(packed_attention.ROWS_PER_GROUP, device, rows)
+        found.append(read_carriers(base, read, starts, [carrier], K, H))
     assert error(*found) < NEAR[dtype][0]
 
 

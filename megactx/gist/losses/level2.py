@@ -16,8 +16,8 @@ class Level2(Block):
     Arguments as of ``Block``.
     """
 
-    needs = ("starts2",)
-    starts, level = "starts2", 2
+    needs = ("span_starts",)
+    starts, lod = "span_starts", 2
 
     def __init__(self, weight: NonNegative = 0.0, objective: Literal[OBJECTIVES] = "kl", seam_weight: Share = 1.0):
         super().__init__(weight, objective, seam_weight)

@@ -28,7 +28,7 @@ class Reconstruction(Loss):
         ValueError: when called: the base LM has no tokenizer, or the request no tokens.
     """
 
-    needs = ("starts",)
+    needs = ("block_starts",)
     all_vectors = True
 
     def __init__(self, weight: NonNegative = 0.0, spans: Count = 4, request: str = " Repeat: "):
@@ -44,7 +44,7 @@ class Reconstruction(Loss):
         base, prefill, block = context.base, context.prefill, context.block
         if base.tokenizer is None:
             raise ValueError("loss.reconstruction.weight is not allowed: this base LM has no tokenizer")
-        every = context.batch["starts"]
+        every = context.batch["block_starts"]
         starts = every[:, : self.spans]
         asked = base.tokenizer(self.request, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         tokens = blocks(prefill.ids, starts, block)  # [B, N, K]

@@ -23,26 +23,26 @@ from megactx.lm.prefill import Prefill
 from megactx.memory import MegaContextTree, WorkingContext
 
 from .allocator import FocusAllocator
-from .content import contents
 from .edits import Edits, moves
+from .label_files import LensBatch
 from .lensnet import LensNet, masked
+from .mean_embeddings import window_mean_embeddings
 from .objectives import value_loss
 from .packed import ENCODED
 from .price import price, signed_scores
 from .sampling import draw, one_per_row
-from .states import States
 
 TEMPERATURE = 0.1  # at which edits are drawn, in units of the score
 
 
 @dataclass(frozen=True)
-class Variants:
+class WindowVariants:
     """Sources, their variants, and the edits between them."""
 
     sources: WorkingContext  # N1 rows
     context: WorkingContext  # N2 rows; those of source r begin at row r x N2 / N1
     edits: Edits  # by row of ``context``
-    states: States  # LensNet's view of the sources and of all edits, whose values are not known yet
+    batch: LensBatch  # LensNet's view of the sources and of all edits, whose values are not known yet
 
     @property
     def each(self) -> int:
@@ -51,16 +51,16 @@ class Variants:
 
 
 @torch.no_grad()
-def same_rows(net: GistNet, base: BaseLM, teacher: Prefill, *rows: int) -> tuple[MegaContextTree, ...]:
+def same_rows(net: GistNet, base: BaseLM, prefill: Prefill, *rows: int) -> tuple[MegaContextTree, ...]:
     """A tree for each number of ``rows``, with one document in all of its rows. The gists are made once.
 
     Args:
-        teacher: of the document, ids [1, C]; ``unread`` is enough for a GistNet that reads embeddings.
+        prefill: of the document, ids [1, C]; ``unread`` is enough for a GistNet that reads embeddings.
     """
-    ids, k = teacher.ids, net.block_size
+    ids, k = prefill.ids, net.block_size
     starts, training = torch.arange(0, ids.shape[1] // k * k, k, device=ids.device)[None], net.training
     net.eval()
-    gists = torch.cat([net.compress(base, teacher, part).vectors for part in starts.split(ENCODED, dim=1)], dim=1)
+    gists = torch.cat([net.compress(base, prefill, part).vectors for part in starts.split(ENCODED, dim=1)], dim=1)
     trees = tuple(MegaContextTree(net, base, rows=count, device=ids.device) for count in rows)
     for tree in trees:
         tree.append(ids.expand(tree.rows, -1), gists=gists.expand(tree.rows, -1, -1))
@@ -70,7 +70,7 @@ def same_rows(net: GistNet, base: BaseLM, teacher: Prefill, *rows: int) -> tuple
 
 def make_variants(
     trees: tuple[MegaContextTree, MegaContextTree], budget: int, lens: LensNet, allocator: dict, generator: Generator
-) -> Variants:
+) -> WindowVariants:
     """Draw sources, and edit them.
 
     Args:
@@ -88,9 +88,9 @@ def make_variants(
     legal = moves(sources, allocator.get("protected", 128))
     seed = int(torch.randint(2**31, (), generator=generator))
     allocator = FocusAllocator(**allocator | {"temperature": TEMPERATURE, "cooldown": 0, "seed": seed})
-    states = _states(sources, legal)
+    batch = _batch(sources, legal)
     with torch.no_grad():
-        values = lens(states.embeddings, states.lods, states.distance, states.there, states.content)
+        values = lens(batch.embeddings, batch.lods, batch.distance, batch.mask, batch.mean_embeddings)
         down, keep = masked(values, legal)
         slack, margin = sources.budget - sources.lengths, allocator.margin(lens.tau)
         now = price(down, keep, legal, slack, few.block_size, margin)
@@ -104,12 +104,14 @@ def make_variants(
     edits = _joined(edits, _random(context, random & (number > 0), allocator.protected, generator))
     # Gists that are expanded and siblings that are collapsed all stand in the source, so LensNet's values are found
     # there.
-    states = _states(sources, legal, edits, edits.row // each)
+    batch = _batch(sources, legal, edits, edits.row // each)
     edits.apply(context)
-    return Variants(sources, context, edits, states)
+    return WindowVariants(sources, context, edits, batch)
 
 
-def focus_losses(lens: LensNet, variants: Variants, nll: Tensor, weight: float, choice: float) -> dict[str, Tensor]:
+def focus_losses(
+    lens: LensNet, variants: WindowVariants, nll: Tensor, weight: float, choice: float
+) -> dict[str, Tensor]:
     """Losses of LensNet's values of the edits, once each variant is measured.
 
     Args:
@@ -122,11 +124,11 @@ def focus_losses(lens: LensNet, variants: Variants, nll: Tensor, weight: float, 
         variant's values against what its edits gained together. ``loss``: their weighted sum. ``gained``, without
         gradient: nats by which WC* is better than its source.
     """
-    states, each, rows = variants.states, variants.each, len(nll)
-    values = lens(states.embeddings, states.lods, states.distance, states.there, states.content)
-    worth = states.estimates(values, lens.block_size)
+    batch, each, rows = variants.batch, variants.each, len(nll)
+    values = lens(batch.embeddings, batch.lods, batch.distance, batch.mask, batch.mean_embeddings)
+    worth = batch.estimates(values, lens.block_size)
     # An expand gains what its detail is worth, a collapse loses it.
-    worth = torch.where(states.expand, worth, -worth)
+    worth = torch.where(batch.expand, worth, -worth)
     expected = torch.zeros(rows, device=nll.device).index_add(0, variants.edits.row, worth)
     count = torch.bincount(variants.edits.row, minlength=rows)
     entries = variants.sources.lengths.repeat_interleave(each)
@@ -171,7 +173,7 @@ def _joined(first: Edits, second: Edits) -> Edits:
 
 
 @torch.no_grad()
-def _states(context: WorkingContext, legal, edits: Edits | None = None, row: Tensor | None = None) -> States:
+def _batch(context: WorkingContext, legal, edits: Edits | None = None, row: Tensor | None = None) -> LensBatch:
     from .edits import column_of
 
     nothing = torch.empty(0, dtype=torch.long, device=context.lod.device)
@@ -180,15 +182,15 @@ def _states(context: WorkingContext, legal, edits: Edits | None = None, row: Ten
         first = torch.where(edits.expand, edits.index, edits.index * context.tree.block_size)
         column = column_of(context, row, edits.lod - (~edits.expand).long(), first)
         expand = edits.expand
-    return States(
+    return LensBatch(
         embeddings=context.to_tensor(),
         lods=context.lods(),
         distance=context.ends()[:, None] - context.positions(),
-        there=context.there,
-        content=contents(context),
+        mask=context.mask,
+        mean_embeddings=window_mean_embeddings(context),
         legal=legal,
         row=nothing if row is None else row,
         column=column,
         expand=expand,
-        values=nothing.float(),
+        labels=nothing.float(),
     )

@@ -18,22 +18,22 @@ TOKENS = 2**16  # embedded at once
 
 
 @torch.no_grad()
-def contents(context: WorkingContext) -> Tensor:
+def window_mean_embeddings(context: WorkingContext) -> Tensor:
     """The mean embedding of the tokens of each entry, [B, W, D] in fp32; 0 in the padding."""
-    row, column = context.there.nonzero().unbind(1)
-    found = node_contents(context.tree, row, context.lod[row, column], context.index[row, column])
+    row, column = context.mask.nonzero().unbind(1)
+    found = node_mean_embeddings(context.tree, row, context.lod[row, column], context.index[row, column])
     out = found.new_zeros(*context.lod.shape, context.tree.width)
     out[row, column] = found
     return out
 
 
 @torch.no_grad()
-def node_contents(tree: MegaContextTree, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
+def node_mean_embeddings(tree: MegaContextTree, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
     """The mean embedding of the tokens of nodes, row, lod and index [M] -> [M, D] in fp32."""
     embed, out = embedder(tree.base), torch.zeros(len(lod), tree.width, device=lod.device)
-    for level in lod.unique().tolist():
-        width = tree.block_size**level
-        here = (lod == level).nonzero()[:, 0]
+    for own in lod.unique().tolist():
+        width = tree.block_size**own
+        here = (lod == own).nonzero()[:, 0]
         step = max(1, TOKENS // width)
         for part in here.split(step):
             token = index[part, None] * width + torch.arange(width, device=lod.device)

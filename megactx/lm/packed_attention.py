@@ -5,7 +5,7 @@ scores with the columns of the other rows, and with as many cached columns as th
 go through the model together, and only the attention function works group by group. transformers lets us name that
 function (``AttentionInterface``).
 
-    columns of a group     cached, since[k] <= t < prefix[k] | one slot per branch, where given | rows of the group
+    columns of a group     cache_start[k] <= t < cache_len[k] | one slot per branch, where given | rows of the group
 """
 
 from collections.abc import Sequence
@@ -38,34 +38,34 @@ class Branches:
     """What the attention of every layer reads in one packed pass.
 
     Args:
-        kept: keys and values of a pass over the whole documents, per layer, each [B, key-value heads, T, head width].
-        prefix: visible cached columns of each branch [B, N], best in ascending order.
+        kv_cache: keys and values of a pass over whole documents, per layer, each [B, key-value heads, T, head width].
+        cache_len: visible cached columns of each branch [B, N], best in ascending order.
         rows: rows R of each branch.
         dtype: of the pass.
-        since: first visible cached column of each branch [B, N]; ``None``: 0.
+        cache_start: first visible cached column of each branch [B, N]; ``None``: 0.
         slots: keys and values of one more column per branch and layer, each [B, key-value heads, N, head width]. All
             rows of the branch see it, and no other rows do.
     """
 
     def __init__(
         self,
-        kept: Sequence[tuple[Tensor, Tensor]],
-        prefix: Tensor,
+        kv_cache: Sequence[tuple[Tensor, Tensor]],
+        cache_len: Tensor,
         rows: int,
         dtype: torch.dtype,
-        since: Tensor | None = None,
+        cache_start: Tensor | None = None,
         slots: Sequence[tuple[Tensor, Tensor]] | None = None,
     ):
-        self.kept, self.slots, self.layers = kept, slots, 0
-        size = max(1, ROWS_PER_GROUP.get(prefix.device.type, 256) // rows)  # branches of a group
+        self.kv_cache, self.slots, self.layers = kv_cache, slots, 0
+        size = max(1, ROWS_PER_GROUP.get(cache_len.device.type, 256) // rows)  # branches of a group
         # [N], over the documents, which share each group's columns. Columns are a slice, whose end the host must know:
         # this is the one time in a pass that it waits for the device.
-        longest = prefix.amax(dim=0).tolist()
+        longest = cache_len.amax(dim=0).tolist()
         self.groups = []
         for first in range(0, len(longest), size):
-            part = prefix[:, first : first + size]  # [B, branches of the group]
+            part = cache_len[:, first : first + size]  # [B, branches of the group]
             columns = max(longest[first : first + size])
-            begin = None if since is None else since[:, first : first + size]
+            begin = None if cache_start is None else cache_start[:, first : first + size]
             # Made once per group and read by all layers.
             mask = masks.additive(masks.branches(part, rows, columns, begin, slots is not None), dtype)
             last = first + part.shape[1]
@@ -74,7 +74,7 @@ class Branches:
 
 def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, branches: Branches, **kwargs):
     """The attention function: query [B, heads, N * R, D / heads], key and value of the same rows -> [B, N * R, ...]."""
-    kept = branches.kept[module.layer_idx]
+    kv_cache = branches.kv_cache[module.layer_idx]
     slots = branches.slots[module.layer_idx] if branches.slots is not None else None
     out = []
     for group in branches.groups:
@@ -82,7 +82,7 @@ def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, br
         for part, own in enumerate((key, value)):  # each [B, key-value heads, N * R, head width]
             # The order of the columns is that of the mask: cached, slots, own rows. Keys were rotated when they were
             # made, so they may stand side by side in any order.
-            columns = [kept[part][:, :, : group.columns], own[:, :, group.rows]]
+            columns = [kv_cache[part][:, :, : group.columns], own[:, :, group.rows]]
             if slots is not None:
                 columns.insert(1, slots[part][:, :, group.branches])
             seen.append(torch.cat(columns, dim=2))  # [B, key-value heads, columns of the group, head width]

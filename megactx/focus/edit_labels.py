@@ -23,7 +23,7 @@ from megactx.lm.chunked_head import nll
 from megactx.memory import WorkingContext
 
 from .edits import Edits, column_of
-from .rows import rows_of, taken
+from .window_rows import rows_of, taken
 
 ROWS = {"cpu": 2048, "cuda": 65_536}  # of one packed pass: they fill the machine, and more would only take memory
 
@@ -100,7 +100,7 @@ class _Read:
         places[edits.row[by_row], at] = by_row
         # [N], over the rows. Ascending within a row; where rows have other numbers of edits it may fall again.
         longest = torch.where(places >= 0, rows[places], 0).amax(0).tolist()
-        kept = tuple((layer.keys, layer.values) for layer in self.cache.layers)
+        kv_cache = tuple((layer.keys, layer.values) for layer in self.cache.layers)
         most, done = ROWS.get(rows.device.type, 2048), 0
         while done < places.shape[1]:
             # As many edits as the machine takes at once, at least one per row, however long it is.
@@ -108,22 +108,22 @@ class _Read:
             while stop < places.shape[1] and b * (stop + 1 - done) * max(r, longest[stop]) <= most:
                 r, stop = max(r, longest[stop]), stop + 1
             place = places[:, done:stop]  # [B, n]
-            there, e = place >= 0, place.clamp(min=0)  # edit 0 stands in for a missing one; it is not yielded
+            mask, e = place >= 0, place.clamp(min=0)  # edit 0 stands in for a missing one; it is not yielded
             done = stop
             source = self._source(edits, e, first[e], comes[e], goes[e], rest[e], r)
             extra = self._replacements(edits, e)
             hidden = self.base.forward_branches(
                 self._gathered(self.rows.embeddings, extra[0], source),
                 self._gathered(self.rows.positions, extra[1], source),
-                kept,
-                torch.where(there, first[e], 0),  # nothing in front of an edit depends on it: that much is cached
+                kv_cache,
+                torch.where(mask, first[e], 0),  # nothing in front of an edit depends on it: that much is cached
                 sigma=None if self.rows.sigma is None else self._gathered(self.rows.sigma, extra[2], source),
             )
             scored = (comes + rest)[e][..., None] - 1 + torch.arange(self.horizon, device=e.device)  # [B, n, H]
             scored = scored.clamp(max=r - 1)  # of missing edits, which may be longer than this pass
             hidden = hidden.gather(2, scored[..., None].expand(*scored.shape, hidden.shape[-1]))  # [B, n, H, D]
             nll = self._nll(hidden, self.following[:, None].expand_as(scored)).mean(-1)
-            yield place[there], nll[there]
+            yield place[mask], nll[mask]
 
     def _source(self, edits, e, first, comes, goes, rest, rows: int) -> Tensor:
         """Where each row of a branch comes from, [B, n, R]: of the window, what follows, and replacements behind."""
