@@ -99,9 +99,9 @@ def bench_carrier(stage: GistStage, name: str, net: nn.Module) -> dict:
         text, reads = ids[:1, :TEXT], net.needs_hidden or not net.makes_vectors
         every = torch.arange(block, TEXT, block, device=DEVICE)[None]
         with torch.inference_mode():
-            teacher = prefill(base, text, net.needs_hidden) if reads else unread(text)
+            context = prefill(base, text, net.needs_hidden) if reads else unread(text)
             alone, read = seconds(
-                lambda: net.compress(base, teacher, every), lambda: reads and prefill(base, text, net.needs_hidden)
+                lambda: net.compress(base, context, every), lambda: reads and prefill(base, text, net.needs_hidden)
             )
     return out | {"encode_tokens_per_second": TEXT / alone, "with_base_tokens_per_second": TEXT / (alone + read)}
 

@@ -51,14 +51,14 @@ def loss_of(base, nets, batch, horizon):
     """Mean KL over the blocks of a batch, summed over the nets."""
     ids, starts = batch["ids"], batch["starts"]
     block = nets[0].block_size
-    teacher = prefill(base, ids)
+    read = prefill(base, ids)
     embedded = base.embed(blocks(ids, starts, block)).flatten(0, 1)
     gists = torch.stack([net.encode_span(embedded).view(*starts.shape, -1) for net in nets])
-    hidden = substituted(base, teacher, starts, gists, [net.offset for net in nets], block, horizon)
+    hidden = substituted(base, read, starts, gists, [net.offset for net in nets], block, horizon)
     loss, _ = score(
         base,
         hidden.flatten(1, 3),
-        rows_at(teacher.hidden, starts + block - 1, horizon).flatten(0, 2),
+        rows_at(read.hidden, starts + block - 1, horizon).flatten(0, 2),
         blocks(ids, starts + block, horizon).flatten(),
     )
     return loss.mean(dim=1).sum()

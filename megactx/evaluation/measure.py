@@ -69,22 +69,22 @@ def measure(
         for index, batch in enumerate(progress(batches)):
             ids, starts = batch["ids"].to(device), batch["starts"].to(device)
             check_blocks(starts, batch["lengths"].to(device), tokens, horizon)
-            teacher = prefill(base, ids, with_states)
-            carriers = {name: net.compress(base, teacher, starts, **settings) for name, net in nets.items()}
+            read = prefill(base, ids, with_states)
+            carriers = {name: net.compress(base, read, starts, **settings) for name, net in nets.items()}
             if with_controls:
                 at = {"offset": leader.offset_in(tokens), "sigma": leader.sigma(level)}
                 for name, net in untrained(base, tokens, leader.position, seed).items():
-                    carriers[name] = net.compress(base, teacher, starts)
+                    carriers[name] = net.compress(base, read, starts)
                     if name != LAST_TOKEN:  # a token: its position is a point
                         carriers[name] = replace(carriers[name], **at)
                 if others is not None:
                     carriers[OTHER] = Vectors(others[index].to(device), **at)
                 if level > 1:
-                    carriers |= _below(base, leader, teacher, starts, level, seed)
+                    carriers |= _below(base, leader, read, starts, level, seed)
                 if at["sigma"] is not None:
                     name = next(iter(nets))
                     carriers[f"{name} {AT_POINTS}"] = replace(carriers[name], sigma=None)
-            parts.append(_score_batch(base, batch, teacher, starts, carriers, tokens, horizon, first))
+            parts.append(_score_batch(base, batch, read, starts, carriers, tokens, horizon, first))
     return BlockScores.concatenate(parts)
 
 
@@ -112,7 +112,7 @@ def in_eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
             module.train()
 
 
-def _below(base, net: GistNet, teacher: Prefill, starts: Tensor, level: int, seed: int) -> dict[str, Vectors]:
+def _below(base, net: GistNet, prefill: Prefill, starts: Tensor, level: int, seed: int) -> dict[str, Vectors]:
     """The K gists that a gist of gists was made of, and their mean at its place: what it has to be better than.
 
     And the K gists in one random order, each at a position that is another's: it is worse where positions matter.
@@ -120,7 +120,7 @@ def _below(base, net: GistNet, teacher: Prefill, starts: Tensor, level: int, see
     k, tokens = net.block_size, net.block_size**level
     each = torch.arange(0, tokens, tokens // k, device=starts.device)
     settings = {} if level == 2 else {"level": level - 1}
-    below = net.compress(base, teacher, (starts[..., None] + each).flatten(1), **settings)
+    below = net.compress(base, prefill, (starts[..., None] + each).flatten(1), **settings)
     gists = below.vectors.view(*starts.shape, k, -1)
     at = {"offset": net.offset_in(tokens), "sigma": net.sigma(level)}
     mean = gists.mean(dim=2)
@@ -139,8 +139,8 @@ def _other_documents(base, net, batches: list[dict], settings: dict, seed: int) 
     gists = []
     for batch in batches:
         ids, starts = batch["ids"].to(base.model.device), batch["starts"].to(base.model.device)
-        teacher = prefill(base, ids, with_states=True) if net.needs_hidden else unread(ids)
-        gists.append(net.compress(base, teacher, starts, **settings).vectors)
+        read = prefill(base, ids, with_states=True) if net.needs_hidden else unread(ids)
+        gists.append(net.compress(base, read, starts, **settings).vectors)
     return _exchanged(batches, gists, seed)
 
 
@@ -164,14 +164,14 @@ def _exchanged(batches, gists, seed) -> list[Tensor]:
     return out
 
 
-def _score_batch(base, batch, teacher: Prefill, starts, carriers, tokens, horizon, first) -> BlockScores:
-    hidden = read_carriers(base, teacher, starts, list(carriers.values()), tokens, horizon)
-    hidden = torch.cat([hidden, dropped(base, teacher, starts, tokens, horizon)[None]])
+def _score_batch(base, batch, prefill: Prefill, starts, carriers, tokens, horizon, first) -> BlockScores:
+    hidden = read_carriers(base, prefill, starts, list(carriers.values()), tokens, horizon)
+    hidden = torch.cat([hidden, dropped(base, prefill, starts, tokens, horizon)[None]])
     numbers = score_exactly(
         base,
         hidden[..., first:, :].flatten(1, 3),
-        rows_at(teacher.hidden, starts + tokens - 1 + first, horizon - first).flatten(0, 2),
-        blocks(teacher.ids, starts + tokens + first, horizon - first).flatten(),
+        rows_at(prefill.hidden, starts + tokens - 1 + first, horizon - first).flatten(0, 2),
+        blocks(prefill.ids, starts + tokens + first, horizon - first).flatten(),
     )
 
     return scores_of(batch, starts, numbers, list(carriers))

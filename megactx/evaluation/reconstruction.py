@@ -101,9 +101,9 @@ def _gists(base: BaseLM, net: GistNet, batch: dict) -> tuple[Tensor, Tensor, lis
     """The gists [M, D] of a batch, without a graph; their blocks' tokens [M, K]; their domains."""
     ids, starts = (batch[name].to(base.model.device) for name in ("ids", "starts"))
     tokens = blocks(ids, starts, net.block_size).flatten(0, 1)
-    teacher = prefill(base, ids, with_states=True) if net.needs_hidden else unread(ids)
+    read = prefill(base, ids, with_states=True) if net.needs_hidden else unread(ids)
     with in_eval_mode(net):
-        gists = net.compress(base, teacher, starts).vectors.flatten(0, 1)
+        gists = net.compress(base, read, starts).vectors.flatten(0, 1)
     return gists, tokens, [name for name in batch["domain"] for _ in range(starts.shape[1])]
 
 

@@ -82,19 +82,19 @@ def unique_windows(context: WorkingContext) -> tuple[Tensor, Tensor]:
     return first, rank.argsort()[kind]
 
 
-def encode_shown(net: GistNet, base: BaseLM, teacher: Prefill, nodes: dict[int, Tensor], recompute: bool) -> Tensor:
+def encode_shown(net: GistNet, base: BaseLM, prefill: Prefill, nodes: dict[int, Tensor], recompute: bool) -> Tensor:
     """The gists of nodes of one document, with gradient: [M, D], level by level.
 
     Args:
-        teacher: of the document; ``unread`` is enough for a GistNet that reads embeddings.
+        prefill: of the document; ``unread`` is enough for a GistNet that reads embeddings.
         recompute: keep no activations, compute them again during backward.
     """
-    found = [torch.empty(0, net.width, device=teacher.ids.device)]
+    found = [torch.empty(0, net.width, device=prefill.ids.device)]
     for level, index in nodes.items():
         starts = index[None] * net.block_size**level
 
         def encoded(starts: Tensor, level: int = level) -> Tensor:
-            return net.compress(base, teacher, starts, level).vectors[0]
+            return net.compress(base, prefill, starts, level).vectors[0]
 
         for part in starts.split(max(1, ENCODED // net.block_size ** (level - 1)), dim=1):
             found.append(checkpoint(encoded, part, use_reentrant=False) if recompute else encoded(part))

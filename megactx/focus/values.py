@@ -96,7 +96,7 @@ class _Read:
         places = torch.full((b, int(counts.max()) if len(edits) else 0), -1, device=rows.device)
         places[edits.row[by_row], at] = by_row
         longest = torch.where(places >= 0, rows[places], 0).amax(0).tolist()  # ascending but for missing ones
-        kept = tuple((layer.keys, layer.values) for layer in self.cache.layers)
+        kv_cache = tuple((layer.keys, layer.values) for layer in self.cache.layers)
         most, done = ROWS.get(rows.device.type, 2048), 0
         while done < places.shape[1]:
             stop, r = done + 1, longest[done]
@@ -110,7 +110,7 @@ class _Read:
             hidden = self.base.forward_branches(
                 self._gathered(self.rows.embeddings, extra[0], source),
                 self._gathered(self.rows.positions, extra[1], source),
-                kept,
+                kv_cache,
                 torch.where(there, first[e], 0),
                 sigma=None if self.rows.sigma is None else self._gathered(self.rows.sigma, extra[2], source),
             )

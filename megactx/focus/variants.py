@@ -51,16 +51,16 @@ class Variants:
 
 
 @torch.no_grad()
-def same_rows(net: GistNet, base: BaseLM, teacher: Prefill, *rows: int) -> tuple[MegaContextTree, ...]:
+def same_rows(net: GistNet, base: BaseLM, prefill: Prefill, *rows: int) -> tuple[MegaContextTree, ...]:
     """Trees with so many rows of the same document each; its gists are made once.
 
     Args:
-        teacher: of the document, ids [1, C]; ``unread`` is enough for a GistNet that reads embeddings.
+        prefill: of the document, ids [1, C]; ``unread`` is enough for a GistNet that reads embeddings.
     """
-    ids, k = teacher.ids, net.block_size
+    ids, k = prefill.ids, net.block_size
     starts, training = torch.arange(0, ids.shape[1] // k * k, k, device=ids.device)[None], net.training
     net.eval()
-    gists = torch.cat([net.compress(base, teacher, part).vectors for part in starts.split(ENCODED, dim=1)], dim=1)
+    gists = torch.cat([net.compress(base, prefill, part).vectors for part in starts.split(ENCODED, dim=1)], dim=1)
     trees = tuple(MegaContextTree(net, base, rows=count, device=ids.device) for count in rows)
     for tree in trees:
         tree.append(ids.expand(tree.rows, -1), gists=gists.expand(tree.rows, -1, -1))

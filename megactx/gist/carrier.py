@@ -85,8 +85,8 @@ class Compressor(nn.Module):
         """Standard deviation of a carrier's position in tokens, a scalar; ``None``: it is a point."""
         return None
 
-    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors | Slots:
-        """Carriers of the blocks at starts [B, N] of the documents that ``teacher`` has read."""
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> Vectors | Slots:
+        """Carriers of the blocks at starts [B, N] of the documents that ``prefill`` has read."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -96,9 +96,9 @@ class Compressor(nn.Module):
 
         ids = torch.zeros(1, self.block_size, dtype=torch.long, device=next(self.parameters()).device)
         reads = self.needs_hidden or not self.makes_vectors
-        teacher = prefill(base, ids, with_states=True) if reads else unread(ids)
+        read = prefill(base, ids, with_states=True) if reads else unread(ids)
         with FlopCounterMode(display=False) as counter:
-            self.compress(base, teacher, torch.zeros_like(ids[:, :1]))
+            self.compress(base, read, torch.zeros_like(ids[:, :1]))
         return counter.get_total_flops()
 
 

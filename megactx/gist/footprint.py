@@ -23,8 +23,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from megactx.lm import BaseLM
-from megactx.lm.branches import ROWS_PER_GROUP
 from megactx.lm.chunked_head import CHUNK_ELEMENTS
+from megactx.lm.packed_attention import ROWS_PER_GROUP
 
 
 def footprint(

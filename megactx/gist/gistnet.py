@@ -131,8 +131,8 @@ class GistNet(Compressor):
         """Standard deviation of a gist's position in tokens, a scalar; ``None`` where positions are points."""
         return self.spread(torch.tensor(level, device=self.gain.device))
 
-    def compress(self, base, teacher: Prefill, starts: Tensor, level: int = 1) -> Vectors:
-        """Gists of the blocks at starts [B, N] of the documents that ``teacher`` has read, or of spans of K^level.
+    def compress(self, base, prefill: Prefill, starts: Tensor, level: int = 1) -> Vectors:
+        """Gists of the blocks at starts [B, N] of the documents that ``prefill`` has read, or of spans of K^level.
 
         Raises:
             ValueError: ``input_layer`` is not one of the base LM's.
@@ -145,13 +145,13 @@ class GistNet(Compressor):
         first = (starts[..., None] + inner).flatten(1)
         there = (first >= 0).view(-1, len(inner))
         first = first.clamp(min=0)
-        embedded = base.embed(blocks(teacher.ids, first, k)).flatten(0, 1)
-        gists = self.encode_span(embedded, self.seen(base, teacher, first)).view(-1, len(inner), self.width)
+        embedded = base.embed(blocks(prefill.ids, first, k)).flatten(0, 1)
+        gists = self.encode_span(embedded, self.seen(base, prefill, first)).view(-1, len(inner), self.width)
         if level > 1:
             gists = self.encode_gists(gists[:, left:], level, Seen(gists, there) if left else None)[-1]
         return Vectors(gists[:, 0].view(*starts.shape, -1), self.offset_in(k**level), self.sigma(level))
 
-    def seen(self, base, teacher: Prefill, starts: Tensor) -> Seen | None:
+    def seen(self, base, prefill: Prefill, starts: Tensor) -> Seen | None:
         """What the backbone reads of the blocks at starts [B, N]; ``None``: their embeddings and nothing else."""
         if not (self.left_context or self.needs_hidden):
             return None
@@ -160,13 +160,13 @@ class GistNet(Compressor):
         )  # [B, N, W + K]
         there = index >= 0
         if self.needs_hidden:
-            if not 0 <= self.input_layer < len(teacher.states):
+            if not 0 <= self.input_layer < len(prefill.states):
                 raise ValueError(
-                    f"gistnet.input_layer={self.input_layer} is not allowed: 0 to {len(teacher.states) - 1}"
+                    f"gistnet.input_layer={self.input_layer} is not allowed: 0 to {len(prefill.states) - 1}"
                 )
-            states = teacher.states[self.input_layer]
+            states = prefill.states[self.input_layer]
         else:
-            states = base.embed(teacher.ids)
+            states = base.embed(prefill.ids)
         taken = index.clamp(min=0).flatten(1)[..., None].expand(-1, -1, states.shape[-1])
         states = states.gather(1, taken).view(-1, index.shape[-1], states.shape[-1])
         return Seen(states, None if bool(there.all()) else there.flatten(0, 1), self.needs_hidden)

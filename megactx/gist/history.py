@@ -47,23 +47,23 @@ def old_blocks(starts: Tensor, block: int, recency: int) -> Tensor:
     return torch.arange(block, last, block, device=starts.device).expand(len(starts), -1)
 
 
-def stream(base: BaseLM, teacher: Prefill, old: Tensor, carriers: Vectors | Slots, block: int):
+def stream(base: BaseLM, prefill: Prefill, old: Tensor, carriers: Vectors | Slots, block: int):
     """Keys and values per layer of the sink and all carriers of the blocks at old [B, M]: K + M columns."""
     if isinstance(carriers, Slots):
         return [
-            tuple(torch.cat([sink[:, :, :block], slots], dim=2) for sink, slots in zip(kept, layer, strict=True))
-            for kept, layer in zip(teacher.cache, carriers.layers, strict=True)
+            tuple(torch.cat([sink[:, :, :block], slots], dim=2) for sink, slots in zip(cached, layer, strict=True))
+            for cached, layer in zip(prefill.cache, carriers.layers, strict=True)
         ]
     sigma = None if carriers.sigma is None else carriers.sigma.expand(old.shape)
-    return read_stream(base, teacher, carriers.vectors, old + carriers.offset, sigma, block)
+    return read_stream(base, prefill, carriers.vectors, old + carriers.offset, sigma, block)
 
 
-def read_stream(base: BaseLM, teacher: Prefill, vectors: Tensor, positions: Tensor, sigma: Tensor | None, block: int):
+def read_stream(base: BaseLM, prefill: Prefill, vectors: Tensor, positions: Tensor, sigma: Tensor | None, block: int):
     """Keys and values per layer of the sink and, behind it, vectors [B, M, D] at positions [B, M]: K + M columns.
 
     ``sigma`` [B, M]: standard deviation of these positions in tokens; ``None``: points.
     """
-    rows = torch.cat([base.embed(teacher.ids[:, :block]), vectors.to(teacher.hidden.dtype)], dim=1)
+    rows = torch.cat([base.embed(prefill.ids[:, :block]), vectors.to(prefill.hidden.dtype)], dim=1)
     sink = torch.arange(block, device=positions.device).expand(len(positions), -1)
     if sigma is not None:
         sigma = torch.cat([torch.zeros_like(sink, dtype=sigma.dtype), sigma], dim=1)
@@ -72,12 +72,14 @@ def read_stream(base: BaseLM, teacher: Prefill, vectors: Tensor, positions: Tens
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def continued(base: BaseLM, teacher: Prefill, starts: Tensor, kept, columns: Tensor, raw: int, segment: int) -> Tensor:
+def continued(
+    base: BaseLM, prefill: Prefill, starts: Tensor, kv_cache, columns: Tensor, raw: int, segment: int
+) -> Tensor:
     """Hidden states of segments over some cached columns and raw tokens that are computed again.
 
     Args:
         starts: segment starts [B, N].
-        kept: keys and values per layer.
+        kv_cache: keys and values per layer.
         columns: how many of them each segment sees, [B, N].
         raw: raw tokens in front of each segment.
         segment: S.
@@ -85,26 +87,26 @@ def continued(base: BaseLM, teacher: Prefill, starts: Tensor, kept, columns: Ten
     Returns:
         [B, N, S, D]; row i predicts token ``start + i``.
     """
-    ids = blocks(teacher.ids, starts - raw, raw + segment - 1)
+    ids = blocks(prefill.ids, starts - raw, raw + segment - 1)
     positions = (starts - raw)[..., None] + torch.arange(raw + segment - 1, device=starts.device)
-    hidden = base.forward_branches(base.embed(ids).to(teacher.hidden.dtype), positions, kept, columns)
+    hidden = base.forward_branches(base.embed(ids).to(prefill.hidden.dtype), positions, kv_cache, columns)
     return hidden[:, :, raw - 1 :]
 
 
 def with_carriers(
-    base: BaseLM, teacher: Prefill, starts: Tensor, carriers: Vectors | Slots, block: int, segment: int, recency: int
+    base: BaseLM, prefill: Prefill, starts: Tensor, carriers: Vectors | Slots, block: int, segment: int, recency: int
 ) -> Tensor:
     """The sink, carriers of all blocks of ``old_blocks``, ``recency`` raw tokens: hidden [B, N, S, D]."""
-    kept = stream(base, teacher, old_blocks(starts, block, recency), carriers, block)
+    kv_cache = stream(base, prefill, old_blocks(starts, block, recency), carriers, block)
     columns = block + (starts - recency) // block - 1  # the sink, and a carrier for each of its old blocks
-    return continued(base, teacher, starts, kept, columns, recency, segment)
+    return continued(base, prefill, starts, kv_cache, columns, recency, segment)
 
 
-def with_nothing(base: BaseLM, teacher: Prefill, starts: Tensor, block: int, segment: int, raw: int) -> Tensor:
+def with_nothing(base: BaseLM, prefill: Prefill, starts: Tensor, block: int, segment: int, raw: int) -> Tensor:
     """The sink and ``raw`` tokens before each segment: hidden [B, N, S, D]."""
-    return continued(base, teacher, starts, teacher.cache, torch.full_like(starts, block), raw, segment)
+    return continued(base, prefill, starts, prefill.cache, torch.full_like(starts, block), raw, segment)
 
 
-def with_everything(teacher: Prefill, starts: Tensor, segment: int) -> Tensor:
+def with_everything(prefill: Prefill, starts: Tensor, segment: int) -> Tensor:
     """The full context: hidden [B, N, S, D]."""
-    return rows_at(teacher.hidden, starts - 1, segment)
+    return rows_at(prefill.hidden, starts - 1, segment)

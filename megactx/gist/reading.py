@@ -13,7 +13,7 @@ from .substitution import slotted, substituted
 
 
 def read_carriers(
-    base: BaseLM, teacher: Prefill, starts: Tensor, carriers: Sequence[Vectors | Slots], tokens: int, horizon: int
+    base: BaseLM, prefill: Prefill, starts: Tensor, carriers: Sequence[Vectors | Slots], tokens: int, horizon: int
 ) -> Tensor:
     """Hidden states of branches in which each carrier stands for its block.
 
@@ -32,15 +32,15 @@ def read_carriers(
     together: dict[int, list[int]] = {}
     for index, carrier in enumerate(carriers):
         if isinstance(carrier, Slots):
-            before = rows_at(teacher.hidden, starts - 1, 1)
-            out[index] = torch.cat([before, slotted(base, teacher, starts, carrier.layers, tokens, horizon)], dim=2)
+            before = rows_at(prefill.hidden, starts - 1, 1)
+            out[index] = torch.cat([before, slotted(base, prefill, starts, carrier.layers, tokens, horizon)], dim=2)
         else:
             together.setdefault(carrier.vectors.ndim, []).append(index)
     for indices in together.values():  # one vector per block, then several
         same = [carriers[index] for index in indices]
         hidden = substituted(
             base,
-            teacher,
+            prefill,
             starts,
             torch.stack([carrier.vectors for carrier in same]),
             [carrier.offset for carrier in same],

@@ -20,7 +20,7 @@ from .carrier import Vectors
 
 def mixed(
     base: BaseLM,
-    teacher: Prefill,
+    prefill: Prefill,
     starts: Tensor,
     told: Tensor,
     old: Tensor,
@@ -38,10 +38,10 @@ def mixed(
         recency: R, raw tokens before ``starts``.
     """
     b, n = starts.shape
-    length, compressed = teacher.ids.shape[1], old.shape[1]
+    length, compressed = prefill.ids.shape[1], old.shape[1]
     # All that a case can read, the document's tokens and then the vectors; a case is a list of places in it.
-    vectors = carriers.vectors.to(teacher.hidden.dtype)
-    pool = torch.cat([base.embed(teacher.ids).to(vectors.dtype), vectors], dim=1)  # [B, T + M, D]
+    vectors = carriers.vectors.to(prefill.hidden.dtype)
+    pool = torch.cat([base.embed(prefill.ids).to(vectors.dtype), vectors], dim=1)  # [B, T + M, D]
     many, at = (starts - recency) // block - 1, told // block - 1  # old blocks of a case, and which of them is told
     parts = (torch.full_like(at, block), at, torch.full_like(at, block), many - 1 - at)
     parts = (*parts, torch.full_like(at, recency), torch.full_like(at, block - 1))
@@ -70,12 +70,12 @@ def mixed(
 
 
 @torch.no_grad()
-def full(base: BaseLM, teacher: Prefill, starts: Tensor, told: Tensor, block: int) -> Tensor:
+def full(base: BaseLM, prefill: Prefill, starts: Tensor, told: Tensor, block: int) -> Tensor:
     """The same of the full context, which the block at ``told`` follows at ``starts``: [B, N, K, D]."""
-    first = rows_at(teacher.hidden, starts - 1, 1)
+    first = rows_at(prefill.hidden, starts - 1, 1)
     if block == 1:
         return first
     steps = torch.arange(block - 1, device=starts.device)
-    rows = base.embed(blocks(teacher.ids, told, block - 1)).to(teacher.hidden.dtype)
-    again = base.forward_branches(rows, starts[..., None] + steps, teacher.cache, starts)
+    rows = base.embed(blocks(prefill.ids, told, block - 1)).to(prefill.hidden.dtype)
+    again = base.forward_branches(rows, starts[..., None] + steps, prefill.cache, starts)
     return torch.cat([first, again], dim=2)

@@ -40,7 +40,7 @@ def check_blocks(starts: Tensor, lengths: Tensor, block: int, horizon: int) -> N
 
 def substituted(
     base: BaseLM,
-    teacher: Prefill,
+    prefill: Prefill,
     starts: Tensor,
     gists: Tensor,
     offsets: Sequence[int],
@@ -62,8 +62,8 @@ def substituted(
     """
     gists = gists if gists.ndim == 5 else gists[:, :, :, None]
     c, b, n, m, d = gists.shape
-    continuation = base.embed(blocks(teacher.ids, starts + block, horizon - 1)) if horizon > 1 else None
-    rows = gists.permute(1, 2, 0, 3, 4).to(teacher.hidden.dtype)  # [B, N, C, M, D]
+    continuation = base.embed(blocks(prefill.ids, starts + block, horizon - 1)) if horizon > 1 else None
+    rows = gists.permute(1, 2, 0, 3, 4).to(prefill.hidden.dtype)  # [B, N, C, M, D]
     if continuation is not None:
         continuation = continuation.to(rows.dtype)[:, :, None].expand(b, n, c, horizon - 1, d)
         rows = torch.cat([rows, continuation], dim=3)  # [B, N, C, R, D], R = M + H - 1
@@ -73,7 +73,7 @@ def substituted(
     positions = starts[..., None, None] + relative  # [B, N, C, R]
     hidden = _branches(
         base,
-        teacher,
+        prefill,
         starts.repeat_interleave(c, dim=1),
         rows.flatten(1, 2),
         positions.flatten(1, 2),
@@ -83,20 +83,20 @@ def substituted(
     return hidden.permute(2, 0, 1, 3, 4)
 
 
-def dropped(base: BaseLM, teacher: Prefill, starts: Tensor, block: int, horizon: int) -> Tensor:
+def dropped(base: BaseLM, prefill: Prefill, starts: Tensor, block: int, horizon: int) -> Tensor:
     """Hidden states where the block is gone and nothing stands in its place: [B, N, H, D].
 
     Row 0 is the teacher's row ``start - 1``; the other H - 1 rows keep their original positions.
     """
-    first = rows_at(teacher.hidden, starts - 1, 1)
+    first = rows_at(prefill.hidden, starts - 1, 1)
     if horizon == 1:
         return first
-    rows = base.embed(blocks(teacher.ids, starts + block, horizon - 1)).to(teacher.hidden.dtype)
+    rows = base.embed(blocks(prefill.ids, starts + block, horizon - 1)).to(prefill.hidden.dtype)
     positions = starts[..., None] + block + torch.arange(horizon - 1, device=starts.device)
-    return torch.cat([first, _branches(base, teacher, starts, rows, positions)], dim=2)
+    return torch.cat([first, _branches(base, prefill, starts, rows, positions)], dim=2)
 
 
-def slotted(base: BaseLM, teacher: Prefill, starts: Tensor, slots, block: int, horizon: int) -> Tensor:
+def slotted(base: BaseLM, prefill: Prefill, starts: Tensor, slots, block: int, horizon: int) -> Tensor:
     """Hidden states of branches in which keys and values at every layer stand for the block.
 
     Args:
@@ -114,9 +114,9 @@ def slotted(base: BaseLM, teacher: Prefill, starts: Tensor, slots, block: int, h
         raise ValueError(
             f"horizon.tokens={horizon} is not allowed: keys and values are scored from the second token on"
         )
-    rows = base.embed(blocks(teacher.ids, starts + block, horizon - 1)).to(teacher.hidden.dtype)
+    rows = base.embed(blocks(prefill.ids, starts + block, horizon - 1)).to(prefill.hidden.dtype)
     positions = starts[..., None] + block + torch.arange(horizon - 1, device=starts.device)
-    return _branches(base, teacher, starts, rows, positions, slots)
+    return _branches(base, prefill, starts, rows, positions, slots)
 
 
 def _sigma(sigmas: Sequence[Tensor | None] | None, vectors: int, positions: Tensor) -> Tensor | None:
@@ -132,15 +132,15 @@ def _sigma(sigmas: Sequence[Tensor | None] | None, vectors: int, positions: Tens
 
 def _branches(
     base: BaseLM,
-    teacher: Prefill,
-    prefix: Tensor,
+    prefill: Prefill,
+    cache_len: Tensor,
     rows: Tensor,
     positions: Tensor,
     slots=None,
     sigma: Tensor | None = None,
 ) -> Tensor:
-    """The packed pass: prefix [B, N], rows [B, N, R, D], positions and sigma [B, N, R] -> hidden [B, N, R, D]."""
-    order = prefix.argsort(dim=1)  # neighbours in a group of attention then have prefixes of like length
+    """The packed pass: cache_len [B, N], rows [B, N, R, D], positions and sigma [B, N, R] -> hidden [B, N, R, D]."""
+    order = cache_len.argsort(dim=1)  # neighbours in a group of attention then have prefixes of like length
     take = order[..., None].expand_as(positions)
     if slots is not None:
         index = order[:, None, :, None]
@@ -148,8 +148,8 @@ def _branches(
     hidden = base.forward_branches(
         rows.gather(1, take[..., None].expand_as(rows)),
         positions.gather(1, take),
-        teacher.cache,
-        prefix.gather(1, order),
+        prefill.cache,
+        cache_len.gather(1, order),
         slots=slots,
         sigma=None if sigma is None else sigma.gather(1, take),
     )

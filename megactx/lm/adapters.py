@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .base import BaseLM
-from .layers import attention_of, layers_of
+from .kv_hooks import attention_of, layers_of
 
 LAYERS = ("first_two", "last_two", "all")
 RANKS = (4, 16)  # from, to

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from megactx.data.gguf_base import loadable
 
-from . import branches as packed
-from . import masks, plain_causal
-from .branches import Branches
+from . import masks, packed_attention, plain_causal
 from .gaussian_rope import spread
 from .masks import CAUSAL
+from .packed_attention import Branches
 from .plain_causal import PlainCausal
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -247,9 +246,9 @@ class BaseLM(nn.Module):
         self,
         embeddings: Tensor,
         positions: Tensor,
-        kept,
-        prefix: Tensor,
-        since: Tensor | None = None,
+        kv_cache,
+        cache_len: Tensor,
+        cache_start: Tensor | None = None,
         slots=None,
         sigma: Tensor | None = None,
     ) -> Tensor:
@@ -258,24 +257,27 @@ class BaseLM(nn.Module):
         Args:
             embeddings: [B, N, R, D].
             positions: [B, N, R].
-            kept: keys and values of a pass over the documents, per layer.
-            prefix: cached columns that each branch sees, [B, N].
-            since: the first one that it sees, [B, N]; ``None``: 0.
+            kv_cache: keys and values of a pass over the documents, per layer.
+            cache_len: cached columns that each branch sees, [B, N].
+            cache_start: the first one that it sees, [B, N]; ``None``: 0.
             slots: keys and values of one more column for each branch, per layer [B, key-value heads, N, head width].
             sigma: standard deviation of the rows' positions [B, N, R], see ``gaussian_rope``; ``None``: points. What is
-                kept is read as it is.
+                cached is read as it is.
 
         Returns:
-            Final hidden states [B, N, R, D]; row (k, r) saw columns since[k] <= t < prefix[k], the slot of its branch
-            and rows r' <= r of its own branch.
+            Final hidden states [B, N, R, D]; row (k, r) saw columns cache_start[k] <= t < cache_len[k], the slot of
+            its branch and rows r' <= r of its own branch.
 
         Raises:
             ValueError: the model's attention does not go through transformers' attention interface.
         """
         b, n, r, d = embeddings.shape
-        branches = Branches(kept, prefix, r, self._pass_dtype(embeddings), since, slots)
+        branches = Branches(kv_cache, cache_len, r, self._pass_dtype(embeddings), cache_start, slots)
         decoder = self.model.get_decoder()
-        with self._attention(packed.NAME), spread(decoder, None if sigma is None else sigma.reshape(b, n * r)):
+        with (
+            self._attention(packed_attention.NAME),
+            spread(decoder, None if sigma is None else sigma.reshape(b, n * r)),
+        ):
             output = decoder(
                 inputs_embeds=embeddings.reshape(b, n * r, d),
                 position_ids=positions.reshape(b, n * r),
@@ -283,7 +285,7 @@ class BaseLM(nn.Module):
                 use_cache=False,
                 branches=branches,
             )
-        self._require_interface(branches.layers == len(kept))
+        self._require_interface(branches.layers == len(kv_cache))
         return output.last_hidden_state.view(b, n, r, d)
 
     @staticmethod

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .base import BaseLM
-from .layers import recorded
+from .kv_hooks import recorded
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class AlternatingStage(JointStage):
     def gist_step(self, batch: dict, place: Place, index: int) -> Tensor:
         """Packed substitution of single blocks."""
         nets = {"gistnet": self.gistnet}
-        context = Context(self.base, nets, self.teacher(batch["ids"]), batch, self.hparams.horizon)
+        context = Context(self.base, nets, self.prefill(batch["ids"]), batch, self.hparams.horizon)
         losses, dnll = self.block_loss.per_net(context)
         self.count_tokens(batch["lengths"].sum())
         self.log("train/gist/loss", losses[0].detach())
@@ -154,9 +154,9 @@ class AlternatingStage(JointStage):
             ids, cursor = document["ids"][None], document["cursor"]
             text = index * len(documents) + number
             with torch.no_grad():
-                teacher = self.document(ids[:, :cursor])
-                windows = self._window(teacher, KINDS[text % len(KINDS)], self.budget(cursor, text), text)
-                gists = encode_shown(self.gistnet, self.base, teacher, windows.nodes, False)
+                prefill = self.document(ids[:, :cursor])
+                windows = self._window(prefill, KINDS[text % len(KINDS)], self.budget(cursor, text), text)
+                gists = encode_shown(self.gistnet, self.base, prefill, windows.nodes, False)
             targets, full = ids[0, cursor:], self.full(ids, cursor)
             hidden = windows.read(self.base, gists, targets, self.gistnet)
             loss, nll = continuation_loss(self.base, hidden, full, targets, asked.objective)
@@ -169,9 +169,9 @@ class AlternatingStage(JointStage):
         self.log("train/lora/nll", nll.mean())
         return loss
 
-    def _window(self, teacher, kind: str, budget: int, text: int) -> Windows:
+    def _window(self, prefill, kind: str, budget: int, text: int) -> Windows:
         generator = torch.Generator().manual_seed(self.data.seed * 2**32 + text)
-        (tree,) = same_rows(self.gistnet, self.base, teacher, 1)
+        (tree,) = same_rows(self.gistnet, self.base, prefill, 1)
         allocator = FocusAllocator(**self.hparams.allocator)
         try:
             return Windows.of(draw(kind, tree, budget, generator, self.lens, allocator))

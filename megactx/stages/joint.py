@@ -195,7 +195,7 @@ class JointStage(FrozenBaseStage):
             for parameter in adapters_of(self.base).values():  # what learns stays in fp32
                 parameter.data = parameter.data.float()
 
-    def teacher(self, ids: Tensor) -> Prefill:
+    def prefill(self, ids: Tensor) -> Prefill:
         """Documents ids [B, T]: what the base LM caches of them now, and the untouched one's hidden states."""
         with self.original() as original:
             first = prefill(original, ids, self.gistnet.needs_hidden)

@@ -101,10 +101,10 @@ def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
 
 def _costs(base: BaseLM, net: Compressor, ids, rest, counts: dict[float, int], asked, table: Table) -> None:
     """Every form in which the prompt can be kept; what the carriers say does not change what they cost."""
-    teacher = prefill(base, ids, net.needs_hidden)
-    prompts = {("again", None, 0): again(base, ids), ("cache", None, 0): cached(base, teacher)}
+    read = prefill(base, ids, net.needs_hidden)
+    prompts = {("again", None, 0): again(base, ids), ("cache", None, 0): cached(base, read)}
     for compression, count in counts.items():
-        for form, prompt in compressed(base, net, teacher, count).items():
+        for form, prompt in compressed(base, net, read, count).items():
             prompts[form, compression, count] = prompt
     found = measure_answers(base, prompts, rest, asked.answer, asked.repeats, bar("answers"))
     for (form, compression, _), cost in found.items():

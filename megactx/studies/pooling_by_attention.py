@@ -30,7 +30,7 @@ from megactx.gist.carrier import Compressor, Slots, windows
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.compressors import build
 from megactx.lm import BaseLM
-from megactx.lm.layers import keys_values
+from megactx.lm.kv_hooks import keys_values
 from megactx.lm.prefill import Prefill, prefill
 
 from .study import Options, command, usable
@@ -76,8 +76,8 @@ class Target:
     """What AvgPool keeps of the blocks of one batch, and the squared error to it of a constant state, means [L, D]."""
 
     def __init__(self, base: BaseLM, batch: dict, net: Compressor, means: Tensor):
-        self.teacher, self.starts = _read(base, batch)
-        self.wanted = AvgPool(net.block_size, net.position).compress(base, self.teacher, self.starts)
+        self.prefill, self.starts = _read(base, batch)
+        self.wanted = AvgPool(net.block_size, net.position).compress(base, self.prefill, self.starts)
         # In place of the variance of keys, which are rotated: a constant state has the rotation of every block's place.
         constant = [mean.expand(*self.starts.shape, -1) for mean in means]
         kept = keys_values(base.model.get_decoder(), constant, self.starts + net.offset)
@@ -85,7 +85,7 @@ class Target:
 
     def error(self, base: BaseLM, net: Compressor) -> Tensor:
         """[L, 2] of what the net keeps of these blocks."""
-        return squared_error(net.compress(base, self.teacher, self.starts), self.wanted)
+        return squared_error(net.compress(base, self.prefill, self.starts), self.wanted)
 
 
 def squared_error(made: Slots, wanted: Slots) -> Tensor:
@@ -161,8 +161,8 @@ def _read(base: BaseLM, batch: dict) -> tuple[Prefill, Tensor]:
     return prefill(base, ids, with_states=True), starts.sort(dim=1).values
 
 
-def _mean(teacher: Prefill, starts: Tensor, block: int) -> Tensor:
-    return torch.stack([windows(states, starts, block).mean(dim=(0, 1, 2)) for states in teacher.states[:-1]])
+def _mean(prefill: Prefill, starts: Tensor, block: int) -> Tensor:
+    return torch.stack([windows(states, starts, block).mean(dim=(0, 1, 2)) for states in prefill.states[:-1]])
 
 
 def sheets(table: Table, about: dict) -> list[Sheet]:

@@ -30,8 +30,8 @@ class Nothing(Compressor):
 
     makes_vectors = False
 
-    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Slots:
-        return Slots([tuple(part[:, :, :0] for part in layer) for layer in teacher.cache])
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> Slots:
+        return Slots([tuple(part[:, :, :0] for part in layer) for layer in prefill.cache])
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,10 @@ def parts(lora: bool = False, rows: tuple = (3, 9), **settings):
 def packed_loss(base, net, context: WorkingContext, ids, step: int, objective="delta_nll", recompute=False):
     """-> (sum of the losses of all windows, NLL [N, H])."""
     windows, targets = Windows.of(context), ids[TOKENS:]
-    teacher = unread(ids[None, :TOKENS])
+    prefill = unread(ids[None, :TOKENS])
     with torch.no_grad():
         full = base(base.embed(ids[None, :-1]), None)[0, TOKENS - 1 :]
-    gists = encode_shown(net, base, teacher, windows.nodes, recompute)
+    gists = encode_shown(net, base, prefill, windows.nodes, recompute)
 
     def run(part, gists):
         loss, nll = continuation_loss(base, windows[part].read(base, gists, targets, net), full, targets, objective)

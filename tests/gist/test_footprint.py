@@ -44,13 +44,13 @@ def kept_for_backward(base, batch, tokens, spans, horizon, carriers):
     ids = torch.randint(2, base.vocab_size, (batch, tokens))
     last = tokens - 32 - horizon
     starts = torch.linspace(1, last // 32, spans).long().mul(32).expand(batch, -1)
-    teacher = prefill(base, ids)
+    read = prefill(base, ids)
     gists = torch.randn(carriers, batch, spans, base.width, requires_grad=True)
-    cache = [tensor for layer in teacher.cache for tensor in layer]
+    cache = [tensor for layer in read.cache for tensor in layer]
     known = {t.untyped_storage().data_ptr() for t in [*base.parameters(), *cache]}
     kept = []
     with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        substituted(base, teacher, starts, gists, [31] * carriers, 32, horizon)
+        substituted(base, read, starts, gists, [31] * carriers, 32, horizon)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
     return sum(size for at, size in storages.items() if at not in known), sum(t.nbytes for t in cache)
 

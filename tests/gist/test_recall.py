@@ -46,13 +46,13 @@ def plain(base, net, ids, start, told):
 @pytest.mark.parametrize("position", ["centre", "end"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "nanochat"])
 def test_states_and_gradients_equal_a_fresh_prefill_per_case(setting, kind, position, gaussian_rope):
-    base, ids, starts, told, teacher = setting(kind)
+    base, ids, starts, told, prefill = setting(kind)
     net = GistNet(
         WIDTH, base.embedding_rms(), block_size=K, skip="none", position=position, gaussian_rope=gaussian_rope
     )
     old = old_blocks(starts, K, R)
 
-    hidden = mixed(base, teacher, starts, told, old, net.compress(base, teacher, old), K, R)
+    hidden = mixed(base, prefill, starts, told, old, net.compress(base, prefill, old), K, R)
     weights = torch.randn_like(hidden)
     (hidden * weights).sum().backward()
     gradients = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
@@ -72,8 +72,8 @@ def test_states_and_gradients_equal_a_fresh_prefill_per_case(setting, kind, posi
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "nanochat"])
 def test_the_full_context_is_the_document_followed_by_the_block(setting, kind):
-    base, ids, starts, told, teacher = setting(kind)
-    hidden = full(base, teacher, starts, told, K)
+    base, ids, starts, told, read = setting(kind)
+    hidden = full(base, read, starts, told, K)
     for b, n in ((0, 1), (1, 0), (1, 2)):
         start, block = int(starts[b, n]), int(told[b, n])
         again = torch.cat([ids[b, :start], ids[b, block : block + K]])[None]
@@ -82,20 +82,20 @@ def test_the_full_context_is_the_document_followed_by_the_block(setting, kind):
 
 @torch.no_grad()
 def test_where_the_only_old_block_is_in_tokens_nothing_is_lost(setting):
-    base, ids, _, _, teacher = setting("llama")
+    base, ids, _, _, prefill = setting("llama")
     starts, told = torch.full((2, 1), 2 * K + R), torch.full((2, 1), K)
     old = old_blocks(starts, K, R)
     nonsense = Vectors(torch.full((2, 1, WIDTH), torch.nan), K - 1)
-    hidden = mixed(base, teacher, starts, told, old, nonsense, K, R)
-    torch.testing.assert_close(hidden, full(base, teacher, starts, told, K), rtol=1e-4, atol=1e-4)
+    hidden = mixed(base, prefill, starts, told, old, nonsense, K, R)
+    torch.testing.assert_close(hidden, full(base, prefill, starts, told, K), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_a_case_is_the_same_alone_and_beside_longer_ones(setting):
-    base, ids, starts, told, teacher = setting("llama")
+    base, ids, starts, told, read = setting("llama")
     net = GistNet(WIDTH, base.embedding_rms(), block_size=K, skip="none")
     old = old_blocks(starts, K, R)
-    together = mixed(base, teacher, starts, told, old, net.compress(base, teacher, old), K, R)
+    together = mixed(base, read, starts, told, old, net.compress(base, read, old), K, R)
     for b, n in ((0, 0), (1, 1)):
         one, block = starts[b : b + 1, n : n + 1], told[b : b + 1, n : n + 1]
         own = prefill(base, ids[b : b + 1, : int(one)])
@@ -103,15 +103,15 @@ def test_a_case_is_the_same_alone_and_beside_longer_ones(setting):
         alone = mixed(base, own, one, block, few, net.compress(base, own, few), K, R)
         torch.testing.assert_close(together[b : b + 1, n : n + 1], alone, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(
-            full(base, teacher, starts, told, K)[b : b + 1, n : n + 1], full(base, own, one, block, K)
+            full(base, read, starts, told, K)[b : b + 1, n : n + 1], full(base, own, one, block, K)
         )
 
 
 @torch.no_grad()
 def test_blocks_of_one_token_come_back_as_one_token(setting):
-    base, ids, _, _, teacher = setting("llama")
+    base, ids, _, _, prefill = setting("llama")
     starts, told = torch.tensor([[20], [30]]), torch.tensor([[3], [5]])
     old = old_blocks(starts, 1, R)
     raw = Vectors(base.embed(blocks(ids, old, 1)).flatten(2), 0)  # each carrier is its token: nothing is compressed
-    hidden = mixed(base, teacher, starts, told, old, raw, 1, R)
-    torch.testing.assert_close(hidden, full(base, teacher, starts, told, 1), rtol=1e-4, atol=1e-4)
+    hidden = mixed(base, prefill, starts, told, old, raw, 1, R)
+    torch.testing.assert_close(hidden, full(base, prefill, starts, told, 1), rtol=1e-4, atol=1e-4)

@@ -70,9 +70,9 @@ def test_carriers_of_old_blocks_are_made_once_for_history_and_recall(base_folder
     made = []
     usual = type(stage.main).compress
 
-    def counted(net, base, teacher, starts, *rest):
+    def counted(net, base, prefill, starts, *rest):
         made.append(starts.shape)
-        return usual(net, base, teacher, starts, *rest)
+        return usual(net, base, prefill, starts, *rest)
 
     monkeypatch.setattr(type(stage.main), "compress", counted)
     stage.training_step(batch, 0).backward()

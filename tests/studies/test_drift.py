@@ -101,9 +101,9 @@ def test_a_change_that_cannot_be_read_is_refused(change, named):
 def test_the_keys_of_a_vector_are_those_of_a_plain_pass(batches, gaussian_rope):
     base = sharp()
     net, batch = gistnet(base, gaussian_rope=gaussian_rope), batches[0]
-    teacher = prefill(base, batch["ids"])
-    carriers = net.compress(base, teacher, batch["starts"])
-    slots = keys_of(base, teacher, batch["starts"], carriers)
+    read = prefill(base, batch["ids"])
+    carriers = net.compress(base, read, batch["starts"])
+    slots = keys_of(base, read, batch["starts"], carriers)
     for n, start in enumerate(batch["starts"][0].tolist()):
         cache, rows = (
             DynamicCache(),

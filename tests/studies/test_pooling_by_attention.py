@@ -9,7 +9,7 @@ from small_base import small
 from megactx.evaluation.table import Table
 from megactx.gist.carrier import Compressor, Slots
 from megactx.gist.carriers.avgpool import AvgPool
-from megactx.lm.layers import keys_values
+from megactx.lm.kv_hooks import keys_values
 from megactx.studies.pooling_by_attention import main, mean_states, measure, squared_error, train, variants
 
 K = 8
@@ -41,7 +41,7 @@ class Constant(Compressor):
         super().__init__(K)
         self.means = means
 
-    def compress(self, base, teacher, starts):
+    def compress(self, base, prefill, starts):
         states = [mean.expand(*starts.shape, -1) for mean in self.means]
         return Slots(keys_values(base.model.get_decoder(), states, starts + self.offset))
 

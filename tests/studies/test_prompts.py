@@ -140,8 +140,8 @@ def test_flops_are_those_of_the_shapes(base, ids):
 def test_answers_and_carriers_are_measured(base, ids):
     prompt, rest = ids[:1, :T], ids[:1, T:]
     net = GistNet(WIDTH, base.embedding_rms(), K, num_heads=4)
-    teacher = read(base, prompt)
-    forms = {"again": again(base, prompt), "cache": cached(base, teacher)} | compressed(base, net, teacher, 7)
+    prefill = read(base, prompt)
+    forms = {"again": again(base, prompt), "cache": cached(base, prefill)} | compressed(base, net, prefill, 7)
     found = measure_answers(base, forms, rest, 3, repeats=2)
     assert found["again"]["flops"] > found["cache"]["flops"] > found["keys"]["flops"]
     assert found["again"]["flops"] > found["vectors"]["flops"] > found["keys"]["flops"]

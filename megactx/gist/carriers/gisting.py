@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from megactx.gist.carrier import Compressor, Slots
 from megactx.lm import BaseLM
-from megactx.lm.layers import keys_values, recorded, refuse_without_keys
+from megactx.lm.kv_hooks import keys_values, recorded, refuse_without_keys
 from megactx.lm.prefill import Prefill
 
 
@@ -59,20 +59,24 @@ class Gisting(Compressor):
         self.adapters = nn.ModuleList(adapters).requires_grad_(True)
         self._twin = (twin,)
 
-    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Slots:
-        states = self.summaries(teacher, starts)
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> Slots:
+        states = self.summaries(prefill, starts)
         inputs = states[1:] if self.shift else states[:-1]
         return Slots(keys_values(base.model.get_decoder(), inputs, starts + self.offset))
 
-    def summaries(self, teacher: Prefill, starts: Tensor) -> list[Tensor]:
+    def summaries(self, prefill: Prefill, starts: Tensor) -> list[Tensor]:
         """The gist token's states g^0..g^L, each [B, N, D]."""
         (twin,) = self._twin
         b, n = starts.shape
         # Not expanded: without gradients a view of a parameter still asks for one, which the FLOP counter cannot have.
-        rows = self.token.to(teacher.hidden.dtype).repeat(b, n, 1, 1)
-        since = starts if self.window else None
+        rows = self.token.to(prefill.hidden.dtype).repeat(b, n, 1, 1)
+        cache_start = starts if self.window else None
         with recorded(twin.model.get_decoder()) as states:
             twin.forward_branches(
-                rows, (starts + self.offset)[..., None], teacher.cache, starts + self.block_size, since=since
+                rows,
+                (starts + self.offset)[..., None],
+                prefill.cache,
+                starts + self.block_size,
+                cache_start=cache_start,
             )
         return states

@@ -7,7 +7,8 @@ from megactx.gist.carrier import Vectors
 from megactx.gist.history import with_carriers, with_everything
 from megactx.lm import BaseLM
 from megactx.lm.chunked_head import score
-from megactx.lm.prefill import Prefill, blocks, prefill
+from megactx.lm.prefill import Prefill, blocks
+from megactx.lm.prefill import prefill as run_prefill
 
 from .oracle import Oracle
 
@@ -38,15 +39,15 @@ class HistoryOracle(Oracle):
         self.recency = recency
 
     @torch.inference_mode(False)
-    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors:
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> Vectors:
         """Vectors of the blocks at starts [1, M], of one document and in order."""
         ends = starts[:, -1:] + self.block_size + self.recency
-        upto = teacher.ids[:, : int(ends)].clone()  # no inference tensors in a graph
+        upto = prefill.ids[:, : int(ends)].clone()  # no inference tensors in a graph
         with torch.no_grad():
             segments = (
-                self._sampled(base, teacher, ends)[0, 0] if self.samples else blocks(teacher.ids, ends, self.horizon)[0]
+                self._sampled(base, prefill, ends)[0, 0] if self.samples else blocks(prefill.ids, ends, self.horizon)[0]
             )
-            whole = prefill(base, torch.cat([upto.expand(len(segments), -1), segments], dim=1))
+            whole = run_prefill(base, torch.cat([upto.expand(len(segments), -1), segments], dim=1))
             ends = ends.expand(len(segments), -1).clone()
             wanted = with_everything(whole, ends, self.horizon).flatten(0, 2)
             rms = base.embedding_rms()

@@ -13,5 +13,5 @@ class LastToken(Compressor):
     def __init__(self, block_size: int = 32):
         super().__init__(block_size, "end")
 
-    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors:
-        return Vectors(base.embed(teacher.ids.gather(1, starts + self.offset)), self.offset)
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> Vectors:
+        return Vectors(base.embed(prefill.ids.gather(1, starts + self.offset)), self.offset)

@@ -19,8 +19,8 @@ class MeanToken(Compressor):
         super().__init__(block_size, position)
         self.rms = rms
 
-    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors:
-        mean = windows(base.embed(teacher.ids), starts, self.block_size).float().mean(dim=2)
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> Vectors:
+        mean = windows(base.embed(prefill.ids), starts, self.block_size).float().mean(dim=2)
         if self.rms is not None:
             mean = F.rms_norm(mean, mean.shape[-1:]) * self.rms
         return Vectors(mean, self.offset)

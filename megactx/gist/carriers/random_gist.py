@@ -20,8 +20,8 @@ class RandomGist(Compressor):
         super().__init__(block_size, position)
         self.rms, self.seed = rms, seed
 
-    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors:
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> Vectors:
         noise = torch.empty(*starts.shape, base.width)  # [B, N, D]
-        for row, first in zip(noise, teacher.ids[:, : self.block_size + 1].sum(1).tolist(), strict=True):
+        for row, first in zip(noise, prefill.ids[:, : self.block_size + 1].sum(1).tolist(), strict=True):
             row.normal_(generator=torch.Generator().manual_seed(self.seed + first))
         return Vectors(noise.to(starts.device) * self.rms, self.offset)

@@ -4,7 +4,7 @@ Linear layers are fastest on all rows at once; attention is fastest on few, beca
 other's columns, and over the longest prefix among them. So the rows go through the model together, and only its
 attention function, which transformers lets us name (``AttentionInterface``), works group by group.
 
-    columns of a group     cached, since[k] <= t < prefix[k] | one slot per branch, where given | rows of the group
+    columns of a group     cache_start[k] <= t < cache_len[k] | one slot per branch, where given | rows of the group
 """
 
 from collections.abc import Sequence
@@ -36,32 +36,32 @@ class Branches:
     """What the attention of every layer reads in one packed pass.
 
     Args:
-        kept: keys and values of a pass over the whole documents, per layer, each [B, key-value heads, T, head width].
-        prefix: visible cached columns of each branch [B, N], best in ascending order.
+        kv_cache: keys and values of a pass over whole documents, per layer, each [B, key-value heads, T, head width].
+        cache_len: visible cached columns of each branch [B, N], best in ascending order.
         rows: rows R of each branch.
         dtype: of the pass.
-        since: first visible cached column of each branch [B, N]; ``None``: 0.
+        cache_start: first visible cached column of each branch [B, N]; ``None``: 0.
         slots: keys and values of one more column per branch and layer, each [B, key-value heads, N, head width], that
             all rows of that branch see and no other.
     """
 
     def __init__(
         self,
-        kept: Sequence[tuple[Tensor, Tensor]],
-        prefix: Tensor,
+        kv_cache: Sequence[tuple[Tensor, Tensor]],
+        cache_len: Tensor,
         rows: int,
         dtype: torch.dtype,
-        since: Tensor | None = None,
+        cache_start: Tensor | None = None,
         slots: Sequence[tuple[Tensor, Tensor]] | None = None,
     ):
-        self.kept, self.slots, self.layers = kept, slots, 0
-        size = max(1, ROWS_PER_GROUP.get(prefix.device.type, 256) // rows)
-        longest = prefix.amax(dim=0).tolist()  # the one host sync of a pass
+        self.kv_cache, self.slots, self.layers = kv_cache, slots, 0
+        size = max(1, ROWS_PER_GROUP.get(cache_len.device.type, 256) // rows)
+        longest = cache_len.amax(dim=0).tolist()  # the one host sync of a pass
         self.groups = []
         for first in range(0, len(longest), size):
-            part = prefix[:, first : first + size]
+            part = cache_len[:, first : first + size]
             columns = max(longest[first : first + size])
-            begin = None if since is None else since[:, first : first + size]
+            begin = None if cache_start is None else cache_start[:, first : first + size]
             mask = masks.additive(masks.branches(part, rows, columns, begin, slots is not None), dtype)
             last = first + part.shape[1]
             self.groups.append(Group(slice(first * rows, last * rows), slice(first, last), columns, mask))
@@ -69,13 +69,13 @@ class Branches:
 
 def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, branches: Branches, **kwargs):
     """The attention function: query [B, heads, N * R, D / heads], key and value of the same rows -> [B, N * R, ...]."""
-    kept = branches.kept[module.layer_idx]
+    kv_cache = branches.kv_cache[module.layer_idx]
     slots = branches.slots[module.layer_idx] if branches.slots is not None else None
     out = []
     for group in branches.groups:
         seen = []
         for part, own in enumerate((key, value)):
-            columns = [kept[part][:, :, : group.columns], own[:, :, group.rows]]
+            columns = [kv_cache[part][:, :, : group.columns], own[:, :, group.rows]]
             if slots is not None:
                 columns.insert(1, slots[part][:, :, group.branches])
             seen.append(torch.cat(columns, dim=2))
