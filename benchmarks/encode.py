@@ -81,7 +81,7 @@ def bench_carrier(stage: GistStage, name: str, net: nn.Module) -> dict:
     starts = torch.linspace(1, (TOKENS - HORIZON) // block - 1, SPANS).long() * block
     batch = {
         "ids": ids[:, :TOKENS],
-        "starts": starts.expand(DOCUMENTS, -1).to(DEVICE),
+        "block_starts": starts.expand(DOCUMENTS, -1).to(DEVICE),
         "lengths": torch.full((DOCUMENTS,), TOKENS, device=DEVICE),
     }
     out = {"carrier": name, "parameters": sum(p.numel() for p in net.parameters()), "spans_per_second": None}
@@ -141,7 +141,7 @@ def bench_matmul(width: int, dtype: str, blocks: int) -> dict:
 
     def encode():
         with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
-            net.encode_span(embeddings)
+            net.encode_block(embeddings)
 
     with torch.no_grad():
         with Products() as products:

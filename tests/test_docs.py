@@ -67,7 +67,7 @@ def test_the_pooling_and_the_head_of_the_page_train(added):
     added("megactx/gist/poolings/largest.py", "megactx/gist/heads/deep.py")
     net = GistNet(64, 1.0, pooling="largest", head="deep", num_heads=4, skip="none")
     embeddings = torch.randn(3, 32, 64, requires_grad=True)
-    net.encode_span(embeddings).sum().backward()
+    net.encode_block(embeddings).sum().backward()
     assert embeddings.grad.abs().sum(dim=(1, 2)).min() > 0
     assert all(p.grad is not None for p in net.head.parameters())
 

@@ -23,7 +23,7 @@ from .scores import MORE_RAW, BlockScores
 
 
 def segments(batches: Iterable[dict], block: int, count: int | None, segment: int = SEGMENT, recency: int = RECENCY):
-    """Batches of one document whose ``starts`` are segments: ``count`` at most, evenly spaced; ``None`` takes all.
+    """Batches of one document whose ``block_starts`` are segments: ``count`` at most, evenly spaced; ``None``: all.
 
     Segments of one document do not overlap.
     """
@@ -49,7 +49,7 @@ def measure_history(
     Args:
         base: the frozen base LM.
         compressors: name -> ``Compressor``, all of one block size, measured in eval mode.
-        batches: as ``segments`` makes them: dicts ``ids`` [1, T], ``lengths`` [1], ``starts`` [1, N], ``domain``,
+        batches: as ``segments`` makes them: dicts ``ids`` [1, T], ``lengths`` [1], ``block_starts`` [1, N], ``domain``,
             ``document``.
         segment, recency: S and R, tokens.
         progress: wraps the batches, to show a bar.
@@ -69,7 +69,7 @@ def measure_history(
     device, parts = base.model.device, []
     with in_eval_mode(*compressors.values()):
         for batch in progress(list(batches)):
-            ids, starts = batch["ids"].to(device), batch["starts"].to(device)
+            ids, starts = batch["ids"].to(device), batch["block_starts"].to(device)
             check_segments(starts, batch["lengths"].to(device), block, segment, recency)
             read = prefill(base, ids, needs_hidden)
             old, sizes = old_blocks(starts, block, recency), (block, segment, recency)

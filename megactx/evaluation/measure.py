@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megactx.gist import GistNet
-from megactx.gist.carrier import Compressor, Vectors
+from megactx.gist.carrier import Compressor, SoftTokens
 from megactx.gist.carriers.last_token import LastToken
 from megactx.gist.carriers.mean_token import MeanToken
 from megactx.gist.carriers.random_gist import RandomGist
@@ -44,7 +44,8 @@ def measure(
         base: the frozen base LM.
         nets: name -> compressor, all of one block size; the untrained controls sit where the first net's carriers do.
             All are measured in eval mode, without dropout.
-        batches: dicts ``ids`` [B, T], ``lengths`` [B], ``starts`` [B, N], ``domain`` (B strings), ``document`` [B].
+        batches: dicts ``ids`` [B, T], ``lengths`` [B], ``block_starts`` [B, N], ``domain`` (B strings),
+            ``document`` [B].
         horizon: H.
         seed: of the random gist and of the choice of another document's block.
         with_controls: measure the untrained controls too.
@@ -67,7 +68,7 @@ def measure(
         if with_controls and leader.makes_vectors:
             others = _other_documents(base, leader, batches, settings, seed)
         for index, batch in enumerate(progress(batches)):
-            ids, starts = batch["ids"].to(device), batch["starts"].to(device)
+            ids, starts = batch["ids"].to(device), batch["block_starts"].to(device)
             check_blocks(starts, batch["lengths"].to(device), tokens, horizon)
             read = prefill(base, ids, with_states)
             carriers = {name: net.compress(base, read, starts, **settings) for name, net in nets.items()}
@@ -78,7 +79,7 @@ def measure(
                     if name != LAST_TOKEN:  # a token: its position is a point
                         carriers[name] = replace(carriers[name], **at)
                 if others is not None:
-                    carriers[OTHER] = Vectors(others[index].to(device), **at)
+                    carriers[OTHER] = SoftTokens(others[index].to(device), **at)
                 if level > 1:
                     carriers |= _below(base, leader, read, starts, level, seed)
                 if at["sigma"] is not None:
@@ -112,7 +113,7 @@ def in_eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
             module.train()
 
 
-def _below(base, net: GistNet, prefill: Prefill, starts: Tensor, level: int, seed: int) -> dict[str, Vectors]:
+def _below(base, net: GistNet, prefill: Prefill, starts: Tensor, level: int, seed: int) -> dict[str, SoftTokens]:
     """The K gists that a gist of gists was made of, and their mean at its place: what it has to be better than.
 
     And the K gists in one random order, each at a position that is another's: it is worse where positions matter.
@@ -127,10 +128,10 @@ def _below(base, net: GistNet, prefill: Prefill, starts: Tensor, level: int, see
     order = torch.randperm(k, generator=torch.Generator().manual_seed(seed)).to(gists.device)
     places = [below.offset + int(start) for start in each]
     return {
-        f"{MEAN_BELOW} (raw)": Vectors(mean, **at),
-        f"{MEAN_BELOW} (rescaled)": Vectors(F.rms_norm(mean, mean.shape[-1:]) * net.embedding_rms, **at),
-        f"its {k} gists": Vectors(gists, places, below.sigma),
-        f"its {k} gists, shuffled": Vectors(gists[:, :, order], places, below.sigma),
+        f"{MEAN_BELOW} (raw)": SoftTokens(mean, **at),
+        f"{MEAN_BELOW} (rescaled)": SoftTokens(F.rms_norm(mean, mean.shape[-1:]) * net.embedding_rms, **at),
+        f"its {k} gists": SoftTokens(gists, places, below.sigma),
+        f"its {k} gists, shuffled": SoftTokens(gists[:, :, order], places, below.sigma),
     }
 
 
@@ -138,7 +139,7 @@ def _other_documents(base, net, batches: list[dict], settings: dict, seed: int) 
     """For each block the gist of a block of another text."""
     gists = []
     for batch in batches:
-        ids, starts = batch["ids"].to(base.model.device), batch["starts"].to(base.model.device)
+        ids, starts = batch["ids"].to(base.model.device), batch["block_starts"].to(base.model.device)
         read = prefill(base, ids, with_states=True) if net.needs_hidden else unread(ids)
         gists.append(net.compress(base, read, starts, **settings).vectors)
     return _exchanged(batches, gists, seed)

@@ -32,7 +32,7 @@ def copies(batches: Iterable[dict], block: int, distance: int, blocks: int | Non
     to the last of its copy, never reaches into the next one of the same document.
 
     Args:
-        batches: as ``measure`` takes them; their ``starts`` are not used.
+        batches: as ``measure`` takes them; their ``block_starts`` are not used.
         block: K.
         distance: tokens between the two occurrences.
         blocks: so many at most, evenly spaced, from as many documents as possible; ``None`` takes all that fit.
@@ -50,7 +50,7 @@ def copies(batches: Iterable[dict], block: int, distance: int, blocks: int | Non
 
     out = documents_with(batches, starts_of, blocks)
     for document in out:
-        first = document["starts"][0, :, None] + torch.arange(block)  # [N, K]
+        first = document["block_starts"][0, :, None] + torch.arange(block)  # [N, K]
         document["ids"] = document["ids"].clone()
         document["ids"][0, first + block + distance] = document["ids"][0, first]
     return out
@@ -101,7 +101,7 @@ def measure_level(
 
     Args:
         base, nets, settings: as for ``measure``.
-        batches: held-out documents; their ``starts`` are not used.
+        batches: held-out documents; their ``block_starts`` are not used.
         horizon: H.
         blocks: so many spans at most.
 
@@ -123,7 +123,7 @@ def documents_with(batches, starts_of, blocks: int | None) -> list[dict]:
         found = found[:blocks]
         each, more = divmod(blocks, max(1, len(found)))
         found = [(document, evenly(starts, each + (i < more))) for i, (document, starts) in enumerate(found)]
-    return [{**document, "starts": torch.from_numpy(starts)[None]} for document, starts in found]
+    return [{**document, "block_starts": torch.from_numpy(starts)[None]} for document, starts in found]
 
 
 def _single(batches: Iterable[dict]) -> Iterator[dict]:

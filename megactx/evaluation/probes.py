@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megactx.data.probes import Probe
-from megactx.gist.carrier import Slots, Vectors
+from megactx.gist.carrier import KVSlots, SoftTokens
 from megactx.gist.history import continued, read_stream, stream
 from megactx.lm import BaseLM
 from megactx.lm.prefill import prefill, rows_at
@@ -58,12 +58,12 @@ def _answer(base: BaseLM, hidden: Tensor, targets: Tensor) -> dict:
     return {"right": bool((log_p.argmax(dim=-1) == targets).all()), "nll": nll.item()}
 
 
-def _expanded(base: BaseLM, prefill, old: Tensor, carriers: Vectors | Slots, block: int, probe: Probe):
+def _expanded(base: BaseLM, prefill, old: Tensor, carriers: SoftTokens | KVSlots, block: int, probe: Probe):
     """The stream with the tokens of the blocks that told the answer in place of their carriers."""
     first = probe.told // block - 1
     last = first + probe.blocks
     raw = torch.arange(probe.told, probe.told + probe.blocks * block, device=old.device)[None]
-    if isinstance(carriers, Slots):
+    if isinstance(carriers, KVSlots):
         # Between slots nothing is computed: the block's own keys and values are those of the full context.
         layers = []
         for cached, layer in zip(prefill.cache, carriers.layers, strict=True):

@@ -99,7 +99,7 @@ def reconstruction(base: BaseLM, net: GistNet, decoder: Decoder, batches: Iterab
 @torch.no_grad()
 def _gists(base: BaseLM, net: GistNet, batch: dict) -> tuple[Tensor, Tensor, list[str]]:
     """The gists [M, D] of a batch, without a graph; their blocks' tokens [M, K]; their domains."""
-    ids, starts = (batch[name].to(base.model.device) for name in ("ids", "starts"))
+    ids, starts = (batch[name].to(base.model.device) for name in ("ids", "block_starts"))
     tokens = blocks(ids, starts, net.block_size).flatten(0, 1)
     read = prefill(base, ids, with_states=True) if net.needs_hidden else unread(ids)
     with in_eval_mode(net):

@@ -1,7 +1,7 @@
 """What stands for a block, and what makes it.
 
-    Vectors  one embedding per block: the base LM reads it as it reads a token, and it has an output row
-    Slots    keys and values of one column per block at every layer: nothing runs through the layers in its place
+    SoftTokens  one embedding per block: the base LM reads it as it reads a token, and it has an output row
+    KVSlots     keys and values of one column per block at every layer: nothing runs through the layers in its place
 
 B documents, N blocks, K tokens of a block, D width, L layers, G key-value heads, W head width.
 """
@@ -20,7 +20,7 @@ BYTES = 2  # of a stored number: 16 bit
 
 
 @dataclass(frozen=True)
-class Vectors:
+class SoftTokens:
     """One vector per block, at ``start + offset``, or several. The last one's output predicts the token after it."""
 
     vectors: Tensor  # [B, N, D], or [B, N, M, D]: M of them
@@ -33,7 +33,7 @@ class Vectors:
 
 
 @dataclass(frozen=True)
-class Slots:
+class KVSlots:
     """Keys (rotated already) and values of one column per block. There is no output row: h = 0 has no score."""
 
     layers: Sequence[tuple[Tensor, Tensor]]  # per layer, each [B, G, N, W]
@@ -56,7 +56,7 @@ class Compressor(nn.Module):
 
     setting = "compressor"  # where a user sets it
     needs_hidden = False  # reads the base LM's own states of the block
-    makes_vectors = True  # and not ``Slots``
+    makes_vectors = True  # and not ``KVSlots``
 
     def __init__(self, block_size: int = 32, position: str = "centre"):
         super().__init__()
@@ -85,7 +85,7 @@ class Compressor(nn.Module):
         """Standard deviation of a carrier's position in tokens, a scalar; ``None``: it is a point."""
         return None
 
-    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> Vectors | Slots:
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> SoftTokens | KVSlots:
         """Carriers of the blocks at starts [B, N] of the documents that ``prefill`` has read."""
         raise NotImplementedError
 

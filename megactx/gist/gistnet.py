@@ -13,7 +13,7 @@ from megactx.lm.prefill import Prefill, blocks
 
 from . import heads, poolings
 from .backbone import Backbone
-from .carrier import POSITIONS, Compressor, Vectors
+from .carrier import POSITIONS, Compressor, SoftTokens
 from .parts import find
 
 TYPES, SKIPS, INPUTS = ("transformer", "mean"), ("none", "last", "mean"), ("embedding", "hidden")
@@ -131,7 +131,7 @@ class GistNet(Compressor):
         """Standard deviation of a gist's position in tokens, a scalar; ``None`` where positions are points."""
         return self.spread(torch.tensor(level, device=self.gain.device))
 
-    def compress(self, base, prefill: Prefill, starts: Tensor, level: int = 1) -> Vectors:
+    def compress(self, base, prefill: Prefill, starts: Tensor, level: int = 1) -> SoftTokens:
         """Gists of the blocks at starts [B, N] of the documents that ``prefill`` has read, or of spans of K^level.
 
         Raises:
@@ -146,10 +146,10 @@ class GistNet(Compressor):
         there = (first >= 0).view(-1, len(inner))
         first = first.clamp(min=0)
         embedded = base.embed(blocks(prefill.ids, first, k)).flatten(0, 1)
-        gists = self.encode_span(embedded, self.seen(base, prefill, first)).view(-1, len(inner), self.width)
+        gists = self.encode_block(embedded, self.seen(base, prefill, first)).view(-1, len(inner), self.width)
         if level > 1:
             gists = self.encode_gists(gists[:, left:], level, Seen(gists, there) if left else None)[-1]
-        return Vectors(gists[:, 0].view(*starts.shape, -1), self.offset_in(k**level), self.sigma(level))
+        return SoftTokens(gists[:, 0].view(*starts.shape, -1), self.offset_in(k**level), self.sigma(level))
 
     def seen(self, base, prefill: Prefill, starts: Tensor) -> Seen | None:
         """What the backbone reads of the blocks at starts [B, N]; ``None``: their embeddings and nothing else."""
@@ -171,7 +171,7 @@ class GistNet(Compressor):
         states = states.gather(1, taken).view(-1, index.shape[-1], states.shape[-1])
         return Seen(states, None if bool(there.all()) else there.flatten(0, 1), self.needs_hidden)
 
-    def encode_span(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor:
+    def encode_block(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor:
         """embeddings [B, K, D] -> gists [B, D], in fp32; ``seen`` is what the backbone reads in their place.
 
         Raises:
@@ -191,6 +191,8 @@ class GistNet(Compressor):
             gist = kept + (self.head(seen) + self.shortcut(seen)).float() * self.gain
         return gist * self.embedding_rms
 
+    encode_span = encode_block  # the design's name
+
     def encode_level(self, embeddings: Tensor, level: int) -> Tensor:
         """embeddings [B, K^level, D] -> their gist of that level [B, D]: a gist of gists of gists.
 
@@ -209,7 +211,7 @@ class GistNet(Compressor):
             raise ValueError(
                 f"a gist of level {level} stands for {self.block_size}^{level} embeddings, not {embeddings.shape[1]}"
             )
-        first = self.encode_span(embeddings.reshape(-1, self.block_size, self.width))
+        first = self.encode_block(embeddings.reshape(-1, self.block_size, self.width))
         return self.encode_gists(first.view(len(embeddings), -1, self.width), level)
 
     def encode_gists(self, gists: Tensor, level: int, seen: Seen | None = None) -> list[Tensor]:
@@ -220,7 +222,7 @@ class GistNet(Compressor):
         found = [gists]
         for own in range(2, level + 1):
             below = found[-1].reshape(-1, self.block_size, self.width)
-            found.append(self.of_level(own).encode_span(below, seen).view(len(gists), -1, self.width))
+            found.append(self.of_level(own).encode_block(below, seen).view(len(gists), -1, self.width))
         return found
 
     def of_level(self, level: int) -> "GistNet":
@@ -275,8 +277,8 @@ class GistNet(Compressor):
         """
         from .losses.contrastive import pushed_apart
 
-        gists = self.encode_span(embeddings)
+        gists = self.encode_block(embeddings)
         terms = {}
         if neighbours is not None:
-            terms["contrastive"] = pushed_apart(gists[: len(neighbours)], self.encode_span(neighbours), margin)
+            terms["contrastive"] = pushed_apart(gists[: len(neighbours)], self.encode_block(neighbours), margin)
         return gists, terms

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from megactx.lm import BaseLM, masks
 from megactx.lm.prefill import Prefill, blocks, rows_at
 
-from .carrier import Slots, Vectors
+from .carrier import KVSlots, SoftTokens
 
 
 def check_segments(starts: Tensor, lengths: Tensor, block: int, segment: int, recency: int) -> None:
@@ -47,9 +47,9 @@ def old_blocks(starts: Tensor, block: int, recency: int) -> Tensor:
     return torch.arange(block, last, block, device=starts.device).expand(len(starts), -1)
 
 
-def stream(base: BaseLM, prefill: Prefill, old: Tensor, carriers: Vectors | Slots, block: int):
+def stream(base: BaseLM, prefill: Prefill, old: Tensor, carriers: SoftTokens | KVSlots, block: int):
     """Keys and values per layer of the sink and all carriers of the blocks at old [B, M]: K + M columns."""
-    if isinstance(carriers, Slots):
+    if isinstance(carriers, KVSlots):
         return [
             tuple(torch.cat([sink[:, :, :block], slots], dim=2) for sink, slots in zip(cached, layer, strict=True))
             for cached, layer in zip(prefill.cache, carriers.layers, strict=True)
@@ -94,7 +94,13 @@ def continued(
 
 
 def with_carriers(
-    base: BaseLM, prefill: Prefill, starts: Tensor, carriers: Vectors | Slots, block: int, segment: int, recency: int
+    base: BaseLM,
+    prefill: Prefill,
+    starts: Tensor,
+    carriers: SoftTokens | KVSlots,
+    block: int,
+    segment: int,
+    recency: int,
 ) -> Tensor:
     """The sink, carriers of all blocks of ``old_blocks``, ``recency`` raw tokens: hidden [B, N, S, D]."""
     kv_cache = stream(base, prefill, old_blocks(starts, block, recency), carriers, block)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from megactx.framework.config.types import NonNegative
-from megactx.gist.carrier import Compressor, Slots, Vectors
+from megactx.gist.carrier import Compressor, KVSlots, SoftTokens
 from megactx.gist.parts import find
 from megactx.lm import BaseLM
 from megactx.lm.prefill import Prefill
@@ -40,11 +40,11 @@ class Context:
     def block(self) -> int:
         return self.nets[self.main].block_size
 
-    def carriers(self, starts: Tensor, level: int = 1) -> list[Vectors | Slots]:
+    def carriers(self, starts: Tensor, level: int = 1) -> list[SoftTokens | KVSlots]:
         """Of each net: carriers of the blocks at starts [B, N], or with ``level`` 2 of spans of K^2 tokens."""
         return [self.carrier(name, starts, level) for name in self.nets]
 
-    def carrier(self, name: str, starts: Tensor, level: int = 1) -> Vectors | Slots:
+    def carrier(self, name: str, starts: Tensor, level: int = 1) -> SoftTokens | KVSlots:
         """Those of one net. Starts are the same where they are the same tensor: comparing them would wait for it."""
         key = (name, id(starts), level)
         if key not in self._made:

@@ -8,12 +8,12 @@ from torch import Tensor
 from megactx.lm import BaseLM
 from megactx.lm.prefill import Prefill, rows_at
 
-from .carrier import Slots, Vectors
+from .carrier import KVSlots, SoftTokens
 from .substitution import slotted, substituted
 
 
 def read_carriers(
-    base: BaseLM, prefill: Prefill, starts: Tensor, carriers: Sequence[Vectors | Slots], tokens: int, horizon: int
+    base: BaseLM, prefill: Prefill, starts: Tensor, carriers: Sequence[SoftTokens | KVSlots], tokens: int, horizon: int
 ) -> Tensor:
     """Hidden states of branches in which each carrier stands for its block.
 
@@ -24,14 +24,14 @@ def read_carriers(
         horizon: H.
 
     Returns:
-        [C, B, N, H, D]; row h predicts token ``start + tokens + h``. Slots have no output row: in place of
-        their row 0 is what the base LM knows without the block, as with ``dropped``; ``carrier.first`` says where
+        [C, B, N, H, D]; row h predicts token ``start + tokens + h``. ``KVSlots`` have no output row: in place
+        of their row 0 is what the base LM knows without the block, as with ``dropped``; ``carrier.first`` says where
         scores begin.
     """
     out: list[Tensor | None] = [None] * len(carriers)
     together: dict[int, list[int]] = {}
     for index, carrier in enumerate(carriers):
-        if isinstance(carrier, Slots):
+        if isinstance(carrier, KVSlots):
             before = rows_at(prefill.hidden, starts - 1, 1)
             out[index] = torch.cat([before, slotted(base, prefill, starts, carrier.layers, tokens, horizon)], dim=2)
         else:

@@ -15,24 +15,24 @@ from torch import Tensor
 from megactx.lm import BaseLM
 from megactx.lm.prefill import Prefill, blocks, rows_at
 
-from .carrier import Vectors
+from .carrier import SoftTokens
 
 
 def mixed(
     base: BaseLM,
     prefill: Prefill,
     starts: Tensor,
-    told: Tensor,
+    copied_blocks: Tensor,
     old: Tensor,
-    carriers: Vectors,
+    carriers: SoftTokens,
     block: int,
     recency: int,
 ) -> Tensor:
-    """Hidden states that predict the block at ``told`` when it comes again at ``starts``: [B, N, K, D].
+    """Hidden states that predict the block at ``copied_blocks`` when it comes again at ``starts``: [B, N, K, D].
 
     Args:
         starts: where it comes again [B, N], on the block grid.
-        told: start of the block that is in tokens [B, N], one of the old ones.
+        copied_blocks: start of the block that is in tokens [B, N], one of the old ones.
         old: starts of all blocks that any case sees compressed [B, M], see ``history.old_blocks``.
         carriers: of these.
         recency: R, raw tokens before ``starts``.
@@ -42,7 +42,8 @@ def mixed(
     # All that a case can read, the document's tokens and then the vectors; a case is a list of places in it.
     vectors = carriers.vectors.to(prefill.hidden.dtype)
     pool = torch.cat([base.embed(prefill.ids).to(vectors.dtype), vectors], dim=1)  # [B, T + M, D]
-    many, at = (starts - recency) // block - 1, told // block - 1  # old blocks of a case, and which of them is told
+    # Old blocks of a case, and which of them is copied.
+    many, at = (starts - recency) // block - 1, copied_blocks // block - 1
     parts = (torch.full_like(at, block), at, torch.full_like(at, block), many - 1 - at)
     parts = (*parts, torch.full_like(at, recency), torch.full_like(at, block - 1))
     ends = torch.stack(parts, dim=-1).cumsum(dim=-1)  # [B, N, 6]: sink, gists, tokens, gists, raw, the copy
@@ -54,12 +55,12 @@ def mixed(
     def of(*values: Tensor) -> Tensor:  # one value [B, N] per part -> [B, N, W]
         return torch.stack([*values, nothing], dim=-1).gather(2, part)
 
-    place = of(nothing, nothing + length, told, length + at + 1, starts - recency, told) + inside
+    place = of(nothing, nothing + length, copied_blocks, length + at + 1, starts - recency, copied_blocks) + inside
     place = place.where(part < 6, 0)
     is_gist = (part == 1) | (part == 3)
     which = (place - length).clamp(0, compressed - 1)
     at_gist = (old + carriers.offset)[:, None].expand(-1, n, -1).gather(2, which)
-    position = torch.where(is_gist, at_gist, place + of(*[nothing] * 5, starts - told))
+    position = torch.where(is_gist, at_gist, place + of(*[nothing] * 5, starts - copied_blocks))
     rows = pool.gather(1, place.flatten(1)[..., None].expand(-1, -1, pool.shape[-1])).view(*place.shape, -1)
     sigma = None if carriers.sigma is None else torch.where(is_gist, carriers.sigma, 0.0).flatten(0, 1)
     lengths = ends[..., -1].flatten()
@@ -70,12 +71,12 @@ def mixed(
 
 
 @torch.no_grad()
-def full(base: BaseLM, prefill: Prefill, starts: Tensor, told: Tensor, block: int) -> Tensor:
-    """The same of the full context, which the block at ``told`` follows at ``starts``: [B, N, K, D]."""
+def full(base: BaseLM, prefill: Prefill, starts: Tensor, copied_blocks: Tensor, block: int) -> Tensor:
+    """The same of the full context, which the block at ``copied_blocks`` follows at ``starts``: [B, N, K, D]."""
     first = rows_at(prefill.hidden, starts - 1, 1)
     if block == 1:
         return first
     steps = torch.arange(block - 1, device=starts.device)
-    rows = base.embed(blocks(prefill.ids, told, block - 1)).to(prefill.hidden.dtype)
+    rows = base.embed(blocks(prefill.ids, copied_blocks, block - 1)).to(prefill.hidden.dtype)
     again = base.forward_branches(rows, starts[..., None] + steps, prefill.cache, starts)
     return torch.cat([first, again], dim=2)

@@ -28,7 +28,7 @@ class Encoder(Protocol):
 
     Three more attributes may be there. ``left_context`` (default 0): W, the number of tokens left of a block that it
     also reads, at levels >= 2 the W // K nodes left of the children; it is then called as
-    ``encode_span(children, Seen(nodes [E, W + K, D], there [E, W + K]))``, False before the start of the text.
+    ``encode_block(children, Seen(nodes [E, W + K, D], there [E, W + K]))``, False before the start of the text.
     ``of_level(level)``, where there is one, gives what makes the gists of that level.
     ``needs_hidden`` (default False): level 1 reads the base LM's hidden states, not token embeddings.
     """
@@ -36,7 +36,7 @@ class Encoder(Protocol):
     block_size: int  # K
     width: int  # D
 
-    def encode_span(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor:
+    def encode_block(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor:
         """[E, K, D] -> [E, D]"""
 
     def offset_in(self, tokens: int) -> int:
@@ -71,11 +71,11 @@ def encode(encoder: Encoder, level: int, nodes: Tensor, left: int, seen: Tensor)
     encoder = encoder.of_level(level) if hasattr(encoder, "of_level") else encoder
     with _evaluating(encoder):
         if left:
-            gists = encoder.encode_span(
+            gists = encoder.encode_block(
                 nodes[:, left:], Seen(nodes, F.pad(seen, (0, nodes.shape[1] - left), value=True))
             )
         else:
-            gists = encoder.encode_span(nodes)
+            gists = encoder.encode_block(nodes)
     if gists.shape != (len(nodes), d):
         raise ValueError(f"encoder: its gists have shape {list(gists.shape)}, expected {[len(nodes), d]}")
     return gists

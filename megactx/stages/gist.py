@@ -21,8 +21,8 @@ from megactx.framework.config.types import ArgumentsOf, Count, NonNegative, Whol
 from megactx.framework.run.next_command import next_command
 from megactx.gist import GistNet
 from megactx.gist.carrier import Compressor
-from megactx.gist.footprint import footprint, in_words
 from megactx.gist.loss import Context, build_losses, loss_kind, needed
+from megactx.gist.memory_estimate import in_words, memory_estimate
 from megactx.lm.prefill import prefill
 
 from .gist_nets import build_nets, groups_of, refuse_without_vectors
@@ -155,7 +155,7 @@ class GistStage(FrozenBaseStage):
         return self.work(batch)
 
     def amounts(self, batch: dict) -> dict:
-        spans = sum(batch[name].numel() for name in ("starts", "starts2", "segments") if name in batch)
+        spans = sum(batch[name].numel() for name in ("block_starts", "span_starts", "segments") if name in batch)
         tokens = batch["lengths"].sum()
         if "segments" in batch:  # read once more, behind what is compressed of the rest
             tokens = tokens + batch["segments"].numel() * sum(self.windows)
@@ -171,9 +171,9 @@ class GistStage(FrozenBaseStage):
         longest = data["max_tokens"] or min(LONGEST_DOCUMENT, self.base.max_positions)
         tokens, batch = (data["min_tokens"] + longest) // 2, data["batch"]
         starts = torch.full((batch, data["spans"]), tokens // 2)
-        mean = {"lengths": torch.full((batch,), tokens), "starts": starts}
+        mean = {"lengths": torch.full((batch,), tokens), "block_starts": starts}
         if data["level2_spans"]:
-            mean["starts2"] = starts[:, : data["level2_spans"]]
+            mean["span_starts"] = starts[:, : data["level2_spans"]]
         if needed(self.losses) & {"segments"}:
             mean["segments"] = torch.full((batch, data["history"]["segments"]), tokens // 2)
         return float(self._work()(mean)) * preset["accumulate"] * self.hparams.max_steps
@@ -184,7 +184,7 @@ class GistStage(FrozenBaseStage):
         flops = ", ".join(f"{name} {net.flops_per_block(self.base) / 1e6:.1f}" for name, net in self.nets.items())
         log.info("MFLOP per block of %d tokens: %s", self.main.block_size, flops)
         shape = (data.batch, data.max_tokens, data.spans + data.level2_spans, self.hparams.horizon)
-        need = in_words(footprint(self.base, self.nets.values(), *shape, self.device.type, data.history))
+        need = in_words(memory_estimate(self.base, self.nets.values(), *shape, self.device.type, data.history))
         log.info("Memory of a step with %d documents of %d tokens: %s", data.batch, data.max_tokens, need)
 
     def context(self, batch: dict) -> Context:

@@ -77,7 +77,7 @@ class Ladder(GistStage):
             parts["history"] = measure_history(self.base, rest, found, **sizes, progress=bar("histories"))
         # One segment of each document: it is fitted to all of its old blocks at once.
         if (count := ladder["history_oracle"]) and (found := segments(batches, block, count, **sizes)):
-            found = [batch | {"starts": batch["starts"][:, -1:]} for batch in found]
+            found = [batch | {"block_starts": batch["block_starts"][:, -1:]} for batch in found]
             fitted = {
                 name: HistoryOracle(**sizes, block_size=block, samples=samples, **settings)
                 for name, samples in ORACLES.items()
@@ -109,7 +109,7 @@ class Ladder(GistStage):
 def _first_blocks(batches: list[dict], count: int) -> list[dict]:
     """The first block of each document, then the second, until there are ``count``: as many documents as possible."""
     each = -(-count // len(batches))
-    kept = [batch | {"starts": batch["starts"][:, :each]} for batch in batches]
+    kept = [batch | {"block_starts": batch["block_starts"][:, :each]} for batch in batches]
     return kept[: -(-count // each)]
 
 

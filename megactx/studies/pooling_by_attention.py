@@ -26,7 +26,7 @@ from megactx.evaluation.table import Report, Sheet, Table, pivot
 from megactx.framework.bar import bar
 from megactx.framework.config.search_path import compose, root
 from megactx.framework.optimizers import warmup_cosine
-from megactx.gist.carrier import Compressor, Slots, windows
+from megactx.gist.carrier import Compressor, KVSlots, windows
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.compressors import build
 from megactx.lm import BaseLM
@@ -81,14 +81,14 @@ class Target:
         # In place of the variance of keys, which are rotated: a constant state has the rotation of every block's place.
         constant = [mean.expand(*self.starts.shape, -1) for mean in means]
         kept = keys_values(base.model.get_decoder(), constant, self.starts + net.offset)
-        self.spread = squared_error(Slots(kept), self.wanted)
+        self.spread = squared_error(KVSlots(kept), self.wanted)
 
     def error(self, base: BaseLM, net: Compressor) -> Tensor:
         """[L, 2] of what the net keeps of these blocks."""
         return squared_error(net.compress(base, self.prefill, self.starts), self.wanted)
 
 
-def squared_error(made: Slots, wanted: Slots) -> Tensor:
+def squared_error(made: KVSlots, wanted: KVSlots) -> Tensor:
     """[L, 2]: of each layer's keys and values, summed over blocks and channels."""
     pairs = [zip(*layers, strict=True) for layers in zip(made.layers, wanted.layers, strict=True)]
     return torch.stack([torch.stack([(own - other).square().sum() for own, other in pair]) for pair in pairs])
@@ -157,7 +157,7 @@ def train(
 
 
 def _read(base: BaseLM, batch: dict) -> tuple[Prefill, Tensor]:
-    ids, starts = (torch.as_tensor(batch[name]).to(base.model.device) for name in ("ids", "starts"))
+    ids, starts = (torch.as_tensor(batch[name]).to(base.model.device) for name in ("ids", "block_starts"))
     return prefill(base, ids, with_states=True), starts.sort(dim=1).values
 
 
@@ -214,7 +214,7 @@ def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     data.setup()
     held = list(data.val_dataloader())
     about = {"base": asked.base, "block_size": asked.block_size, "lr": asked.lr, "seed": asked.seed, "text": asked.path}
-    about["held"] = sum(batch["starts"].shape[1] for batch in held)
+    about["held"] = sum(batch["block_starts"].shape[1] for batch in held)
     table = train(base, nets, data.training, held, asked.steps, asked.lr)
     yield stem, Report("Can attention learn to pool?", table, sheets(table, about), LEGEND, [NOTE], about)
 

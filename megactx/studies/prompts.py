@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from megactx.gist.carrier import BYTES, Compressor, Vectors
+from megactx.gist.carrier import BYTES, Compressor, SoftTokens
 from megactx.gist.history import stream
 from megactx.lm import BaseLM, masks
 from megactx.lm.prefill import Prefill
@@ -83,7 +83,7 @@ def compressed(base: BaseLM, net: Compressor, prefill: Prefill, count: int) -> d
         return {"keys": cached(base, prefill)}
     carriers = net.compress(base, prefill, old)
     raw = torch.arange((count + 1) * block, t, device=ids.device).expand(b, -1)
-    if isinstance(carriers, Vectors):
+    if isinstance(carriers, SoftTokens):
         vectors = _vectors(base, prefill, old, carriers, block, raw)
         return {"vectors": vectors, "keys": filled(base, vectors)}
     layers = stream(base, prefill, old, carriers, block)
@@ -118,7 +118,7 @@ def greedy(base: BaseLM, prompt: Prompt, ids: Tensor, tokens: int) -> Tensor:
     return torch.stack(out, dim=1)
 
 
-def _vectors(base: BaseLM, prefill: Prefill, old: Tensor, carriers: Vectors, block: int, raw: Tensor) -> Prompt:
+def _vectors(base: BaseLM, prefill: Prefill, old: Tensor, carriers: SoftTokens, block: int, raw: Tensor) -> Prompt:
     ids, (b, t) = prefill.ids, prefill.ids.shape
     sink = torch.arange(block, device=ids.device).expand(b, -1)
     rows = [base.embed(ids[:, :block]), carriers.vectors.to(prefill.hidden.dtype), base.embed(ids[:, raw[0]])]

@@ -57,7 +57,7 @@ def test_a_block_is_in_detail_where_all_of_its_tokens_stand_raw():
     class Mean:
         block_size, width = 4, 2
 
-        def encode_span(self, children):
+        def encode_block(self, children):
             return children.mean(1)
 
         def offset_in(self, tokens):

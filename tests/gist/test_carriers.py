@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from megactx.gist.carrier import Slots
+from megactx.gist.carrier import KVSlots
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.gisting import Gisting
 from megactx.gist.carriers.gistpool import GistPool
@@ -28,7 +28,7 @@ def documents(base):
     return ids, starts, prefill(base, ids, with_states=True)
 
 
-def assert_same(one: Slots, other: Slots):
+def assert_same(one: KVSlots, other: KVSlots):
     for mine, theirs in zip(one.layers, other.layers, strict=True):
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -38,7 +38,7 @@ def assert_same(one: Slots, other: Slots):
 def test_keys_and_values_of_the_recorded_inputs_are_those_that_the_model_caches(base):
     ids, _, prefill = documents(base)
     made = keys_values(base.model.get_decoder(), prefill.states[:-1], torch.arange(100).expand(2, -1))
-    assert_same(Slots(made), Slots(prefill.cache))
+    assert_same(KVSlots(made), KVSlots(prefill.cache))
 
 
 @torch.no_grad()

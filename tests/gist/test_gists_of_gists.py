@@ -26,8 +26,8 @@ def test_loss_and_gradients_of_gists_of_gists_equal_plain_forwards(kind, mode):
 
     plain = []
     for s in starts[0].tolist():
-        below = [net.encode_span(base.embed(ids[:, a : a + k])) for a in range(s, s + span, k)]
-        gist = net.encode_span(torch.stack(below, dim=1))
+        below = [net.encode_block(base.embed(ids[:, a : a + k])) for a in range(s, s + span, k)]
+        gist = net.encode_block(torch.stack(below, dim=1))
         x = torch.cat([base.embed(ids[:, :s]), gist[:, None], base.embed(ids[:, s + span : s + span + 4])], dim=1)
         positions = torch.cat([torch.arange(s), torch.arange(s + span - 1, s + span + 4)])[None]
         sigma = net.sigma(2)

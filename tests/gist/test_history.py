@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megactx.gist import GistNet
-from megactx.gist.carrier import Vectors
+from megactx.gist.carrier import SoftTokens
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.history import check_segments, continued, old_blocks, with_carriers, with_nothing
 from megactx.lm import masks
@@ -27,7 +27,7 @@ def setting(make_base):
 
 def gists(net, base, ids, starts):
     old = old_blocks(starts, K, R)
-    return Vectors(net.encode_span(base.embed(blocks(ids, old, K)).flatten(0, 1)).view(*old.shape, -1), net.offset)
+    return SoftTokens(net.encode_block(base.embed(blocks(ids, old, K)).flatten(0, 1)).view(*old.shape, -1), net.offset)
 
 
 def fresh(base, rows, positions, keep):
@@ -38,7 +38,7 @@ def fresh(base, rows, positions, keep):
 def plain(base, net, ids, start):
     """One segment on its own: a fresh prefill of the sink, the gists of the blocks in between, the raw tokens."""
     old = torch.arange(K, start - R, K)
-    vectors = net.encode_span(torch.stack([base.embed(ids[None])[0, s : s + K] for s in old]))
+    vectors = net.encode_block(torch.stack([base.embed(ids[None])[0, s : s + K] for s in old]))
     raw = torch.arange(start - R, start + S - 1)
     rows = [base.embed(ids[:K]), vectors, base.embed(ids[raw])]
     return fresh(base, rows, [torch.arange(K), old + net.offset, raw], S)

@@ -77,12 +77,12 @@ def test_loss_and_every_gistnet_gradient_equal_the_loop(kind, horizon, position)
     ids = ids[:, : last + K + horizon]  # the last block's horizon ends with the document
 
     embedded = base.embed(blocks(ids, starts, K)).flatten(0, 1)
-    loss, numbers = packed(base, ids, starts, horizon, net.encode_span(embedded).view(1, 2, 3, WIDTH), net.offset)
+    loss, numbers = packed(base, ids, starts, horizon, net.encode_block(embedded).view(1, 2, 3, WIDTH), net.offset)
     loss.mean().backward()
     gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
     net.zero_grad()
 
-    plain, nll, full = loop(base, ids, starts, horizon, net.encode_span, net.offset)
+    plain, nll, full = loop(base, ids, starts, horizon, net.encode_block, net.offset)
     plain.mean().backward()
     torch.testing.assert_close(loss[0].view_as(plain), plain, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(numbers["nll"][0].view_as(nll), nll, rtol=1e-4, atol=1e-5)
@@ -99,14 +99,14 @@ def test_with_gaussian_rope_loss_and_every_gradient_equal_the_loop_too(kind, mod
     net = gist_net(base, "end", gaussian_rope=mode)
     ids, starts = torch.randint(3, 97, (2, 90)), torch.tensor([[64, 8], [32, 40]])
     embedded = base.embed(blocks(ids, starts, K)).flatten(0, 1)
-    vectors = net.encode_span(embedded).view(1, 2, 2, WIDTH)
+    vectors = net.encode_block(embedded).view(1, 2, 2, WIDTH)
     loss, _ = packed(base, ids, starts, horizon, vectors, net.offset, sigma=net.sigma(1))
     loss.mean().backward()
     gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
     assert ("spread.log_scale" in gradients) == (mode == "learned")
     net.zero_grad()
 
-    plain, _, _ = loop(base, ids, starts, horizon, net.encode_span, net.offset, net.sigma(1))
+    plain, _, _ = loop(base, ids, starts, horizon, net.encode_block, net.offset, net.sigma(1))
     plain.mean().backward()
     torch.testing.assert_close(loss[0].view_as(plain), plain, rtol=1e-4, atol=1e-6)
     for name, p in net.named_parameters():
@@ -154,13 +154,13 @@ def test_delta_nll_has_the_gradient_of_cross_entropy():
     base, horizon = small("llama"), 5
     net = gist_net(base, "end")
     ids, starts = torch.randint(3, 97, (1, 60)), torch.tensor([[16, 40]])
-    vectors = net.encode_span(base.embed(blocks(ids, starts, K)).flatten(0, 1)).view(1, 1, 2, WIDTH)
+    vectors = net.encode_block(base.embed(blocks(ids, starts, K)).flatten(0, 1)).view(1, 1, 2, WIDTH)
     loss, numbers = packed(base, ids, starts, horizon, vectors, net.offset, "delta_nll")
     torch.testing.assert_close(loss[0].detach(), numbers["nll"][0] - numbers["full"])
     loss.mean().backward()
     got = net.head.last.weight.grad.clone()
     net.zero_grad()
-    _, nll, _ = loop(base, ids, starts, horizon, net.encode_span, net.offset)
+    _, nll, _ = loop(base, ids, starts, horizon, net.encode_block, net.offset)
     nll.mean().backward()
     torch.testing.assert_close(got, net.head.last.weight.grad, rtol=1e-4, atol=1e-7)
 

@@ -174,14 +174,14 @@ def test_a_control_does_not_change_the_gistnets_gradient_even_through_clipping(g
 def test_the_contrastive_term_takes_only_blocks_that_have_a_right_neighbour(gist_run):
     stage = stage_of([*gist_run, "horizon.tokens=4", "contrastive.weight=1.0"])
     ids, block = torch.randint(2, 500, (1, 3 * 32 + 4)), 32
-    batch = {"ids": ids, "starts": torch.tensor([[32, 64]]), "lengths": torch.tensor([100])}
-    gists = stage.gistnet.encode_span(stage.base.embed(ids[0, 32:96].view(2, block))).view(1, 2, -1)
-    right = stage.gistnet.encode_span(stage.base.embed(ids[:, 64:96]))
+    batch = {"ids": ids, "block_starts": torch.tensor([[32, 64]]), "lengths": torch.tensor([100])}
+    gists = stage.gistnet.encode_block(stage.base.embed(ids[0, 32:96].view(2, block))).view(1, 2, -1)
+    right = stage.gistnet.encode_block(stage.base.embed(ids[:, 64:96]))
     expected = torch.relu(0.2 - (1 - torch.cosine_similarity(gists[0, :1], right))).mean()
     loss = next(loss for loss in stage.losses if loss.name == "contrastive")
     assert loss(stage.context(batch))[1]["contrastive_without_pairs"] == 0
     torch.testing.assert_close(loss(stage.context(batch))[0], expected[None])
-    values, numbers = loss(stage.context(batch | {"starts": torch.tensor([[64, 64]])}))
+    values, numbers = loss(stage.context(batch | {"block_starts": torch.tensor([[64, 64]])}))
     assert values == 0 and numbers["contrastive_without_pairs"] == 1
 
 

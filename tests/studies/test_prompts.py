@@ -71,7 +71,7 @@ def test_gists_answer_as_a_plain_prefill_of_the_entries(base, ids, count, gaussi
     assert kept["vectors"].entries == kept["keys"].entries == K + count + T - (count + 1) * K
     if gaussian_rope == "plain":  # the plain prefill has points for positions
         embedded = base.embed(prompt)
-        gists = net.encode_span(embedded[:, K : K * (count + 1)].reshape(-1, K, WIDTH)).view(B, count, -1)
+        gists = net.encode_block(embedded[:, K : K * (count + 1)].reshape(-1, K, WIDTH)).view(B, count, -1)
         rows = torch.cat([embedded[:, :K], gists, embedded[:, K * (count + 1) :]], dim=1)
         places = [torch.arange(K), torch.arange(1, count + 1) * K + net.offset, torch.arange(K * (count + 1), T)]
         wanted = plain_greedy(base, rows, torch.cat(places).expand(B, -1), rest, T, 6)

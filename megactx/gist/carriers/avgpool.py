@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from megactx.gist.carrier import Compressor, Slots, windows
+from megactx.gist.carrier import Compressor, KVSlots, windows
 from megactx.lm import BaseLM
 from megactx.lm.kv_hooks import keys_values
 from megactx.lm.prefill import Prefill
@@ -17,6 +17,6 @@ class AvgPool(Compressor):
 
     needs_hidden, makes_vectors = True, False
 
-    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> Slots:
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> KVSlots:
         pooled = [windows(states, starts, self.block_size).mean(dim=2) for states in prefill.states[:-1]]
-        return Slots(keys_values(base.model.get_decoder(), pooled, starts + self.offset))
+        return KVSlots(keys_values(base.model.get_decoder(), pooled, starts + self.offset))

@@ -4,7 +4,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from megactx.gist.carrier import Compressor, Slots
+from megactx.gist.carrier import Compressor, KVSlots
 from megactx.lm import BaseLM
 from megactx.lm.kv_hooks import keys_values, recorded, refuse_without_keys
 from megactx.lm.prefill import Prefill
@@ -59,10 +59,10 @@ class Gisting(Compressor):
         self.adapters = nn.ModuleList(adapters).requires_grad_(True)
         self._twin = (twin,)
 
-    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> Slots:
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> KVSlots:
         states = self.summaries(prefill, starts)
         inputs = states[1:] if self.shift else states[:-1]
-        return Slots(keys_values(base.model.get_decoder(), inputs, starts + self.offset))
+        return KVSlots(keys_values(base.model.get_decoder(), inputs, starts + self.offset))
 
     def summaries(self, prefill: Prefill, starts: Tensor) -> list[Tensor]:
         """The gist token's states g^0..g^L, each [B, N, D]."""

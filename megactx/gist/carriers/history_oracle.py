@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from megactx.gist.carrier import Vectors
+from megactx.gist.carrier import SoftTokens
 from megactx.gist.history import with_carriers, with_everything
 from megactx.lm import BaseLM
 from megactx.lm.chunked_head import score
@@ -39,7 +39,7 @@ class HistoryOracle(Oracle):
         self.recency = recency
 
     @torch.inference_mode(False)
-    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> Vectors:
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> SoftTokens:
         """Vectors of the blocks at starts [1, M], of one document and in order."""
         ends = starts[:, -1:] + self.block_size + self.recency
         upto = prefill.ids[:, : int(ends)].clone()  # no inference tensors in a graph
@@ -58,11 +58,11 @@ class HistoryOracle(Oracle):
         with torch.enable_grad():
             for _ in range(self.steps):
                 optimizer.zero_grad()
-                carriers = Vectors((vectors * rms).expand(len(segments), -1, -1), self.offset)
+                carriers = SoftTokens((vectors * rms).expand(len(segments), -1, -1), self.offset)
                 sizes = (self.block_size, self.horizon, self.recency)
                 hidden = with_carriers(base, whole, ends, carriers, *sizes).flatten(0, 2)
                 loss, _ = score(base, hidden[None], wanted, segments.flatten())
                 loss.mean().backward()
                 optimizer.step()
                 schedule.step()
-        return Vectors(vectors.detach() * rms, self.offset)
+        return SoftTokens(vectors.detach() * rms, self.offset)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from megactx.gist.carrier import Compressor, Vectors
+from megactx.gist.carrier import Compressor, SoftTokens
 from megactx.lm import BaseLM
 from megactx.lm.prefill import Prefill
 
@@ -13,5 +13,5 @@ class LastToken(Compressor):
     def __init__(self, block_size: int = 32):
         super().__init__(block_size, "end")
 
-    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> Vectors:
-        return Vectors(base.embed(prefill.ids.gather(1, starts + self.offset)), self.offset)
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> SoftTokens:
+        return SoftTokens(base.embed(prefill.ids.gather(1, starts + self.offset)), self.offset)

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from megactx.gist.carrier import Compressor, Vectors, windows
+from megactx.gist.carrier import Compressor, SoftTokens, windows
 from megactx.lm import BaseLM
 from megactx.lm.prefill import Prefill
 
@@ -19,8 +19,8 @@ class MeanToken(Compressor):
         super().__init__(block_size, position)
         self.rms = rms
 
-    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> Vectors:
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> SoftTokens:
         mean = windows(base.embed(prefill.ids), starts, self.block_size).float().mean(dim=2)
         if self.rms is not None:
             mean = F.rms_norm(mean, mean.shape[-1:]) * self.rms
-        return Vectors(mean, self.offset)
+        return SoftTokens(mean, self.offset)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megactx.gist.carrier import Compressor, Vectors
+from megactx.gist.carrier import Compressor, SoftTokens
 from megactx.lm import BaseLM
 from megactx.lm.chunked_head import score
 from megactx.lm.prefill import Prefill, blocks, rows_at
@@ -43,7 +43,7 @@ class Oracle(Compressor):
         self.horizon, self.samples, self.steps, self.lr, self.seed = horizon, samples, steps, lr, seed
 
     @torch.inference_mode(False)
-    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> Vectors:
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> SoftTokens:
         ends = starts + self.block_size
         ids = (
             self._sampled(base, prefill, ends) if self.samples else blocks(prefill.ids, ends, self.horizon)[:, :, None]
@@ -67,7 +67,7 @@ class Oracle(Compressor):
                 (loss.sum() / (ids.shape[2] * self.horizon)).backward()
                 optimizer.step()
                 schedule.step()
-        return Vectors(vectors.detach() * rms, self.offset)
+        return SoftTokens(vectors.detach() * rms, self.offset)
 
     @torch.no_grad()
     def _sampled(self, base: BaseLM, prefill, ends: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ class Block(Loss):
         ValueError: an unknown objective, a weight outside 0 to 1; when called, a block that is not eligible.
     """
 
-    needs = ("starts",)
-    starts, level = "starts", 1  # the entry of the batch, and what its spans are: K^level tokens
+    needs = ("block_starts",)
+    starts, level = "block_starts", 1  # the entry of the batch, and what its spans are: K^level tokens
 
     def __init__(self, weight: NonNegative = 1.0, objective: Literal[OBJECTIVES] = "kl", seam_weight: Share = 1.0):
         super().__init__(weight)

@@ -24,7 +24,7 @@ class Contrastive(Loss):
         ValueError: a weight below 0; with the data, no document has room for a block with a right neighbour.
     """
 
-    needs = ("starts",)
+    needs = ("block_starts",)
     main_vectors = True
     setting = "contrastive"
 
@@ -34,7 +34,7 @@ class Contrastive(Loss):
         self.without_pairs = 0  # batches in which no block had a right neighbour, since the run began
 
     def __call__(self, context: Context) -> tuple[Tensor, dict[str, Tensor | float]]:
-        starts, lengths, block = context.batch["starts"], context.batch["lengths"], context.block
+        starts, lengths, block = context.batch["block_starts"], context.batch["lengths"], context.block
         gists = context.carrier(context.main, starts).vectors
         right = starts + block
         paired = right + block <= lengths[:, None]

@@ -12,9 +12,9 @@ from .block import Block
 class Level2(Block):
     """Spans of K^2 tokens, each replaced by the gist of its K gists. Arguments as of ``Block``."""
 
-    needs = ("starts2",)
+    needs = ("span_starts",)
     main_vectors = True
-    starts, level = "starts2", 2
+    starts, level = "span_starts", 2
 
     def __init__(self, weight: NonNegative = 0.0, objective: Literal[OBJECTIVES] = "kl", seam_weight: Share = 1.0):
         super().__init__(weight, objective, seam_weight)

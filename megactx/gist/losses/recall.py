@@ -23,7 +23,7 @@ class Recall(Loss):
         recency: R, raw tokens before the copy, as of history mode, whose carriers it shares.
     """
 
-    needs = ("segments", "told")
+    needs = ("segments", "copied_blocks")
     all_vectors = True
 
     def __init__(self, weight: NonNegative = 0.0, recency: Count = 256):
@@ -36,11 +36,11 @@ class Recall(Loss):
 
     def __call__(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         base, prefill, block = context.base, context.prefill, context.block
-        starts, told = context.batch["segments"], context.batch["told"]
+        starts, copied_blocks = context.batch["segments"], context.batch["copied_blocks"]
         old = old_of(context, self.recency)
         each = context.carriers(old)
-        hidden = [mixed(base, prefill, starts, told, old, own, block, self.recency) for own in each]
-        again = blocks(prefill.ids, told, block).flatten()
-        known = full(base, prefill, starts, told, block).flatten(0, 2)
+        hidden = [mixed(base, prefill, starts, copied_blocks, old, own, block, self.recency) for own in each]
+        again = blocks(prefill.ids, copied_blocks, block).flatten()
+        known = full(base, prefill, starts, copied_blocks, block).flatten(0, 2)
         losses = score(base, torch.stack(hidden).flatten(1, 3), known, again, "delta_nll")[0].mean(dim=1)
         return losses, self.numbers(context, losses, losses)

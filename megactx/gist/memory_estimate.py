@@ -27,7 +27,7 @@ from megactx.lm.chunked_head import CHUNK_ELEMENTS
 from megactx.lm.packed_attention import ROWS_PER_GROUP
 
 
-def footprint(
+def memory_estimate(
     base: BaseLM,
     nets: Iterable[nn.Module],
     batch: int,
@@ -85,7 +85,7 @@ def footprint(
 
 
 def in_words(parts: dict[str, float]) -> str:
-    """``footprint`` as one line: the sum, and each part, in GB (1e9 bytes), or MB where that is too coarse."""
+    """``memory_estimate`` as one line: the sum, and each part, in GB (1e9 bytes), or MB where that is too coarse."""
     total = sum(parts.values())
     unit, size = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6)
     each = ", ".join(f"{name} {value / size:.1f}" for name, value in parts.items())
