@@ -17,10 +17,10 @@ from torch import Tensor
 
 from megactx.focus import moves
 from megactx.focus.allocator import FocusAllocator
+from megactx.focus.edit_labels import continuation_nll, measure_values
 from megactx.focus.layout import by_value, free_edits
 from megactx.focus.lensnet import LensNet
 from megactx.focus.price import price, signed_scores
-from megactx.focus.values import continuation_nll, measure_values
 from megactx.lm import BaseLM
 from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree, WorkingContext

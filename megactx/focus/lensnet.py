@@ -25,8 +25,8 @@ from megactx.gist.parts import find
 from megactx.lm.gaussian_rope import LODS, PositionSpread
 from megactx.memory import WorkingContext
 
-from .content import contents
 from .edits import Moves, moves
+from .mean_embeddings import window_mean_embeddings
 from .price import price, signed_scores
 
 # An old entry and the question lie thousands of tokens apart. Pairs of channels that turn with position cannot tell
@@ -60,7 +60,7 @@ class LensNet(nn.Module):
         head: a file of ``megactx/focus/heads``.
         dropout: inside the blocks.
         gaussian_rope: ``plain``, ``damped`` or ``learned``: how wide the positions of gists are.
-        content: also read the mean embedding of the tokens that an entry stands for, see ``contents``.
+        content: also read the mean embedding of the tokens that an entry stands for, see ``window_mean_embeddings``.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -110,7 +110,7 @@ class LensNet(nn.Module):
         self.register_buffer("updates", torch.tensor(0))
 
     def forward(
-        self, embeddings: Tensor, lods: Tensor, distance: Tensor, there: Tensor, content: Tensor | None = None
+        self, embeddings: Tensor, lods: Tensor, distance: Tensor, there: Tensor, mean_embeddings: Tensor | None = None
     ) -> Tensor:
         """Values of every entry, legal or not.
 
@@ -119,7 +119,7 @@ class LensNet(nn.Module):
             lods: [B, W].
             distance: tokens from where each entry sits to the end of its row, [B, W].
             there: which entries are none of the padding, bool [B, W].
-            content: of ``contents``, [B, W, D]; read where the net was built for it.
+            mean_embeddings: of ``window_mean_embeddings``, [B, W, D]; read where the net was built for it.
 
         Returns:
             [B, W, 2], v_down and v_keep in nats; 0 in the padding.
@@ -129,7 +129,7 @@ class LensNet(nn.Module):
         x = F.rms_norm(torch.where(there[..., None], embeddings, 0.0).float(), (self.width,))
         features = torch.stack([wide, far], dim=-1)
         if self.content is not None:
-            special, like = _alike(content, lods, there, self.block_size)
+            special, like = _alike(mean_embeddings, lods, there, self.block_size)
             features = torch.cat([features, like], dim=-1)
             x = x + self.content(special * self.width**0.5)
         x = x + self.lod(lods.clamp(max=LODS)) + self.place(features)
@@ -140,33 +140,33 @@ class LensNet(nn.Module):
         values = (self.last(self.head(self.norm(x))) + self.direct(features)).float()
         return torch.where(there[..., None], values, 0.0)
 
-    def read(self, context: WorkingContext, content: Tensor | None = None) -> Tensor:
-        """The same for a working context: [B, W, 2]; ``content`` where it is known already."""
+    def read(self, context: WorkingContext, mean_embeddings: Tensor | None = None) -> Tensor:
+        """The same for a working context: [B, W, 2]; ``mean_embeddings`` where it is known already."""
         distance = context.ends()[:, None] - context.positions()
-        if content is None and self.content is not None:
-            content = contents(context)
-        return self(context.to_tensor(), context.lods(), distance, context.there, content)
+        if mean_embeddings is None and self.content is not None:
+            mean_embeddings = window_mean_embeddings(context)
+        return self(context.to_tensor(), context.lods(), distance, context.there, mean_embeddings)
 
     def likeness(self, context: WorkingContext) -> Tensor:
         """The most that each entry's block, or its left neighbour, is like any question: [B, W], see ``_alike``."""
-        return _alike(contents(context), context.lods(), context.there, self.block_size)[1].amax(-1)
+        return _alike(window_mean_embeddings(context), context.lods(), context.there, self.block_size)[1].amax(-1)
 
     def score(
         self,
         context: WorkingContext,
         legal: Moves | None = None,
         margin: float | Tensor = 0.0,
-        content: Tensor | None = None,
+        mean_embeddings: Tensor | None = None,
     ) -> Scores:
         """Values, the price at which they fit the budget, and signed scores.
 
         Args:
             legal: what may be done; ``None``: what ``moves`` says.
             margin: of ``price``.
-            content: of ``contents``, where it is known already.
+            mean_embeddings: of ``window_mean_embeddings``, where it is known already.
         """
         legal = moves(context) if legal is None else legal
-        v_down, v_keep = masked(self.read(context, content), legal)
+        v_down, v_keep = masked(self.read(context, mean_embeddings), legal)
         now = price(v_down, v_keep, legal, context.budget - context.lengths, self.block_size, margin)
         return Scores(v_down, v_keep, now, signed_scores(v_down, v_keep, legal, now, self.tau))
 
@@ -186,9 +186,9 @@ class LensNet(nn.Module):
         self.tau.clamp_(min=1e-4)
 
 
-def _blockwise(content: Tensor, lods: Tensor, there: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Raw tokens are judged by the block that they are of: content [B, W, D] with its mean in place of theirs, and the
-    column at which each entry's block begins, [B, W].
+def _blockwise(mean_embeddings: Tensor, lods: Tensor, there: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Raw tokens are judged by the block that they are of: mean embeddings [B, W, D], with its own in place of
+    theirs, and the column at which each entry's block begins, [B, W].
 
     A run of raw tokens begins on the grid of blocks, so every K-th of it begins one; only the last may be partial.
     """
@@ -197,26 +197,28 @@ def _blockwise(content: Tensor, lods: Tensor, there: Tensor, block_size: int) ->
     raw = lods == 0
     begin = torch.where(raw, -1, column).cummax(1).values + 1  # of the run
     begin = torch.where(raw, column - (column - begin) % block_size, column)
-    content = torch.where(there[..., None], content, 0.0).float()
-    total = torch.zeros_like(content).scatter_add_(1, begin[..., None].expand_as(content), content)
-    count = torch.zeros(b, w, device=content.device).scatter_add_(1, begin, there.float())
+    mean_embeddings = torch.where(there[..., None], mean_embeddings, 0.0).float()
+    total = torch.zeros_like(mean_embeddings).scatter_add_(
+        1, begin[..., None].expand_as(mean_embeddings), mean_embeddings
+    )
+    count = torch.zeros(b, w, device=mean_embeddings.device).scatter_add_(1, begin, there.float())
     mean = total / count.clamp(min=1)[..., None]
     return mean.gather(1, begin[..., None].expand_as(mean)), begin
 
 
-def _alike(content: Tensor, lods: Tensor, there: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def _alike(mean_embeddings: Tensor, lods: Tensor, there: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """What sets each entry's block apart from the window's, [B, W, D] of length 1; and how alike it, and the block to
     its left, and the newest entries are: [B, W, 2 x questions].
 
     Cosines with the mean of the newest, in standard deviations from what is usual in this window. Every block counts
     once, raw or not.
     """
-    blocks, begin = _blockwise(content, lods, there, block_size)
+    blocks, begin = _blockwise(mean_embeddings, lods, there, block_size)
     weight = there / torch.where(lods == 0, block_size, 1)
     weight = (weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[..., None]
     mean = (blocks * weight).sum(1, keepdim=True)
     special = torch.where(there[..., None], F.normalize(blocks - mean, dim=-1), 0.0)
-    own = torch.where(there[..., None], content.float() - mean, 0.0)
+    own = torch.where(there[..., None], mean_embeddings.float() - mean, 0.0)
     behind = there.flip(1).cumsum(1).flip(1)  # entries from this one to the last
     asked = [F.normalize((own * (there & (behind <= n))[..., None]).sum(1), dim=-1) for n in QUESTIONS]
     like = torch.einsum("bwd,bqd->bwq", special, torch.stack(asked, dim=1))

@@ -23,7 +23,7 @@ from megactx.lm.chunked_head import score
 from megactx.lm.prefill import Prefill
 from megactx.memory import WorkingContext
 
-from .rows import lay_out
+from .window_rows import lay_out
 
 ENCODED = 64  # blocks that are encoded at once
 LEVEL = 2**40  # a node as one number: level x this + index

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from megactx.data.joint_module import PICKS, SPANS, WINDOWS
 from megactx.focus.allocator import FocusAllocator
+from megactx.focus.label_files import load
 from megactx.focus.packed import Windows, accumulated, continuation_loss, encode_shown
 from megactx.focus.sampling import KINDS, draw
-from megactx.focus.states import load
-from megactx.focus.variants import same_rows
+from megactx.focus.window_variants import same_rows
 from megactx.framework.config.types import AtLeast2, Count, Whole
 from megactx.framework.files import IN_RUN, replacing
 from megactx.gist.loss import Context
@@ -31,8 +31,8 @@ from megactx.gist.losses.block import Block
 from megactx.lm.adapters import adapters_of
 
 from .joint import JointStage
+from .lens_labels import ensure, folder_of, measuring_flops, sizes_ahead
 from .lens_losses import value_losses
-from .lens_states import ensure, folder_of, measuring_flops, sizes_ahead
 from .phases import Place, Schedule
 from .window_work import WindowWork
 from .work import Work
@@ -138,9 +138,9 @@ class AlternatingStage(JointStage):
         """Measured values of edits."""
         paths = self._windows(place)
         chosen = [paths[i] for i in (picks.double().cpu() * len(paths)).long().tolist()]
-        states = load(chosen, self.base)
-        self._read = tuple(states.there.shape)
-        losses = value_losses(self.lens, states, learn=True)
+        batch = load(chosen, self.base)
+        self._read = tuple(batch.there.shape)
+        losses = value_losses(self.lens, batch, learn=True)
         for name, loss in losses.items():
             self.log(f"train/lens/{name}", loss.detach(), prog_bar=name == "loss")
         return losses["loss"]

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from megactx.focus.packed import Windows, accumulated, continuation_loss, encode_shown, unique_windows
-from megactx.focus.variants import Variants, focus_losses, make_variants, same_rows
+from megactx.focus.window_variants import WindowVariants, focus_losses, make_variants, same_rows
 from megactx.framework.config.types import Count, NonNegative
 
 from .joint import JointStage
-from .lens_states import sizes_ahead
+from .lens_labels import sizes_ahead
 from .window_work import WindowWork
 
 SOFT = {"lod1": 1, "lod2": 2}  # term -> level of the gist that is predicted
@@ -138,7 +138,7 @@ class EndToEndStage(JointStage):
         watched["kinds"] = torch.tensor(float(len(found)))
         return {"loss": total + asked.weights["lens"] * focus["loss"]} | terms | watched
 
-    def read(self, variants: Variants, document, ids: Tensor, cursor: int) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, variants: WindowVariants, document, ids: Tensor, cursor: int) -> tuple[Tensor, Tensor, Tensor]:
         """The packed pass: (the weighted loss, numbers of each kind of window [U, 5], the kind of each variant [N2]).
 
         Numbers are the NLL, that over the full context, the loss, and both soft terms, in nats but for the last two.

@@ -24,8 +24,8 @@ from megactx.evaluation.focus import focused
 from megactx.evaluation.measure import measure
 from megactx.evaluation.metrics import BODY
 from megactx.evaluation.table import Report
+from megactx.focus.edit_labels import continuation_nll
 from megactx.focus.lensnet import LensNet
-from megactx.focus.values import continuation_nll
 from megactx.framework.bar import bar
 from megactx.gist import GistNet
 from megactx.lm import BaseLM

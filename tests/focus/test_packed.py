@@ -6,7 +6,7 @@ from windows import VOCABULARY, K, gistnet, small_base
 
 from megactx.focus.lensnet import LensNet
 from megactx.focus.packed import Windows, accumulated, continuation_loss, encode_shown, unique_windows
-from megactx.focus.variants import focus_losses, make_variants, same_rows
+from megactx.focus.window_variants import focus_losses, make_variants, same_rows
 from megactx.lm.adapters import adapt, adapters_of
 from megactx.lm.prefill import unread
 from megactx.memory import WorkingContext

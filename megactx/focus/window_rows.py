@@ -14,7 +14,7 @@ from megactx.memory import WorkingContext
 
 
 @dataclass(frozen=True)
-class Rows:
+class WindowRows:
     """What is read of each row, in two parts: entries, padded on the right, and behind the padding what follows."""
 
     embeddings: Tensor  # [B, W + H - 1, D]
@@ -39,7 +39,7 @@ class Rows:
         return taken(hidden, self.lengths[:, None] - 1 + torch.arange(self.horizon, device=self.lengths.device))
 
 
-def rows_of(base: BaseLM, context: WorkingContext, following: Tensor) -> Rows:
+def rows_of(base: BaseLM, context: WorkingContext, following: Tensor) -> WindowRows:
     """Rows of working contexts, with the gists that their tree keeps; see ``lay_out``."""
     entries = (context.to_tensor(), context.positions(), context.lods(), context.lengths, context.ends())
     return lay_out(base, *entries, following, context.tree.encoder)
@@ -54,7 +54,7 @@ def lay_out(
     ends: Tensor,
     following: Tensor,
     encoder,
-) -> Rows:
+) -> WindowRows:
     """Rows at absolute positions.
 
     Args:
@@ -74,7 +74,7 @@ def lay_out(
     after = torch.arange(horizon - 1, device=following.device)
     sigma = spread(lods) if spread is not None else None
     place, length = torch.arange(w + horizon - 1, device=following.device).expand(b, -1), lengths[:, None]
-    return Rows(
+    return WindowRows(
         embeddings=torch.cat([entries, base.embed(following[:, :-1])], dim=1),
         positions=torch.cat([positions, ends[:, None] + after], dim=1),
         sigma=None if sigma is None else F.pad(sigma, (0, horizon - 1)),

@@ -23,7 +23,7 @@ from megactx.lm.chunked_head import nll
 from megactx.memory import WorkingContext
 
 from .edits import Edits, column_of
-from .rows import rows_of, taken
+from .window_rows import rows_of, taken
 
 ROWS = {"cpu": 2048, "cuda": 65_536}  # of one packed pass: enough to fill the machine, no more memory than that
 

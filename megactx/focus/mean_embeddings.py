@@ -18,17 +18,17 @@ TOKENS = 2**16  # that are embedded at once
 
 
 @torch.no_grad()
-def contents(context: WorkingContext) -> Tensor:
+def window_mean_embeddings(context: WorkingContext) -> Tensor:
     """The mean embedding of the tokens of each entry, [B, W, D] in fp32; of a token its own; 0 in the padding."""
     row, column = context.there.nonzero().unbind(1)
-    found = node_contents(context.tree, row, context.lod[row, column], context.index[row, column])
+    found = node_mean_embeddings(context.tree, row, context.lod[row, column], context.index[row, column])
     out = found.new_zeros(*context.lod.shape, context.tree.width)
     out[row, column] = found
     return out
 
 
 @torch.no_grad()
-def node_contents(tree: MegaContextTree, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
+def node_mean_embeddings(tree: MegaContextTree, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
     """The same for nodes, row, lod and index [M] -> [M, D]."""
     embed, out = embedder(tree.base), torch.zeros(len(lod), tree.width, device=lod.device)
     for level in lod.unique().tolist():

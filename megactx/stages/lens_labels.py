@@ -7,9 +7,9 @@ import torch
 
 from megactx.focus import moves
 from megactx.focus.allocator import FocusAllocator
+from megactx.focus.edit_labels import measure_values
+from megactx.focus.label_files import save
 from megactx.focus.sampling import KINDS, draw, measured_share
-from megactx.focus.states import save
-from megactx.focus.values import measure_values
 from megactx.framework.bar import bar
 from megactx.memory import MegaContextTree
 

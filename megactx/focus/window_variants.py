@@ -23,26 +23,26 @@ from megactx.lm.prefill import Prefill
 from megactx.memory import MegaContextTree, WorkingContext
 
 from .allocator import FocusAllocator
-from .content import contents
 from .edits import Edits, moves
+from .label_files import LensBatch
 from .lensnet import LensNet, masked
+from .mean_embeddings import window_mean_embeddings
 from .objectives import value_loss
 from .packed import ENCODED
 from .price import price, signed_scores
 from .sampling import draw, one_per_row
-from .states import States
 
 TEMPERATURE = 0.1  # of the edits that are drawn, in units of the score
 
 
 @dataclass(frozen=True)
-class Variants:
+class WindowVariants:
     """Sources, their variants, and the edits between them."""
 
     sources: WorkingContext  # N1 rows
     context: WorkingContext  # N2 rows; variants r x N2 / N1 ... of source r
     edits: Edits  # by row of ``context``
-    states: States  # LensNet's view of the sources, and of all edits; their values are not known yet
+    batch: LensBatch  # LensNet's view of the sources, and of all edits; their labels are not known yet
 
     @property
     def each(self) -> int:
@@ -70,7 +70,7 @@ def same_rows(net: GistNet, base: BaseLM, prefill: Prefill, *rows: int) -> tuple
 
 def make_variants(
     trees: tuple[MegaContextTree, MegaContextTree], budget: int, lens: LensNet, allocator: dict, generator: Generator
-) -> Variants:
+) -> WindowVariants:
     """Draw sources, and edit them.
 
     Args:
@@ -88,9 +88,9 @@ def make_variants(
     legal = moves(sources, allocator.get("protected", 128))
     seed = int(torch.randint(2**31, (), generator=generator))
     allocator = FocusAllocator(**allocator | {"temperature": TEMPERATURE, "cooldown": 0, "seed": seed})
-    states = _states(sources, legal)
+    batch = _batch(sources, legal)
     with torch.no_grad():
-        values = lens(states.embeddings, states.lods, states.distance, states.there, states.content)
+        values = lens(batch.embeddings, batch.lods, batch.distance, batch.there, batch.mean_embeddings)
         down, keep = masked(values, legal)
         slack, margin = sources.budget - sources.lengths, allocator.margin(lens.tau)
         now = price(down, keep, legal, slack, few.block_size, margin)
@@ -103,12 +103,14 @@ def make_variants(
     edits = edits[(number[edits.row] > 0) & ~random[edits.row]]
     edits = _joined(edits, _random(context, random & (number > 0), allocator.protected, generator))
     # An expand is of a gist of the source, and a collapse of siblings in it: both are found there.
-    states = _states(sources, legal, edits, edits.row // each)
+    batch = _batch(sources, legal, edits, edits.row // each)
     edits.apply(context)
-    return Variants(sources, context, edits, states)
+    return WindowVariants(sources, context, edits, batch)
 
 
-def focus_losses(lens: LensNet, variants: Variants, nll: Tensor, weight: float, choice: float) -> dict[str, Tensor]:
+def focus_losses(
+    lens: LensNet, variants: WindowVariants, nll: Tensor, weight: float, choice: float
+) -> dict[str, Tensor]:
     """What LensNet should have said of the edits, now that each variant was measured.
 
     Args:
@@ -121,11 +123,11 @@ def focus_losses(lens: LensNet, variants: Variants, nll: Tensor, weight: float, 
         edits of a variant gained together; ``loss``, their weighted sum; and without gradient ``gained``, nats that WC*
         is better than its source.
     """
-    states, each, rows = variants.states, variants.each, len(nll)
-    values = lens(states.embeddings, states.lods, states.distance, states.there, states.content)
-    worth = states.estimates(values, lens.block_size)
+    batch, each, rows = variants.batch, variants.each, len(nll)
+    values = lens(batch.embeddings, batch.lods, batch.distance, batch.there, batch.mean_embeddings)
+    worth = batch.estimates(values, lens.block_size)
     # An expand gains what its detail is worth, a collapse loses it.
-    worth = torch.where(states.expand, worth, -worth)
+    worth = torch.where(batch.expand, worth, -worth)
     expected = torch.zeros(rows, device=nll.device).index_add(0, variants.edits.row, worth)
     count = torch.bincount(variants.edits.row, minlength=rows)
     entries = variants.sources.lengths.repeat_interleave(each)
@@ -170,7 +172,7 @@ def _joined(first: Edits, second: Edits) -> Edits:
 
 
 @torch.no_grad()
-def _states(context: WorkingContext, legal, edits: Edits | None = None, row: Tensor | None = None) -> States:
+def _batch(context: WorkingContext, legal, edits: Edits | None = None, row: Tensor | None = None) -> LensBatch:
     from .edits import column_of
 
     nothing = torch.empty(0, dtype=torch.long, device=context.lod.device)
@@ -179,15 +181,15 @@ def _states(context: WorkingContext, legal, edits: Edits | None = None, row: Ten
         first = torch.where(edits.expand, edits.index, edits.index * context.tree.block_size)
         column = column_of(context, row, edits.lod - (~edits.expand).long(), first)
         expand = edits.expand
-    return States(
+    return LensBatch(
         embeddings=context.to_tensor(),
         lods=context.lods(),
         distance=context.ends()[:, None] - context.positions(),
         there=context.there,
-        content=contents(context),
+        mean_embeddings=window_mean_embeddings(context),
         legal=legal,
         row=nothing if row is None else row,
         column=column,
         expand=expand,
-        values=nothing.float(),
+        labels=nothing.float(),
     )

@@ -8,12 +8,12 @@ length of the history.
 import torch
 from torch import Tensor
 
-from megactx.focus.content import node_contents
+from megactx.focus.mean_embeddings import node_mean_embeddings
 from megactx.memory import WorkingContext
 
 
-class Contents:
-    """``focus.content.contents`` with a memory of the last window."""
+class MeanEmbeddingCache:
+    """``window_mean_embeddings`` with a memory of the last window."""
 
     def __init__(self):
         self.nodes: Tensor | None = None  # [M], ascending names
@@ -32,7 +32,7 @@ class Contents:
             known = self.nodes[place] == name
             out[known] = self.values[place[known]]
         if not known.all():
-            out[~known] = node_contents(context.tree, row[~known], lod[~known], index[~known])
+            out[~known] = node_mean_embeddings(context.tree, row[~known], lod[~known], index[~known])
         gists = lod > 0  # tokens are one look-up each, and there are many
         self.nodes, order = name[gists].sort()
         self.values = out[gists][order]
