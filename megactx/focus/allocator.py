@@ -103,9 +103,9 @@ class FocusAllocator:
         """
         if scores.shape != context.lod.shape:
             raise ValueError(f"scores have shape {list(scores.shape)}, expected {list(context.lod.shape)}")
-        if not (scores.isfinite() | ~context.there).all():
+        if not (scores.isfinite() | ~context.mask).all():
             raise ValueError("scores: NaN or infinite ones are not allowed")
-        scores, k = torch.where(context.there, scores, 0).float(), context.tree.block_size
+        scores, k = torch.where(context.mask, scores, 0).float(), context.tree.block_size
         legal = moves(context, self.protected)
         means = _of_siblings(scores, k).mean(-1)
         wanted = legal.expand & (scores > self.threshold) & self._rested(context, legal, True)

@@ -103,7 +103,7 @@ class _Read:
             while stop < places.shape[1] and b * (stop + 1 - done) * max(r, longest[stop]) <= most:
                 r, stop = max(r, longest[stop]), stop + 1
             place = places[:, done:stop]
-            there, e = place >= 0, place.clamp(min=0)
+            mask, e = place >= 0, place.clamp(min=0)
             done = stop
             source = self._source(edits, e, first[e], comes[e], goes[e], rest[e], r)
             extra = self._replacements(edits, e)
@@ -111,14 +111,14 @@ class _Read:
                 self._gathered(self.rows.embeddings, extra[0], source),
                 self._gathered(self.rows.positions, extra[1], source),
                 kv_cache,
-                torch.where(there, first[e], 0),
+                torch.where(mask, first[e], 0),
                 sigma=None if self.rows.sigma is None else self._gathered(self.rows.sigma, extra[2], source),
             )
             scored = (comes + rest)[e][..., None] - 1 + torch.arange(self.horizon, device=e.device)  # [B, n, H]
             scored = scored.clamp(max=r - 1)
             hidden = hidden.gather(2, scored[..., None].expand(*scored.shape, hidden.shape[-1]))
             nll = self._nll(hidden, self.following[:, None].expand_as(scored)).mean(-1)
-            yield place[there], nll[there]
+            yield place[mask], nll[mask]
 
     def _source(self, edits, e, first, comes, goes, rest, rows: int) -> Tensor:
         """Where each row of a branch comes from, [B, n, R]: of the window, what follows, and replacements behind."""

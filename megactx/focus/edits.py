@@ -53,7 +53,7 @@ class Edits:
                 column = column_of(context, part.row, part.lod, part.index)
                 at = column.clamp(max=context.lod.shape[1] - 1)
                 same = (context.lod[part.row, at] == part.lod) & (context.index[part.row, at] == part.index)
-                same &= context.there[part.row, at]
+                same &= context.mask[part.row, at]
                 if not same.all():
                     wrong = part[~same]
                     raise ValueError(
@@ -91,12 +91,12 @@ def moves(context: WorkingContext, protected: int = PROTECTED) -> Moves:
     Args:
         protected: newest tokens of each row that do not collapse.
     """
-    lod, index, there, k = context.lod, context.index, context.there, context.tree.block_size
+    lod, index, mask, k = context.lod, context.index, context.mask, context.tree.block_size
     b, w = lod.shape
     column = torch.arange(w, device=lod.device)
     # By contiguity, between the first and the K-th sibling K entries apart there are the others, and nothing else.
     last = (column + k - 1).clamp(max=w - 1).expand(b, w)
-    whole = there & (column + k <= w) & there.gather(1, last) & (index % k == 0)
+    whole = mask & (column + k <= w) & mask.gather(1, last) & (index % k == 0)
     whole &= (lod.gather(1, last) == lod) & (index.gather(1, last) == index + k - 1)
     end = (index + k) * context.widths()
     whole &= end <= (context.ends() - protected)[:, None]
@@ -105,12 +105,12 @@ def moves(context: WorkingContext, protected: int = PROTECTED) -> Moves:
     row, lead = row[legal], lead[legal]
     first = torch.full_like(lod, -1)
     first[row[:, None], lead[:, None] + torch.arange(k, device=lod.device)] = lead[:, None].expand(-1, k)
-    return Moves(expand=there & (lod > 0), first=first)
+    return Moves(expand=mask & (lod > 0), first=first)
 
 
 def column_of(context: WorkingContext, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
     """Where nodes (lod, index) [E] stand in their rows [E], or where the first of their descendants does: [E]."""
     start = index * context.tree.block_size**lod
     far = torch.iinfo(torch.long).max
-    starts = torch.where(context.there, context.starts(), far)
+    starts = torch.where(context.mask, context.starts(), far)
     return torch.searchsorted(starts[row], start[:, None].contiguous())[:, 0]

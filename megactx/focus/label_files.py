@@ -28,7 +28,7 @@ class LensBatch:
     embeddings: Tensor  # [B, W, D]
     lods: Tensor  # [B, W]
     distance: Tensor  # [B, W], tokens to the end
-    there: Tensor  # [B, W] bool
+    mask: Tensor  # [B, W] bool
     mean_embeddings: Tensor  # [B, W, D], see ``window_mean_embeddings``
     legal: Moves
     row: Tensor  # [E], of each measured edit
@@ -85,7 +85,7 @@ def load(paths: list[Path], base: BaseLM) -> LensBatch:
         rows = [torch.nn.functional.pad(file[name].long(), (0, w - len(file[name])), value=value) for file in files]
         return torch.stack(rows)
 
-    there = torch.arange(w, device=device) < lengths[:, None]
+    mask = torch.arange(w, device=device) < lengths[:, None]
     lods, ids = padded("lod", 0), padded("ids", 0)
     with torch.no_grad():
         embeddings = base.embed(ids.clamp(min=0)).clone()
@@ -97,9 +97,9 @@ def load(paths: list[Path], base: BaseLM) -> LensBatch:
         embeddings=embeddings,
         lods=lods,
         distance=padded("distance", 0),
-        there=there,
+        mask=mask,
         mean_embeddings=mean_embeddings,
-        legal=Moves(there & (lods > 0), padded("first", -1)),
+        legal=Moves(mask & (lods > 0), padded("first", -1)),
         row=torch.repeat_interleave(counts),
         column=torch.cat([file["column"] for file in files]).long(),
         expand=torch.cat([file["expand"] for file in files]),

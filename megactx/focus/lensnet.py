@@ -110,7 +110,7 @@ class LensNet(nn.Module):
         self.register_buffer("updates", torch.tensor(0))
 
     def forward(
-        self, embeddings: Tensor, lods: Tensor, distance: Tensor, there: Tensor, mean_embeddings: Tensor | None = None
+        self, embeddings: Tensor, lods: Tensor, distance: Tensor, mask: Tensor, mean_embeddings: Tensor | None = None
     ) -> Tensor:
         """Values of every entry, legal or not.
 
@@ -118,7 +118,7 @@ class LensNet(nn.Module):
             embeddings: what the base LM reads, [B, W, D].
             lods: [B, W].
             distance: tokens from where each entry sits to the end of its row, [B, W].
-            there: which entries are none of the padding, bool [B, W].
+            mask: which entries are none of the padding, bool [B, W].
             mean_embeddings: of ``window_mean_embeddings``, [B, W, D]; read where the net was built for it.
 
         Returns:
@@ -126,30 +126,30 @@ class LensNet(nn.Module):
         """
         far = torch.log2(1 + distance.float()) / 10
         wide = lods.float() * math.log2(self.block_size) / 10
-        x = F.rms_norm(torch.where(there[..., None], embeddings, 0.0).float(), (self.width,))
+        x = F.rms_norm(torch.where(mask[..., None], embeddings, 0.0).float(), (self.width,))
         features = torch.stack([wide, far], dim=-1)
         if self.content is not None:
-            special, like = _alike(mean_embeddings, lods, there, self.block_size)
+            special, like = _alike(mean_embeddings, lods, mask, self.block_size)
             features = torch.cat([features, like], dim=-1)
             x = x + self.content(special * self.width**0.5)
         x = x + self.lod(lods.clamp(max=LODS)) + self.place(features)
         sigma = self.spread(lods)
-        mask, positions = there[:, None, None], -distance.float()[:, None]
+        seen, positions = mask[:, None, None], -distance.float()[:, None]
         for block in self.blocks:
-            x = block(x, positions, mask, None if sigma is None else sigma[:, None])
+            x = block(x, positions, seen, None if sigma is None else sigma[:, None])
         values = (self.last(self.head(self.norm(x))) + self.direct(features)).float()
-        return torch.where(there[..., None], values, 0.0)
+        return torch.where(mask[..., None], values, 0.0)
 
     def read(self, context: WorkingContext, mean_embeddings: Tensor | None = None) -> Tensor:
         """The same for a working context: [B, W, 2]; ``mean_embeddings`` where it is known already."""
         distance = context.ends()[:, None] - context.positions()
         if mean_embeddings is None and self.content is not None:
             mean_embeddings = window_mean_embeddings(context)
-        return self(context.to_tensor(), context.lods(), distance, context.there, mean_embeddings)
+        return self(context.to_tensor(), context.lods(), distance, context.mask, mean_embeddings)
 
     def likeness(self, context: WorkingContext) -> Tensor:
         """The most that each entry's block, or its left neighbour, is like any question: [B, W], see ``_alike``."""
-        return _alike(window_mean_embeddings(context), context.lods(), context.there, self.block_size)[1].amax(-1)
+        return _alike(window_mean_embeddings(context), context.lods(), context.mask, self.block_size)[1].amax(-1)
 
     def score(
         self,
@@ -186,7 +186,7 @@ class LensNet(nn.Module):
         self.tau.clamp_(min=1e-4)
 
 
-def _blockwise(mean_embeddings: Tensor, lods: Tensor, there: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def _blockwise(mean_embeddings: Tensor, lods: Tensor, mask: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """Raw tokens are judged by the block that they are of: mean embeddings [B, W, D], with its own in place of
     theirs, and the column at which each entry's block begins, [B, W].
 
@@ -197,34 +197,34 @@ def _blockwise(mean_embeddings: Tensor, lods: Tensor, there: Tensor, block_size:
     raw = lods == 0
     begin = torch.where(raw, -1, column).cummax(1).values + 1  # of the run
     begin = torch.where(raw, column - (column - begin) % block_size, column)
-    mean_embeddings = torch.where(there[..., None], mean_embeddings, 0.0).float()
+    mean_embeddings = torch.where(mask[..., None], mean_embeddings, 0.0).float()
     total = torch.zeros_like(mean_embeddings).scatter_add_(
         1, begin[..., None].expand_as(mean_embeddings), mean_embeddings
     )
-    count = torch.zeros(b, w, device=mean_embeddings.device).scatter_add_(1, begin, there.float())
+    count = torch.zeros(b, w, device=mean_embeddings.device).scatter_add_(1, begin, mask.float())
     mean = total / count.clamp(min=1)[..., None]
     return mean.gather(1, begin[..., None].expand_as(mean)), begin
 
 
-def _alike(mean_embeddings: Tensor, lods: Tensor, there: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def _alike(mean_embeddings: Tensor, lods: Tensor, mask: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """What sets each entry's block apart from the window's, [B, W, D] of length 1; and how alike it, and the block to
     its left, and the newest entries are: [B, W, 2 x questions].
 
     Cosines with the mean of the newest, in standard deviations from what is usual in this window. Every block counts
     once, raw or not.
     """
-    blocks, begin = _blockwise(mean_embeddings, lods, there, block_size)
-    weight = there / torch.where(lods == 0, block_size, 1)
+    blocks, begin = _blockwise(mean_embeddings, lods, mask, block_size)
+    weight = mask / torch.where(lods == 0, block_size, 1)
     weight = (weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[..., None]
     mean = (blocks * weight).sum(1, keepdim=True)
-    special = torch.where(there[..., None], F.normalize(blocks - mean, dim=-1), 0.0)
-    own = torch.where(there[..., None], mean_embeddings.float() - mean, 0.0)
-    behind = there.flip(1).cumsum(1).flip(1)  # entries from this one to the last
-    asked = [F.normalize((own * (there & (behind <= n))[..., None]).sum(1), dim=-1) for n in QUESTIONS]
+    special = torch.where(mask[..., None], F.normalize(blocks - mean, dim=-1), 0.0)
+    own = torch.where(mask[..., None], mean_embeddings.float() - mean, 0.0)
+    behind = mask.flip(1).cumsum(1).flip(1)  # entries from this one to the last
+    asked = [F.normalize((own * (mask & (behind <= n))[..., None]).sum(1), dim=-1) for n in QUESTIONS]
     like = torch.einsum("bwd,bqd->bwq", special, torch.stack(asked, dim=1))
-    like = (like - (like * weight).sum(1, keepdim=True)) * there[..., None]
+    like = (like - (like * weight).sum(1, keepdim=True)) * mask[..., None]
     like = like / (like.square() * weight).sum(1, keepdim=True).sqrt().clamp(min=1e-6)
-    left = like.gather(1, (begin - 1).clamp(min=0)[..., None].expand_as(like)) * (there & (begin > 0))[..., None]
+    left = like.gather(1, (begin - 1).clamp(min=0)[..., None].expand_as(like)) * (mask & (begin > 0))[..., None]
     return special, torch.cat([like, left], dim=-1)
 
 

@@ -20,7 +20,7 @@ TOKENS = 2**16  # that are embedded at once
 @torch.no_grad()
 def window_mean_embeddings(context: WorkingContext) -> Tensor:
     """The mean embedding of the tokens of each entry, [B, W, D] in fp32; of a token its own; 0 in the padding."""
-    row, column = context.there.nonzero().unbind(1)
+    row, column = context.mask.nonzero().unbind(1)
     found = node_mean_embeddings(context.tree, row, context.lod[row, column], context.index[row, column])
     out = found.new_zeros(*context.lod.shape, context.tree.width)
     out[row, column] = found

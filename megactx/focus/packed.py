@@ -52,7 +52,7 @@ class Windows:
     def of(cls, context: WorkingContext) -> "Windows":
         """Of working contexts whose rows are all windows of the same text."""
         lod, index, tree = context.lod, context.index, context.tree
-        gist, raw = context.there & (lod > 0), context.there & (lod == 0)
+        gist, raw = context.mask & (lod > 0), context.mask & (lod == 0)
         shown, order = torch.unique(lod[gist] * LEVEL + index[gist], return_inverse=True)
         place = torch.full_like(lod, -1)
         place[gist] = order
@@ -74,7 +74,7 @@ class Windows:
 
 def unique_windows(context: WorkingContext) -> tuple[Tensor, Tensor]:
     """Rows that are alike are read once: -> (one row of each kind [U], the place of each row's kind among them [N])."""
-    rows = torch.cat([torch.where(context.there, values, -1) for values in (context.lod, context.index)], dim=1)
+    rows = torch.cat([torch.where(context.mask, values, -1) for values in (context.lod, context.index)], dim=1)
     _, kind = torch.unique(rows, dim=0, return_inverse=True)
     order = torch.arange(len(kind), device=kind.device)
     first = torch.full_like(kind, len(kind)).scatter_reduce(0, kind, order, "amin")[: int(kind.max()) + 1]

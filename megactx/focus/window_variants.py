@@ -90,7 +90,7 @@ def make_variants(
     allocator = FocusAllocator(**allocator | {"temperature": TEMPERATURE, "cooldown": 0, "seed": seed})
     batch = _batch(sources, legal)
     with torch.no_grad():
-        values = lens(batch.embeddings, batch.lods, batch.distance, batch.there, batch.mean_embeddings)
+        values = lens(batch.embeddings, batch.lods, batch.distance, batch.mask, batch.mean_embeddings)
         down, keep = masked(values, legal)
         slack, margin = sources.budget - sources.lengths, allocator.margin(lens.tau)
         now = price(down, keep, legal, slack, few.block_size, margin)
@@ -124,7 +124,7 @@ def focus_losses(
         is better than its source.
     """
     batch, each, rows = variants.batch, variants.each, len(nll)
-    values = lens(batch.embeddings, batch.lods, batch.distance, batch.there, batch.mean_embeddings)
+    values = lens(batch.embeddings, batch.lods, batch.distance, batch.mask, batch.mean_embeddings)
     worth = batch.estimates(values, lens.block_size)
     # An expand gains what its detail is worth, a collapse loses it.
     worth = torch.where(batch.expand, worth, -worth)
@@ -185,7 +185,7 @@ def _batch(context: WorkingContext, legal, edits: Edits | None = None, row: Tens
         embeddings=context.to_tensor(),
         lods=context.lods(),
         distance=context.ends()[:, None] - context.positions(),
-        there=context.there,
+        mask=context.mask,
         mean_embeddings=window_mean_embeddings(context),
         legal=legal,
         row=nothing if row is None else row,

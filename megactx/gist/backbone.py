@@ -82,37 +82,37 @@ class Backbone(nn.Module):
         self.norm = nn.RMSNorm(width)
         self.cls = nn.Parameter(torch.randn(width)) if needs_cls else None
 
-    def forward(self, x: Tensor, there: Tensor | None = None, left: int = 0) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, left: int = 0) -> Tensor:
         """States of blocks, and of some context to their left.
 
         Args:
             x: [B, left + K, D].
-            there: bool [B, left + K], False where there is no token; ``None``: all are there.
+            mask: bool [B, left + K], False where there is no token; ``None``: all are there.
             left: tokens in front of the block; their own states are not returned.
 
         Returns:
             [B, K, D], or [B, 1 + K, D] with CLS.
         """
-        x, positions, mask = self._enter(x, there, left)
+        x, positions, seen = self._enter(x, mask, left)
         for block in self.blocks:
-            x = block(x, positions, mask)
+            x = block(x, positions, seen)
         return self._leave(x, left)
 
-    def with_attention(self, x: Tensor, there: Tensor | None = None, left: int = 0) -> tuple[Tensor, Tensor]:
+    def with_attention(self, x: Tensor, mask: Tensor | None = None, left: int = 0) -> tuple[Tensor, Tensor]:
         """The same states, and the last layer's weights [B, A, K, left + K] (1 + both with CLS, which comes first)."""
-        x, positions, mask = self._enter(x, there, left)
+        x, positions, seen = self._enter(x, mask, left)
         for block in self.blocks[:-1]:
-            x = block(x, positions, mask)
-        x, weights = self.blocks[-1].with_attention(x, positions, mask)
+            x = block(x, positions, seen)
+        x, weights = self.blocks[-1].with_attention(x, positions, seen)
         return self._leave(x, left), self._own(weights, left)
 
-    def _enter(self, x: Tensor, there: Tensor | None, left: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _enter(self, x: Tensor, mask: Tensor | None, left: int) -> tuple[Tensor, Tensor, Tensor | None]:
         positions = torch.arange(-left, x.shape[1] - left, device=x.device)
         if self.cls is not None:
             x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
             positions = torch.cat([positions[:1] - 1, positions])
-            there = None if there is None else F.pad(there, (1, 0), value=True)
-        return x, positions, None if there is None else there[:, None, None]
+            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+        return x, positions, None if mask is None else mask[:, None, None]
 
     def _leave(self, x: Tensor, left: int) -> Tensor:
         return self.norm(self._own(x.unsqueeze(1), left)[:, 0])

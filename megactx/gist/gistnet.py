@@ -23,7 +23,7 @@ class Seen(NamedTuple):
     """What the backbone reads in place of the block's embeddings."""
 
     states: Tensor  # [B, W + K, D]
-    there: Tensor | None  # bool [B, W + K], False where the document has not begun; None: all are there
+    mask: Tensor | None  # bool [B, W + K], False where the document has not begun; None: all are there
     hidden: bool = False  # states of the base LM, not embeddings or gists
 
 
@@ -143,12 +143,12 @@ class GistNet(Compressor):
         # The blocks of a span and those left of it, each with what it sees; above them there are only gists.
         inner = torch.arange(-left * k, k**level, k, device=starts.device)
         first = (starts[..., None] + inner).flatten(1)
-        there = (first >= 0).view(-1, len(inner))
+        mask = (first >= 0).view(-1, len(inner))
         first = first.clamp(min=0)
         embedded = base.embed(blocks(prefill.ids, first, k)).flatten(0, 1)
         gists = self.encode_block(embedded, self.seen(base, prefill, first)).view(-1, len(inner), self.width)
         if level > 1:
-            gists = self.encode_gists(gists[:, left:], level, Seen(gists, there) if left else None)[-1]
+            gists = self.encode_gists(gists[:, left:], level, Seen(gists, mask) if left else None)[-1]
         return SoftTokens(gists[:, 0].view(*starts.shape, -1), self.offset_in(k**level), self.sigma(level))
 
     def seen(self, base, prefill: Prefill, starts: Tensor) -> Seen | None:
@@ -158,7 +158,7 @@ class GistNet(Compressor):
         index = (starts - self.left_context)[..., None] + torch.arange(
             self.left_context + self.block_size, device=starts.device
         )  # [B, N, W + K]
-        there = index >= 0
+        mask = index >= 0
         if self.needs_hidden:
             if not 0 <= self.input_layer < len(prefill.states):
                 raise ValueError(
@@ -169,7 +169,7 @@ class GistNet(Compressor):
             states = base.embed(prefill.ids)
         taken = index.clamp(min=0).flatten(1)[..., None].expand(-1, -1, states.shape[-1])
         states = states.gather(1, taken).view(-1, index.shape[-1], states.shape[-1])
-        return Seen(states, None if bool(there.all()) else there.flatten(0, 1), self.needs_hidden)
+        return Seen(states, None if bool(mask.all()) else mask.flatten(0, 1), self.needs_hidden)
 
     def encode_block(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor:
         """embeddings [B, K, D] -> gists [B, D], in fp32; ``seen`` is what the backbone reads in their place.
@@ -237,7 +237,7 @@ class GistNet(Compressor):
             states = self.enter(F.rms_norm(seen.states.float(), (self.width,)))
         else:
             states = seen.states.float() / self.embedding_rms
-        return states, seen.there, seen.states.shape[1] - self.block_size
+        return states, seen.mask, seen.states.shape[1] - self.block_size
 
     def attention(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor | None:
         """How the gist reads its block: weights that sum to 1 over the last axis, fp32. For looking, not for training.

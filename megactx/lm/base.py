@@ -231,16 +231,16 @@ class BaseLM(nn.Module):
         ):
             if given is not None and given.shape != wanted:
                 raise ValueError(f"working context: {name} has shape {list(given.shape)}, wanted {list(wanted)}")
-        there = torch.arange(w, device=embeddings.device) < lengths[:, None]  # [B, W]
+        mask = torch.arange(w, device=embeddings.device) < lengths[:, None]  # [B, W]
         # No row sees what comes after it. But the largest position of all chooses the frequencies of dynamic RoPE, and
         # 0 times a NaN is a NaN: so nothing of the padding is left.
         hidden = self(
-            torch.where(there[..., None], embeddings, 0.0),
-            torch.where(there, positions, 0),
+            torch.where(mask[..., None], embeddings, 0.0),
+            torch.where(mask, positions, 0),
             CAUSAL,
-            sigma=None if sigma is None else torch.where(there, sigma, 0.0),
+            sigma=None if sigma is None else torch.where(mask, sigma, 0.0),
         )
-        return torch.where(there[..., None], hidden, 0.0)
+        return torch.where(mask[..., None], hidden, 0.0)
 
     def forward_branches(
         self,

@@ -28,7 +28,7 @@ class Encoder(Protocol):
 
     Three more attributes may be there. ``left_context`` (default 0): W, the number of tokens left of a block that it
     also reads, at levels >= 2 the W // K nodes left of the children; it is then called as
-    ``encode_block(children, Seen(nodes [E, W + K, D], there [E, W + K]))``, False before the start of the text.
+    ``encode_block(children, Seen(nodes [E, W + K, D], mask [E, W + K]))``, False before the start of the text.
     ``of_level(level)``, where there is one, gives what makes the gists of that level.
     ``needs_hidden`` (default False): level 1 reads the base LM's hidden states, not token embeddings.
     """

@@ -205,8 +205,8 @@ class MegaContextTree:
         b, m = index.shape
         row, index = torch.arange(b, device=self.device).repeat_interleave(m), index.to(self.device).flatten()
         for n in range(lod, self.depth + 1):
-            there = index < self.counts(n).to(self.device)[row]
-            row, index = row[there], index[there]
+            mask = index < self.counts(n).to(self.device)[row]
+            row, index = row[mask], index[mask]
             self.levels[n].write(row, index, protected=torch.ones_like(index, dtype=torch.bool))
             index = index // self.block_size
 
@@ -284,10 +284,10 @@ class MegaContextTree:
         lod = lod.expand(index.shape)
         counts = torch.stack([level.lengths for level in self.levels]).to(index.device)  # [levels, B]
         row = torch.arange(self.rows, device=index.device)[:, None].expand(index.shape)
-        there = (lod >= 0) & (lod <= self.depth) & (index >= 0)
-        there &= index < counts[lod.clamp(0, self.depth), row]
-        if not there.all():
-            r, m = (~there).nonzero()[0].tolist()
+        mask = (lod >= 0) & (lod <= self.depth) & (index >= 0)
+        mask &= index < counts[lod.clamp(0, self.depth), row]
+        if not mask.all():
+            r, m = (~mask).nonzero()[0].tolist()
             raise ValueError(f"node (lod {int(lod[r, m])}, index {int(index[r, m])}) of row {r} is not in the tree")
 
 

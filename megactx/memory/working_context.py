@@ -65,7 +65,7 @@ class WorkingContext:
         return self.counts.to(self.lod.device)
 
     @property
-    def there(self) -> Tensor:
+    def mask(self) -> Tensor:
         """Which entries are none of the padding, bool [B, W]."""
         return torch.arange(self.lod.shape[1], device=self.lod.device) < self.lengths[:, None]
 
@@ -83,7 +83,7 @@ class WorkingContext:
 
     def ends(self) -> Tensor:
         """Tokens that each row stands for, [B]."""
-        return torch.where(self.there, self.widths(), 0).sum(1)
+        return torch.where(self.mask, self.widths(), 0).sum(1)
 
     def positions(self, limit: int | None = None) -> Tensor:
         """Where the base LM reads each entry: tokens at their own place, gists where the GistNet was trained to sit.
@@ -102,14 +102,14 @@ class WorkingContext:
         """
         offsets = [self.tree.encoder.offset_in(self.tree.block_size**n) for n in range(1, self.tree.depth + 1)]
         absolute = self.starts() + torch.tensor([0, *offsets], device=self.lod.device)[self.lod]
-        absolute = torch.where(self.there, absolute, 0)
+        absolute = torch.where(self.mask, absolute, 0)
         if limit is None:
             return absolute
         return torch.where((self.ends() > limit)[:, None], self._rebased(absolute, limit), absolute)
 
     def to_tensor(self) -> Tensor:
         """What the base LM reads, [B, W, D] in the dtype of its embeddings; 0 in the padding."""
-        row, column = self.there.nonzero().unbind(1)
+        row, column = self.mask.nonzero().unbind(1)
         embeddings = self.tree.embeddings(row, self.lod[row, column], self.index[row, column])
         b, w = self.lod.shape
         if len(row) < b * w:
@@ -154,7 +154,7 @@ class WorkingContext:
         self._check_entries(row, entry)
         if (wrong := self.lod[row, entry] == 0).any():
             raise ValueError(f"expand: entry {int(entry[wrong][0])} of row {int(row[wrong][0])} is a token")
-        repeat, lod, index = self.there.long(), self.lod.clone(), self.index.clone()
+        repeat, lod, index = self.mask.long(), self.lod.clone(), self.index.clone()
         repeat[row, entry] = self.tree.block_size
         if repeat.sum() != self.counts.sum() + len(row) * (self.tree.block_size - 1):
             raise ValueError("expand: an entry is named twice")
@@ -179,11 +179,11 @@ class WorkingContext:
             raise ValueError("collapse: lod=0 is not allowed: a token has no children")
         k = self.tree.block_size
         start = (index * self._powers()[lod]).contiguous()
-        starts = torch.where(self.there, self.starts(), RAGGED)
+        starts = torch.where(self.mask, self.starts(), RAGGED)
         first = torch.searchsorted(starts[row], start[:, None])  # [E, 1]
         place = first + torch.arange(k, device=first.device)  # [E, K]
         last = place.clamp(max=starts.shape[1] - 1)
-        same = (place == last) & self.there[row[:, None], last] & (self.lod[row[:, None], last] == lod[:, None] - 1)
+        same = (place == last) & self.mask[row[:, None], last] & (self.lod[row[:, None], last] == lod[:, None] - 1)
         same &= starts[row[:, None], last] == start[:, None] + (place - first) * self._powers()[lod - 1][:, None]
         if not (whole := same.all(1)).all():
             wrong = (~whole).nonzero()[0, 0]
@@ -191,7 +191,7 @@ class WorkingContext:
                 f"collapse: the {k} children of (lod {int(lod[wrong])}, index {int(index[wrong])}) are not all in row"
                 f" {int(row[wrong])}"
             )
-        repeat, lods, indices = self.there.long(), self.lod.clone(), self.index.clone()
+        repeat, lods, indices = self.mask.long(), self.lod.clone(), self.index.clone()
         repeat[row[:, None], place[:, 1:]] = 0
         lods[row, place[:, 0]], indices[row, place[:, 0]] = lod, index
         self._splice(repeat, lods, indices)
@@ -222,7 +222,7 @@ class WorkingContext:
                 f"replace: the nodes do not stand for the same tokens as the entries, which are {began} to"
                 f" {began + old - 1}"
             )
-        repeat, lods, indices = self.there.long(), self.lod.clone(), self.index.clone()
+        repeat, lods, indices = self.mask.long(), self.lod.clone(), self.index.clone()
         repeat[rows, entries] = 0
         repeat[row, start], lods[row, start], indices[row, start] = len(nodes), lod, nodes[0]
         self._splice(repeat, lods, indices)
@@ -253,7 +253,7 @@ class WorkingContext:
         if ((self.ends() > limit) & (self.lengths > limit)).any():
             raise ValueError(f"positions: {int(self.counts.max())} entries do not fit limit={limit} positions")
         column = torch.arange(w, device=absolute.device)
-        last_gist = torch.where(self.there & (self.lod > 0), column, -1).amax(1, keepdim=True)  # [B, 1]
+        last_gist = torch.where(self.mask & (self.lod > 0), column, -1).amax(1, keepdim=True)  # [B, 1]
         run = self.lengths[:, None] - 1 - last_gist  # tokens of the newest raw run
         room, before = limit - run, absolute.gather(1, last_gist.clamp(min=0))  # the squeezed end below ``room``
         squeezed = k + (absolute - k) * (room - k).clamp(min=0) // (before + 1 - k).clamp(min=1)
@@ -262,7 +262,7 @@ class WorkingContext:
         squeezed = (squeezed - column).cummax(1).values + column
         squeezed = torch.minimum(squeezed, room - 1 - last_gist + column)
         moved = torch.where(column > last_gist, limit - self.lengths[:, None] + column, squeezed)
-        return torch.where(self.there, moved, 0)
+        return torch.where(self.mask, moved, 0)
 
     def _powers(self) -> Tensor:
         """K^lod of every level of the tree, [levels]."""

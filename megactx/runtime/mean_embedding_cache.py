@@ -22,7 +22,7 @@ class MeanEmbeddingCache:
     @torch.no_grad()
     def __call__(self, context: WorkingContext) -> Tensor:
         """The mean embedding of the tokens of each entry, [B, W, D] in fp32; 0 in the padding."""
-        row, column = context.there.nonzero().unbind(1)
+        row, column = context.mask.nonzero().unbind(1)
         lod, index = context.lod[row, column], context.index[row, column]
         name = (row << 46) + (lod << 40) + index
         known = torch.zeros_like(name, dtype=torch.bool)

@@ -139,7 +139,7 @@ class AlternatingStage(JointStage):
         paths = self._windows(place)
         chosen = [paths[i] for i in (picks.double().cpu() * len(paths)).long().tolist()]
         batch = load(chosen, self.base)
-        self._read = tuple(batch.there.shape)
+        self._read = tuple(batch.mask.shape)
         losses = value_losses(self.lens, batch, learn=True)
         for name, loss in losses.items():
             self.log(f"train/lens/{name}", loss.detach(), prog_bar=name == "loss")

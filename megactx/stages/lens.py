@@ -124,7 +124,7 @@ class LensStage(FrozenBaseStage):
             paths += ensure(self, self.trainer.datamodule, folder, number, count)
         chosen = (picks.double().cpu() * len(paths)).long().tolist()
         batch = load([paths[i] for i in chosen], self.base)
-        self.learned_from.append(tuple(batch.there.shape))
+        self.learned_from.append(tuple(batch.mask.shape))
         losses = value_losses(self.lens, batch, learn=True)
         for name, loss in losses.items():
             self.log(f"train/{name}", loss.detach(), prog_bar=name == "loss")
@@ -141,7 +141,7 @@ class LensStage(FrozenBaseStage):
         count = self.trainer.datamodule.validation_windows
         paths = ensure(self, self.trainer.datamodule, Path(self.hparams.folder), HELD, count)
         batch = load([paths[i] for i in indices.tolist()], self.base)
-        values = self.lens(batch.embeddings, batch.lods, batch.distance, batch.there, batch.mean_embeddings)
+        values = self.lens(batch.embeddings, batch.lods, batch.distance, batch.mask, batch.mean_embeddings)
         estimates = batch.estimates(values, self.lens.block_size)
         self.found.append((estimates, batch.labels))
 

@@ -11,7 +11,7 @@ def value_losses(lens: LensNet, batch: LensBatch, learn: bool = False) -> dict[s
     """``loss``, as ``huber`` too, and what is only watched; with ``learn`` the values enter ``tau``."""
     if learn:
         lens.see(batch.labels)
-    values = lens(batch.embeddings, batch.lods, batch.distance, batch.there, batch.mean_embeddings)
+    values = lens(batch.embeddings, batch.lods, batch.distance, batch.mask, batch.mean_embeddings)
     estimates = batch.estimates(values, lens.block_size)
     huber = value_loss(estimates, batch.labels)
     watched = {"net_mass": net_mass(values, batch.legal, lens.tau).mean()}

@@ -33,10 +33,10 @@ def test_a_batch_from_disk_is_read_as_the_windows_themselves(base, tmp_path):
     for row, path in enumerate(paths):
         save(path, context, row, moves(context, 8), edits, values)
     batch, net = load(paths, base), lens()
-    assert torch.equal(batch.there, context.there) and torch.equal(batch.lods, context.lods())
+    assert torch.equal(batch.mask, context.mask) and torch.equal(batch.lods, context.lods())
     assert torch.equal(batch.legal.first, moves(context, 8).first)
     assert torch.equal(batch.legal.expand, moves(context, 8).expand)
-    read = net(batch.embeddings, batch.lods, batch.distance, batch.there, batch.mean_embeddings)
+    read = net(batch.embeddings, batch.lods, batch.distance, batch.mask, batch.mean_embeddings)
     torch.testing.assert_close(read, net.read(context), rtol=2e-2, atol=2e-3)  # gists are kept in bf16
     by_row = torch.argsort(edits.row, stable=True)
     torch.testing.assert_close(batch.labels, values[by_row])

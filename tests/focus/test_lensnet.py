@@ -44,15 +44,15 @@ def test_the_value_of_an_old_entry_depends_on_the_newest_tokens(base, head, laye
 @torch.no_grad()
 def test_the_padding_is_neither_read_nor_valued(base):
     context = window(tree_of(base))
-    net, there = lens(), context.there
-    assert not there.all()
-    arguments = context.lods(), context.ends()[:, None] - context.positions(), there
+    net, mask = lens(), context.mask
+    assert not mask.all()
+    arguments = context.lods(), context.ends()[:, None] - context.positions(), mask
     entries, mean_embeddings = context.to_tensor(), window_mean_embeddings(context)
     plain = net(entries, *arguments, mean_embeddings)
-    filled, other = (torch.where(there[..., None], x, torch.nan) for x in (entries, mean_embeddings))
-    far = torch.where(there, arguments[1], 7)
-    torch.testing.assert_close(net(filled, arguments[0], far, there, other), plain)
-    assert (plain[~there] == 0).all() and (plain[there] != 0).all()
+    filled, other = (torch.where(mask[..., None], x, torch.nan) for x in (entries, mean_embeddings))
+    far = torch.where(mask, arguments[1], 7)
+    torch.testing.assert_close(net(filled, arguments[0], far, mask, other), plain)
+    assert (plain[~mask] == 0).all() and (plain[mask] != 0).all()
     for row, length in enumerate(context.lengths.tolist()):  # and each row is read on its own
         alone = net(*(t[row : row + 1, :length] for t in (entries, *arguments, mean_embeddings)))
         torch.testing.assert_close(alone[0], plain[row, :length], rtol=1e-4, atol=1e-5)
@@ -67,7 +67,7 @@ def test_the_content_of_an_entry_is_the_mean_embedding_of_its_tokens(base):
             start, width = int(context.starts()[row, column]), int(context.widths()[row, column])
             mean = base.embed(tokens[row, start : start + width]).mean(0)
             torch.testing.assert_close(found[row, column], mean)
-    assert (found[~context.there] == 0).all()
+    assert (found[~context.mask] == 0).all()
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ def test_a_raw_block_is_judged_as_a_whole_by_its_likeness_and_its_left_neighbour
     """Against loops over blocks; QUESTIONS are longer than these windows but for the first."""
     context, net = window(tree_of(base)), lens()
     mean_embeddings = window_mean_embeddings(context)
-    special, like = _alike(mean_embeddings, context.lods(), context.there, K)
+    special, like = _alike(mean_embeddings, context.lods(), context.mask, K)
     for row in (0, 1):
         length, blocks, begins, column = int(context.counts[row]), [], [], 0
         while column < length:
@@ -179,4 +179,4 @@ def test_a_raw_block_is_judged_as_a_whole_by_its_likeness_and_its_left_neighbour
                 before = expected[number - 1] if number else torch.zeros(3)
                 torch.testing.assert_close(like[row, place, 3:], before, rtol=1e-3, atol=1e-3)
         assert torch.equal(net.likeness(context)[row, :length], like[row, :length].amax(-1))
-    assert (like[~context.there] == 0).all() and (special[~context.there] == 0).all()
+    assert (like[~context.mask] == 0).all() and (special[~context.mask] == 0).all()

@@ -20,7 +20,7 @@ class WeightedMean:
         weights = torch.linspace(0.5, 1.5, self.block_size)[:, None]
         gists = (children * weights).mean(1) * self.factor
         if seen is not None:
-            left = seen.states[:, : -self.block_size] * seen.there[:, : -self.block_size, None]
+            left = seen.states[:, : -self.block_size] * seen.mask[:, : -self.block_size, None]
             gists = gists + left.sum(1) * 0.25
         return gists + torch.arange(len(gists))[:, None] * 1e-3 * self.places
 
