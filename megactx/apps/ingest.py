@@ -28,17 +28,17 @@ SAVE_EVERY = 60.0  # seconds, and never more than a tenth of the time
 BETWEEN = "\n\n"  # documents
 
 
-def ingest(asked: argparse.Namespace) -> None:
+def ingest(args: argparse.Namespace) -> None:
     """The command.
 
     Raises:
         ValueError: no such file, one that is not text, or a folder that is none of ours. What was read is saved.
     """
-    if asked.megacontext == "none":
+    if args.megacontext == "none":
         raise ValueError("--megacontext=none keeps no tree, there is nothing to build")
-    paths = find(asked.files)
-    controller = controller_of(asked, tree=True)
-    with session_of(asked.out, controller, observers_of(asked, controller)) as session:
+    paths = find(args.files)
+    controller = controller_of(args, tree=True)
+    with session_of(args.out, controller, observers_of(args, controller)) as session:
         began, before = time.monotonic(), session.length
         try:
             take(session, paths)
@@ -49,7 +49,7 @@ def ingest(asked: argparse.Namespace) -> None:
         tree = session.tree
         levels = ", ".join(f"{int(tree.counts(n)[0]):,} of level {n}" for n in range(1, tree.depth + 1)) or "none"
         print(f"{new:,} new tokens in {seconds:.0f} s ({new / max(seconds, 1e-9):,.0f} per second)")
-        print(f"{asked.out}: {session.length:,} tokens, gists: {levels}, {tree.bytes() / 2**20:.1f} MiB")
+        print(f"{args.out}: {session.length:,} tokens, gists: {levels}, {tree.bytes() / 2**20:.1f} MiB")
 
 
 def find(names: list[str]) -> list[Path]:

@@ -116,10 +116,10 @@ def load(folder: Path, encoder, base, refresh: bool = False, device="cpu"):
             layers, there = encoding.identity_of_layers(base, encoder), manifest.get("layers")
             if None not in (layers, there) and layers != there:  # trees of earlier days do not say
                 raise ValueError(f"it belongs to another base LM: layers {there}, not {layers}; its GistNet reads them")
-            gistnet = encoding.identity(encoder)
+            identity = encoding.identity(encoder)
             made_by = manifest["versions"][manifest["version"]]
-            if made_by != gistnet and not refresh:
-                raise ValueError(f"another GistNet made it: {made_by}, not {gistnet}. refresh=True encodes it again")
+            if made_by != identity and not refresh:
+                raise ValueError(f"another GistNet made it: {made_by}, not {identity}. refresh=True encodes it again")
             if manifest["dtype"] not in (None, "float32", "float16", "bfloat16"):
                 raise ValueError(f"gists of dtype {manifest['dtype']!r} are not known")
             dtype = None if manifest["dtype"] is None else getattr(torch, manifest["dtype"])
@@ -134,7 +134,7 @@ def load(folder: Path, encoder, base, refresh: bool = False, device="cpu"):
             raise ValueError(f"{folder}: {MANIFEST} is damaged ({type(error).__name__}: {error})") from error
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
-    if made_by != gistnet:
+    if made_by != identity:
         tree.refresh(encoder)
     return tree
 

@@ -147,7 +147,7 @@ class AlternatingStage(JointStage):
 
     def lora_step(self, documents: list[dict], place: Place, index: int) -> Tensor:
         """Windows of all kinds, read by the base LM with its adapters."""
-        asked = self.hparams
+        hparams = self.hparams
 
         def run(number: int, _) -> tuple[Tensor, Tensor]:
             document = documents[number]
@@ -159,7 +159,7 @@ class AlternatingStage(JointStage):
                 gists = encode_shown(self.gistnet, self.base, prefill, windows.nodes, False)
             targets, full = ids[0, cursor:], self.full(ids, cursor)
             hidden = windows.read(self.base, gists, targets, self.gistnet)
-            loss, nll = continuation_loss(self.base, hidden, full, targets, asked.objective)
+            loss, nll = continuation_loss(self.base, hidden, full, targets, hparams.objective)
             return loss.mean() / len(documents), nll.mean(1)
 
         nothing = torch.zeros(0, device=self.device)

@@ -7,7 +7,7 @@ from megactx.gist.compressors import build
 from megactx.lm import BaseLM
 
 
-def build_nets(base: BaseLM, compressor: dict, gistnet: dict, controls: dict) -> nn.ModuleDict:
+def build_nets(base: BaseLM, compressor: dict, settings_of_gistnet: dict, controls: dict) -> nn.ModuleDict:
     """The compressor that a stage is about, under its name and first, and the controls that learn beside it.
 
     Raises:
@@ -17,7 +17,7 @@ def build_nets(base: BaseLM, compressor: dict, gistnet: dict, controls: dict) ->
     name = compressor.get("name", "gistnet")
     if name in controls and controls[name] is not None:
         raise ValueError(f"stage.controls.{name}: the compressor has that name already")
-    main = build(base, gistnet | compressor) if name == "gistnet" else build(base, compressor)
+    main = build(base, settings_of_gistnet | compressor) if name == "gistnet" else build(base, compressor)
     nets = nn.ModuleDict({name: main})
     for name, settings in controls.items():
         if settings is None:

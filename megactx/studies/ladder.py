@@ -65,7 +65,7 @@ class Ladder(GistStage):
         print(report.write(folder / "ladder", {"runs": [numbers]}))
 
     def _measure(self, batches: list[dict]) -> dict:
-        asked, ladder, horizon = self.hparams.evaluate, self.hparams.ladder, self.hparams.horizon
+        evaluate, ladder, horizon = self.hparams.evaluate, self.hparams.ladder, self.hparams.horizon
         block = self.main.block_size
         nets = dict(self.nets) | {"avgpool": AvgPool(block), "avgpool at the end": AvgPool(block, "end")}
         scores = measure(self.base, nets, batches, horizon, progress=bar("all carriers, one block at a time"))
@@ -73,7 +73,7 @@ class Ladder(GistStage):
         settings = {"position": self.main.position, "steps": ladder["oracle_steps"]}
         sizes = dict(zip(("segment", "recency"), self.windows, strict=True))
         rest = nets | untrained(self.base, block, self.main.position)
-        if asked["history"] and (found := segments(batches, block, asked["history"], **sizes)):
+        if evaluate["history"] and (found := segments(batches, block, evaluate["history"], **sizes)):
             parts["history"] = measure_history(self.base, rest, found, **sizes, progress=bar("histories"))
         # One segment of each document: it is fitted to all of its old blocks at once.
         if (count := ladder["history_oracle"]) and (found := segments(batches, block, count, **sizes)):

@@ -194,28 +194,28 @@ def options(given: Options) -> None:
     given.add("--out", type=Path, default=Path("runs/pooling_by_attention"), help="folder for the tables")
 
 
-def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     """Train and measure.
 
     Raises:
         ValueError: a setting that is not allowed, or no text that is long enough; the message names it.
     """
-    if not asked.lr > 0:
-        raise ValueError(f"--lr={asked.lr} is not allowed: above 0")
-    stem = usable(asked.out) / "pooling_by_attention"
-    torch.manual_seed(asked.seed)
-    base = base_of(asked.base)
-    nets = variants(base, asked.block_size, asked.only)
-    source = Files(asked.path) if asked.path else Embedded()
-    sizes = {"min_tokens": asked.tokens, "max_tokens": asked.tokens, "batch": 4, "spans": 16, "seed": asked.seed}
+    if not args.lr > 0:
+        raise ValueError(f"--lr={args.lr} is not allowed: above 0")
+    stem = usable(args.out) / "pooling_by_attention"
+    torch.manual_seed(args.seed)
+    base = base_of(args.base)
+    nets = variants(base, args.block_size, args.only)
+    source = Files(args.path) if args.path else Embedded()
+    sizes = {"min_tokens": args.tokens, "max_tokens": args.tokens, "batch": 4, "spans": 16, "seed": args.seed}
     sizes |= {"validation_documents": 24, "validation_blocks": 16, "weights": dict.fromkeys(DOMAINS)}
-    data = SpanData(source, base.tokenizer, asked.block_size, 1, **sizes)
+    data = SpanData(source, base.tokenizer, args.block_size, 1, **sizes)
     data.limit_to(base.max_positions)
     data.setup()
     held = list(data.val_dataloader())
-    about = {"base": asked.base, "block_size": asked.block_size, "lr": asked.lr, "seed": asked.seed, "text": asked.path}
+    about = {"base": args.base, "block_size": args.block_size, "lr": args.lr, "seed": args.seed, "text": args.path}
     about["held"] = sum(batch["block_starts"].shape[1] for batch in held)
-    table = train(base, nets, data.training, held, asked.steps, asked.lr)
+    table = train(base, nets, data.training, held, args.steps, args.lr)
     yield stem, Report("Can attention learn to pool?", table, sheets(table, about), LEGEND, [NOTE], about)
 
 
