@@ -36,7 +36,7 @@ def measure(
     with_controls: bool = True,
     progress: Callable[[Iterable], Iterable] = iter,
     first: int = 0,
-    level: int = 1,
+    lod: int = 1,
 ) -> BlockScores:
     """Score every block of the batches with each net and, on the same blocks, each untrained control.
 
@@ -51,7 +51,7 @@ def measure(
         with_controls: measure the untrained controls too.
         progress: wraps the batches, to show a bar.
         first: only offsets h = first..H-1 are scored, where the rest of the horizon is not asked for.
-        level: what is replaced is a block of K^level tokens, by a gist of that level; above 1 for GistNets only.
+        lod: what is replaced is a block of K^lod tokens, by a gist of that LOD; above 1 for GistNets only.
 
     Returns:
         ``BlockScores`` with a row per block and a column per scored offset. With controls and Gaussian RoPE, the first
@@ -60,8 +60,8 @@ def measure(
     """
     batches = list(batches)
     leader = next(iter(nets.values()))
-    tokens, device = leader.block_size**level, base.model.device
-    settings = {} if level == 1 else {"level": level}
+    tokens, device = leader.block_size**lod, base.model.device
+    settings = {} if lod == 1 else {"lod": lod}
     with_states = any(net.needs_hidden for net in nets.values())
     parts, others = [], None
     with in_eval_mode(*nets.values()):
@@ -73,15 +73,15 @@ def measure(
             read = prefill(base, ids, with_states)
             carriers = {name: net.compress(base, read, starts, **settings) for name, net in nets.items()}
             if with_controls:
-                at = {"offset": leader.offset_in(tokens), "sigma": leader.sigma(level)}
+                at = {"offset": leader.offset_in(tokens), "sigma": leader.sigma(lod)}
                 for name, net in untrained(base, tokens, leader.position, seed).items():
                     carriers[name] = net.compress(base, read, starts)
                     if name != LAST_TOKEN:  # a token: its position is a point
                         carriers[name] = replace(carriers[name], **at)
                 if others is not None:
                     carriers[OTHER] = SoftTokens(others[index].to(device), **at)
-                if level > 1:
-                    carriers |= _below(base, leader, read, starts, level, seed)
+                if lod > 1:
+                    carriers |= _below(base, leader, read, starts, lod, seed)
                 if at["sigma"] is not None:
                     name = next(iter(nets))
                     carriers[f"{name} {AT_POINTS}"] = replace(carriers[name], sigma=None)
@@ -113,17 +113,17 @@ def in_eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
             module.train()
 
 
-def _below(base, net: GistNet, prefill: Prefill, starts: Tensor, level: int, seed: int) -> dict[str, SoftTokens]:
+def _below(base, net: GistNet, prefill: Prefill, starts: Tensor, lod: int, seed: int) -> dict[str, SoftTokens]:
     """The K gists that a gist of gists was made of, and their mean at its place: what it has to be better than.
 
     And the K gists in one random order, each at a position that is another's: it is worse where positions matter.
     """
-    k, tokens = net.block_size, net.block_size**level
+    k, tokens = net.block_size, net.block_size**lod
     each = torch.arange(0, tokens, tokens // k, device=starts.device)
-    settings = {} if level == 2 else {"level": level - 1}
+    settings = {} if lod == 2 else {"lod": lod - 1}
     below = net.compress(base, prefill, (starts[..., None] + each).flatten(1), **settings)
     gists = below.vectors.view(*starts.shape, k, -1)
-    at = {"offset": net.offset_in(tokens), "sigma": net.sigma(level)}
+    at = {"offset": net.offset_in(tokens), "sigma": net.sigma(lod)}
     mean = gists.mean(dim=2)
     order = torch.randperm(k, generator=torch.Generator().manual_seed(seed)).to(gists.device)
     places = [below.offset + int(start) for start in each]

@@ -90,11 +90,11 @@ def measure_level(
     nets: Mapping[str, GistNet],
     batches: Iterable[dict],
     horizon: int,
-    level: int = 2,
+    lod: int = 2,
     blocks: int | None = None,
     **settings,
 ) -> BlockScores | None:
-    """What it costs to replace spans of K^level tokens by one gist of that level: hierarchical consistency.
+    """What it costs to replace spans of K^lod tokens by one gist of that LOD: hierarchical consistency.
 
     Spans lie on their own grid, and never over the sink. A gist sits where its net was trained to: in the centre, or
     at the end, of the whole span.
@@ -106,11 +106,11 @@ def measure_level(
         blocks: so many spans at most.
 
     Returns:
-        Scores [spans, H]; ``None``, undefined, where no document has 2 K^level + H tokens.
+        Scores [spans, H]; ``None``, undefined, where no document has 2 K^lod + H tokens.
     """
-    tokens = next(iter(nets.values())).block_size ** level
+    tokens = next(iter(nets.values())).block_size ** lod
     documents = documents_with(batches, lambda length: eligible_starts(length, tokens, horizon), blocks)
-    return measure(base, nets, documents, horizon, level=level, **settings) if documents else None
+    return measure(base, nets, documents, horizon, lod=lod, **settings) if documents else None
 
 
 def documents_with(batches, starts_of, blocks: int | None) -> list[dict]:

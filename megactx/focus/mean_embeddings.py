@@ -31,9 +31,9 @@ def window_mean_embeddings(context: WorkingContext) -> Tensor:
 def node_mean_embeddings(tree: MegaContextTree, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
     """The same for nodes, row, lod and index [M] -> [M, D]."""
     embed, out = embedder(tree.base), torch.zeros(len(lod), tree.width, device=lod.device)
-    for level in lod.unique().tolist():
-        width = tree.block_size**level
-        here = (lod == level).nonzero()[:, 0]
+    for own in lod.unique().tolist():
+        width = tree.block_size**own
+        here = (lod == own).nonzero()[:, 0]
         step = max(1, TOKENS // width)
         for part in here.split(step):
             token = index[part, None] * width + torch.arange(width, device=lod.device)

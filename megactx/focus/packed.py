@@ -26,7 +26,7 @@ from megactx.memory import WorkingContext
 from .window_rows import lay_out
 
 ENCODED = 64  # blocks that are encoded at once
-LEVEL = 2**40  # a node as one number: level x this + index
+LOD = 2**40  # a node as one number: lod x this + index
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Windows:
     lods: Tensor  # [N, W]
     lengths: Tensor  # [N]
     ends: Tensor  # [N]
-    nodes: dict[int, Tensor]  # level -> index [M]; the table has them level by level
+    nodes: dict[int, Tensor]  # lod -> index [M]; the table has them LOD by LOD
 
     def __getitem__(self, which: slice | Tensor) -> "Windows":
         parts = (self.ids, self.place, self.positions, self.lods, self.lengths, self.ends)
@@ -53,13 +53,13 @@ class Windows:
         """Of working contexts whose rows are all windows of the same text."""
         lod, index, tree = context.lod, context.index, context.tree
         gist, raw = context.mask & (lod > 0), context.mask & (lod == 0)
-        shown, order = torch.unique(lod[gist] * LEVEL + index[gist], return_inverse=True)
+        shown, order = torch.unique(lod[gist] * LOD + index[gist], return_inverse=True)
         place = torch.full_like(lod, -1)
         place[gist] = order
         row, column = raw.nonzero().unbind(1)
         ids = torch.zeros_like(lod)
         ids[raw] = tree.levels[0].read("token", row, index[row, column]).long()
-        nodes = {level: shown[shown // LEVEL == level] % LEVEL for level in (shown // LEVEL).unique().tolist()}
+        nodes = {lod: shown[shown // LOD == lod] % LOD for lod in (shown // LOD).unique().tolist()}
         return cls(ids, place, context.positions(), lod, context.lengths, context.ends(), nodes)
 
     def read(self, base: BaseLM, gists: Tensor, following: Tensor, encoder) -> Tensor:
@@ -83,20 +83,20 @@ def unique_windows(context: WorkingContext) -> tuple[Tensor, Tensor]:
 
 
 def encode_shown(net: GistNet, base: BaseLM, prefill: Prefill, nodes: dict[int, Tensor], recompute: bool) -> Tensor:
-    """The gists of nodes of one document, with gradient: [M, D], level by level.
+    """The gists of nodes of one document, with gradient: [M, D], LOD by LOD.
 
     Args:
         prefill: of the document; ``unread`` is enough for a GistNet that reads embeddings.
         recompute: keep no activations, compute them again during backward.
     """
     found = [torch.empty(0, net.width, device=prefill.ids.device)]
-    for level, index in nodes.items():
-        starts = index[None] * net.block_size**level
+    for lod, index in nodes.items():
+        starts = index[None] * net.block_size**lod
 
-        def encoded(starts: Tensor, level: int = level) -> Tensor:
-            return net.compress(base, prefill, starts, level).vectors[0]
+        def encoded(starts: Tensor, lod: int = lod) -> Tensor:
+            return net.compress(base, prefill, starts, lod).vectors[0]
 
-        for part in starts.split(max(1, ENCODED // net.block_size ** (level - 1)), dim=1):
+        for part in starts.split(max(1, ENCODED // net.block_size ** (lod - 1)), dim=1):
             found.append(checkpoint(encoded, part, use_reentrant=False) if recompute else encoded(part))
     return torch.cat(found)
 

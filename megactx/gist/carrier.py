@@ -69,7 +69,7 @@ class Compressor(nn.Module):
 
     @property
     def levels(self) -> int:
-        """Sets of weights: 1, or one for each level of gists."""
+        """Sets of weights: 1, or one for each LOD of gists."""
         return 1
 
     @property
@@ -81,7 +81,7 @@ class Compressor(nn.Module):
         """Position of a carrier relative to the start of the span that it stands for, K tokens or K^n."""
         return tokens // 2 if self.position == "centre" else tokens - 1
 
-    def sigma(self, level: int) -> Tensor | None:
+    def sigma(self, lod: int) -> Tensor | None:
         """Standard deviation of a carrier's position in tokens, a scalar; ``None``: it is a point."""
         return None
 

@@ -127,29 +127,29 @@ class GistNet(Compressor):
             nn.init.zeros_(self.head.last.weight)
             nn.init.zeros_(self.shortcut.weight)
 
-    def sigma(self, level: int) -> Tensor | None:
+    def sigma(self, lod: int) -> Tensor | None:
         """Standard deviation of a gist's position in tokens, a scalar; ``None`` where positions are points."""
-        return self.spread(torch.tensor(level, device=self.gain.device))
+        return self.spread(torch.tensor(lod, device=self.gain.device))
 
-    def compress(self, base, prefill: Prefill, starts: Tensor, level: int = 1) -> SoftTokens:
-        """Gists of the blocks at starts [B, N] of the documents that ``prefill`` has read, or of spans of K^level.
+    def compress(self, base, prefill: Prefill, starts: Tensor, lod: int = 1) -> SoftTokens:
+        """Gists of the blocks at starts [B, N] of the documents that ``prefill`` has read, or of spans of K^lod.
 
         Raises:
             ValueError: ``input_layer`` is not one of the base LM's.
         """
-        k, left = self.block_size, self.left_context // self.block_size if level > 1 else 0
-        if level > 2 and left:
-            raise ValueError(f"gistnet.context={self.left_context} is not supported above level 2, wanted {level}")
+        k, left = self.block_size, self.left_context // self.block_size if lod > 1 else 0
+        if lod > 2 and left:
+            raise ValueError(f"gistnet.context={self.left_context} is not supported above LOD 2, wanted {lod}")
         # The blocks of a span and those left of it, each with what it sees; above them there are only gists.
-        inner = torch.arange(-left * k, k**level, k, device=starts.device)
+        inner = torch.arange(-left * k, k**lod, k, device=starts.device)
         first = (starts[..., None] + inner).flatten(1)
         mask = (first >= 0).view(-1, len(inner))
         first = first.clamp(min=0)
         embedded = base.embed(blocks(prefill.ids, first, k)).flatten(0, 1)
         gists = self.encode_block(embedded, self.seen(base, prefill, first)).view(-1, len(inner), self.width)
-        if level > 1:
-            gists = self.encode_gists(gists[:, left:], level, Seen(gists, mask) if left else None)[-1]
-        return SoftTokens(gists[:, 0].view(*starts.shape, -1), self.offset_in(k**level), self.sigma(level))
+        if lod > 1:
+            gists = self.encode_gists(gists[:, left:], lod, Seen(gists, mask) if left else None)[-1]
+        return SoftTokens(gists[:, 0].view(*starts.shape, -1), self.offset_in(k**lod), self.sigma(lod))
 
     def seen(self, base, prefill: Prefill, starts: Tensor) -> Seen | None:
         """What the backbone reads of the blocks at starts [B, N]; ``None``: their embeddings and nothing else."""
@@ -193,41 +193,41 @@ class GistNet(Compressor):
 
     encode_span = encode_block  # the design's name
 
-    def encode_level(self, embeddings: Tensor, level: int) -> Tensor:
-        """embeddings [B, K^level, D] -> their gist of that level [B, D]: a gist of gists of gists.
+    def encode_lod(self, embeddings: Tensor, lod: int) -> Tensor:
+        """embeddings [B, K^lod, D] -> their gist of that LOD [B, D]: a gist of gists of gists.
 
         Raises:
-            ValueError: there are not K^level embeddings.
+            ValueError: there are not K^lod embeddings.
         """
-        return self.encode_levels(embeddings, level)[-1][:, 0]
+        return self.encode_lods(embeddings, lod)[-1][:, 0]
 
-    def encode_levels(self, embeddings: Tensor, level: int) -> list[Tensor]:
-        """embeddings [B, K^level, D] -> the gists of every level: [B, K^(level - 1), D], ..., [B, 1, D].
+    def encode_lods(self, embeddings: Tensor, lod: int) -> list[Tensor]:
+        """embeddings [B, K^lod, D] -> the gists of every LOD: [B, K^(lod - 1), D], ..., [B, 1, D].
 
         Raises:
-            ValueError: there are not K^level embeddings.
+            ValueError: there are not K^lod embeddings.
         """
-        if level < 1 or embeddings.shape[1] != self.block_size**level:
+        if lod < 1 or embeddings.shape[1] != self.block_size**lod:
             raise ValueError(
-                f"a gist of level {level} stands for {self.block_size}^{level} embeddings, not {embeddings.shape[1]}"
+                f"a gist of LOD {lod} stands for {self.block_size}^{lod} embeddings, not {embeddings.shape[1]}"
             )
         first = self.encode_block(embeddings.reshape(-1, self.block_size, self.width))
-        return self.encode_gists(first.view(len(embeddings), -1, self.width), level)
+        return self.encode_gists(first.view(len(embeddings), -1, self.width), lod)
 
-    def encode_gists(self, gists: Tensor, level: int, seen: Seen | None = None) -> list[Tensor]:
-        """Gists of level 1 [B, K^(level - 1), D] -> those of every level up to ``level``, the given ones first.
+    def encode_gists(self, gists: Tensor, lod: int, seen: Seen | None = None) -> list[Tensor]:
+        """Gists of LOD 1 [B, K^(lod - 1), D] -> those of every LOD up to ``lod``, the given ones first.
 
-        ``seen``: the same with the gists to their left, for level 2.
+        ``seen``: the same with the gists to their left, for LOD 2.
         """
         found = [gists]
-        for own in range(2, level + 1):
+        for own in range(2, lod + 1):
             below = found[-1].reshape(-1, self.block_size, self.width)
-            found.append(self.of_level(own).encode_block(below, seen).view(len(gists), -1, self.width))
+            found.append(self.of_lod(own).encode_block(below, seen).view(len(gists), -1, self.width))
         return found
 
-    def of_level(self, level: int) -> "GistNet":
-        """The weights that make gists of this level."""
-        return [self, *self.above][min(level - 1, len(self.above))]
+    def of_lod(self, lod: int) -> "GistNet":
+        """The weights that make gists of this LOD."""
+        return [self, *self.above][min(lod - 1, len(self.above))]
 
     def _entering(self, x: Tensor, seen: Seen | None) -> tuple[Tensor, Tensor | None, int]:
         """What the backbone takes: states, which of them are there, how many lie left of the block."""

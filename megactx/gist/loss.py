@@ -40,15 +40,15 @@ class Context:
     def block(self) -> int:
         return self.nets[self.main].block_size
 
-    def carriers(self, starts: Tensor, level: int = 1) -> list[SoftTokens | KVSlots]:
-        """Of each net: carriers of the blocks at starts [B, N], or with ``level`` 2 of spans of K^2 tokens."""
-        return [self.carrier(name, starts, level) for name in self.nets]
+    def carriers(self, starts: Tensor, lod: int = 1) -> list[SoftTokens | KVSlots]:
+        """Of each net: carriers of the blocks at starts [B, N], or with ``lod`` 2 of spans of K^2 tokens."""
+        return [self.carrier(name, starts, lod) for name in self.nets]
 
-    def carrier(self, name: str, starts: Tensor, level: int = 1) -> SoftTokens | KVSlots:
+    def carrier(self, name: str, starts: Tensor, lod: int = 1) -> SoftTokens | KVSlots:
         """Those of one net. Starts are the same where they are the same tensor: comparing them would wait for it."""
-        key = (name, id(starts), level)
+        key = (name, id(starts), lod)
         if key not in self._made:
-            settings = {} if level == 1 else {"level": level}
+            settings = {} if lod == 1 else {"lod": lod}
             made = self.nets[name].compress(self.base, self.prefill, starts, **settings)
             self._made[key] = (starts, made)  # which keeps the tensor, and so its id
         return self._made[key][1]

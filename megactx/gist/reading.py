@@ -20,7 +20,7 @@ def read_carriers(
     Args:
         starts: block starts [B, N].
         carriers: C of them, each of all blocks.
-        tokens: of a block, K, or K^n where carriers of level n stand for so many.
+        tokens: of a block, K, or K^n where carriers of LOD n stand for so many.
         horizon: H.
 
     Returns:

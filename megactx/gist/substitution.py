@@ -54,7 +54,7 @@ def substituted(
         starts: block starts [B, N].
         gists: [C, B, N, D], C vectors per block, each in a branch of its own; or [C, B, N, M, D], M in each branch.
         offsets: position of each carrier's vectors relative to the block's start, C numbers, or C lists of M.
-        block: tokens of a block, K, or K^n where gists of level n stand for so many.
+        block: tokens of a block, K, or K^n where gists of LOD n stand for so many.
         sigmas: standard deviation of these positions in tokens, C scalars; ``None``: points, as those of tokens.
 
     Returns:

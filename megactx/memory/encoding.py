@@ -29,7 +29,7 @@ class Encoder(Protocol):
     Three more attributes may be there. ``left_context`` (default 0): W, the number of tokens left of a block that it
     also reads, at levels >= 2 the W // K nodes left of the children; it is then called as
     ``encode_block(children, Seen(nodes [E, W + K, D], mask [E, W + K]))``, False before the start of the text.
-    ``of_level(level)``, where there is one, gives what makes the gists of that level.
+    ``of_lod(lod)``, where there is one, gives what makes the gists of that LOD.
     ``needs_hidden`` (default False): level 1 reads the base LM's hidden states, not token embeddings.
     """
 
@@ -43,10 +43,10 @@ class Encoder(Protocol):
         """Position of a gist relative to the start of the span of ``tokens`` that it stands for."""
 
 
-def left_of(encoder: Encoder, level: int) -> int:
+def left_of(encoder: Encoder, lod: int) -> int:
     """How many nodes of the level below are read left of a node's children."""
     tokens = getattr(encoder, "left_context", 0)
-    return tokens if level == 1 else tokens // encoder.block_size
+    return tokens if lod == 1 else tokens // encoder.block_size
 
 
 def slots(row: Tensor, index: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -59,8 +59,8 @@ def slots(row: Tensor, index: Tensor, rows: int) -> Iterator[tuple[Tensor, Tenso
 
 
 @torch.no_grad()
-def encode(encoder: Encoder, level: int, nodes: Tensor, left: int, seen: Tensor) -> Tensor:
-    """nodes [E, left + K, D], seen [E, left] -> gists of ``level`` [E, D].
+def encode(encoder: Encoder, lod: int, nodes: Tensor, left: int, seen: Tensor) -> Tensor:
+    """nodes [E, left + K, D], seen [E, left] -> gists of ``lod`` [E, D].
 
     Raises:
         ValueError: embeddings or gists are not as wide as the encoder says.
@@ -68,7 +68,7 @@ def encode(encoder: Encoder, level: int, nodes: Tensor, left: int, seen: Tensor)
     d = encoder.width
     if nodes.shape[-1] != d:
         raise ValueError(f"base: its embeddings have width {nodes.shape[-1]}, the encoder's width is {d}")
-    encoder = encoder.of_level(level) if hasattr(encoder, "of_level") else encoder
+    encoder = encoder.of_lod(lod) if hasattr(encoder, "of_lod") else encoder
     with _evaluating(encoder):
         if left:
             gists = encoder.encode_block(

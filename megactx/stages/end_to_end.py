@@ -20,7 +20,7 @@ from .joint import JointStage
 from .lens_labels import sizes_ahead
 from .window_work import WindowWork
 
-SOFT = {"lod1": 1, "lod2": 2}  # term -> level of the gist that is predicted
+SOFT = {"lod1": 1, "lod2": 2}  # term -> LOD of the gist that is predicted
 
 
 class WindowsPerDocument(TypedDict):
@@ -66,10 +66,10 @@ class EndToEndStage(JointStage):
             )
         self.shown: list[tuple[int, dict]] = []
         k, horizon = self.gistnet.block_size, self.hparams.horizon
-        for term, level in SOFT.items():
-            if weights[term] and horizon % k**level:
+        for term, lod in SOFT.items():
+            if weights[term] and horizon % k**lod:
                 raise ValueError(
-                    f"stage.weights.{term}={weights[term]}: horizon.tokens={horizon} is no multiple of {k**level}"
+                    f"stage.weights.{term}={weights[term]}: horizon.tokens={horizon} is no multiple of {k**lod}"
                 )
             if weights[term] and (self.gistnet.left_context or self.gistnet.needs_hidden):
                 raise ValueError(f"stage.weights.{term}={weights[term]}: a GistNet that reads more than its block: 0")
@@ -149,7 +149,7 @@ class EndToEndStage(JointStage):
         first, kind = unique_windows(variants.context)
         windows, full = Windows.of(variants.context)[first], self.full(ids, cursor)
         gists = encode_shown(self.gistnet, self.base, document, windows.nodes, hparams.recompute)
-        self.shown.append((len(first), {level: len(index) for level, index in windows.nodes.items()}))
+        self.shown.append((len(first), {lod: len(index) for lod, index in windows.nodes.items()}))
         with torch.no_grad(), self.original() as original:
             logits = original.logits(full).float()
             best = F.cross_entropy(logits, targets)
@@ -172,7 +172,7 @@ class EndToEndStage(JointStage):
 
     def _soft(self, horizon: int) -> list[str]:
         """Terms that have a weight; the answer to a planted question may be shorter than a block."""
-        return [t for t, level in SOFT.items() if self.hparams.weights[t] and horizon >= self.gistnet.block_size**level]
+        return [t for t, lod in SOFT.items() if self.hparams.weights[t] and horizon >= self.gistnet.block_size**lod]
 
     def _soft_terms(self, hidden: Tensor, true: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cosine distance of the gists of what is predicted from those of what comes: term -> [N].
@@ -190,8 +190,8 @@ class EndToEndStage(JointStage):
         }
 
     def _gists(self, embeddings: Tensor, term: str) -> Tensor:
-        """embeddings [N, H, D] -> the gists of their whole spans of a level, [N, H / K^level, D]."""
-        (n, h, d), level = embeddings.shape, SOFT[term]
-        tokens = self.gistnet.block_size**level
+        """embeddings [N, H, D] -> the gists of their whole spans of an LOD, [N, H / K^lod, D]."""
+        (n, h, d), lod = embeddings.shape, SOFT[term]
+        tokens = self.gistnet.block_size**lod
         spans = embeddings[:, : h // tokens * tokens].reshape(-1, tokens, d)
-        return self.gistnet.encode_level(spans, level).view(n, -1, d)
+        return self.gistnet.encode_lod(spans, lod).view(n, -1, d)

@@ -56,7 +56,7 @@ def plain_losses(base, net, context: WorkingContext, ids) -> list[torch.Tensor]:
         vectors, positions, sigmas = [], [], []
         for lod, index in zip(context.lod[row, :count].tolist(), context.index[row, :count].tolist(), strict=True):
             tokens = base.embed(ids[index * k**lod : (index + 1) * k**lod][None])
-            vectors.append(tokens[0, 0] if lod == 0 else net.encode_level(tokens, lod)[0])
+            vectors.append(tokens[0, 0] if lod == 0 else net.encode_lod(tokens, lod)[0])
             positions.append(index if lod == 0 else index * k**lod + net.offset_in(k**lod))
             sigma = net.sigma(lod) if lod else None
             sigmas.append(torch.zeros(()) if sigma is None else sigma)

@@ -131,11 +131,11 @@ def test_a_gist_of_a_level_is_the_gist_of_the_gists_below():
     gistnet = net(skip="none")
     x = torch.randn(3, K * K, WIDTH) * RMS
     below = torch.stack([gistnet.encode_block(x[:, i * K : (i + 1) * K]) for i in range(K)], dim=1)
-    torch.testing.assert_close(gistnet.encode_level(x, 2), gistnet.encode_block(below))
-    torch.testing.assert_close(gistnet.encode_level(x[:, :K], 1), gistnet.encode_block(x[:, :K]))
-    for tokens, level in ((K, 2), (K * K, 1), (K, 0)):
-        with pytest.raises(ValueError, match=f"stands for {K}.{level} embeddings, not {tokens}"):
-            gistnet.encode_level(x[:, :tokens], level)
+    torch.testing.assert_close(gistnet.encode_lod(x, 2), gistnet.encode_block(below))
+    torch.testing.assert_close(gistnet.encode_lod(x[:, :K], 1), gistnet.encode_block(x[:, :K]))
+    for tokens, lod in ((K, 2), (K * K, 1), (K, 0)):
+        with pytest.raises(ValueError, match=f"stands for {K}.{lod} embeddings, not {tokens}"):
+            gistnet.encode_lod(x[:, :tokens], lod)
 
 
 def test_a_block_of_one_token_and_gists_of_gists_are_encoded():
@@ -224,24 +224,24 @@ def test_forward_gives_gradient_to_both_sides_of_a_pair():
 def test_one_set_of_weights_serves_every_level_and_the_levels_below_are_there():
     gistnet = net().eval()
     x = torch.randn(2, K**2, WIDTH, generator=torch.Generator().manual_seed(1)) * RMS
-    below, top = gistnet.encode_levels(x, 2)
+    below, top = gistnet.encode_lods(x, 2)
     assert below.shape == (2, K, WIDTH) and top.shape == (2, 1, WIDTH)
     for index in range(K):
         torch.testing.assert_close(below[:, index], gistnet.encode_block(x[:, index * K : (index + 1) * K]))
     torch.testing.assert_close(top[:, 0], gistnet.encode_block(below))
-    assert torch.equal(gistnet.encode_level(x, 2), top[:, 0]) and not gistnet.above
+    assert torch.equal(gistnet.encode_lod(x, 2), top[:, 0]) and not gistnet.above
 
 
 def test_gists_of_gists_can_have_weights_of_their_own():
     shared, apart = net(skip="none").eval(), net(skip="none", levels=2).eval()
     x = torch.randn(2, K**2, WIDTH, generator=torch.Generator().manual_seed(1)) * RMS
-    one, two = shared.encode_levels(x, 2), apart.encode_levels(x, 2)
+    one, two = shared.encode_lods(x, 2), apart.encode_lods(x, 2)
     assert torch.equal(one[0], two[0]), "the first level changed"
     assert not torch.allclose(one[1], two[1], rtol=0.1)
     torch.testing.assert_close(two[1][:, 0], apart.above[0].encode_block(two[0]))
     two[1].square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in apart.parameters()), "both levels are trained"
-    high = net(skip="none", levels=2).eval().encode_levels(torch.randn(1, K**3, WIDTH) * RMS, 3)
+    high = net(skip="none", levels=2).eval().encode_lods(torch.randn(1, K**3, WIDTH) * RMS, 3)
     torch.testing.assert_close(high[2][:, 0], apart.above[0].encode_block(high[1]))  # beyond the last: shared
     with pytest.raises(ValueError, match="gistnet.levels=0"):
         net(levels=0)

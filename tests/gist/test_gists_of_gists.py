@@ -18,7 +18,7 @@ def test_loss_and_gradients_of_gists_of_gists_equal_plain_forwards(kind, mode):
     net = GistNet(WIDTH, base.embedding_rms(), block_size=k, skip="none", position="end", gaussian_rope=mode)
     ids, starts, span = torch.randint(3, 97, (1, 60)), torch.tensor([[16, 32]]), k**2
     read = prefill(base, ids)
-    gists = net.encode_level(base.embed(blocks(ids, starts, span)).flatten(0, 1), 2).view(1, 1, 2, WIDTH)
+    gists = net.encode_lod(base.embed(blocks(ids, starts, span)).flatten(0, 1), 2).view(1, 1, 2, WIDTH)
     hidden = substituted(base, read, starts, gists, [net.offset_in(span)], span, horizon, [net.sigma(2)])
     (hidden.square() * torch.linspace(0, 1, WIDTH)).mean().backward()  # the mean alone is that of the final norm
     gradients = {name: p.grad.clone() for name, p in net.named_parameters()}

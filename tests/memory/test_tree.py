@@ -109,7 +109,7 @@ def test_a_node_is_the_gist_of_its_own_tokens():
         for level in (1, 2, 3):
             for row, index in ((0, 0), (0, 1), (0, 150 // 4**level - 1), (1, 70 // 4**level - 1)):
                 span = tokens[row, index * 4**level : (index + 1) * 4**level]
-                plain = net.encode_level(table(span)[None], level)[0]
+                plain = net.encode_lod(table(span)[None], level)[0]
                 torch.testing.assert_close(tree.gists(level)[row, index], plain)
 
 

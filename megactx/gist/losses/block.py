@@ -32,7 +32,7 @@ class Block(Loss):
     """
 
     needs = ("block_starts",)
-    starts, level = "block_starts", 1  # the entry of the batch, and what its spans are: K^level tokens
+    starts, lod = "block_starts", 1  # the entry of the batch, and what its spans are: K^lod tokens
 
     def __init__(self, weight: NonNegative = 1.0, objective: Literal[OBJECTIVES] = "kl", seam_weight: Share = 1.0):
         super().__init__(weight)
@@ -45,9 +45,9 @@ class Block(Loss):
     def per_net(self, context: Context) -> tuple[Tensor, Tensor]:
         """-> (loss per net [C] with gradient, dNLL per net [C] in nats)."""
         batch, prefill, horizon = context.batch, context.prefill, context.horizon
-        starts, tokens = batch[self.starts], context.block**self.level
+        starts, tokens = batch[self.starts], context.block**self.lod
         check_blocks(starts, batch["lengths"], tokens, horizon)
-        carriers = context.carriers(starts, self.level)
+        carriers = context.carriers(starts, self.lod)
         hidden = read_carriers(context.base, prefill, starts, carriers, tokens, horizon)  # [C, B, N, H, D]
         loss, numbers = score(
             context.base,

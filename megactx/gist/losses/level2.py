@@ -14,7 +14,7 @@ class Level2(Block):
 
     needs = ("span_starts",)
     main_vectors = True
-    starts, level = "span_starts", 2
+    starts, lod = "span_starts", 2
 
     def __init__(self, weight: NonNegative = 0.0, objective: Literal[OBJECTIVES] = "kl", seam_weight: Share = 1.0):
         super().__init__(weight, objective, seam_weight)
