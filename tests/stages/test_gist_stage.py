@@ -272,7 +272,6 @@ def test_texts_that_changed_since_a_stop_are_refused_by_auto_and_told_to_a_path(
     shutil.copytree(texts, tmp_path / "texts")
     own = [*gist_run, f"data.path={tmp_path / 'texts'}", "preset.validate_every=1"]
     assert run([*own, "preset.steps=1"]) == 0
-    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["source"]
     path = sorted((tmp_path / "texts").glob("*.py"))[0]
     times = path.stat()
     path.write_text(path.read_text().replace("e", "a"))
