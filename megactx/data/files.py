@@ -1,6 +1,5 @@
 """Documents from files: txt, md, source code, csv, json, jsonl, parquet; a file, a folder or a glob; gz too."""
 
-import glob
 import gzip
 import hashlib
 import json
@@ -13,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
+from megactx.framework.files import matches
+
 from .documents import Part, as_dataset
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ MIXED, ADVERSARIAL = "mixed", "adversarial"  # of documents that are made from s
 ALL_DOMAINS = (*DOMAINS, MIXED, ADVERSARIAL)
 
 # Rows of these hold one document each, with a text column; every other file is one document.
-ROW_FORMATS = {".jsonl": "json", ".parquet": "parquet"}
+ROW_FORMATS = {".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 DOMAIN_OF = {
     **dict.fromkeys((".txt", ".md", ".rst", ".text"), NARRATIVE),
     **dict.fromkeys((".py", ".js", ".ts", ".c", ".h", ".cc", ".cpp", ".rs", ".go", ".java", ".sh"), CODE),
@@ -31,7 +32,7 @@ DOMAIN_OF = {
 }
 MARKUP = (".md", ".rst")
 MUCH_CODE = 1 / 3  # share of the lines in code blocks from which on such a text is structured
-RULES = 3  # of the domain by ending; part of every fingerprint, so that other rules are another corpus
+RULES = 4  # of the text and the domain by ending; part of every fingerprint, so that other rules are another corpus
 GROUP = 2**24  # bytes of files that are tokenised and kept together
 PARQUET_BATCH = 2**22  # bytes of rows that are read at a time
 FENCE = re.compile(r" *(```+|~~~+)")
@@ -92,9 +93,8 @@ class Files:
         return as_dataset(self.documents())
 
     def _in_order(self) -> list[Path]:
-        kinds = (".jsonl", ".parquet")
-        rows = [path for kind in kinds for path in self.paths if _ending(path) == kind]
-        return rows + [path for path in self.paths if _ending(path) not in kinds]
+        rows = [path for kind in ROW_FORMATS for path in self.paths if _ending(path) == kind]
+        return rows + [path for path in self.paths if _ending(path) not in ROW_FORMATS]
 
     def _identity(self, paths: list[Path]) -> str:
         digest = hashlib.sha256(repr((self.domain, self.text_column, RULES)).encode())
@@ -214,7 +214,7 @@ class Files:
 
     def _read(self, path: Path) -> str:
         try:
-            return b"".join(self._chunks(path)).decode("utf-8")
+            return b"".join(self._chunks(path)).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"data.path={path}: not UTF-8 text ({error})") from error
 
@@ -324,7 +324,7 @@ def _find(path: str) -> list[Path]:
     elif here.is_file():
         found, what = [here], ""
     else:
-        matched = [Path(p) for p in glob.glob(str(here), recursive=True)]
+        matched = matches(here)
         found = sorted(p for p in matched if p.is_file())
         what = "no such file, and no file matches it as a glob"
         # With ** every folder on the way is matched, and what is in it too.

@@ -1,4 +1,4 @@
-"""The one way to write a file or a folder: whole, or not at all.
+"""The one way to write a file or a folder: whole, or not at all. And what a path matches as a glob.
 
     with replacing(path) as part:
         part.write_text(...)                # or part.mkdir(), and files in it
@@ -11,6 +11,7 @@ and removed when the block ends, however it ends; what a kill leaves is removed 
 import ctypes
 import errno
 import fcntl
+import glob
 import os
 import re
 import shutil
@@ -31,6 +32,16 @@ WRONG = (
 IN_RUN = "set folder=... to another disk; resume=auto goes on"
 HERE, SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 NO_SWAP = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # of file systems that cannot
+
+
+def matches(path: Path) -> list[Path]:
+    """What a path matches as a glob. A folder on the way that is there under its own name means itself: in ``c[1]/*``
+    the brackets are no pattern where there is a folder ``c[1]``."""
+    parent, rest = path, []
+    while not parent.exists():  # the root is there
+        parent, rest = parent.parent, [parent.name, *rest]
+    found = glob.glob(os.path.join(glob.escape(str(parent)), *rest), recursive=True)
+    return [Path(name) for name in found]
 
 
 @contextmanager

@@ -216,6 +216,26 @@ def test_a_literal_path_with_pattern_characters_reads_that_file(tmp_path, name, 
     assert texts(tmp_path / "b[1]") == ["two"]
 
 
+def test_a_folder_with_brackets_on_the_way_of_a_glob_means_itself(tmp_path):
+    for folder, text in (("c1", "ONE"), ("c[1]", "two")):
+        (tmp_path / folder / "d*").mkdir(parents=True)
+        write(tmp_path / folder / "d*" / "a.jsonl", [{"text": text}])
+    assert texts(tmp_path / "c[1]" / "*" / "*.jsonl") == ["two"]
+    assert texts(tmp_path / "c[1]" / "**" / "*.jsonl") == ["two"]
+    assert texts(tmp_path / "c[12]" / "*" / "*.jsonl") == ["ONE"]  # no such folder: a pattern
+
+
+def test_rows_are_rows_under_either_name_of_their_format(tmp_path):
+    write(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.ndjson")
+    assert texts(tmp_path) == texts(tmp_path / "a.ndjson") == ["one", "two"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    assert texts(tmp_path / "a.txt") == ["one"]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.txt"])
 def test_a_changed_file_of_the_same_size_and_time_gives_the_new_text(tmp_path, tiny_tokenizer, name):
     def tokens():

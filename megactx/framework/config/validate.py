@@ -4,7 +4,6 @@ Hydra catches ``gistnet.haed=mlp`` by itself, but ``+gistnet.haed=mlp``, ``+lrr=
 misspells pass it silently. So every key must be known to the parts, or be an argument of its ``_target_``.
 """
 
-import glob
 import importlib
 import inspect
 import re
@@ -17,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import did_you_mean, flatten
+from ..files import matches
 from .types import Count, NonNegative, Seed, Whole, hints, like, word
 from .types import problems as wrong_values
 
@@ -300,7 +300,7 @@ def _special(tree: dict, problems: list[str]) -> None:
             problems.append(f"stage.controls.{name}.{setting}: a GistNet has no such setting.{meant}")
     path = _at(tree, "stage.evaluate.path")  # read only after the training
     here = Path(path).expanduser() if isinstance(path, str) else None
-    if here is not None and not here.exists() and not glob.glob(str(here), recursive=True):
+    if here is not None and not here.exists() and not matches(here):
         problems.append(f"stage.evaluate.path={path}: no such file or folder, and no file matches it as a glob")
 
 
