@@ -206,6 +206,8 @@ def test_a_path_to_report_on_may_have_a_literal_name_with_pattern_characters(tmp
     ("overrides", "said"),
     [
         (["preset.steps=2", "preset.warmup=1", "preset.validate_every=1", "trainer.max_steps=3"], "runs over 2 steps"),
+        (["trainer.accumulate_grad_batches=2"], "set preset.accumulate, which is for all of them"),
+        (["trainer.val_check_interval=3"], "set preset.validate_every, which is for all of them"),
         (["preset.steps=20", "preset.warmup=5", "preset.validate_every=21"], "preset.validate_every=21 is beyond"),
         (["preset.steps=20", "preset.validate_every=10"], "preset.warmup=1000 is beyond preset.steps=20"),
         (["~trainer.max_steps"], "trainer.max_steps: it is gone"),

@@ -322,6 +322,17 @@ def _lengths(tree: dict, problems: list[str]) -> None:
             f"trainer.max_steps={most}: the learning rate's schedule runs over {schedule} steps; set preset.steps,"
             " which is for both"
         )
+    every_batches = every and every * (number("preset.accumulate") or 1)
+    for key, value, instead in (
+        ("accumulate_grad_batches", number("preset.accumulate"), "accumulate"),
+        ("val_check_interval", every_batches, "validate_every"),
+    ):
+        given = number(f"trainer.{key}")
+        if value and given and given != value:
+            problems.append(
+                f"trainer.{key}={given}: data, schedule and pace count with {value} batches; set preset.{instead},"
+                " which is for all of them"
+            )
     # With a debug option nobody asks for the best of the run, nor whether the learning rate gets to its peak.
     looked_at = HydraConfig.initialized() and HydraConfig.get().runtime.choices.get("debug")
     if steps and every and every > steps and _at(tree, "trainer.limit_val_batches") != 0 and not looked_at:
