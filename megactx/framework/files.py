@@ -14,6 +14,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,6 +50,7 @@ def replacing(path: str | Path, remedy: str = "choose another place") -> Iterato
     with writing(path, remedy), _beside(path) as own:
         part = own / path.name
         yield part
+        _share(part)
         flush(part)
         if part.is_dir() and path.is_dir() and not path.is_symlink():
             _swap(part, path, own)
@@ -86,6 +88,15 @@ def clear(folder: str | Path) -> None:
     """Remove what writers that were killed have left in a folder and below it; of a living one nothing is touched."""
     for own in Path(folder).rglob(f"{PART}*"):
         _clear_one(own)
+
+
+def _share(path: Path) -> None:
+    """Whoever may read the text files of a folder may read its weights: safetensors 0.8 writes for its owner alone."""
+    umask = os.umask(0o077)  # reading it takes setting it
+    os.umask(umask)
+    for file in (path, *path.rglob("*.safetensors")):
+        if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) == 0o600:
+            file.chmod(0o666 & ~umask)
 
 
 def flush(path: Path) -> None:
