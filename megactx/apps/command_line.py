@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megactx.framework.bar import quiet_libraries
 from megactx.runtime import Controller, Observer, Sampling, Session, Settings, load_models
 from megactx.runtime.session_files import is_session
 from megactx.runtime.settings import KINDS, POSITIONS
@@ -63,7 +64,7 @@ def controller_of(asked: argparse.Namespace, tree: bool = False) -> Controller:
         ValueError: models and settings do not fit, or make no tree.
     """
     settings = Settings(budget=asked.budget, megacontext=asked.megacontext, positions=asked.positions)
-    quiet()
+    quiet_libraries()
     controller = Controller(load_models(asked.model), settings)
     if tree and controller.plain:
         raise ValueError(f"{controller.plain} keeps no tree, which this command is about")
@@ -116,13 +117,3 @@ def session_of(folder: str | Path | None, controller: Controller, observers=()) 
     session = Session(controller, observers)
     session.save(folder)  # now, so that a folder that cannot be used is refused before anything is done
     return session
-
-
-def quiet() -> None:
-    """Without a terminal the bars of transformers and datasets are silent."""
-    if not sys.stderr.isatty():
-        import datasets
-        import transformers
-
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()

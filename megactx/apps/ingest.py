@@ -8,7 +8,6 @@ written down in OUT with every save, so the same command goes on after it was st
 """
 
 import argparse
-import hashlib
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from rich import progress
 
 from megactx.data.files import Files
 from megactx.framework.command_line import run
+from megactx.framework.files import checksum
 from megactx.runtime import Session
 from megactx.runtime.text import encodable, parts_of
 
@@ -68,13 +68,13 @@ def take(session: Session, paths: list[Path]) -> None:
     clock = _Clock(session)
     with _Shown(sum(path.stat().st_size for path in paths)) as shown:
         for path in paths:
-            size, name, checksum = path.stat().st_size, str(path.absolute()), _checksum(path)
+            size, name, digest = path.stat().st_size, str(path.absolute()), checksum(path)
             known = done.get(name)
-            if known is not None and known["sha256"] != checksum:
+            if known is not None and known["sha256"] != digest:
                 shown.say(f"{path} has changed since it was read: it is read again, behind all that is there")
                 known = None
             if known is None:
-                known = done[name] = {"sha256": checksum, "characters": 0, "whole": False}
+                known = done[name] = {"sha256": digest, "characters": 0, "whole": False}
             if not known["whole"]:
                 for first, text in pieces(path, known["characters"]):
                     _take_up(session, name, text, characters=first + len(text))
@@ -162,11 +162,6 @@ class _Shown:
         if self.bar.disable and tenth > self.told:
             self.told = tenth
             print(f"{10 * tenth} %  {tokens:,} tokens  {time.monotonic() - self.began:.0f} s", flush=True)
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
+from megactx.framework.files import checksum
+
 from .documents import Part, as_dataset
 
 log = logging.getLogger(__name__)
@@ -107,8 +109,7 @@ class Files:
         state = _state(path)
         if self._digests.get(path, ((), ""))[0] != state:
             try:
-                with path.open("rb") as file:
-                    self._digests[path] = state, hashlib.file_digest(file, "sha256").hexdigest()
+                self._digests[path] = state, checksum(path)
             except OSError as error:
                 raise ValueError(f"data.path={path}: cannot be read ({error})") from error
         return self._digests[path][1]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megactx.framework.errors import RunFailed
+from megactx.framework.files import checksum
 
 from .documents import Part, as_dataset
 from .files import NARRATIVE, check_domain
@@ -62,8 +63,7 @@ class Hub:
         """Identity by the settings, and by the content of the files where the data set is a local folder."""
         digest = hashlib.sha256(json.dumps([RULES, vars(self)], sort_keys=True).encode())
         for path in self._local():
-            with path.open("rb") as file:
-                digest.update(f"{path}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{path}\0{checksum(path)}\n".encode())
         return digest.hexdigest()[:16]
 
     def parts(self) -> list[Part]:

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from megactx.framework.files import replacing
+from megactx.framework.files import write
 
 from .context_use import BEFORE, BLOCK, PASSAGE, SEGMENT
 from .table import Table, cell, pivot
@@ -87,8 +87,7 @@ def model_card(facts: dict, use: Table) -> str:
 
 def write_model_card(folder: str | Path, facts: dict, use: Table) -> None:
     """Write ``README.md`` into the model's folder."""
-    with replacing(Path(folder) / "README.md") as part:
-        part.write_text(model_card(facts, use))
+    write(Path(folder) / "README.md", model_card(facts, use))
 
 
 def _section(use: Table, metric: str, title: str, text: str, what: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megactx.framework.files import replacing
+from megactx.framework.files import replacing, write
 
 from .table import OVERALL
 
@@ -130,8 +130,7 @@ class BlockScores:
         with replacing(path) as part:
             save_file({name: values.detach().cpu().contiguous() for name, values in tensors.items()}, part)
         about = {"domain": self.domain, "horizon": self.horizon, "block_hash": self.block_hash()}
-        with replacing(path.with_suffix(".json")) as part:
-            part.write_text(json.dumps(about))
+        write(path.with_suffix(".json"), json.dumps(about))
 
     @staticmethod
     def load(path: str | Path) -> "BlockScores":

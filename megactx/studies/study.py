@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megactx.evaluation.table import Report
+from megactx.framework.bar import quiet_libraries
 from megactx.framework.command_line import run
-
-from .trained import quiet
 
 WIDTH = 170
 
@@ -76,7 +75,7 @@ def command(
 
     def measured(asked: argparse.Namespace) -> None:
         given.check(asked)
-        quiet()
+        quiet_libraries()
         stem = report = told = None
         for next_stem, next_report in study(asked):
             if stem not in (None, next_stem):

@@ -14,17 +14,20 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from ..files import IN_RUN, clear, replacing, writing
+from .. import files
+from ..files import IN_RUN, clear, writing
 from ..lock import Lock
 from .distributed import rank
 
 PACKAGES = ("megactx", "torch", "lightning", "transformers", "tokenizers", "datasets", "torchmetrics", "peft", "numpy")
 SECRET = re.compile(r"(key|token|password|secret)$", re.IGNORECASE)
 HIDDEN = "(hidden)"
+write = partial(files.write, remedy=IN_RUN)
 NOISE = (
     r".*does not have many workers.*",
     r".*isinstance\(treespec, LeafSpec\).*",
@@ -64,12 +67,6 @@ def hide_in_command(overrides) -> list[str]:
 def short(folder: Path) -> str:
     """Relative to the working directory where it is below it."""
     return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all."""
-    with replacing(path, IN_RUN) as part:
-        part.write_text(text, encoding="utf-8")
 
 
 def open_folder(folder: Path, config: dict, overrides: list[str], why: str) -> None:
