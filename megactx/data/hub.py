@@ -7,7 +7,9 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
+from megactx.framework.config.types import Count, declared
 from megactx.framework.errors import RunFailed
 from megactx.framework.files import checksum
 
@@ -21,6 +23,7 @@ RULES = 2  # of what a row gives; part of every fingerprint
 PATTERN = re.compile(r"[\[\]*?]|::")
 
 
+@declared("data")
 class Hub:
     """Documents of any data set that ``datasets.load_dataset`` takes without remote code.
 
@@ -38,22 +41,18 @@ class Hub:
 
     def __init__(
         self,
-        name: str,
+        name: str | None,
         subset: str | None = None,
         split: str = "train",
         text_column: str = "text",
         domain: str = NARRATIVE,
         streaming: bool = True,
-        max_documents: int = 2000,
+        max_documents: Count = 2000,
         min_characters: int = 0,
-        short_rows: str = DROP,
+        short_rows: Literal[DROP, JOIN] = DROP,
     ):
         if not name:
             raise ValueError("data.name is not set: give the name of a data set, or a local folder")
-        if max_documents < 1:
-            raise ValueError(f"data.max_documents={max_documents} is not allowed: it must be 1 or more")
-        if short_rows not in (DROP, JOIN):
-            raise ValueError(f"data.short_rows={short_rows} is not allowed: {DROP} or {JOIN}")
         check_domain(domain)
         self.name, self.subset, self.split = str(name), subset, split
         self.text_column, self.domain, self.streaming = text_column, domain, streaming
@@ -83,29 +82,20 @@ class Hub:
         where, count = f"data.name={self.name} (subset={self.subset}, split={self.split})", 0
         local = self._local()
         if odd := next((path for path in local if PATTERN.search(str(path.resolve()))), None):
-            raise ValueError(
-                f"{where}: the library that reads it takes [ ] * ? and :: in {odd} for a pattern; rename it, or use"
-                " data=files"
-            )
+            raise ValueError(f"{where}: [ ] * ? and :: in {odd} are taken for a pattern; rename it, or use data=files")
         try:
             # A local folder is always read as it is: the copy that the library keeps may be older than the files.
             for document in self._documents(self._rows(self.streaming or bool(local))):
                 count += 1
                 yield document
         except _MissingColumn as error:
-            raise ValueError(
-                f"data.text_column={self.text_column}: {where} has no such column of texts, {error}"
-            ) from None
+            raise ValueError(f"data.text_column={self.text_column}: {where} has no such text: {error}") from None
         except Exception as error:  # the libraries below raise a class of their own for every way to fail
             if columns := _without(error):
-                raise ValueError(
-                    f"data.text_column={self.text_column}: {where} has {columns}, no such column"
-                ) from error
+                raise ValueError(f"data.text_column={self.text_column}: {where} has only {columns}") from error
             if (full := _full(error)) is not None:
-                raise RunFailed(
-                    f"{where}: there is no room for it in the cache of data sets ({full}). Make room there, or set"
-                    " HF_HOME to another folder, or data.streaming=true",
-                ) from error
+                remedy = "make room in the cache of data sets, or set HF_HOME elsewhere, or data.streaming=true"
+                raise RunFailed(f"{where}: there is no room for it ({full}); {remedy}") from error
             cause = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise ValueError(f"{where}: the data set cannot be reached or read ({cause[0]})") from error
         if not count:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .documents import TRAIN, views
+from .resumable import Endless
 from .tokenizer import bos_id
 
 SHORTEST = 128  # tokens of a window: room for a passage of 32 twice, something before it and between
@@ -27,7 +28,7 @@ class Phase:
     batch: int
 
 
-class PretrainingBatches:
+class PretrainingBatches(Endless):
     """Map-style dataset of whole batches.
 
     Args:
@@ -73,9 +74,6 @@ class PretrainingBatches:
         self.lengths = lengths
         self.domains = list(self.pools)
         self.shares = [self.pools[domain][2] / total for domain in self.domains]
-
-    def __len__(self) -> int:
-        return 2**31  # without an end Lightning never prefetches past one
 
     def __getitem__(self, index: int) -> dict:
         rng = np.random.default_rng([self.seed, index])
