@@ -16,6 +16,7 @@ from pathlib import Path
 from megactx.framework.files import checksum
 
 from .documents import Part, as_dataset
+from .encoding import batches
 
 log = logging.getLogger(__name__)
 
@@ -75,14 +76,7 @@ class Files:
 
     def parts(self) -> list[Part]:
         """A large file, or small ones that follow each other, at a time; all of them in the order of ``documents``."""
-        groups, size = [], GROUP
-        for path in self._in_order():
-            more = path.stat().st_size
-            if size + more > GROUP:
-                groups.append([])
-                size = 0
-            groups[-1].append(path)
-            size += more
+        groups = batches(self._in_order(), lambda path: path.stat().st_size, GROUP)
         return [Part(self._identity(group), partial(self._checked, group)) for group in groups]
 
     def documents(self) -> Iterator[dict]:
@@ -94,9 +88,8 @@ class Files:
         return as_dataset(self.documents())
 
     def _in_order(self) -> list[Path]:
-        kinds = (".jsonl", ".parquet")
-        rows = [path for kind in kinds for path in self.paths if _ending(path) == kind]
-        return rows + [path for path in self.paths if _ending(path) not in kinds]
+        order = {".jsonl": 0, ".parquet": 1}
+        return sorted(self.paths, key=lambda path: order.get(_ending(path), 2))  # as they are within each
 
     def _identity(self, paths: list[Path]) -> str:
         digest = hashlib.sha256(repr((self.domain, self.text_column, RULES)).encode())
@@ -131,8 +124,8 @@ class Files:
         kind = ROW_FORMATS.get(_ending(path))
         if kind is None:
             text = self._read(path)
-            found = [{"text": text, "domain": self.domain or _domain(_ending(path), text), "source": str(path)}]
-            found = found if text else []
+            about = {"domain": self.domain or _domain(_ending(path), text), "source": str(path)}
+            found = [{"text": text, **about}] if text else []
         else:
             found = self._rows(path, self._json(path) if kind == "json" else self._parquet(path))
         empty = True
@@ -169,7 +162,7 @@ class Files:
 
     def _json(self, path: Path) -> Iterator[dict]:
         number = 0
-        for line in _lines(self._chunks(path)):
+        for line in self._chunks(path, "readline", self.max_bytes + 1):
             try:
                 text = line.decode("utf-8-sig" if number == 0 else "utf-8")
             except UnicodeDecodeError as error:
@@ -219,11 +212,11 @@ class Files:
         except UnicodeDecodeError as error:
             raise ValueError(f"data.path={path}: not UTF-8 text ({error})") from error
 
-    def _chunks(self, path: Path) -> Iterator[bytes]:
+    def _chunks(self, path: Path, how: str = "read", most: int = 2**20) -> Iterator[bytes]:
         size = 0
         try:
             with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-                while chunk := file.read(2**20):
+                while chunk := getattr(file, how)(most):
                     size += len(chunk)
                     self._check_limit(path, size)
                     yield chunk
@@ -275,17 +268,6 @@ def _domain(ending: str, text: str) -> str:
     if ending in MARKUP and code_share(text) >= MUCH_CODE:
         return STRUCTURED
     return DOMAIN_OF.get(ending, NARRATIVE)
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    rest: list[bytes] = []
-    for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        rest.append(first)
-        for line in others:
-            yield b"".join(rest)
-            rest = [line]
-    yield b"".join(rest)
 
 
 def _shown(value) -> str:
