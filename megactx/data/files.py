@@ -139,19 +139,13 @@ class Files:
 
     def _rows(self, path: Path, rows: Iterable[dict]) -> Iterator[dict]:
         for number, row in enumerate(rows):
-            text, where = row.get(self.text_column), f"data.path={path}: row {number}"
+            text, where = row.get(self.text_column), f"data.path={path}: row {number} (from 0)"
             if self.text_column not in row:
-                raise ValueError(
-                    f"data.text_column={self.text_column}: row {number} of {path} has no such column, it has {[*row]};"
-                    " the first row is 0"
-                )
+                raise ValueError(f"{where} has no column data.text_column={self.text_column}, it has {[*row]}")
             if text is None:
-                raise ValueError(f"{where} has no {self.text_column} (the first row is 0); mend or remove it")
+                raise ValueError(f"{where} has no {self.text_column}; mend or remove it")
             if not isinstance(text, str):
-                raise ValueError(
-                    f"data.text_column={self.text_column}: row {number} of {path} holds {_shown(text)}, not text; the"
-                    " first row is 0"
-                )
+                raise ValueError(f"{where} holds {_shown(text)}, not text, as data.text_column={self.text_column}")
             domain, source = (None if name == self.text_column else row.get(name) for name in ("domain", "source"))
             domain = self.domain or (NARRATIVE if domain is None else domain)
             check_domain(domain, f"{where}: domain")
@@ -174,10 +168,7 @@ class Files:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"data.path={path}: row {number} cannot be read as json ({error})") from error
             if not isinstance(row, dict):
-                raise ValueError(
-                    f"data.path={path}: row {number} cannot be read as json rows, it holds {_shown(row)}; a row is an"
-                    f' object on a line, like {{"{self.text_column}": "..."}}'
-                )
+                raise ValueError(f"data.path={path}: row {number} holds {_shown(row)}; a row is an object on a line")
             yield row
             number += 1
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megactx.focus.replay import Replay, Step
 from megactx.framework.files import write as write_file
-from megactx.runtime.text import LONGEST, text_of
+from megactx.runtime.text import LONGEST, printable, text_of
 
 from ..pictures import animate_replay, plot_replay
 from . import frames
@@ -35,7 +35,7 @@ def page(player: Player) -> str:
         "about": frames.about(session) | {"live": False},
         "frames": player.feed.frames,
         "state": player.feed.state | {"doing": "replay"},
-        "texts": [frames.shown(text) for text in texts],
+        "texts": [printable(text) for text in texts],
     }
     html = (PAGE / "index.html").read_text(encoding="utf-8")
     out = []
