@@ -102,16 +102,12 @@ def refuse_idle(overrides: list[str], choices: dict) -> None:
     values = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
     steps = next((key for key in ("preset.steps", "trainer.max_steps") if key in values), None)
     if steps and values.get("preset.minutes", "null") != "null":
-        raise ValueError(
-            f"preset.minutes={values['preset.minutes']} and {steps} are not allowed together: give one of them"
-        )
+        raise ValueError(f"preset.minutes={values['preset.minutes']} and {steps} are not allowed together")
     compressor = choices.get("compressor", "gistnet")
     given = [override.lstrip("+~").partition("=")[0] for override in overrides]
     idle = [key for key in given if key.partition(".")[0] in ("gistnet", "pooling", "depth", "gaussian_rope")]
     if compressor != "gistnet" and idle:
-        raise ValueError(
-            f"{', '.join(idle)}: it says nothing with compressor={compressor}; it is for compressor=gistnet"
-        )
+        raise ValueError(f"{', '.join(idle)}: it is for compressor=gistnet, and compressor={compressor}")
 
 
 def _where_it_is_set(line: str, raw: dict) -> str:
