@@ -29,11 +29,12 @@ def add_models(parser: argparse.ArgumentParser, budget: int = 2048) -> None:
     )
 
 
-def add_session(parser: argparse.ArgumentParser) -> None:
-    """``--session``."""
-    parser.add_argument(
-        "--session", metavar="FOLDER", help="go on with this session, and save it; made if it is not there"
-    )
+def add_talk(parser: argparse.ArgumentParser, tokens: int) -> None:
+    """What continues a text has: ``--session``, how many tokens and which, ``--model`` and the rest."""
+    kept = "go on with this session, and save it; made if it is not there"
+    parser.add_argument("--session", metavar="FOLDER", help=kept)
+    add_sampling(parser, tokens)
+    add_models(parser)
 
 
 def add_sampling(parser: argparse.ArgumentParser, tokens: int) -> None:
@@ -106,6 +107,16 @@ def prompt_file_of(asked: argparse.Namespace) -> str | None:
     if not (text := from_bytes(path.read_bytes(), str(path))):
         raise ValueError(f"--file={asked.file}: it is empty, there is nothing to continue")
     return text
+
+
+def opened(asked: argparse.Namespace, folder: str | Path | None) -> Session:
+    """The session of a folder, with the models and the telemetry that were asked for, for a command about trees.
+
+    Raises:
+        ValueError: see ``controller_of`` and ``observers_of``.
+    """
+    controller = controller_of(asked, tree=True)
+    return session_of(folder, controller, observers_of(asked, controller))
 
 
 def session_of(folder: str | Path | None, controller: Controller, observers=()) -> Session:

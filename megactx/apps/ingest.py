@@ -21,7 +21,7 @@ from megactx.framework.files import checksum
 from megactx.runtime import Session
 from megactx.runtime.text import encodable, parts_of
 
-from .command_line import add_models, controller_of, observers_of, session_of
+from .command_line import add_models, opened
 
 PIECE = 2**18  # characters that are tokenised at a time
 SAVE_EVERY = 60.0  # seconds, and never more than a tenth of the time
@@ -37,8 +37,7 @@ def ingest(asked: argparse.Namespace) -> None:
     if asked.megacontext == "none":
         raise ValueError("--megacontext=none keeps no tree, there is nothing to build")
     paths = find(asked.files)
-    controller = controller_of(asked, tree=True)
-    with session_of(asked.out, controller, observers_of(asked, controller)) as session:
+    with opened(asked, asked.out) as session:
         began, before = time.monotonic(), session.length
         try:
             take(session, paths)
@@ -65,7 +64,7 @@ def take(session: Session, paths: list[Path]) -> None:
     """Read files that the session has not read yet; ``session.about['ingested']`` says which it has, and how far."""
     _settle(session)
     done = session.about.setdefault("ingested", {})
-    clock = _Clock(session)
+    clock = SaveClock(session, SAVE_EVERY)
     with _Shown(sum(path.stat().st_size for path in paths)) as shown:
         for path in paths:
             size, name, digest = path.stat().st_size, str(path.absolute()), checksum(path)
@@ -117,15 +116,15 @@ def pieces(path: Path, skip: int = 0) -> Iterator[tuple[int, str]]:
             place += len(part)
 
 
-class _Clock:
-    """Saves a session when enough time has passed since the last save."""
+class SaveClock:
+    """Saves a session when so many seconds have passed since the last save, and ten times what that took."""
 
-    def __init__(self, session: Session):
-        self.session, self.saved, self.took = session, time.monotonic(), 0.0
+    def __init__(self, session: Session, every: float):
+        self.session, self.every, self.saved, self.took = session, every, time.monotonic(), 0.0
 
     def save_when_due(self) -> None:
         began = time.monotonic()
-        if began - self.saved > max(SAVE_EVERY, 10 * self.took):
+        if began - self.saved > max(self.every, 10 * self.took):
             self.session.save()
             self.saved = time.monotonic()
             self.took = self.saved - began

@@ -111,9 +111,7 @@ def _write(documents: Iterable[dict], path: Path, encoder: Encoder, told: "_Told
             ids = encoder(texts)
             ends = np.cumsum([0, *map(len, ids)], dtype=np.int64)
             if ends[-1] >= 2**31:
-                raise ValueError(
-                    f"data: the text {columns['source'][0]} has more than 2^31 tokens; cut it into several"
-                )
+                raise ValueError(f"data: {columns['source'][0]} has more than 2^31 tokens; cut it into several texts")
             values = ids[0] if len(ids) == 1 else np.concatenate(ids)
             lists = pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(values))
             arrays = [pa.array(columns[name], pa.string()) for name in strings]
@@ -219,9 +217,7 @@ def cut(rows, split: str | None, tokenizer, min_tokens: int, max_tokens: int):
         of texts that were too short.
     """
     if not 0 < min_tokens <= max_tokens:
-        raise ValueError(
-            f"data.min_tokens={min_tokens} is not allowed with data.max_tokens={max_tokens}: 0 < min <= max"
-        )
+        raise ValueError(f"data.min_tokens={min_tokens} is not allowed: 1 to data.max_tokens={max_tokens}")
     bos = bos_id(tokenizer)
     documents, dropped = [], 0
     columns = [rows.data.column(name).to_pylist() for name in ("split", "domain", "source")]

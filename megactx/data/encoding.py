@@ -46,10 +46,8 @@ class Encoder:
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """-> ids of each text, int32 [t]."""
         if self.backend is None:
-            return [
-                np.asarray(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
-                for text in texts
-            ]
+            plain = {"add_special_tokens": False, "verbose": False}
+            return [np.asarray(self.tokenizer(text, **plain)["input_ids"], dtype=np.int32) for text in texts]
         if self.known is not None:
             return [self._by_words(text) for text in texts]
         found: list = [None] * len(texts)

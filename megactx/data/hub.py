@@ -83,13 +83,16 @@ class Hub:
         local = self._local()
         if odd := next((path for path in local if PATTERN.search(str(path.resolve()))), None):
             raise ValueError(f"{where}: [ ] * ? and :: in {odd} are taken for a pattern; rename it, or use data=files")
+        # A local folder is always read as it is: the copy that the library keeps may be older than the files.
+        for document in self._documents(self._checked(where, self.streaming or bool(local)), where):
+            count += 1
+            yield document
+        if not count:
+            raise ValueError(f"{where}: no text has data.min_characters={self.min_characters} characters")
+
+    def _checked(self, where: str, streaming: bool) -> Iterator[dict]:
         try:
-            # A local folder is always read as it is: the copy that the library keeps may be older than the files.
-            for document in self._documents(self._rows(self.streaming or bool(local))):
-                count += 1
-                yield document
-        except _MissingColumn as error:
-            raise ValueError(f"data.text_column={self.text_column}: {where} has no such text: {error}") from None
+            yield from self._rows(streaming)
         except Exception as error:  # the libraries below raise a class of their own for every way to fail
             if columns := _without(error):
                 raise ValueError(f"data.text_column={self.text_column}: {where} has only {columns}") from error
@@ -98,8 +101,6 @@ class Hub:
                 raise RunFailed(f"{where}: there is no room for it ({full}); {remedy}") from error
             cause = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise ValueError(f"{where}: the data set cannot be reached or read ({cause[0]})") from error
-        if not count:
-            raise ValueError(f"{where}: no text has data.min_characters={self.min_characters} characters")
 
     def _rows(self, streaming: bool) -> Iterator[dict]:
         """Rows with the column that is asked for; others may have other types in each file.
@@ -122,17 +123,18 @@ class Hub:
         folder = Path(self.name).expanduser()
         return sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
 
-    def _documents(self, rows) -> Iterator[dict]:
+    def _documents(self, rows, where: str) -> Iterator[dict]:
+        wanted = f"data.text_column={self.text_column}: {where}: row"
         parts, size, first, count, without = [], 0, 0, 0, []
         for index, row in enumerate(rows):
             if self.text_column not in row:
-                raise _MissingColumn(f"row {index} has {sorted(row)}")
+                raise ValueError(f"{wanted} {index} has only {sorted(row)}")
             text = row[self.text_column]
             if text is None:
                 without.append(index)
                 continue
             if not isinstance(text, str):
-                raise _MissingColumn(f"row {index} holds {type(text).__name__}, not text")
+                raise ValueError(f"{wanted} {index} holds {type(text).__name__}, not text")
             if not text.strip() or (self.short_rows == DROP and len(text) < self.min_characters):
                 continue
             first = first if parts else index
@@ -184,7 +186,3 @@ def _full(error: BaseException | None) -> OSError | None:
             return error
         error = error.__cause__ or error.__context__
     return None
-
-
-class _MissingColumn(Exception):
-    pass

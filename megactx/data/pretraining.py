@@ -48,9 +48,7 @@ class PretrainingBatches(Endless):
         self.phases = [Phase(**phase) for phase in phases]
         for phase in self.phases:
             if phase.tokens < SHORTEST:
-                raise ValueError(
-                    f"datamodule.phases: windows of {phase.tokens} tokens are too short, allowed are {SHORTEST} or more"
-                )
+                raise ValueError(f"datamodule.phases: tokens={phase.tokens} is not allowed: at least {SHORTEST}")
         self.repeat, self.skip, self.max_position, self.seed, self.each = repeat, skip, max_position, seed, each
         self.bos = bos_id(tokenizer)
         self.texts = views(rows)
@@ -61,10 +59,8 @@ class PretrainingBatches(Endless):
         for domain, weight in weights.items():
             index = np.flatnonzero((splits == split) & (domains == domain) & (lengths >= shortest))
             if weight > 0 and len(index) == 0:
-                raise ValueError(
-                    f"datamodule.weights.{domain}={weight}: no {split} document of that domain has {shortest} tokens;"
-                    f" set it to 0"
-                )
+                where = f"datamodule.weights.{domain}={weight}"
+                raise ValueError(f"{where}: no {split} document of that domain has {shortest} tokens; set it to 0")
             if weight > 0:
                 share = lengths[index] / lengths[index].sum()
                 self.pools[domain] = (index, share, weight)

@@ -13,7 +13,7 @@ from .adversarial import Vocabulary
 from .composed import Composed
 from .documents import TRAIN, VALIDATION, cut, length_of, tokenised
 from .resumable import Resumable
-from .segments import check_history
+from .segments import check_history, check_room
 from .spans import SpanBatches, check_weights, eligible_starts, evenly, single
 from .tokenizer import load_tokenizer
 
@@ -170,25 +170,14 @@ class SpanData(Resumable):
 
     def _check_lengths(self) -> None:
         if self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"data.min_tokens={self.min_tokens} is not allowed: documents have at most {self.max_tokens} tokens"
-                f" (data.max_tokens, or what the base takes)"
-            )
-        needed = 2 * self.block**2 + self.horizon
-        if self.level2_spans and self.min_tokens < needed:
-            raise ValueError(
-                f"datamodule.level2_spans={self.level2_spans} does not fit into data.min_tokens={self.min_tokens}: the"
-                f" first {self.block**2} tokens are never replaced, so a document needs 2 x {self.block}^2 +"
-                f" {self.horizon} = {needed} tokens"
-            )
+            most = f"documents have at most {self.max_tokens} tokens (data.max_tokens, or what the base takes)"
+            raise ValueError(f"data.min_tokens={self.min_tokens} is not allowed: {most}")
+        if self.level2_spans:
+            what = f"datamodule.level2_spans={self.level2_spans}"
+            check_room(what, 2 * self.block**2 + self.horizon, self.min_tokens)
         if self.history:
             check_history(self.history, self.block, self.min_tokens)
-        needed = 2 * self.block + self.horizon
-        if self.min_tokens < needed:
-            raise ValueError(
-                f"horizon.tokens={self.horizon} does not fit into data.min_tokens={self.min_tokens}: a document needs"
-                f" the sink block, a block and the horizon, 2 x {self.block} + {self.horizon} = {needed} tokens"
-            )
+        check_room(f"horizon.tokens={self.horizon}", 2 * self.block + self.horizon, self.min_tokens)
 
 
 def in_turn(documents: list[dict]) -> list[dict]:

@@ -127,10 +127,15 @@ def _unknown(key: str, known: list[str]) -> str:
     return f"{key}: no such setting.{meant}"
 
 
-def _last(error: BaseException) -> str:
+def innermost(error: BaseException) -> BaseException:
+    """What an error came of first."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip() or type(error).__name__
+    return error
+
+
+def _last(error: BaseException) -> str:
+    return str(innermost(error)).strip() or type(innermost(error)).__name__
 
 
 def known_keys(overrides: list[str] = ()) -> list[str]:

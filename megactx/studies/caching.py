@@ -11,12 +11,13 @@ recovery of each run on each domain; drift of stored gists.
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-from megactx.evaluation.measure import LAST_TOKEN, in_eval_mode
+from megactx.evaluation.bootstrap import recovery_intervals
+from megactx.evaluation.measure import LAST_TOKEN, in_eval_mode, measure
 from megactx.evaluation.table import Report, Table
 from megactx.framework.bar import bar
 from megactx.gist.carrier import Compressor
@@ -33,7 +34,6 @@ from .drift import measure_drift, parsed
 from .prompts import again, cached, compressed, levels
 from .study import Options, command, multiple, usable
 from .trained import NOTHING, Nothing, Trained, base_of, held_out, load, same
-from .transfer import measure_transfer
 
 BASE, GISTNET, BLOCK, HORIZON = "asset:tiny-base", "asset:tiny-gistnet", 32, 32  # without a run
 
@@ -109,6 +109,35 @@ def _costs(base: BaseLM, net: Compressor, ids, rest, counts: dict[float, int], a
     found = measure_answers(base, prompts, rest, asked.answer, asked.repeats, bar("answers"))
     for (form, compression, _), cost in found.items():
         table.add_all(cost, "metric", carrier=form, span=compression)
+
+
+def measure_transfer(
+    runs: list[Trained],
+    batches: Iterable[dict],
+    horizon: int,
+    table: Table,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> dict:
+    """Compressors trained on some domains, read on others, beside the untrained controls, on the same blocks.
+
+    Args:
+        runs: of one base LM and one block size.
+        batches, horizon: as for ``measure``.
+        table: gets the recovery of each run and control on every domain of the text, and overall.
+
+    Returns:
+        ``transfer``: ``first``, the first scored offset, 1 where a run keeps keys and values; ``blocks``,
+        ``documents``, ``hash`` of what was measured; ``trained``: run -> domain -> share.
+    """
+    nets = {run.name: run.main for run in runs}
+    scores = measure(runs[0].base, nets, batches, horizon, progress=progress)
+    first = int(any(not net.makes_vectors for net in nets.values()))
+    for domain, own in scores.by_domain().items():
+        found = recovery_intervals(own, list(own.carriers), first)
+        table.add_all(found, "carrier", metric="recovery", span=f"h >= {first}", domain=domain)
+    about = {"first": first, "blocks": len(scores), "documents": scores.documents}
+    about |= {"hash": scores.block_hash(), "trained": {run.name: run.weights for run in runs}}
+    return {"transfer": about}
 
 
 def _subject(asked, runs: list[Trained]) -> tuple[BaseLM, int, int]:

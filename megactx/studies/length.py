@@ -206,10 +206,7 @@ def check(asked: argparse.Namespace, models: Models) -> None:
     if asked.limit is None:
         asked.limit = most // 2
     elif not least <= asked.limit <= most:
-        raise ValueError(
-            f"--limit={asked.limit} is not allowed: {least} for --budgets={asked.budgets[-1]}, to {most}, the positions"
-            " of the base LM"
-        )
+        raise ValueError(f"--limit={asked.limit} is not allowed: {least} for these --budgets, to {most} (the base)")
     for budget in asked.budgets:
         Settings(budget).fitted(block, asked.limit).check(block, asked.limit)
         if budget > asked.lengths[0]:

@@ -80,15 +80,9 @@ class ValidationProtocol(Callback):
     def _warn(self, trainer, pl_module) -> None:
         values = trainer.callback_metrics
         weight = pl_module.loss_settings("contrastive").get("weight")
+        remedy = f"Raise contrastive.weight (lambda, now {weight}), or lower the learning rate"
         for name, (least, what) in COLLAPSE.items():
             if name in values and float(values[name]) < least:
-                log.warning(
-                    "%s = %.3f is below %g: %s. Raise contrastive.weight (lambda, now %s), or lower the learning rate",
-                    name,
-                    float(values[name]),
-                    least,
-                    what,
-                    weight,
-                )
+                log.warning("%s = %.3f is below %g: %s. %s", name, float(values[name]), least, what, remedy)
         if "val/ppl_ratio" in values and float(values["val/ppl_ratio"]) > WORST_RATIO:
             log.warning("val/ppl_ratio = %.2f is above %g", float(values["val/ppl_ratio"]), WORST_RATIO)
