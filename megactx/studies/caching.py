@@ -69,7 +69,9 @@ def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     stem = (usable(asked.out or Path("runs/caching")) if own else Path(asked.runs[0])) / "caching"
     runs = load(asked.runs)
     same(runs)
-    base, block, horizon = _subject(asked, runs)
+    base, block, horizon = base_of(asked.base or BASE) if not runs else runs[0].base, BLOCK, HORIZON
+    if runs:
+        block, horizon = runs[0].block_size, min(run.horizon for run in runs)
     multiple("tokens", asked.tokens, block, least=2)
     counts = levels(asked.tokens, block, asked.compression or [2**n for n in range(block.bit_length())])
     if (whole := asked.tokens + asked.input + asked.answer) > base.max_positions:
@@ -138,12 +140,6 @@ def measure_transfer(
     about = {"first": first, "blocks": len(scores), "documents": scores.documents}
     about |= {"hash": scores.block_hash(), "trained": {run.name: run.weights for run in runs}}
     return {"transfer": about}
-
-
-def _subject(asked, runs: list[Trained]) -> tuple[BaseLM, int, int]:
-    if runs:
-        return runs[0].base, runs[0].main.block_size, min(run.horizon for run in runs)
-    return base_of(asked.base or BASE), BLOCK, HORIZON
 
 
 def _nets(asked, runs: list[Trained], base: BaseLM, block: int) -> dict[str, Compressor]:
