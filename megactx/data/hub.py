@@ -1,6 +1,5 @@
 """Documents of a data set on a hub, or of a local folder in the same layout, read as a stream."""
 
-import errno
 import hashlib
 import json
 import logging
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from megactx.framework.config.types import Count, declared
-from megactx.framework.errors import RunFailed
+from megactx.framework.errors import FULL, RunFailed
 from megactx.framework.files import checksum
 
 from .documents import Part, as_dataset
@@ -180,7 +179,7 @@ def _without(error: BaseException | None) -> list[str]:
 def _full(error: BaseException | None) -> OSError | None:
     """The full disk that an error is about, however often it was wrapped."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno in FULL:
             return error
         error = error.__cause__ or error.__context__
     return None

@@ -18,8 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .config.config_docs import help_text
 from .config.search_path import VERSION_BASE, reference, register, root
-from .errors import DONE, FAILED, INTERRUPTED, MISTAKE, Interrupted, RunFailed, composition_message, verdict
-from .files import FULL
+from .errors import DONE, FAILED, FULL, INTERRUPTED, MISTAKE, Interrupted, RunFailed, composition_message, verdict
 from .run import distributed
 from .run.fit import build_and_run, finish_loggers
 from .run.runfolder import HIDDEN, hide_in_command, hide_secrets, short, write_error

@@ -20,11 +20,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import RunFailed
+from .errors import FULL, RunFailed
 
 PART = ".megactx-part-"
 OLD = "old"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WRONG = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
     *(errno.ELOOP, errno.ENOENT),

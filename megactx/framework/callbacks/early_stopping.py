@@ -71,10 +71,8 @@ class ValidationProtocol(Callback):
         if earlier and len(self.values) >= FEWEST:
             best, then = min(self.values), min(earlier)
             if then - best < IMPROVEMENT * abs(then):
-                return (
-                    f"the best validation improved by less than {IMPROVEMENT:.0%} over {self.window} steps"
-                    f" ({then:.3f} -> {best:.3f})"
-                )
+                gained = f"less than {IMPROVEMENT:.0%} over {self.window} steps ({then:.3f} -> {best:.3f})"
+                return f"the best validation improved by {gained}"
         return ""
 
     def _warn(self, trainer, pl_module) -> None:
