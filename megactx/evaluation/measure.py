@@ -135,12 +135,17 @@ def _below(base, net: GistNet, teacher: Prefill, starts: Tensor, level: int, see
 
 
 def _other_documents(base, net, batches: list[dict], settings: dict, seed: int) -> list[Tensor]:
-    """For each block a gist of another text of the same domain (of any other text, where the domain has but one)."""
+    """For each block the gist of a block of another text."""
     gists = []
     for batch in batches:
         ids, starts = batch["ids"].to(base.model.device), batch["starts"].to(base.model.device)
         teacher = prefill(base, ids, with_states=True) if net.needs_hidden else unread(ids)
         gists.append(net.compress(base, teacher, starts, **settings).vectors)
+    return _exchanged(batches, gists, seed)
+
+
+def _exchanged(batches, gists, seed) -> list[Tensor]:
+    """For each block a gist of another text of the same domain (of any other text, where the domain has but one)."""
     rows = [
         (batch["domain"][b], int(batch["document"][b]), g[b])
         for batch, g in zip(batches, gists, strict=True)
