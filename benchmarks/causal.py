@@ -44,11 +44,11 @@ def seconds(base: BaseLM, length: int, dense: bool) -> float:
     return clock() - began
 
 
-def benchmark(asked: argparse.Namespace) -> None:
+def benchmark(args: argparse.Namespace) -> None:
     if not CUDA:
         torch.set_num_threads(1)
-    base = BaseLM.from_pretrained(asked.base, "float32").to(DEVICE).train()
-    table = Table("tokens of a window", "dense mask, s", "causal kernels, s", "times", title=f"{asked.base}, {DEVICE}")
+    base = BaseLM.from_pretrained(args.base, "float32").to(DEVICE).train()
+    table = Table("tokens of a window", "dense mask, s", "causal kernels, s", "times", title=f"{args.base}, {DEVICE}")
     for length in LENGTHS:
         spent = {dense: [] for dense in (True, False)}
         for turn in range(REPEATS + 1):

@@ -81,7 +81,7 @@ def bench_carrier(stage: GistStage, name: str, net: nn.Module) -> dict:
     starts = torch.linspace(1, (TOKENS - HORIZON) // block - 1, SPANS).long() * block
     batch = {
         "ids": ids[:, :TOKENS],
-        "starts": starts.expand(DOCUMENTS, -1).to(DEVICE),
+        "block_starts": starts.expand(DOCUMENTS, -1).to(DEVICE),
         "lengths": torch.full((DOCUMENTS,), TOKENS, device=DEVICE),
     }
     out = {"carrier": name, "parameters": sum(p.numel() for p in net.parameters()), "spans_per_second": None}
@@ -99,9 +99,9 @@ def bench_carrier(stage: GistStage, name: str, net: nn.Module) -> dict:
         text, reads = ids[:1, :TEXT], net.needs_hidden or not net.makes_vectors
         every = torch.arange(block, TEXT, block, device=DEVICE)[None]
         with torch.inference_mode():
-            teacher = prefill(base, text, net.needs_hidden) if reads else unread(text)
+            context = prefill(base, text, net.needs_hidden) if reads else unread(text)
             alone, read = seconds(
-                lambda: net.compress(base, teacher, every), lambda: reads and prefill(base, text, net.needs_hidden)
+                lambda: net.compress(base, context, every), lambda: reads and prefill(base, text, net.needs_hidden)
             )
     return out | {"encode_tokens_per_second": TEXT / alone, "with_base_tokens_per_second": TEXT / (alone + read)}
 
@@ -141,7 +141,7 @@ def bench_matmul(width: int, dtype: str, blocks: int) -> dict:
 
     def encode():
         with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == "bfloat16"):
-            net.encode_span(embeddings)
+            net.encode_block(embeddings)
 
     with torch.no_grad():
         with Products() as products:

@@ -115,23 +115,23 @@ def alone(*arguments) -> dict:
         return pool.apply(measure, arguments)
 
 
-def benchmark(asked: argparse.Namespace) -> None:
-    resolve(asked.base)  # a mistake is told here, not by the process that measures
+def benchmark(args: argparse.Namespace) -> None:
+    resolve(args.base)  # a mistake is told here, not by the process that measures
     rows = []
-    for variants in asked.variants:
-        for kind in asked.kinds:
-            rows.append(alone(asked.base, variants, kind, asked.tokens, asked.steps, asked.device, asked.gistnet))
+    for variants in args.variants:
+        for kind in args.kinds:
+            rows.append(alone(args.base, variants, kind, args.tokens, args.steps, args.device, args.gistnet))
             print(f"N2 = {variants}, {kind}: {rows[-1]['seconds_per_step']:.2f} s per step", flush=True)
-    table = Table(title=f"a step on {asked.tokens:,} tokens, {asked.base}, {asked.device}")
+    table = Table(title=f"a step on {args.tokens:,} tokens, {args.base}, {args.device}")
     for heading in ("N2", "kind", "windows read", "s/step", "tokens/s", "peak MiB"):
         table.add_column(heading, justify="left" if heading == "kind" else "right")
     for row in rows:
         numbers = (f"{row['seconds_per_step']:.2f}", f"{row['tokens_per_second']:,.0f}", f"{row['peak_mib']:,.0f}")
         table.add_row(str(row["variants"]), row["kind"], str(row["windows_read"]), *numbers)
     Console(width=100).print(table)
-    with replacing(asked.out) as part:
+    with replacing(args.out) as part:
         part.write_text(json.dumps(rows, indent=1))
-    print(f"Written to {asked.out}")
+    print(f"Written to {args.out}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -40,9 +40,9 @@ from transformers import DynamicCache
 
 from megactx.focus import Edits, moves
 from megactx.focus.allocator import FocusAllocator
+from megactx.focus.edit_labels import continuation_nll, measure_values
 from megactx.focus.lensnet import LensNet
 from megactx.focus.sampling import draw, measured_share
-from megactx.focus.values import continuation_nll, measure_values
 from megactx.framework.command_line import run
 from megactx.framework.run.device import choose
 from megactx.lm import BaseLM, masks
@@ -61,7 +61,7 @@ class Mean:
     def __init__(self, width: int):
         self.width = width
 
-    def encode_span(self, embeddings):  # [E, K, D] -> [E, D]
+    def encode_block(self, embeddings):  # [E, K, D] -> [E, D]
         return embeddings.mean(1)
 
     def offset_in(self, tokens: int) -> int:

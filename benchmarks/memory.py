@@ -43,7 +43,7 @@ class Mean:
     def __init__(self, width: int):
         self.width = width
 
-    def encode_span(self, embeddings):  # [E, K, D] -> [E, D]
+    def encode_block(self, embeddings):  # [E, K, D] -> [E, D]
         return embeddings.mean(1).half()
 
     def offset_in(self, tokens: int) -> int:

@@ -174,21 +174,21 @@ def sheet(title: str, headings: tuple, rows: list) -> None:
     Console(width=130).print(table)
 
 
-def benchmark(asked: argparse.Namespace) -> None:
+def benchmark(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    has_cuda = torch.cuda.is_available() and not asked.cpu
+    has_cuda = torch.cuda.is_available() and not args.cpu
     chosen = choose("cuda" if has_cuda else "cpu", "auto" if has_cuda else "32-true")
-    models = models_of(asked, chosen.accelerator)
-    print(f"Device  {chosen.why}; {models.name}, budget {asked.budget:,}", flush=True)
+    models = models_of(args, chosen.accelerator)
+    print(f"Device  {chosen.why}; {models.name}, budget {args.budget:,}", flush=True)
     rows, tree = [], MegaContextTree(models.gistnet, models.base, device=models.base.model.device)
-    for length in track(sorted(asked.lengths), "histories", disable=not sys.stdout.isatty()):
+    for length in track(sorted(args.lengths), "histories", disable=not sys.stdout.isatty()):
         missing = length - int(tree.lengths[0])
         if missing > 0:
             tree.append(ids_of(models, missing))
-        rows += [per_token(models, tree, asked.budget, kind, asked.blocks) for kind in ("recency", "focus")]
+        rows += [per_token(models, tree, args.budget, kind, args.blocks) for kind in ("recency", "focus")]
     if rows:
         sheet(
-            f"per token, budget {asked.budget:,}",
+            f"per token, budget {args.budget:,}",
             ("", "history", "ms", "decode", "refocus", "recompute", "reuse", "entries", "working, MiB", "tree, MiB"),
             [
                 (row["kind"], f"{row['tokens']:,}")
@@ -199,13 +199,13 @@ def benchmark(asked: argparse.Namespace) -> None:
             ],
         )
     del tree
-    most = asked.full_most or (8_192 if chosen.accelerator == "cpu" else 10**9)
-    prompts, fits, crossed = sorted({*asked.prompts}), None, None
+    most = args.full_most or (8_192 if chosen.accelerator == "cpu" else 10**9)
+    prompts, fits, crossed = sorted({*args.prompts}), None, None
     if prompts:
         # Half of the longest that is measured too, or there would be nothing to fit.
         extra = [max(n for n in [*prompts, most] if n <= most) // 2]
         first = [
-            until_first(models, n, asked.budget, n <= most, asked.repeats)
+            until_first(models, n, args.budget, n <= most, args.repeats)
             for n in track(sorted({*prompts, *extra}), "prompts", disable=not sys.stdout.isatty())
         ]
         fits = extrapolated(first)
@@ -224,10 +224,10 @@ def benchmark(asked: argparse.Namespace) -> None:
         )
         said = "nowhere in these fits" if crossed is None else f"from {crossed:,.0f} tokens on"
         print(f"Cold is faster than full attention {said}")
-    name = "runtime.json" if asked.shapes == "own" else "runtime_smollm3.json"
-    out = asked.out or Path("benchmarks/out") / name
+    name = "runtime.json" if args.shapes == "own" else "runtime_smollm3.json"
+    out = args.out or Path("benchmarks/out") / name
     out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in vars(asked).items() if key != "out"}
+    settings = {key: value for key, value in vars(args).items() if key != "out"}
     found = settings | {"device": chosen.why, "per_token": rows, "until_first": first if prompts else []}
     out.write_text(json.dumps(found | {"fits": fits, "crossover": crossed}, indent=1))
     print(f"Written to {out}")

@@ -5,7 +5,7 @@
 
 Time and memory depend on shapes only, so nothing is downloaded. A step is what experiment=smollm3_3b_stage1 does with
 one batch: teacher pass, the default GistNet and blockmean_linear on the same blocks, packed pass, KL, backward and
-AdamW; in bf16 where the device has it. The peak is printed beside what megactx.gist.footprint computed before.
+AdamW; in bf16 where the device has it. The peak is printed beside what megactx.gist.memory_estimate computed before.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from megactx.data.spans import SpanBatches
 from megactx.framework.command_line import run
 from megactx.framework.run.device import choose
 from megactx.gist import GistNet
-from megactx.gist.footprint import footprint, in_words
+from megactx.gist.memory_estimate import in_words, memory_estimate
 from megactx.gist.substitution import substituted
 from megactx.lm import BaseLM
 from megactx.lm.chunked_head import score
@@ -49,16 +49,16 @@ CONFIG = dict(
 
 def loss_of(base, nets, batch, horizon):
     """Mean KL over the blocks of a batch, summed over the nets."""
-    ids, starts = batch["ids"], batch["starts"]
+    ids, starts = batch["ids"], batch["block_starts"]
     block = nets[0].block_size
-    teacher = prefill(base, ids)
+    read = prefill(base, ids)
     embedded = base.embed(blocks(ids, starts, block)).flatten(0, 1)
-    gists = torch.stack([net.encode_span(embedded).view(*starts.shape, -1) for net in nets])
-    hidden = substituted(base, teacher, starts, gists, [net.offset for net in nets], block, horizon)
+    gists = torch.stack([net.encode_block(embedded).view(*starts.shape, -1) for net in nets])
+    hidden = substituted(base, read, starts, gists, [net.offset for net in nets], block, horizon)
     loss, _ = score(
         base,
         hidden.flatten(1, 3),
-        rows_at(teacher.hidden, starts + block - 1, horizon).flatten(0, 2),
+        rows_at(read.hidden, starts + block - 1, horizon).flatten(0, 2),
         blocks(ids, starts + block, horizon).flatten(),
     )
     return loss.mean(dim=1).sum()
@@ -75,7 +75,7 @@ def bench(arguments, device: str, bf16: bool) -> dict:
     parameters = [p for net in nets for p in net.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     shape = (arguments.batch, arguments.tokens, arguments.spans, arguments.horizon)
-    expected = footprint(base, nets, *shape, device)
+    expected = memory_estimate(base, nets, *shape, device)
     print(f"Memory of a step: {in_words(expected)}", flush=True)
     numbers = np.random.default_rng(0).integers(2, base.vocab_size, (arguments.batch, arguments.tokens))
     documents = [{"input_ids": row, "domain": "narrative", "text": i} for i, row in enumerate(numbers)]

@@ -39,12 +39,12 @@ ENOUGH = 4.0  # seconds of a loop that are timed
 
 
 def packed(base, ids, starts, gists, horizon):
-    teacher = prefill(base, ids)
-    hidden = substituted(base, teacher, starts, gists[None], [OFFSET], BLOCK, horizon)
+    read = prefill(base, ids)
+    hidden = substituted(base, read, starts, gists[None], [OFFSET], BLOCK, horizon)
     _, numbers = score(
         base,
         hidden.flatten(1, 3),
-        rows_at(teacher.hidden, starts + BLOCK - 1, horizon).flatten(0, 2),
+        rows_at(read.hidden, starts + BLOCK - 1, horizon).flatten(0, 2),
         blocks(ids, starts + BLOCK, horizon).flatten(),
     )
     return numbers["nll"][0].view(-1, horizon), numbers["kl"][0].view(-1, horizon)
@@ -55,12 +55,12 @@ class Loops:
 
     def __init__(self, base, ids, horizon):
         self.base, self.ids, self.horizon = base, ids, horizon
-        self.teacher = prefill(base, ids)
+        self.prefill = prefill(base, ids)
         self.embedded = base.embed(ids)
 
     def _score(self, hidden, s):
         rows = slice(s + BLOCK, s + BLOCK + self.horizon)
-        teacher = self.teacher.hidden[0, rows.start - 1 : rows.stop - 1]
+        teacher = self.prefill.hidden[0, rows.start - 1 : rows.stop - 1]
         log_p = F.log_softmax(self.base.logits(teacher).float(), dim=-1)
         log_q = F.log_softmax(self.base.logits(hidden).float(), dim=-1)
         kl = F.kl_div(log_q, log_p.exp(), reduction="none").sum(-1)
@@ -84,7 +84,7 @@ class Loops:
 
     def prefix(self, s, gist):
         past = DynamicCache()
-        for layer, (keys, values) in enumerate(self.teacher.cache):
+        for layer, (keys, values) in enumerate(self.prefill.cache):
             past.update(keys[:, :, :s], values[:, :, :s], layer)
         end = s + BLOCK + self.horizon - 1
         rows = torch.cat([gist[None, None].to(self.embedded.dtype), self.embedded[:, s + BLOCK : end]], 1)

@@ -1,5 +1,6 @@
 """The pages of ``docs`` are current, and what they show works as it stands there."""
 
+import csv
 import re
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from megactx.framework.app import run
-from megactx.framework.config.settings_page import COMMAND, main, page
+from megactx.framework.config import methods_page, settings_page
 
 DOCS = Path(__file__).parents[1] / "docs"
 ADDING = (DOCS / "adding.md").read_text(encoding="utf-8")
@@ -45,10 +46,22 @@ def added(tmp_path, monkeypatch):
     return add
 
 
-def test_the_page_of_settings_is_current(capsys):
-    current = (DOCS / "settings.md").read_text(encoding="utf-8") == page()
-    assert current, f"docs/settings.md is not current; run: {COMMAND}"
-    assert main(["--check"]) == 0
+@pytest.mark.parametrize("made", [settings_page, methods_page], ids=lambda made: made.__name__.rpartition(".")[2])
+def test_a_page_that_is_generated_is_current(made):
+    path = DOCS / made.COMMAND.rpartition("/")[2]
+    assert path.read_text(encoding="utf-8") == made.page(), f"docs/{path.name} is not current; run: {made.COMMAND}"
+    assert made.main(["--check"]) == 0
+
+
+def test_the_table_of_methods_has_every_part_that_can_be_chosen():
+    from megactx.evaluation import policies
+    from megactx.focus import heads as lens_heads
+    from megactx.gist import carriers, heads, losses, poolings
+    from megactx.gist.parts import names
+
+    page = (DOCS / "methods.md").read_text(encoding="utf-8")
+    for package in (carriers, heads, losses, poolings, policies, lens_heads):
+        assert all(f"\n| {name} | " in page for name in names(package)), package.__name__
 
 
 def test_every_file_that_the_page_shows_is_found():
@@ -58,6 +71,9 @@ def test_every_file_that_the_page_shows_is_found():
         "counting.py",
         "counting.yaml",
         "unigram.py",
+        "gist_length.py",
+        "rare.py",
+        "gated.py",
     }
 
 
@@ -67,7 +83,7 @@ def test_the_pooling_and_the_head_of_the_page_train(added):
     added("megactx/gist/poolings/largest.py", "megactx/gist/heads/deep.py")
     net = GistNet(64, 1.0, pooling="largest", head="deep", num_heads=4, skip="none")
     embeddings = torch.randn(3, 32, 64, requires_grad=True)
-    net.encode_span(embeddings).sum().backward()
+    net.encode_block(embeddings).sum().backward()
     assert embeddings.grad.abs().sum(dim=(1, 2)).min() > 0
     assert all(p.grad is not None for p in net.head.parameters())
 
@@ -87,6 +103,47 @@ def test_the_loss_of_the_page_has_its_share_and_is_logged(added, gist_run, tmp_p
     more = added("megactx/gist/losses/norm.py", "configs/loss/norm.yaml")
     assert run([*more, *gist_run, "loss=[block,norm]", "loss.norm.weight=0.5"]) == 0
     assert "train/norm/loss" in (tmp_path / "run" / "metrics.csv").read_text().partition("\n")[0]
+
+
+@pytest.mark.slow
+def test_the_metric_of_the_page_is_logged_at_every_validation(added, gist_run, tmp_path):
+    given = added("megactx/stages/gist_length.py", "configs/callbacks/lengths.yaml")
+    asked = ["callbacks=lengths", "stage.evaluate.controls=false", "stage.evaluate.copies=0"]
+    assert run([*given, *gist_run, *asked]) == 0
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        lengths = [float(row["val/gist_length"]) for row in csv.DictReader(file) if row["val/gist_length"]]
+    assert len(lengths) == 2 and all(0 < length < 10 for length in lengths)
+
+
+def test_the_policy_of_the_page_stands_beside_the_others_and_opens_what_it_likes(added, base_folder):
+    from megactx.evaluation.focus import RANDOM, histories, windows
+    from megactx.gist import GistNet
+    from megactx.lm import BaseLM
+
+    added("megactx/evaluation/policies/rare.py")
+    base = BaseLM.from_pretrained(str(base_folder)).freeze()
+    net = GistNet(base.width, base.embedding_rms(), block_size=8, num_heads=4)
+    ids = torch.full((408,), 7)
+    ids[40:48] = torch.arange(100, 108)  # a block of tokens that come once
+    seen = [{"ids": ids, "cursor": 400}]
+    ((_, _, tree, _, values),) = histories(base, net, seen)
+    assert {RANDOM, "rarest tokens"} <= set(values) and values["rarest tokens"].shape == (1, 50)
+    window = windows(tree, 200, values)["rarest tokens"]
+    raw = window.index[0][window.lod[0] == 0]
+    assert set(range(40, 48)) <= set(raw.tolist())
+
+
+def test_the_lens_head_of_the_page_learns(added):
+    from megactx.focus.lensnet import LensNet
+
+    added("megactx/focus/heads/gated.py")
+    net = LensNet(64, 8, layers=1, num_heads=4, head="gated", content=False)
+    torch.nn.init.normal_(net.last.weight)
+    entries = torch.zeros(2, 10, dtype=torch.long)
+    values = net(torch.randn(2, 10, 64), entries, entries, entries == 0)
+    assert values.shape == (2, 10, 2)
+    values.pow(2).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in net.head.parameters())
 
 
 @pytest.mark.slow

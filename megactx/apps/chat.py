@@ -32,14 +32,14 @@ class Chat:
         last: the last refocus, for ``/focus``.
     """
 
-    def __init__(self, asked: argparse.Namespace):
-        self.sampling, self.tokens = sampling_of(asked), asked.tokens
-        self.controller = controller_of(asked)
+    def __init__(self, args: argparse.Namespace):
+        self.sampling, self.tokens = sampling_of(args), args.tokens
+        self.controller = controller_of(args)
         self.framing = framing_of(self.controller.models.base.tokenizer)
         self.console = Console(soft_wrap=True)
         self.last: Refocused | None = None
-        self.observers = [self.seen, *observers_of(asked, self.controller)]
-        self.session = session_of(asked.session, self.controller, self.observers)
+        self.observers = [self.seen, *observers_of(args, self.controller)]
+        self.session = session_of(args.session, self.controller, self.observers)
 
     def seen(self, event: Refocused) -> None:
         """An observer of the session."""
@@ -69,9 +69,9 @@ class Chat:
         print(printable(line), flush=True)
 
 
-def chat(asked: argparse.Namespace) -> None:
+def chat(args: argparse.Namespace) -> None:
     """The command: until ``/quit``, the end of the input, or Ctrl-C at the prompt."""
-    talk = Chat(asked)
+    talk = Chat(args)
     if sys.stdin.isatty():
         talk.say(f"{talk.session.length:,} tokens so far. {HELP}")
     try:

@@ -47,15 +47,15 @@ def add_sampling(parser: argparse.ArgumentParser, tokens: int) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
 
 
-def sampling_of(asked: argparse.Namespace) -> Sampling:
+def sampling_of(args: argparse.Namespace) -> Sampling:
     """Raises ValueError for what is not allowed."""
-    if asked.tokens < 0:
-        raise ValueError(f"--tokens={asked.tokens} is not allowed: at least 0")
+    if args.tokens < 0:
+        raise ValueError(f"--tokens={args.tokens} is not allowed: at least 0")
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    return Sampling(**{name: getattr(asked, name) for name in names})
+    return Sampling(**{name: getattr(args, name) for name in names})
 
 
-def controller_of(asked: argparse.Namespace, tree: bool = False) -> Controller:
+def controller_of(args: argparse.Namespace, tree: bool = False) -> Controller:
     """Load what was asked for; what a person should know goes to stderr.
 
     Args:
@@ -64,9 +64,9 @@ def controller_of(asked: argparse.Namespace, tree: bool = False) -> Controller:
     Raises:
         ValueError: models and settings do not fit, or make no tree.
     """
-    settings = Settings(budget=asked.budget, megacontext=asked.megacontext, positions=asked.positions)
+    settings = Settings(budget=args.budget, megacontext=args.megacontext, positions=args.positions)
     quiet_libraries()
-    controller = Controller(load_models(asked.model), settings)
+    controller = Controller(load_models(args.model), settings)
     if tree and controller.plain:
         raise ValueError(f"{controller.plain} keeps no tree, which this command is about")
     for note in controller.notes:
@@ -74,49 +74,49 @@ def controller_of(asked: argparse.Namespace, tree: bool = False) -> Controller:
     return controller
 
 
-def observers_of(asked: argparse.Namespace, controller: Controller) -> list[Observer]:
+def observers_of(args: argparse.Namespace, controller: Controller) -> list[Observer]:
     """The telemetry that was asked for, if any; its server ends with the process.
 
     Raises:
         ValueError: the port is taken, what it needs is not installed, or there is nothing to measure.
     """
-    if asked.metrics is None:
+    if args.metrics is None:
         return []
     if controller.plain:
         raise ValueError(f"--metrics: {controller.plain} has no working context to measure; focus and recency have one")
     from .prometheus import Prometheus
 
-    found = Prometheus(asked.metrics, controller.models)
+    found = Prometheus(args.metrics, controller.models)
     print(f"metrics: {found.address}", file=sys.stderr)
     return [found.telemetry]
 
 
-def prompt_file_of(asked: argparse.Namespace) -> str | None:
+def prompt_file_of(args: argparse.Namespace) -> str | None:
     """The text of ``--file``; ``None``: there is none.
 
     Raises:
         ValueError: a prompt is there as well, or the file is missing, empty or not text.
     """
-    if not asked.file:
+    if not args.file:
         return None
-    if asked.prompt:
+    if args.prompt:
         raise ValueError("give a prompt or --file, not both")
-    path = Path(asked.file).expanduser()
+    path = Path(args.file).expanduser()
     if not path.is_file():
-        raise ValueError(f"--file={asked.file}: there is no such file")
+        raise ValueError(f"--file={args.file}: there is no such file")
     if not (text := from_bytes(path.read_bytes(), str(path))):
-        raise ValueError(f"--file={asked.file}: it is empty, there is nothing to continue")
+        raise ValueError(f"--file={args.file}: it is empty, there is nothing to continue")
     return text
 
 
-def opened(asked: argparse.Namespace, folder: str | Path | None) -> Session:
+def opened(args: argparse.Namespace, folder: str | Path | None) -> Session:
     """The session of a folder, with the models and the telemetry that were asked for, for a command about trees.
 
     Raises:
         ValueError: see ``controller_of`` and ``observers_of``.
     """
-    controller = controller_of(asked, tree=True)
-    return session_of(folder, controller, observers_of(asked, controller))
+    controller = controller_of(args, tree=True)
+    return session_of(folder, controller, observers_of(args, controller))
 
 
 def session_of(folder: str | Path | None, controller: Controller, observers=()) -> Session:

@@ -25,30 +25,30 @@ from .command_line import add_talk, controller_of, observers_of, prompt_file_of,
 PIECE = 2**16  # characters of a prompt that are read at a time
 
 
-def generate(asked: argparse.Namespace) -> None:
+def generate(args: argparse.Namespace) -> None:
     """The command.
 
     Raises:
         ValueError: a setting that is not allowed, or a prompt that is not text.
     """
-    sampling, prompts = sampling_of(asked), _prompts(asked)
-    StopStrings(asked.stop)  # refuses stop strings before anything is loaded
-    controller = controller_of(asked)
-    observers = observers_of(asked, controller)
+    sampling, prompts = sampling_of(args), _prompts(args)
+    StopStrings(args.stop)  # refuses stop strings before anything is loaded
+    controller = controller_of(args)
+    observers = observers_of(args, controller)
     if len(prompts) > 1:
         for prompt, answer in zip(
-            prompts, answers(controller, prompts, asked.tokens, sampling, asked.stop, observers), strict=True
+            prompts, answers(controller, prompts, args.tokens, sampling, args.stop, observers), strict=True
         ):
             print(printable(f"{prompt}{answer}"), end="\n\n")
         return
-    with session_of(asked.session, controller, observers) as session:
+    with session_of(args.session, controller, observers) as session:
         try:
             _read(session, prompts[0])
-            for piece in session.generate(asked.tokens, sampling, asked.stop):
+            for piece in session.generate(args.tokens, sampling, args.stop):
                 print(printable(piece.text), end="", flush=True)
             print()
         finally:
-            if asked.session:
+            if args.session:
                 session.save()
 
 
@@ -89,15 +89,15 @@ def answers(
     return [text + answer.rest() for text, answer in zip(texts, told, strict=True)]
 
 
-def _prompts(asked: argparse.Namespace) -> list[str]:
-    if (text := prompt_file_of(asked)) is not None:
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if (text := prompt_file_of(args)) is not None:
         return [text]
-    if len(asked.prompt) > 1 and asked.session:
+    if len(args.prompt) > 1 and args.session:
         raise ValueError("a session has one history: give one prompt with --session")
-    if asked.prompt:
-        return [encodable(prompt) for prompt in asked.prompt]
+    if args.prompt:
+        return [encodable(prompt) for prompt in args.prompt]
     text = "" if sys.stdin.isatty() else from_bytes(sys.stdin.buffer.read(), "stdin")
-    if not text and not (asked.session and is_session(Path(asked.session).expanduser())):
+    if not text and not (args.session and is_session(Path(args.session).expanduser())):
         raise ValueError("stdin is empty, there is nothing to continue: give a prompt, --file, or a session with text")
     return [text]
 

@@ -28,16 +28,16 @@ SAVE_EVERY = 60.0  # seconds, and never more than a tenth of the time
 BETWEEN = "\n\n"  # documents
 
 
-def ingest(asked: argparse.Namespace) -> None:
+def ingest(args: argparse.Namespace) -> None:
     """The command.
 
     Raises:
         ValueError: no such file, one that is not text, or a folder that is none of ours. What was read is saved.
     """
-    if asked.megacontext == "none":
+    if args.megacontext == "none":
         raise ValueError("--megacontext=none keeps no tree, there is nothing to build")
-    paths = find(asked.files)
-    with opened(asked, asked.out) as session:
+    paths = find(args.files)
+    with opened(args, args.out) as session:
         began, before = time.monotonic(), session.length
         try:
             take(session, paths)
@@ -48,7 +48,7 @@ def ingest(asked: argparse.Namespace) -> None:
         tree = session.tree
         levels = ", ".join(f"{int(tree.counts(n)[0]):,} of level {n}" for n in range(1, tree.depth + 1)) or "none"
         print(f"{new:,} new tokens in {seconds:.0f} s ({new / max(seconds, 1e-9):,.0f} per second)")
-        print(f"{asked.out}: {session.length:,} tokens, gists: {levels}, {tree.bytes() / 2**20:.1f} MiB")
+        print(f"{args.out}: {session.length:,} tokens, gists: {levels}, {tree.bytes() / 2**20:.1f} MiB")
 
 
 def find(names: list[str]) -> list[Path]:

@@ -260,18 +260,18 @@ def _sentence(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def convert(asked: argparse.Namespace) -> None:
+def convert(args: argparse.Namespace) -> None:
     """The command.
 
     Raises:
         ValueError: it is another file than it should be; and see ``loadable``.
     """
-    found, what = resolve(asked.file, "file"), f"file={asked.file}"
+    found, what = resolve(args.file, "file"), f"file={args.file}"
     if not is_gguf(found):
         raise ValueError(f"{what}: it is no GGUF file, there is nothing to convert")
-    if asked.sha256 and (digest := _checksum(Path(found), what)) != asked.sha256:
-        raise ValueError(f"{what}: its sha256 is {digest}, wanted is {asked.sha256}")
-    print(f"{asked.file}: {loadable(asked.file, 'file')}")
+    if args.sha256 and (digest := _checksum(Path(found), what)) != args.sha256:
+        raise ValueError(f"{what}: its sha256 is {digest}, wanted is {args.sha256}")
+    print(f"{args.file}: {loadable(args.file, 'file')}")
 
 
 def main(arguments: list[str] | None = None) -> int:

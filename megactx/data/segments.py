@@ -11,7 +11,7 @@ def eligible_segments(length: int, block: int, segment: int = SEGMENT, recency: 
     return np.arange(first, length - segment + 1, block)
 
 
-def draw_told(rng, starts: np.ndarray, block: int, recency: int) -> np.ndarray:
+def draw_copied_blocks(rng, starts: np.ndarray, block: int, recency: int) -> np.ndarray:
     """One of the old blocks of each segment, to come back there: starts of segments -> starts of blocks."""
     return block * rng.integers(1, (starts - recency) // block)
 

@@ -12,7 +12,7 @@ from megactx.framework.config.types import Count, declared
 
 from .documents import length_of
 from .resumable import Endless
-from .segments import draw_told, eligible_segments
+from .segments import draw_copied_blocks, eligible_segments
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +33,12 @@ def evenly(starts: np.ndarray, count: int) -> np.ndarray:
 
 
 def single(document: dict, starts: np.ndarray) -> dict:
-    """A batch of one document: the form of ``SpanBatches`` items, with [1, n] ``starts``."""
+    """A batch of one document: the form of ``SpanBatches`` items, with [1, n] ``block_starts``."""
     ids = document["input_ids"]
     return {
         "ids": ids[None],
         "lengths": np.asarray([len(ids)]),
-        "starts": starts[None],
+        "block_starts": starts[None],
         "domain": [document["domain"]],
         "document": np.asarray([document["text"]]),
     }
@@ -61,10 +61,10 @@ class SpanBatches(Endless):
         history: ``segments`` per document for history mode, of ``segment`` tokens behind ``recency`` raw ones; ``None``
             for none.
 
-    Each item is a dict: ``ids`` int64 [B, T], padded with 0; ``lengths`` int64 [B]; ``starts`` int64 [B, N];
+    Each item is a dict: ``ids`` int64 [B, T], padded with 0; ``lengths`` int64 [B]; ``block_starts`` int64 [B, N];
     ``domain``, a list of B strings; ``document`` int64 [B], the index of the source text; and, with ``level2_spans``,
-    ``starts2`` int64 [B, N2], on the grid of K^2; with ``history``, ``segments`` int64 [B, N3], starts of segments, and
-    ``told``, of the same shape, an old block for each of them.
+    ``span_starts`` int64 [B, N2], on the grid of K^2; with ``history``, ``segments`` int64 [B, N3], starts of
+    segments, and ``copied_blocks``, of the same shape, an old block for each of them.
 
     Raises:
         ValueError: a weight above 0 for a domain without documents, or no weight above 0.
@@ -108,16 +108,16 @@ class SpanBatches(Endless):
         item = {
             "ids": ids,
             "lengths": lengths,
-            "starts": np.stack([self._starts(rng, length, self.block, self.spans) for length in lengths]),
+            "block_starts": np.stack([self._starts(rng, length, self.block, self.spans) for length in lengths]),
             "domain": [document["domain"] for document in documents],
             "document": np.asarray([document["text"] for document in documents]),
         }
         if self.level2_spans:  # drawn last, so that without them a batch is the same
             found = [self._starts(rng, length, self.block**2, self.level2_spans) for length in lengths]
-            item["starts2"] = np.stack(found)
+            item["span_starts"] = np.stack(found)
         if self.history:
             item["segments"] = np.stack([self._segments(rng, length) for length in lengths])
-            item["told"] = draw_told(rng, item["segments"], self.block, self.history["recency"])
+            item["copied_blocks"] = draw_copied_blocks(rng, item["segments"], self.block, self.history["recency"])
         return item
 
     def _document(self, rng, near: float) -> dict:

@@ -16,8 +16,8 @@ from megactx.lm.masks import CAUSAL, branches
 from .bootstrap import mean_interval
 from .table import OVERALL, Table
 
-POSITIONS = (1, 8, 32, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)  # edges of the buckets of target positions
-DISTANCES = (128, 256, 1024, 3072)  # end of the first occurrence to start of the second
+POSITIONS = (1, 8, 32, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144)  # edges of the buckets of target positions
+DISTANCES = (128, 256, 1024, 3072, 7168)  # end of the first occurrence to start of the second
 PASSAGE = 256
 BEFORE = 128  # tokens in front of the first occurrence, BOS included
 BLOCK = 32

@@ -11,24 +11,26 @@ B rows, T tokens before the cursor, H scored tokens, N blocks.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-import bm25s
 import torch
 from torch import Tensor
 
 from megactx.focus import moves
 from megactx.focus.allocator import FocusAllocator
+from megactx.focus.edit_labels import continuation_nll, measure_values
 from megactx.focus.layout import by_value, free_edits
 from megactx.focus.lensnet import LensNet
 from megactx.focus.price import price, signed_scores
-from megactx.focus.values import continuation_nll, measure_values
 from megactx.lm import BaseLM
 from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree, WorkingContext
 
+from .policies.gists import Gists
+from .policies.random_blocks import RandomBlocks
+from .policies.surprise import Surprise
+from .policy import Seen, values_of
+
 LENS, ORACLE, FULL, DROP = "LensNet", "greedy oracle", "full context", "newest tokens alone"
-RECENCY, RANDOM, SURPRISE = "recency", "random blocks", "most surprising blocks"
-BM25, GISTS = "BM25 of the tail", "gists"
-QUERY = 128  # newest tokens that BM25 asks with
+RECENCY, RANDOM, SURPRISE, GISTS = "recency", RandomBlocks.title, Surprise.title, Gists.title
 REFOCUSES, ORACLE_REFOCUSES = 16, 3  # at most
 
 
@@ -81,57 +83,24 @@ def measure_focus(
             row.setdefault(FULL, []).append(full[cursor - 1 :].mean().item())
             row.setdefault(DROP, []).append(newest(base, document, budget))
             if number < oracle:
-                row.setdefault(ORACLE, []).append(_oracle(base, tree, budget, lens, allocator, after, out))
+                row.setdefault(ORACLE, []).append(greedy_oracle(base, tree, budget, lens, allocator, after, out))
             out.free.setdefault(name, []).append(int(free_edits(tree, budget)[0]))
     return out
 
 
 def histories(base: BaseLM, encoder, documents: Iterable[dict]) -> Iterator[tuple]:
     """Of each document: itself, its ids behind the cursor [1, H], the tree of those before, the NLL of all tokens but
-    the first over the full context [T + H - 1], and what each rule thinks of its blocks."""
+    the first over the full context [T + H - 1], and title -> values [1, N] of every policy of ``policies``."""
     for number, document in enumerate(documents):
         ids, cursor = document["ids"].to(base.model.device)[None], document["cursor"]
         tree = MegaContextTree.from_tokens(ids[:, :cursor], encoder, base)
         full = plain_nll(base, ids)
-        yield document, ids[:, cursor:], tree, full, block_values(base, tree, ids[:, :cursor], full, number)
-
-
-def block_values(base: BaseLM, tree: MegaContextTree, ids: Tensor, full: Tensor, seed: int) -> dict[str, Tensor]:
-    """What each rule thinks of each block of level 1, [1, N].
-
-    Args:
-        ids: of one document, [1, T].
-        full: NLL of its tokens from the second on, with all that is before them, at least [T - 1].
-    """
-    count, k = int(tree.counts(1)[0]), tree.block_size
-    surprise = torch.nn.functional.pad(full[: ids.shape[1] - 1], (1, 0))[: count * k].view(count, k).mean(1)
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        RANDOM: torch.rand(1, count, generator=generator),
-        SURPRISE: surprise[None].float().cpu(),
-        BM25: bm25(base.tokenizer, ids[0], count, k)[None],
-        GISTS: torch.full((1, count), -torch.inf),
-    }
-
-
-def bm25(tokenizer, ids: Tensor, count: int, block: int) -> Tensor:
-    """Okapi BM25 (Robertson & Zaragoza 2009) of each block, [N], for the last ``QUERY`` tokens as the question."""
-    ids = ids.cpu()
-    texts = tokenizer.batch_decode([ids[n * block : (n + 1) * block].tolist() for n in range(count)])
-    # Words of one letter or digit count too, which bm25s drops unless it is told.
-    split = {"stopwords": None, "token_pattern": r"(?u)\b\w+\b", "show_progress": False}
-    corpus = bm25s.tokenize(texts, **split, return_ids=False)
-    question = bm25s.tokenize([tokenizer.decode(ids[-QUERY:].tolist())], **split, return_ids=False)[0]
-    if not any(corpus):
-        return torch.zeros(count)
-    index = bm25s.BM25()
-    index.index(corpus, show_progress=False)
-    known = [word for word in question if word in index.vocab_dict]
-    return torch.from_numpy(index.get_scores(known).copy()).float() if known else torch.zeros(count)
+        seen = Seen(base, tree, ids[:, :cursor], full[: cursor - 1], number)
+        yield document, ids[:, cursor:], tree, full, values_of(seen)
 
 
 def windows(tree: MegaContextTree, budget: int, values: dict[str, Tensor]) -> dict[str, WorkingContext]:
-    """The window of each rule."""
+    """The window of each policy but LensNet."""
     out = {RECENCY: WorkingContext.recency(tree, budget)}
     return out | {name: by_value(tree, budget, value) for name, value in values.items()}
 
@@ -163,8 +132,11 @@ def plain_nll(base: BaseLM, ids: Tensor) -> Tensor:
     return nll(base, base(base.embed(ids[:, :-1]), None)[0], ids[0, 1:])
 
 
-def _oracle(base, tree, budget, lens, allocator, after, out: FocusScores) -> float:
-    """The best NLL on the way of greedy refocuses by measured values."""
+def greedy_oracle(base, tree, budget, lens, allocator, after, out: FocusScores) -> float:
+    """Edits by their measured values, which look at the tokens that are scored: no policy can have them.
+
+    Setting: ``stage.evaluate.oracle``. The refocuses are greedy; the best NLL on the way counts.
+    """
     context = WorkingContext.recency(tree, budget)
     greedy = FocusAllocator(**allocator | {"temperature": 0.0, "max_edits": 10**6, "cooldown": 0})
     best = float("inf")

@@ -23,7 +23,7 @@ from .scores import MORE_RAW, BlockScores
 
 
 def segments(batches: Iterable[dict], block: int, count: int | None, segment: int = SEGMENT, recency: int = RECENCY):
-    """Batches of one document whose ``starts`` are segments: ``count`` at most, evenly spaced; ``None`` takes all.
+    """Batches of one document whose ``block_starts`` are segments: ``count`` at most, evenly spaced; ``None``: all.
 
     Segments of one document do not overlap.
     """
@@ -49,7 +49,7 @@ def measure_history(
     Args:
         base: the frozen base LM.
         compressors: name -> ``Compressor``, all of one block size, measured in eval mode.
-        batches: as ``segments`` makes them: dicts ``ids`` [1, T], ``lengths`` [1], ``starts`` [1, N], ``domain``,
+        batches: as ``segments`` makes them: dicts ``ids`` [1, T], ``lengths`` [1], ``block_starts`` [1, N], ``domain``,
             ``document``.
         segment, recency: S and R, tokens.
         progress: wraps the batches, to show a bar.
@@ -69,31 +69,31 @@ def measure_history(
     device, parts = base.model.device, []
     with in_eval_mode(*compressors.values()):
         for batch in progress(list(batches)):
-            ids, starts = batch["ids"].to(device), batch["starts"].to(device)
+            ids, starts = batch["ids"].to(device), batch["block_starts"].to(device)
             check_segments(starts, batch["lengths"].to(device), block, segment, recency)
-            teacher = prefill(base, ids, needs_hidden)
+            read = prefill(base, ids, needs_hidden)
             old, sizes = old_blocks(starts, block, recency), (block, segment, recency)
             rows = {
-                name: with_carriers(base, teacher, starts, net.compress(base, teacher, old), *sizes)
+                name: with_carriers(base, read, starts, net.compress(base, read, old), *sizes)
                 for name, net in compressors.items()
             }
-            rows[MORE_RAW] = _more_raw(base, teacher, starts, *sizes)
-            rows["nothing"] = with_nothing(base, teacher, starts, *sizes)
+            rows[MORE_RAW] = _more_raw(base, read, starts, *sizes)
+            rows["nothing"] = with_nothing(base, read, starts, *sizes)
             numbers = score_exactly(
                 base,
                 torch.stack(list(rows.values())).flatten(1, 3),
-                with_everything(teacher, starts, segment).flatten(0, 2),
+                with_everything(read, starts, segment).flatten(0, 2),
                 blocks(ids, starts, segment).flatten(),
             )
             parts.append(scores_of(batch, starts, numbers, list(rows)[:-1]))
     return BlockScores.concatenate(parts)
 
 
-def _more_raw(base, teacher, starts: Tensor, block: int, segment: int, recency: int) -> Tensor:
+def _more_raw(base, prefill, starts: Tensor, block: int, segment: int, recency: int) -> Tensor:
     """Each segment has another number of compressed blocks, so another number of raw tokens instead: one by one."""
     each = []
     for n in range(starts.shape[1]):
         counts = (starts[:, n] - recency) // block - 1
         assert (counts == counts[0]).all(), "one document per batch"
-        each.append(with_nothing(base, teacher, starts[:, n : n + 1], block, segment, recency + int(counts[0])))
+        each.append(with_nothing(base, prefill, starts[:, n : n + 1], block, segment, recency + int(counts[0])))
     return torch.cat(each, dim=1)

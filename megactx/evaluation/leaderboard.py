@@ -297,9 +297,9 @@ def report(folders, out: str | Path) -> Board:
     return board
 
 
-def command(asked: argparse.Namespace) -> int:
+def command(args: argparse.Namespace) -> int:
     """-> 3 where no run has a result."""
-    board = report(asked.folders, asked.out or asked.folders[0])
+    board = report(args.folders, args.out or args.folders[0])
     if not board.rows:
         report_of(board).show()
     return 0 if board.rows else 3

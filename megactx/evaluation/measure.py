@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megactx.gist import GistNet
-from megactx.gist.carrier import Compressor, Vectors
+from megactx.gist.carrier import Compressor, SoftTokens
 from megactx.gist.carriers.last_token import LastToken
 from megactx.gist.carriers.mean_token import MeanToken
 from megactx.gist.carriers.random_gist import RandomGist
@@ -36,7 +36,7 @@ def measure(
     with_controls: bool = True,
     progress: Callable[[Iterable], Iterable] = iter,
     first: int = 0,
-    level: int = 1,
+    lod: int = 1,
 ) -> BlockScores:
     """Score every block of the batches with each net and, on the same blocks, each untrained control.
 
@@ -44,47 +44,50 @@ def measure(
         base: the frozen base LM.
         nets: name -> compressor, all of one block size; the untrained controls sit where the first net's carriers do.
             All are measured in eval mode, without dropout.
-        batches: dicts ``ids`` [B, T], ``lengths`` [B], ``starts`` [B, N], ``domain`` (B strings), ``document`` [B].
+        batches: dicts ``ids`` [B, T], ``lengths`` [B], ``block_starts`` [B, N], ``domain`` (B strings),
+            ``document`` [B].
         horizon: H.
         seed: of the random gist and of the choice of another document's block.
         with_controls: measure the untrained controls too.
         progress: wraps the batches, to show a bar.
         first: only offsets h = first..H-1 are scored, where the rest of the horizon is not asked for.
-        level: what is replaced is a block of K^level tokens, by a gist of that level; above 1 for GistNets only.
+        lod: what is replaced is a span of K^level tokens, by a gist of that level.
 
     Returns:
         ``BlockScores`` with a row per block and a column per scored offset. With controls and Gaussian RoPE, the first
         net's gists are also read without it. From level 2 on, with controls, there are also the first net's K gists of
         the level below, each at its own position, the same in another order, and their mean.
+
+    Raises:
+        ValueError: a block that is not eligible, or a level above 1 and a net that makes no gists of gists.
     """
     batches = list(batches)
     leader = next(iter(nets.values()))
-    tokens, device = leader.block_size**level, base.model.device
-    settings = {} if level == 1 else {"level": level}
+    tokens, device = leader.block_size**lod, base.model.device
     with_states = any(net.needs_hidden for net in nets.values())
     parts, others = [], None
     with in_eval_mode(*nets.values()):
         if with_controls and leader.makes_vectors:
-            others = _other_documents(base, leader, batches, settings, seed)
+            others = _other_documents(base, leader, batches, lod, seed)
         for index, batch in enumerate(progress(batches)):
-            ids, starts = batch["ids"].to(device), batch["starts"].to(device)
+            ids, starts = batch["ids"].to(device), batch["block_starts"].to(device)
             check_blocks(starts, batch["lengths"].to(device), tokens, horizon)
-            teacher = prefill(base, ids, with_states)
-            carriers = {name: net.compress(base, teacher, starts, **settings) for name, net in nets.items()}
+            read = prefill(base, ids, with_states)
+            carriers = {name: net.compress_level(base, read, starts, lod) for name, net in nets.items()}
             if with_controls:
-                at = {"offset": leader.offset_in(tokens), "sigma": leader.sigma(level)}
+                at = {"offset": leader.offset_in(tokens), "sigma": leader.sigma(lod)}
                 for name, net in untrained(base, tokens, leader.position, seed).items():
-                    carriers[name] = net.compress(base, teacher, starts)
+                    carriers[name] = net.compress(base, read, starts)
                     if name != LAST_TOKEN:  # a token: its position is a point
                         carriers[name] = replace(carriers[name], **at)
                 if others is not None:
-                    carriers[OTHER] = Vectors(others[index].to(device), **at)
-                if level > 1:
-                    carriers |= _below(base, leader, teacher, starts, level, seed)
+                    carriers[OTHER] = SoftTokens(others[index].to(device), **at)
+                if lod > 1:
+                    carriers |= _below(base, leader, read, starts, lod, seed)
                 if at["sigma"] is not None:
                     name = next(iter(nets))
                     carriers[f"{name} {AT_POINTS}"] = replace(carriers[name], sigma=None)
-            parts.append(_score_batch(base, batch, teacher, starts, carriers, tokens, horizon, first))
+            parts.append(_score_batch(base, batch, read, starts, carriers, tokens, horizon, first))
     return BlockScores.concatenate(parts)
 
 
@@ -112,35 +115,34 @@ def in_eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
             module.train()
 
 
-def _below(base, net: GistNet, teacher: Prefill, starts: Tensor, level: int, seed: int) -> dict[str, Vectors]:
+def _below(base, net: GistNet, prefill: Prefill, starts: Tensor, lod: int, seed: int) -> dict[str, SoftTokens]:
     """The K gists that a gist of gists was made of, and their mean at its place: what it has to be better than.
 
     And the K gists in one random order, each at a position that is another's: it is worse where positions matter.
     """
-    k, tokens = net.block_size, net.block_size**level
+    k, tokens = net.block_size, net.block_size**lod
     each = torch.arange(0, tokens, tokens // k, device=starts.device)
-    settings = {} if level == 2 else {"level": level - 1}
-    below = net.compress(base, teacher, (starts[..., None] + each).flatten(1), **settings)
+    below = net.compress(base, prefill, (starts[..., None] + each).flatten(1), lod - 1)
     gists = below.vectors.view(*starts.shape, k, -1)
-    at = {"offset": net.offset_in(tokens), "sigma": net.sigma(level)}
+    at = {"offset": net.offset_in(tokens), "sigma": net.sigma(lod)}
     mean = gists.mean(dim=2)
     order = torch.randperm(k, generator=torch.Generator().manual_seed(seed)).to(gists.device)
     places = [below.offset + int(start) for start in each]
     return {
-        f"{MEAN_BELOW} (raw)": Vectors(mean, **at),
-        f"{MEAN_BELOW} (rescaled)": Vectors(F.rms_norm(mean, mean.shape[-1:]) * net.embedding_rms, **at),
-        f"its {k} gists": Vectors(gists, places, below.sigma),
-        f"its {k} gists, shuffled": Vectors(gists[:, :, order], places, below.sigma),
+        f"{MEAN_BELOW} (raw)": SoftTokens(mean, **at),
+        f"{MEAN_BELOW} (rescaled)": SoftTokens(F.rms_norm(mean, mean.shape[-1:]) * net.embedding_rms, **at),
+        f"its {k} gists": SoftTokens(gists, places, below.sigma),
+        f"its {k} gists, shuffled": SoftTokens(gists[:, :, order], places, below.sigma),
     }
 
 
-def _other_documents(base, net, batches: list[dict], settings: dict, seed: int) -> list[Tensor]:
+def _other_documents(base, net, batches: list[dict], lod: int, seed: int) -> list[Tensor]:
     """For each block the gist of a block of another text."""
     gists = []
     for batch in batches:
-        ids, starts = batch["ids"].to(base.model.device), batch["starts"].to(base.model.device)
-        teacher = prefill(base, ids, with_states=True) if net.needs_hidden else unread(ids)
-        gists.append(net.compress(base, teacher, starts, **settings).vectors)
+        ids, starts = batch["ids"].to(base.model.device), batch["block_starts"].to(base.model.device)
+        read = prefill(base, ids, with_states=True) if net.needs_hidden else unread(ids)
+        gists.append(net.compress_level(base, read, starts, lod).vectors)
     return _exchanged(batches, gists, seed)
 
 
@@ -164,14 +166,14 @@ def _exchanged(batches, gists, seed) -> list[Tensor]:
     return out
 
 
-def _score_batch(base, batch, teacher: Prefill, starts, carriers, tokens, horizon, first) -> BlockScores:
-    hidden = read_carriers(base, teacher, starts, list(carriers.values()), tokens, horizon)
-    hidden = torch.cat([hidden, dropped(base, teacher, starts, tokens, horizon)[None]])
+def _score_batch(base, batch, prefill: Prefill, starts, carriers, tokens, horizon, first) -> BlockScores:
+    hidden = read_carriers(base, prefill, starts, list(carriers.values()), tokens, horizon)
+    hidden = torch.cat([hidden, dropped(base, prefill, starts, tokens, horizon)[None]])
     numbers = score_exactly(
         base,
         hidden[..., first:, :].flatten(1, 3),
-        rows_at(teacher.hidden, starts + tokens - 1 + first, horizon - first).flatten(0, 2),
-        blocks(teacher.ids, starts + tokens + first, horizon - first).flatten(),
+        rows_at(prefill.hidden, starts + tokens - 1 + first, horizon - first).flatten(0, 2),
+        blocks(prefill.ids, starts + tokens + first, horizon - first).flatten(),
     )
 
     return scores_of(batch, starts, numbers, list(carriers))

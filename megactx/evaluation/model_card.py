@@ -1,12 +1,13 @@
 """The model card of a base LM: what it was trained on, and that it uses its context (Mitchell et al. 2019)."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from megactx.framework.files import write
 
 from .context_use import BEFORE, BLOCK, PASSAGE, SEGMENT
-from .table import Table, cell, pivot
+from .table import Sheet, Table, cell, pivot
 
 SECTIONS = (  # metric, title, text, what a line is of
     (
@@ -81,7 +82,7 @@ def model_card(facts: dict, use: Table) -> str:
         "Means over held-out documents, nats per token, with 95 % intervals (bootstrap over texts).",
         "",
     ]
-    sections = [_section(use, *section) for section in SECTIONS]
+    sections = [sheet.markdown(text, level=3) for sheet, text in _sections(use)]
     return "\n".join([*lines, *sections]).rstrip() + "\n"
 
 
@@ -90,12 +91,17 @@ def write_model_card(folder: str | Path, facts: dict, use: Table) -> None:
     write(Path(folder) / "README.md", model_card(facts, use))
 
 
-def _section(use: Table, metric: str, title: str, text: str, what: str) -> str:
-    own = use.pick(metric=metric)
-    counts = {domain: max(row["n"] for row in own.pick(domain=domain)) for domain in own.names("domain")}
-    columns = [(f"{domain} ({count} documents)", {"domain": domain}, _cell) for domain, count in counts.items()]
-    told = text.format(length=int(use.point(metric="length")))
-    return pivot(title, own, columns, "span", what).markdown(told, level=3)
+def card_sheets(use: Table) -> list[Sheet]:
+    """What ``context_use`` returned, a sheet for each measure."""
+    return [sheet for sheet, _ in _sections(use)]
+
+
+def _sections(use: Table) -> Iterator[tuple[Sheet, str]]:
+    for metric, title, text, what in SECTIONS:
+        if own := use.pick(metric=metric):
+            counts = {domain: max(row["n"] for row in own.pick(domain=domain)) for domain in own.names("domain")}
+            columns = [(f"{domain} ({count} documents)", {"domain": domain}, _cell) for domain, count in counts.items()]
+            yield pivot(title, own, columns, "span", what), text.format(length=int(use.point(metric="length")))
 
 
 def _cell(row: dict | None) -> str:

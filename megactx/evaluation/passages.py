@@ -32,7 +32,7 @@ def copies(batches: Iterable[dict], block: int, distance: int, blocks: int | Non
     to the last of its copy, never reaches into the next one of the same document.
 
     Args:
-        batches: as ``measure`` takes them; their ``starts`` are not used.
+        batches: as ``measure`` takes them; their ``block_starts`` are not used.
         block: K.
         distance: tokens between the two occurrences.
         blocks: so many at most, evenly spaced, from as many documents as possible; ``None`` takes all that fit.
@@ -50,7 +50,7 @@ def copies(batches: Iterable[dict], block: int, distance: int, blocks: int | Non
 
     out = documents_with(batches, starts_of, blocks)
     for document in out:
-        first = document["starts"][0, :, None] + torch.arange(block)  # [N, K]
+        first = document["block_starts"][0, :, None] + torch.arange(block)  # [N, K]
         document["ids"] = document["ids"].clone()
         document["ids"][0, first + block + distance] = document["ids"][0, first]
     return out
@@ -90,27 +90,27 @@ def measure_level(
     nets: Mapping[str, GistNet],
     batches: Iterable[dict],
     horizon: int,
-    level: int = 2,
+    lod: int = 2,
     blocks: int | None = None,
     **settings,
 ) -> BlockScores | None:
-    """What it costs to replace spans of K^level tokens by one gist of that level: hierarchical consistency.
+    """What it costs to replace spans of K^lod tokens by one gist of that LOD: hierarchical consistency.
 
     Spans lie on their own grid, and never over the sink. A gist sits where its net was trained to: in the centre, or
     at the end, of the whole span.
 
     Args:
         base, nets, settings: as for ``measure``.
-        batches: held-out documents; their ``starts`` are not used.
+        batches: held-out documents; their ``block_starts`` are not used.
         horizon: H.
         blocks: so many spans at most.
 
     Returns:
-        Scores [spans, H]; ``None``, undefined, where no document has 2 K^level + H tokens.
+        Scores [spans, H]; ``None``, undefined, where no document has 2 K^lod + H tokens.
     """
-    tokens = next(iter(nets.values())).block_size ** level
+    tokens = next(iter(nets.values())).block_size ** lod
     documents = documents_with(batches, lambda length: eligible_starts(length, tokens, horizon), blocks)
-    return measure(base, nets, documents, horizon, level=level, **settings) if documents else None
+    return measure(base, nets, documents, horizon, lod=lod, **settings) if documents else None
 
 
 def documents_with(batches, starts_of, blocks: int | None) -> list[dict]:
@@ -123,7 +123,7 @@ def documents_with(batches, starts_of, blocks: int | None) -> list[dict]:
         found = found[:blocks]
         each, more = divmod(blocks, max(1, len(found)))
         found = [(document, evenly(starts, each + (i < more))) for i, (document, starts) in enumerate(found)]
-    return [{**document, "starts": torch.from_numpy(starts)[None]} for document, starts in found]
+    return [{**document, "block_starts": torch.from_numpy(starts)[None]} for document, starts in found]
 
 
 def _single(batches: Iterable[dict]) -> Iterator[dict]:

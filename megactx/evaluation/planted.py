@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megactx.focus.edit_labels import continuation_nll
 from megactx.focus.layout import by_value
 from megactx.focus.lensnet import LensNet
-from megactx.focus.values import continuation_nll
 from megactx.lm import BaseLM
 from megactx.memory import WorkingContext
 

@@ -99,11 +99,11 @@ def reconstruction(base: BaseLM, net: GistNet, decoder: Decoder, batches: Iterab
 @torch.no_grad()
 def _gists(base: BaseLM, net: GistNet, batch: dict) -> tuple[Tensor, Tensor, list[str]]:
     """The gists [M, D] of a batch, without a graph; their blocks' tokens [M, K]; their domains."""
-    ids, starts = (batch[name].to(base.model.device) for name in ("ids", "starts"))
+    ids, starts = (batch[name].to(base.model.device) for name in ("ids", "block_starts"))
     tokens = blocks(ids, starts, net.block_size).flatten(0, 1)
-    teacher = prefill(base, ids, with_states=True) if net.needs_hidden else unread(ids)
+    read = prefill(base, ids, with_states=True) if net.needs_hidden else unread(ids)
     with in_eval_mode(net):
-        gists = net.compress(base, teacher, starts).vectors.flatten(0, 1)
+        gists = net.compress(base, read, starts).vectors.flatten(0, 1)
     return gists, tokens, [name for name in batch["domain"] for _ in range(starts.shape[1])]
 
 

@@ -32,19 +32,19 @@ class SpaceMetrics(nn.Module):
     def update(self, base: BaseLM, net: GistNet, batch: dict) -> None:
         """Encode the blocks of one batch, as ``measure`` takes it, and their right neighbours where they have any."""
         device, block = base.model.device, net.block_size
-        ids, starts = batch["ids"].to(device), batch["starts"].to(device)
+        ids, starts = batch["ids"].to(device), batch["block_starts"].to(device)
         paired = starts + 2 * block <= batch["lengths"].to(device)[:, None]
         domain = [name for name in batch["domain"] for _ in range(starts.shape[1])]
-        teacher = prefill(base, ids, with_states=True) if net.needs_hidden else unread(ids)
+        read = prefill(base, ids, with_states=True) if net.needs_hidden else unread(ids)
         # A block without a right neighbour gathers itself, and is then left out.
         there = torch.where(paired, starts + block, starts)
         with in_eval_mode(net):
-            own, right = (net.compress(base, teacher, at).vectors for at in (starts, there))
+            own, right = (net.compress(base, read, at).vectors for at in (starts, there))
             self.geometry.update(own.flatten(0, 1), domain, paired.flatten(), right[paired])
             weights = None  # other carriers than GistNets have none to show
             if isinstance(net, GistNet):
                 embedded = base.embed(blocks(ids, starts, block)).flatten(0, 1)
-                weights = net.attention(embedded, net.seen(base, teacher, starts))
+                weights = net.attention(embedded, net.seen(base, read, starts))
             self.attention.update(weights, domain)
 
     def compute(self) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ class ValidationMetrics(nn.Module):
         self.level2 = GistMetrics(horizon, domains) if level2 else None
 
     def update(self, base: BaseLM, net: GistNet, batch: dict) -> None:
-        """One batch: dict ``ids`` [B, T], ``lengths`` [B], ``starts`` [B, N], ``domain`` (B strings), ``document`` [B].
+        """One batch, as ``measure`` takes them.
 
         Raises:
             ValueError: a block that is not eligible, or a domain that was not announced.

@@ -4,16 +4,17 @@
     collapses  mean of K siblings < -threshold       -0.8  -0.5  -0.3
     edits      two free places: e e, then pairs c e c e; a collapse pays for the expand behind it
 
-An entry that wants to be expanded keeps its siblings from being collapsed, so no two edits of a refocus concern the
-same entries and the order of each queue is all that matters: no loop over rows, entries or edits.
+If an entry is to be expanded, its siblings are not collapsed. So no two edits of a refocus concern the same entries,
+and only the order of each queue matters: there is no loop over rows, entries or edits.
 
-**Why it comes to rest.** Let every gist have one fixed value: v_down where it stands, v_keep where its children do. An
-expand is made only above the price, a collapse only below it. So the total worth of all gists that stand expanded grows
-with every expand and with every pair. A lone collapse could undo that: a gist of little worth with children of much is
-collapsed while they keep the price up, looks cheap once they are gone, is expanded, and so on for ever. Hence, where
-the price is known and above 0, no collapse is made but for an expand; at 0 only siblings go whose parent is better than
-they are. Then the worth rises with each refocus that changes a row, whatever the values, and there is an end. Where
-v_down and v_keep of one gist contradict each other nothing can promise that; ``cooldown`` makes it slow.
+**Why it comes to rest.** Let every gist have one fixed value: v_down while it stands, v_keep while its children stand.
+An expand is made only above the price, a collapse only below it. So the total worth of all expanded gists grows with
+every expand, and with every pair of a collapse and an expand. A lone collapse could undo that. Take a gist of little
+worth whose children are worth much. The children keep the price up, so the gist is collapsed. Without them it looks
+cheap, and is expanded, and so on for ever. Hence, where the price is known and above 0, a collapse is made only to pay
+for an expand. At 0 only siblings go whose parent is better than they are. Then the worth rises with each refocus that
+changes a row, so there is an end. If v_down and v_keep of one gist contradict each other, nothing can promise an end;
+``cooldown`` then makes the changes slow.
 
 B rows, W entries, K children of a node, E edits, R remembered edits, M edits of a row at most.
 """
@@ -35,7 +36,7 @@ from .edits import PROTECTED, Edits, Moves, moves
 SWAP_RATE, SWAP_RATE_ALARM = (0.05, 0.20), 0.25  # healthy from .. to, and too restless (method 11)
 RESIDENCY = 3  # refocuses that an entry should stand on average, at least
 UTILISATION = (0.80, 1.00)  # share of the budget that should be in use
-REMEMBERED = 16  # refocuses for which edits are remembered: residency counts no further
+REMEMBERED = 16  # refocuses for which edits are remembered: residency is counted up to this
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,24 @@ class Refocus:
     swap_rate: Tensor  # [B] fine entries created or removed, K per edit, over the entries before
     utilisation: Tensor  # [B] entries after, over the budget
     residency: Tensor  # [B] mean refocuses since the edited gists last changed, REMEMBERED at most; NaN without edits
-    price: Tensor | None  # [B] what was handed in
+    price: Tensor | None  # [B] that of ``refocus``
 
 
 @declared("allocator")
 class FocusAllocator:
-    """Edits of a batch of working contexts, and the memory of those that it made.
+    """The best expands that fit, and the worst details collapsed to pay for them (method 11).
+
+    It edits a batch of working contexts, and remembers the edits that it made.
 
     Args:
-        threshold: of scores: what is closer to 0 stays as it is. method 11 has 0.2; estimates of expected values are
-            small beside tau, and a tenth of the needed blocks stayed closed for it (RESULTS.md).
+        threshold: of scores: what is closer to 0 stays as it is. Method 11 has 0.2, but estimates of expected values
+            are small beside tau: at 0.2 the needed block was in detail in 0.83 of 60 planted cases, at 0.1 in 0.90, and
+            the swap rate rose from 0.06 to 0.09 (RESULTS.md).
         max_edits: of a row and refocus, better an even number, as a swap takes two; ``None``: max(4, W_max / 512).
         cooldown: refocuses for which a gist that was expanded or collapsed stays as it is.
         protected: newest tokens that do not collapse.
-        temperature: 0 makes the best edits; above, they are drawn, better ones more often: in units of the score.
-        seed: of the draws. One depends on it and on the number of refocuses so far, on nothing else.
+        temperature: in units of the score. 0 makes the best edits; above 0 edits are drawn, better ones more often.
+        seed: of the draws. A draw depends on it and on the number of refocuses so far, and on nothing else.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -84,50 +88,54 @@ class FocusAllocator:
 
     def margin(self, tau: float | Tensor) -> float | Tensor:
         """How far a value must be from the price for an edit, in nats: ``margin`` of ``price``."""
-        return math.atanh(self.threshold) * tau * 1.001  # that much more, so that no rounding decides
+        return math.atanh(self.threshold) * tau * 1.001  # a little more, so that no rounding decides
 
     @torch.no_grad()
     def propose(self, context: WorkingContext, scores: Tensor, price: Tensor | None = None) -> Edits:
-        """The edits that are due; the budget holds after every single one. Nothing is changed.
+        """The edits that are due. The budget holds after every single one. Nothing is changed.
 
         Args:
-            context: what would be edited. Its rows are the same at every call.
+            context: what would be edited. Row b must be the same text at every call.
             scores: from -1 (collapse) to 1 (expand), [B, W].
-            price: at which they were worked out, [B]; where it is above 0, no collapse is made but for an expand.
+            price: behind the scores, [B]. Where it is above 0, a collapse is made only to pay for an expand.
 
         Returns:
-            In the order in which they are to be made, row after row.
+            Edits in the order in which they are to be made, row after row.
 
         Raises:
             ValueError: scores of another shape, NaN or infinite.
         """
         if scores.shape != context.lod.shape:
             raise ValueError(f"scores have shape {list(scores.shape)}, expected {list(context.lod.shape)}")
-        if not (scores.isfinite() | ~context.there).all():
+        if not (scores.isfinite() | ~context.mask).all():
             raise ValueError("scores: NaN or infinite ones are not allowed")
-        scores, k = torch.where(context.there, scores, 0).float(), context.tree.block_size
+        scores, k = torch.where(context.mask, scores, 0).float(), context.tree.block_size
         legal = moves(context, self.protected)
-        means = _of_siblings(scores, k).mean(-1)
-        wanted = legal.expand & (scores > self.threshold) & self._rested(context, legal, True)
-        spared = legal.leads & (means < -self.threshold) & self._rested(context, legal, False)
+        means = _of_siblings(scores, k).mean(-1)  # [B, W]; they say something at the first of K siblings
+        wanted = legal.expand & (scores > self.threshold) & self._rested(context, legal, True)  # [B, W]
+        spared = legal.leads & (means < -self.threshold) & self._rested(context, legal, False)  # [B, W]
+        # Siblings stay while one of them is to be expanded: else the order of the edits would decide what is legal.
         spared &= ~_of_siblings(wanted, k).any(-1)
         noise = self._noise(scores)
-        # Ties: the nearest to the end of the row is expanded, the farthest from it collapsed.
+        # Ties: the nearest to the end of the row is expanded, the farthest from it collapsed. A stable sort keeps the
+        # first of equals, so expands are sorted from the end of the row, and their columns counted back: [B, W] each.
         expands = scores.shape[1] - 1 - _queue(wanted.flip(1), (scores + noise[0]).flip(1))
         collapses = _queue(spared, noise[1] - means)
 
         most = self.max_edits or max(4, context.budget // 512)
         room = (context.budget - context.lengths) // (k - 1)  # of so many expands
+        # Where detail costs something nothing goes but for something better: see "why it comes to rest" above.
         lone = most if price is None else torch.where(price > 0, 0, most)
-        made, expand, place = _turns(room.clamp(min=0), wanted.sum(1), spared.sum(1), lone, most)
-        row, step = made.nonzero().unbind(1)
+        made, expand, place = _turns(room.clamp(min=0), wanted.sum(1), spared.sum(1), lone, most)  # [B, M] each
+        row, step = made.nonzero().unbind(1)  # [E], row after row, in the order of the turns
         place, expand = place[row, step], expand[row, step]
-        column = torch.where(expand, expands[row, place], collapses[row, place])
+        column = torch.where(expand, expands[row, place], collapses[row, place])  # [E]
         lod, index = context.lod[row, column], context.index[row, column]
+        # A collapse is named by the parent that comes, not by the siblings that go.
         return Edits(row, torch.where(expand, lod, lod + 1), torch.where(expand, index, index // k), expand)
 
     def refocus(self, context: WorkingContext, scores: Tensor, price: Tensor | None = None) -> Edits:
-        """Make the edits that are due, and remember them; see ``propose``. ``telemetry`` tells what was done."""
+        """Make the edits that ``propose`` gives, and remember them. ``telemetry`` then tells what was done."""
         edits, before = self.propose(context, scores, price), context.lengths
         residency = self._age_of(_name(edits.row, edits.lod, edits.index), context).float()
         edits.apply(context)
@@ -150,7 +158,7 @@ class FocusAllocator:
         return edits
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a saved session needs to go on as if it had not been stopped."""
+        """The memory of edits: a saved session goes on with it as if it had never stopped."""
         row, lod, index = _unname(self._node)
         return {
             "refocuses": torch.tensor(self.refocuses),
@@ -170,14 +178,15 @@ class FocusAllocator:
         """What is added to the scores [B, W] of expands and of collapses, [2, B, W]."""
         if not self.temperature:
             return torch.zeros(2, 1, 1, device=scores.device)
-        # The generator of a CPU takes 32 bits of a seed. A draw is the same on every device.
+        # The best by score + Gumbel noise are draws without replacement, by softmax(score / temperature): no loop over
+        # draws. The generator of a CPU takes 32 bits of a seed, and gives the same draw for every device.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.refocuses) % 2**32)
         drawn = torch.empty(2, *scores.shape).exponential_(generator=generator)
         gumbel = -drawn.clamp(min=torch.finfo(drawn.dtype).tiny).log()
         return self.temperature * gumbel.to(scores.device)
 
     def _rested(self, context: WorkingContext, legal: Moves, expand: bool) -> Tensor:
-        """Which entries' gists, or with them as the first sibling parents, may change again: bool [B, W]."""
+        """Whether each entry's gist, or the parent of the siblings that begin there, may change again: bool [B, W]."""
         row = torch.arange(len(context.lod), device=context.lod.device)[:, None]
         lod, index = context.lod, context.index
         if not expand:
@@ -185,11 +194,12 @@ class FocusAllocator:
         return self._age_of(_name(row, lod, index), context) > self.cooldown
 
     def _age_of(self, node: Tensor, context: WorkingContext) -> Tensor:
-        """How many refocuses ago nodes [...] were changed: 1 is the last one; [...]."""
+        """How many refocuses ago each of the nodes [...] was changed, [...]; 1 is the last refocus."""
         forgotten = torch.full_like(node, self._horizon)
         if len(self._node) == 0:
             return forgotten
         self._node, self._age = self._node.to(node.device), self._age.to(node.device)
+        # The remembered names ascend, so each node is looked up by bisection, and not compared with all of them.
         place = torch.searchsorted(self._node, node).clamp(max=len(self._node) - 1)
         return torch.where(self._node[place] == node, self._age[place], forgotten)
 
@@ -206,18 +216,19 @@ class FocusAllocator:
 
 
 def _turns(room: Tensor, wanted: Tensor, spared: Tensor, lone: Tensor | int, most: int) -> tuple[Tensor, ...]:
-    """Who comes when: expands while there is room, then pairs of a collapse and an expand, then lone collapses.
+    """The order of the edits: expands while there is room, then pairs of a collapse and an expand, then lone collapses.
 
     Args:
         room: expands that fit, [B].
         wanted, spared: lengths of both queues, [B].
-        lone: collapses that no expand follows, at most; [B] or one for all.
+        lone: the most collapses that no expand follows, [B] or one number for all rows.
         most: M.
 
     Returns:
         Whether there is an edit at each turn, whether it is an expand, and its place in its queue, [B, M] each.
     """
-    at_once = torch.minimum(room, wanted).clamp(max=most)
+    at_once = torch.minimum(room, wanted).clamp(max=most)  # [B]
+    # A pair takes two edits and leaves the budget as it was, so pairs go on while both queues last.
     pairs = torch.minimum(torch.minimum(wanted - at_once, spared), (most - at_once) // 2)
     lone = torch.minimum(spared - pairs, most - at_once - 2 * pairs).clamp(max=lone)
     at_once, pairs, lone = at_once[:, None], pairs[:, None], lone[:, None]
@@ -235,12 +246,12 @@ def _queue(mask: Tensor, key: Tensor) -> Tensor:
 
 
 def _of_siblings(values: Tensor, k: int) -> Tensor:
-    """values [B, W] -> those of each entry and of the K - 1 behind it, [B, W, K]."""
+    """values [B, W] -> the values of each entry and of the K - 1 entries behind it, [B, W, K]."""
     return F.pad(values, (0, k - 1)).unfold(1, k, 1)
 
 
 def _name(row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
-    """One number per node."""
+    """One number per node, for sorting and searching: 40 bits of index, 6 of level, the rest is the row."""
     return (row << 46) + (lod << 40) + index
 
 

@@ -1,7 +1,8 @@
 """What may be changed in a working context, and a change of it (method 10, 11).
 
-An entry that is a gist can be *expanded* into its K children. K siblings that all stand in the window can be
-*collapsed* into their parent. Both are named by the gist that goes or comes, so an edit and its undoing have one name.
+A gist of the window can be *expanded* into its K children. K siblings that all stand in the window can be *collapsed*
+into their parent. An expand is named by the gist that goes, a collapse by the gist that comes. So an edit and its
+undoing have one name.
 
 B rows, W entries, K children of a node, E edits.
 """
@@ -18,7 +19,7 @@ PROTECTED = 128  # newest tokens that are never collapsed (method 11)
 
 @dataclass(frozen=True)
 class Edits:
-    """E edits; gist (lod, index) of row ``row`` is expanded, or its children are collapsed into it."""
+    """E edits: each expands gist (lod, index) of row ``row``, or collapses its children into it."""
 
     row: Tensor  # [E]
     lod: Tensor  # [E], at least 1
@@ -37,10 +38,10 @@ class Edits:
         return torch.where(self.expand, block_size - 1, 1 - block_size)
 
     def apply(self, context: WorkingContext) -> None:
-        """Make them all, in this order within each row; no two may concern the same entries.
+        """Make all edits, in this order within each row. No two may concern the same entries.
 
         Raises:
-            ValueError: one that is illegal where its turn comes. Those before it were made.
+            ValueError: an edit is illegal when its turn comes. The edits before it are made.
         """
         order = torch.argsort(self.row, stable=True)
         row = self.row[order]
@@ -53,7 +54,7 @@ class Edits:
                 column = column_of(context, part.row, part.lod, part.index)
                 at = column.clamp(max=context.lod.shape[1] - 1)
                 same = (context.lod[part.row, at] == part.lod) & (context.index[part.row, at] == part.index)
-                same &= context.there[part.row, at]
+                same &= context.mask[part.row, at]
                 if not same.all():
                     wrong = part[~same]
                     raise ValueError(
@@ -68,7 +69,7 @@ class Moves:
     """What is legal in each row of a working context."""
 
     expand: Tensor  # [B, W] bool: a gist, whose children may take its place
-    first: Tensor  # [B, W]: column of the first of K siblings that may collapse, -1 where an entry is in no such set
+    first: Tensor  # [B, W]: column of the first of the entry's K siblings, if they may collapse; else -1
 
     @property
     def leads(self) -> Tensor:
@@ -76,7 +77,7 @@ class Moves:
         return self.first == torch.arange(self.first.shape[1], device=self.first.device)
 
     def edits(self, context: WorkingContext) -> Edits:
-        """All of them: expands first, then collapses, each in the order of rows and columns."""
+        """All legal edits: expands first, then collapses, both in the order of rows and columns."""
         opened, leads = self.expand.nonzero(), self.leads.nonzero()
         row, column = torch.cat([opened, leads]).unbind(1)
         lod, index = context.lod[row, column], context.index[row, column]
@@ -91,12 +92,13 @@ def moves(context: WorkingContext, protected: int = PROTECTED) -> Moves:
     Args:
         protected: newest tokens of each row that do not collapse.
     """
-    lod, index, there, k = context.lod, context.index, context.there, context.tree.block_size
+    lod, index, mask, k = context.lod, context.index, context.mask, context.tree.block_size
     b, w = lod.shape
     column = torch.arange(w, device=lod.device)
-    # By contiguity, between the first and the K-th sibling K entries apart there are the others, and nothing else.
+    # Entries leave no gap. So if the first and the last of K siblings stand K - 1 columns apart, the others stand
+    # between.
     last = (column + k - 1).clamp(max=w - 1).expand(b, w)
-    whole = there & (column + k <= w) & there.gather(1, last) & (index % k == 0)
+    whole = mask & (column + k <= w) & mask.gather(1, last) & (index % k == 0)
     whole &= (lod.gather(1, last) == lod) & (index.gather(1, last) == index + k - 1)
     end = (index + k) * context.widths()
     whole &= end <= (context.ends() - protected)[:, None]
@@ -105,12 +107,12 @@ def moves(context: WorkingContext, protected: int = PROTECTED) -> Moves:
     row, lead = row[legal], lead[legal]
     first = torch.full_like(lod, -1)
     first[row[:, None], lead[:, None] + torch.arange(k, device=lod.device)] = lead[:, None].expand(-1, k)
-    return Moves(expand=there & (lod > 0), first=first)
+    return Moves(expand=mask & (lod > 0), first=first)
 
 
 def column_of(context: WorkingContext, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
-    """Where nodes (lod, index) [E] stand in their rows [E], or where the first of their descendants does: [E]."""
+    """Columns [E] of nodes (lod, index) [E] in their rows [E], or of the first of their descendants there."""
     start = index * context.tree.block_size**lod
     far = torch.iinfo(torch.long).max
-    starts = torch.where(context.there, context.starts(), far)
+    starts = torch.where(context.mask, context.starts(), far)
     return torch.searchsorted(starts[row], start[:, None].contiguous())[:, 0]

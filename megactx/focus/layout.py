@@ -1,8 +1,8 @@
 """A window by a rule: raw where a number per block says so, gists elsewhere, within the budget.
 
-The sink, the newest ``recent`` tokens and a partial tail are raw. All other blocks are gists of level 1; where these
-alone do not fit, the oldest become gists of level 2. What is left of the budget opens the blocks with the highest
-numbers. This is how every rule that scores blocks gets its window, and how random windows are drawn.
+The sink, the newest ``recent`` tokens and a partial tail are raw. All other blocks are gists of level 1. If these do
+not fit, the oldest become gists of level 2. The rest of the budget opens the blocks with the highest numbers. Every
+rule that scores blocks gets its window in this way, and random windows are drawn so.
 
 B rows, N blocks of level 1, M nodes of level 2.
 """

@@ -1,10 +1,10 @@
 """LensNet: what the detail of each entry of a working context is worth for what comes next (method 10).
 
-It reads the whole window at once, not causally: an old entry's value depends on the newest tokens, which ask the
-question. For every entry it estimates two values, in nats per token:
+It reads the whole window in both directions: an old entry's value depends on the newest tokens, which ask the question.
+For every entry it estimates two values, in nats per token:
 
-    v_down   what its children would be worth in its place             gists only
-    v_keep   what is lost if its parent takes the place of it and its siblings    complete sets of siblings only
+    v_down   what is won if its children take its place                        gists only
+    v_keep   what is lost if its parent takes the place of all its siblings    complete sets of siblings only
 
 B rows, W entries, D width.
 """
@@ -25,12 +25,12 @@ from megactx.gist.parts import find
 from megactx.lm.gaussian_rope import LODS, PositionSpread
 from megactx.memory import WorkingContext
 
-from .content import contents
 from .edits import Moves, moves
+from .mean_embeddings import window_mean_embeddings
 from .price import price, signed_scores
 
-# An old entry and the question lie thousands of tokens apart. Pairs of channels that turn with position cannot tell
-# there whether the two are alike, so half of them do not.
+# An old entry and the question lie thousands of tokens apart. At such distances, pairs of channels that turn with
+# position cannot tell whether the two are alike. So half of the pairs do not turn.
 ROTARY_SHARE = 0.5
 SHARPNESS = 2.0  # of queries and keys at the start: entries of like content find each other among hundreds
 QUESTIONS = (8, 32, 128)  # newest entries, each so many a question that an entry is compared with
@@ -50,7 +50,9 @@ class Scores:
 
 @declared("lensnet", block_size="block_size")
 class LensNet(nn.Module):
-    """Transformer blocks over a window, and two numbers per entry.
+    """Transformer blocks over a window estimate what each entry's detail is worth for the tokens that come next.
+
+    Setting: ``--megacontext focus``.
 
     Args:
         width: D of the base LM.
@@ -60,7 +62,7 @@ class LensNet(nn.Module):
         head: a file of ``megactx/focus/heads``.
         dropout: inside the blocks.
         gaussian_rope: ``plain``, ``damped`` or ``learned``: how wide the positions of gists are.
-        content: also read the mean embedding of the tokens that an entry stands for, see ``contents``.
+        content: also read the mean embedding of the tokens that an entry stands for, see ``window_mean_embeddings``.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -93,8 +95,8 @@ class LensNet(nn.Module):
         self.norm = nn.RMSNorm(width)
         self.head = find(heads, head, "lensnet.head")(width)
         self.last = nn.Linear(self.head.outputs, 2)
-        # What these few numbers say is learned from dozens of windows, what the blocks add to it from thousands: fed
-        # to the blocks alone it was lost among their inputs.
+        # These few numbers teach from dozens of windows; the blocks need thousands. As inputs of the blocks alone the
+        # likenesses found 0.18 to 0.41 of the needed blocks, through these 32 units alone 0.66 (RESULTS.md).
         self.direct = nn.Sequential(nn.Linear(features, DIRECT), nn.GELU(), nn.Linear(DIRECT, 2))
         for last in (self.last, self.direct[-1]):
             nn.init.zeros_(last.weight)
@@ -102,7 +104,7 @@ class LensNet(nn.Module):
         for block in self.blocks:
             for linear in (block.out, block.down):
                 linear.weight.data /= (2 * layers) ** 0.5
-            # Keys start as queries: at first an entry attends to what is like it, which is what there is to find.
+            # Keys start equal to queries, so an entry first attends to what is like it. That is what there is to find.
             query, key, _ = block.qkv.weight.data.chunk(3)
             key.copy_(query.mul_(SHARPNESS))
         # Spread of the values that were measured so far: the unit in which a value counts as large.
@@ -110,7 +112,7 @@ class LensNet(nn.Module):
         self.register_buffer("updates", torch.tensor(0))
 
     def forward(
-        self, embeddings: Tensor, lods: Tensor, distance: Tensor, there: Tensor, content: Tensor | None = None
+        self, embeddings: Tensor, lods: Tensor, distance: Tensor, mask: Tensor, mean_embeddings: Tensor | None = None
     ) -> Tensor:
         """Values of every entry, legal or not.
 
@@ -118,64 +120,65 @@ class LensNet(nn.Module):
             embeddings: what the base LM reads, [B, W, D].
             lods: [B, W].
             distance: tokens from where each entry sits to the end of its row, [B, W].
-            there: which entries are none of the padding, bool [B, W].
-            content: of ``contents``, [B, W, D]; read where the net was built for it.
+            mask: which entries are none of the padding, bool [B, W].
+            mean_embeddings: of ``window_mean_embeddings``, [B, W, D]; read where the net was built for it.
 
         Returns:
             [B, W, 2], v_down and v_keep in nats; 0 in the padding.
         """
         far = torch.log2(1 + distance.float()) / 10
         wide = lods.float() * math.log2(self.block_size) / 10
-        x = F.rms_norm(torch.where(there[..., None], embeddings, 0.0).float(), (self.width,))
+        x = F.rms_norm(torch.where(mask[..., None], embeddings, 0.0).float(), (self.width,))
         features = torch.stack([wide, far], dim=-1)
         if self.content is not None:
-            special, like = _alike(content, lods, there, self.block_size)
+            special, like = _alike(mean_embeddings, lods, mask, self.block_size)
             features = torch.cat([features, like], dim=-1)
             x = x + self.content(special * self.width**0.5)
         x = x + self.lod(lods.clamp(max=LODS)) + self.place(features)
         sigma = self.spread(lods)
-        mask, positions = there[:, None, None], -distance.float()[:, None]
+        seen, positions = mask[:, None, None], -distance.float()[:, None]
         for block in self.blocks:
-            x = block(x, positions, mask, None if sigma is None else sigma[:, None])
+            x = block(x, positions, seen, None if sigma is None else sigma[:, None])
         values = (self.last(self.head(self.norm(x))) + self.direct(features)).float()
-        return torch.where(there[..., None], values, 0.0)
+        return torch.where(mask[..., None], values, 0.0)
 
-    def read(self, context: WorkingContext, content: Tensor | None = None) -> Tensor:
-        """The same for a working context: [B, W, 2]; ``content`` where it is known already."""
+    def read(self, context: WorkingContext, mean_embeddings: Tensor | None = None) -> Tensor:
+        """The same for a working context: [B, W, 2]; ``mean_embeddings`` where it is known already."""
         distance = context.ends()[:, None] - context.positions()
-        if content is None and self.content is not None:
-            content = contents(context)
-        return self(context.to_tensor(), context.lods(), distance, context.there, content)
+        if mean_embeddings is None and self.content is not None:
+            mean_embeddings = window_mean_embeddings(context)
+        return self(context.to_tensor(), context.lods(), distance, context.mask, mean_embeddings)
 
     def likeness(self, context: WorkingContext) -> Tensor:
         """The most that each entry's block, or its left neighbour, is like any question: [B, W], see ``_alike``."""
-        return _alike(contents(context), context.lods(), context.there, self.block_size)[1].amax(-1)
+        return _alike(window_mean_embeddings(context), context.lods(), context.mask, self.block_size)[1].amax(-1)
 
     def score(
         self,
         context: WorkingContext,
         legal: Moves | None = None,
         margin: float | Tensor = 0.0,
-        content: Tensor | None = None,
+        mean_embeddings: Tensor | None = None,
     ) -> Scores:
         """Values, the price at which they fit the budget, and signed scores.
 
         Args:
             legal: what may be done; ``None``: what ``moves`` says.
             margin: of ``price``.
-            content: of ``contents``, where it is known already.
+            mean_embeddings: of ``window_mean_embeddings``, where it is known already.
         """
         legal = moves(context) if legal is None else legal
-        v_down, v_keep = masked(self.read(context, content), legal)
+        v_down, v_keep = masked(self.read(context, mean_embeddings), legal)
         now = price(v_down, v_keep, legal, context.budget - context.lengths, self.block_size, margin)
         return Scores(v_down, v_keep, now, signed_scores(v_down, v_keep, legal, now, self.tau))
 
     @torch.no_grad()
     def see(self, values: Tensor) -> None:
-        """Take measured values into the running ``tau``: a mean at first, then over about 100 calls.
+        """Take measured values into the running ``tau``: a plain mean of 100 calls, then an exponential one.
 
-        Spread is the mean absolute deviation, scaled to be the standard deviation of a normal distribution. A few
-        blocks are worth a hundred times what others are: the standard deviation would be theirs alone.
+        The spread is the mean absolute deviation, scaled so that it is the standard deviation of a normal distribution.
+        The standard deviation itself would follow the few blocks that are worth a hundred times the others: it was 0.29
+        nats where this is 0.08, and as the unit of scores it forbade every ordinary edit (RESULTS.md).
         """
         if len(values) < 2:
             return
@@ -186,43 +189,46 @@ class LensNet(nn.Module):
         self.tau.clamp_(min=1e-4)
 
 
-def _blockwise(content: Tensor, lods: Tensor, there: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Raw tokens are judged by the block that they are of: content [B, W, D] with its mean in place of theirs, and the
-    column at which each entry's block begins, [B, W].
+def _blockwise(mean_embeddings: Tensor, lods: Tensor, mask: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """-> content [B, W, D] in which raw tokens have the mean of their block, and the column at which each entry's block
+    begins, [B, W].
 
-    A run of raw tokens begins on the grid of blocks, so every K-th of it begins one; only the last may be partial.
+    A run of raw tokens begins on the grid of blocks, so every K-th token of it begins a block. Only the last block of a
+    run may be partial.
     """
     b, w = lods.shape
     column = torch.arange(w, device=lods.device).expand(b, w)
     raw = lods == 0
     begin = torch.where(raw, -1, column).cummax(1).values + 1  # of the run
     begin = torch.where(raw, column - (column - begin) % block_size, column)
-    content = torch.where(there[..., None], content, 0.0).float()
-    total = torch.zeros_like(content).scatter_add_(1, begin[..., None].expand_as(content), content)
-    count = torch.zeros(b, w, device=content.device).scatter_add_(1, begin, there.float())
+    mean_embeddings = torch.where(mask[..., None], mean_embeddings, 0.0).float()
+    total = torch.zeros_like(mean_embeddings).scatter_add_(
+        1, begin[..., None].expand_as(mean_embeddings), mean_embeddings
+    )
+    count = torch.zeros(b, w, device=mean_embeddings.device).scatter_add_(1, begin, mask.float())
     mean = total / count.clamp(min=1)[..., None]
     return mean.gather(1, begin[..., None].expand_as(mean)), begin
 
 
-def _alike(content: Tensor, lods: Tensor, there: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """What sets each entry's block apart from the window's, [B, W, D] of length 1; and how alike it, and the block to
-    its left, and the newest entries are: [B, W, 2 x questions].
+def _alike(mean_embeddings: Tensor, lods: Tensor, mask: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """-> how each entry's block differs from the window's mean, [B, W, D] of length 1; and how like the questions it
+    and the block to its left are, [B, W, 2 x questions].
 
-    Cosines with the mean of the newest, in standard deviations from what is usual in this window. Every block counts
-    once, raw or not.
+    Likeness is the cosine with the mean of the newest entries, in standard deviations from what is usual in this
+    window. Every block counts once, raw or not.
     """
-    blocks, begin = _blockwise(content, lods, there, block_size)
-    weight = there / torch.where(lods == 0, block_size, 1)
+    blocks, begin = _blockwise(mean_embeddings, lods, mask, block_size)
+    weight = mask / torch.where(lods == 0, block_size, 1)
     weight = (weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[..., None]
     mean = (blocks * weight).sum(1, keepdim=True)
-    special = torch.where(there[..., None], F.normalize(blocks - mean, dim=-1), 0.0)
-    own = torch.where(there[..., None], content.float() - mean, 0.0)
-    behind = there.flip(1).cumsum(1).flip(1)  # entries from this one to the last
-    asked = [F.normalize((own * (there & (behind <= n))[..., None]).sum(1), dim=-1) for n in QUESTIONS]
+    special = torch.where(mask[..., None], F.normalize(blocks - mean, dim=-1), 0.0)
+    own = torch.where(mask[..., None], mean_embeddings.float() - mean, 0.0)
+    behind = mask.flip(1).cumsum(1).flip(1)  # entries from this one to the last
+    asked = [F.normalize((own * (mask & (behind <= n))[..., None]).sum(1), dim=-1) for n in QUESTIONS]
     like = torch.einsum("bwd,bqd->bwq", special, torch.stack(asked, dim=1))
-    like = (like - (like * weight).sum(1, keepdim=True)) * there[..., None]
+    like = (like - (like * weight).sum(1, keepdim=True)) * mask[..., None]
     like = like / (like.square() * weight).sum(1, keepdim=True).sqrt().clamp(min=1e-6)
-    left = like.gather(1, (begin - 1).clamp(min=0)[..., None].expand_as(like)) * (there & (begin > 0))[..., None]
+    left = like.gather(1, (begin - 1).clamp(min=0)[..., None].expand_as(like)) * (mask & (begin > 0))[..., None]
     return special, torch.cat([like, left], dim=-1)
 
 

@@ -4,8 +4,8 @@
     window 2   [ tokens and gists ] y0 y1 ... y(H-2)
     scored                        y0 y1 ... y(H-1)
 
-A tree keeps gists that were computed without a gradient. So those that any of the windows shows are made again, each
-once however many windows show it, and the windows read these.
+The gists of a tree were computed without a gradient. So the gists that the windows show are made again, with a
+gradient, each once however many windows show it. The windows read these.
 
 N windows, W entries, M gists that are shown, H scored tokens, K children of a node, D width, V vocabulary.
 """
@@ -23,10 +23,10 @@ from megactx.lm.chunked_head import score
 from megactx.lm.prefill import Prefill
 from megactx.memory import WorkingContext
 
-from .rows import lay_out
+from .window_rows import lay_out
 
 ENCODED = 64  # blocks that are encoded at once
-LEVEL = 2**40  # a node as one number: level x this + index
+LOD = 2**40  # a node as one number: lod x this + index
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Windows:
     """Windows of one document as plain tensors, and which gists they show."""
 
     ids: Tensor  # [N, W], of the raw entries
-    place: Tensor  # [N, W], of each gist in the table of all gists; -1 where an entry is none
+    place: Tensor  # [N, W], of each gist in the table of all gists; -1 where an entry is no gist
     positions: Tensor  # [N, W]
     lods: Tensor  # [N, W]
     lengths: Tensor  # [N]
     ends: Tensor  # [N]
-    nodes: dict[int, Tensor]  # level -> index [M]; the table has them level by level
+    nodes: dict[int, Tensor]  # level -> index [M]; the table of gists goes level by level
 
     def __getitem__(self, which: slice | Tensor) -> "Windows":
         parts = (self.ids, self.place, self.positions, self.lods, self.lengths, self.ends)
@@ -52,14 +52,14 @@ class Windows:
     def of(cls, context: WorkingContext) -> "Windows":
         """Of working contexts whose rows are all windows of the same text."""
         lod, index, tree = context.lod, context.index, context.tree
-        gist, raw = context.there & (lod > 0), context.there & (lod == 0)
-        shown, order = torch.unique(lod[gist] * LEVEL + index[gist], return_inverse=True)
+        gist, raw = context.mask & (lod > 0), context.mask & (lod == 0)
+        shown, order = torch.unique(lod[gist] * LOD + index[gist], return_inverse=True)
         place = torch.full_like(lod, -1)
         place[gist] = order
         row, column = raw.nonzero().unbind(1)
         ids = torch.zeros_like(lod)
         ids[raw] = tree.levels[0].read("token", row, index[row, column]).long()
-        nodes = {level: shown[shown // LEVEL == level] % LEVEL for level in (shown // LEVEL).unique().tolist()}
+        nodes = {lod: shown[shown // LOD == lod] % LOD for lod in (shown // LOD).unique().tolist()}
         return cls(ids, place, context.positions(), lod, context.lengths, context.ends(), nodes)
 
     def read(self, base: BaseLM, gists: Tensor, following: Tensor, encoder) -> Tensor:
@@ -73,8 +73,8 @@ class Windows:
 
 
 def unique_windows(context: WorkingContext) -> tuple[Tensor, Tensor]:
-    """Rows that are alike are read once: -> (one row of each kind [U], the place of each row's kind among them [N])."""
-    rows = torch.cat([torch.where(context.there, values, -1) for values in (context.lod, context.index)], dim=1)
+    """Find equal rows, to read them once: -> (the first row of each kind [U], the kind 0 to U - 1 of each row [N])."""
+    rows = torch.cat([torch.where(context.mask, values, -1) for values in (context.lod, context.index)], dim=1)
     _, kind = torch.unique(rows, dim=0, return_inverse=True)
     order = torch.arange(len(kind), device=kind.device)
     first = torch.full_like(kind, len(kind)).scatter_reduce(0, kind, order, "amin")[: int(kind.max()) + 1]
@@ -82,21 +82,21 @@ def unique_windows(context: WorkingContext) -> tuple[Tensor, Tensor]:
     return first, rank.argsort()[kind]
 
 
-def encode_shown(net: GistNet, base: BaseLM, teacher: Prefill, nodes: dict[int, Tensor], recompute: bool) -> Tensor:
-    """The gists of nodes of one document, with gradient: [M, D], level by level.
+def encode_shown(net: GistNet, base: BaseLM, prefill: Prefill, nodes: dict[int, Tensor], recompute: bool) -> Tensor:
+    """The gists of nodes of one document, with gradient: [M, D], LOD by LOD.
 
     Args:
-        teacher: of the document; ``unread`` is enough for a GistNet that reads embeddings.
+        prefill: of the document; ``unread`` is enough for a GistNet that reads embeddings.
         recompute: keep no activations, compute them again during backward.
     """
-    found = [torch.empty(0, net.width, device=teacher.ids.device)]
-    for level, index in nodes.items():
-        starts = index[None] * net.block_size**level
+    found = [torch.empty(0, net.width, device=prefill.ids.device)]
+    for lod, index in nodes.items():
+        starts = index[None] * net.block_size**lod
 
-        def encoded(starts: Tensor, level: int = level) -> Tensor:
-            return net.compress(base, teacher, starts, level).vectors[0]
+        def encoded(starts: Tensor, lod: int = lod) -> Tensor:
+            return net.compress(base, prefill, starts, lod).vectors[0]
 
-        for part in starts.split(max(1, ENCODED // net.block_size ** (level - 1)), dim=1):
+        for part in starts.split(max(1, ENCODED // net.block_size ** (lod - 1)), dim=1):
             found.append(checkpoint(encoded, part, use_reentrant=False) if recompute else encoded(part))
     return torch.cat(found)
 
@@ -104,14 +104,14 @@ def encode_shown(net: GistNet, base: BaseLM, teacher: Prefill, nodes: dict[int, 
 def continuation_loss(
     base: BaseLM, hidden: Tensor, full: Tensor, targets: Tensor, objective: str, reference: BaseLM | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Of what windows make of the tokens that follow: (loss [N, H] with gradient, their NLL [N, H]), in nats.
+    """Scores of the tokens that follow, behind each window: (loss [N, H] with gradient, NLL [N, H]), in nats.
 
     Args:
         hidden: of ``Windows.read``, [N, H, D].
-        full: the same of the untouched base LM over the whole document, [H, D].
+        full: hidden states of the untouched base LM over the whole document, [H, D].
         targets: [H].
         objective: ``kl`` or ``delta_nll``.
-        reference: the untouched base LM, where its head is not this one's: the head then takes a gradient.
+        reference: the untouched base LM, if it has another head. The head of ``base`` then takes a gradient.
     """
     loss, numbers = score(base, hidden, full, targets, objective, reference)
     return loss, numbers["nll"]
@@ -120,16 +120,16 @@ def continuation_loss(
 def accumulated(
     run: Callable[..., tuple[Tensor, Tensor]], parts: Sequence, shared: Tensor, modules: Sequence[nn.Module]
 ) -> tuple[Tensor, Tensor]:
-    """A loss over parts, one after the other: the activations of one part at a time are in memory.
+    """A loss over parts, one after the other, with the activations of one part at a time in memory.
 
-    Gradients are those of the sum over all parts at once, and no part is computed twice: each one's gradient is taken
-    as soon as its loss is known, and handed on when the sum's is asked for.
+    Gradients are those of the sum over all parts, and no part is computed twice. Each part's gradient is taken as soon
+    as its loss is known, and kept until backward asks for that of the sum.
 
     Args:
         run: ``(part, shared) -> (loss, a scalar with gradient; numbers [n, ...])``.
         parts: of whatever ``run`` takes.
-        shared: what all parts read, with the graph that made it: it goes backward once.
-        modules: whose parameters ``run`` uses; those that train get a gradient.
+        shared: a tensor that all parts read. Backward goes through the graph that made it once.
+        modules: ``run`` uses their parameters; parameters that train get a gradient.
 
     Returns:
         The sum of the losses, and the numbers of all parts [N, ...], without gradient.

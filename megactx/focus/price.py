@@ -1,11 +1,12 @@
 """What detail costs in a working context at the moment, and which entries are worth more or less than that (method 10).
 
-All rows share one currency, nats per token, and each has a fixed number of entries to spend. The price is where demand
-meets supply: gists worth more than it want to be expanded, siblings worth less than it may pay by being collapsed.
+Values of all rows are in one currency, nats per token. Each row has a fixed number of entries to spend. The price p is
+where demand meets supply. Gists that are worth more than p want to be expanded. Siblings that are worth less than p may
+be collapsed, which pays for the expands.
 
     (K - 1) x #{v_down > p}  -  (K - 1) x #{sets of siblings with v_keep < p}   <=   slack = W_max - cost
 
-The left side only falls as p rises, so the smallest such p is computed, not learned.
+The left side never rises with p, so the smallest p that holds is computed, not learned.
 
 B rows, W entries, K children of a node.
 """
@@ -20,13 +21,12 @@ from .edits import Moves
 def price(
     v_down: Tensor, v_keep: Tensor, legal: Moves, slack: Tensor, block_size: int, margin: float | Tensor = 0.0
 ) -> Tensor:
-    """The smallest p >= 0 at which the edits that it calls for fit the budget; where none does, the smallest p at which
-    they need the least.
+    """The smallest p >= 0 at which the wanted edits fit the budget, or need least where they fit at no p.
 
-    The smallest p lies just above the dearest siblings that must go, so these are worth next to nothing less than it:
-    whoever makes an edit only beyond some distance from the price will not make that one, however much waits for it.
-    With that distance as ``margin``, the edits that balance are those that are made: v_down > p + margin and
-    v_keep < p - margin.
+    Without a margin, p lies just above the dearest siblings that must go, and these are worth hardly less than p. But
+    the allocator makes an edit only beyond some distance from the price. So it would keep those siblings, however much
+    waits for their place. ``margin`` is that distance. The edits that balance are then v_down > p + margin and
+    v_keep < p - margin, and these are the edits that are made.
 
     Args:
         v_down: of each gist, [B, W]; read where ``legal.expand``.
@@ -42,7 +42,8 @@ def price(
     least = torch.finfo(torch.float32).max
     worth = torch.where(legal.expand, v_down.float() - margin, -least).sort(1).values
     spared = torch.where(legal.leads, v_keep.float() + margin, least).sort(1).values
-    # Between two of these nothing changes. "< p" is strict: siblings are counted just above what they are worth.
+    # Both counts change at these values only, so the smallest p is one of them. "< p" is strict, so siblings count from
+    # the next number above their value on.
     above = torch.nextafter(spared, torch.full_like(spared, torch.inf))
     floor = worth.new_zeros(len(worth), 1)
     p = torch.cat([floor, worth, torch.where(spared < least, above, 0)], dim=1).clamp(min=0).sort(1).values
@@ -56,15 +57,15 @@ def price(
 def signed_scores(v_down: Tensor, v_keep: Tensor, legal: Moves, price: Tensor, tau: float | Tensor) -> Tensor:
     """Values against the price, from -1 (collapse) to 1 (expand).
 
-    expand = tanh((v_down - price) / tau) where positive; collapse = tanh((v_keep - price) / tau) where negative, for
-    every entry of a set of siblings that of the set. The larger one in magnitude counts, expand where they are equal.
+    expand = tanh((v_down - price) / tau) where positive. collapse = tanh((v_keep - price) / tau) where negative; all
+    entries of a set of siblings have that of the set. The larger magnitude counts, and expand if both are equal.
 
     Args:
         v_down: [B, W]; read where ``legal.expand``.
         v_keep: [B, W]; read at the first entry of each set.
         legal: of ``moves``.
         price: [B].
-        tau: the unit in which a difference is large, in nats.
+        tau: nats; a difference from the price of about tau is large.
 
     Returns:
         [B, W]; 0 where nothing is legal.
@@ -75,7 +76,7 @@ def signed_scores(v_down: Tensor, v_keep: Tensor, legal: Moves, price: Tensor, t
     if not tau > 0:
         raise ValueError(f"tau={float(tau)} is not allowed: more than 0 nats")
     keep = v_keep.gather(1, legal.first.clamp(min=0))
-    # Where a value means nothing it may be anything: it is taken out before the tanh, for the sake of the gradient.
+    # A value of an illegal edit may be anything. It is replaced before the tanh, so that its gradient is 0 and not NaN.
     gain = torch.where(legal.expand, v_down - price[:, None], 0.0)
     loss = torch.where(legal.first >= 0, keep - price[:, None], 0.0)
     expand, collapse = torch.tanh(gain.clamp(min=0) / tau), torch.tanh(loss.clamp(max=0) / tau)

@@ -44,7 +44,7 @@ class View:
 
     @property
     def tokens(self) -> int:
-        """All that it stands for."""
+        """Tokens that the whole window stands for."""
         return int(self.width.sum())
 
 
@@ -55,8 +55,8 @@ class Step:
     before: View
     score: Tensor  # [W] of ``before``, from -1 (collapse) to 1 (expand)
     threshold: float  # of scores: what is closer to 0 stays as it is
-    price: float | None  # nats; what detail cost then
-    edits: Edits  # that were made, in their order
+    price: float | None  # nats; what detail cost at that time
+    edits: Edits  # made, in their order
     after: View
 
 
@@ -65,7 +65,7 @@ class Replay:
     """The refocuses of one row of a session, from the first to the last.
 
     Args:
-        row: of the batch, that is kept.
+        row: of the batch; only this one is kept.
     """
 
     row: int = 0
@@ -74,10 +74,10 @@ class Replay:
     def refocus(
         self, allocator: FocusAllocator, context: WorkingContext, score: Tensor, price: Tensor | None = None
     ) -> Edits:
-        """``allocator.refocus(context, score, price)``, and remember what it did to the row.
+        """Call ``allocator.refocus(context, score, price)``, and remember what it did to the row.
 
         Raises:
-            ValueError: there is no such row, and what the allocator refuses.
+            ValueError: there is no such row; and the errors of the allocator.
         """
         if not 0 <= self.row < len(context.counts):
             raise ValueError(f"row={self.row} is not allowed: 0 to {len(context.counts) - 1}")

@@ -1,7 +1,7 @@
 """Windows to learn from: random ones, cold starts, and those that LensNet itself arrives at (method 10).
 
-A LensNet that saw only random windows would meet others in use: its own choices change what there is to choose. So a
-share of the windows are refocused by the LensNet and the allocator of the moment, and all are then disturbed a little.
+In use LensNet meets windows that its own choices made, and random windows do not look like those. So the LensNet and
+the allocator of the moment refocus a share of the windows. All windows are then disturbed a little.
 """
 
 import torch
@@ -59,7 +59,7 @@ def _random(tree: MegaContextTree, budget: int, generator: Generator) -> Working
 
 
 def disturb(context: WorkingContext, edits: int, generator: Generator) -> None:
-    """Make so many random edits in each row, as far as the budget goes: siblings of what was chosen."""
+    """Make random edits, this many in each row, as far as the budget goes."""
     for _ in range(edits):
         legal = moves(context).edits(context)
         fits = context.lengths[legal.row] + legal.cost(context.tree.block_size) <= context.budget
@@ -78,11 +78,11 @@ def some_per_row(edits: Edits, count: int, generator: Generator) -> Edits:
 
 
 def measured_share(edits: Edits, count: int, generator: Generator, promise: Tensor | None = None) -> Edits:
-    """What is measured of each row: at most ``count``, half of them collapses as far as there are so many.
+    """The edits of each row that are measured: at most ``count``, half of them collapses if there are enough.
 
-    Nearly all edits are worth nothing, so random ones would teach just that. With ``promise``, half of either kind are
-    those that promise most. Which edits are measured then depends on what LensNet reads and on nothing else, so what it
-    is to estimate, the expected value of an edit given what it reads, stays the same.
+    Nearly all edits are worth nothing, so random edits would teach just that. With ``promise``, half of the expands and
+    half of the collapses are those that promise most. ``promise`` depends on what LensNet reads, and on nothing else.
+    So the choice does not change what LensNet is to estimate: the expected value of an edit, given what it reads.
 
     Args:
         promise: of each edit, [E]; inf for one that is measured in any case.

@@ -9,12 +9,12 @@ from .errors import DONE, INTERRUPTED, verdict
 
 def run(command: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, arguments) -> int:
     """Parse the arguments and run a command; -> its exit code."""
-    asked = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
-        return command(asked) or DONE
+        return command(args) or DONE
     except KeyboardInterrupt:
         print("\nmegactx: interrupted", file=sys.stderr)
         return INTERRUPTED

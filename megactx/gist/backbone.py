@@ -13,8 +13,9 @@ ROTARY_BASE = 10_000.0
 def rotary(x: Tensor, positions: Tensor, sigma: Tensor | None = None, share: float = 1.0) -> Tensor:
     """Rotate pairs of channels by position (Su et al. 2021, arXiv 2104.09864).
 
-    x [B, A, K, D/A]; positions [K], or [B, 1, K]; sigma, their standard deviation, likewise, damps each frequency as
-    ``megactx.lm.gaussian_rope`` does; ``None``: points. Only the fastest ``share`` of the pairs turns.
+    x [B, A, K, D/A]; positions [K], or [B, 1, K]. sigma, of the same shape, is the standard deviation of the positions,
+    and damps each frequency as ``megactx.lm.gaussian_rope`` does; ``None``: points. Only the fastest ``share`` of the
+    pairs turns.
     """
     half = x.shape[-1] // 2
     pair = torch.arange(half, device=x.device, dtype=torch.float32)
@@ -32,7 +33,7 @@ def rotary(x: Tensor, positions: Tensor, sigma: Tensor | None = None, share: flo
 class Block(nn.Module):
     """x + MHA(norm(x)), then x + MLP(norm(x)). Attention is full, not causal: every token reaches every state.
 
-    ``rotary_share``: of the pairs of channels that turn with position, the fastest first; the others see content only.
+    ``rotary_share`` of the pairs of channels turn with position, the fastest ones. The others see content only.
     """
 
     def __init__(self, width: int, num_heads: int, dropout: float, rotary_share: float = 1.0):
@@ -51,7 +52,7 @@ class Block(nn.Module):
         return self._residual(x, F.scaled_dot_product_attention(query, key, value, mask, dropout))
 
     def with_attention(self, x: Tensor, positions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The same states, and the weights [B, A, K, K] in fp32 that the fast attention never shows."""
+        """The states of ``forward``, and the weights [B, A, K, K] in fp32, which the fast attention never shows."""
         query, key, value = self._heads(x, positions)
         scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
         weights = torch.softmax(scores if mask is None else scores.masked_fill(~mask, -torch.inf), dim=-1)
@@ -82,42 +83,42 @@ class Backbone(nn.Module):
         self.norm = nn.RMSNorm(width)
         self.cls = nn.Parameter(torch.randn(width)) if needs_cls else None
 
-    def forward(self, x: Tensor, there: Tensor | None = None, left: int = 0) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, left: int = 0) -> Tensor:
         """States of blocks, and of some context to their left.
 
         Args:
             x: [B, left + K, D].
-            there: bool [B, left + K], False where there is no token; ``None``: all are there.
+            mask: bool [B, left + K], False where there is no token; ``None``: all are there.
             left: tokens in front of the block; their own states are not returned.
 
         Returns:
             [B, K, D], or [B, 1 + K, D] with CLS.
         """
-        x, positions, mask = self._enter(x, there, left)
+        x, positions, seen = self._enter(x, mask, left)
         for block in self.blocks:
-            x = block(x, positions, mask)
+            x = block(x, positions, seen)
         return self._leave(x, left)
 
-    def with_attention(self, x: Tensor, there: Tensor | None = None, left: int = 0) -> tuple[Tensor, Tensor]:
-        """The same states, and the last layer's weights [B, A, K, left + K] (1 + both with CLS, which comes first)."""
-        x, positions, mask = self._enter(x, there, left)
+    def with_attention(self, x: Tensor, mask: Tensor | None = None, left: int = 0) -> tuple[Tensor, Tensor]:
+        """The states of ``forward``, and the last layer's weights [B, A, K, left + K]; CLS adds a row and a column."""
+        x, positions, seen = self._enter(x, mask, left)
         for block in self.blocks[:-1]:
-            x = block(x, positions, mask)
-        x, weights = self.blocks[-1].with_attention(x, positions, mask)
+            x = block(x, positions, seen)
+        x, weights = self.blocks[-1].with_attention(x, positions, seen)
         return self._leave(x, left), self._own(weights, left)
 
-    def _enter(self, x: Tensor, there: Tensor | None, left: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _enter(self, x: Tensor, mask: Tensor | None, left: int) -> tuple[Tensor, Tensor, Tensor | None]:
         positions = torch.arange(-left, x.shape[1] - left, device=x.device)
         if self.cls is not None:
             x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
             positions = torch.cat([positions[:1] - 1, positions])
-            there = None if there is None else F.pad(there, (1, 0), value=True)
-        return x, positions, None if there is None else there[:, None, None]
+            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+        return x, positions, None if mask is None else mask[:, None, None]
 
     def _leave(self, x: Tensor, left: int) -> Tensor:
         return self.norm(self._own(x.unsqueeze(1), left)[:, 0])
 
-    def _own(self, rows: Tensor, left: int) -> Tensor:  # [B, A, rows, ...] -> those of CLS and of the block
+    def _own(self, rows: Tensor, left: int) -> Tensor:  # [B, A, rows, ...] -> the rows of CLS and of the block
         if not left:
             return rows
         own = rows[:, :, left + (self.cls is not None) :]

@@ -1,7 +1,7 @@
 """What stands for a block, and what makes it.
 
-    Vectors  one embedding per block: the base LM reads it as it reads a token, and it has an output row
-    Slots    keys and values of one column per block at every layer: nothing runs through the layers in its place
+    SoftTokens  one embedding per block. The base LM reads it as it reads a token, and it has an output row.
+    KVSlots     keys and values of one column per block at every layer. The base LM only attends to them: no output row.
 
 B documents, N blocks, K tokens of a block, D width, L layers, G key-value heads, W head width.
 """
@@ -20,24 +20,24 @@ BYTES = 2  # of a stored number: 16 bit
 
 
 @dataclass(frozen=True)
-class Vectors:
-    """One vector per block, at ``start + offset``, or several. The last one's output predicts the token after it."""
+class SoftTokens:
+    """One vector per block, at ``start + offset``, or several. The output of the last predicts the token behind it."""
 
     vectors: Tensor  # [B, N, D], or [B, N, M, D]: M of them
     offset: int | Sequence[int]  # of each of the M
     sigma: Tensor | None = None  # standard deviation of that position in tokens, a scalar; None: it is a point
-    first = 0  # the first offset of the horizon that it can be scored at
+    first = 0  # the first offset of the horizon that has a score
 
     def bytes_per_block(self) -> int:
         return BYTES * self.vectors.shape[2:].numel()
 
 
 @dataclass(frozen=True)
-class Slots:
-    """Keys (rotated already) and values of one column per block. There is no output row: h = 0 has no score."""
+class KVSlots:
+    """Keys (rotated already) and values of one column per block. They have no output row, so h = 0 has no score."""
 
     layers: Sequence[tuple[Tensor, Tensor]]  # per layer, each [B, G, N, W]
-    first = 1  # the first offset of the horizon that it can be scored at
+    first = 1  # the first offset of the horizon that has a score
 
     def bytes_per_block(self) -> int:
         return sum(BYTES * part.shape[1] * part.shape[3] for layer in self.layers for part in layer)
@@ -56,7 +56,8 @@ class Compressor(nn.Module):
 
     setting = "compressor"  # where a user sets it
     needs_hidden = False  # reads the base LM's own states of the block
-    makes_vectors = True  # and not ``Slots``
+    makes_vectors = True  # ``SoftTokens``; else ``KVSlots``
+    makes_levels = False  # ``compress`` takes a ``lod``, and makes gists of gists too
 
     def __init__(self, block_size: int = 32, position: str = "centre"):
         super().__init__()
@@ -69,7 +70,7 @@ class Compressor(nn.Module):
 
     @property
     def levels(self) -> int:
-        """Sets of weights: 1, or one for each level of gists."""
+        """Sets of weights: 1, or one for each LOD of gists."""
         return 1
 
     @property
@@ -81,13 +82,25 @@ class Compressor(nn.Module):
         """Position of a carrier relative to the start of the span that it stands for, K tokens or K^n."""
         return tokens // 2 if self.position == "centre" else tokens - 1
 
-    def sigma(self, level: int) -> Tensor | None:
+    def sigma(self, lod: int) -> Tensor | None:
         """Standard deviation of a carrier's position in tokens, a scalar; ``None``: it is a point."""
         return None
 
-    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors | Slots:
-        """Carriers of the blocks at starts [B, N] of the documents that ``teacher`` has read."""
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> SoftTokens | KVSlots:
+        """Carriers of the blocks at starts [B, N]. ``prefill`` is what the base LM made of their documents."""
         raise NotImplementedError
+
+    def compress_level(self, base: BaseLM, prefill: Prefill, starts: Tensor, lod: int) -> SoftTokens | KVSlots:
+        """``compress``, where a carrier stands for a span of K^level tokens.
+
+        Raises:
+            ValueError: a level above 1 of what makes no gists of gists.
+        """
+        if lod == 1:
+            return self.compress(base, prefill, starts)
+        if not self.makes_levels:
+            raise ValueError(f"{type(self).__name__} makes no gists of gists: level={lod} is not allowed, only 1")
+        return self.compress(base, prefill, starts, lod)
 
     @torch.no_grad()
     def flops_per_block(self, base: BaseLM) -> int:
@@ -96,9 +109,9 @@ class Compressor(nn.Module):
 
         ids = torch.zeros(1, self.block_size, dtype=torch.long, device=next(self.parameters()).device)
         reads = self.needs_hidden or not self.makes_vectors
-        teacher = prefill(base, ids, with_states=True) if reads else unread(ids)
+        read = prefill(base, ids, with_states=True) if reads else unread(ids)
         with FlopCounterMode(display=False) as counter:
-            self.compress(base, teacher, torch.zeros_like(ids[:, :1]))
+            self.compress(base, read, torch.zeros_like(ids[:, :1]))
         return counter.get_total_flops()
 
 

@@ -1,5 +1,6 @@
 """Compressors by name: what a config calls ``gistnet``, ``gisting``, ``gistpool``."""
 
+import functools
 import inspect
 
 from megactx.gist import carriers
@@ -24,12 +25,13 @@ def build(base: BaseLM, settings: dict, setting: str = "compressor") -> Compress
     settings = dict(settings)
     name = settings.pop("name", "gistnet")
     if name == "gistnet":
-        kind, given = GistNet, (base.width, base.embedding_rms())
+        kind, given = functools.partial(GistNet, base=base), (base.width, base.embedding_rms())
     else:
         kind, given = find(carriers, name, f"{setting}.name"), (base,)
         if "base" not in inspect.signature(kind).parameters:
             raise ValueError(f"{setting}.name={name} is not allowed: there is nothing in it to train")
-    if unknown := set(settings) - set(inspect.signature(kind).parameters):
-        known = ", ".join(list(inspect.signature(kind).parameters)[len(given) :])
+    allowed = [name for name in list(inspect.signature(kind).parameters)[len(given) :] if name != "base"]
+    if unknown := set(settings) - set(allowed):
+        known = ", ".join(allowed)
         raise ValueError(f"{setting}.{sorted(unknown)[0]}: {name} has no such setting, it has {known}")
     return kind(*given, **settings)

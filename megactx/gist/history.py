@@ -6,8 +6,9 @@
     scored                                                                         y0 ....... y(S-1)
 
 Gists see the sink and older gists only, so their keys and values are computed once per document and shared by all
-branches. A branch recomputes its R raw tokens: a state of the teacher would carry what its own past had seen, and with
-a sliding mask over one pass raw text leaks L x R tokens back through L layers.
+branches. Each branch computes its R raw tokens again. It cannot use the teacher's states of them, which know the text
+that is compressed. Nor can one pass with a sliding mask serve all: through L layers, raw text leaks from L x R tokens
+back.
 
 Shapes: B documents, T tokens, N segments per document, M blocks, S tokens of a segment, R recency, K block, D width.
 """
@@ -19,14 +20,14 @@ from transformers import DynamicCache
 from megactx.lm import BaseLM, masks
 from megactx.lm.prefill import Prefill, blocks, rows_at
 
-from .carrier import Slots, Vectors
+from .carrier import KVSlots, SoftTokens
 
 
 def check_segments(starts: Tensor, lengths: Tensor, block: int, segment: int, recency: int) -> None:
-    """Every segment lies on the block grid, inside its document, and leaves at least one block to compress.
+    """See that every segment lies on the block grid, inside its document, and leaves at least one block to compress.
 
     Raises:
-        ValueError: naming the setting, or the first segment that does not.
+        ValueError: a size or a segment that does not fit; the message names it.
     """
     for name, value in (("segment", segment), ("recency", recency)):
         if value < block or value % block:
@@ -42,28 +43,28 @@ def check_segments(starts: Tensor, lengths: Tensor, block: int, segment: int, re
 
 
 def old_blocks(starts: Tensor, block: int, recency: int) -> Tensor:
-    """Starts [B, M] of all blocks that any of the segments at starts [B, N] sees compressed."""
+    """Starts [B, M] of all blocks that are compressed for any of the segments at starts [B, N]."""
     last = int(starts.max()) - recency
     return torch.arange(block, last, block, device=starts.device).expand(len(starts), -1)
 
 
-def stream(base: BaseLM, teacher: Prefill, old: Tensor, carriers: Vectors | Slots, block: int):
-    """Keys and values per layer of the sink and all carriers of the blocks at old [B, M]: K + M columns."""
-    if isinstance(carriers, Slots):
+def stream(base: BaseLM, prefill: Prefill, old: Tensor, carriers: SoftTokens | KVSlots, block: int):
+    """Keys and values per layer of the sink and of the carriers of the blocks at old [B, M]: K + M columns."""
+    if isinstance(carriers, KVSlots):
         return [
-            tuple(torch.cat([sink[:, :, :block], slots], dim=2) for sink, slots in zip(kept, layer, strict=True))
-            for kept, layer in zip(teacher.cache, carriers.layers, strict=True)
+            tuple(torch.cat([sink[:, :, :block], slots], dim=2) for sink, slots in zip(cached, layer, strict=True))
+            for cached, layer in zip(prefill.cache, carriers.layers, strict=True)
         ]
     sigma = None if carriers.sigma is None else carriers.sigma.expand(old.shape)
-    return read_stream(base, teacher, carriers.vectors, old + carriers.offset, sigma, block)
+    return read_stream(base, prefill, carriers.vectors, old + carriers.offset, sigma, block)
 
 
-def read_stream(base: BaseLM, teacher: Prefill, vectors: Tensor, positions: Tensor, sigma: Tensor | None, block: int):
+def read_stream(base: BaseLM, prefill: Prefill, vectors: Tensor, positions: Tensor, sigma: Tensor | None, block: int):
     """Keys and values per layer of the sink and, behind it, vectors [B, M, D] at positions [B, M]: K + M columns.
 
     ``sigma`` [B, M]: standard deviation of these positions in tokens; ``None``: points.
     """
-    rows = torch.cat([base.embed(teacher.ids[:, :block]), vectors.to(teacher.hidden.dtype)], dim=1)
+    rows = torch.cat([base.embed(prefill.ids[:, :block]), vectors.to(prefill.hidden.dtype)], dim=1)
     sink = torch.arange(block, device=positions.device).expand(len(positions), -1)
     if sigma is not None:
         sigma = torch.cat([torch.zeros_like(sink, dtype=sigma.dtype), sigma], dim=1)
@@ -72,39 +73,47 @@ def read_stream(base: BaseLM, teacher: Prefill, vectors: Tensor, positions: Tens
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def continued(base: BaseLM, teacher: Prefill, starts: Tensor, kept, columns: Tensor, raw: int, segment: int) -> Tensor:
-    """Hidden states of segments over some cached columns and raw tokens that are computed again.
+def continued(
+    base: BaseLM, prefill: Prefill, starts: Tensor, kv_cache, columns: Tensor, raw: int, segment: int
+) -> Tensor:
+    """Hidden states of segments that read some cached columns, and raw tokens computed again.
 
     Args:
         starts: segment starts [B, N].
-        kept: keys and values per layer.
-        columns: how many of them each segment sees, [B, N].
+        kv_cache: keys and values per layer.
+        columns: how many cached columns each segment sees, [B, N].
         raw: raw tokens in front of each segment.
         segment: S.
 
     Returns:
         [B, N, S, D]; row i predicts token ``start + i``.
     """
-    ids = blocks(teacher.ids, starts - raw, raw + segment - 1)
+    ids = blocks(prefill.ids, starts - raw, raw + segment - 1)
     positions = (starts - raw)[..., None] + torch.arange(raw + segment - 1, device=starts.device)
-    hidden = base.forward_branches(base.embed(ids).to(teacher.hidden.dtype), positions, kept, columns)
+    hidden = base.forward_branches(base.embed(ids).to(prefill.hidden.dtype), positions, kv_cache, columns)
     return hidden[:, :, raw - 1 :]
 
 
 def with_carriers(
-    base: BaseLM, teacher: Prefill, starts: Tensor, carriers: Vectors | Slots, block: int, segment: int, recency: int
+    base: BaseLM,
+    prefill: Prefill,
+    starts: Tensor,
+    carriers: SoftTokens | KVSlots,
+    block: int,
+    segment: int,
+    recency: int,
 ) -> Tensor:
     """The sink, carriers of all blocks of ``old_blocks``, ``recency`` raw tokens: hidden [B, N, S, D]."""
-    kept = stream(base, teacher, old_blocks(starts, block, recency), carriers, block)
+    kv_cache = stream(base, prefill, old_blocks(starts, block, recency), carriers, block)
     columns = block + (starts - recency) // block - 1  # the sink, and a carrier for each of its old blocks
-    return continued(base, teacher, starts, kept, columns, recency, segment)
+    return continued(base, prefill, starts, kv_cache, columns, recency, segment)
 
 
-def with_nothing(base: BaseLM, teacher: Prefill, starts: Tensor, block: int, segment: int, raw: int) -> Tensor:
+def with_nothing(base: BaseLM, prefill: Prefill, starts: Tensor, block: int, segment: int, raw: int) -> Tensor:
     """The sink and ``raw`` tokens before each segment: hidden [B, N, S, D]."""
-    return continued(base, teacher, starts, teacher.cache, torch.full_like(starts, block), raw, segment)
+    return continued(base, prefill, starts, prefill.cache, torch.full_like(starts, block), raw, segment)
 
 
-def with_everything(teacher: Prefill, starts: Tensor, segment: int) -> Tensor:
+def with_everything(prefill: Prefill, starts: Tensor, segment: int) -> Tensor:
     """The full context: hidden [B, N, S, D]."""
-    return rows_at(teacher.hidden, starts - 1, segment)
+    return rows_at(prefill.hidden, starts - 1, segment)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from megactx.framework.config.types import NonNegative
-from megactx.gist.carrier import Compressor, Slots, Vectors
+from megactx.gist.carrier import Compressor, KVSlots, SoftTokens
 from megactx.gist.parts import find
 from megactx.lm import BaseLM
 from megactx.lm.prefill import Prefill
@@ -22,7 +22,7 @@ class Context:
 
     Args:
         base: the frozen base LM, or one with adapters, whose keys and values ``prefill`` then holds.
-        nets: name -> net, of one block size; the first is what the training is about.
+        nets: name -> net, all of one block size. The training is about the first.
         prefill: of the documents.
         batch: of ``SpanBatches``.
         horizon: H, tokens.
@@ -40,21 +40,20 @@ class Context:
     def block(self) -> int:
         return self.nets[self.main].block_size
 
-    def carriers(self, starts: Tensor, level: int = 1) -> list[Vectors | Slots]:
-        """Of each net: carriers of the blocks at starts [B, N], or with ``level`` 2 of spans of K^2 tokens."""
-        return [self.carrier(name, starts, level) for name in self.nets]
+    def carriers(self, starts: Tensor, lod: int = 1) -> list[SoftTokens | KVSlots]:
+        """Of each net: carriers of the blocks at starts [B, N], or with ``lod`` 2 of spans of K^2 tokens."""
+        return [self.carrier(name, starts, lod) for name in self.nets]
 
-    def carrier(self, name: str, starts: Tensor, level: int = 1) -> Vectors | Slots:
-        """Those of one net. Starts are the same where they are the same tensor: comparing them would wait for it."""
-        key = (name, id(starts), level)
+    def carrier(self, name: str, starts: Tensor, lod: int = 1) -> SoftTokens | KVSlots:
+        """Carriers of one net. Only one and the same tensor counts as the same starts: to compare would be to wait."""
+        key = (name, id(starts), lod)
         if key not in self._made:
-            settings = {} if level == 1 else {"level": level}
-            made = self.nets[name].compress(self.base, self.prefill, starts, **settings)
-            self._made[key] = (starts, made)  # which keeps the tensor, and so its id
+            made = self.nets[name].compress_level(self.base, self.prefill, starts, lod)
+            self._made[key] = (starts, made)  # with the tensor, so that its id stays its own
         return self._made[key][1]
 
     def kept(self, name: str, make) -> Tensor:
-        """What ``make`` gave the first time, under a name: tensors that several losses read."""
+        """A tensor that several losses read: ``make`` makes it for the first, and its name finds it for the others."""
         key = ("kept", name)
         if key not in self._made:
             self._made[key] = (make(),)
@@ -113,21 +112,21 @@ class Loss:
                 )
 
     def check_data(self, datamodule, nets: dict[str, Compressor]) -> None:
-        """See that the data, which is set up, has what it needs.
+        """See that the data has what this loss needs. The data is set up already.
 
         Raises:
-            ValueError: it has not; it names the setting.
+            ValueError: it has not; the message names the setting.
         """
 
     def state(self) -> dict:
-        """What a checkpoint keeps of it."""
+        """What a checkpoint stores of this loss."""
         return {}
 
     def load_state(self, state: dict) -> None:
-        """The other way round."""
+        """Take what ``state`` gave."""
 
     def numbers(self, context: Context, losses: Tensor, dnll: Tensor) -> dict[str, Tensor]:
-        """The usual ones: loss and dNLL of the first net, dNLL of the others."""
+        """The usual numbers to log: loss and dNLL of the first net, dNLL of the others."""
         prefix = "" if self.name == "block" else f"{self.name}/"
         found = {f"{prefix}loss": losses[0].detach(), f"{prefix}dnll": dnll[0].detach()}
         rest = zip(list(context.nets)[1:], dnll[1:], strict=True)

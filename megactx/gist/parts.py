@@ -11,7 +11,7 @@ def names(package: ModuleType) -> list[str]:
 
 
 def find(package: ModuleType, name: str, setting: str) -> type:
-    """The class of part ``name``, called as its file but in CamelCase.
+    """The class of part ``name``: its file's name in CamelCase.
 
     Raises:
         ValueError: there is no such file, or no class of that name in it; ``setting`` is in the message.

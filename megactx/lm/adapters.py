@@ -3,8 +3,8 @@
     q, k, v, o of the chosen layers     W x  ->  W x + (alpha / r) B A x         B starts at zero: nothing changes
     the embeddings, where asked         E_i  ->  E_i + (alpha / r) B A_i         the LM head keeps its own rows
 
-With the adapters off the model is the very one that it was, so it is its own teacher. A model whose head and embeddings
-are one matrix is untied when adapted embeddings are merged: its head was never adapted.
+With the adapters off the model is what it was, so it can be its own teacher. Some models share one matrix between head
+and embeddings. Merging adapted embeddings gives the head a matrix of its own, because the head was never adapted.
 """
 
 import copy
@@ -19,11 +19,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .base import BaseLM
-from .layers import attention_of, layers_of
+from .kv_hooks import attention_of, layers_of
 
 LAYERS = ("first_two", "last_two", "all")
 RANKS = (4, 16)  # from, to
 SCALE = 2  # alpha / r
+LINEAR = (nn.Linear, Conv1D)  # GPT-2's is a linear layer with its matrix the other way round
 
 
 def adapt(base: BaseLM, rank: int, layers: str = "last_two", embeddings: bool = False) -> list[nn.Parameter]:
@@ -46,6 +47,28 @@ def adapt(base: BaseLM, rank: int, layers: str = "last_two", embeddings: bool = 
     targets = _projections(base, layers)
     if embeddings:
         targets.append(_name_of(base, base.model.get_input_embeddings()))
+    return list(_inject(base, rank, targets).values())
+
+
+def lora_into(base: BaseLM, layers: nn.Module, rank: int, setting: str) -> dict[str, nn.Parameter]:
+    """Put LoRA into all linear maps of some layers of a base LM, in place; -> name -> parameter, in fp32.
+
+    Who else trains is left as it is: the weights may be shared with another model.
+
+    Raises:
+        ValueError: ``rank``, which ``setting`` gives, is not 1 to 128.
+    """
+    if not 1 <= rank <= 128:
+        raise ValueError(f"{setting}={rank} is not allowed: from 1 to 128")
+    inside = {id(m) for m in layers.modules() if isinstance(m, LINEAR)}
+    learns = {p: p.requires_grad for p in base.parameters()}
+    found = _inject(base, rank, [name for name, module in base.model.named_modules() if id(module) in inside])
+    for p, was in learns.items():
+        p.requires_grad_(was)
+    return found
+
+
+def _inject(base: BaseLM, rank: int, targets: list[str]) -> dict[str, nn.Parameter]:
     settings = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=targets, init_lora_weights=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*tie_word_embeddings.*")  # ``merged`` unties them
@@ -55,7 +78,7 @@ def adapt(base: BaseLM, rank: int, layers: str = "last_two", embeddings: bool = 
     for parameter in found.values():
         parameter.data = parameter.data.float()
     base.eval()
-    return list(found.values())
+    return found
 
 
 def adapters_of(base: BaseLM) -> dict[str, nn.Parameter]:
@@ -64,9 +87,9 @@ def adapters_of(base: BaseLM) -> dict[str, nn.Parameter]:
 
 
 def active_adapters(module: nn.Module) -> dict[str, torch.Tensor]:
-    """name -> weight of all adapters in a module that change what it gives now, their scales too.
+    """name -> weight or scale of all adapters that change the module's output now.
 
-    Those that are switched off, and those of which one half is still zero, change nothing.
+    An adapter changes nothing while it is switched off, or while one of its two matrices is still zero.
     """
     found = {}
     for place, layer in module.named_modules():
@@ -81,7 +104,7 @@ def active_adapters(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def stamp_of(base: nn.Module) -> tuple:
-    """What changes when adapters are put in, switched, scaled or trained."""
+    """A value that changes whenever adapters are put in, switched, scaled or trained."""
     return tuple(
         (id(layer), layer.disable_adapters, layer.merged, *layer.active_adapters, *sorted(layer.scaling.items()))
         + tuple((id(p), 0 if p.is_inference() else p._version) for key, p in layer.named_parameters() if "lora_" in key)
@@ -92,9 +115,10 @@ def stamp_of(base: nn.Module) -> tuple:
 
 @contextmanager
 def switched_off(base: BaseLM) -> Iterator[BaseLM]:
-    """Passes inside are those of the base LM without its adapters. Nothing happens where it has none."""
+    """Inside, the base LM works without its adapters. A base LM without any is left as it is."""
     layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
-    # peft freezes what it switches off, and thaws all that it switches on: who trains is not its matter here.
+    # peft freezes adapters when it switches them off, and unfreezes all when it switches them on. What is trained is
+    # decided elsewhere, so it is put back afterwards.
     asked = {name: p.requires_grad for name, p in adapters_of(base).items()}
     for layer in layers:
         layer.enable_adapters(False)
@@ -133,8 +157,7 @@ def _untie(model: nn.Module, embeddings: nn.Embedding) -> None:
 def _projections(base: BaseLM, which: str) -> list[str]:
     layers = list(layers_of(base.model.get_decoder()))
     chosen = {"first_two": layers[:2], "last_two": layers[-2:], "all": layers}[which]
-    kinds = (nn.Linear, Conv1D)  # GPT-2's is a linear layer with its matrix the other way round
-    inside = {id(m) for layer in chosen for m in attention_of(layer).modules() if isinstance(m, kinds)}
+    inside = {id(m) for layer in chosen for m in attention_of(layer).modules() if isinstance(m, LINEAR)}
     return [name for name, module in base.model.named_modules() if id(module) in inside]
 
 

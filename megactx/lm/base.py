@@ -1,7 +1,7 @@
 """The base LM: one thin class over any Hugging Face causal LM.
 
-It is a function of embeddings, positions, a 4-D mask and a cache. Nothing of a modelling file is copied: it calls
-the model's own backbone and head, and refuses a model for which that does not give the model's own logits.
+It is a function of embeddings, positions, a 4-D mask and a cache. It calls the model's own backbone and head, and
+copies nothing of a modelling file. It refuses a model whose logits are not those of its head on its backbone's states.
 
 Shapes: B batch, Q query rows, S visible columns (cache + Q), D width, V vocabulary.
 """
@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from megactx.data.gguf_base import loadable
 
-from . import branches as packed
-from . import masks, plain_causal
-from .branches import Branches
+from . import masks, packed_attention, plain_causal
 from .gaussian_rope import spread
 from .masks import CAUSAL
+from .packed_attention import Branches
 from .plain_causal import PlainCausal
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -32,9 +31,10 @@ class BaseLM(nn.Module):
         tokenizer: its tokenizer, or ``None``.
 
     Raises:
-        ValueError: the tokenizer has more ids than the model has rows; or the model keeps sliding-window caches, turns
-            the same position otherwise in longer passes, takes no ``inputs_embeds``, does not attend through
-            transformers' attention interface, or its logits are not those of its own head on its own hidden states.
+        ValueError: the tokenizer has more ids than the model has rows. Or the model keeps sliding-window caches;
+            rotates a position by an angle that depends on the length of the pass; takes no ``inputs_embeds``; does not
+            attend through transformers' attention interface; or has other logits than its head gives for its hidden
+            states.
     """
 
     def __init__(self, model: nn.Module, tokenizer=None):
@@ -149,13 +149,13 @@ class BaseLM(nn.Module):
     ) -> Tensor:
         """embeddings [B, Q, D], positions [B, Q], mask bool [B or 1, 1, Q, S] (True = sees) -> hidden [B, Q, D].
 
-        ``mask=CAUSAL`` means ``masks.causal(Q)``, for any positions, and is faster; an empty cache may be filled by it.
+        ``mask=CAUSAL`` means ``masks.causal(Q)``, for any positions, and is faster. It may fill an empty cache.
 
         ``sigma`` [B, Q]: standard deviation of each position in tokens, see ``gaussian_rope``; ``None``: points.
 
-        Without a mask the pass is plain causal from position 0 on, and an empty cache may be handed over to be filled.
-        A jump in positions without a mask would be read by transformers as a border between packed sequences, and
-        attention would be cut there, silently; so positions and a mask come together or not at all.
+        Without a mask the pass is plain causal from position 0 on. It may fill an empty cache. Positions and a mask
+        come together or not at all: transformers reads a jump in positions without a mask as a border between packed
+        sequences, and cuts attention there without a word.
         """
         assert (mask is None) == (positions is None), "positions and an explicit 4-D mask come together"
         if mask is None or mask is CAUSAL:
@@ -193,9 +193,10 @@ class BaseLM(nn.Module):
 
     @contextmanager
     def _attention(self, name: str):
-        """Inside, every layer attends by the function of that name; it gets the keyword arguments of the pass.
+        """Inside, every layer attends by the function of that name, which gets the keyword arguments of the pass.
 
-        Any 4-D mask keeps jumps in position from being read as borders: hand one over, the function knows the real one.
+        The pass needs some 4-D mask, of any content: with one, transformers does not read jumps in position as borders.
+        The function has the real mask.
         """
         config = self.model.get_decoder().config
         usual = config._attn_implementation
@@ -213,7 +214,7 @@ class BaseLM(nn.Module):
         """Read working contexts: tokens and gists in the order of their positions, each row sees all before it.
 
         Args:
-            embeddings: [B, W, D], padded on the right; what stands in the padding does not matter.
+            embeddings: [B, W, D], padded on the right with anything.
             positions: [B, W], ascending, with jumps where gists stand for more than one token.
             lengths: [B], entries of each working context.
             sigma: [B, W], as ``GistNet.spread`` gives it for LODs; ``None``: positions are points.
@@ -232,24 +233,24 @@ class BaseLM(nn.Module):
         ):
             if given is not None and given.shape != wanted:
                 raise ValueError(f"working context: {name} has shape {list(given.shape)}, wanted {list(wanted)}")
-        there = torch.arange(w, device=embeddings.device) < lengths[:, None]  # [B, W]
-        # No row sees what comes after it. But the largest position of all chooses the frequencies of dynamic RoPE, and
-        # 0 times a NaN is a NaN: so nothing of the padding is left.
+        mask = torch.arange(w, device=embeddings.device) < lengths[:, None]  # [B, W]
+        # No row sees the padding behind it. Still the padding is zeroed: a NaN in it would spread, since 0 times NaN is
+        # NaN, and some rotary embeddings look at the largest position of the pass.
         hidden = self(
-            torch.where(there[..., None], embeddings, 0.0),
-            torch.where(there, positions, 0),
+            torch.where(mask[..., None], embeddings, 0.0),
+            torch.where(mask, positions, 0),
             CAUSAL,
-            sigma=None if sigma is None else torch.where(there, sigma, 0.0),
+            sigma=None if sigma is None else torch.where(mask, sigma, 0.0),
         )
-        return torch.where(there[..., None], hidden, 0.0)
+        return torch.where(mask[..., None], hidden, 0.0)
 
     def forward_branches(
         self,
         embeddings: Tensor,
         positions: Tensor,
-        kept,
-        prefix: Tensor,
-        since: Tensor | None = None,
+        kv_cache,
+        cache_len: Tensor,
+        cache_start: Tensor | None = None,
         slots=None,
         sigma: Tensor | None = None,
     ) -> Tensor:
@@ -258,24 +259,27 @@ class BaseLM(nn.Module):
         Args:
             embeddings: [B, N, R, D].
             positions: [B, N, R].
-            kept: keys and values of a pass over the documents, per layer.
-            prefix: cached columns that each branch sees, [B, N].
-            since: the first one that it sees, [B, N]; ``None``: 0.
+            kv_cache: keys and values of a pass over the documents, per layer.
+            cache_len: cached columns that each branch sees, [B, N].
+            cache_start: the first cached column that each branch sees, [B, N]; ``None``: 0.
             slots: keys and values of one more column for each branch, per layer [B, key-value heads, N, head width].
-            sigma: standard deviation of the rows' positions [B, N, R], see ``gaussian_rope``; ``None``: points. What is
-                kept is read as it is.
+            sigma: standard deviation of the rows' positions [B, N, R], see ``gaussian_rope``; ``None``: points. Cached
+                keys are read as they are.
 
         Returns:
-            Final hidden states [B, N, R, D]; row (k, r) saw columns since[k] <= t < prefix[k], the slot of its branch
-            and rows r' <= r of its own branch.
+            Final hidden states [B, N, R, D]; row (k, r) saw columns cache_start[k] <= t < cache_len[k], the slot of
+            its branch and rows r' <= r of its own branch.
 
         Raises:
             ValueError: the model's attention does not go through transformers' attention interface.
         """
         b, n, r, d = embeddings.shape
-        branches = Branches(kept, prefix, r, self._pass_dtype(embeddings), since, slots)
+        branches = Branches(kv_cache, cache_len, r, self._pass_dtype(embeddings), cache_start, slots)
         decoder = self.model.get_decoder()
-        with self._attention(packed.NAME), spread(decoder, None if sigma is None else sigma.reshape(b, n * r)):
+        with (
+            self._attention(packed_attention.NAME),
+            spread(decoder, None if sigma is None else sigma.reshape(b, n * r)),
+        ):
             output = decoder(
                 inputs_embeds=embeddings.reshape(b, n * r, d),
                 position_ids=positions.reshape(b, n * r),
@@ -283,7 +287,7 @@ class BaseLM(nn.Module):
                 use_cache=False,
                 branches=branches,
             )
-        self._require_interface(branches.layers == len(kept))
+        self._require_interface(branches.layers == len(kv_cache))
         return output.last_hidden_state.view(b, n, r, d)
 
     @staticmethod
@@ -306,7 +310,7 @@ class BaseLM(nn.Module):
         return logits
 
     def twin(self) -> "BaseLM":
-        """The same weights, shared, in modules of its own: what is put into one's modules does not touch the other."""
+        """A base LM with the same weights, shared, in modules of its own: an adapter in one is not in the other."""
         return copy.deepcopy(self, {id(p): p for p in self.parameters()} | {id(self.tokenizer): self.tokenizer})
 
     def freeze(self) -> "BaseLM":
@@ -321,7 +325,7 @@ class BaseLM(nn.Module):
 
     @torch.no_grad()
     def embeddings(self) -> Tensor:
-        """What the model reads for each id, [V, D] in fp32: not the table, where its embedding layer scales it."""
+        """What the model reads for each id, [V, D] in fp32: its table, scaled where the model scales it."""
         return self.embed(torch.arange(self.vocab_size, device=self.model.device)).float()
 
     @torch.no_grad()
@@ -338,7 +342,7 @@ class BaseLM(nn.Module):
         for module in self.model.get_decoder().modules():
             ropes = getattr(module, "rope_type", None)
             for rope in ropes.values() if isinstance(ropes, dict) else [ropes]:
-                # The longest row of a pass decides how all of them are turned, those of a cache before it were not.
+                # The longest row of a pass decides how all rows are rotated; cached rows were rotated by another one.
                 if rope == "longrope" or "dynamic" in str(rope):
                     raise ValueError(
                         f"base: {name} has rope_type={rope}, whose frequencies depend on the length of a pass: packed"
@@ -356,7 +360,7 @@ class BaseLM(nn.Module):
         theirs = self.model(input_ids=ids, use_cache=False).logits
         try:
             packed = self.logits(self(self.embed(ids), torch.arange(ids.shape[1], device=ids.device)[None], CAUSAL))
-        except TypeError:  # it does not even take what its attention would be handed
+        except TypeError:  # it does not accept the keyword arguments that its attention should get
             self._require_interface(False)
         self.model.train(training)
         if not all(torch.allclose(logits, theirs, rtol=1e-2, atol=1e-3) for logits in (mine, packed)):

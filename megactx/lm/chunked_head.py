@@ -30,7 +30,7 @@ def score(
         teacher: hidden states [M, D] of the full context.
         targets: the true next tokens [M].
         objective: what the returned loss is: ``kl``, KL(P_full || P_student), or ``delta_nll``.
-        reference: the teacher's base LM, where its head is not this one's: the head then takes a gradient.
+        reference: the teacher's base LM, if it has another head. The head of ``base`` then takes a gradient.
 
     Returns:
         ``(loss [C, M] with gradient, numbers)``; ``numbers`` is a dict without gradient: ``full`` [M] (teacher NLL),
@@ -47,7 +47,7 @@ def score(
 
 
 def _with_trained_head(base: BaseLM, students: Tensor, teacher: Tensor, targets: Tensor, objective: str, reference):
-    """``score`` where the head learns: a student at a time, whose logits are computed again during backward."""
+    """``score`` for a head that learns: one student at a time; backward computes its logits again."""
     with torch.no_grad():
         log_p = F.log_softmax(reference.logits(teacher).float(), dim=-1)  # [M, V]
         full = -log_p.gather(1, targets[:, None])[:, 0]
@@ -66,7 +66,7 @@ def _with_trained_head(base: BaseLM, students: Tensor, teacher: Tensor, targets:
 
 @torch.no_grad()
 def score_exactly(base: BaseLM, students: Tensor, teacher: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """The numbers of ``score`` for a report, the head in fp32: in bf16 the two best tokens are often equal."""
+    """The numbers of ``score`` for a report. The head works in fp32: in bf16 the two best tokens are often equal."""
     weights = {name: p.float() for name, p in base.model.get_output_embeddings().named_parameters()}
     with torch.autocast(students.device.type, enabled=False):
         _, full, nll, kl, agree = _Score.apply(students.float(), teacher.float(), targets, base, "kl", weights)
@@ -87,7 +87,7 @@ def nll(base: BaseLM, hidden: Tensor, targets: Tensor) -> Tensor:
 class _Score(torch.autograd.Function):
     """Computes each row's gradient while its logits exist, so that backward needs neither logits nor a second pass.
 
-    That is exact because a row's loss depends on that row's hidden state only: d(sum_i w_i l_i)/dh_i = w_i dl_i/dh_i.
+    This is exact: a row's loss depends on that row's hidden state only, so d(sum_i w_i l_i)/dh_i = w_i dl_i/dh_i.
     """
 
     @staticmethod

@@ -2,16 +2,18 @@
 
     E[R(w p)] = exp(-(w sigma)^2 / 2) R(w mu)        p ~ N(mu, sigma^2), R the rotation of one pair of channels
 
-So each rotary frequency's cos and sin are damped by its own factor: where a gist stands for 32 tokens, frequencies that
-turn within 32 tokens no longer say where it is, and slow ones do. A token has sigma 0, and is rotated as ever. mu is
-where the gist sits: at the span's centre both moments are those of the span, at its end only the spread is. Queries and
-keys are damped alike, so an entry reads itself through the square of the factor: of the score of two entries that is
-the expectation over two independent positions, which for an entry with itself it is not.
+So the cos and sin of each rotary frequency are damped by a factor of its own. A gist of 32 tokens keeps the slow
+frequencies, and loses those that turn within 32 tokens, which could not say where it is. A token has sigma 0 and is
+rotated as ever. mu is where the gist sits. At the centre of its span both moments are those of the span; at the end
+only the spread is.
 
-A model that normalises q and k *behind* the rotation (NanoChat) undoes the loss of length: with f the share of a
-vector's energy that damping leaves, its pairs come out as exp(-(w sigma)^2 / 2) / sqrt(f). Fast pairs still lose their
-weight, slow ones gain it, and the score of a damped entry does not shrink with sigma: its direction is that of the
-expectation, its length that of a token.
+Queries and keys are damped alike. The score of two entries is then the expectation over two independent positions. An
+entry's score with itself is damped twice too, though its two positions are one: there it is no expectation.
+
+NanoChat normalises q and k *behind* the rotation, which undoes the loss of length. Let f be the share of a vector's
+energy that damping leaves. Its pairs come out as exp(-(w sigma)^2 / 2) / sqrt(f): fast pairs still lose weight, and
+slow ones gain it. The score of a damped entry does not shrink with sigma. Its direction is that of the expectation, its
+length that of a token.
 
 Layers without RoPE (every fourth of SmolLM3) never look at cos and sin.
 
@@ -25,15 +27,15 @@ import torch
 from torch import Tensor, nn
 
 MODES = ("plain", "damped", "learned")
-LODS = 4  # with a learned scale of their own; coarser ones share the last, which stands for 32^4, a million tokens
+LODS = 4  # levels with a learned scale of their own; coarser levels share the last, which is of a million tokens
 
 
 class PositionSpread(nn.Module):
     """How wide the position of an entry is, by its LOD.
 
-    ``damped``: the standard deviation of a uniform position in the K^lod tokens that the entry stands for, so
-    K^lod / sqrt(12). ``learned``: that times one learned factor per LOD, which starts at 1 and stays positive.
-    ``plain``: no spread at all, the rotation is the model's own.
+    ``damped``: K^lod / sqrt(12), the standard deviation of a position drawn evenly from the K^lod tokens of the entry.
+    ``learned``: that times one factor per LOD, which is learned, starts at 1 and stays positive.
+    ``plain``: no spread, the rotation is the model's own.
 
     Args:
         mode: of ``MODES``.
@@ -48,7 +50,7 @@ class PositionSpread(nn.Module):
         if mode not in MODES:
             raise ValueError(f"gistnet.gaussian_rope={mode} is not known, allowed are {', '.join(MODES)}")
         self.mode, self.block_size = mode, block_size
-        # As logarithms: weight decay then pulls the factors of LODs that are not trained to 1, where they start.
+        # As logarithms: weight decay pulls them to 0, so the factor of a LOD that is not trained stays at 1.
         self.log_scale = nn.Parameter(torch.zeros(LODS)) if mode == "learned" else None
 
     def forward(self, lods: Tensor) -> Tensor | None:
@@ -85,8 +87,8 @@ class GaussianRotary(nn.Module):
 def spread(decoder: nn.Module, sigma: Tensor | None) -> Iterator[None]:
     """Passes of ``decoder`` inside rotate positions with standard deviation sigma [B, Q]; ``None`` changes nothing.
 
-    A model rotates once per pass and hands cos and sin to its layers. So a layer that is recomputed during backward
-    gets the very same ones, and a pass that is recomputed as a whole enters here again, if this is inside of it.
+    A model rotates once per pass and hands cos and sin to its layers. So a layer that backward computes again gets the
+    same cos and sin. A pass that backward computes again as a whole must enter this context again.
 
     Raises:
         ValueError: the model has no rotary embedding, or another layout of it.

@@ -1,6 +1,6 @@
-"""Which base LM it is: what nets, trees and checkpoints write down of the one that they were made with.
+"""Which base LM it is: the identity that nets, trees and checkpoints store of the base LM that they were made with.
 
-Everything is hashed in 16 bits, for the same model is loaded in fp32 here and in bf16 there. Adapters count as long as
+All weights are hashed in bf16, because one model may be loaded in fp32 here and in bf16 there. Adapters count while
 they are switched on and change something.
 """
 
@@ -14,8 +14,8 @@ from .adapters import active_adapters
 from .base import BaseLM
 
 ROWS = 16  # of each matrix, evenly spaced: training moves all of them
-# Of a Hugging Face config, what makes another function of the same weights. A list, for a later version of the library
-# has more keys for the same model.
+# Keys of a Hugging Face config that make another function of the same weights. They are listed, because a later version
+# of the library has more keys for the same model.
 FUNCTION = (
     *("model_type", "hidden_act", "activation_function", "hidden_activation", "num_attention_heads", "n_head"),
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"),
@@ -26,7 +26,7 @@ ROTATION = ("rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_f
 
 
 def of_embeddings(base: BaseLM) -> str:
-    """Sixteen hex digits of the token embeddings, all that a tree of a GistNet that reads embeddings depends on."""
+    """Sixteen hex digits of the token embeddings. A tree depends on nothing else, if its GistNet reads embeddings."""
     embeddings = base.model.get_input_embeddings()
     digest = hashlib.sha256(f"{list(embeddings.weight.shape)}".encode())
     digest.update(raw(embeddings.weight.to(torch.bfloat16)))
@@ -35,14 +35,13 @@ def of_embeddings(base: BaseLM) -> str:
 
 
 def record_of(base: BaseLM, name: str) -> dict:
-    """What checkpoints say of the base LM that they are trained with: its name, its identity as trees have it, and that
-    of its layers."""
+    """What a checkpoint stores of its base LM: its name, the hash of its embeddings, and that of its layers."""
     return {"name": str(name), "width": base.width, "embeddings": of_embeddings(base), "weights": of_weights(base)}
 
 
 @torch.no_grad()
 def of_weights(base: BaseLM) -> str:
-    """Sixteen hex digits of all layers: the shape and some rows of each tensor, and what of the config counts."""
+    """Sixteen hex digits of all layers: the shape and some rows of each tensor, and ``FUNCTION`` of the config."""
     config = base.config.get_text_config().to_dict()
     rotation = {"rope_theta": config.get("rope_theta")} | (
         config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -62,8 +61,7 @@ def of_weights(base: BaseLM) -> str:
 
 
 def of_net(net: torch.nn.Module) -> str:
-    """Sixteen hex digits of the weights of a GistNet or LensNet in bf16, in which they are saved: the same before and
-    after."""
+    """Sixteen hex digits of the weights of a GistNet or LensNet, in bf16, the same before and after saving."""
     digest = hashlib.sha256()
     for name, tensor in sorted(net.state_dict().items()):
         digest.update(f"{name} {list(tensor.shape)}".encode())

@@ -3,36 +3,38 @@
 import torch
 from torch import Tensor
 
-CAUSAL = "causal"  # in place of ``causal(Q)``: the same to ``BaseLM.forward``, which then needs no mask
+CAUSAL = "causal"  # ``BaseLM.forward`` takes it in place of ``causal(Q)``, and makes no mask then
 
 
 def causal(length: int, device=None) -> Tensor:
-    """Plain causal mask [1, 1, T, T]; handed over whenever positions jump."""
+    """Plain causal mask [1, 1, T, T]. A pass needs it whenever positions jump."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
 
 
-def branches(prefix: Tensor, rows: int, columns: int, since: Tensor | None = None, slots: bool = False) -> Tensor:
+def branches(
+    cache_len: Tensor, rows: int, columns: int, cache_start: Tensor | None = None, slots: bool = False
+) -> Tensor:
     """Mask of the packed pass: N independent branches over one cached prefix.
 
-    Row (k, r) sees cache columns since[k] <= t < prefix[k], the slot of its branch, and rows r' <= r of its own branch,
-    nothing else.
+    Row (k, r) sees cache columns cache_start[k] <= t < cache_len[k], the slot of its branch, and rows r' <= r of its
+    own branch. It sees nothing else.
 
     Args:
-        prefix: end of the visible cache columns of each branch, [B, N].
+        cache_len: end of the visible cache columns of each branch, [B, N].
         rows: rows R of each branch.
         columns: cache columns C.
-        since: first visible cache column of each branch, [B, N]; ``None``: 0.
+        cache_start: first visible cache column of each branch, [B, N]; ``None``: 0.
         slots: there is one more column per branch, between the cache and the rows.
 
     Returns:
         [B, 1, N * R, C + N * R], with slots [B, 1, N * R, C + N + N * R].
     """
-    b, n = prefix.shape
-    device = prefix.device
+    b, n = cache_len.shape
+    device = cache_len.device
     column = torch.arange(columns, device=device)
-    cached = column < prefix[:, :, None]  # [B, N, C]
-    if since is not None:
-        cached &= column >= since[:, :, None]
+    cached = column < cache_len[:, :, None]  # [B, N, C]
+    if cache_start is not None:
+        cached &= column >= cache_start[:, :, None]
     cached = cached[:, :, None].expand(b, n, rows, columns).reshape(b, n * rows, columns)
     branch = torch.arange(n * rows, device=device) // rows
     row = torch.arange(n * rows, device=device) % rows
@@ -44,5 +46,5 @@ def branches(prefix: Tensor, rows: int, columns: int, since: Tensor | None = Non
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask as what SDPA adds to the scores: 0 or -inf. Made once, where SDPA would make it in every layer."""
+    """A bool mask -> what SDPA adds to the scores, 0 or -inf. SDPA would make it in every layer; this makes it once."""
     return torch.where(mask, 0.0, -torch.inf).to(dtype)

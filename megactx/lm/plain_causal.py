@@ -1,8 +1,8 @@
 """Plain causal attention at any positions, by SDPA's own causal kernels.
 
-transformers leaves the mask away only where positions do not jump (a jump would be read as a border between packed
-sequences). A dense mask says the same at any positions, but takes T^2 of memory, and the half that nobody sees is
-computed too. So the attention function, which transformers lets us name (``AttentionInterface``), drops the mask.
+transformers does without a mask only if positions do not jump: it reads a jump as a border between packed sequences. A
+dense mask works at any positions, but it takes T^2 of memory, and SDPA computes the hidden half too. So we name an
+attention function of our own (``AttentionInterface``), which drops the mask.
 """
 
 from transformers import AttentionInterface
@@ -12,7 +12,7 @@ NAME = "megactx_plain_causal"
 
 
 class PlainCausal:
-    """Of one pass: how many layers went through ``attend``. 0 says that the model does not use the interface."""
+    """Counts the layers of one pass that went through ``attend``. 0 means that the model does not use the interface."""
 
     layers = 0
 

@@ -1,4 +1,4 @@
-"""One pass of the base LM over whole documents, kept: what everything else reads (method 3).
+"""One pass of the base LM over whole documents. All losses read the keys, values and states that it leaves (method 3).
 
 B documents, T tokens, N blocks per document, K block, D width.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .base import BaseLM
-from .layers import recorded
+from .kv_hooks import recorded
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,12 @@ class Prefill:
     cache: tuple[tuple[Tensor, Tensor], ...]  # per layer, each [B, key-value heads, T, head width]
     states: tuple[Tensor, ...] = ()  # L + 1, each [B, T, D]
 
+    def document(self, index: int) -> "Prefill":
+        """One document of the batch, as a batch of one."""
+        one = slice(index, index + 1)
+        cache = tuple((keys[one], values[one]) for keys, values in self.cache)
+        return Prefill(self.ids[one], self.hidden[one], cache, tuple(states[one] for states in self.states))
+
 
 @torch.no_grad()
 def prefill(base: BaseLM, ids: Tensor, with_states: bool = False) -> Prefill:
@@ -37,17 +43,18 @@ def prefill(base: BaseLM, ids: Tensor, with_states: bool = False) -> Prefill:
 
 
 def unread(ids: Tensor) -> Prefill:
-    """Documents that the base LM has not read: enough for what looks at tokens only."""
+    """Documents that the base LM has not read, for compressors that look at tokens only."""
     return Prefill(ids, ids.new_empty(0), ())
 
 
 def blocks(ids: Tensor, starts: Tensor, block: int) -> Tensor:
     """Token ids of blocks: ids [B, T], starts [B, N] -> [B, N, K]."""
-    index = starts[..., None] + torch.arange(block, device=ids.device)
+    index = starts[..., None] + torch.arange(block, device=ids.device)  # [B, N, K]
     return ids.gather(1, index.flatten(1)).view(*starts.shape, block)
 
 
 def rows_at(hidden: Tensor, starts: Tensor, rows: int) -> Tensor:
     """hidden [B, T, D], starts [B, N] -> the ``rows`` states from each start on, [B, N, rows, D]."""
-    index = (starts[..., None] + torch.arange(rows, device=hidden.device)).flatten(1)
+    index = (starts[..., None] + torch.arange(rows, device=hidden.device)).flatten(1)  # [B, N * rows]
+    # The index is expanded, not repeated: it takes no memory of its own for the D channels.
     return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])).view(*starts.shape, rows, -1)

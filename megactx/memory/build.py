@@ -1,4 +1,4 @@
-"""How a tree takes up tokens: every block that is complete gets its node, bottom up.
+"""How a tree takes up tokens: every complete block gets its node, bottom up.
 
 B rows, T tokens, E blocks of a batch, K children of a node, D width, M nodes.
 """
@@ -11,13 +11,13 @@ from torch import Tensor
 from . import encoding
 
 STALE = -1  # version of a node that was made from nodes of another version
-PIECE = 65_536  # tokens that are taken up at a time: what is needed on the way stays small
+PIECE = 65_536  # tokens that are taken up at a time, so that little memory is needed on the way
 
 
 def extend(tree, tokens: Tensor, lengths: Tensor, known=None) -> None:
-    """Append ``lengths`` [B] of tokens [B, T]; nodes that are ``known`` (see ``slice_merge``) are not encoded.
+    """Append the first ``lengths`` [B] of tokens [B, T]. Nodes of ``known`` (see ``slice_merge``) are not encoded.
 
-    What goes wrong on the way, an encoder that fails or Ctrl-C, leaves the tree as it was.
+    If an encoder fails on the way, or at Ctrl-C, the tree is left as it was.
     """
     before = [level.lengths for level in tree.levels]
     try:
@@ -40,7 +40,7 @@ def extend(tree, tokens: Tensor, lengths: Tensor, known=None) -> None:
 
 
 def fill(tree, known=None) -> None:
-    """Make the nodes that are missing above complete blocks."""
+    """Make all nodes whose children are complete and that are not there yet."""
     lod = 1
     while tree.max_level is None or lod <= tree.max_level:
         new = tree.counts(lod - 1) // tree.block_size
@@ -48,7 +48,7 @@ def fill(tree, known=None) -> None:
         if len(row) == 0:
             return
         if lod <= tree.depth:
-            tree.levels[lod].reserve(new)  # before anything short-lived is, which would leave holes between the pages
+            tree.levels[lod].reserve(new)  # first: pages behind short-lived tensors would leave holes in memory
         missing = torch.ones_like(row, dtype=torch.bool)
         if known is not None:
             found, values = known.find(lod, row, index)
@@ -64,7 +64,7 @@ def fill(tree, known=None) -> None:
 
 
 def encode(tree, lod: int, row: Tensor, index: Tensor) -> None:
-    """Make the gists of nodes row [M], index [M], both on the CPU, from what lies below them."""
+    """Make the gists of nodes row [M], index [M], both on the CPU, from their children."""
     if tree.hidden and lod == 1 and len(row):
         raise ValueError("encoder: it needs hidden states, so level-1 gists must come ready made")
     if len(row) and encoding.stamp(tree.encoder) != tree.stamp:
@@ -94,7 +94,7 @@ def encode(tree, lod: int, row: Tensor, index: Tensor) -> None:
 
 
 def protected_below(tree, lod: int, row: Tensor, index: Tensor) -> Tensor:
-    """Whether a child of nodes row [M], index [M] is protected, [M]: then so are they."""
+    """Whether any child of nodes row [M], index [M] is protected, [M]. A node with such a child is protected too."""
     if lod == 1:
         return torch.zeros(len(row), dtype=torch.bool)
     at = index[:, None] * tree.block_size + torch.arange(tree.block_size)
@@ -103,9 +103,9 @@ def protected_below(tree, lod: int, row: Tensor, index: Tensor) -> Tensor:
 
 
 def renew(tree) -> int:
-    """Encode again, bottom up, what another version made; -> how many."""
+    """Encode again, bottom up, the nodes that another version made; -> how many."""
     encoded = 0
-    # A node of the current version has children of the current version, so each level can be judged by itself.
+    # A node has the current version only if all of its children have it. So each level can be judged by itself.
     for lod in range(1, tree.depth + 1):
         row, index = stale(tree, lod).nonzero().unbind(1)
         encode(tree, lod, row, index)

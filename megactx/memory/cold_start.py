@@ -4,7 +4,7 @@
           [sink)[K, K^2)[K^2, ..)[..., b3)[b3, ...., b2)[b2, ..., b1)[b1, T)
 
 From the present backwards, level n reaches to the border b(n + 1). Borders lie on the grid of the coarser level,
-rounded outwards. From the start forwards, no node 0 is used, for block 0 stays raw: level n begins at K^n.
+rounded outwards. From the start forwards, level n begins at K^n: block 0 stays raw, so no node 0 of any level is used.
 """
 
 from bisect import bisect_left
@@ -38,9 +38,9 @@ class _Plan:
 
     def __init__(self, length: int, k: int, depth: int, budget: int):
         self.length, self.k, self.budget = length, k, budget
-        # The coarsest level of use has a node besides node 0.
+        # The coarsest level that can be used has a node besides node 0.
         self.top = max((n for n in range(1, depth + 1) if length >= 2 * k**n), default=0)
-        self.coarse = [0] * (self.top + 2)  # how far borders 3 and up may lie from the start
+        self.coarse = [0] * (self.top + 2)  # the farthest that borders 3 and up may lie from the start
         self._place(length - RAW, FINE)
         self._coarsen()
         if self.cost() > budget:
@@ -78,7 +78,7 @@ class _Plan:
         place(bisect_left(range(most), True, key=fits))
 
     def _coarsen(self) -> None:
-        """Coarser levels for the oldest text, no more than needed."""
+        """Use coarser levels for the oldest text, no more than the budget needs."""
 
         def reach(steps: int) -> None:
             self.coarse[n] = steps * self.k**n
@@ -88,7 +88,7 @@ class _Plan:
             self._least(reach, self.b[n - 1] // self.k**n)
 
     def _narrow(self) -> None:
-        """Less LOD1, then less LOD0."""
+        """Use less LOD1, then less LOD0."""
         k, border = self.k, self.border
         self.coarse = [self.length] * len(self.coarse)
         self._least(lambda steps: self._place(border, FINE - steps * k), -(-FINE // k))
@@ -100,7 +100,7 @@ class _Plan:
             )
 
     def _widen(self) -> None:
-        """What is left of the budget widens LOD0, then LOD1."""
+        """Spend the rest of the budget on more LOD0, then on more LOD1."""
         k, border, fine = self.k, max(0, self.border), self.fine
         self._least(lambda steps: self._place(steps * k, fine), border // k)
         border = self.border

@@ -1,7 +1,7 @@
-"""What the tree asks of an encoder, and how it calls one so that pieces give the same bits as the whole.
+"""What the tree asks of an encoder, and how it calls the encoder so that pieces give the same bits as the whole.
 
 A matrix product of another shape may take another kernel and round differently. So blocks are always encoded in padded
-batches of ``BATCH``, and a block's place in its batch follows from its row and index alone: the same block meets the
+batches of ``BATCH``. A block's place in its batch follows from its row and index alone. The same block then meets the
 same kernel at the same place, however the text was cut into pieces.
 
 E blocks of a batch, K children of a node, W left context, D width, M nodes.
@@ -26,27 +26,29 @@ BATCH = 16  # E: wide enough for the matrix products of a long text, narrow enou
 class Encoder(Protocol):
     """K children -> their gist. ``GistNet`` is one.
 
-    Three more attributes may be there. ``left_context`` (default 0): W, the number of tokens left of a block that it
-    also reads, at levels >= 2 the W // K nodes left of the children; it is then called as
-    ``encode_span(children, Seen(nodes [E, W + K, D], there [E, W + K]))``, False before the start of the text.
-    ``of_level(level)``, where there is one, gives what makes the gists of that level.
-    ``needs_hidden`` (default False): level 1 reads the base LM's hidden states, not token embeddings.
+    An encoder may have three more attributes:
+
+        left_context   default 0: W, tokens left of a block that it also reads; at levels >= 2, W // K nodes left of the
+                       children. It is then called as ``encode_block(children, Seen(nodes [E, W + K, D], there
+                       [E, W + K]))``, where ``there`` is False before the start of the text.
+        of_level       ``of_lod(lod)`` is the encoder that makes the gists of that level.
+        needs_hidden   default False: level 1 reads the base LM's hidden states, not token embeddings.
     """
 
     block_size: int  # K
     width: int  # D
 
-    def encode_span(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor:
+    def encode_block(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor:
         """[E, K, D] -> [E, D]"""
 
     def offset_in(self, tokens: int) -> int:
         """Position of a gist relative to the start of the span of ``tokens`` that it stands for."""
 
 
-def left_of(encoder: Encoder, level: int) -> int:
-    """How many nodes of the level below are read left of a node's children."""
+def left_of(encoder: Encoder, lod: int) -> int:
+    """How many nodes of the level below the encoder reads to the left of a node's children."""
     tokens = getattr(encoder, "left_context", 0)
-    return tokens if level == 1 else tokens // encoder.block_size
+    return tokens if lod == 1 else tokens // encoder.block_size
 
 
 def slots(row: Tensor, index: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -59,8 +61,8 @@ def slots(row: Tensor, index: Tensor, rows: int) -> Iterator[tuple[Tensor, Tenso
 
 
 @torch.no_grad()
-def encode(encoder: Encoder, level: int, nodes: Tensor, left: int, seen: Tensor) -> Tensor:
-    """nodes [E, left + K, D], seen [E, left] -> gists of ``level`` [E, D].
+def encode(encoder: Encoder, lod: int, nodes: Tensor, left: int, seen: Tensor) -> Tensor:
+    """nodes [E, left + K, D], seen [E, left] -> gists of ``lod`` [E, D].
 
     Raises:
         ValueError: embeddings or gists are not as wide as the encoder says.
@@ -68,14 +70,14 @@ def encode(encoder: Encoder, level: int, nodes: Tensor, left: int, seen: Tensor)
     d = encoder.width
     if nodes.shape[-1] != d:
         raise ValueError(f"base: its embeddings have width {nodes.shape[-1]}, the encoder's width is {d}")
-    encoder = encoder.of_level(level) if hasattr(encoder, "of_level") else encoder
+    encoder = encoder.of_lod(lod) if hasattr(encoder, "of_lod") else encoder
     with _evaluating(encoder):
         if left:
-            gists = encoder.encode_span(
+            gists = encoder.encode_block(
                 nodes[:, left:], Seen(nodes, F.pad(seen, (0, nodes.shape[1] - left), value=True))
             )
         else:
-            gists = encoder.encode_span(nodes)
+            gists = encoder.encode_block(nodes)
     if gists.shape != (len(nodes), d):
         raise ValueError(f"encoder: its gists have shape {list(gists.shape)}, expected {[len(nodes), d]}")
     return gists
@@ -83,7 +85,7 @@ def encode(encoder: Encoder, level: int, nodes: Tensor, left: int, seen: Tensor)
 
 @contextmanager
 def _evaluating(encoder) -> Iterator[None]:
-    """Without dropout: a tree that is built twice must be the same tree."""
+    """Inside, the encoder works without dropout: a tree that is built twice must be the same tree."""
     if not getattr(encoder, "training", False):
         yield
         return
@@ -105,7 +107,7 @@ def vocabulary(base) -> int | None:
 
 
 def stamp(encoder) -> tuple | None:
-    """What changes when an optimizer or ``load_state_dict`` changes the weights; not seen is what goes by ``.data``."""
+    """A value that changes when an optimizer or ``load_state_dict`` changes weights. It misses changes by ``.data``."""
     if not isinstance(encoder, nn.Module):
         return None
     return tuple((id(p), 0 if p.is_inference() else p._version) for p in encoder.parameters())
@@ -125,9 +127,9 @@ def identity(thing) -> str:
 
 
 def identity_of_base(base) -> str | None:
-    """The same for what embeds the tokens; ``None`` for a bare function.
+    """``identity`` of what embeds the tokens; ``None`` for a bare function.
 
-    Of a ``BaseLM`` only the embeddings count, with adapters on them that are switched on.
+    Of a ``BaseLM`` only the embeddings count, and the adapters on them that are switched on.
     """
     if isinstance(base, FunctionType | MethodType):
         return None
@@ -137,5 +139,6 @@ def identity_of_base(base) -> str | None:
 
 
 def identity_of_layers(base, encoder) -> str | None:
-    """Of all layers of a base LM, where an encoder reads its hidden states; ``None`` where it does not."""
-    return of_weights(base) if getattr(encoder, "needs_hidden", False) and hasattr(base, "model") else None
+    """Identity of all layers of a base LM if the encoder reads with them or their states, else ``None``."""
+    reads = getattr(encoder, "needs_hidden", False) or getattr(encoder, "reads_layers", False)
+    return of_weights(base) if reads and hasattr(base, "model") else None

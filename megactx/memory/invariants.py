@@ -1,15 +1,15 @@
-"""The eight invariants of a working context, from nothing but lod and index: what the class derives is not trusted."""
+"""The eight invariants of a working context, from lod and index alone: what the class derives is checked, not used."""
 
 import torch
 from torch import Tensor
 
 
 def violations(context) -> list[str]:
-    """What does not hold, in words; empty where all is well. The first row where it does not is named."""
+    """The invariants that do not hold, in words; each names the first row that breaks it. Empty where all is well."""
     tree, lod, index = context.tree, context.lod, context.index
     k, (b, w), levels = tree.block_size, lod.shape, range(tree.depth + 1)
     device = lod.device
-    there = torch.arange(w, device=device) < context.counts.to(device)[:, None]
+    mask = torch.arange(w, device=device) < context.counts.to(device)[:, None]
     row = torch.arange(b, device=device)[:, None].expand(b, w)
     wrong = []
 
@@ -20,29 +20,29 @@ def violations(context) -> list[str]:
 
     claim(context.counts <= context.budget, "budget", f"has more than {context.budget} entries")
     known = (lod >= 0) & (lod <= tree.depth) & (index >= 0)
-    if not claim(known | ~there, "tree", "has entries of levels that the tree has not"):
+    if not claim(known | ~mask, "tree", "has entries of levels that the tree has not"):
         return wrong
-    usable = tree.usable(row[there], lod[there], index[there])
-    may = torch.ones_like(there).masked_scatter(there, usable)
+    usable = tree.usable(row[mask], lod[mask], index[mask])
+    may = torch.ones_like(mask).masked_scatter(mask, usable)
     claim(may, "tree", "has entries that are not in the tree, hold block 0 or are protected")
 
-    width = torch.tensor([k**n for n in levels], device=device)[lod] * there
+    width = torch.tensor([k**n for n in levels], device=device)[lod] * mask
     start, end = index * width, width.cumsum(1)
     whole = width.sum(1)
-    claim((start == end - width) | ~there, "contiguity", "has an entry that does not begin where the last one ends")
+    claim((start == end - width) | ~mask, "contiguity", "has an entry that does not begin where the last one ends")
     claim(whole.cpu() <= tree.lengths, "contiguity", "stands for more tokens than there are")
-    claim((start % torch.where(lod > 0, k, 1) == 0) | ~there, "block alignment", "has a gist off the grid of blocks")
-    claim((context.widths() == width) | ~there, "level fits width", "has an entry whose width is not K^lod")
+    claim((start % torch.where(lod > 0, k, 1) == 0) | ~mask, "block alignment", "has a gist off the grid of blocks")
+    claim((context.widths() == width) | ~mask, "level fits width", "has an entry whose width is not K^lod")
     sits = torch.tensor([tree.encoder.offset_in(k**n) if n else 0 for n in levels], device=device)
     positions = context.positions()
-    claim((positions == start + sits[lod]) | ~there, "positions", "has an entry that does not sit where it should")
-    claim((positions[:, 1:] > positions[:, :-1]) | ~there[:, 1:], "monotonic", "has positions that do not ascend")
+    claim((positions == start + sits[lod]) | ~mask, "positions", "has an entry that does not sit where it should")
+    claim((positions[:, 1:] > positions[:, :-1]) | ~mask[:, 1:], "monotonic", "has positions that do not ascend")
 
     # Of each node within the window there is the node itself, or all of its K children, or what stands for those.
     for level in range(1, tree.depth + 1):
         nodes = int(whole.max()) // k**level + 1
-        node = torch.where(there, start // k**level, nodes - 1).clamp(max=nodes - 1)
-        finer = (there & (lod < level)).long() * width
+        node = torch.where(mask, start // k**level, nodes - 1).clamp(max=nodes - 1)
+        finer = (mask & (lod < level)).long() * width
         held = torch.zeros(b, nodes, dtype=torch.long, device=device).scatter_add_(1, node, finer)
         inside = torch.arange(1, nodes + 1, device=device) * k**level <= whole[:, None]
         claim(~inside | (held == 0) | (held == k**level), "swaps", f"has a share of the children of level {level}")

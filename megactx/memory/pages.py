@@ -1,8 +1,8 @@
 """Ragged rows that grow for ever: columns [B, N, ...] in pages of one fixed size.
 
-A tensor that doubles when it is full holds up to three times its content while it is copied. Pages are never copied,
-but for the first, which grows by an eighth at a time so that a short text takes little. So appending costs O(1) per
-entry, and memory stays close to the bytes of what is stored.
+A tensor that doubles when it is full takes up to three times its content while it is copied. Pages are never copied,
+except for the first: it grows by an eighth at a time, so that a short text takes little. So appending costs O(1) per
+entry, and memory stays close to the bytes of the entries.
 
 B rows, N entries, P entries of a page, M entries that are read or written.
 """
@@ -24,17 +24,17 @@ class Pages:
         columns: name -> (shape of one entry, dtype).
         rows: B.
         size: P.
-        device: where the columns live. ``lengths`` stays on the CPU, for it decides shapes.
+        device: of the columns. ``lengths`` stays on the CPU, because shapes depend on it.
     """
 
     def __init__(self, columns: dict[str, tuple[tuple[int, ...], torch.dtype]], rows: int, size: int, device):
         self.columns, self.rows, self.size, self.device = columns, rows, size, torch.device(device)
         self.pages: list[dict[str, Tensor]] = []  # column -> [B, P, ...]
-        self.stamps: list[int] = []  # of each page: another number after each change, of any page of any tree
+        self.stamps: list[int] = []  # a number per page, new after each change; no two changes of any tree share one
         self.lengths = torch.zeros(rows, dtype=torch.long)  # [B], never changed in place
 
     def reserve(self, lengths: Tensor) -> None:
-        """Make room for ``lengths`` [B] entries. They count once ``self.lengths`` is set."""
+        """Make room for ``lengths`` [B] entries. They are entries once ``self.lengths`` says so."""
         needed = int(lengths.max())
         while (room := self._room()) < needed:
             if room % self.size == 0:
@@ -58,7 +58,7 @@ class Pages:
             page[name] = new
 
     def read(self, column: str, row: Tensor, index: Tensor) -> Tensor:
-        """row [M], index [M] -> entries [M, ...]; the caller has checked that they are there."""
+        """row [M], index [M] -> entries [M, ...]. The caller has checked that they are there."""
         shape, dtype = self.columns[column]
         parts = [(here, page[column].flatten(0, 1)[at]) for page, here, at in self._by_page(row, index)]
         if len(parts) == 1:
@@ -75,14 +75,14 @@ class Pages:
                 page[name].view(-1, *page[name].shape[2:]).index_copy_(0, at, value[here].to(page[name].dtype))
 
     def add(self, column: str, row: Tensor, index: Tensor) -> None:
-        """Add 1 to the entries at row [M], index [M], as often as they are named."""
+        """Add 1 to the entries at row [M], index [M]; an entry that is named twice gets 2."""
         for page, _, at in self._by_page(row, index, changed=True):
             page[column].view(-1).index_add_(0, at, torch.ones_like(at, dtype=page[column].dtype))
 
     def _by_page(
         self, row: Tensor, index: Tensor, changed: bool = False
     ) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
-        """The pages that hold entries row [M], index [M]: each with which of M, and where in its B x P they are."""
+        """The pages of entries row [M], index [M]: each page, which of M it holds, and their places in its B x P."""
         number = index // self.size
         for p in number.unique().tolist():
             here = (number == p).nonzero().squeeze(1)
@@ -108,19 +108,19 @@ class Pages:
         return self.span(column, 0, int(self.lengths.max()))
 
     def put_page(self, page: dict[str, Tensor]) -> None:
-        """A page that was read from a file, as it is: all but the last must be full."""
+        """Add a page as it was read from a file. All pages but the last must be full."""
         self.pages.append(page)
         self.stamps.append(next(CHANGES))
 
     def used(self, number: int) -> int:
-        """Entries of a page that count, in its longest row."""
+        """Entries of a page that are in use, in its longest row."""
         return min(self.size, int(self.lengths.max()) - number * self.size)
 
     def entry_bytes(self) -> int:
-        """What an entry takes in all rows and columns."""
+        """Bytes of one entry in all rows and columns."""
         return self.rows * sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.columns.values())
 
     def bytes(self, column: str) -> int:
-        """What the entries of a column take, without the room to grow."""
+        """Bytes of the entries of a column, without the room to grow."""
         shape, dtype = self.columns[column]
         return int(self.lengths.max()) * self.rows * torch.Size(shape).numel() * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Cutting and slice_merge trees; nodes that need no encoding: ready gists, and those of a tree whose grid coincides.
+"""Cutting and merging trees. Nodes that are known already need no encoding: ready gists, and nodes of another tree.
 
 ``find(lod, row [M], index [M])``, on the CPU, says which nodes are known, bool [M], and gives their columns.
 """
@@ -16,8 +16,8 @@ class Ready:
 
     Args:
         gists: [B, N, D].
-        first: the node of each row that the first of them is, [B].
-        version: of the encoder that made them.
+        first: index of the first gist's node in each row, [B].
+        version: of the encoder that made the gists.
     """
 
     def __init__(self, gists: Tensor, first: Tensor, version: int):
@@ -43,8 +43,8 @@ class Shifted:
 
     Args:
         source: the other tree.
-        shift: its token 0 is this token of the new tree, [B]; may be negative.
-        numbers: what its versions are called in the new tree.
+        shift: the token of the new tree that is token 0 of ``source``, [B]; may be negative.
+        numbers: of each version of ``source``, its number in the new tree.
     """
 
     def __init__(self, source, shift: Tensor, numbers: list[int]):
@@ -52,7 +52,7 @@ class Shifted:
         self.counts = [level.lengths for level in source.levels]  # before it grows, where a tree is merged with itself
         self.numbers = torch.tensor(
             [*numbers, build.STALE], device=source.device
-        )  # build.STALE indexes the last: it stays
+        )  # build.STALE is -1: it finds the last entry, which is itself
 
     def find(self, lod: int, row: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         width = self.source.block_size**lod
@@ -67,7 +67,7 @@ class Shifted:
         return found, values | {"version": self.numbers[values["version"].long()]}
 
     def _first_alike(self, lod: int) -> int:
-        """The first node whose left context is nowhere cut off by the start of a tree: others see less, or more."""
+        """The first node whose left context no start of a tree cuts off. Nodes before it see another context there."""
         first, k = 0, self.source.block_size
         for n in range(1, lod + 1):
             first = -(-(first + encoding.left_of(self.source.encoder, n)) // k)

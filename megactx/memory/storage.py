@@ -1,14 +1,14 @@
 """A tree on disk: safetensors shards per level and a small JSON manifest.
 
-    FOLDER/manifest.json              which files belong to the tree, their checksums, whose embeddings and gists
+    FOLDER/manifest.json              the files of the tree, their checksums, the base LM and GistNet that they need
     FOLDER/data-1f0c.../level0-000.safetensors, level1-000.safetensors, ...
 
-A save writes a new data folder beside the old one, flushes it, and only then replaces the manifest, by one rename. So
-a kill at any moment leaves the old tree or the new one; what nobody names any more is removed by the next save. A shard
-whose pages are as they were is not written again: the new folder has a second name (a hard link) for the same file. The
-folder is locked meanwhile: two processes that save take turns, and nobody reads what is being removed.
+A save writes a new data folder beside the old one, flushes it, and only then replaces the manifest, by one rename. So a
+kill at any moment leaves the old tree or the new one. The next save removes data that no manifest names. A shard whose
+pages have not changed is not written again: the new folder has a second name (a hard link) for the same file. The
+folder is locked meanwhile: two processes that save take turns, and nobody reads files that are being removed.
 
-Reading maps the files into memory: a page that is not needed is not loaded, and one that changes is copied first.
+Reading maps the files into memory. A page that is not needed is not loaded. A page that changes is copied first.
 """
 
 import fcntl
@@ -31,7 +31,7 @@ from . import encoding
 FORMAT = 1
 MANIFEST = "manifest.json"
 OURS = re.compile(rf"data-[0-9a-f]{{16}}|{re.escape(PART)}.*")  # what a save that was killed may leave
-SHARD = 2**20  # bytes; a shard holds whole pages, at least one, and is written again when one of them has changed
+SHARD = 2**20  # bytes. A shard holds whole pages, at least one. If one of them changes, the shard is written again.
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64", "bool": "BOOL"}
 
 
@@ -40,9 +40,9 @@ class Kept:
     """A shard on disk."""
 
     path: Path
-    file: tuple  # what tells whether it is still that file
-    pages: tuple  # what tells whether the tree's pages are still those
-    entry: dict  # of the manifest
+    file: tuple  # changes when the file on disk does
+    pages: tuple  # changes when the tree's pages do
+    entry: dict  # in the manifest
 
 
 def save(tree, folder: Path, remedy: str = "save the tree in another place") -> None:
@@ -97,8 +97,8 @@ def load(folder: Path, encoder, base, refresh: bool = False, device="cpu"):
     """Read a tree; see ``MegaContextTree.load``.
 
     Raises:
-        ValueError: no tree, one that is damaged, made by a newer program, for another base LM, width, block size or
-            (without ``refresh``) GistNet, or with file names that lead elsewhere. The message names what is wrong.
+        ValueError: there is no tree; it is damaged, or has file names that lead elsewhere; a newer program made it; or
+            it is for another base LM, width, block size or (without ``refresh``) GistNet. The message says which.
     """
     from .tree import MegaContextTree
 
@@ -116,10 +116,10 @@ def load(folder: Path, encoder, base, refresh: bool = False, device="cpu"):
             layers, there = encoding.identity_of_layers(base, encoder), manifest.get("layers")
             if None not in (layers, there) and layers != there:  # trees of earlier days do not say
                 raise ValueError(f"it belongs to another base LM: layers {there}, not {layers}; its GistNet reads them")
-            gistnet = encoding.identity(encoder)
+            identity = encoding.identity(encoder)
             made_by = manifest["versions"][manifest["version"]]
-            if made_by != gistnet and not refresh:
-                raise ValueError(f"another GistNet made it: {made_by}, not {gistnet}. refresh=True encodes it again")
+            if made_by != identity and not refresh:
+                raise ValueError(f"another GistNet made it: {made_by}, not {identity}. refresh=True encodes it again")
             if manifest["dtype"] not in (None, "float32", "float16", "bfloat16"):
                 raise ValueError(f"gists of dtype {manifest['dtype']!r} are not known")
             dtype = None if manifest["dtype"] is None else getattr(torch, manifest["dtype"])
@@ -134,7 +134,7 @@ def load(folder: Path, encoder, base, refresh: bool = False, device="cpu"):
             raise ValueError(f"{folder}: {MANIFEST} is damaged ({type(error).__name__}: {error})") from error
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
-    if made_by != gistnet:
+    if made_by != identity:
         tree.refresh(encoder)
     return tree
 
@@ -303,7 +303,7 @@ def _checksum(path: Path) -> str:
 
 @contextmanager
 def _locked(folder: Path, kind: int) -> Iterator[None]:
-    """A lock on the folder itself: no file of its own, also where nothing may be written, gone with the process."""
+    """Lock the folder itself. This needs no lock file, works in a read-only folder, and ends with the process."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, kind)

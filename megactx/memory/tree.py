@@ -1,14 +1,14 @@
-"""MegaContextTree: all that was ever read, as tokens, gists of tokens, gists of gists (method 7).
+"""MegaContextTree: the whole history, as tokens, gists of tokens, gists of gists (method 7).
 
     level 2    [            gist of 1,024            ][
     level 1    [ gist of 32 ][ gist of 32 ] ...
     level 0    [ 32 tokens  ][ 32 tokens  ] ...          ... partial tail
 
-A node is the pair (lod, index). Where it starts (index x K^lod) and how wide it is (K^lod) is derived, never stored.
-Tensors are the truth: tokens and gists lie in pages, and so does what is known of each gist: the version of the
-GistNet that made it, how often it was read, when it was made, whether it is protected.
+A node is the pair (lod, index). Its start (index x K^lod) and its width (K^lod) are derived, never stored. Tokens and
+gists lie in pages. So do four facts about each gist: the version of the GistNet that made it, how often it was read,
+when it was made, and whether it is protected.
 
-B rows, T tokens, N nodes, K children of a node, D width, M nodes that are asked for.
+B rows, T tokens, N nodes, K children of a node, D width, M nodes that a caller names.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ class MegaContextTree:
         max_level: the highest level that is built; ``None``: as many as fill.
         dtype: of the stored gists; ``None``: the encoder's own.
         device: of all tensors.
-        name: what ``source`` calls this tree after a merge.
+        name: of this tree in ``parts`` after a merge.
 
     Raises:
         ValueError: a setting that is not allowed; an encoder of hidden states without a base LM.
@@ -52,16 +52,16 @@ class MegaContextTree:
         self.encoder, self.base, self.max_level, self.dtype = encoder, base, max_level, dtype
         self.block_size, self.width, self.rows, self.device = encoder.block_size, encoder.width, rows, device
         self.levels = [Pages({"token": ((), torch.int32)}, rows, TOKENS, device)]  # levels[n] holds the nodes of LOD n
-        # GistNets that made nodes of this tree, by identity; that of the one in use is found out when it matters,
-        # for it takes a pass over all weights. Until then the stamp tells whether they have changed.
+        # Identities of the GistNets that made nodes of this tree. That of the GistNet in use takes a pass over all
+        # weights, so it is computed when it is needed. Until then the stamp tells whether the weights have changed.
         self.versions: list[str | None] = [None]
-        self.version, self.stamp = 0, encoding.stamp(encoder)  # of the one in use
+        self.version, self.stamp = 0, encoding.stamp(encoder)  # of the GistNet in use
         self.kept = {}  # shards as they lie on disk, see ``storage``
-        self.parts = [(name, torch.zeros(rows, dtype=torch.long))]  # (name, first token [B]) of what was merged
+        self.parts = [(name, torch.zeros(rows, dtype=torch.long))]  # (name, first token [B]) of each merged tree
 
     @classmethod
     def from_tokens(cls, tokens: Tensor, encoder: Encoder, base, lengths: Tensor | None = None, **settings):
-        """tokens [B, T] -> the tree, on their device; ``lengths`` and what is refused as in ``append``."""
+        """tokens [B, T] -> the tree, on their device. ``lengths`` and errors are those of ``append``."""
         _expect(tokens, "tokens", "[B, T]", tokens.ndim == 2)
         tree = cls(encoder, base, rows=len(tokens), device=tokens.device, **settings)
         tree.append(tokens, lengths)
@@ -87,7 +87,7 @@ class MegaContextTree:
         return self._level(lod).whole("gist")
 
     def about(self, lod: int, what: str) -> Tensor:
-        """A copy of what is known of a level's gists, [B, N]: ``version``, ``access``, ``time`` or ``protected``."""
+        """A copy of one fact about a level's gists, [B, N]: ``version``, ``access``, ``time`` or ``protected``."""
         return self._level(lod).whole(what)
 
     def counts(self, lod: int) -> Tensor:
@@ -95,18 +95,18 @@ class MegaContextTree:
         return self.levels[lod].lengths if lod < len(self.levels) else torch.zeros(self.rows, dtype=torch.long)
 
     def bytes(self) -> int:
-        """What tokens, gists and what is known of them take."""
+        """Bytes of all tokens, gists and facts about them."""
         return sum(level.bytes(column) for level in self.levels for column in level.columns)
 
     def append(self, tokens: Tensor, lengths: Tensor | None = None, gists: Tensor | None = None) -> None:
-        """Take up tokens; every block that they complete gets its gist, at every level. A partial tail stays LOD0.
+        """Take up tokens. Every block that they complete gets its gist, at every level. A partial tail stays LOD0.
 
         The result does not depend on how a text is cut into pieces, bit for bit.
 
         Args:
             tokens: [B, T] ids.
-            lengths: how many of each row are meant, [B]; ``None``: all.
-            gists: ready gists of the level-1 blocks that are completed, [B, N, D]; they are not encoded again.
+            lengths: how many tokens of each row are taken, [B]; ``None``: all.
+            gists: ready gists of the level-1 blocks that these tokens complete, [B, N, D]; they are not encoded again.
 
         Raises:
             ValueError: shapes, ids that the base cannot embed, or gists that are not as many as the complete blocks.
@@ -133,7 +133,7 @@ class MegaContextTree:
         build.extend(self, tokens, lengths, ready)
 
     def slice(self, start: int, stop: int | None = None) -> "MegaContextTree":
-        """The tree of tokens start .. stop - 1, with the nodes that lie on its grid; the others are encoded.
+        """The tree of tokens start .. stop - 1: it takes over the nodes that lie on its grid, and encodes the rest.
 
         Raises:
             ValueError: ``start`` is not on the grid of blocks, or beyond ``stop``.
@@ -141,7 +141,7 @@ class MegaContextTree:
         return slice_merge.cut(self, start, int(self.lengths.max()) if stop is None else stop)
 
     def merge(self, other: "MegaContextTree") -> None:
-        """Append another tree. Its nodes are kept where they lie on the grid of this one; the others are encoded.
+        """Append another tree. Its nodes that lie on this tree's grid are kept; the rest is encoded.
 
         Raises:
             ValueError: a row of this tree does not end on the grid of blocks, or the trees are not of one kind.
@@ -150,7 +150,7 @@ class MegaContextTree:
         slice_merge.merge(self, other)
 
     def refresh(self, encoder: Encoder) -> int:
-        """Use another GistNet from now on: encode again what was not made by it, bottom up.
+        """Use another GistNet from now on. Nodes that it has not made are encoded again, bottom up.
 
         Returns:
             How many gists were encoded.
@@ -168,9 +168,9 @@ class MegaContextTree:
         return build.renew(self)
 
     def gather(self, lod: int | Tensor, index: Tensor) -> Tensor:
-        """Nodes (lod, index), each [B, M] or one lod for all -> what the base LM reads for them, [B, M, D].
+        """Nodes (lod, index), each [B, M] or one lod for all -> the vectors that the base LM reads for them, [B, M, D].
 
-        Tokens are embedded by the base; gists come in the dtype of its embeddings, and their access counts go up.
+        The base embeds the tokens. Gists come in the dtype of its embeddings, and their access counts go up.
 
         Raises:
             ValueError: a node is not in the tree.
@@ -183,7 +183,7 @@ class MegaContextTree:
 
     @torch.no_grad()
     def embeddings(self, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
-        """The same for single nodes of the tree, row, lod and index [M] -> [M, D]; the caller has checked them."""
+        """``gather`` for single nodes, row, lod and index [M] -> [M, D]. The caller has checked that they are there."""
         embed = encoding.embedder(self.base)
         raw = (lod == 0).nonzero().squeeze(1)
         embedded = embed(self.levels[0].read("token", row[raw], index[raw]).long()[None])[0]
@@ -195,7 +195,7 @@ class MegaContextTree:
         return out
 
     def protect(self, lod: int, index: Tensor) -> None:
-        """Nodes index [B, M] of a level, and all above them, may not stand in a working context.
+        """Keep nodes index [B, M] of a level, and all nodes above them, out of working contexts.
 
         Raises:
             ValueError: there are no gists of that level, or a node is not in the tree.
@@ -205,15 +205,15 @@ class MegaContextTree:
         b, m = index.shape
         row, index = torch.arange(b, device=self.device).repeat_interleave(m), index.to(self.device).flatten()
         for n in range(lod, self.depth + 1):
-            there = index < self.counts(n).to(self.device)[row]
-            row, index = row[there], index[there]
+            mask = index < self.counts(n).to(self.device)[row]
+            row, index = row[mask], index[mask]
             self.levels[n].write(row, index, protected=torch.ones_like(index, dtype=torch.bool))
             index = index // self.block_size
 
     def usable(self, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
         """Whether nodes, row, lod and index [M] each, may stand in a working context, [M].
 
-        They are in the tree, do not hold block 0, which stays raw as the attention sink, and are not protected.
+        Such a node is in the tree, is not protected, and does not hold block 0, which stays raw: the attention sink.
         """
         counts = torch.stack([level.lengths for level in self.levels]).to(self.device)  # [levels, B]
         known = (lod >= 0) & (lod <= self.depth)
@@ -225,31 +225,31 @@ class MegaContextTree:
         return known
 
     def save(self, folder: str | Path) -> None:
-        """Write the tree into a folder, in place of one that may be there; see ``storage``."""
+        """Write the tree into a folder, in place of a tree that may be there; see ``storage``."""
         from .storage import save
 
         save(self, Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path, encoder: Encoder, base, refresh=False, device="cpu") -> "MegaContextTree":
-        """Read a saved tree, memory-mapped; see ``storage`` for what is refused.
+        """Read a saved tree, memory-mapped. ``storage`` says what is refused.
 
         Args:
-            refresh: take another GistNet than the one that made the tree, and encode again what is stale.
+            refresh: accept another GistNet than the one that made the tree, and encode its nodes again.
         """
         from .storage import load
 
         return load(Path(folder), encoder, base, refresh, device)
 
     def identities(self) -> list[str]:
-        """``versions``, with that of the GistNet in use."""
+        """``versions``, with the identity of the GistNet in use filled in."""
         if self.versions[self.version] is None:
             same = encoding.stamp(self.encoder) == self.stamp
             self.versions[self.version] = encoding.identity(self.encoder) if same else "trained on since"
         return self.versions
 
     def version_of(self, identity: str) -> int:
-        """The number of a GistNet in ``versions``; a new one joins them."""
+        """The number of a GistNet in ``versions``. An unknown one is added."""
         if identity not in self.identities():
             self.versions.append(identity)
         return self.versions.index(identity)
@@ -284,10 +284,10 @@ class MegaContextTree:
         lod = lod.expand(index.shape)
         counts = torch.stack([level.lengths for level in self.levels]).to(index.device)  # [levels, B]
         row = torch.arange(self.rows, device=index.device)[:, None].expand(index.shape)
-        there = (lod >= 0) & (lod <= self.depth) & (index >= 0)
-        there &= index < counts[lod.clamp(0, self.depth), row]
-        if not there.all():
-            r, m = (~there).nonzero()[0].tolist()
+        mask = (lod >= 0) & (lod <= self.depth) & (index >= 0)
+        mask &= index < counts[lod.clamp(0, self.depth), row]
+        if not mask.all():
+            r, m = (~mask).nonzero()[0].tolist()
             raise ValueError(f"node (lod {int(lod[r, m])}, index {int(index[r, m])}) of row {r} is not in the tree")
 
 

@@ -2,9 +2,9 @@
 
     [ sink: 32 tokens ][ gists of 1,024 ... ][ gists of 32 ... ][ last tokens ]
 
-Entries are nodes (lod, index) of a tree; together they stand for tokens 0 .. end - 1, each exactly once. Where an
-entry starts, how wide it is and where it sits are derived. An edit is worked out as a whole before anything is changed,
-so one that is refused leaves everything as it was.
+Entries are nodes (lod, index) of a tree. Together they stand for tokens 0 .. end - 1, each exactly once. The start,
+width and position of an entry are derived. An edit is worked out as a whole before anything is changed, so a refused
+edit leaves everything as it was.
 
 B rows, W entries, K children of a node, D width, E edits.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .tree import MegaContextTree
 
-RAGGED = 2**62  # start of an entry that is not there: behind all others
+RAGGED = 2**62  # start of an entry of the padding: behind all others
 
 
 class WorkingContext:
@@ -39,7 +39,10 @@ class WorkingContext:
 
     @classmethod
     def recency(cls, tree: MegaContextTree, budget: int, debug: bool = False) -> "WorkingContext":
-        """The cold start: the newest text raw, older text coarser and coarser; see ``cold_start``.
+        """The sink and the newest text raw, older text coarser and coarser: the cold start.
+
+        The first block stays because attention leans on it (Xiao et al. 2023, arXiv 2309.17453). See ``cold_start``.
+        Setting: ``--megacontext recency``.
 
         Raises:
             ValueError: not even the coarsest levels of the tree fit the budget.
@@ -53,7 +56,7 @@ class WorkingContext:
         return WorkingContext(self.tree, self.lod, self.index, self.counts, self.budget, self.debug)
 
     def check(self) -> None:
-        """Raises ValueError where one of the eight invariants of method 8 does not hold."""
+        """Raise ValueError if one of the eight invariants of method 8 does not hold."""
         from .invariants import violations
 
         if wrong := violations(self):
@@ -65,8 +68,8 @@ class WorkingContext:
         return self.counts.to(self.lod.device)
 
     @property
-    def there(self) -> Tensor:
-        """Which entries are none of the padding, bool [B, W]."""
+    def mask(self) -> Tensor:
+        """Which columns hold an entry and no padding, bool [B, W]."""
         return torch.arange(self.lod.shape[1], device=self.lod.device) < self.lengths[:, None]
 
     def lods(self) -> Tensor:
@@ -83,16 +86,16 @@ class WorkingContext:
 
     def ends(self) -> Tensor:
         """Tokens that each row stands for, [B]."""
-        return torch.where(self.there, self.widths(), 0).sum(1)
+        return torch.where(self.mask, self.widths(), 0).sum(1)
 
     def positions(self, limit: int | None = None) -> Tensor:
-        """Where the base LM reads each entry: tokens at their own place, gists where the GistNet was trained to sit.
+        """The position at which the base LM reads each entry: a token's own, a gist's where its GistNet places it.
 
         Args:
-            limit: positions that the base was trained on. Rows that end beyond it are *rebased*: the sink keeps
-                0 .. K - 1 and the newest raw run its spacing, with the last token at ``limit`` - 1; what lies between
-                is squeezed, in order. A caller that goes on decoding leaves room: ``limit`` less the tokens to come.
-                ``None``: absolute, however far that is.
+            limit: positions that the base was trained on. Rows that end beyond it are *rebased*. The sink keeps
+                0 .. K - 1. The newest raw run keeps its spacing, and its last token is at ``limit`` - 1. Entries
+                between the two are squeezed, in order. A caller that goes on decoding gives ``limit`` less the tokens
+                to come. ``None``: absolute positions, without a limit.
 
         Returns:
             [B, W], strictly ascending, 0 in the padding.
@@ -102,14 +105,14 @@ class WorkingContext:
         """
         offsets = [self.tree.encoder.offset_in(self.tree.block_size**n) for n in range(1, self.tree.depth + 1)]
         absolute = self.starts() + torch.tensor([0, *offsets], device=self.lod.device)[self.lod]
-        absolute = torch.where(self.there, absolute, 0)
+        absolute = torch.where(self.mask, absolute, 0)
         if limit is None:
             return absolute
         return torch.where((self.ends() > limit)[:, None], self._rebased(absolute, limit), absolute)
 
     def to_tensor(self) -> Tensor:
-        """What the base LM reads, [B, W, D] in the dtype of its embeddings; 0 in the padding."""
-        row, column = self.there.nonzero().unbind(1)
+        """The vectors that the base LM reads, [B, W, D] in the dtype of its embeddings; 0 in the padding."""
+        row, column = self.mask.nonzero().unbind(1)
         embeddings = self.tree.embeddings(row, self.lod[row, column], self.index[row, column])
         b, w = self.lod.shape
         if len(row) < b * w:
@@ -118,13 +121,13 @@ class WorkingContext:
         return embeddings.view(b, w, self.tree.width)
 
     def append(self, count: int | Tensor | None = None) -> None:
-        """Take up tokens of the tree that come next, raw.
+        """Take up the next tokens of the tree, raw.
 
         Args:
-            count: how many, one for all rows or [B]; ``None``: all that the tree has.
+            count: how many, one number for all rows or [B]; ``None``: all that the tree has.
 
         Raises:
-            ValueError: the tree has not that many more, or they do not fit the budget.
+            ValueError: the tree has fewer tokens left, or they do not fit the budget.
         """
         ends = self.ends().cpu()
         ahead = self.tree.lengths - ends
@@ -144,17 +147,17 @@ class WorkingContext:
         """Put the K children of gists in their place, all at once.
 
         Args:
-            entry: where the gists stand in their rows, one or [E].
+            entry: columns of the gists in their rows, one or [E].
             row: their rows, one or [E].
 
         Raises:
-            ValueError: no such entry, a token, an entry named twice, or not within the budget.
+            ValueError: there is no such entry, it is a token or named twice, or the children do not fit the budget.
         """
         row, entry = self._pairs(row, entry)
         self._check_entries(row, entry)
         if (wrong := self.lod[row, entry] == 0).any():
             raise ValueError(f"expand: entry {int(entry[wrong][0])} of row {int(row[wrong][0])} is a token")
-        repeat, lod, index = self.there.long(), self.lod.clone(), self.index.clone()
+        repeat, lod, index = self.mask.long(), self.lod.clone(), self.index.clone()
         repeat[row, entry] = self.tree.block_size
         if repeat.sum() != self.counts.sum() + len(row) * (self.tree.block_size - 1):
             raise ValueError("expand: an entry is named twice")
@@ -171,7 +174,7 @@ class WorkingContext:
             row: their rows, one or [E].
 
         Raises:
-            ValueError: no such gist, one that holds block 0 or is protected, or its K children are not all there.
+            ValueError: there is no such gist, it holds block 0 or is protected, or its K children are not all there.
         """
         row, lod, index = self._pairs(row, lod, index)
         self._check_usable(row, lod, index)
@@ -179,11 +182,11 @@ class WorkingContext:
             raise ValueError("collapse: lod=0 is not allowed: a token has no children")
         k = self.tree.block_size
         start = (index * self._powers()[lod]).contiguous()
-        starts = torch.where(self.there, self.starts(), RAGGED)
+        starts = torch.where(self.mask, self.starts(), RAGGED)
         first = torch.searchsorted(starts[row], start[:, None])  # [E, 1]
         place = first + torch.arange(k, device=first.device)  # [E, K]
         last = place.clamp(max=starts.shape[1] - 1)
-        same = (place == last) & self.there[row[:, None], last] & (self.lod[row[:, None], last] == lod[:, None] - 1)
+        same = (place == last) & self.mask[row[:, None], last] & (self.lod[row[:, None], last] == lod[:, None] - 1)
         same &= starts[row[:, None], last] == start[:, None] + (place - first) * self._powers()[lod - 1][:, None]
         if not (whole := same.all(1)).all():
             wrong = (~whole).nonzero()[0, 0]
@@ -191,7 +194,7 @@ class WorkingContext:
                 f"collapse: the {k} children of (lod {int(lod[wrong])}, index {int(index[wrong])}) are not all in row"
                 f" {int(row[wrong])}"
             )
-        repeat, lods, indices = self.there.long(), self.lod.clone(), self.index.clone()
+        repeat, lods, indices = self.mask.long(), self.lod.clone(), self.index.clone()
         repeat[row[:, None], place[:, 1:]] = 0
         lods[row, place[:, 0]], indices[row, place[:, 0]] = lod, index
         self._splice(repeat, lods, indices)
@@ -200,12 +203,12 @@ class WorkingContext:
         """Put other nodes in the place of entries start .. start + count - 1 of a row, for exactly the same tokens.
 
         Args:
-            replacements: indices of the nodes, [E], one behind the other.
+            replacements: indices of the nodes, [E], in the order of the text.
             lod: their level.
 
         Raises:
-            ValueError: no such entries or nodes; the nodes stand for other tokens, hold block 0 or are protected; or
-                not within the budget.
+            ValueError: there are no such entries or nodes; the nodes stand for other tokens, hold block 0 or are
+                protected; or they do not fit the budget.
         """
         rows, entries = self._pairs(row, torch.arange(start, start + max(count, 0)))
         self._check_entries(rows, entries)
@@ -222,7 +225,7 @@ class WorkingContext:
                 f"replace: the nodes do not stand for the same tokens as the entries, which are {began} to"
                 f" {began + old - 1}"
             )
-        repeat, lods, indices = self.there.long(), self.lod.clone(), self.index.clone()
+        repeat, lods, indices = self.mask.long(), self.lod.clone(), self.index.clone()
         repeat[rows, entries] = 0
         repeat[row, start], lods[row, start], indices[row, start] = len(nodes), lod, nodes[0]
         self._splice(repeat, lods, indices)
@@ -253,16 +256,16 @@ class WorkingContext:
         if ((self.ends() > limit) & (self.lengths > limit)).any():
             raise ValueError(f"positions: {int(self.counts.max())} entries do not fit limit={limit} positions")
         column = torch.arange(w, device=absolute.device)
-        last_gist = torch.where(self.there & (self.lod > 0), column, -1).amax(1, keepdim=True)  # [B, 1]
+        last_gist = torch.where(self.mask & (self.lod > 0), column, -1).amax(1, keepdim=True)  # [B, 1]
         run = self.lengths[:, None] - 1 - last_gist  # tokens of the newest raw run
         room, before = limit - run, absolute.gather(1, last_gist.clamp(min=0))  # the squeezed end below ``room``
         squeezed = k + (absolute - k) * (room - k).clamp(min=0) // (before + 1 - k).clamp(min=1)
-        # Strictly ascending: at least one behind its neighbour, and room for all that are still to come.
+        # Strictly ascending: each at least one behind its neighbour, and with room for all entries behind it.
         squeezed = torch.where(column < k, column, squeezed)
         squeezed = (squeezed - column).cummax(1).values + column
         squeezed = torch.minimum(squeezed, room - 1 - last_gist + column)
         moved = torch.where(column > last_gist, limit - self.lengths[:, None] + column, squeezed)
-        return torch.where(self.there, moved, 0)
+        return torch.where(self.mask, moved, 0)
 
     def _powers(self) -> Tensor:
         """K^lod of every level of the tree, [levels]."""

@@ -73,8 +73,8 @@ def _read(path: str | None) -> Models:
 def _together(base: str | Path, gistnet: str | Path, lensnet: str | Path | None, name: str) -> Models:
     """Models from the folders of each."""
     base = BaseLM.from_pretrained(str(base), "float32").freeze()
-    gistnet = load_gistnet(gistnet, base)
-    return Models(base, gistnet, None if lensnet is None else load_lensnet(lensnet, gistnet), name)
+    net = load_gistnet(gistnet, base)
+    return Models(base, net, None if lensnet is None else load_lensnet(lensnet, net), name)
 
 
 def _of_run(folder: Path) -> Models:

@@ -28,7 +28,7 @@ from megactx.focus.edits import Moves
 from megactx.focus.lensnet import Scores
 from megactx.memory import MegaContextTree, WorkingContext
 
-from .contents import Contents
+from .mean_embedding_cache import MeanEmbeddingCache
 from .settings import Settings
 
 SETTLE = 8  # refocuses of a cold start, at most
@@ -58,7 +58,7 @@ class Focus:
         self.budget, self.reserve = settings.budget, settings.reserve(block_size)
         self.lensnet = lensnet if settings.megacontext == "focus" else None
         self.allocator = Reserving(self.reserve, **settings.allocator)
-        self.contents = Contents()
+        self.mean_embeddings = MeanEmbeddingCache()
         self.seconds: dict[str, float] = {}  # of the last refocus
 
     def start(self, tree: MegaContextTree) -> WorkingContext:
@@ -126,9 +126,9 @@ class Focus:
         Raises:
             ValueError: its values are NaN or infinite.
         """
-        content = self.contents(context) if self.lensnet.content is not None else None
+        mean_embeddings = self.mean_embeddings(context) if self.lensnet.content is not None else None
         scores = self.lensnet.score(
-            lowered(context, self.reserve), legal, self.allocator.margin(self.lensnet.tau), content
+            lowered(context, self.reserve), legal, self.allocator.margin(self.lensnet.tau), mean_embeddings
         )
         if not (scores.v_down.isfinite().all() and scores.v_keep.isfinite().all()):
             raise ValueError(

@@ -54,11 +54,11 @@ class IncrementalPrefill:
         if not self.current():
             self.forget()
         w = embeddings.shape[1]
-        there = torch.arange(w, device=embeddings.device) < lengths[:, None]
-        embeddings = torch.where(there[..., None], embeddings, 0.0)
-        positions = torch.where(there, positions, 0)
-        spread = torch.zeros_like(positions, dtype=torch.float) if sigma is None else torch.where(there, sigma, 0.0)
-        new = (embeddings, positions, spread, there)
+        mask = torch.arange(w, device=embeddings.device) < lengths[:, None]
+        embeddings = torch.where(mask[..., None], embeddings, 0.0)
+        positions = torch.where(mask, positions, 0)
+        spread = torch.zeros_like(positions, dtype=torch.float) if sigma is None else torch.where(mask, sigma, 0.0)
+        new = (embeddings, positions, spread, mask)
         common = self._common(new)
         complete = (common == lengths) & (common == self._counts()) if self.columns else common < 0
         start = common.minimum(lengths - 1)[~complete]
@@ -80,23 +80,23 @@ class IncrementalPrefill:
         return self.hidden
 
     @torch.no_grad()
-    def step(self, ids: Tensor, positions: Tensor, there: Tensor | None = None) -> Tensor:
+    def step(self, ids: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
         """Read new tokens behind all that was read.
 
         Args:
             ids: [B, N].
             positions: [B, N].
-            there: bool [B, N], those of each row first; ``None``: all of them. The others are read by nobody.
+            mask: bool [B, N], those of each row first; ``None``: all of them. The others are read by nobody.
 
         Returns:
             Final hidden states [B, N, D]; what stands where nothing is there means nothing.
         """
-        there = torch.ones_like(ids, dtype=torch.bool) if there is None else there
-        new = (self.base.embed(ids), positions * there, torch.zeros_like(positions, dtype=torch.float), there)
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        new = (self.base.embed(ids), positions * mask, torch.zeros_like(positions, dtype=torch.float), mask)
         try:
             hidden = self._pass(new, 0, None)
-            last = hidden.gather(1, (there.sum(1) - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
-            self.hidden = last if self.hidden is None else torch.where(there.any(1)[:, None], last, self.hidden)
+            last = hidden.gather(1, (mask.sum(1) - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
+            self.hidden = last if self.hidden is None else torch.where(mask.any(1)[:, None], last, self.hidden)
         except BaseException:
             self.forget()
             raise
@@ -113,10 +113,10 @@ class IncrementalPrefill:
         return self._pass(new, start, new[2][:, start:] if spread else None)
 
     def _pass(self, new: tuple[Tensor, ...], start: int, sigma: Tensor | None) -> Tensor:
-        embeddings, positions, _, there = new = tuple(part[:, start:] for part in new)
+        embeddings, positions, _, mask = new = tuple(part[:, start:] for part in new)
         before = [columns[3] for columns in self.columns]
         q = embeddings.shape[1]
-        own = masks.causal(q, embeddings.device).expand(len(embeddings), -1, -1, -1) & there[:, None, None]
+        own = masks.causal(q, embeddings.device).expand(len(embeddings), -1, -1, -1) & mask[:, None, None]
         own = own | torch.eye(q, dtype=torch.bool, device=own.device)  # what is not there sees itself, or it were NaN
         seen = torch.cat(before, dim=1)[:, None, None].expand(-1, 1, q, -1) if before else own[..., :0]
         hidden = self.base(embeddings, positions, torch.cat([seen, own], dim=3), self.cache, sigma)
@@ -136,13 +136,13 @@ class IncrementalPrefill:
     def _join(self) -> None:
         """All columns as one part, and in each row those that are there before all others."""
         parts = [torch.cat(part, dim=1) for part in zip(*self.columns, strict=True)]
-        there = parts[3]
-        count = int(there.sum(1).max())
-        order = (~there).long().argsort(dim=1, stable=True)[:, :count]  # [B, M]
+        mask = parts[3]
+        count = int(mask.sum(1).max())
+        order = (~mask).long().argsort(dim=1, stable=True)[:, :count]  # [B, M]
         if not torch.equal(order, torch.arange(count, device=order.device).expand_as(order)):
             self.cache.select(order)
             parts = [p.gather(1, order if p.ndim == 2 else order[..., None].expand(-1, -1, p.shape[2])) for p in parts]
-        elif count < there.shape[1]:
+        elif count < mask.shape[1]:
             self.cache.keep(count)
             parts = [part[:, :count] for part in parts]
         self.columns = [tuple(parts)]

@@ -165,12 +165,12 @@ class Stream:
         while first < total:
             piece = tokens[:, first : first + self.block - int(self.counts.max())]
             n = piece.shape[1]
-            there = torch.arange(n) < (lengths - first)[:, None]
+            mask = torch.arange(n) < (lengths - first)[:, None]
             before = self.hidden
-            hidden = self._follow(piece, None if there.all() else there.to(self.device))
+            hidden = self._follow(piece, None if mask.all() else mask.to(self.device))
             begins = hidden[:, :1] if before is None else before[:, None]
             found = nll(self.base, torch.cat([begins, hidden[:, :-1]], dim=1).flatten(0, 1), piece.flatten())
-            out[:, first : first + n] = torch.where(there, found.view(piece.shape).cpu(), torch.nan)
+            out[:, first : first + n] = torch.where(mask, found.view(piece.shape).cpu(), torch.nan)
             if before is None:
                 out[:, 0] = torch.nan
             first += n
@@ -178,24 +178,24 @@ class Stream:
                 self._flush(read=True)
         return out
 
-    def _follow(self, tokens: Tensor, there: Tensor | None) -> Tensor:
+    def _follow(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Read tokens [B, N] behind the window; -> hidden [B, N, D]."""
         began = self._now()
-        self._check_begun(torch.ones_like(self.counts) if there is None else there.any(1).cpu().long())
+        self._check_begun(torch.ones_like(self.counts) if mask is None else mask.any(1).cpu().long())
         self._notice()
         if self.hidden is None and (self.lengths > 0).any():
             self._read()
         start = self.counts.to(self.device)[:, None] + torch.arange(tokens.shape[1], device=self.device)
         following = 0 if self._following is None else self._following[:, None]
         try:
-            hidden = self.prefill.step(tokens, following + start, there)
+            hidden = self.prefill.step(tokens, following + start, mask)
         except BaseException:
             self.hidden = None
             raise
-        there = torch.ones_like(tokens, dtype=torch.bool) if there is None else there
-        row, column = there.nonzero().unbind(1)
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        row, column = mask.nonzero().unbind(1)
         self.waiting[row, start[row, column]] = tokens[row, column]
-        self.counts, self.hidden = self.counts + there.sum(1).cpu(), self.prefill.hidden
+        self.counts, self.hidden = self.counts + mask.sum(1).cpu(), self.prefill.hidden
         self._decoded += self._now() - began
         return hidden
 
@@ -290,8 +290,8 @@ class Stream:
         if (count := int(self.counts.max())) > 0:  # of a session that was resumed
             place = torch.arange(count, device=self.device)
             following = 0 if self._following is None else self._following[:, None]
-            there = place < self.counts.to(self.device)[:, None]
-            self.prefill.step(self.waiting[:, :count], following + place.expand(self.rows, -1), there)
+            mask = place < self.counts.to(self.device)[:, None]
+            self.prefill.step(self.waiting[:, :count], following + place.expand(self.rows, -1), mask)
         self.hidden = self.prefill.hidden
 
     def _now(self) -> float:

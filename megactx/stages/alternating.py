@@ -20,10 +20,10 @@ from torch import Tensor
 
 from megactx.data.joint_module import PICKS, SPANS, WINDOWS
 from megactx.focus.allocator import FocusAllocator
+from megactx.focus.label_files import load
 from megactx.focus.packed import Windows, accumulated, continuation_loss, encode_shown
 from megactx.focus.sampling import KINDS, draw
-from megactx.focus.states import load
-from megactx.focus.variants import same_rows
+from megactx.focus.window_variants import same_rows
 from megactx.framework.config.types import AtLeast2, Count, Whole
 from megactx.framework.files import IN_RUN, replacing
 from megactx.gist.loss import Context
@@ -31,8 +31,8 @@ from megactx.gist.losses.block import Block
 from megactx.lm.adapters import adapters_of
 
 from .joint import JointStage
+from .lens_labels import ensure, folder_of, measuring_flops, sizes_ahead
 from .lens_losses import value_losses
-from .lens_states import ensure, folder_of, measuring_flops, sizes_ahead
 from .phases import Place, Schedule
 from .window_work import WindowWork
 from .work import Work
@@ -127,7 +127,7 @@ class AlternatingStage(JointStage):
     def gist_step(self, batch: dict, place: Place, index: int) -> Tensor:
         """Packed substitution of single blocks."""
         nets = {"gistnet": self.gistnet}
-        context = Context(self.base, nets, self.teacher(batch["ids"]), batch, self.hparams.horizon)
+        context = Context(self.base, nets, self.prefill(batch["ids"]), batch, self.hparams.horizon)
         losses, dnll = self.block_loss.per_net(context)
         self.count_tokens(batch["lengths"].sum())
         self.log("train/gist/loss", losses[0].detach())
@@ -138,28 +138,28 @@ class AlternatingStage(JointStage):
         """Measured values of edits."""
         paths = self._windows(place)
         chosen = [paths[i] for i in (picks.double().cpu() * len(paths)).long().tolist()]
-        states = load(chosen, self.base)
-        self._read = tuple(states.there.shape)
-        losses = value_losses(self.lens, states, learn=True)
+        batch = load(chosen, self.base)
+        self._read = tuple(batch.mask.shape)
+        losses = value_losses(self.lens, batch, learn=True)
         for name, loss in losses.items():
             self.log(f"train/lens/{name}", loss.detach(), prog_bar=name == "loss")
         return losses["loss"]
 
     def lora_step(self, documents: list[dict], place: Place, index: int) -> Tensor:
         """Windows of all kinds, read by the base LM with its adapters."""
-        asked = self.hparams
+        hparams = self.hparams
 
         def run(number: int, _) -> tuple[Tensor, Tensor]:
             document = documents[number]
             ids, cursor = document["ids"][None], document["cursor"]
             text = index * len(documents) + number
             with torch.no_grad():
-                teacher = self.document(ids[:, :cursor])
-                windows = self._window(teacher, KINDS[text % len(KINDS)], self.budget(cursor, text), text)
-                gists = encode_shown(self.gistnet, self.base, teacher, windows.nodes, False)
+                prefill = self.document(ids[:, :cursor])
+                windows = self._window(prefill, KINDS[text % len(KINDS)], self.budget(cursor, text), text)
+                gists = encode_shown(self.gistnet, self.base, prefill, windows.nodes, False)
             targets, full = ids[0, cursor:], self.full(ids, cursor)
             hidden = windows.read(self.base, gists, targets, self.gistnet)
-            loss, nll = continuation_loss(self.base, hidden, full, targets, asked.objective)
+            loss, nll = continuation_loss(self.base, hidden, full, targets, hparams.objective)
             return loss.mean() / len(documents), nll.mean(1)
 
         nothing = torch.zeros(0, device=self.device)
@@ -169,9 +169,9 @@ class AlternatingStage(JointStage):
         self.log("train/lora/nll", nll.mean())
         return loss
 
-    def _window(self, teacher, kind: str, budget: int, text: int) -> Windows:
+    def _window(self, prefill, kind: str, budget: int, text: int) -> Windows:
         generator = torch.Generator().manual_seed(self.data.seed * 2**32 + text)
-        (tree,) = same_rows(self.gistnet, self.base, teacher, 1)
+        (tree,) = same_rows(self.gistnet, self.base, prefill, 1)
         allocator = FocusAllocator(**self.hparams.allocator)
         try:
             return Windows.of(draw(kind, tree, budget, generator, self.lens, allocator))

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from megactx.focus.packed import Windows, accumulated, continuation_loss, encode_shown, unique_windows
-from megactx.focus.variants import Variants, focus_losses, make_variants, same_rows
+from megactx.focus.window_variants import WindowVariants, focus_losses, make_variants, same_rows
 from megactx.framework.config.types import Count, NonNegative
 
 from .joint import JointStage
-from .lens_states import sizes_ahead
+from .lens_labels import sizes_ahead
 from .window_work import WindowWork
 
-SOFT = {"lod1": 1, "lod2": 2}  # term -> level of the gist that is predicted
+SOFT = {"lod1": 1, "lod2": 2}  # term -> LOD of the gist that is predicted
 
 
 class WindowsPerDocument(TypedDict):
@@ -66,10 +66,10 @@ class EndToEndStage(JointStage):
             )
         self.shown: list[tuple[int, dict]] = []
         k, horizon = self.gistnet.block_size, self.hparams.horizon
-        for term, level in SOFT.items():
-            if weights[term] and horizon % k**level:
+        for term, lod in SOFT.items():
+            if weights[term] and horizon % k**lod:
                 raise ValueError(
-                    f"stage.weights.{term}={weights[term]}: horizon.tokens={horizon} is no multiple of {k**level}"
+                    f"stage.weights.{term}={weights[term]}: horizon.tokens={horizon} is no multiple of {k**lod}"
                 )
             if weights[term] and (self.gistnet.left_context or self.gistnet.needs_hidden):
                 raise ValueError(f"stage.weights.{term}={weights[term]}: a GistNet that reads more than its block: 0")
@@ -118,36 +118,38 @@ class EndToEndStage(JointStage):
             ``loss``, its terms ``window``, ``lens``, ``lod1`` and ``lod2``, and what is only watched: ``cost`` (nats
             above the untouched base LM over the full context), ``best`` (the same of the best variants), ``kinds``.
         """
-        asked, before = self.hparams, ids[:, :cursor]
+        hparams, before = self.hparams, ids[:, :cursor]
         generator = Generator().manual_seed(self.data.seed * 2**32 + text)
         with torch.no_grad():
             document = self.document(before)
-            trees = same_rows(self.gistnet, self.base, document, asked.windows["sources"], asked.windows["variants"])
+            trees = same_rows(
+                self.gistnet, self.base, document, hparams.windows["sources"], hparams.windows["variants"]
+            )
         try:
-            variants = make_variants(trees, self.budget(cursor, text), self.lens, dict(asked.allocator), generator)
+            variants = make_variants(trees, self.budget(cursor, text), self.lens, dict(hparams.allocator), generator)
         except ValueError as error:
-            raise ValueError(f"stage.budgets={list(asked.budgets)}: {error}; take larger shares") from error
+            raise ValueError(f"stage.budgets={list(hparams.budgets)}: {error}; take larger shares") from error
         total, found, kind = self.read(variants, document, ids, cursor)
         nll, full = found[:, 0][kind], found[0, 1]
-        focus = focus_losses(self.lens, variants, nll, asked.distance, asked.weights["choice"])
+        focus = focus_losses(self.lens, variants, nll, hparams.distance, hparams.weights["choice"])
         terms = {"window": found[:, 2].mean(), "lens": focus["loss"]}
         soft = self._soft(ids.shape[1] - cursor)
         terms |= {term: found[:, 3 + at].mean() for at, term in enumerate(SOFT) if term in soft}
         watched = {"cost": nll.mean() - full, "best": nll.view(-1, variants.each).amin(1).mean() - full}
         watched |= {name: focus[name] for name in ("huber", "choice", "gained")}
         watched["kinds"] = torch.tensor(float(len(found)))
-        return {"loss": total + asked.weights["lens"] * focus["loss"]} | terms | watched
+        return {"loss": total + hparams.weights["lens"] * focus["loss"]} | terms | watched
 
-    def read(self, variants: Variants, document, ids: Tensor, cursor: int) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, variants: WindowVariants, document, ids: Tensor, cursor: int) -> tuple[Tensor, Tensor, Tensor]:
         """The packed pass: (the weighted loss, numbers of each kind of window [U, 5], the kind of each variant [N2]).
 
         Numbers are the NLL, that over the full context, the loss, and both soft terms, in nats but for the last two.
         """
-        asked, targets = self.hparams, ids[0, cursor:]
+        hparams, targets = self.hparams, ids[0, cursor:]
         first, kind = unique_windows(variants.context)
         windows, full = Windows.of(variants.context)[first], self.full(ids, cursor)
-        gists = encode_shown(self.gistnet, self.base, document, windows.nodes, asked.recompute)
-        self.shown.append((len(first), {level: len(index) for level, index in windows.nodes.items()}))
+        gists = encode_shown(self.gistnet, self.base, document, windows.nodes, hparams.recompute)
+        self.shown.append((len(first), {lod: len(index) for lod, index in windows.nodes.items()}))
         with torch.no_grad(), self.original() as original:
             logits = original.logits(full).float()
             best = F.cross_entropy(logits, targets)
@@ -156,21 +158,21 @@ class EndToEndStage(JointStage):
 
         def run(part: slice, gists: Tensor) -> tuple[Tensor, Tensor]:
             hidden = windows[part].read(self.base, gists, targets, self.gistnet)
-            loss, nll = continuation_loss(self.base, hidden, full, targets, asked.objective, reference)
+            loss, nll = continuation_loss(self.base, hidden, full, targets, hparams.objective, reference)
             soft = self._soft_terms(hidden, true)
-            total = asked.weights["window"] * loss.mean(1) + sum(asked.weights[term] * soft[term] for term in soft)
+            total = hparams.weights["window"] * loss.mean(1) + sum(hparams.weights[term] * soft[term] for term in soft)
             terms = [soft.get(term, torch.zeros_like(nll[:, 0])) for term in SOFT]
             numbers = [nll.mean(1), best.expand(len(nll)), loss.mean(1), *terms]
             return total.sum() / len(first), torch.stack([number.detach().float() for number in numbers], dim=1)
 
-        step = asked.windows["per_pass"]
+        step = hparams.windows["per_pass"]
         parts = [slice(start, start + step) for start in range(0, len(first), step)]
         total, found = accumulated(run, parts, gists, [self.base, self.gistnet])
         return total, found, kind
 
     def _soft(self, horizon: int) -> list[str]:
         """Terms that have a weight; the answer to a planted question may be shorter than a block."""
-        return [t for t, level in SOFT.items() if self.hparams.weights[t] and horizon >= self.gistnet.block_size**level]
+        return [t for t, lod in SOFT.items() if self.hparams.weights[t] and horizon >= self.gistnet.block_size**lod]
 
     def _soft_terms(self, hidden: Tensor, true: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cosine distance of the gists of what is predicted from those of what comes: term -> [N].
@@ -188,8 +190,8 @@ class EndToEndStage(JointStage):
         }
 
     def _gists(self, embeddings: Tensor, term: str) -> Tensor:
-        """embeddings [N, H, D] -> the gists of their whole spans of a level, [N, H / K^level, D]."""
-        (n, h, d), level = embeddings.shape, SOFT[term]
-        tokens = self.gistnet.block_size**level
+        """embeddings [N, H, D] -> the gists of their whole spans of an LOD, [N, H / K^lod, D]."""
+        (n, h, d), lod = embeddings.shape, SOFT[term]
+        tokens = self.gistnet.block_size**lod
         spans = embeddings[:, : h // tokens * tokens].reshape(-1, tokens, d)
-        return self.gistnet.encode_level(spans, level).view(n, -1, d)
+        return self.gistnet.encode_lod(spans, lod).view(n, -1, d)

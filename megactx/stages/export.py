@@ -127,13 +127,13 @@ def main(arguments: list[str] | None = None) -> int:
     return run(_command, parser, arguments)
 
 
-def _command(asked: argparse.Namespace) -> None:
-    manifest = export(asked.run, asked.out)
+def _command(args: argparse.Namespace) -> None:
+    manifest = export(args.run, args.out)
     if manifest["measured"]:
         print(in_words(manifest["measured"]))
     else:
         print(f"{manifest['adapter_parameters']:,} adapter parameters; the run has no report of the base's perplexity")
-    print(f"Exported to {asked.out}: AutoModelForCausalLM.from_pretrained({str(asked.out)!r})")
+    print(f"Exported to {args.out}: AutoModelForCausalLM.from_pretrained({str(args.out)!r})")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ and learning rate, each with its own gradient clipping. So the table at the end 
 
 import logging
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
+from megactx.data.documents import length_of
 from megactx.data.segments import RECENCY, SEGMENT
 from megactx.data.spans_module import LONGEST_DOCUMENT
 from megactx.evaluation.curriculum import write_curriculum
@@ -21,9 +22,10 @@ from megactx.framework.config.types import ArgumentsOf, Count, NonNegative, Whol
 from megactx.framework.run.next_command import next_command
 from megactx.gist import GistNet
 from megactx.gist.carrier import Compressor
-from megactx.gist.footprint import footprint, in_words
 from megactx.gist.loss import Context, build_losses, loss_kind, needed
+from megactx.gist.memory_estimate import in_words, memory_estimate
 from megactx.lm.prefill import prefill
+from megactx.lm.prefill_cache import KEPT, PrefillCache
 
 from .gist_nets import build_nets, groups_of, refuse_without_vectors
 from .gist_report import report
@@ -46,6 +48,13 @@ class Evaluate(TypedDict, total=False):
     path: str | None
 
 
+class Prefills(TypedDict, total=False):
+    """Prefills of training documents that are kept for later steps and runs, see ``PrefillCache``."""
+
+    gigabytes: NonNegative
+    dtype: Literal[KEPT]
+
+
 class GistStage(FrozenBaseStage):
     """GistNet training with a frozen base.
 
@@ -66,6 +75,8 @@ class GistStage(FrozenBaseStage):
             too, or not; ``copies``: blocks per distance for copy recovery; ``level2``: spans of K^2 tokens that gists
             of gists replace; ``reconstruction``: steps of a decoder trained to tell what gists keep (0: none of it);
             ``path``: files to report on besides the held-out documents (``None``: only those).
+        prefills: ``gigabytes`` of the cache that hold prefills of training documents at most, 0 for none, and their
+            ``dtype``; ``None``: none.
         init: checkpoint or run folder that ``start_from`` reads before a fresh run; ``None`` starts from nothing.
     """
 
@@ -89,6 +100,7 @@ class GistStage(FrozenBaseStage):
         evaluate: Evaluate,
         init: str | None = None,
         compressor: dict | None = None,
+        prefills: Prefills | None = None,
     ):
         super().__init__()
         base = base | {"name": portable(base["name"])}
@@ -98,6 +110,7 @@ class GistStage(FrozenBaseStage):
         self.take_base(base)
         self.nets = build_nets(self.base, compressor or {}, gistnet, controls)
         self.losses = build_losses(losses, dict(self.nets))
+        self.kept: PrefillCache | None = None
         self.with_states = any(net.needs_hidden for net in self.nets.values())
         if not self.main.makes_vectors:
             refuse_without_vectors(self.hparams)
@@ -147,6 +160,10 @@ class GistStage(FrozenBaseStage):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.work = self._work()  # now: a strategy may shard the base later
+        settings = self.hparams.prefills or {}
+        if settings.get("gigabytes"):
+            layers = [net.input_layer for net in self.nets.values() if net.needs_hidden]
+            self.kept = PrefillCache(self.base, **settings, layers=layers)
 
     def _work(self) -> Work:
         return Work.of_gists(self.base, self.nets, self.losses, self.hparams.horizon, self.windows)
@@ -155,7 +172,7 @@ class GistStage(FrozenBaseStage):
         return self.work(batch)
 
     def amounts(self, batch: dict) -> dict:
-        spans = sum(batch[name].numel() for name in ("starts", "starts2", "segments") if name in batch)
+        spans = sum(batch[name].numel() for name in ("block_starts", "span_starts", "segments") if name in batch)
         tokens = batch["lengths"].sum()
         if "segments" in batch:  # read once more, behind what is compressed of the rest
             tokens = tokens + batch["segments"].numel() * sum(self.windows)
@@ -171,9 +188,9 @@ class GistStage(FrozenBaseStage):
         longest = data["max_tokens"] or min(LONGEST_DOCUMENT, self.base.max_positions)
         tokens, batch = (data["min_tokens"] + longest) // 2, data["batch"]
         starts = torch.full((batch, data["spans"]), tokens // 2)
-        mean = {"lengths": torch.full((batch,), tokens), "starts": starts}
+        mean = {"lengths": torch.full((batch,), tokens), "block_starts": starts}
         if data["level2_spans"]:
-            mean["starts2"] = starts[:, : data["level2_spans"]]
+            mean["span_starts"] = starts[:, : data["level2_spans"]]
         if needed(self.losses) & {"segments"}:
             mean["segments"] = torch.full((batch, data["history"]["segments"]), tokens // 2)
         return float(self._work()(mean)) * preset["accumulate"] * self.hparams.max_steps
@@ -184,12 +201,23 @@ class GistStage(FrozenBaseStage):
         flops = ", ".join(f"{name} {net.flops_per_block(self.base) / 1e6:.1f}" for name, net in self.nets.items())
         log.info("MFLOP per block of %d tokens: %s", self.main.block_size, flops)
         shape = (data.batch, data.max_tokens, data.spans + data.level2_spans, self.hparams.horizon)
-        need = in_words(footprint(self.base, self.nets.values(), *shape, self.device.type, data.history))
+        need = in_words(memory_estimate(self.base, self.nets.values(), *shape, self.device.type, data.history))
+        if self.kept is not None:
+            documents = data.training.pools.values()
+            tokens = sum(length_of(document) for pool in documents for document in pool)
+            log.info(
+                "Prefills of %d documents take %.1f GB of %s; there is room for %.1f GB more",
+                *(sum(map(len, documents)), tokens * self.kept.bytes_per_token() / 1e9),
+                *(self.kept.folder, max(0, self.kept.room) / 1e9),
+            )
         log.info("Memory of a step with %d documents of %d tokens: %s", data.batch, data.max_tokens, need)
 
     def context(self, batch: dict) -> Context:
         """A batch that the base LM has read."""
-        read = prefill(self.base, batch["ids"], self.with_states)
+        if self.kept is None:
+            read = prefill(self.base, batch["ids"], self.with_states)
+        else:
+            read = self.kept(batch["ids"], batch["lengths"])
         return Context(self.base, dict(self.nets), read, batch, self.hparams.horizon)
 
     def training_step(self, batch: dict, batch_index: int) -> Tensor:

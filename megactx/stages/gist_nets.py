@@ -2,12 +2,13 @@
 
 from torch import nn
 
+from megactx.gist.backbone import Backbone
 from megactx.gist.carrier import Compressor
 from megactx.gist.compressors import build
 from megactx.lm import BaseLM
 
 
-def build_nets(base: BaseLM, compressor: dict, gistnet: dict, controls: dict) -> nn.ModuleDict:
+def build_nets(base: BaseLM, compressor: dict, settings_of_gistnet: dict, controls: dict) -> nn.ModuleDict:
     """The compressor that a stage is about, under its name and first, and the controls that learn beside it.
 
     Raises:
@@ -17,7 +18,7 @@ def build_nets(base: BaseLM, compressor: dict, gistnet: dict, controls: dict) ->
     name = compressor.get("name", "gistnet")
     if name in controls and controls[name] is not None:
         raise ValueError(f"stage.controls.{name}: the compressor has that name already")
-    main = build(base, gistnet | compressor) if name == "gistnet" else build(base, compressor)
+    main = build(base, settings_of_gistnet | compressor) if name == "gistnet" else build(base, compressor)
     nets = nn.ModuleDict({name: main})
     for name, settings in controls.items():
         if settings is None:
@@ -51,8 +52,8 @@ def groups_of(nets: nn.ModuleDict, lr: float, muon_lr: float | None, weight_deca
 
 
 def with_backbone(net: Compressor) -> bool:
-    """A GistNet that is more than a map of its block's mean."""
-    return getattr(net, "backbone", None) is not None
+    """A GistNet with blocks of its own: more than a map of its block's mean, or adapters in the base's layers."""
+    return isinstance(getattr(net, "backbone", None), Backbone)
 
 
 def refuse_without_vectors(settings) -> None:

@@ -26,36 +26,39 @@ def report(stage, folder: Path, datamodule) -> None:
         folder: of the run; what ``evaluate.path`` gives goes to ``other`` in it.
         datamodule: a ``SpanData``.
     """
-    asked = stage.hparams.evaluate
+    evaluate = stage.hparams.evaluate
     decoder = None
-    if steps := asked["reconstruction"]:
+    if steps := evaluate["reconstruction"]:
         training = (default_convert(datamodule.training[index]) for index in range(steps))
         decoder = train_decoder(stage.base, stage.main, training)
     rest = (folder / "metrics.csv", decoder, datamodule.weights)
     _report(stage, folder, datamodule.evaluation_documents, "held-out documents", *rest)
-    if asked["path"]:
+    if evaluate["path"]:
         other = folder / "other"
         other.mkdir(exist_ok=True)
-        _report(stage, other, partial(datamodule.held_out, Files(asked["path"])), asked["path"], *rest)
+        _report(stage, other, partial(datamodule.held_out, Files(evaluate["path"])), evaluate["path"], *rest)
 
 
 def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, weights: dict) -> None:
-    asked, horizon = stage.hparams.evaluate, stage.hparams.horizon
-    batches, every = documents(asked["blocks"]), documents(None)
+    evaluate, horizon = stage.hparams.evaluate, stage.hparams.horizon
+    batches, every = documents(evaluate["blocks"]), documents(None)
     extra = {"weights": weights}
     with torch.autocast(stage.device.type, torch.bfloat16, enabled=stage.base.model.dtype == torch.bfloat16):
         nets = (stage.base, stage.nets)
         settings = {
-            "with_controls": asked["controls"],
+            "with_controls": evaluate["controls"],
             "progress": bar(f"measuring {what}"),
         }
         scores = measure(*nets, batches, horizon, **settings)
-        if asked["copies"]:
-            extra["copies"] = measure_copies(*nets, every, blocks=asked["copies"], **settings)
-        if asked["level2"] and stage.main.makes_vectors:
-            extra["level2"] = measure_level(*nets, every, horizon, blocks=asked["level2"], **settings)
-        if asked["history"]:
-            extra["history"] = _history(stage, every, asked["history"], settings)
+        if evaluate["copies"]:
+            extra["copies"] = measure_copies(*nets, every, blocks=evaluate["copies"], **settings)
+        if evaluate["level2"] and stage.main.makes_levels:
+            with_levels = {name: net for name, net in stage.nets.items() if net.makes_levels}
+            extra["level2"] = measure_level(
+                stage.base, with_levels, every, horizon, blocks=evaluate["level2"], **settings
+            )
+        if evaluate["history"]:
+            extra["history"] = _history(stage, every, evaluate["history"], settings)
         geometry = _geometry(stage, batches) if stage.main.makes_vectors else {}
     if decoder:
         geometry |= reconstruction(stage.base, stage.main, decoder, batches)
@@ -70,6 +73,8 @@ def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, wei
             f"{', '.join(without)}: keys and values have no output row, so at h = 0 they count as dropped; against"
             " vectors compare the bands from h = 1 on."
         )
+    if extra.get("level2") and (without := [name for name, net in stage.nets.items() if not net.makes_levels]):
+        numbers["notes"].append(f"{', '.join(without)}: no gists of gists, so no row in their table.")
     curve = curve if curve.exists() else None
     made = report_of(numbers, lambda path: plot_run(path, scores, curve, numbers["subject"]))
     print(f"\nResult on {what}")

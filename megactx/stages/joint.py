@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from megactx.evaluation.focus import focused
 from megactx.focus.allocator import FocusAllocator
+from megactx.focus.edit_labels import continuation_nll
 from megactx.focus.lensnet import LensNet
-from megactx.focus.values import continuation_nll
-from megactx.focus.variants import same_rows
+from megactx.focus.window_variants import same_rows
 from megactx.framework.config.types import ArgumentsOf, Count, NonNegative, PartOf, Whole
 from megactx.framework.optimizers import warmup_cosine
 from megactx.lm import BaseLM
@@ -118,7 +118,7 @@ class JointStage(FrozenBaseStage):
         if train_base == "full":
             self.base.float()
             self._reference = (BaseLM.from_pretrained(**base).freeze(),)
-        self.measured: list[tuple] = []  # since the last step: see ``lens_states.ensure``
+        self.measured: list[tuple] = []  # since the last step: see ``lens_labels.ensure``
         self.learning: tuple[str, ...] = ()
         self.learns(*self.parts)
         # Tokens of documents that were learned from or measured with: what a comparison must hold fixed.
@@ -195,7 +195,7 @@ class JointStage(FrozenBaseStage):
             for parameter in adapters_of(self.base).values():  # what learns stays in fp32
                 parameter.data = parameter.data.float()
 
-    def teacher(self, ids: Tensor) -> Prefill:
+    def prefill(self, ids: Tensor) -> Prefill:
         """Documents ids [B, T]: what the base LM caches of them now, and the untouched one's hidden states."""
         with self.original() as original:
             first = prefill(original, ids, self.gistnet.needs_hidden)

@@ -13,15 +13,15 @@ from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
 from megactx.focus.allocator import FocusAllocator
+from megactx.focus.label_files import load
 from megactx.focus.lensnet import LensNet
 from megactx.focus.objectives import value_loss
-from megactx.focus.states import load
 from megactx.framework.config.types import ArgumentsOf, AtLeast2, Count, NonNegative, PartOf, Whole
 from megactx.parts.read import gistnet_of
 
+from .lens_labels import HELD, ensure, measuring_flops, sizes_ahead
 from .lens_losses import value_losses
 from .lens_report import report
-from .lens_states import HELD, ensure, measuring_flops, sizes_ahead
 from .stage import BaseSettings, FocusEvaluate, FrozenBaseStage, of_today, portable, portable_part
 from .window_work import WindowWork
 
@@ -85,7 +85,7 @@ class LensStage(FrozenBaseStage):
         self.take_base(base)
         self.gistnet = gistnet_of(gistnet, self.base, "stage.gistnet", self.base_record).requires_grad_(False)
         self.lens = LensNet(self.base.width, self.gistnet.block_size, **lensnet)
-        self.measured: list[tuple] = []  # since the last step: see ``lens_states.ensure``
+        self.measured: list[tuple] = []  # since the last step: see ``lens_labels.ensure``
         self.learned_from: list[tuple[int, int]] = []  # windows and entries of the step
 
     def flops_ahead(self, data: dict, preset: dict) -> float:
@@ -123,9 +123,9 @@ class LensStage(FrozenBaseStage):
         for number in range(self.round_at(self.global_step) + 1):
             paths += ensure(self, self.trainer.datamodule, folder, number, count)
         chosen = (picks.double().cpu() * len(paths)).long().tolist()
-        states = load([paths[i] for i in chosen], self.base)
-        self.learned_from.append(tuple(states.there.shape))
-        losses = value_losses(self.lens, states, learn=True)
+        batch = load([paths[i] for i in chosen], self.base)
+        self.learned_from.append(tuple(batch.mask.shape))
+        losses = value_losses(self.lens, batch, learn=True)
         for name, loss in losses.items():
             self.log(f"train/{name}", loss.detach(), prog_bar=name == "loss")
         return losses["loss"]
@@ -140,10 +140,10 @@ class LensStage(FrozenBaseStage):
     def validation_step(self, indices: Tensor, batch_index: int) -> None:
         count = self.trainer.datamodule.validation_windows
         paths = ensure(self, self.trainer.datamodule, Path(self.hparams.folder), HELD, count)
-        states = load([paths[i] for i in indices.tolist()], self.base)
-        values = self.lens(states.embeddings, states.lods, states.distance, states.there, states.content)
-        estimates = states.estimates(values, self.lens.block_size)
-        self.found.append((estimates, states.values))
+        batch = load([paths[i] for i in indices.tolist()], self.base)
+        values = self.lens(batch.embeddings, batch.lods, batch.distance, batch.mask, batch.mean_embeddings)
+        estimates = batch.estimates(values, self.lens.block_size)
+        self.found.append((estimates, batch.labels))
 
     def on_validation_epoch_end(self) -> None:
         estimates, values = (torch.cat(part).float() for part in zip(*self.found, strict=True))

@@ -17,27 +17,27 @@ def report(stage, folder: Path, datamodule) -> None:
         folder: of the run; what ``evaluate.path`` gives goes to ``other`` in it.
         datamodule: a ``WindowData``.
     """
-    asked = stage.hparams.evaluate
-    cases = datamodule.planted_cases(asked["planted"], datamodule.min_tokens) if asked["planted"] else []
-    documents = datamodule.held_documents(asked["documents"], asked["tokens"])
+    evaluate = stage.hparams.evaluate
+    cases = datamodule.planted_cases(evaluate["planted"], datamodule.min_tokens) if evaluate["planted"] else []
+    documents = datamodule.held_documents(evaluate["documents"], evaluate["tokens"])
     _report(stage, folder, documents, cases, "held-out documents")
-    if asked["path"]:
+    if evaluate["path"]:
         other = folder / "other"
         other.mkdir(exist_ok=True)
-        documents = datamodule.other(Files(asked["path"]), asked["documents"], asked["tokens"])
-        _report(stage, other, documents, [], asked["path"])
+        documents = datamodule.other(Files(evaluate["path"]), evaluate["documents"], evaluate["tokens"])
+        _report(stage, other, documents, [], evaluate["path"])
 
 
 def _report(stage, folder: Path, documents: list[dict], cases: list[dict], what: str) -> None:
-    asked = stage.hparams.evaluate
+    evaluate = stage.hparams.evaluate
     if not documents:
-        raise ValueError(f"stage.evaluate.tokens={asked['tokens']}: none of {what} has so many tokens; take fewer")
+        raise ValueError(f"stage.evaluate.tokens={evaluate['tokens']}: none of {what} has so many tokens; take fewer")
     parts = (stage.base, stage.gistnet, stage.lens, stage.hparams.allocator)
     shown = bar(f"measuring {what}")
-    scores = measure_focus(*parts, documents, asked["budgets"], asked["oracle"], progress=shown)
+    scores = measure_focus(*parts, documents, evaluate["budgets"], evaluate["oracle"], progress=shown)
     numbers = summarise_focus(scores, stage.hparams.horizon)
     if cases:
-        largest, shown = max(asked["budgets"]), bar("measuring planted facts")
+        largest, shown = max(evaluate["budgets"]), bar("measuring planted facts")
         numbers["planted"] = summarise_planted(measure_planted(*parts, cases, largest, progress=shown))
         numbers["planted"] |= {"budget": largest, "tokens": cases[0]["cursor"]}
     print(f"\nResult on {what}")

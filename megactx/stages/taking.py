@@ -10,11 +10,11 @@ from megactx.parts.find import other_base, read_best, under
 from megactx.parts.read import take
 
 
-def take_weights(nets: nn.ModuleDict, path: Path, gistnet: dict, base: dict) -> str:
+def take_weights(nets: nn.ModuleDict, path: Path, settings_of_gistnet: dict, base: dict) -> str:
     """Load what another run has of these nets, see ``GistStage.start_from``; ``base`` is ``record_of`` this base LM."""
     checkpoint = read_best(path, "stage.init")
     other = other_base(checkpoint, base)
-    changes = differences(checkpoint["hyper_parameters"].get("gistnet") or {}, gistnet, "gistnet")
+    changes = differences(checkpoint["hyper_parameters"].get("gistnet") or {}, settings_of_gistnet, "gistnet")
     changes = [line for line in changes if not line.startswith("gistnet.dropout:")]
     taken = [name for name, net in nets.items() if take(net, under(checkpoint, f"nets.{name}."))]
     if (main := next(iter(nets))) not in taken:

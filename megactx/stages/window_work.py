@@ -63,8 +63,8 @@ class WindowWork:
         return self.learns * (self.rows(entries + horizon - 1) + self.scored(horizon))
 
     def shown(self, nodes: dict[int, int]) -> float:
-        """nodes: level -> how many gists are shown."""
-        blocks = sum(count * (self.block**level - 1) // (self.block - 1) for level, count in nodes.items())
+        """nodes: lod -> how many gists are shown."""
+        blocks = sum(count * (self.block**lod - 1) // (self.block - 1) for lod, count in nodes.items())
         return 3 * self.net * blocks
 
     def lensnet(self, windows: int, entries: int) -> float:

@@ -78,8 +78,9 @@ class Work:
             return float(6 * (self.body + self.head) * b * t + 6 * self.attention * b * t**2)
         lengths = batch["lengths"].double()
         work = 2 * self.body * lengths.sum() + 2 * self.attention * lengths.square().sum()  # the teacher
-        for name, encoded in (("starts", 1), ("starts2", self.block + 1)):  # blocks that a net encodes for each
-            if name not in batch or name == "starts" and self.alone:
+        # Blocks that a net encodes for each.
+        for name, encoded in (("block_starts", 1), ("span_starts", self.block + 1)):
+            if name not in batch or name == "block_starts" and self.alone:
                 continue
             starts = batch[name].double()
             rows = starts.numel() * self.horizon

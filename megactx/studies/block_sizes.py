@@ -105,13 +105,13 @@ def options(given: Options) -> None:
     given.add("--out", type=Path, default=Path("runs/block_sizes"), help="stem of the files")
 
 
-def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     """Tables and a picture of finished ladders."""
-    ladders = by_size([read_ladder(Path(folder)) for folder in asked.runs])
+    ladders = by_size([read_ladder(Path(folder)) for folder in args.runs])
     table, subject = long_table(ladders), next(iter(ladders.values()))["subject"]
-    usable(asked.out.parent)
+    usable(args.out.parent)
     draw = partial(plot, table, subject)
-    yield asked.out, Report("Block sizes", table, sheets(ladders, table), LEGEND, about={"ladders": ladders}, draw=draw)
+    yield args.out, Report("Block sizes", table, sheets(ladders, table), LEGEND, about={"ladders": ladders}, draw=draw)
 
 
 main = command("block_sizes", __doc__, options, study)

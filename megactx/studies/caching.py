@@ -55,60 +55,60 @@ def options(given: Options) -> None:
     given.add("--out", type=Path, help="folder for the tables (default: the first run's, else runs/caching)")
 
 
-def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     """Everything that was asked for: more of it after each part.
 
     Raises:
         ValueError: a setting that is not allowed, runs that do not belong together, or no text that is long enough.
     """
-    if asked.runs and asked.base:
-        raise ValueError(f"--base={asked.base} is not allowed with runs: they name their own base")
-    for change in asked.drift:
+    if args.runs and args.base:
+        raise ValueError(f"--base={args.base} is not allowed with runs: they name their own base")
+    for change in args.drift:
         parsed(change)
-    own = asked.out or not asked.runs
-    stem = (usable(asked.out or Path("runs/caching")) if own else Path(asked.runs[0])) / "caching"
-    runs = load(asked.runs)
+    own = args.out or not args.runs
+    stem = (usable(args.out or Path("runs/caching")) if own else Path(args.runs[0])) / "caching"
+    runs = load(args.runs)
     same(runs)
-    base, block, horizon = base_of(asked.base or BASE) if not runs else runs[0].base, BLOCK, HORIZON
+    base, block, horizon = base_of(args.base or BASE) if not runs else runs[0].base, BLOCK, HORIZON
     if runs:
         block, horizon = runs[0].block_size, min(run.horizon for run in runs)
-    multiple("tokens", asked.tokens, block, least=2)
-    counts = levels(asked.tokens, block, asked.compression or [2**n for n in range(block.bit_length())])
-    if (whole := asked.tokens + asked.input + asked.answer) > base.max_positions:
+    multiple("tokens", args.tokens, block, least=2)
+    counts = levels(args.tokens, block, args.compression or [2**n for n in range(block.bit_length())])
+    if (whole := args.tokens + args.input + args.answer) > base.max_positions:
         raise ValueError(f"--tokens, --input and --answer: {whole} tokens, but the base takes {base.max_positions}")
-    nets, controls = _nets(asked, runs, base, block), {LAST_TOKEN: LastToken(block), NOTHING: Nothing(block)}
-    batches = held_out(base, asked.path, block, horizon, asked.tokens + asked.input, asked.blocks)
-    about = {name: getattr(asked, name) for name in ("tokens", "input", "answer", "documents", "blocks", "repeats")}
-    about |= {"base": asked.base or BASE if not runs else runs[0].base_name, "runs": [run.name for run in runs]}
-    about |= {"block_size": block, "horizon": horizon, "text": asked.path, "seed": asked.seed}
+    nets, controls = _nets(args, runs, base, block), {LAST_TOKEN: LastToken(block), NOTHING: Nothing(block)}
+    batches = held_out(base, args.path, block, horizon, args.tokens + args.input, args.blocks)
+    about = {name: getattr(args, name) for name in ("tokens", "input", "answer", "documents", "blocks", "repeats")}
+    about |= {"base": args.base or BASE if not runs else runs[0].base_name, "runs": [run.name for run in runs]}
+    about |= {"block_size": block, "horizon": horizon, "text": args.path, "seed": args.seed}
     about |= {"threads": torch.get_num_threads(), "device": base.model.device.type}
     about["trained"] = bool(runs) or "gistnet" in nets
     table = Table()
     with in_eval_mode(*nets.values()):
-        prompt, rest = batches[0]["ids"].to(base.model.device).tensor_split([asked.tokens], dim=1)
-        _costs(base, next(iter(nets.values())), prompt, rest, counts, asked, table)
+        prompt, rest = batches[0]["ids"].to(base.model.device).tensor_split([args.tokens], dim=1)
+        _costs(base, next(iter(nets.values())), prompt, rest, counts, args, table)
         measure_making(base, nets, prompt, table)
         yield stem, report_of(table, about)
-        sizes = {"tokens": asked.tokens, "answer": asked.answer, "levels": counts}
-        some, shown = batches[: asked.documents], bar("greedy continuations")
+        sizes = {"tokens": args.tokens, "answer": args.answer, "levels": counts}
+        some, shown = batches[: args.documents], bar("greedy continuations")
         about |= measure_overlap(base, nets | controls, some, **sizes, table=table, progress=shown)
         yield stem, report_of(table, about)
         if runs:
             about |= measure_transfer(runs, batches, horizon, table, bar("domains"))
             yield stem, report_of(table, about)
-        if asked.drift:
-            table += measure_drift(base, nets, asked.drift, batches, horizon, seed=asked.seed, progress=bar("drift"))
+        if args.drift:
+            table += measure_drift(base, nets, args.drift, batches, horizon, seed=args.seed, progress=bar("drift"))
             yield stem, report_of(table, about)
 
 
-def _costs(base: BaseLM, net: Compressor, ids, rest, counts: dict[float, int], asked, table: Table) -> None:
+def _costs(base: BaseLM, net: Compressor, ids, rest, counts: dict[float, int], args, table: Table) -> None:
     """Every form in which the prompt can be kept; what the carriers say does not change what they cost."""
-    teacher = prefill(base, ids, net.needs_hidden)
-    prompts = {("again", None, 0): again(base, ids), ("cache", None, 0): cached(base, teacher)}
+    read = prefill(base, ids, net.needs_hidden)
+    prompts = {("again", None, 0): again(base, ids), ("cache", None, 0): cached(base, read)}
     for compression, count in counts.items():
-        for form, prompt in compressed(base, net, teacher, count).items():
+        for form, prompt in compressed(base, net, read, count).items():
             prompts[form, compression, count] = prompt
-    found = measure_answers(base, prompts, rest, asked.answer, asked.repeats, bar("answers"))
+    found = measure_answers(base, prompts, rest, args.answer, args.repeats, bar("answers"))
     for (form, compression, _), cost in found.items():
         table.add_all(cost, "metric", carrier=form, span=compression)
 
@@ -142,14 +142,14 @@ def measure_transfer(
     return {"transfer": about}
 
 
-def _nets(asked, runs: list[Trained], base: BaseLM, block: int) -> dict[str, Compressor]:
+def _nets(args, runs: list[Trained], base: BaseLM, block: int) -> dict[str, Compressor]:
     """All compressors of one run, the main ones of several; and the best that needs no training."""
     if len(runs) == 1:
         nets = dict(runs[0].nets)
     elif runs:
         nets = {run.name: run.main for run in runs}
     else:
-        nets = {} if asked.base else {"gistnet": gistnet_of(GISTNET, base).to(base.model.device)}
+        nets = {} if args.base else {"gistnet": gistnet_of(GISTNET, base).to(base.model.device)}
     return nets | {"avgpool": AvgPool(block)}
 
 

@@ -54,11 +54,11 @@ def measure_overlap(
     full, own = [], {(name, compression): [] for name in nets for compression in levels}
     for part in progress(ids.split(BATCH)):
         prompt, rest = part[:, :tokens], part[:, tokens:]
-        teacher = prefill(base, prompt, any(net.needs_hidden for net in nets.values()))
-        full += _words(base, greedy(base, cached(base, teacher), rest, answer))
+        read = prefill(base, prompt, any(net.needs_hidden for net in nets.values()))
+        full += _words(base, greedy(base, cached(base, read), rest, answer))
         for name, net in nets.items():
             for compression, count in levels.items():
-                kept = compressed(base, net, teacher, count)["keys"]
+                kept = compressed(base, net, read, count)["keys"]
                 own[name, compression] += _words(base, greedy(base, kept, rest, answer))
     some = [index for index, text in enumerate(full) if re.search("[a-z0-9]", text.lower())]
     for (name, compression), found in own.items():

@@ -23,10 +23,10 @@ from megactx.data.embedded import Embedded
 from megactx.evaluation.bootstrap import difference_intervals, recovery_intervals
 from megactx.evaluation.measure import measure
 from megactx.evaluation.table import Table
-from megactx.gist.carrier import Compressor, Slots, Vectors
+from megactx.gist.carrier import Compressor, KVSlots, SoftTokens
 from megactx.lm import BaseLM
 from megactx.lm.gaussian_rope import spread
-from megactx.lm.layers import keys_values, recorded
+from megactx.lm.kv_hooks import keys_values, recorded
 from megactx.lm.prefill import Prefill, prefill
 
 FIRST = 1  # offset from which on keys and values have a score
@@ -47,8 +47,8 @@ class Stored(Compressor):
         super().__init__(net.block_size, net.position)
         self.net, self.was, self.as_keys, self.makes_vectors = net, was, as_keys, net.makes_vectors and not as_keys
 
-    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors | Slots:
-        before = self.was.read(teacher.ids)
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> SoftTokens | KVSlots:
+        before = self.was.read(prefill.ids)
         carriers = self.net.compress(self.was.base, before, starts)
         return keys_of(self.was.base, before, starts, carriers) if self.as_keys else carriers
 
@@ -65,16 +65,16 @@ class Reader:
         return self.last
 
 
-def keys_of(base: BaseLM, teacher: Prefill, starts: Tensor, carriers: Vectors) -> Slots:
+def keys_of(base: BaseLM, prefill: Prefill, starts: Tensor, carriers: SoftTokens) -> KVSlots:
     """The keys and values that a base LM makes of vectors [B, N, D], each in place of its block at starts [B, N]."""
     decoder, positions = base.model.get_decoder(), starts + carriers.offset
     sigma = None if carriers.sigma is None else carriers.sigma.expand(positions.shape)
-    rows = carriers.vectors[:, :, None].to(teacher.hidden.dtype)
+    rows = carriers.vectors[:, :, None].to(prefill.hidden.dtype)
     with recorded(decoder) as states:
         wide = None if sigma is None else sigma[..., None]
-        base.forward_branches(rows, positions[..., None], teacher.cache, starts, sigma=wide)
+        base.forward_branches(rows, positions[..., None], prefill.cache, starts, sigma=wide)
     with spread(decoder, sigma):
-        return Slots(keys_values(decoder, states[:-1], positions))
+        return KVSlots(keys_values(decoder, states[:-1], positions))
 
 
 def measure_drift(

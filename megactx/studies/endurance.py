@@ -223,26 +223,26 @@ def options(given: Options) -> None:
     given.add("--out", default="runs/endurance", help="folder of the session and the results, gone on with")
 
 
-def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     """One session through all of the text.
 
     Raises:
         ValueError: a setting that is not allowed, too little text, or a folder with another study.
     """
-    if asked.megacontext == "none":
+    if args.megacontext == "none":
         raise ValueError("--megacontext=none has an end: focus or recency")
-    controller, out = controller_of(asked, tree=True), Path(asked.out)
-    ids = text_of(controller.models.base.tokenizer, asked.path, asked.tokens, asked.seed)
-    how = {name: getattr(asked, name) for name in ("budget", "megacontext", "positions", "every", "seed")}
-    how["path"] = asked.path and str(Path(asked.path).absolute())
-    with session_of(out / "session", controller, observers_of(asked, controller)) as session:
+    controller, out = controller_of(args, tree=True), Path(args.out)
+    ids = text_of(controller.models.base.tokenizer, args.path, args.tokens, args.seed)
+    how = {name: getattr(args, name) for name in ("budget", "megacontext", "positions", "every", "seed")}
+    how["path"] = args.path and str(Path(args.path).absolute())
+    with session_of(out / "session", controller, observers_of(args, controller)) as session:
         if wrong := [f"{k}={v}, not {how[k]}" for k, v in session.about.get(HOW, how).items() if v != how[k]]:
             raise ValueError(f"--out={out}: it holds a study with other settings: {'; '.join(wrong)}")
         session.about[HOW] = how
-        rows = carry(session, ids, asked.every)
+        rows = carry(session, ids, args.every)
         device = session.stream.device.type
-    found, table = summary(rows, asked.budget), table_of(rows)
-    notes = notes_on(found, rows[-1]["tokens"], asked.budget)
+    found, table = summary(rows, args.budget), table_of(rows)
+    notes = notes_on(found, rows[-1]["tokens"], args.budget)
     about = how | {"device": device, "summary": found}
     report = Report("One session that goes on", table, [sheet(table)], "", notes, about, partial(plot, rows))
     yield out / "endurance", report

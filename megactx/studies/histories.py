@@ -104,26 +104,26 @@ def options(given: Options) -> None:
     given.add("--only", nargs="+", metavar="NAME", help="of the runs' compressors (default: all)")
 
 
-def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     """Measure the compressors of runs, and the controls, behind histories.
 
     Raises:
         ValueError: a setting that is not allowed, runs that do not belong together, or no text that is long enough.
     """
-    runs = [_only(run, asked.only) if asked.only else run for run in load(asked.runs)]
+    runs = [_only(run, args.only) if args.only else run for run in load(args.runs)]
     same(runs)
     base, block = runs[0].base, runs[0].main.block_size
-    sizes = {"segment": asked.segment, "recency": runs[0].recency if asked.recency is None else asked.recency}
+    sizes = {"segment": args.segment, "recency": runs[0].recency if args.recency is None else args.recency}
     for name, value in sizes.items():
         multiple(name, value, block)
-    at_least("tokens", asked.tokens, 2 * block + sum(sizes.values()), ", a sink, a block, R and S")
-    batches = held_out(base, asked.path, block, 1, asked.tokens, asked.count)
+    at_least("tokens", args.tokens, 2 * block + sum(sizes.values()), ", a sink, a block, R and S")
+    batches = held_out(base, args.path, block, 1, args.tokens, args.count)
     nets = {_key(run.name, name): net.to(base.model.device) for run in runs for name, net in run.nets.items()}
     controls = {"avgpool": AvgPool(block)} | untrained(base, block, runs[0].main.position)
-    found = segments(batches, block, asked.count, **sizes)
+    found = segments(batches, block, args.count, **sizes)
     scores = measure_history(base, nets | controls, found, **sizes, progress=bar("histories"))
     table, subject = summarise(scores, {run.name: list(run.nets) for run in runs}), next(iter(runs[0].nets))
-    about = {"base": runs[0].base_name, "runs": [run.name for run in runs], "text": asked.path, "tokens": asked.tokens}
+    about = {"base": runs[0].base_name, "runs": [run.name for run in runs], "text": args.path, "tokens": args.tokens}
     about |= sizes | {"subject": subject, "hash": scores.block_hash(), "histories": len(scores)}
     tables = sheets(table, scores, sizes, subject)
     yield runs[0].folder / "histories", Report("Histories", table, tables, LEGEND, about=about)

@@ -77,26 +77,26 @@ def options(given: Options) -> None:
     given.number("blocks", 1000, "about so many")
 
 
-def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     """Measure the compressors of runs at several horizons.
 
     Raises:
         ValueError: a setting that is not allowed, runs that do not belong together, or no text that is long enough.
     """
-    horizons = asked.horizons
+    horizons = args.horizons
     if min(horizons) <= BODY or len({*horizons}) < len(horizons):
         raise ValueError(f"--horizons={horizons} is not allowed: different ones, each above {BODY}")
-    runs = load(asked.runs)
+    runs = load(args.runs)
     same(runs)
     base, block = runs[0].base, runs[0].main.block_size
-    at_least("tokens", asked.tokens, 2 * block + max(horizons), ", a sink, a block and the longest horizon")
+    at_least("tokens", args.tokens, 2 * block + max(horizons), ", a sink, a block and the longest horizon")
     several = len(runs) > 1
     nets = {f"{run.name}: {name}" if several else name: net for run in runs for name, net in run.nets.items()}
     nets = {name: net.to(base.model.device) for name, net in nets.items()} | {"avgpool": AvgPool(block)}
-    batches = held_out(base, asked.path, block, max(horizons), asked.tokens, asked.blocks)
+    batches = held_out(base, args.path, block, max(horizons), args.tokens, args.blocks)
     scores = measure(base, nets, batches, max(horizons), progress=bar("all carriers"))
     table, documents = summarise(scores, horizons), scores.documents
-    about = {"subject": next(iter(nets)), "base": runs[0].base_name, "text": asked.path, "tokens": asked.tokens}
+    about = {"subject": next(iter(nets)), "base": runs[0].base_name, "text": args.path, "tokens": args.tokens}
     about |= {"blocks": len(scores), "documents": documents, "hash": scores.block_hash()}
     counted = f"{len(scores):,} blocks of {documents:,} documents, hash {scores.block_hash()}"
     report = Report("Horizons", table, sheets(table, horizons, counted), LEGEND, about=about)

@@ -67,7 +67,7 @@ class Ladder(GistStage):
         print(report.write(folder / "ladder", {"runs": [numbers]}))
 
     def _measure(self, batches: list[dict]) -> dict:
-        asked, ladder, horizon = self.hparams.evaluate, self.hparams.ladder, self.hparams.horizon
+        evaluate, ladder, horizon = self.hparams.evaluate, self.hparams.ladder, self.hparams.horizon
         block = self.main.block_size
         nets = dict(self.nets) | {"avgpool": AvgPool(block), "avgpool at the end": AvgPool(block, "end")}
         scores = measure(self.base, nets, batches, horizon, progress=bar("all carriers, one block at a time"))
@@ -75,11 +75,11 @@ class Ladder(GistStage):
         settings = {"position": self.main.position, "steps": ladder["oracle_steps"]}
         sizes = dict(zip(("segment", "recency"), self.windows, strict=True))
         rest = nets | untrained(self.base, block, self.main.position)
-        if asked["history"] and (found := segments(batches, block, asked["history"], **sizes)):
+        if evaluate["history"] and (found := segments(batches, block, evaluate["history"], **sizes)):
             parts["history"] = measure_history(self.base, rest, found, **sizes, progress=bar("histories"))
         # One segment of each document: it is fitted to all of its old blocks at once.
         if (count := ladder["history_oracle"]) and (found := segments(batches, block, count, **sizes)):
-            found = [batch | {"starts": batch["starts"][:, -1:]} for batch in found]
+            found = [batch | {"block_starts": batch["block_starts"][:, -1:]} for batch in found]
             fitted = {
                 name: HistoryOracle(**sizes, block_size=block, samples=samples, **settings)
                 for name, samples in ORACLES.items()
@@ -111,7 +111,7 @@ class Ladder(GistStage):
 def _first_blocks(batches: list[dict], count: int) -> list[dict]:
     """The first block of each document, then the second, until there are ``count``: as many documents as possible."""
     each = -(-count // len(batches))
-    kept = [batch | {"starts": batch["starts"][:, :each]} for batch in batches]
+    kept = [batch | {"block_starts": batch["block_starts"][:, :each]} for batch in batches]
     return kept[: -(-count // each)]
 
 
@@ -129,15 +129,15 @@ def main(arguments: list[str] | None = None) -> int:
     return command_line.run(combined, parser, arguments)
 
 
-def combined(asked: argparse.Namespace) -> None:
+def combined(args: argparse.Namespace) -> None:
     """Show finished ladders as one; several are written beside the first run."""
-    if any("=" in run for run in asked.runs):
+    if any("=" in run for run in args.runs):
         raise ValueError("give run folders to combine, or settings of a new run, not both")
-    found = [read_ladder(Path(run)) for run in asked.runs]
+    found = [read_ladder(Path(run)) for run in args.runs]
     report = report_of(found)
     report.show()
     if len(found) > 1:
-        print(report.write(Path(asked.runs[0]).parent / "ladder", {"runs": found}))
+        print(report.write(Path(args.runs[0]).parent / "ladder", {"runs": found}))
 
 
 def read_ladder(folder: Path) -> dict:

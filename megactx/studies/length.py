@@ -44,20 +44,20 @@ DOCUMENTS, CASES = "documents", "planted"
 class Study:
     """One study: models, texts and settings, and what was measured so far."""
 
-    def __init__(self, models: Models, texts: Texts, asked: argparse.Namespace):
-        self.models, self.texts, self.asked = models, texts, asked
-        self.block, self.folder = models.gistnet.block_size, Path(asked.out)
+    def __init__(self, models: Models, texts: Texts, args: argparse.Namespace):
+        self.models, self.texts, self.args = models, texts, args
+        self.block, self.folder = models.gistnet.block_size, Path(args.out)
         self.kinds = [RECENCY] if models.lensnet is None else [RECENCY, FOCUS]
 
     def placements(self, length: int) -> list[str]:
         """How positions can be at a length of history, the usual one first."""
-        fits = length + self.asked.tokens <= self.models.base.max_positions
+        fits = length + self.args.tokens <= self.models.base.max_positions
         return ["absolute", "rebased"] if fits else ["rebased"]
 
     def document(self, target: dict, known: MegaContextTree | None) -> dict:
         """Score a target at every length under every policy."""
         scored, rows = self.texts.scored(target), []
-        for length in self.asked.lengths:
+        for length in self.args.lengths:
             ids = self.texts.history(target, length)
             tree = tree_of(self.models, ids, known)
             about = {"length": length, "tree_bytes": tree.bytes()}
@@ -71,11 +71,11 @@ class Study:
     def case(self, case: dict, known: MegaContextTree | None) -> dict:
         """Ask a planted question at every length under every policy."""
         following, rows, gain = case["ids"][self.texts.near :], [], None
-        for length in self.asked.lengths:
+        for length in self.args.lengths:
             ids, needed = planted.placed(self.texts, case, length, self.block)
             tree = tree_of(self.models, ids, known)
             if gain is None:  # the first length is the shortest
-                gain = planted.gain(self.models, tree, needed, following, min(self.asked.budgets))
+                gain = planted.gain(self.models, tree, needed, following, min(self.args.budgets))
             usual = self.placements(length)[:1]
             for policy, budget, positions, found in self._policies(ids, tree, following, usual):
                 detail = None if found.context is None else in_detail(found.context, [needed])
@@ -88,18 +88,16 @@ class Study:
     def _policies(self, ids, tree, scored, placements: list[str]) -> Iterator[tuple[str, int | None, str, Found]]:
         if "absolute" in placements:
             yield FULL, None, "absolute", full_context(self.models, ids, scored)
-        for budget in self.asked.budgets:
+        for budget in self.args.budgets:
             for positions in placements:
                 yield DROP, budget, positions, dropping(self.models.base, ids, scored, budget, self.block, positions)
                 for kind in self.kinds:
-                    settings = (kind, budget, positions, self.asked.limit, self.asked.refocuses)
+                    settings = (kind, budget, positions, self.args.limit, self.args.refocuses)
                     yield kind, budget, positions, session(self.models, tree, scored, *settings)
 
     def measure(self) -> None:
         """Measure what has no file yet, one domain after the other: each needs the tree of its filler."""
-        questions = planted.cases(
-            self.texts, self.models.base.tokenizer, self.asked.planted, self.block, self.asked.seed
-        )
+        questions = planted.cases(self.texts, self.models.base.tokenizer, self.args.planted, self.block, self.args.seed)
         work = [(DOCUMENTS, n, target) for n, target in enumerate(self.texts.targets)]
         work += [(CASES, n, case) for n, case in enumerate(questions)]
         work = [item for item in work if not self._path(*item[:2]).exists()]
@@ -122,7 +120,7 @@ class Study:
     def about(self) -> dict:
         """What decides about the figures."""
         models, names = self.models, ("tokens", "limit", "lengths", "budgets", "documents", "refocuses", "seed")
-        return {name: getattr(self.asked, name) for name in names} | {
+        return {name: getattr(self.args, name) for name in names} | {
             "models": models.name,
             "base": identity_of_base(models.base),
             "gistnet": of_net(models.gistnet),
@@ -166,51 +164,51 @@ def options(given: Options) -> None:
     given.add("--out", default="runs/length", help="folder of the results, gone on with")
 
 
-def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     """Measure what has no file yet in the output folder, and report on all of it.
 
     Raises:
         ValueError: a setting that is not allowed, or too little text.
     """
     logging.basicConfig(format="%(message)s")
-    models = load_models(asked.model)
+    models = load_models(args.model)
     if models.gistnet is None:
-        raise ValueError(f"--model={asked.model}: there is no GistNet in it")
-    if asked.lensnet:
-        lensnet = load_lensnet(resolve(asked.lensnet, "--lensnet"), models.gistnet)
+        raise ValueError(f"--model={args.model}: there is no GistNet in it")
+    if args.lensnet:
+        lensnet = load_lensnet(resolve(args.lensnet, "--lensnet"), models.gistnet)
         models = replace(models, lensnet=lensnet.to(models.base.model.device))
-    check(asked, models)
-    near, longest = asked.lengths[0], asked.lengths[-1]
-    sizes = (near, asked.tokens, longest, asked.documents, asked.domains, asked.seed)
-    here = Study(models, gather(models.base.tokenizer, asked.path, asked.filler, *sizes), asked)
+    check(args, models)
+    near, longest = args.lengths[0], args.lengths[-1]
+    sizes = (near, args.tokens, longest, args.documents, args.domains, args.seed)
+    here = Study(models, gather(models.base.tokenizer, args.path, args.filler, *sizes), args)
     here.claim()
     here.measure()
     about = here.about() | {"documents": len(here.texts.targets), "learned": here.texts.learned}
-    about |= {"device": models.base.model.device.type, "most": models.base.max_positions, "filler": asked.filler}
-    cases = here.measured(CASES, asked.planted)
-    yield here.folder / "length", report_of(summarise(here.measured(DOCUMENTS, asked.documents), cases), cases, about)
+    about |= {"device": models.base.model.device.type, "most": models.base.max_positions, "filler": args.filler}
+    cases = here.measured(CASES, args.planted)
+    yield here.folder / "length", report_of(summarise(here.measured(DOCUMENTS, args.documents), cases), cases, about)
 
 
-def check(asked: argparse.Namespace, models: Models) -> None:
+def check(args: argparse.Namespace, models: Models) -> None:
     """Bring the settings into order.
 
     Raises:
         ValueError: one that is not allowed.
     """
     block, most = models.gistnet.block_size, models.base.max_positions
-    asked.lengths, asked.budgets = sorted({*asked.lengths}), sorted({*asked.budgets})
-    for length in asked.lengths:
+    args.lengths, args.budgets = sorted({*args.lengths}), sorted({*args.budgets})
+    for length in args.lengths:
         multiple("lengths", length, block, least=2)
-    multiple("tokens", asked.tokens, block)
-    least = asked.budgets[-1] + 2 * block  # entries of a window, and room for new tokens
-    if asked.limit is None:
-        asked.limit = most // 2
-    elif not least <= asked.limit <= most:
-        raise ValueError(f"--limit={asked.limit} is not allowed: {least} for these --budgets, to {most} (the base)")
-    for budget in asked.budgets:
-        Settings(budget).fitted(block, asked.limit).check(block, asked.limit)
-        if budget > asked.lengths[0]:
-            raise ValueError(f"--budgets={budget} is not allowed: at most {asked.lengths[0]}, the shortest history")
+    multiple("tokens", args.tokens, block)
+    least = args.budgets[-1] + 2 * block  # entries of a window, and room for new tokens
+    if args.limit is None:
+        args.limit = most // 2
+    elif not least <= args.limit <= most:
+        raise ValueError(f"--limit={args.limit} is not allowed: {least} for these --budgets, to {most} (the base)")
+    for budget in args.budgets:
+        Settings(budget).fitted(block, args.limit).check(block, args.limit)
+        if budget > args.lengths[0]:
+            raise ValueError(f"--budgets={budget} is not allowed: at most {args.lengths[0]}, the shortest history")
 
 
 main = command("length", __doc__, options, study)

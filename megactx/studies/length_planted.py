@@ -16,8 +16,8 @@ from torch import Tensor
 from megactx.data.planted import KINDS, plant
 from megactx.evaluation.focus import GISTS
 from megactx.evaluation.planted import NEEDED, USABLE
+from megactx.focus.edit_labels import continuation_nll
 from megactx.focus.layout import by_value
-from megactx.focus.values import continuation_nll
 from megactx.memory import MegaContextTree
 from megactx.runtime import Models
 

@@ -26,11 +26,11 @@ from megactx.evaluation.table import Report, Sheet, Table, pivot
 from megactx.framework.bar import bar
 from megactx.framework.config.search_path import compose, root
 from megactx.framework.optimizers import warmup_cosine
-from megactx.gist.carrier import Compressor, Slots, windows
+from megactx.gist.carrier import Compressor, KVSlots, windows
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.compressors import build
 from megactx.lm import BaseLM
-from megactx.lm.layers import keys_values
+from megactx.lm.kv_hooks import keys_values
 from megactx.lm.prefill import Prefill, prefill
 
 from .study import Options, command, usable
@@ -76,19 +76,19 @@ class Target:
     """What AvgPool keeps of the blocks of one batch, and the squared error to it of a constant state, means [L, D]."""
 
     def __init__(self, base: BaseLM, batch: dict, net: Compressor, means: Tensor):
-        self.teacher, self.starts = _read(base, batch)
-        self.wanted = AvgPool(net.block_size, net.position).compress(base, self.teacher, self.starts)
+        self.prefill, self.starts = _read(base, batch)
+        self.wanted = AvgPool(net.block_size, net.position).compress(base, self.prefill, self.starts)
         # In place of the variance of keys, which are rotated: a constant state has the rotation of every block's place.
         constant = [mean.expand(*self.starts.shape, -1) for mean in means]
         kept = keys_values(base.model.get_decoder(), constant, self.starts + net.offset)
-        self.spread = squared_error(Slots(kept), self.wanted)
+        self.spread = squared_error(KVSlots(kept), self.wanted)
 
     def error(self, base: BaseLM, net: Compressor) -> Tensor:
         """[L, 2] of what the net keeps of these blocks."""
-        return squared_error(net.compress(base, self.teacher, self.starts), self.wanted)
+        return squared_error(net.compress(base, self.prefill, self.starts), self.wanted)
 
 
-def squared_error(made: Slots, wanted: Slots) -> Tensor:
+def squared_error(made: KVSlots, wanted: KVSlots) -> Tensor:
     """[L, 2]: of each layer's keys and values, summed over blocks and channels."""
     pairs = [zip(*layers, strict=True) for layers in zip(made.layers, wanted.layers, strict=True)]
     return torch.stack([torch.stack([(own - other).square().sum() for own, other in pair]) for pair in pairs])
@@ -157,12 +157,12 @@ def train(
 
 
 def _read(base: BaseLM, batch: dict) -> tuple[Prefill, Tensor]:
-    ids, starts = (torch.as_tensor(batch[name]).to(base.model.device) for name in ("ids", "starts"))
+    ids, starts = (torch.as_tensor(batch[name]).to(base.model.device) for name in ("ids", "block_starts"))
     return prefill(base, ids, with_states=True), starts.sort(dim=1).values
 
 
-def _mean(teacher: Prefill, starts: Tensor, block: int) -> Tensor:
-    return torch.stack([windows(states, starts, block).mean(dim=(0, 1, 2)) for states in teacher.states[:-1]])
+def _mean(prefill: Prefill, starts: Tensor, block: int) -> Tensor:
+    return torch.stack([windows(states, starts, block).mean(dim=(0, 1, 2)) for states in prefill.states[:-1]])
 
 
 def sheets(table: Table, about: dict) -> list[Sheet]:
@@ -194,28 +194,28 @@ def options(given: Options) -> None:
     given.add("--out", type=Path, default=Path("runs/pooling_by_attention"), help="folder for the tables")
 
 
-def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     """Train and measure.
 
     Raises:
         ValueError: a setting that is not allowed, or no text that is long enough; the message names it.
     """
-    if not asked.lr > 0:
-        raise ValueError(f"--lr={asked.lr} is not allowed: above 0")
-    stem = usable(asked.out) / "pooling_by_attention"
-    torch.manual_seed(asked.seed)
-    base = base_of(asked.base)
-    nets = variants(base, asked.block_size, asked.only)
-    source = Files(asked.path) if asked.path else Embedded()
-    sizes = {"min_tokens": asked.tokens, "max_tokens": asked.tokens, "batch": 4, "spans": 16, "seed": asked.seed}
+    if not args.lr > 0:
+        raise ValueError(f"--lr={args.lr} is not allowed: above 0")
+    stem = usable(args.out) / "pooling_by_attention"
+    torch.manual_seed(args.seed)
+    base = base_of(args.base)
+    nets = variants(base, args.block_size, args.only)
+    source = Files(args.path) if args.path else Embedded()
+    sizes = {"min_tokens": args.tokens, "max_tokens": args.tokens, "batch": 4, "spans": 16, "seed": args.seed}
     sizes |= {"validation_documents": 24, "validation_blocks": 16, "weights": dict.fromkeys(DOMAINS)}
-    data = SpanData(source, base.tokenizer, asked.block_size, 1, **sizes)
+    data = SpanData(source, base.tokenizer, args.block_size, 1, **sizes)
     data.limit_to(base.max_positions)
     data.setup()
     held = list(data.val_dataloader())
-    about = {"base": asked.base, "block_size": asked.block_size, "lr": asked.lr, "seed": asked.seed, "text": asked.path}
-    about["held"] = sum(batch["starts"].shape[1] for batch in held)
-    table = train(base, nets, data.training, held, asked.steps, asked.lr)
+    about = {"base": args.base, "block_size": args.block_size, "lr": args.lr, "seed": args.seed, "text": args.path}
+    about["held"] = sum(batch["block_starts"].shape[1] for batch in held)
+    table = train(base, nets, data.training, held, args.steps, args.lr)
     yield stem, Report("Can attention learn to pool?", table, sheets(table, about), LEGEND, [NOTE], about)
 
 

@@ -100,29 +100,29 @@ def options(given: Options) -> None:
     given.number("seed", 0, "of the probes", least=0)
 
 
-def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     """Ask every compressor of each run, and the untrained controls.
 
     Raises:
         ValueError: a setting that is not allowed, or no text that is long enough; the message names it.
     """
-    for run in load(asked.runs):
-        block, recency = run.main.block_size, run.recency if asked.recency is None else asked.recency
+    for run in load(args.runs):
+        block, recency = run.main.block_size, run.recency if args.recency is None else args.recency
         multiple("recency", recency, block)
-        tokens = (asked.blocks + 1) * block + recency
-        texts = [batch["ids"][0].numpy() for batch in held_out(run.base, asked.path, block, 1, tokens, DOCUMENTS)]
-        sizes = (block, recency, asked.blocks, asked.seed)
-        probes = make_probes(run.base.tokenizer, texts, asked.per_class, *sizes)
+        tokens = (args.blocks + 1) * block + recency
+        texts = [batch["ids"][0].numpy() for batch in held_out(run.base, args.path, block, 1, tokens, DOCUMENTS)]
+        sizes = (block, recency, args.blocks, args.seed)
+        probes = make_probes(run.base.tokenizer, texts, args.per_class, *sizes)
         if (longest := max(len(probe.ids) for probe in probes)) > run.base.max_positions:
             most = run.base.max_positions
-            raise ValueError(f"--blocks={asked.blocks}: a probe has {longest} tokens, the base takes {most}")
+            raise ValueError(f"--blocks={args.blocks}: a probe has {longest} tokens, the base takes {most}")
         nets = run.nets | {NOTHING: Nothing(block)} | untrained(run.base, block, run.main.position)
         answers = {}
         for name, net in nets.items():
             shown = bar(f"{run.name}: {name}")(probes)
             answers[name] = measure_probes(run.base, net.to(run.base.model.device), shown, recency)
-        about = {"base": run.base_name, "run": run.name, "subject": next(iter(run.nets)), "seed": asked.seed}
-        about |= {"text": asked.path, "block_size": block, "tokens": tokens, "blocks": asked.blocks, "recency": recency}
+        about = {"base": run.base_name, "run": run.name, "subject": next(iter(run.nets)), "seed": args.seed}
+        about |= {"text": args.path, "block_size": block, "tokens": tokens, "blocks": args.blocks, "recency": recency}
         table = summarise(answers)
         report = Report("Exact recall", table, sheets(table, about), LEGEND, notes_on(table), about)
         yield run.folder / "probes", report

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from megactx.gist.carrier import BYTES, Compressor, Vectors
+from megactx.gist.carrier import BYTES, Compressor, SoftTokens
 from megactx.gist.history import stream
 from megactx.lm import BaseLM, masks
 from megactx.lm.prefill import Prefill
@@ -66,27 +66,27 @@ def again(base: BaseLM, ids: Tensor) -> Prompt:
     return Prompt(ids.shape[1], ID_BYTES * ids.shape[1], (), base.embed(ids), None)
 
 
-def cached(base: BaseLM, teacher: Prefill) -> Prompt:
+def cached(base: BaseLM, prefill: Prefill) -> Prompt:
     """The plain cache of prompts that the base LM has read."""
-    return _columns(teacher.cache, base, teacher.ids.shape[1])
+    return _columns(prefill.cache, base, prefill.ids.shape[1])
 
 
 @torch.no_grad()
-def compressed(base: BaseLM, net: Compressor, teacher: Prefill, count: int) -> dict[str, Prompt]:
+def compressed(base: BaseLM, net: Compressor, prefill: Prefill, count: int) -> dict[str, Prompt]:
     """Prompts whose ``count`` oldest blocks are carriers: ``vectors`` where they are, and ``keys``.
 
-    ``teacher``: of the prompts, with states where the compressor needs them.
+    ``prefill``: of the prompts, with states where the compressor needs them.
     """
-    ids, (b, t), block = teacher.ids, teacher.ids.shape, net.block_size
+    ids, (b, t), block = prefill.ids, prefill.ids.shape, net.block_size
     old = torch.arange(block, (count + 1) * block, block, device=ids.device).expand(b, -1)
     if not count:
-        return {"keys": cached(base, teacher)}
-    carriers = net.compress(base, teacher, old)
+        return {"keys": cached(base, prefill)}
+    carriers = net.compress(base, prefill, old)
     raw = torch.arange((count + 1) * block, t, device=ids.device).expand(b, -1)
-    if isinstance(carriers, Vectors):
-        vectors = _vectors(base, teacher, old, carriers, block, raw)
+    if isinstance(carriers, SoftTokens):
+        vectors = _vectors(base, prefill, old, carriers, block, raw)
         return {"vectors": vectors, "keys": filled(base, vectors)}
-    layers = stream(base, teacher, old, carriers, block)
+    layers = stream(base, prefill, old, carriers, block)
     return {"keys": filled(base, Prompt(t, 0, layers, base.embed(ids[:, raw[0]]), raw))}
 
 
@@ -118,10 +118,10 @@ def greedy(base: BaseLM, prompt: Prompt, ids: Tensor, tokens: int) -> Tensor:
     return torch.stack(out, dim=1)
 
 
-def _vectors(base: BaseLM, teacher: Prefill, old: Tensor, carriers: Vectors, block: int, raw: Tensor) -> Prompt:
-    ids, (b, t) = teacher.ids, teacher.ids.shape
+def _vectors(base: BaseLM, prefill: Prefill, old: Tensor, carriers: SoftTokens, block: int, raw: Tensor) -> Prompt:
+    ids, (b, t) = prefill.ids, prefill.ids.shape
     sink = torch.arange(block, device=ids.device).expand(b, -1)
-    rows = [base.embed(ids[:, :block]), carriers.vectors.to(teacher.hidden.dtype), base.embed(ids[:, raw[0]])]
+    rows = [base.embed(ids[:, :block]), carriers.vectors.to(prefill.hidden.dtype), base.embed(ids[:, raw[0]])]
     positions = torch.cat([sink, old + carriers.offset, raw], dim=1)
     sigma = None
     if carriers.sigma is not None:

@@ -42,10 +42,10 @@ class Options:
         """Text of one's own."""
         self.add("--path", help=help)
 
-    def check(self, asked: argparse.Namespace) -> None:
+    def check(self, args: argparse.Namespace) -> None:
         """Raises: ValueError: a number below its least; the message names it."""
         for name, least in self.least.items():
-            at_least(name, getattr(asked, name.replace("-", "_")), least)
+            at_least(name, getattr(args, name.replace("-", "_")), least)
 
 
 def at_least(name: str, value: float, least: float, what: str = "") -> None:
@@ -73,11 +73,11 @@ def command(
         study: yields the stem of the files with each report; the last one of a stem is shown.
     """
 
-    def measured(asked: argparse.Namespace) -> None:
-        given.check(asked)
+    def measured(args: argparse.Namespace) -> None:
+        given.check(args)
         quiet_libraries()
         stem = report = told = None
-        for next_stem, next_report in study(asked):
+        for next_stem, next_report in study(args):
             if stem not in (None, next_stem):
                 _tell(report, told)
             stem, report = next_stem, next_report

@@ -26,8 +26,8 @@ from megactx.evaluation.measure import measure
 from megactx.evaluation.metrics import BODY
 from megactx.evaluation.pictures import colours_of, legend, line, panel, picture
 from megactx.evaluation.table import Report, Sheet, Table, pivot
+from megactx.focus.edit_labels import continuation_nll
 from megactx.focus.lensnet import LensNet
-from megactx.focus.values import continuation_nll
 from megactx.framework.bar import bar
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
@@ -264,34 +264,34 @@ def options(given: Options) -> None:
     given.add("--out", type=Path, default=Path("runs/together"), help="stem of .md, .csv, .json and .png")
 
 
-def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     """Measure all runs on the same documents, and their recovery on blocks of documents of a quarter of the tokens.
 
     Raises:
         ValueError: runs of other base LMs or blocks of other sizes; no text is that long.
     """
-    for share in asked.budgets:
+    for share in args.budgets:
         if not 0 < share <= 1:
             raise ValueError(f"--budgets={share:g} is not allowed: above 0, and at most 1, the whole text")
-    usable(asked.out.parent)
-    runs, tokens = [parts_of(folder) for folder in asked.runs], asked.tokens
+    usable(args.out.parent)
+    runs, tokens = [parts_of(folder) for folder in args.runs], args.tokens
     same(runs)
     first = runs[0]
     base, block, horizon = first.base, first.block_size, first.horizon  # others may have learned from farther
-    long = held_out(base, asked.path, block, horizon, tokens + horizon, None)
+    long = held_out(base, args.path, block, horizon, tokens + horizon, None)
     chosen = [
         {"ids": batch["ids"][0], "cursor": tokens, "domain": batch["domain"][0], "text": int(batch["document"][0])}
-        for batch in long[: asked.documents]
+        for batch in long[: args.documents]
     ]
-    spans = held_out(base, asked.path, block, horizon, max(tokens // 4, 2 * block + horizon), asked.blocks)
+    spans = held_out(base, args.path, block, horizon, max(tokens // 4, 2 * block + horizon), args.blocks)
     untouched = base_of(first.base_name)
     every = plain(untouched, chosen)
-    dropped = dropping(untouched, chosen, asked.budgets)
-    found = [measure_run(run, chosen, spans, horizon, asked.budgets, every) for run in runs]
+    dropped = dropping(untouched, chosen, args.budgets)
+    found = [measure_run(run, chosen, spans, horizon, args.budgets, every) for run in runs]
     full = torch.tensor([behind(*pair) for pair in zip(chosen, every, strict=True)], dtype=torch.float64)
     text = torch.tensor([document["text"] for document in chosen])
     about = {"documents": len(chosen), "tokens": tokens, "horizon": horizon, "base": first.base_name}
-    yield asked.out, report_of(summarise(found, full, text, dropped), about | {"full": float(full.mean())})
+    yield args.out, report_of(summarise(found, full, text, dropped), about | {"full": float(full.mean())})
 
 
 main = command("together", __doc__, options, study)

@@ -14,7 +14,7 @@ from megactx.data.files import DOMAINS, Files
 from megactx.data.segments import RECENCY
 from megactx.data.spans_module import SpanData
 from megactx.framework.run.resume import best, read
-from megactx.gist.carrier import Compressor, Slots
+from megactx.gist.carrier import Compressor, KVSlots
 from megactx.lm import BaseLM
 from megactx.lm.prefill import Prefill
 from megactx.stages.gist import GistStage
@@ -27,8 +27,8 @@ class Nothing(Compressor):
 
     makes_vectors = False
 
-    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Slots:
-        return Slots([tuple(part[:, :, :0] for part in layer) for layer in teacher.cache])
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> KVSlots:
+        return KVSlots([tuple(part[:, :, :0] for part in layer) for layer in prefill.cache])
 
 
 @dataclass(frozen=True)

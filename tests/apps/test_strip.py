@@ -18,7 +18,7 @@ class Mean:
     def __init__(self, block_size):
         self.block_size = block_size
 
-    def encode_span(self, children):
+    def encode_block(self, children):
         return children.mean(1)
 
     def offset_in(self, tokens):

@@ -75,7 +75,7 @@ def test_without_shares_batches_and_the_held_out_order_are_what_they_were_before
     }
     for index, values in expected.items():
         batch = batches[index]
-        got = [batch[name].tolist() for name in ("document", "lengths", "starts")]
+        got = [batch[name].tolist() for name in ("document", "lengths", "block_starts")]
         assert (*got, batch["ids"].sum()) == values
     held = [document(200 + i, "code", i) for i in range(3)] + [document(250, "code", 1)]
     held[3:3] = [document(300, "narrative", 3), document(301, "narrative", 4)]
@@ -138,7 +138,7 @@ def test_workers_give_the_same_batches(tiny_tokenizer):
         served.append([batch for batch, _ in zip(module.train_dataloader(), range(12), strict=False)])
     for a, b in zip(*served, strict=True):
         assert a["domain"] == b["domain"]
-        assert all(torch.equal(a[name], b[name]) for name in ("ids", "lengths", "starts", "document"))
+        assert all(torch.equal(a[name], b[name]) for name in ("ids", "lengths", "block_starts", "document"))
     assert {"mixed", "adversarial"} <= {domain for batch in served[0] for domain in batch["domain"]}
 
 

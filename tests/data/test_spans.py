@@ -81,11 +81,17 @@ def test_a_batch_has_distinct_eligible_starts_and_padding_after_the_document(tin
     module.setup()
     batch = next(iter(module.train_dataloader()))
     assert (
-        batch["ids"].dtype == batch["starts"].dtype == batch["lengths"].dtype == batch["document"].dtype == torch.int64
+        batch["ids"].dtype
+        == batch["block_starts"].dtype
+        == batch["lengths"].dtype
+        == batch["document"].dtype
+        == torch.int64
     )
-    assert batch["ids"].shape == (3, batch["lengths"].max()) and batch["starts"].shape == (3, 4)
+    assert batch["ids"].shape == (3, batch["lengths"].max()) and batch["block_starts"].shape == (3, 4)
     assert len(batch["domain"]) == 3 and all(isinstance(domain, str) for domain in batch["domain"])
-    for ids, length, starts in zip(batch["ids"], batch["lengths"].tolist(), batch["starts"].tolist(), strict=True):
+    for ids, length, starts in zip(
+        batch["ids"], batch["lengths"].tolist(), batch["block_starts"].tolist(), strict=True
+    ):
         assert len(set(starts)) == 4 and set(starts) <= set(eligible_starts(length, 32, 32).tolist())
         assert ids[0] == tiny_tokenizer.bos_token_id and not ids[length:].any()
 
@@ -113,7 +119,7 @@ def test_a_document_with_too_few_blocks_gives_all_of_them_then_some_again(caplog
     with caplog.at_level(logging.INFO):
         batches = SpanBatches(documents([160]), {"code": 1}, batch=1, spans=8, block=32, horizon=32, seed=0)
     assert "1 documents have fewer than 8" in caplog.text
-    starts = batches[0]["starts"][0]
+    starts = batches[0]["block_starts"][0]
     assert len(starts) == 8 and set(starts.tolist()) == {32, 64, 96}
 
 
@@ -200,27 +206,28 @@ def test_validation_is_fixed_balanced_and_evenly_spaced(tiny_tokenizer):
     for batch in first:
         assert batch["document"].item() not in trained
         every = eligible_starts(batch["lengths"].item(), 32, 32)
-        assert batch["starts"].shape == (1, 3)
-        assert batch["starts"][0, [0, -1]].tolist() == [every[0], every[-1]]
+        assert batch["block_starts"].shape == (1, 3)
+        assert batch["block_starts"][0, [0, -1]].tolist() == [every[0], every[-1]]
 
 
 def test_evaluation_takes_every_block_or_about_as_many_as_asked(tiny_tokenizer):
     module = data(tiny_tokenizer, Texts(documents=1000))
     every = module.evaluation_documents()
     assert all(
-        batch["starts"][0].tolist() == eligible_starts(batch["lengths"].item(), 32, 32).tolist() for batch in every
+        batch["block_starts"][0].tolist() == eligible_starts(batch["lengths"].item(), 32, 32).tolist()
+        for batch in every
     )
 
     def asked(blocks):
         some = module.evaluation_documents(blocks)
-        return len(some), sum(batch["starts"].numel() for batch in some)
+        return len(some), sum(batch["block_starts"].numel() for batch in some)
 
     assert asked(2) == (1, 2)  # the blocks of a document share the pass over it
     documents, blocks = asked(64)
     assert documents <= 12 and 64 <= blocks < 64 + documents
     documents, blocks = asked(500)
     assert 500 <= blocks < 508 and 500 / 8 <= documents < len(every)
-    assert asked(10**6) == (len(every), sum(batch["starts"].numel() for batch in every))
+    assert asked(10**6) == (len(every), sum(batch["block_starts"].numel() for batch in every))
 
 
 def test_another_source_is_evaluated_whole(tiny_tokenizer):
@@ -237,12 +244,12 @@ def test_spans_of_level_two_lie_on_their_own_grid_and_leave_the_rest_of_a_batch_
     plain, both = SpanBatches(texts, **settings), SpanBatches(texts, **settings, level2_spans=4)
     for index in range(20):
         one, two = plain[index], both[index]
-        starts = two.pop("starts2")
+        starts = two.pop("span_starts")
         assert same(one, two) and starts.shape == (3, 4)
         for row, length in zip(starts, two["lengths"], strict=True):
             eligible = {s for s in (16, 32, 48) if s + 16 + 5 <= length}
             assert set(row.tolist()) == eligible, "every span is there where there is room"
-        assert all(both[index][name] is not None for name in ("starts2",)) and same(both[index], both[index])
+        assert all(both[index][name] is not None for name in ("span_starts",)) and same(both[index], both[index])
 
 
 @pytest.mark.parametrize(
@@ -263,7 +270,7 @@ class Recorder(LightningModule):
         self.weight, self.seen = torch.nn.Parameter(torch.zeros(1)), []
 
     def training_step(self, batch, index):
-        self.seen.append((batch["document"].tolist(), batch["starts"].tolist()))
+        self.seen.append((batch["document"].tolist(), batch["block_starts"].tolist()))
         return self.weight.sum()
 
     def validation_step(self, batch, index):

@@ -23,7 +23,7 @@ def document(ids: torch.Tensor, starts: list[int], domain: str = "code", text: i
     return {
         "ids": ids[None],
         "lengths": torch.tensor([len(ids)]),
-        "starts": torch.tensor([starts]),
+        "block_starts": torch.tensor([starts]),
         "domain": [domain],
         "document": torch.tensor([text]),
     }

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from megactx.evaluation.focus import BM25, FULL, GISTS, LENS, ORACLE, RANDOM, RECENCY, SURPRISE, FocusScores, bm25
+from megactx.evaluation.focus import FULL, GISTS, LENS, ORACLE, RANDOM, RECENCY, SURPRISE, FocusScores
 from megactx.evaluation.focus_report import focus_report, summarise_focus
 from megactx.evaluation.planted import NEEDED, PlantedScores, in_detail, summarise_planted
+from megactx.evaluation.policies.bm25 import Bm25, bm25
 from megactx.memory import MegaContextTree, WorkingContext
 
 
@@ -57,7 +58,7 @@ def test_a_block_is_in_detail_where_all_of_its_tokens_stand_raw():
     class Mean:
         block_size, width = 4, 2
 
-        def encode_span(self, children):
+        def encode_block(self, children):
             return children.mean(1)
 
         def offset_in(self, tokens):
@@ -72,7 +73,7 @@ def test_a_block_is_in_detail_where_all_of_its_tokens_stand_raw():
 def scores(lens: float, documents: int = 40, free: int = 9) -> FocusScores:
     generator = torch.Generator().manual_seed(0)
     full = 2 + torch.rand(documents, generator=generator)
-    worse = {FULL: 0.0, GISTS: 1.0, RECENCY: 0.8, RANDOM: 0.7, SURPRISE: 0.6, BM25: 0.3, LENS: lens}
+    worse = {FULL: 0.0, GISTS: 1.0, RECENCY: 0.8, RANDOM: 0.7, SURPRISE: 0.6, Bm25.title: 0.3, LENS: lens}
     noise = {name: 0.05 * torch.randn(documents, generator=generator) * (extra > 0) for name, extra in worse.items()}
     nll = {name: (full + extra + noise[name]).tolist() for name, extra in worse.items()}
     nll[ORACLE] = (full[:5] + 0.1).tolist()
@@ -87,7 +88,7 @@ def test_a_lensnet_that_is_better_on_every_document_is_said_to_be_and_its_regret
     numbers = summarise_focus(scores(lens=0.4), 32)
     budget = numbers["budgets"]["0.25"]
     assert budget["verdict"] == "LensNet is better than recency, random and most surprising"
-    assert budget["rows"][BM25]["lens_less"]["low"] > 0, "BM25 was better, and the table hides it"
+    assert budget["rows"][Bm25.title]["lens_less"]["low"] > 0, "BM25 was better, and the table hides it"
     assert budget["rows"][LENS]["of_gap"] == pytest.approx(0.6, abs=0.05)
     assert budget["regret"]["point"] == pytest.approx(0.3, abs=0.06) and budget["rows"][ORACLE]["documents"] == 5
     assert budget["telemetry"] == {"swap_rate": pytest.approx(0.15), "residency": 4.0}

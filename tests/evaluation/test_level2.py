@@ -41,7 +41,7 @@ def test_the_gists_below_and_their_mean_cost_what_plain_forwards_with_them_cost(
     assert len(scores) == 3
     for row, (text, s) in enumerate(zip(scores.document.tolist(), scores.start.tolist(), strict=True)):
         ids = documents()[text]["ids"][0]
-        below = torch.stack([gistnet.encode_span(base.embed(ids[None, a : a + K]))[0] for a in range(s, s + SPAN, K)])
+        below = torch.stack([gistnet.encode_block(base.embed(ids[None, a : a + K]))[0] for a in range(s, s + SPAN, K)])
         mean = plain_nll(base, ids, s, SPAN, H, below.mean(dim=0), gistnet.offset_in(SPAN))
         torch.testing.assert_close(scores.carriers["mean of its gists (raw)"][row], mean, rtol=1e-4, atol=1e-4)
         after = torch.arange(s + SPAN, s + SPAN + H)

@@ -24,7 +24,7 @@ def batches(count: int = 4) -> list[dict]:
         {
             "ids": torch.randint(3, 97, (1, 64)),
             "lengths": torch.tensor([64]),
-            "starts": torch.tensor([[8, 24, 48]]),
+            "block_starts": torch.tensor([[8, 24, 48]]),
             "domain": ["code" if i % 2 else "narrative"],
             "document": torch.tensor([i]),
         }
@@ -54,10 +54,10 @@ def test_every_row_of_the_table_equals_a_plain_forward_of_the_changed_document(b
     row = 0
     for batch in data:
         ids = batch["ids"]
-        for s in batch["starts"][0].tolist():
+        for s in batch["block_starts"][0].tolist():
             block = base.embed(ids[:, s : s + K])
             expected = {
-                "gistnet": plain(ids, s, net.encode_span(block)[0], K // 2),
+                "gistnet": plain(ids, s, net.encode_block(block)[0], K // 2),
                 "last token": plain(ids, s, block[0, -1], K - 1),
                 "untrained mean (raw)": plain(ids, s, block[0].mean(0), K // 2),
             }

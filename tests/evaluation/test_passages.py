@@ -32,7 +32,8 @@ def test_a_copy_stands_at_its_distance_and_the_rest_of_the_document_is_as_it_was
     before = documents()
     after = copies(before, K, D)
     assert [int(d["document"]) for d in after] == [0, 2]  # 17 tokens have no room for sink, block, distance and copy
-    assert after[0]["starts"].tolist() == [[4, 24]] and after[1]["starts"].tolist() == [[4]]  # 2 x 4 + 10 -> 20 apart
+    assert after[0]["block_starts"].tolist() == [[4, 24]]  # 2 x 4 + 10 -> 20 apart
+    assert after[1]["block_starts"].tolist() == [[4]]
     old, new = before[0]["ids"][0], after[0]["ids"][0]
     changed = [i for s in (4, 24) for i in range(s + K + D, s + 2 * K + D)]
     for s in (4, 24):
@@ -44,13 +45,15 @@ def test_a_copy_stands_at_its_distance_and_the_rest_of_the_document_is_as_it_was
 
 def test_the_shortest_document_with_room_for_a_copy_is_used_and_padding_is_none():
     exact, short = documents((K + 2 * K + D,)), documents((K + 2 * K + D - 1,))
-    assert copies(exact, K, D)[0]["starts"].tolist() == [[K]] and copies(short, K, D) == []
+    assert copies(exact, K, D)[0]["block_starts"].tolist() == [[K]] and copies(short, K, D) == []
     padded = {**short[0], "ids": torch.cat([short[0]["ids"], torch.zeros(1, 20, dtype=torch.long)], dim=1)}
     assert copies([padded], K, D) == []
 
 
 def test_so_many_copies_come_from_as_many_documents_as_possible():
-    counts = [sum(d["starts"].numel() for d in copies(documents((200, 60, 41)), K, D, blocks)) for blocks in (1, 3, 5)]
+    counts = [
+        sum(d["block_starts"].numel() for d in copies(documents((200, 60, 41)), K, D, blocks)) for blocks in (1, 3, 5)
+    ]
     assert counts == [1, 3, 5]
     assert len(copies(documents((200, 60, 41)), K, D, 2)) == 2
     for settings, message in (({"blocks": 0}, "blocks=0"), ({"distance": 0}, "distance=0")):
@@ -68,8 +71,8 @@ def test_copy_recovery_is_that_of_plain_forwards_with_the_first_occurrence_kept_
     full, gist, drop = [], [], []
     for made in copies(documents(), K, D):
         ids = made["ids"][0]
-        for s in made["starts"][0].tolist():
-            vector = gistnet.encode_span(base.embed(ids[None, s : s + K]))[0].detach()
+        for s in made["block_starts"][0].tolist():
+            vector = gistnet.encode_block(base.embed(ids[None, s : s + K]))[0].detach()
             full.append(plain_nll(base, ids, s, K, D + K, at=None)[D:])
             gist.append(plain_nll(base, ids, s, K, D + K, vector, K // 2 if position == "centre" else K - 1)[D:])
             drop.append(plain_nll(base, ids, s, K, D + K)[D:])
@@ -91,8 +94,8 @@ def test_a_gist_of_gists_costs_what_a_plain_forward_with_it_costs(base, position
     span = K * K
     for row, (text, s) in enumerate(zip(scores.document.tolist(), scores.start.tolist(), strict=True)):
         ids = documents()[text]["ids"][0]
-        below = torch.stack([gistnet.encode_span(base.embed(ids[None, a : a + K]))[0] for a in range(s, s + span, K)])
-        vector = gistnet.encode_span(below[None])[0].detach()
+        below = torch.stack([gistnet.encode_block(base.embed(ids[None, a : a + K]))[0] for a in range(s, s + span, K)])
+        vector = gistnet.encode_block(below[None])[0].detach()
         nll = plain_nll(base, ids, s, span, H, vector, span // 2 if position == "centre" else span - 1)
         torch.testing.assert_close(scores.carriers["gistnet"][row], nll, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(scores.full[row], plain_nll(base, ids, s, span, H, at=None), rtol=1e-4, atol=1e-4)

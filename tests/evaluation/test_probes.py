@@ -52,7 +52,7 @@ def test_each_reader_equals_a_plain_prefill_of_what_it_sees(base, gaussian_rope)
         if gaussian_rope == "damped":  # the plain prefill below has points for positions
             continue
         old = torch.arange(K, probe.asked - R, K)
-        gists = net.encode_span(torch.stack([base.embed(ids[s : s + K]) for s in old]))
+        gists = net.encode_block(torch.stack([base.embed(ids[s : s + K]) for s in old]))
         sink = (base.embed(ids[:K]), torch.arange(K))
         only = plain_nll(base, probe, [sink[0], gists], [sink[1], old + net.offset])
         assert row["gists only"]["nll"] == pytest.approx(only.item(), rel=1e-4)

@@ -56,8 +56,8 @@ def test_every_figure_of_the_dict_is_that_of_plain_forwards(base, pooling):
             if batch["domain"][0] not in domains:
                 continue
             ids = batch["ids"][0]
-            for s in batch["starts"][0].tolist():
-                own, right = (gistnet.encode_span(base.embed(ids[None, a : a + K]))[0].detach() for a in (s, s + K))
+            for s in batch["block_starts"][0].tolist():
+                own, right = (gistnet.encode_block(base.embed(ids[None, a : a + K]))[0].detach() for a in (s, s + K))
                 full = plain_nll(base, ids, s, K, H, at=None)
                 dnll.append(plain_nll(base, ids, s, K, H, own, K - 1) - full)
                 cost.append(plain_nll(base, ids, s, K, H) - full)
@@ -95,11 +95,11 @@ def test_what_is_logged_has_no_vector_and_nothing_undefined(base):
 
 def test_a_block_at_the_end_of_its_document_has_no_neighbour(base):
     data = batches()[0]
-    data["starts"] = torch.tensor([[4, 44]])  # 48 tokens: the second has no horizon, but that is asked elsewhere
+    data["block_starts"] = torch.tensor([[4, 44]])  # 48 tokens: the second has no horizon, but that is asked elsewhere
     metrics = SpaceMetrics(WIDTH)
     metrics.update(base, net(base), data)
     assert metrics.geometry.neighbours.sum() == 1 and metrics.geometry.blocks.sum() == 2
-    data["starts"] = torch.tensor([[44]])
+    data["block_starts"] = torch.tensor([[44]])
     metrics = SpaceMetrics(WIDTH)
     metrics.update(base, net(base), data)
     assert metrics.compute()["adjacent_distance"].isnan() and metrics.compute()["attention_entropy"] > 0
@@ -107,7 +107,7 @@ def test_a_block_at_the_end_of_its_document_has_no_neighbour(base):
 
 def test_padding_is_no_neighbour(base):
     data = batches()[0]
-    data |= {"lengths": torch.tensor([46]), "starts": torch.tensor([[4, 40]])}
+    data |= {"lengths": torch.tensor([46]), "block_starts": torch.tensor([[4, 40]])}
     metrics = SpaceMetrics(WIDTH)
     metrics.update(base, net(base), data)
     assert metrics.geometry.neighbours.sum() == 1
@@ -115,8 +115,8 @@ def test_padding_is_no_neighbour(base):
 
 def test_a_batch_of_several_documents_equals_its_documents_one_by_one(base):
     first, _, third = batches()
-    first["starts"] = first["starts"][:, :2]
-    both = {name: torch.cat([first[name], third[name]]) for name in ("ids", "lengths", "starts", "document")}
+    first["block_starts"] = first["block_starts"][:, :2]
+    both = {name: torch.cat([first[name], third[name]]) for name in ("ids", "lengths", "block_starts", "document")}
     both["domain"] = first["domain"] + third["domain"]
     together, apart = fed(base, net(base), [both]), fed(base, net(base), [first, third])
     for name, value in apart.items():

@@ -14,7 +14,7 @@ NEWEST = 8  # protected
 class Mean:
     block_size, width = K, 2
 
-    def encode_span(self, children):
+    def encode_block(self, children):
         return children.mean(1)
 
     def offset_in(self, tokens):

@@ -232,7 +232,7 @@ def test_nothing_happens_where_nothing_is_legal_or_wanted():
 def test_scores_that_are_no_numbers_are_refused(bad):
     context = window(tree((150, 60)), 0)
     scores = torch.zeros(context.lod.shape)
-    scores[~context.there] = bad  # of the padding nothing is read
+    scores[~context.mask] = bad  # of the padding nothing is read
     allocator = FocusAllocator()
     allocator.refocus(context, scores)
     scores[1, 0] = bad

@@ -95,7 +95,7 @@ def test_where_no_edit_opens_the_way_to_another_no_call_is_wasted_and_the_result
     values[1, 0, [0, *range((150 - NEWEST) // K, 38)]] = -1  # what stays raw in any case
 
     def opened() -> set[int]:
-        return {i // K for i in context.index[(context.lod == 0) & context.there].tolist() if values[1, 0, i // K] >= 0}
+        return {i // K for i in context.index[(context.lod == 0) & context.mask].tolist() if values[1, 0, i // K] >= 0}
 
     most_opened = len(opened()) + (context.budget - int(context.counts)) // (K - 1)
     allocator, tau = FocusAllocator(max_edits=most, protected=NEWEST), 1e-3

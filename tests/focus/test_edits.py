@@ -12,7 +12,7 @@ K = 4
 class Mean:
     block_size, width = K, 2
 
-    def encode_span(self, children):
+    def encode_block(self, children):
         return children.mean(1)
 
     def offset_in(self, tokens):

@@ -14,7 +14,7 @@ def tree():
 
 def blocks_of(context, row):
     """Level-1 blocks of a row that are raw."""
-    raw = (context.lod[row] == 0) & context.there[row]
+    raw = (context.lod[row] == 0) & context.mask[row]
     return {int(i) // K for i in context.index[row][raw]}
 
 
@@ -61,7 +61,7 @@ def test_the_oldest_blocks_become_coarse_where_gists_do_not_fit(tree):
 def test_what_is_asked_to_be_coarse_is_so_where_it_may(tree):
     coarse = torch.ones(2, int(tree.counts(2).max()), dtype=torch.bool)
     context = by_value(tree, 150, values(tree), coarse, recent=20)
-    found = context.index[0][(context.lod[0] == 2) & context.there[0]].tolist()
+    found = context.index[0][(context.lod[0] == 2) & context.mask[0]].tolist()
     assert found == list(range(1, (150 - 20) // K // K))  # not the one with the sink, none with newest tokens
 
 

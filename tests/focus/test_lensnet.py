@@ -5,8 +5,8 @@ import torch
 from windows import VOCABULARY, WIDTH, K, gistnet, small_base, tree_of, window
 
 from megactx.focus import moves
-from megactx.focus.content import contents
 from megactx.focus.lensnet import QUESTIONS, LensNet, _alike, masked
+from megactx.focus.mean_embeddings import window_mean_embeddings
 from megactx.memory import MegaContextTree, WorkingContext
 
 
@@ -44,30 +44,30 @@ def test_the_value_of_an_old_entry_depends_on_the_newest_tokens(base, head, laye
 @torch.no_grad()
 def test_the_padding_is_neither_read_nor_valued(base):
     context = window(tree_of(base))
-    net, there = lens(), context.there
-    assert not there.all()
-    arguments = context.lods(), context.ends()[:, None] - context.positions(), there
-    entries, content = context.to_tensor(), contents(context)
-    plain = net(entries, *arguments, content)
-    filled, other = (torch.where(there[..., None], x, torch.nan) for x in (entries, content))
-    far = torch.where(there, arguments[1], 7)
-    torch.testing.assert_close(net(filled, arguments[0], far, there, other), plain)
-    assert (plain[~there] == 0).all() and (plain[there] != 0).all()
+    net, mask = lens(), context.mask
+    assert not mask.all()
+    arguments = context.lods(), context.ends()[:, None] - context.positions(), mask
+    entries, mean_embeddings = context.to_tensor(), window_mean_embeddings(context)
+    plain = net(entries, *arguments, mean_embeddings)
+    filled, other = (torch.where(mask[..., None], x, torch.nan) for x in (entries, mean_embeddings))
+    far = torch.where(mask, arguments[1], 7)
+    torch.testing.assert_close(net(filled, arguments[0], far, mask, other), plain)
+    assert (plain[~mask] == 0).all() and (plain[mask] != 0).all()
     for row, length in enumerate(context.lengths.tolist()):  # and each row is read on its own
-        alone = net(*(t[row : row + 1, :length] for t in (entries, *arguments, content)))
+        alone = net(*(t[row : row + 1, :length] for t in (entries, *arguments, mean_embeddings)))
         torch.testing.assert_close(alone[0], plain[row, :length], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_the_content_of_an_entry_is_the_mean_embedding_of_its_tokens(base):
     context = window(tree_of(base))
-    found, tokens = contents(context), context.tree.tokens.long()
+    found, tokens = window_mean_embeddings(context), context.tree.tokens.long()
     for row in (0, 1):
         for column in range(int(context.counts[row])):
             start, width = int(context.starts()[row, column]), int(context.widths()[row, column])
             mean = base.embed(tokens[row, start : start + width]).mean(0)
             torch.testing.assert_close(found[row, column], mean)
-    assert (found[~context.there] == 0).all()
+    assert (found[~context.mask] == 0).all()
 
 
 @torch.no_grad()
@@ -151,8 +151,8 @@ def test_a_setting_that_is_not_allowed_is_named(settings, message):
 def test_a_raw_block_is_judged_as_a_whole_by_its_likeness_and_its_left_neighbours_to_the_newest_entries(base):
     """Against loops over blocks; QUESTIONS are longer than these windows but for the first."""
     context, net = window(tree_of(base)), lens()
-    content = contents(context)
-    special, like = _alike(content, context.lods(), context.there, K)
+    mean_embeddings = window_mean_embeddings(context)
+    special, like = _alike(mean_embeddings, context.lods(), context.mask, K)
     for row in (0, 1):
         length, blocks, begins, column = int(context.counts[row]), [], [], 0
         while column < length:
@@ -160,7 +160,7 @@ def test_a_raw_block_is_judged_as_a_whole_by_its_likeness_and_its_left_neighbour
             size = 1
             while raw and size < K and column + size < length and context.lod[row, column + size] == 0:
                 size += 1
-            blocks.append(content[row, column : column + size].mean(0))
+            blocks.append(mean_embeddings[row, column : column + size].mean(0))
             begins.append((column, size, size / K if raw else 1.0))
             column += size
         weight = torch.tensor([w for *_, w in begins])[:, None] / sum(w for *_, w in begins)
@@ -168,7 +168,7 @@ def test_a_raw_block_is_judged_as_a_whole_by_its_likeness_and_its_left_neighbour
         mean = (blocks * weight).sum(0)
         expected = []
         for n in QUESTIONS:
-            question = (content[row, max(0, length - n) : length] - mean).sum(0)
+            question = (mean_embeddings[row, max(0, length - n) : length] - mean).sum(0)
             cosine = torch.cosine_similarity(blocks - mean, question[None], dim=-1)[:, None]
             cosine = cosine - (cosine * weight).sum(0)
             expected.append(cosine / (cosine.square() * weight).sum(0).sqrt())
@@ -179,4 +179,4 @@ def test_a_raw_block_is_judged_as_a_whole_by_its_likeness_and_its_left_neighbour
                 before = expected[number - 1] if number else torch.zeros(3)
                 torch.testing.assert_close(like[row, place, 3:], before, rtol=1e-3, atol=1e-3)
         assert torch.equal(net.likeness(context)[row, :length], like[row, :length].amax(-1))
-    assert (like[~context.there] == 0).all() and (special[~context.there] == 0).all()
+    assert (like[~context.mask] == 0).all() and (special[~context.mask] == 0).all()

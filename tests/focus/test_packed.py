@@ -6,7 +6,7 @@ from windows import VOCABULARY, K, gistnet, small_base
 
 from megactx.focus.lensnet import LensNet
 from megactx.focus.packed import Windows, accumulated, continuation_loss, encode_shown, unique_windows
-from megactx.focus.variants import focus_losses, make_variants, same_rows
+from megactx.focus.window_variants import focus_losses, make_variants, same_rows
 from megactx.lm.adapters import adapt, adapters_of
 from megactx.lm.prefill import unread
 from megactx.memory import WorkingContext
@@ -36,10 +36,10 @@ def parts(lora: bool = False, rows: tuple = (3, 9), **settings):
 def packed_loss(base, net, context: WorkingContext, ids, step: int, objective="delta_nll", recompute=False):
     """-> (sum of the losses of all windows, NLL [N, H])."""
     windows, targets = Windows.of(context), ids[TOKENS:]
-    teacher = unread(ids[None, :TOKENS])
+    prefill = unread(ids[None, :TOKENS])
     with torch.no_grad():
         full = base(base.embed(ids[None, :-1]), None)[0, TOKENS - 1 :]
-    gists = encode_shown(net, base, teacher, windows.nodes, recompute)
+    gists = encode_shown(net, base, prefill, windows.nodes, recompute)
 
     def run(part, gists):
         loss, nll = continuation_loss(base, windows[part].read(base, gists, targets, net), full, targets, objective)
@@ -56,7 +56,7 @@ def plain_losses(base, net, context: WorkingContext, ids) -> list[torch.Tensor]:
         vectors, positions, sigmas = [], [], []
         for lod, index in zip(context.lod[row, :count].tolist(), context.index[row, :count].tolist(), strict=True):
             tokens = base.embed(ids[index * k**lod : (index + 1) * k**lod][None])
-            vectors.append(tokens[0, 0] if lod == 0 else net.encode_level(tokens, lod)[0])
+            vectors.append(tokens[0, 0] if lod == 0 else net.encode_lod(tokens, lod)[0])
             positions.append(index if lod == 0 else index * k**lod + net.offset_in(k**lod))
             sigma = net.sigma(lod) if lod else None
             sigmas.append(torch.zeros(()) if sigma is None else sigma)

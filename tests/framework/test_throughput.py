@@ -164,15 +164,15 @@ def test_the_formula_for_gists_is_what_the_passes_do_apart_from_attention(base):
     nets = nn.ModuleDict({name: GistNet(64, 1.0, type="mean", head="linear", skip="none") for name in ("a", "b")})
     ids, starts = torch.randint(512, (2, 256)), torch.tensor([[32, 96, 160]]).expand(2, -1)
     with Products() as counter:
-        teacher = prefill(base, ids)
+        read = prefill(base, ids)
         vectors = base.embed(blocks(ids, starts, 32)).flatten(0, 1)
-        gists = torch.stack([net.encode_span(vectors).view(2, 3, -1) for net in nets.values()])
-        hidden = substituted(base, teacher, starts, gists, [16, 16], 32, 32)
-        after = rows_at(teacher.hidden, starts + 31, 32).flatten(0, 2)
+        gists = torch.stack([net.encode_block(vectors).view(2, 3, -1) for net in nets.values()])
+        hidden = substituted(base, read, starts, gists, [16, 16], 32, 32)
+        after = rows_at(read.hidden, starts + 31, 32).flatten(0, 2)
         loss, _ = score(base, hidden.flatten(1, 3), after, blocks(ids, starts + 32, 32).flatten())
         loss.mean().backward()
     work = Work.of_gists(base, nets, [Block()], 32, (0, 0))
-    batch = {"ids": ids, "lengths": torch.tensor([256, 256]), "starts": starts}
+    batch = {"ids": ids, "lengths": torch.tensor([256, 256]), "block_starts": starts}
     linear = Work(work.body, work.head, 0, work.carriers, work.horizon, work.nets)
     assert float(linear(batch)) == pytest.approx(counter.flops, rel=0.02)
     # Attention: L A (2 T^2 per document, 8 columns per row of a branch), by a plain loop.

@@ -33,14 +33,14 @@ def test_the_designs_six_heads_are_there():
 def test_a_fresh_gist_depends_on_every_token_of_its_block_and_has_the_scale_of_a_token(pooling, head, layers):
     gistnet = net(pooling=pooling, head=head, layers=layers, skip="none").eval()
     x = embeddings()
-    gist = gistnet.encode_span(x)
+    gist = gistnet.encode_block(x)
     assert gist.shape == (6, WIDTH) and gist.dtype == torch.float32
     assert gist.pow(2).mean().sqrt().item() == pytest.approx(RMS, rel=0.05)
     assert gist.std(dim=0).max() > 0.1 * RMS, "the gist is a constant"
     for token in range(K):
         changed = x.clone()
         changed[:, token] = embeddings(12)[6:, token]
-        moved = (gistnet.encode_span(changed) - gist).abs().amax(dim=1)
+        moved = (gistnet.encode_block(changed) - gist).abs().amax(dim=1)
         assert (moved > 1e-6).all(), f"token {token} does not reach the gist"
 
 
@@ -49,7 +49,7 @@ def test_a_fresh_gist_depends_on_every_token_of_its_block_and_has_the_scale_of_a
 def test_a_skip_starts_at_what_it_skips_and_sees_every_token_once_its_correction_moves(type, skip):
     gistnet = net(type=type, skip=skip)
     x = embeddings()
-    start = gistnet.encode_span(x)
+    start = gistnet.encode_block(x)
     if skip == "last":
         torch.testing.assert_close(start, x[:, -1])
     else:
@@ -57,18 +57,18 @@ def test_a_skip_starts_at_what_it_skips_and_sees_every_token_once_its_correction
     start.pow(3).sum().backward()
     assert gistnet.head.last.weight.grad.abs().max() > 0
     torch.nn.init.normal_(gistnet.head.last.weight, std=0.1)
-    gist = gistnet.encode_span(x)
+    gist = gistnet.encode_block(x)
     for token in range(K):
         changed = x.clone()
         changed[:, token] *= -1
-        assert ((gistnet.encode_span(changed) - gist).abs().amax(dim=1) > 1e-6).all()
+        assert ((gistnet.encode_block(changed) - gist).abs().amax(dim=1) > 1e-6).all()
 
 
 def test_every_parameter_gets_a_gradient():
     for pooling in POOLINGS:
         for head in HEADS:
             gistnet = net(pooling=pooling, head=head, skip="none")
-            gistnet.encode_span(embeddings()).pow(3).sum().backward()
+            gistnet.encode_block(embeddings()).pow(3).sum().backward()
             dead = [name for name, p in gistnet.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
             assert not dead, f"{pooling} x {head}: no gradient reaches {dead}"
 
@@ -82,7 +82,7 @@ def test_cls_is_prepended_exactly_once():
 def test_blocks_are_encoded_independently_of_their_batch():
     gistnet = net(skip="none").eval()
     x = embeddings()
-    torch.testing.assert_close(gistnet.encode_span(x)[2:3], gistnet.encode_span(x[2:3]), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gistnet.encode_block(x)[2:3], gistnet.encode_block(x[2:3]), rtol=1e-5, atol=1e-7)
 
 
 @torch.no_grad()
@@ -130,21 +130,12 @@ def test_a_net_without_a_backbone_attends_nowhere():
 def test_a_gist_of_a_level_is_the_gist_of_the_gists_below():
     gistnet = net(skip="none")
     x = torch.randn(3, K * K, WIDTH) * RMS
-    below = torch.stack([gistnet.encode_span(x[:, i * K : (i + 1) * K]) for i in range(K)], dim=1)
-    torch.testing.assert_close(gistnet.encode_level(x, 2), gistnet.encode_span(below))
-    torch.testing.assert_close(gistnet.encode_level(x[:, :K], 1), gistnet.encode_span(x[:, :K]))
-    for tokens, level in ((K, 2), (K * K, 1), (K, 0)):
-        with pytest.raises(ValueError, match=f"stands for {K}.{level} embeddings, not {tokens}"):
-            gistnet.encode_level(x[:, :tokens], level)
-
-
-def test_a_block_of_one_token_and_gists_of_gists_are_encoded():
-    torch.manual_seed(0)
-    one = GistNet(WIDTH, RMS, block_size=1, num_heads=4)
-    assert one.encode_span(embeddings()[:, :1]).shape == (6, WIDTH)
-    gistnet = net(skip="none")
-    level1 = gistnet.encode_span(embeddings(K))
-    assert gistnet.encode_span(level1[None]).shape == (1, WIDTH)
+    below = torch.stack([gistnet.encode_block(x[:, i * K : (i + 1) * K]) for i in range(K)], dim=1)
+    torch.testing.assert_close(gistnet.encode_lod(x, 2), gistnet.encode_block(below))
+    torch.testing.assert_close(gistnet.encode_lod(x[:, :K], 1), gistnet.encode_block(x[:, :K]))
+    for tokens, lod in ((K, 2), (K * K, 1), (K, 0)):
+        with pytest.raises(ValueError, match=f"stands for {K}.{lod} embeddings, not {tokens}"):
+            gistnet.encode_lod(x[:, :tokens], lod)
 
 
 @pytest.mark.parametrize(
@@ -169,12 +160,12 @@ def test_a_setting_that_is_not_allowed_is_named(settings, message):
 @pytest.mark.parametrize("shape", [(2, K + 1, WIDTH), (2, K, WIDTH + 1), (K, WIDTH)])
 def test_embeddings_of_a_wrong_shape_are_refused(shape):
     with pytest.raises(ValueError, match="expected"):
-        net().encode_span(torch.zeros(shape))
+        net().encode_block(torch.zeros(shape))
 
 
 def test_token_ids_in_place_of_embeddings_are_refused():
     with pytest.raises(ValueError, match="dtype"):
-        net().encode_span(torch.zeros(2, K, WIDTH, dtype=torch.long))
+        net().encode_block(torch.zeros(2, K, WIDTH, dtype=torch.long))
 
 
 def test_position_is_the_centre_or_the_end_of_the_block():
@@ -216,7 +207,7 @@ def test_forward_gives_gradient_to_both_sides_of_a_pair():
     gistnet = net(skip="none")
     x, y = embeddings().requires_grad_(), (embeddings() * 1.01).requires_grad_()
     gists, terms = gistnet(x, y, margin=0.2)
-    torch.testing.assert_close(gists, gistnet.encode_span(x))
+    torch.testing.assert_close(gists, gistnet.encode_block(x))
     terms["contrastive"].backward()
     assert x.grad.abs().max() > 0 and y.grad.abs().max() > 0
 
@@ -224,24 +215,28 @@ def test_forward_gives_gradient_to_both_sides_of_a_pair():
 def test_one_set_of_weights_serves_every_level_and_the_levels_below_are_there():
     gistnet = net().eval()
     x = torch.randn(2, K**2, WIDTH, generator=torch.Generator().manual_seed(1)) * RMS
-    below, top = gistnet.encode_levels(x, 2)
+    below, top = gistnet.encode_lods(x, 2)
     assert below.shape == (2, K, WIDTH) and top.shape == (2, 1, WIDTH)
     for index in range(K):
-        torch.testing.assert_close(below[:, index], gistnet.encode_span(x[:, index * K : (index + 1) * K]))
-    torch.testing.assert_close(top[:, 0], gistnet.encode_span(below))
-    assert torch.equal(gistnet.encode_level(x, 2), top[:, 0]) and not gistnet.above
+        torch.testing.assert_close(below[:, index], gistnet.encode_block(x[:, index * K : (index + 1) * K]))
+    torch.testing.assert_close(top[:, 0], gistnet.encode_block(below))
+    assert torch.equal(gistnet.encode_lod(x, 2), top[:, 0]) and not gistnet.above
 
 
 def test_gists_of_gists_can_have_weights_of_their_own():
     shared, apart = net(skip="none").eval(), net(skip="none", levels=2).eval()
     x = torch.randn(2, K**2, WIDTH, generator=torch.Generator().manual_seed(1)) * RMS
-    one, two = shared.encode_levels(x, 2), apart.encode_levels(x, 2)
+    one, two = shared.encode_lods(x, 2), apart.encode_lods(x, 2)
     assert torch.equal(one[0], two[0]), "the first level changed"
     assert not torch.allclose(one[1], two[1], rtol=0.1)
-    torch.testing.assert_close(two[1][:, 0], apart.above[0].encode_span(two[0]))
+    torch.testing.assert_close(two[1][:, 0], apart.above[0].encode_block(two[0]))
     two[1].square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in apart.parameters()), "both levels are trained"
-    high = net(skip="none", levels=2).eval().encode_levels(torch.randn(1, K**3, WIDTH) * RMS, 3)
-    torch.testing.assert_close(high[2][:, 0], apart.above[0].encode_span(high[1]))  # beyond the last: shared
+    high = net(skip="none", levels=2).eval().encode_lods(torch.randn(1, K**3, WIDTH) * RMS, 3)
+    torch.testing.assert_close(high[2][:, 0], apart.above[0].encode_block(high[1]))  # beyond the last: shared
     with pytest.raises(ValueError, match="gistnet.levels=0"):
         net(levels=0)
+
+
+def test_a_block_is_encoded_under_the_name_of_the_design_too():
+    assert GistNet.encode_span is GistNet.encode_block

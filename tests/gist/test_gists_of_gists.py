@@ -17,17 +17,17 @@ def test_loss_and_gradients_of_gists_of_gists_equal_plain_forwards(kind, mode):
     torch.manual_seed(1)
     net = GistNet(WIDTH, base.embedding_rms(), block_size=k, skip="none", position="end", gaussian_rope=mode)
     ids, starts, span = torch.randint(3, 97, (1, 60)), torch.tensor([[16, 32]]), k**2
-    teacher = prefill(base, ids)
-    gists = net.encode_level(base.embed(blocks(ids, starts, span)).flatten(0, 1), 2).view(1, 1, 2, WIDTH)
-    hidden = substituted(base, teacher, starts, gists, [net.offset_in(span)], span, horizon, [net.sigma(2)])
+    read = prefill(base, ids)
+    gists = net.encode_lod(base.embed(blocks(ids, starts, span)).flatten(0, 1), 2).view(1, 1, 2, WIDTH)
+    hidden = substituted(base, read, starts, gists, [net.offset_in(span)], span, horizon, [net.sigma(2)])
     (hidden.square() * torch.linspace(0, 1, WIDTH)).mean().backward()  # the mean alone is that of the final norm
     gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
     net.zero_grad()
 
     plain = []
     for s in starts[0].tolist():
-        below = [net.encode_span(base.embed(ids[:, a : a + k])) for a in range(s, s + span, k)]
-        gist = net.encode_span(torch.stack(below, dim=1))
+        below = [net.encode_block(base.embed(ids[:, a : a + k])) for a in range(s, s + span, k)]
+        gist = net.encode_block(torch.stack(below, dim=1))
         x = torch.cat([base.embed(ids[:, :s]), gist[:, None], base.embed(ids[:, s + span : s + span + 4])], dim=1)
         positions = torch.cat([torch.arange(s), torch.arange(s + span - 1, s + span + 4)])[None]
         sigma = net.sigma(2)

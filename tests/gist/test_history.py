@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megactx.gist import GistNet
-from megactx.gist.carrier import Vectors
+from megactx.gist.carrier import SoftTokens
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.history import check_segments, continued, old_blocks, with_carriers, with_nothing
 from megactx.lm import masks
@@ -27,7 +27,7 @@ def setting(make_base):
 
 def gists(net, base, ids, starts):
     old = old_blocks(starts, K, R)
-    return Vectors(net.encode_span(base.embed(blocks(ids, old, K)).flatten(0, 1)).view(*old.shape, -1), net.offset)
+    return SoftTokens(net.encode_block(base.embed(blocks(ids, old, K)).flatten(0, 1)).view(*old.shape, -1), net.offset)
 
 
 def fresh(base, rows, positions, keep):
@@ -38,7 +38,7 @@ def fresh(base, rows, positions, keep):
 def plain(base, net, ids, start):
     """One segment on its own: a fresh prefill of the sink, the gists of the blocks in between, the raw tokens."""
     old = torch.arange(K, start - R, K)
-    vectors = net.encode_span(torch.stack([base.embed(ids[None])[0, s : s + K] for s in old]))
+    vectors = net.encode_block(torch.stack([base.embed(ids[None])[0, s : s + K] for s in old]))
     raw = torch.arange(start - R, start + S - 1)
     rows = [base.embed(ids[:K]), vectors, base.embed(ids[raw])]
     return fresh(base, rows, [torch.arange(K), old + net.offset, raw], S)
@@ -47,10 +47,10 @@ def plain(base, net, ids, start):
 @pytest.mark.parametrize("position", ["centre", "end"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_and_gradients_equal_a_fresh_prefill_per_segment(setting, kind, position):
-    base, ids, starts, teacher = setting(kind)
+    base, ids, starts, prefill = setting(kind)
     net = GistNet(WIDTH, base.embedding_rms(), block_size=K, skip="none", position=position)
 
-    hidden = with_carriers(base, teacher, starts, gists(net, base, ids, starts), K, S, R)
+    hidden = with_carriers(base, prefill, starts, gists(net, base, ids, starts), K, S, R)
     weights = torch.randn_like(hidden)
     (hidden * weights).sum().backward()
     gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
@@ -67,8 +67,8 @@ def test_states_and_gradients_equal_a_fresh_prefill_per_segment(setting, kind, p
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_carriers_it_is_a_prefill_of_the_sink_and_the_raw_tokens(setting, kind):
-    base, ids, starts, teacher = setting(kind)
-    hidden = with_nothing(base, teacher, starts, K, S, R)
+    base, ids, starts, prefill = setting(kind)
+    hidden = with_nothing(base, prefill, starts, K, S, R)
     for b, n in ((0, 1), (1, 0)):
         raw = torch.arange(int(starts[b, n]) - R, int(starts[b, n]) + S - 1)
         rows, positions = [base.embed(ids[b, :K]), base.embed(ids[b, raw])], [torch.arange(K), raw]
@@ -79,7 +79,7 @@ def test_without_carriers_it_is_a_prefill_of_the_sink_and_the_raw_tokens(setting
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sliding_mask_over_one_pass_is_not_the_same(setting, kind):
     """The shortcut that the branches are there to avoid: raw rows computed once, each seeing the last R of them."""
-    base, ids, starts, teacher = setting(kind)
+    base, ids, starts, prefill = setting(kind)
     net = GistNet(WIDTH, base.embedding_rms(), block_size=K, skip="none")
     start = int(starts[0, 1])
     old = torch.arange(K, start - R, K)
@@ -99,18 +99,18 @@ def test_a_sliding_mask_over_one_pass_is_not_the_same(setting, kind):
 @torch.no_grad()
 def test_a_carrier_of_one_token_blocks_that_loses_nothing_gives_the_full_context(setting):
     """AvgPool with K = 1 keeps each token's own keys and values."""
-    base, ids, starts, teacher = setting("llama")
+    base, ids, starts, prefill = setting("llama")
     pool = AvgPool(block_size=1)
-    hidden = with_carriers(base, teacher, starts, pool.compress(base, teacher, old_blocks(starts, 1, R)), 1, S, R)
-    full = torch.stack([torch.stack([teacher.hidden[b, s - 1 : s - 1 + S] for s in starts[b]]) for b in range(2)])
+    hidden = with_carriers(base, prefill, starts, pool.compress(base, prefill, old_blocks(starts, 1, R)), 1, S, R)
+    full = torch.stack([torch.stack([prefill.hidden[b, s - 1 : s - 1 + S] for s in starts[b]]) for b in range(2)])
     torch.testing.assert_close(hidden, full, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_padding_and_other_segments_change_nothing(setting):
-    base, ids, starts, teacher = setting("llama")
+    base, ids, starts, read = setting("llama")
     net = GistNet(WIDTH, base.embedding_rms(), block_size=K, skip="none")
-    both = with_carriers(base, teacher, starts, gists(net, base, ids, starts), K, S, R)
+    both = with_carriers(base, read, starts, gists(net, base, ids, starts), K, S, R)
     for b in range(2):
         one = starts[b : b + 1, :1]
         short = prefill(base, ids[b : b + 1, : int(one) + S])
@@ -136,8 +136,8 @@ def test_segments_that_do_not_fit_are_refused_by_name(starts, segment, recency, 
 
 @torch.no_grad()
 def test_more_raw_tokens_than_the_window_are_the_same_pass_with_a_longer_window(setting):
-    base, ids, starts, teacher = setting("llama")
-    longer = with_nothing(base, teacher, starts, K, S, R + 8)
+    base, ids, starts, prefill = setting("llama")
+    longer = with_nothing(base, prefill, starts, K, S, R + 8)
     columns = torch.full_like(starts, K)
-    torch.testing.assert_close(longer, continued(base, teacher, starts, teacher.cache, columns, R + 8, S))
-    assert (longer - with_nothing(base, teacher, starts, K, S, R)).abs().max() > 1e-3
+    torch.testing.assert_close(longer, continued(base, prefill, starts, prefill.cache, columns, R + 8, S))
+    assert (longer - with_nothing(base, prefill, starts, K, S, R)).abs().max() > 1e-3

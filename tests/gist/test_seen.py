@@ -64,7 +64,7 @@ def test_where_the_document_has_not_begun_there_is_nothing_to_see(base, ids):
 @pytest.mark.parametrize("pooling", ["mean", "query", "cls"])
 def test_without_context_what_is_seen_is_the_block(base, ids, pooling):
     encoder, starts = net(base, pooling=pooling), torch.tensor([[16, 40], [K, 80]])
-    plain = encoder.encode_span(torch.stack([base.embed(ids[b, s : s + K]) for b in range(2) for s in starts[b]]))
+    plain = encoder.encode_block(torch.stack([base.embed(ids[b, s : s + K]) for b in range(2) for s in starts[b]]))
     torch.testing.assert_close(encoder.compress(base, unread(ids), starts).vectors.flatten(0, 1), plain)
 
 

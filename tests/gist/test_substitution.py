@@ -54,12 +54,12 @@ def loop(base, ids, starts, horizon, gist_of, offset, sigma=None):
 
 
 def packed(base, ids, starts, horizon, vectors, offset, objective="kl", sigma=None):
-    teacher = prefill(base, ids)
-    hidden = substituted(base, teacher, starts, vectors, [offset] * len(vectors), K, horizon, [sigma] * len(vectors))
+    read = prefill(base, ids)
+    hidden = substituted(base, read, starts, vectors, [offset] * len(vectors), K, horizon, [sigma] * len(vectors))
     return score(
         base,
         hidden.flatten(1, 3),
-        rows_at(teacher.hidden, starts + K - 1, horizon).flatten(0, 2),
+        rows_at(read.hidden, starts + K - 1, horizon).flatten(0, 2),
         blocks(ids, starts + K, horizon).flatten(),
         objective,
     )
@@ -77,12 +77,12 @@ def test_loss_and_every_gistnet_gradient_equal_the_loop(kind, horizon, position)
     ids = ids[:, : last + K + horizon]  # the last block's horizon ends with the document
 
     embedded = base.embed(blocks(ids, starts, K)).flatten(0, 1)
-    loss, numbers = packed(base, ids, starts, horizon, net.encode_span(embedded).view(1, 2, 3, WIDTH), net.offset)
+    loss, numbers = packed(base, ids, starts, horizon, net.encode_block(embedded).view(1, 2, 3, WIDTH), net.offset)
     loss.mean().backward()
     gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
     net.zero_grad()
 
-    plain, nll, full = loop(base, ids, starts, horizon, net.encode_span, net.offset)
+    plain, nll, full = loop(base, ids, starts, horizon, net.encode_block, net.offset)
     plain.mean().backward()
     torch.testing.assert_close(loss[0].view_as(plain), plain, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(numbers["nll"][0].view_as(nll), nll, rtol=1e-4, atol=1e-5)
@@ -99,14 +99,14 @@ def test_with_gaussian_rope_loss_and_every_gradient_equal_the_loop_too(kind, mod
     net = gist_net(base, "end", gaussian_rope=mode)
     ids, starts = torch.randint(3, 97, (2, 90)), torch.tensor([[64, 8], [32, 40]])
     embedded = base.embed(blocks(ids, starts, K)).flatten(0, 1)
-    vectors = net.encode_span(embedded).view(1, 2, 2, WIDTH)
+    vectors = net.encode_block(embedded).view(1, 2, 2, WIDTH)
     loss, _ = packed(base, ids, starts, horizon, vectors, net.offset, sigma=net.sigma(1))
     loss.mean().backward()
     gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
     assert ("spread.log_scale" in gradients) == (mode == "learned")
     net.zero_grad()
 
-    plain, _, _ = loop(base, ids, starts, horizon, net.encode_span, net.offset, net.sigma(1))
+    plain, _, _ = loop(base, ids, starts, horizon, net.encode_block, net.offset, net.sigma(1))
     plain.mean().backward()
     torch.testing.assert_close(loss[0].view_as(plain), plain, rtol=1e-4, atol=1e-6)
     for name, p in net.named_parameters():
@@ -120,9 +120,9 @@ def test_with_gaussian_rope_loss_and_every_gradient_equal_the_loop_too(kind, mod
 def test_a_carrier_whose_position_is_a_point_is_the_same_beside_one_whose_position_is_wide():
     base, horizon = small("llama"), 6
     ids, starts = torch.randint(3, 97, (1, 60)), torch.tensor([[16, 40]])
-    vectors, teacher = torch.randn(2, 1, 2, WIDTH), prefill(base, ids)
-    points = substituted(base, teacher, starts, vectors, [7, 7], K, horizon)
-    mixed = substituted(base, teacher, starts, vectors, [7, 7], K, horizon, [None, torch.tensor(2.3)])
+    vectors, read = torch.randn(2, 1, 2, WIDTH), prefill(base, ids)
+    points = substituted(base, read, starts, vectors, [7, 7], K, horizon)
+    mixed = substituted(base, read, starts, vectors, [7, 7], K, horizon, [None, torch.tensor(2.3)])
     assert torch.equal(points[0], mixed[0]) and not torch.allclose(points[1], mixed[1], rtol=1e-3)
 
 
@@ -131,8 +131,8 @@ def test_a_carrier_whose_position_is_a_point_is_the_same_beside_one_whose_positi
 def test_the_dropped_block_equals_the_loop_without_it(kind):
     base, horizon = small(kind), 12
     ids, starts = torch.randint(3, 97, (2, 90)), torch.tensor([[8, 64], [32, 40]])
-    teacher = prefill(base, ids)
-    hidden = dropped(base, teacher, starts, K, horizon)
+    read = prefill(base, ids)
+    hidden = dropped(base, read, starts, K, horizon)
     targets = blocks(ids, starts + K, horizon).flatten()
     _, numbers = score(base, hidden.flatten(0, 2)[None], hidden.flatten(0, 2), targets)
     _, nll, _ = loop(base, ids, starts, horizon, lambda block: None, 0)
@@ -144,9 +144,9 @@ def test_the_true_tokens_block_in_place_of_the_gist_costs_nothing():
     """With K = 1 the last token as the gist is the uncompressed model: dNLL and KL are 0."""
     base, horizon = small("llama"), 6
     ids, starts = torch.randint(3, 97, (1, 30)), torch.tensor([[4, 9]])
-    teacher = prefill(base, ids)
-    hidden = substituted(base, teacher, starts, base.embed(ids.gather(1, starts))[None], [0], 1, horizon)
-    same = rows_at(teacher.hidden, starts, horizon)
+    read = prefill(base, ids)
+    hidden = substituted(base, read, starts, base.embed(ids.gather(1, starts))[None], [0], 1, horizon)
+    same = rows_at(read.hidden, starts, horizon)
     torch.testing.assert_close(hidden[0], same, rtol=1e-4, atol=1e-5)
 
 
@@ -154,13 +154,13 @@ def test_delta_nll_has_the_gradient_of_cross_entropy():
     base, horizon = small("llama"), 5
     net = gist_net(base, "end")
     ids, starts = torch.randint(3, 97, (1, 60)), torch.tensor([[16, 40]])
-    vectors = net.encode_span(base.embed(blocks(ids, starts, K)).flatten(0, 1)).view(1, 1, 2, WIDTH)
+    vectors = net.encode_block(base.embed(blocks(ids, starts, K)).flatten(0, 1)).view(1, 1, 2, WIDTH)
     loss, numbers = packed(base, ids, starts, horizon, vectors, net.offset, "delta_nll")
     torch.testing.assert_close(loss[0].detach(), numbers["nll"][0] - numbers["full"])
     loss.mean().backward()
     got = net.head.last.weight.grad.clone()
     net.zero_grad()
-    _, nll, _ = loop(base, ids, starts, horizon, net.encode_span, net.offset)
+    _, nll, _ = loop(base, ids, starts, horizon, net.encode_block, net.offset)
     nll.mean().backward()
     torch.testing.assert_close(got, net.head.last.weight.grad, rtol=1e-4, atol=1e-7)
 
@@ -171,7 +171,7 @@ def test_branches_of_different_chunks_carriers_and_documents_do_not_touch_each_o
     vectors = torch.randn(3, 2, 5, WIDTH) * base.embedding_rms()
     with torch.no_grad():
         whole = substituted(base, prefill(base, ids), starts, vectors, [4, 7, 4], K, 10)
-        monkeypatch.setattr("megactx.lm.branches.ROWS_PER_GROUP", {"cpu": 10})
+        monkeypatch.setattr("megactx.lm.packed_attention.ROWS_PER_GROUP", {"cpu": 10})
         apart = substituted(base, prefill(base, ids), starts, vectors, [4, 7, 4], K, 10)
         torch.testing.assert_close(apart, whole, rtol=1e-4, atol=1e-5)
         alone = substituted(base, prefill(base, ids[1:]), starts[1:, 2:3], vectors[1:2, 1:, 2:3], [7], K, 10)
@@ -271,7 +271,7 @@ def test_a_model_whose_attention_cannot_be_replaced_is_refused(monkeypatch):
 
     base = small("llama")
     ids, starts = torch.randint(3, 97, (1, 40)), torch.tensor([[8]])
-    teacher = prefill(base, ids)
+    read = prefill(base, ids)
     monkeypatch.setattr("transformers.models.llama.modeling_llama.ALL_ATTENTION_FUNCTIONS", Other)
     with pytest.raises(ValueError, match="llama does not use transformers' attention interface"):
-        substituted(base, teacher, starts, torch.zeros(1, 1, 1, WIDTH), [7], K, 4)
+        substituted(base, read, starts, torch.zeros(1, 1, 1, WIDTH), [7], K, 4)

@@ -132,8 +132,8 @@ def test_a_missing_folder_is_a_clear_error(tmp_path):
 
 
 def test_branch_mask_lets_a_row_see_its_prefix_and_earlier_rows_of_its_own_branch_only():
-    prefix = torch.tensor([[2, 4]])
-    mask = masks.branches(prefix, rows=2, columns=5)[0, 0].int().tolist()
+    cache_len = torch.tensor([[2, 4]])
+    mask = masks.branches(cache_len, rows=2, columns=5)[0, 0].int().tolist()
     assert mask == [
         [1, 1, 0, 0, 0, 1, 0, 0, 0],
         [1, 1, 0, 0, 0, 1, 1, 0, 0],

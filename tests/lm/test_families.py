@@ -8,7 +8,7 @@ from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.gisting import Gisting
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapt, adapters_of, merged
-from megactx.lm.layers import keys_values, recorded
+from megactx.lm.kv_hooks import keys_values, recorded
 from megactx.lm.prefill import prefill
 
 GPT2 = dict(model_type="gpt2", vocab_size=97, n_embd=64, n_layer=3, n_head=4, n_positions=128)
@@ -54,13 +54,13 @@ def test_states_are_recorded_in_every_family(config):
 @torch.no_grad()
 def test_keys_and_values_of_gpt_neox_are_those_that_it_caches():
     base = base_of(NEOX)
-    teacher = prefill(base, IDS, with_states=True)
+    read = prefill(base, IDS, with_states=True)
     positions = torch.arange(IDS.shape[1])[None]
-    made = keys_values(base.model.get_decoder(), teacher.states[:-1], positions)
-    for mine, theirs in zip(made, teacher.cache, strict=True):
+    made = keys_values(base.model.get_decoder(), read.states[:-1], positions)
+    for mine, theirs in zip(made, read.cache, strict=True):
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    Gisting(base, 4, rank=4).compress(base, teacher, torch.tensor([[4, 8]]))
+    Gisting(base, 4, rank=4).compress(base, read, torch.tensor([[4, 8]]))
 
 
 def test_a_compressor_of_keys_and_values_is_refused_where_the_family_makes_them_otherwise():

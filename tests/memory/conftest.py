@@ -15,12 +15,12 @@ class WeightedMean:
         self.block_size, self.places, self.left_context, self.factor = block_size, places, left_context, factor
         self._blocks = 0  # private: no setting, and so no part of what the encoder is
 
-    def encode_span(self, children, seen=None):  # [E, K, D] -> [E, D]
+    def encode_block(self, children, seen=None):  # [E, K, D] -> [E, D]
         self._blocks += len(children)
         weights = torch.linspace(0.5, 1.5, self.block_size)[:, None]
         gists = (children * weights).mean(1) * self.factor
         if seen is not None:
-            left = seen.states[:, : -self.block_size] * seen.there[:, : -self.block_size, None]
+            left = seen.states[:, : -self.block_size] * seen.mask[:, : -self.block_size, None]
             gists = gists + left.sum(1) * 0.25
         return gists + torch.arange(len(gists))[:, None] * 1e-3 * self.places
 

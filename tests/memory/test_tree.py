@@ -109,7 +109,7 @@ def test_a_node_is_the_gist_of_its_own_tokens():
         for level in (1, 2, 3):
             for row, index in ((0, 0), (0, 1), (0, 150 // 4**level - 1), (1, 70 // 4**level - 1)):
                 span = tokens[row, index * 4**level : (index + 1) * 4**level]
-                plain = net.encode_level(table(span)[None], level)[0]
+                plain = net.encode_lod(table(span)[None], level)[0]
                 torch.testing.assert_close(tree.gists(level)[row, index], plain)
 
 
@@ -333,7 +333,7 @@ def test_an_encoder_that_fails_on_the_way_leaves_the_tree_as_it_was(encoder, tab
     monkeypatch.setattr(build, "PIECE", 40)
     net = encoder(4)
     tree = MegaContextTree.from_tokens(ids(2, 30), net, table)
-    before, good = levels(tree), net.encode_span
+    before, good = levels(tree), net.encode_block
     calls = iter(range(100))
 
     def failing(children):
@@ -341,10 +341,10 @@ def test_an_encoder_that_fails_on_the_way_leaves_the_tree_as_it_was(encoder, tab
             raise KeyboardInterrupt
         return good(children)
 
-    net.encode_span = failing
+    net.encode_block = failing
     with pytest.raises(KeyboardInterrupt):
         tree.append(ids(2, 300, seed=1))
     assert tree.depth == 2 and all(torch.equal(a, b) for a, b in zip(before, levels(tree), strict=True))
-    del net.encode_span
+    del net.encode_block
     tree.append(ids(2, 300, seed=1))
     assert_same(tree, MegaContextTree.from_tokens(torch.cat([ids(2, 30), ids(2, 300, seed=1)], 1), net, table))

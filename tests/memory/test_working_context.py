@@ -54,7 +54,7 @@ def test_the_embeddings_are_those_of_exactly_the_tokens_that_the_entries_stand_f
                 assert start == covered
                 covered += width
                 span = table(tokens[row, start : start + width])[None]
-                plain = net.encode_level(span, lod)[0] if lod else span[0, 0]
+                plain = net.encode_lod(span, lod)[0] if lod else span[0, 0]
                 torch.testing.assert_close(read[row, at], plain)
             assert covered == int(context.ends()[row]) == int(tree.lengths[row])
             assert not read[row, count:].any()

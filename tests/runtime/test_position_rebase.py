@@ -31,7 +31,7 @@ def test_positions_are_absolute_until_new_tokens_would_leave_the_trained_range()
 def test_beyond_it_they_stay_below_the_limit_and_move_once_in_many_refocuses():
     tree = tree_of(small_base(), lengths=(150, 97))
     context, rebase = WorkingContext.recency(tree, BUDGET), PositionRebase("rebased", LIMIT, BUDGET, STEP)
-    moved, before, there = 0, None, None
+    moved, before, mask = 0, None, None
     for _ in range(70):
         if int(context.counts.max()) > BUDGET - STEP:
             context = WorkingContext.recency(tree, BUDGET - 20)
@@ -45,8 +45,8 @@ def test_beyond_it_they_stay_below_the_limit_and_move_once_in_many_refocuses():
             assert int(behind[row]) > int(own[-1]) and int(behind[row]) + STEP <= LIMIT
             assert int(own[-1]) == int(behind[row]) - 1 or ends[row] <= LIMIT
         if before is not None:
-            moved += not torch.equal(before, torch.where(there, positions[:, : before.shape[1]], 0))
-        before, there = positions, context.there
+            moved += not torch.equal(before, torch.where(mask, positions[:, : before.shape[1]], 0))
+        before, mask = positions, context.mask
     assert 0 < moved < 20
 
 

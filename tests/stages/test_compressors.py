@@ -39,7 +39,7 @@ def test_every_compressor_by_keys_and_values_has_a_loss_whose_gradient_reaches_a
             p.add_(0.01 * torch.randn_like(p))
     context = stage.context(batch)
     losses, dnll = stage.losses[0].per_net(context)
-    carriers = context.carriers(batch["starts"])
+    carriers = context.carriers(batch["block_starts"])
     losses.sum().backward()
     assert losses.shape == dnll.shape == (2,) and carriers[0].first == 1 and carriers[1].first == 0
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in stage.main.parameters())
@@ -72,7 +72,7 @@ def test_a_block_that_comes_back_has_its_weight_in_the_loss_and_reaches_the_gist
         logged = {}
         stage.log = lambda name, value, logged=logged, **kwargs: logged.update({name: value})
         parts[recall] = stage.training_step(batch, 0)
-        assert ("told" in batch) == ("train/recall/dnll" in logged) == (recall > 0)
+        assert ("copied_blocks" in batch) == ("train/recall/dnll" in logged) == (recall > 0)
     assert parts[0.0] != parts[1.0]
     torch.testing.assert_close(parts[0.5], (parts[0.0] + parts[1.0]) / 2, rtol=1e-4, atol=1e-6)
     stage.zero_grad()
@@ -82,16 +82,16 @@ def test_a_block_that_comes_back_has_its_weight_in_the_loss_and_reaches_the_gist
 
 def test_what_comes_back_is_any_old_block_of_its_segment(gist_run):
     batch = built([*gist_run, *SHORT, *HISTORY, "loss.history.segments=500"])[1]
-    told, last = batch["told"], batch["segments"] - 32 - 8
-    assert told.shape == last.shape and (told % 8 == 0).all() and (told >= 8).all() and (told <= last).all()
-    assert (told == 8).any() and (told == last).any() and len(told.unique()) > 5
+    copied, last = batch["copied_blocks"], batch["segments"] - 32 - 8
+    assert copied.shape == last.shape and (copied % 8 == 0).all() and (copied >= 8).all() and (copied <= last).all()
+    assert (copied == 8).any() and (copied == last).any() and len(copied.unique()) > 5
 
 
 def test_segments_are_a_function_of_the_seed_and_the_index_and_leave_the_rest_of_the_batch_as_it_was(gist_run):
     _, plain = built([*gist_run, *SHORT])
     _, one = built([*gist_run, *SHORT, *HISTORY])
     _, two = built([*gist_run, *SHORT, *HISTORY])
-    assert torch.equal(one["segments"], two["segments"]) and torch.equal(one["starts"], plain["starts"])
+    assert torch.equal(one["segments"], two["segments"]) and torch.equal(one["block_starts"], plain["block_starts"])
     assert (one["segments"] % 8 == 0).all() and (one["segments"] >= 48).all()
 
 

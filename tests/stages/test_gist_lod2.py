@@ -106,6 +106,23 @@ def test_a_recipe_for_gists_of_gists_that_cannot_work_is_refused(lod2, overrides
     assert "level2_spans" in said and "Traceback" not in said
 
 
+POOL = "+stage.controls.pool={name: gisting, block_size: 8}"
+
+
+def test_a_loss_of_gists_of_gists_is_refused_before_training_where_a_control_makes_none(lod2, capsys):
+    assert run([*lod2, POOL]) == 2
+    assert "loss.level2.weight=1.0 is not allowed with pool, which makes no gists of gists" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_table_of_gists_of_gists_leaves_out_a_control_that_makes_none(gist_run, tmp_path):
+    sizes = ["block_size=8", "stage.evaluate.level2=4", "stage.evaluate.copies=0", "preset.steps=2"]
+    assert run([*gist_run, *sizes, POOL]) == 0
+    numbers = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert "gistnet" in numbers["level2"]["rows"] and "pool" not in numbers["level2"]["rows"]
+    assert any(note.startswith("pool: no gists of gists") for note in numbers["notes"])
+
+
 def test_weights_for_gists_of_gists_that_nothing_trains_are_refused(gist_run, capsys):
     assert run([*gist_run, "gistnet.levels=2"]) == 2
     assert "gistnet.levels=2" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from hydra.errors import InstantiationException
 
 from megactx.framework.app import run
 from megactx.framework.config.search_path import compose
+from megactx.lm.prefill_cache import PrefillCache
 from megactx.stages.gist import GistStage
 
 
@@ -174,14 +175,14 @@ def test_a_control_does_not_change_the_gistnets_gradient_even_through_clipping(g
 def test_the_contrastive_term_takes_only_blocks_that_have_a_right_neighbour(gist_run):
     stage = stage_of([*gist_run, "horizon.tokens=4", "contrastive.weight=1.0"])
     ids, block = torch.randint(2, 500, (1, 3 * 32 + 4)), 32
-    batch = {"ids": ids, "starts": torch.tensor([[32, 64]]), "lengths": torch.tensor([100])}
-    gists = stage.gistnet.encode_span(stage.base.embed(ids[0, 32:96].view(2, block))).view(1, 2, -1)
-    right = stage.gistnet.encode_span(stage.base.embed(ids[:, 64:96]))
+    batch = {"ids": ids, "block_starts": torch.tensor([[32, 64]]), "lengths": torch.tensor([100])}
+    gists = stage.gistnet.encode_block(stage.base.embed(ids[0, 32:96].view(2, block))).view(1, 2, -1)
+    right = stage.gistnet.encode_block(stage.base.embed(ids[:, 64:96]))
     expected = torch.relu(0.2 - (1 - torch.cosine_similarity(gists[0, :1], right))).mean()
     loss = next(loss for loss in stage.losses if loss.name == "contrastive")
     assert loss(stage.context(batch))[1]["contrastive_without_pairs"] == 0
     torch.testing.assert_close(loss(stage.context(batch))[0], expected[None])
-    values, numbers = loss(stage.context(batch | {"starts": torch.tensor([[64, 64]])}))
+    values, numbers = loss(stage.context(batch | {"block_starts": torch.tensor([[64, 64]])}))
     assert values == 0 and numbers["contrastive_without_pairs"] == 1
 
 
@@ -213,6 +214,34 @@ def test_a_users_mistake_exits_2_with_one_line_that_names_the_setting(gist_run, 
     )
     lines = capsys.readouterr().err.strip().split("\n")
     assert said in " ".join(lines) and "Traceback" not in " ".join(lines)
+
+
+@pytest.mark.parametrize("more", [[], ["gistnet.input=hidden"], ["gistnet.type=base", "gistnet.rank=4"]])
+def test_a_step_over_prefills_that_were_kept_has_the_gradients_of_one_that_reads_the_documents(
+    gist_run, more, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MEGACTX_CACHE", str(tmp_path))
+    stage = stage_of([*gist_run, *more])
+    batch, found = batch_of(data_of(gist_run, stage)), []
+    for kept in (None, PrefillCache(stage.base, 1, "float32", layers=[2]), PrefillCache(stage.base, 1, layers=[2])):
+        stage.kept = kept
+        stage.zero_grad()
+        block_loss(stage, batch)[0].backward()
+        found.append(torch.cat([p.grad.flatten() for p in stage.main.parameters() if p.grad is not None]))
+    plain, exact, rounded = found
+    assert (exact - plain).norm() < 1e-4 * plain.norm()
+    assert (rounded - plain).norm() < 2e-2 * plain.norm()
+
+
+def test_a_run_over_kept_prefills_has_the_same_bits_the_first_time_and_afterwards(gist_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEGACTX_CACHE", str(tmp_path / "cache"))
+    weights = []
+    for name in "ab":
+        given = [o for o in gist_run if not o.startswith("folder=")]
+        assert run([*given, "stage.prefills.gigabytes=1", f"folder={tmp_path / name}"]) == 0
+        weights.append(torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    assert list((tmp_path / "cache" / "prefills").rglob("*.safetensors"))
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megactx.gist.footprint import footprint
+from megactx.gist.memory_estimate import memory_estimate
 from megactx.stages.gist import GistStage
 
 K, S, R = 8, 16, 16
@@ -49,9 +49,9 @@ def batch():
     return {
         "ids": torch.randint(2, 512, (2, 192)),
         "lengths": torch.tensor([192, 192]),
-        "starts": torch.tensor([[16, 64, 120], [8, 40, 96]]),
+        "block_starts": torch.tensor([[16, 64, 120], [8, 40, 96]]),
         "segments": segments,
-        "told": torch.tensor([[24, 40], [16, 80]]),
+        "copied_blocks": torch.tensor([[24, 40], [16, 80]]),
     }
 
 
@@ -70,9 +70,9 @@ def test_carriers_of_old_blocks_are_made_once_for_history_and_recall(base_folder
     made = []
     usual = type(stage.main).compress
 
-    def counted(net, base, teacher, starts, *rest):
+    def counted(net, base, prefill, starts, *rest):
         made.append(starts.shape)
-        return usual(net, base, teacher, starts, *rest)
+        return usual(net, base, prefill, starts, *rest)
 
     monkeypatch.setattr(type(stage.main), "compress", counted)
     stage.training_step(batch, 0).backward()
@@ -104,15 +104,15 @@ def test_the_memory_of_a_step_holds_its_history_windows(base_folder, batch, weig
     stage, off = stage_with(base_folder, weight, recall), stage_with(base_folder, 0.0)
     shape = (2, 192, 3, 8, "cpu")
     history = dict(weight=weight, recall=recall, segments=2, segment=S, recency=R)
-    parts = footprint(stage.base, stage.nets.values(), *shape, history)
+    parts = memory_estimate(stage.base, stage.nets.values(), *shape, history)
     more = kept(stage) - (kept(off) if weight < 1 else 0)
-    assert parts["history"] == pytest.approx(more, rel=0.5) and "history" not in footprint(
+    assert parts["history"] == pytest.approx(more, rel=0.5) and "history" not in memory_estimate(
         off.base, off.nets.values(), *shape
     )
 
 
 def test_tokens_and_spans_count_what_history_windows_read(base_folder):
     lengths, starts = torch.tensor([192, 100]), torch.zeros(2, 3)
-    told = {"ids": torch.zeros(2, 192), "lengths": lengths, "starts": starts, "segments": torch.zeros(2, 2)}
+    told = {"ids": torch.zeros(2, 192), "lengths": lengths, "block_starts": starts, "segments": torch.zeros(2, 2)}
     amounts = stage_with(base_folder, 0.5).amounts(told)
     assert amounts == {"tokens": 292 + 4 * (S + R), "documents": 2, "spans": 6 + 4}

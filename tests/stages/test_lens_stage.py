@@ -12,7 +12,7 @@ from megactx.framework.config.search_path import compose
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
 from megactx.parts.write import save_gistnet
-from megactx.stages import lens_states
+from megactx.stages import lens_labels
 from megactx.stages.lens import LensStage
 
 
@@ -94,8 +94,8 @@ def test_a_run_that_is_interrupted_goes_on_to_the_same_weights(moment, whole, se
             step = LensStage.training_step
             patch.setattr(LensStage, "training_step", lambda s, b, i: stop() if s.global_step == 3 else step(s, b, i))
         else:
-            make = lens_states._make
-            patch.setattr(lens_states, "_make", lambda *a: stop() if a[-1].match("round_01/00002.*") else make(*a))
+            make = lens_labels._make
+            patch.setattr(lens_labels, "_make", lambda *a: stop() if a[-1].match("round_01/00002.*") else make(*a))
         assert run([*settings, f"folder={tmp_path / 'run'}"]) == 130
     there = {path: path.read_bytes() for path in (tmp_path / "run" / "windows").rglob("*.safetensors")}
     assert len(there) == (11 if moment == "training" else 9)  # 3 held out, 4 a round

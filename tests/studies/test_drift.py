@@ -35,7 +35,7 @@ def batches():
         {
             "ids": torch.randint(3, 97, (1, T), generator=generator),
             "lengths": torch.tensor([T]),
-            "starts": torch.tensor([[K, 3 * K, 5 * K]]),
+            "block_starts": torch.tensor([[K, 3 * K, 5 * K]]),
             "domain": ["code"],
             "document": torch.tensor([index]),
         }
@@ -101,10 +101,10 @@ def test_a_change_that_cannot_be_read_is_refused(change, named):
 def test_the_keys_of_a_vector_are_those_of_a_plain_pass(batches, gaussian_rope):
     base = sharp()
     net, batch = gistnet(base, gaussian_rope=gaussian_rope), batches[0]
-    teacher = prefill(base, batch["ids"])
-    carriers = net.compress(base, teacher, batch["starts"])
-    slots = keys_of(base, teacher, batch["starts"], carriers)
-    for n, start in enumerate(batch["starts"][0].tolist()):
+    read = prefill(base, batch["ids"])
+    carriers = net.compress(base, read, batch["block_starts"])
+    slots = keys_of(base, read, batch["block_starts"], carriers)
+    for n, start in enumerate(batch["block_starts"][0].tolist()):
         cache, rows = (
             DynamicCache(),
             torch.cat([base.embed(batch["ids"][:, :start]), carriers.vectors[:, n : n + 1]], 1),

@@ -7,9 +7,9 @@ import torch
 from small_base import small
 
 from megactx.evaluation.table import Table
-from megactx.gist.carrier import Compressor, Slots
+from megactx.gist.carrier import Compressor, KVSlots
 from megactx.gist.carriers.avgpool import AvgPool
-from megactx.lm.layers import keys_values
+from megactx.lm.kv_hooks import keys_values
 from megactx.studies.pooling_by_attention import main, mean_states, measure, squared_error, train, variants
 
 K = 8
@@ -27,7 +27,10 @@ def base():
 def batches():
     generator = torch.Generator().manual_seed(0)
     return [
-        {"ids": torch.randint(3, 97, (2, 64), generator=generator), "starts": torch.tensor([[8, 40, 24], [48, 8, 16]])}
+        {
+            "ids": torch.randint(3, 97, (2, 64), generator=generator),
+            "block_starts": torch.tensor([[8, 40, 24], [48, 8, 16]]),
+        }
         for _ in range(10)
     ]
 
@@ -41,9 +44,9 @@ class Constant(Compressor):
         super().__init__(K)
         self.means = means
 
-    def compress(self, base, teacher, starts):
+    def compress(self, base, prefill, starts):
         states = [mean.expand(*starts.shape, -1) for mean in self.means]
-        return Slots(keys_values(base.model.get_decoder(), states, starts + self.offset))
+        return KVSlots(keys_values(base.model.get_decoder(), states, starts + self.offset))
 
 
 @torch.no_grad()
@@ -58,7 +61,7 @@ def test_avgpool_has_no_residual_and_a_constant_state_has_one(base, batches):
 def test_the_mean_state_is_that_of_the_blocks_tokens(base, batches):
     batch, states = batches[0], []
     embedded = base.embed(batch["ids"])
-    for row, starts in enumerate(batch["starts"].tolist()):
+    for row, starts in enumerate(batch["block_starts"].tolist()):
         states += [embedded[row, start : start + K] for start in starts]
     torch.testing.assert_close(mean_states(base, [batch], K)[0], torch.cat(states).mean(0))
 
@@ -66,7 +69,7 @@ def test_the_mean_state_is_that_of_the_blocks_tokens(base, batches):
 def test_the_squared_error_is_that_of_every_number():
     generator = torch.Generator().manual_seed(1)
     one, two = (
-        Slots([tuple(torch.randn(2, 3, 4, 5, generator=generator) for _ in range(2)) for _ in range(3)])
+        KVSlots([tuple(torch.randn(2, 3, 4, 5, generator=generator) for _ in range(2)) for _ in range(3)])
         for _ in range(2)
     )
     found = squared_error(one, two)

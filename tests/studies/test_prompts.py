@@ -71,7 +71,7 @@ def test_gists_answer_as_a_plain_prefill_of_the_entries(base, ids, count, gaussi
     assert kept["vectors"].entries == kept["keys"].entries == K + count + T - (count + 1) * K
     if gaussian_rope == "plain":  # the plain prefill has points for positions
         embedded = base.embed(prompt)
-        gists = net.encode_span(embedded[:, K : K * (count + 1)].reshape(-1, K, WIDTH)).view(B, count, -1)
+        gists = net.encode_block(embedded[:, K : K * (count + 1)].reshape(-1, K, WIDTH)).view(B, count, -1)
         rows = torch.cat([embedded[:, :K], gists, embedded[:, K * (count + 1) :]], dim=1)
         places = [torch.arange(K), torch.arange(1, count + 1) * K + net.offset, torch.arange(K * (count + 1), T)]
         wanted = plain_greedy(base, rows, torch.cat(places).expand(B, -1), rest, T, 6)
@@ -140,8 +140,8 @@ def test_flops_are_those_of_the_shapes(base, ids):
 def test_answers_and_carriers_are_measured(base, ids):
     prompt, rest = ids[:1, :T], ids[:1, T:]
     net = GistNet(WIDTH, base.embedding_rms(), K, num_heads=4)
-    teacher = read(base, prompt)
-    forms = {"again": again(base, prompt), "cache": cached(base, teacher)} | compressed(base, net, teacher, 7)
+    prefill = read(base, prompt)
+    forms = {"again": again(base, prompt), "cache": cached(base, prefill)} | compressed(base, net, prefill, 7)
     found = measure_answers(base, forms, rest, 3, repeats=2)
     assert found["again"]["flops"] > found["cache"]["flops"] > found["keys"]["flops"]
     assert found["again"]["flops"] > found["vectors"]["flops"] > found["keys"]["flops"]

@@ -25,48 +25,48 @@ from .player import MOST, Player
 PORT = 8765
 
 
-def view(asked: argparse.Namespace) -> None:
+def view(args: argparse.Namespace) -> None:
     """The command.
 
     Raises:
         ValueError: a setting that is not allowed, a port that is taken, a prompt that is not text.
     """
-    if asked.megacontext == "none":
+    if args.megacontext == "none":
         raise ValueError("--megacontext=none has no working context to look at; focus and recency have one")
-    if asked.tokens > MOST:
-        raise ValueError(f"--tokens={asked.tokens} is not allowed: at most {MOST:,}")
-    sampling, text = sampling_of(asked), prompt_file_of(asked)
-    prompt = encodable(asked.prompt) if text is None else text
-    write = writer(asked.export) if asked.export else None
+    if args.tokens > MOST:
+        raise ValueError(f"--tokens={args.tokens} is not allowed: at most {MOST:,}")
+    sampling, text = sampling_of(args), prompt_file_of(args)
+    prompt = encodable(args.prompt) if text is None else text
+    write = writer(args.export) if args.export else None
     server = None
     if not write:
         with extra("view"):
             from ..serving import Server
             from .app import build
-        server = Server(asked.port, asked.host)
+        server = Server(args.port, args.host)
     try:
-        with opened(asked, asked.session) as session:
+        with opened(args, args.session) as session:
             player = Player(session, sampling).start()
             try:
                 if write:
-                    _export(player, prompt, asked, write)
+                    _export(player, prompt, args, write)
                 else:
                     token = secrets.token_urlsafe(24)
                     app = build(player, server.host, token, f"megactx-{server.port}")
                     print(f"Look at {server.address}/?token={token}   (Ctrl-C ends)", flush=True)
                     if prompt:
-                        player.say(prompt, asked.tokens)
+                        player.say(prompt, args.tokens)
                     server.run(app, ending=player.feed.close)
             finally:
                 player.close()
-                if asked.session:
+                if args.session:
                     session.save()
     finally:
         if server is not None:
             server.close()
 
 
-def _export(player: Player, prompt: str, asked: argparse.Namespace, write) -> None:
+def _export(player: Player, prompt: str, args: argparse.Namespace, write) -> None:
     steps = []
 
     def keep(event: Refocused) -> None:
@@ -76,15 +76,15 @@ def _export(player: Player, prompt: str, asked: argparse.Namespace, write) -> No
 
     player.session.observers.append(keep)
     try:
-        if prompt or asked.tokens:
-            player.say(prompt, asked.tokens)
+        if prompt or args.tokens:
+            player.say(prompt, args.tokens)
         player.wait()
         if player.failure is not None:
             raise player.failure
         write(player, steps)
     finally:
         player.session.observers.remove(keep)
-    print(f"{asked.export}: {player.feed.count:,} refocuses of {player.session.length:,} tokens")
+    print(f"{args.export}: {player.feed.count:,} refocuses of {player.session.length:,} tokens")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from torch import nn
 
 
 class Linear(nn.Identity):
-    """D -> D, as it is."""
+    """The state as it is, D -> D."""
 
     def __init__(self, width: int):
         super().__init__()

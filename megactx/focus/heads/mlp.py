@@ -4,7 +4,7 @@ from torch import nn
 
 
 class Mlp(nn.Sequential):
-    """D -> max(D / 2, 128)."""
+    """One linear layer with a GELU, D -> max(D / 2, 128)."""
 
     def __init__(self, width: int):
         outputs = max(width // 2, 128)

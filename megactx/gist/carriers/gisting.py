@@ -4,9 +4,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from megactx.gist.carrier import Compressor, Slots
+from megactx.gist.carrier import Compressor, KVSlots
 from megactx.lm import BaseLM
-from megactx.lm.layers import keys_values, recorded, refuse_without_keys
+from megactx.lm.kv_hooks import keys_values, recorded, refuse_without_keys
 from megactx.lm.prefill import Prefill
 
 
@@ -14,15 +14,15 @@ class Gisting(Compressor):
     """Gist tokens and a mask (Mu et al. 2023, arXiv 2304.08467), over a reading model that stays frozen.
 
     A gist token reads the keys and values that the base LM made of the full context, and is read in place of the block.
-    Without the options below, the summary that layer i makes reaches the reader at layer i + 2: the reader's layer
-    l takes g^(l-1), the gist's state before it, which has not yet seen what layer l attends to.
+    The reader's layer l takes g^(l-1), the gist's state in front of layer l. That state has not yet seen what layer l
+    attends to, so the summary that layer i makes reaches the reader at layer i + 2. ``shift`` mends this.
 
     Args:
         base: the base LM that reads; its weights are shared, never copied or changed.
         block_size, position: see ``Compressor``.
         shift: the reader's layer l takes g^l, one layer down (arXiv 2504.08934, fix 1).
-        rank: of a LoRA on all linear layers that only the gist token runs through: parameters of its own for
-            compressing (fix 2); 0: it runs through the base LM's own weights, and only its embedding is trained.
+        rank: of a LoRA on all linear layers, which only the gist token uses: parameters of its own for compressing
+            (fix 2). With 0 it runs through the base LM's own weights, and only its embedding is trained.
         window: the gist token sees its own block only, not what comes before (fix 3).
 
     Raises:
@@ -55,24 +55,29 @@ class Gisting(Compressor):
             for name, module in twin.named_modules():
                 if name.endswith(("lora_A", "lora_B")):
                     adapters.append(module.float())
-        # Only what is trained is registered: the rest belongs to the base LM.
+        # Only trained modules are registered. The rest of the twin belongs to the base LM, and hides in a tuple.
         self.adapters = nn.ModuleList(adapters).requires_grad_(True)
         self._twin = (twin,)
 
-    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Slots:
-        states = self.summaries(teacher, starts)
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> KVSlots:
+        states = self.summaries(prefill, starts)
         inputs = states[1:] if self.shift else states[:-1]
-        return Slots(keys_values(base.model.get_decoder(), inputs, starts + self.offset))
+        return KVSlots(keys_values(base.model.get_decoder(), inputs, starts + self.offset))
 
-    def summaries(self, teacher: Prefill, starts: Tensor) -> list[Tensor]:
+    def summaries(self, prefill: Prefill, starts: Tensor) -> list[Tensor]:
         """The gist token's states g^0..g^L, each [B, N, D]."""
         (twin,) = self._twin
         b, n = starts.shape
-        # Not expanded: without gradients a view of a parameter still asks for one, which the FLOP counter cannot have.
-        rows = self.token.to(teacher.hidden.dtype).repeat(b, n, 1, 1)
-        since = starts if self.window else None
+        # Repeated, not expanded: a view of a parameter asks for a gradient even without grad mode, and the FLOP counter
+        # cannot handle that.
+        rows = self.token.to(prefill.hidden.dtype).repeat(b, n, 1, 1)
+        cache_start = starts if self.window else None
         with recorded(twin.model.get_decoder()) as states:
             twin.forward_branches(
-                rows, (starts + self.offset)[..., None], teacher.cache, starts + self.block_size, since=since
+                rows,
+                (starts + self.offset)[..., None],
+                prefill.cache,
+                starts + self.block_size,
+                cache_start=cache_start,
             )
         return states

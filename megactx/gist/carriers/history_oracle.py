@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from megactx.gist.carrier import Vectors
+from megactx.gist.carrier import SoftTokens
 from megactx.gist.history import with_carriers, with_everything
 from megactx.lm import BaseLM
 from megactx.lm.chunked_head import score
-from megactx.lm.prefill import Prefill, blocks, prefill
+from megactx.lm.prefill import Prefill, blocks
+from megactx.lm.prefill import prefill as run_prefill
 
 from .oracle import Oracle
 
@@ -15,11 +16,12 @@ from .oracle import Oracle
 class HistoryOracle(Oracle):
     """Vectors of the blocks behind one segment, optimised so that the base LM reads it as over the full context.
 
-    ``samples`` as those of ``Oracle``: with 0 they have seen the segment that is then scored, M x D numbers for S
-    tokens, so this is a loose upper bound; with 8 they are fitted on segments that the base LM samples itself.
+    ``samples`` as in ``Oracle``. With 0 the vectors have seen the segment that is then scored, and M x D numbers fit S
+    tokens: a loose upper bound. With 8 they are fitted on segments that the base LM samples itself.
+    Setting: ``stage.ladder.history_oracle``.
 
     Args:
-        segment, recency: S and R, tokens. The blocks that ``compress`` gets end R tokens before the segment.
+        segment, recency: S and R, tokens. The last block that ``compress`` gets ends R tokens before the segment.
         samples, steps, lr, seed: see ``Oracle``.
     """
 
@@ -37,16 +39,30 @@ class HistoryOracle(Oracle):
         super().__init__(segment, block_size, position, samples, steps, lr, seed)
         self.recency = recency
 
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> SoftTokens:
+        """Vectors of all blocks behind the sink up to the last one, starts [B, M]; a document's are fitted together.
+
+        Raises:
+            ValueError: a block is left out, or they are in another order.
+        """
+        every = self.block_size * torch.arange(1, starts.shape[1] + 1, device=starts.device)
+        if (starts != every).any():
+            raise ValueError(
+                f"HistoryOracle: block starts are {starts.tolist()}, wanted {every.tolist()} of each document"
+            )
+        each = [self._fitted(base, prefill.document(b), starts[b : b + 1]) for b in range(len(starts))]
+        return SoftTokens(torch.cat(each), self.offset)
+
     @torch.inference_mode(False)
-    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors:
-        """Vectors of the blocks at starts [1, M], of one document and in order."""
+    def _fitted(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> Tensor:
+        """Those of one document: starts [1, M] -> [1, M, D]."""
         ends = starts[:, -1:] + self.block_size + self.recency
-        upto = teacher.ids[:, : int(ends)].clone()  # no inference tensors in a graph
+        upto = prefill.ids[:, : int(ends)].clone()  # no inference tensors in a graph
         with torch.no_grad():
             segments = (
-                self._sampled(base, teacher, ends)[0, 0] if self.samples else blocks(teacher.ids, ends, self.horizon)[0]
+                self._sampled(base, prefill, ends)[0, 0] if self.samples else blocks(prefill.ids, ends, self.horizon)[0]
             )
-            whole = prefill(base, torch.cat([upto.expand(len(segments), -1), segments], dim=1))
+            whole = run_prefill(base, torch.cat([upto.expand(len(segments), -1), segments], dim=1))
             ends = ends.expand(len(segments), -1).clone()
             wanted = with_everything(whole, ends, self.horizon).flatten(0, 2)
             rms = base.embedding_rms()
@@ -57,11 +73,11 @@ class HistoryOracle(Oracle):
         with torch.enable_grad():
             for _ in range(self.steps):
                 optimizer.zero_grad()
-                carriers = Vectors((vectors * rms).expand(len(segments), -1, -1), self.offset)
+                carriers = SoftTokens((vectors * rms).expand(len(segments), -1, -1), self.offset)
                 sizes = (self.block_size, self.horizon, self.recency)
                 hidden = with_carriers(base, whole, ends, carriers, *sizes).flatten(0, 2)
                 loss, _ = score(base, hidden[None], wanted, segments.flatten())
                 loss.mean().backward()
                 optimizer.step()
                 schedule.step()
-        return Vectors(vectors.detach() * rms, self.offset)
+        return vectors.detach() * rms

@@ -2,16 +2,19 @@
 
 from torch import Tensor
 
-from megactx.gist.carrier import Compressor, Vectors
+from megactx.gist.carrier import Compressor, SoftTokens
 from megactx.lm import BaseLM
 from megactx.lm.prefill import Prefill
 
 
 class LastToken(Compressor):
-    """One entry for one entry: the bar that a gist must clear (method 5)."""
+    """The block's last token as it is, one entry for one entry: the bar that a gist must clear (method 5).
+
+    Setting: ``stage.evaluate.controls``.
+    """
 
     def __init__(self, block_size: int = 32):
         super().__init__(block_size, "end")
 
-    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors:
-        return Vectors(base.embed(teacher.ids.gather(1, starts + self.offset)), self.offset)
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> SoftTokens:
+        return SoftTokens(base.embed(prefill.ids.gather(1, starts + self.offset)), self.offset)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megactx.gist.carrier import Compressor, Vectors
+from megactx.gist.carrier import Compressor, SoftTokens
 from megactx.lm import BaseLM
 from megactx.lm.chunked_head import score
 from megactx.lm.prefill import Prefill, blocks, rows_at
@@ -13,10 +13,11 @@ from megactx.lm.prefill import Prefill, blocks, rows_at
 class Oracle(Compressor):
     """A vector per block, optimised so that the base LM continues as with the block in place.
 
-    ``samples=0``, oracle-fit: fitted by KL on the true continuation, the one that is then scored. It has seen the
-    answer, so it is an upper bound, and its recovery may exceed 1. ``samples=8``, oracle-transfer: fitted on
-    continuations that the base LM itself samples behind the full context, and scored on the true one: the ceiling
-    that is quoted (method 6). Kuratov et al. 2025 (arXiv 2502.13063) fit such vectors to find what one can hold.
+    ``samples=0``, oracle-fit: fitted by KL on the true continuation, which is then scored. It has seen the answer, so
+    it is an upper bound, and its recovery may exceed 1. ``samples=8``, oracle-transfer: fitted on continuations that
+    the base LM samples itself behind the full context, and scored on the true one. That is the ceiling that is quoted
+    (method 6). Kuratov et al. 2025 (arXiv 2502.13063) fit such vectors to find what one can hold.
+    Setting: ``stage.ladder.oracle``.
 
     Args:
         horizon: H, tokens of each continuation.
@@ -43,20 +44,20 @@ class Oracle(Compressor):
         self.horizon, self.samples, self.steps, self.lr, self.seed = horizon, samples, steps, lr, seed
 
     @torch.inference_mode(False)
-    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors:
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> SoftTokens:
         ends = starts + self.block_size
         ids = (
-            self._sampled(base, teacher, ends) if self.samples else blocks(teacher.ids, ends, self.horizon)[:, :, None]
+            self._sampled(base, prefill, ends) if self.samples else blocks(prefill.ids, ends, self.horizon)[:, :, None]
         )
         with torch.no_grad():
-            wanted = _continued(base, teacher, ends, ids)
+            wanted = _continued(base, prefill, ends, ids)
             rms = base.embedding_rms()
-            last = base.embed(teacher.ids.gather(1, ends - 1)).float() / rms
+            last = base.embed(prefill.ids.gather(1, ends - 1)).float() / rms
         vectors = last.clone().requires_grad_(True)
         optimizer = torch.optim.Adam([vectors], lr=self.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         cache = tuple(
-            (keys.clone(), values.clone()) for keys, values in teacher.cache
+            (keys.clone(), values.clone()) for keys, values in prefill.cache
         )  # no inference tensors in a graph
         with torch.enable_grad():
             for _ in range(self.steps):
@@ -67,17 +68,20 @@ class Oracle(Compressor):
                 (loss.sum() / (ids.shape[2] * self.horizon)).backward()
                 optimizer.step()
                 schedule.step()
-        return Vectors(vectors.detach() * rms, self.offset)
+        return SoftTokens(vectors.detach() * rms, self.offset)
 
     @torch.no_grad()
-    def _sampled(self, base: BaseLM, teacher, ends: Tensor) -> Tensor:
+    def _sampled(self, base: BaseLM, prefill, ends: Tensor) -> Tensor:
         """Continuations of the full context up to ends [B, N], at temperature 1: [B, N, samples, H]."""
-        generator = torch.Generator(ends.device).manual_seed(self.seed + int(teacher.ids[0].sum()))
+        # One generator per document: what is drawn behind one does not depend on who shares its batch. Padding is id 0.
+        seeds = (self.seed + prefill.ids.sum(dim=1)).tolist()
+        generators = [torch.Generator(ends.device).manual_seed(seed) for seed in seeds]
         ids = ends.new_zeros(*ends.shape, self.samples, 0)
         for _ in range(self.horizon):
-            # All rows again at every token: H^2 / 2 rows instead of H, and no cache of branches to keep.
-            logits = base.logits(_continued(base, teacher, ends, F.pad(ids, (0, 1)))[..., -1, :])
-            drawn = torch.multinomial(logits.float().softmax(-1).flatten(0, 2), 1, generator=generator)
+            # Every token computes all rows of its branch again: H^2 / 2 rows instead of H, but no cache of branches.
+            logits = base.logits(_continued(base, prefill, ends, F.pad(ids, (0, 1)))[..., -1, :])
+            each = zip(logits.float().softmax(-1).flatten(1, 2), generators, strict=True)  # B times [N * samples, V]
+            drawn = torch.stack([torch.multinomial(rows, 1, generator=generator) for rows, generator in each])
             ids = torch.cat([ids, drawn.view(*ids.shape[:3], 1)], dim=-1)
         return ids
 
@@ -89,21 +93,21 @@ class Oracle(Compressor):
         embedded = base.embed(ids[..., :-1])
         rows = torch.cat([vectors[:, :, None, None].to(embedded.dtype).expand(b, n, s, 1, -1), embedded], dim=3)
         positions = (starts[..., None, None] + relative).expand(b, n, s, h)
-        prefix = starts[..., None].expand(b, n, s).flatten(1)
-        return base.forward_branches(rows.flatten(1, 2), positions.flatten(1, 2), cache, prefix).view(b, n, s, h, -1)
+        cache_len = starts[..., None].expand(b, n, s).flatten(1)
+        return base.forward_branches(rows.flatten(1, 2), positions.flatten(1, 2), cache, cache_len).view(b, n, s, h, -1)
 
 
-def _continued(base: BaseLM, teacher, ends: Tensor, ids: Tensor) -> Tensor:
+def _continued(base: BaseLM, prefill, ends: Tensor, ids: Tensor) -> Tensor:
     """The full context up to ends [B, N], then continuations ids [B, N, S, H]: hidden [B, N, S, H, D].
 
     Row h predicts token h of the continuation; row 0 is the teacher's own.
     """
     b, n, s, h = ids.shape
-    first = rows_at(teacher.hidden, ends - 1, 1)[:, :, None].expand(b, n, s, 1, -1)
+    first = rows_at(prefill.hidden, ends - 1, 1)[:, :, None].expand(b, n, s, 1, -1)
     if h == 1:
         return first
     positions = (ends[..., None, None] + torch.arange(h - 1, device=ends.device)).expand(b, n, s, h - 1)
-    prefix = ends[..., None].expand(b, n, s).flatten(1)
-    rows = base.embed(ids[..., :-1]).flatten(1, 2).to(teacher.hidden.dtype)
-    hidden = base.forward_branches(rows, positions.flatten(1, 2), teacher.cache, prefix)
+    cache_len = ends[..., None].expand(b, n, s).flatten(1)
+    rows = base.embed(ids[..., :-1]).flatten(1, 2).to(prefill.hidden.dtype)
+    hidden = base.forward_branches(rows, positions.flatten(1, 2), prefill.cache, cache_len)
     return torch.cat([first, hidden.view(b, n, s, h - 1, -1)], dim=3)

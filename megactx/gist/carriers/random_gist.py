@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
-from megactx.gist.carrier import Compressor, Vectors
+from megactx.gist.carrier import Compressor, SoftTokens
 from megactx.lm import BaseLM
 from megactx.lm.prefill import Prefill
 
 
 class RandomGist(Compressor):
     """Gaussian noise at the root mean square of token embeddings, the same for a document whatever its batch.
+
+    Setting: ``stage.evaluate.controls``.
 
     Args:
         rms: root mean square of the base LM's token embeddings.
@@ -20,8 +22,8 @@ class RandomGist(Compressor):
         super().__init__(block_size, position)
         self.rms, self.seed = rms, seed
 
-    def compress(self, base: BaseLM, teacher: Prefill, starts: Tensor) -> Vectors:
+    def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> SoftTokens:
         noise = torch.empty(*starts.shape, base.width)  # [B, N, D]
-        for row, first in zip(noise, teacher.ids[:, : self.block_size + 1].sum(1).tolist(), strict=True):
+        for row, first in zip(noise, prefill.ids[:, : self.block_size + 1].sum(1).tolist(), strict=True):
             row.normal_(generator=torch.Generator().manual_seed(self.seed + first))
-        return Vectors(noise.to(starts.device) * self.rms, self.offset)
+        return SoftTokens(noise.to(starts.device) * self.rms, self.offset)

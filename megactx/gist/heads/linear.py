@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """I -> D."""
+    """One linear layer, I -> D."""
 
     def __init__(self, inputs: int, width: int):
         super().__init__()

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """I -> 4 D -> D."""
+    """Two linear layers with a ReLU between, I -> 4 D -> D."""
 
     def __init__(self, inputs: int, width: int):
         super().__init__()

@@ -12,15 +12,15 @@ from megactx.gist.substitution import check_blocks
 from megactx.lm.chunked_head import OBJECTIVES, score
 from megactx.lm.prefill import blocks, rows_at
 
-SEAM = 4  # offsets right behind the block, which one vector that says how the block ended serves; then comes the body
+SEAM = 4  # offsets right behind the block: how the block ended says most about them. The body comes behind the seam.
 
 
 @declared("loss.block")
 class Block(Loss):
-    """Single blocks, each replaced by its carrier.
+    """KL from the full context behind single blocks, each replaced by its carrier.
 
-    Branches read the ``cache`` of the prefill and are compared with its ``hidden``: where the base LM has adapters, the
-    first is from a pass with them and the second from one without.
+    Branches read the ``cache`` of the prefill and are compared with its ``hidden``. If the base LM has adapters,
+    ``cache`` is from a pass with them and ``hidden`` from a pass without them.
 
     Args:
         weight: its share of the sum.
@@ -31,8 +31,8 @@ class Block(Loss):
         ValueError: an unknown objective, a weight outside 0 to 1; when called, a block that is not eligible.
     """
 
-    needs = ("starts",)
-    starts, level = "starts", 1  # the entry of the batch, and what its spans are: K^level tokens
+    needs = ("block_starts",)
+    starts, lod = "block_starts", 1  # the entry of the batch, and what its spans are: K^lod tokens
 
     def __init__(self, weight: NonNegative = 1.0, objective: Literal[OBJECTIVES] = "kl", seam_weight: Share = 1.0):
         super().__init__(weight)
@@ -45,9 +45,9 @@ class Block(Loss):
     def per_net(self, context: Context) -> tuple[Tensor, Tensor]:
         """-> (loss per net [C] with gradient, dNLL per net [C] in nats)."""
         batch, prefill, horizon = context.batch, context.prefill, context.horizon
-        starts, tokens = batch[self.starts], context.block**self.level
+        starts, tokens = batch[self.starts], context.block**self.lod
         check_blocks(starts, batch["lengths"], tokens, horizon)
-        carriers = context.carriers(starts, self.level)
+        carriers = context.carriers(starts, self.lod)
         hidden = read_carriers(context.base, prefill, starts, carriers, tokens, horizon)  # [C, B, N, H, D]
         loss, numbers = score(
             context.base,
@@ -60,7 +60,7 @@ class Block(Loss):
         found = []
         for values in (weighted, numbers["nll"] - numbers["full"]):
             each = zip(values.view(len(carriers), -1, horizon), carriers, strict=True)
-            # What has no output row has no say in the first token either.
+            # A carrier without an output row is not asked for the first token.
             found.append(torch.stack([rows[:, carrier.first :].mean() for rows, carrier in each]))
         return tuple(found)
 
@@ -68,8 +68,9 @@ class Block(Loss):
 def offset_weights(horizon: int, seam_weight: float, device=None) -> Tensor:
     """Weights of the offsets h = 0 .. H-1 in the loss, [H], 1 on average.
 
-    Nearly all of the loss is at the seam (method 5), so what a gist says about the rest is learned late: below 1, the
-    ``SEAM`` first offsets count ``seam_weight`` and the others as much more. A horizon that is all seam has no weights.
+    Nearly all of the loss is at the seam (method 5), so what a gist says about the rest is learned late. With a
+    ``seam_weight`` below 1 the first ``SEAM`` offsets count less, and the others so much more. A horizon that is all
+    seam has equal weights.
     """
     weights = torch.ones(horizon, device=device)
     if horizon > SEAM:

@@ -14,7 +14,7 @@ from megactx.gist.loss import Context, Loss
 
 @declared("contrastive")
 class Contrastive(Loss):
-    """The first net's gists against those of the blocks to their right: mean of ``max(0, margin - (1 - cosine))``.
+    """Gists of neighbours are pushed apart: mean of ``max(0, margin - (1 - cosine))`` over the first net's pairs.
 
     Args:
         weight: lambda.
@@ -24,7 +24,7 @@ class Contrastive(Loss):
         ValueError: a weight below 0; with the data, no document has room for a block with a right neighbour.
     """
 
-    needs = ("starts",)
+    needs = ("block_starts",)
     main_vectors = True
     setting = "contrastive"
 
@@ -34,7 +34,7 @@ class Contrastive(Loss):
         self.without_pairs = 0  # batches in which no block had a right neighbour, since the run began
 
     def __call__(self, context: Context) -> tuple[Tensor, dict[str, Tensor | float]]:
-        starts, lengths, block = context.batch["starts"], context.batch["lengths"], context.block
+        starts, lengths, block = context.batch["block_starts"], context.batch["lengths"], context.block
         gists = context.carrier(context.main, starts).vectors
         right = starts + block
         paired = right + block <= lengths[:, None]

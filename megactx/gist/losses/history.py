@@ -1,4 +1,4 @@
-"""What gists do all together: segments behind histories of which every old block is compressed (method 3)."""
+"""What all gists of a history do together: segments are read behind it, with every old block compressed (method 3)."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ from megactx.lm.prefill import blocks
 
 @declared("loss.history")
 class History(Loss):
-    """History mode.
+    """KL from the full context over segments of text, every old block before them compressed: history mode (method 3).
 
     Args:
         weight: its share of the sum.
@@ -62,7 +62,7 @@ class History(Loss):
 
 
 def as_drawn(setting: str, datamodule, **sizes: int) -> None:
-    """See that the data draws segments for these sizes: others would stand at places that were not meant for them.
+    """See that the data draws segments for these sizes, so that every segment has room.
 
     Raises:
         ValueError: it draws them for others.

@@ -1,4 +1,4 @@
-"""A block comes back, itself in tokens among gists of all others: gists must not be in its way (method 4)."""
+"""A block that stands in tokens among gists of all others comes back: gists must not get in its way (method 4)."""
 
 import torch
 from torch import Tensor
@@ -14,16 +14,16 @@ from .history import as_drawn, old_of
 
 @declared("loss.recall")
 class Recall(Loss):
-    """The NLL of old blocks that come back, less that over the full context.
+    """NLL of old blocks that come back word for word, less their NLL over the full context.
 
-    Not the KL from the full context, which has more text that could go on, and so copies less surely.
+    It is not the KL from the full context: that has more text that could go on, and so copies less surely itself.
 
     Args:
         weight: its share of the sum; 0.03 costs nothing, 0.1 copies better.
-        recency: R, raw tokens before the copy, as of history mode, whose carriers it shares.
+        recency: R, raw tokens before the copy. It is that of history mode, whose carriers are used again.
     """
 
-    needs = ("segments", "told")
+    needs = ("segments", "copied_blocks")
     all_vectors = True
 
     def __init__(self, weight: NonNegative = 0.0, recency: Count = 256):
@@ -36,11 +36,11 @@ class Recall(Loss):
 
     def __call__(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         base, prefill, block = context.base, context.prefill, context.block
-        starts, told = context.batch["segments"], context.batch["told"]
+        starts, copied_blocks = context.batch["segments"], context.batch["copied_blocks"]
         old = old_of(context, self.recency)
         each = context.carriers(old)
-        hidden = [mixed(base, prefill, starts, told, old, own, block, self.recency) for own in each]
-        again = blocks(prefill.ids, told, block).flatten()
-        known = full(base, prefill, starts, told, block).flatten(0, 2)
+        hidden = [mixed(base, prefill, starts, copied_blocks, old, own, block, self.recency) for own in each]
+        again = blocks(prefill.ids, copied_blocks, block).flatten()
+        known = full(base, prefill, starts, copied_blocks, block).flatten(0, 2)
         losses = score(base, torch.stack(hidden).flatten(1, 3), known, again, "delta_nll")[0].mean(dim=1)
         return losses, self.numbers(context, losses, losses)

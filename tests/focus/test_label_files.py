@@ -6,10 +6,10 @@ from windows import WIDTH, K, following, small_base, tree_of, window
 
 from megactx.focus import moves
 from megactx.focus.allocator import FocusAllocator
+from megactx.focus.edit_labels import measure_values
+from megactx.focus.label_files import load, save
 from megactx.focus.lensnet import LensNet, masked
 from megactx.focus.sampling import KINDS, draw, measured_share, some_per_row
-from megactx.focus.states import load, save
-from megactx.focus.values import measure_values
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +32,19 @@ def test_a_batch_from_disk_is_read_as_the_windows_themselves(base, tmp_path):
     paths = [tmp_path / f"{row}.safetensors" for row in (0, 1)]
     for row, path in enumerate(paths):
         save(path, context, row, moves(context, 8), edits, values)
-    states, net = load(paths, base), lens()
-    assert torch.equal(states.there, context.there) and torch.equal(states.lods, context.lods())
-    assert torch.equal(states.legal.first, moves(context, 8).first)
-    assert torch.equal(states.legal.expand, moves(context, 8).expand)
-    read = net(states.embeddings, states.lods, states.distance, states.there, states.content)
+    batch, net = load(paths, base), lens()
+    assert torch.equal(batch.mask, context.mask) and torch.equal(batch.lods, context.lods())
+    assert torch.equal(batch.legal.first, moves(context, 8).first)
+    assert torch.equal(batch.legal.expand, moves(context, 8).expand)
+    read = net(batch.embeddings, batch.lods, batch.distance, batch.mask, batch.mean_embeddings)
     torch.testing.assert_close(read, net.read(context), rtol=2e-2, atol=2e-3)  # gists are kept in bf16
     by_row = torch.argsort(edits.row, stable=True)
-    torch.testing.assert_close(states.values, values[by_row])
-    assert torch.equal(states.row, edits.row[by_row]) and torch.equal(states.expand, edits.expand[by_row])
+    torch.testing.assert_close(batch.labels, values[by_row])
+    assert torch.equal(batch.row, edits.row[by_row]) and torch.equal(batch.expand, edits.expand[by_row])
     legal = moves(context, 8)
     v_down, v_keep = masked(read, legal)
     expected = torch.cat([v_down[legal.expand], v_keep[legal.leads]])[by_row]
-    torch.testing.assert_close(states.estimates(read, K), expected)
+    torch.testing.assert_close(batch.estimates(read, K), expected)
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []
 
 

@@ -7,9 +7,9 @@ import torch
 
 from megactx.focus import moves
 from megactx.focus.allocator import FocusAllocator
+from megactx.focus.edit_labels import measure_values
+from megactx.focus.label_files import save
 from megactx.focus.sampling import KINDS, draw, measured_share
-from megactx.focus.states import save
-from megactx.focus.values import measure_values
 from megactx.framework.bar import bar
 from megactx.memory import MegaContextTree
 
@@ -51,7 +51,7 @@ def ensure(stage, datamodule, folder: Path, what: int | str, count: int) -> list
     missing = [index for index, path in enumerate(paths) if not path.exists()]
     if not missing:
         return paths
-    asked, training = stage.hparams, stage.lens.training
+    hparams, training = stage.hparams, stage.lens.training
     stage.lens.eval()
     held = datamodule.held_documents(count) if what == HELD else None
     shown = bar(f"measuring windows ({what})")(missing)
@@ -61,7 +61,7 @@ def ensure(stage, datamodule, folder: Path, what: int | str, count: int) -> list
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
             key = [2**31 if what == HELD else what, index]
             document = datamodule.training_document(key) if held is None else held[index % len(held)]
-            kind, budget = KINDS[index % len(KINDS)], asked.budgets[index % len(asked.budgets)]
+            kind, budget = KINDS[index % len(KINDS)], hparams.budgets[index % len(hparams.budgets)]
             _make(stage, document, kind, budget, generator, paths[index])
     stage.lens.train(training)
     return paths
@@ -81,10 +81,10 @@ def _make(stage, document: dict, kind: str, fraction: float, generator, path: Pa
         ) from error
     legal = moves(context, allocator.protected)
     edits = legal.edits(context)
-    asked = torch.tensor(document.get("needed", []), device=edits.row.device)
+    needed = torch.tensor(document.get("needed", []), device=edits.row.device)
     likeness = stage.lens.likeness(context)
     promise = torch.cat([likeness[legal.expand], likeness[legal.leads]])
-    promise[(edits.lod == 1) & torch.isin(edits.index, asked)] = torch.inf
+    promise[(edits.lod == 1) & torch.isin(edits.index, needed)] = torch.inf
     edits = measured_share(edits, stage.hparams.windows["edits"], generator, promise)
     values, _ = measure_values(stage.base, context, edits, ids[:, cursor:])
     stage.measured.append((cursor, ids.shape[1] - cursor, int(context.counts[0]), len(edits)))

@@ -1,12 +1,12 @@
-"""Windows of one document that differ, edits of them, and what LensNet learns from which edits were good (method 12).
+"""Different windows of one document, edits of them, and what LensNet learns from the good edits (method 12).
 
     sources     N1 windows: the cold start, and random ones
-    variants    N2 / N1 of each: the source itself, what LensNet and the allocator make of it, a random one
+    variants    N2 / N1 of each: the source itself, what LensNet and the allocator make of it, a random change of it
 
     WC* = argmin over the variants of a source of  L + lambda x distance        what LensNet should have chosen
 
-L is the measured loss of the variant, in nats per token. The distance is that of the swap rate: fine entries that edits
-create or remove, over all entries.
+L is the measured loss of the variant, in nats per token. The distance is the swap rate: the fine entries that edits
+create or remove, over all entries of the source.
 
 N1 sources, N2 variants, W entries, E edits, K children of a node, D width.
 """
@@ -23,26 +23,26 @@ from megactx.lm.prefill import Prefill
 from megactx.memory import MegaContextTree, WorkingContext
 
 from .allocator import FocusAllocator
-from .content import contents
 from .edits import Edits, moves
+from .label_files import LensBatch
 from .lensnet import LensNet, masked
+from .mean_embeddings import window_mean_embeddings
 from .objectives import value_loss
 from .packed import ENCODED
 from .price import price, signed_scores
 from .sampling import draw, one_per_row
-from .states import States
 
-TEMPERATURE = 0.1  # of the edits that are drawn, in units of the score
+TEMPERATURE = 0.1  # at which edits are drawn, in units of the score
 
 
 @dataclass(frozen=True)
-class Variants:
+class WindowVariants:
     """Sources, their variants, and the edits between them."""
 
     sources: WorkingContext  # N1 rows
-    context: WorkingContext  # N2 rows; variants r x N2 / N1 ... of source r
+    context: WorkingContext  # N2 rows; those of source r begin at row r x N2 / N1
     edits: Edits  # by row of ``context``
-    states: States  # LensNet's view of the sources, and of all edits; their values are not known yet
+    batch: LensBatch  # LensNet's view of the sources and of all edits, whose values are not known yet
 
     @property
     def each(self) -> int:
@@ -51,16 +51,16 @@ class Variants:
 
 
 @torch.no_grad()
-def same_rows(net: GistNet, base: BaseLM, teacher: Prefill, *rows: int) -> tuple[MegaContextTree, ...]:
-    """Trees with so many rows of the same document each; its gists are made once.
+def same_rows(net: GistNet, base: BaseLM, prefill: Prefill, *rows: int) -> tuple[MegaContextTree, ...]:
+    """A tree for each number of ``rows``, with one document in all of its rows. The gists are made once.
 
     Args:
-        teacher: of the document, ids [1, C]; ``unread`` is enough for a GistNet that reads embeddings.
+        prefill: of the document, ids [1, C]; ``unread`` is enough for a GistNet that reads embeddings.
     """
-    ids, k = teacher.ids, net.block_size
+    ids, k = prefill.ids, net.block_size
     starts, training = torch.arange(0, ids.shape[1] // k * k, k, device=ids.device)[None], net.training
     net.eval()
-    gists = torch.cat([net.compress(base, teacher, part).vectors for part in starts.split(ENCODED, dim=1)], dim=1)
+    gists = torch.cat([net.compress(base, prefill, part).vectors for part in starts.split(ENCODED, dim=1)], dim=1)
     trees = tuple(MegaContextTree(net, base, rows=count, device=ids.device) for count in rows)
     for tree in trees:
         tree.append(ids.expand(tree.rows, -1), gists=gists.expand(tree.rows, -1, -1))
@@ -70,13 +70,13 @@ def same_rows(net: GistNet, base: BaseLM, teacher: Prefill, *rows: int) -> tuple
 
 def make_variants(
     trees: tuple[MegaContextTree, MegaContextTree], budget: int, lens: LensNet, allocator: dict, generator: Generator
-) -> Variants:
+) -> WindowVariants:
     """Draw sources, and edit them.
 
     Args:
         trees: of one document, with N1 and with N2 rows.
-        budget: entries of a window.
-        allocator: keyword arguments of ``FocusAllocator``; it draws its edits by their scores.
+        budget: the most entries of a window.
+        allocator: keyword arguments of ``FocusAllocator``, which draws its edits by their scores.
         generator: of all choices, on the CPU.
 
     Raises:
@@ -88,9 +88,9 @@ def make_variants(
     legal = moves(sources, allocator.get("protected", 128))
     seed = int(torch.randint(2**31, (), generator=generator))
     allocator = FocusAllocator(**allocator | {"temperature": TEMPERATURE, "cooldown": 0, "seed": seed})
-    states = _states(sources, legal)
+    batch = _batch(sources, legal)
     with torch.no_grad():
-        values = lens(states.embeddings, states.lods, states.distance, states.there, states.content)
+        values = lens(batch.embeddings, batch.lods, batch.distance, batch.mask, batch.mean_embeddings)
         down, keep = masked(values, legal)
         slack, margin = sources.budget - sources.lengths, allocator.margin(lens.tau)
         now = price(down, keep, legal, slack, few.block_size, margin)
@@ -102,14 +102,17 @@ def make_variants(
     random = (number == each - 1) & (each > 2) | (torch.bincount(edits.row, minlength=many.rows) == 0)
     edits = edits[(number[edits.row] > 0) & ~random[edits.row]]
     edits = _joined(edits, _random(context, random & (number > 0), allocator.protected, generator))
-    # An expand is of a gist of the source, and a collapse of siblings in it: both are found there.
-    states = _states(sources, legal, edits, edits.row // each)
+    # Gists that are expanded and siblings that are collapsed all stand in the source, so LensNet's values are found
+    # there.
+    batch = _batch(sources, legal, edits, edits.row // each)
     edits.apply(context)
-    return Variants(sources, context, edits, states)
+    return WindowVariants(sources, context, edits, batch)
 
 
-def focus_losses(lens: LensNet, variants: Variants, nll: Tensor, weight: float, choice: float) -> dict[str, Tensor]:
-    """What LensNet should have said of the edits, now that each variant was measured.
+def focus_losses(
+    lens: LensNet, variants: WindowVariants, nll: Tensor, weight: float, choice: float
+) -> dict[str, Tensor]:
+    """Losses of LensNet's values of the edits, once each variant is measured.
 
     Args:
         nll: of each variant, [N2] nats per token.
@@ -117,15 +120,15 @@ def focus_losses(lens: LensNet, variants: Variants, nll: Tensor, weight: float, 
         choice: weight of the choice beside the values.
 
     Returns:
-        ``choice``: cross-entropy of WC* among the variants of each source; ``huber`` of ``value_loss`` on what all
-        edits of a variant gained together; ``loss``, their weighted sum; and without gradient ``gained``, nats that WC*
-        is better than its source.
+        ``choice``: cross-entropy of WC* among the variants of each source. ``huber``: ``value_loss`` of the sum of a
+        variant's values against what its edits gained together. ``loss``: their weighted sum. ``gained``, without
+        gradient: nats by which WC* is better than its source.
     """
-    states, each, rows = variants.states, variants.each, len(nll)
-    values = lens(states.embeddings, states.lods, states.distance, states.there, states.content)
-    worth = states.estimates(values, lens.block_size)
+    batch, each, rows = variants.batch, variants.each, len(nll)
+    values = lens(batch.embeddings, batch.lods, batch.distance, batch.mask, batch.mean_embeddings)
+    worth = batch.estimates(values, lens.block_size)
     # An expand gains what its detail is worth, a collapse loses it.
-    worth = torch.where(states.expand, worth, -worth)
+    worth = torch.where(batch.expand, worth, -worth)
     expected = torch.zeros(rows, device=nll.device).index_add(0, variants.edits.row, worth)
     count = torch.bincount(variants.edits.row, minlength=rows)
     entries = variants.sources.lengths.repeat_interleave(each)
@@ -133,7 +136,7 @@ def focus_losses(lens: LensNet, variants: Variants, nll: Tensor, weight: float, 
     measured = nll.view(-1, each)[:, :1].repeat_interleave(each, 1).flatten() - nll
     edited = count > 0
     lens.see(measured[edited] / count[edited])
-    tau = lens.tau.clone()  # the next document of a step changes it, before this one's gradient is taken
+    tau = lens.tau.clone()  # the next document of the step changes it before backward of this one
     best = (nll + distance).view(-1, each).argmin(1)
     chosen = F.cross_entropy(((expected - distance) / tau).view(-1, each), best)
     huber = value_loss(expected, measured)
@@ -153,7 +156,7 @@ def _sources(tree: MegaContextTree, budget: int, generator: Generator) -> Workin
 
 
 def _random(context: WorkingContext, rows: Tensor, protected: int, generator: Generator) -> Edits:
-    """An expand in each of the rows bool [N], and where it does not fit a collapse of raw tokens before it."""
+    """A random expand in each of the rows, bool [N]. Where it does not fit, a collapse of raw tokens comes first."""
     legal, k = moves(context, protected).edits(context), context.tree.block_size
     legal = legal[rows[legal.row]]
     expands = one_per_row(legal[legal.expand], generator)
@@ -170,7 +173,7 @@ def _joined(first: Edits, second: Edits) -> Edits:
 
 
 @torch.no_grad()
-def _states(context: WorkingContext, legal, edits: Edits | None = None, row: Tensor | None = None) -> States:
+def _batch(context: WorkingContext, legal, edits: Edits | None = None, row: Tensor | None = None) -> LensBatch:
     from .edits import column_of
 
     nothing = torch.empty(0, dtype=torch.long, device=context.lod.device)
@@ -179,15 +182,15 @@ def _states(context: WorkingContext, legal, edits: Edits | None = None, row: Ten
         first = torch.where(edits.expand, edits.index, edits.index * context.tree.block_size)
         column = column_of(context, row, edits.lod - (~edits.expand).long(), first)
         expand = edits.expand
-    return States(
+    return LensBatch(
         embeddings=context.to_tensor(),
         lods=context.lods(),
         distance=context.ends()[:, None] - context.positions(),
-        there=context.there,
-        content=contents(context),
+        mask=context.mask,
+        mean_embeddings=window_mean_embeddings(context),
         legal=legal,
         row=nothing if row is None else row,
         column=column,
         expand=expand,
-        values=nothing.float(),
+        labels=nothing.float(),
     )

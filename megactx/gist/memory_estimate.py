@@ -5,17 +5,17 @@ width W, of which G have keys and values of their own; two bytes per number in b
 
     base       its weights
     cache      2 L G W B T                the documents' keys and values, kept by the teacher pass
-    attention  2 L A W B (groups T + NCH) what the branches see, repeated to all heads and kept for backward: a mask
-                                          leaves SDPA no kernel that shares keys and values between heads; and the
-                                          mask itself
+    attention  2 L A W B (groups T + NCH) keys and values that the branches see, kept for backward, and the mask. They
+                                          are repeated to all heads: with a mask, SDPA has no kernel that shares keys
+                                          and values between heads.
     rows       L B N C H (12 D + 6 F)     bytes of the other states that backward reads: fp32 inputs of two norms, query
                                           and output of attention, three states of the MLP
-    history    the same of history mode and recall, where they are on: of a net and a document, N segments of R + S - 1
+    history    the same for history mode and recall, where they are on. Per net and document: N segments of R + S - 1
                rows and one stream of T / K carriers, or N cases of a window each
     nets       16 per parameter           fp32 weights, gradients, two moments of AdamW
     head       5 chunks of fp32 logits
 
-The base is frozen, so no linear layer keeps its input. Documents shorter than T take less.
+The base is frozen, so no linear layer keeps its input for backward. Documents shorter than T take less.
 """
 
 from collections.abc import Iterable
@@ -23,11 +23,11 @@ from collections.abc import Iterable
 from torch import nn
 
 from megactx.lm import BaseLM
-from megactx.lm.branches import ROWS_PER_GROUP
 from megactx.lm.chunked_head import CHUNK_ELEMENTS
+from megactx.lm.packed_attention import ROWS_PER_GROUP
 
 
-def footprint(
+def memory_estimate(
     base: BaseLM,
     nets: Iterable[nn.Module],
     batch: int,
@@ -37,11 +37,11 @@ def footprint(
     device: str = "cuda",
     history: dict | None = None,
 ) -> dict[str, float]:
-    """Bytes of one training step by part, about: base, cache, attention, rows, nets, head, and history where it is on.
+    """About how many bytes a training step takes, by part: base, cache, attention, rows, nets, head, history.
 
     Args:
         base: the base LM in the dtype that it runs in; the meta device will do.
-        nets: everything that is trained on the same blocks.
+        nets: all nets that are trained on the same blocks.
         batch, tokens, spans: documents, tokens of the longest, blocks per document.
         horizon: H.
         device: ``cuda`` or ``cpu``; the packed pass groups its rows differently.
@@ -85,7 +85,7 @@ def footprint(
 
 
 def in_words(parts: dict[str, float]) -> str:
-    """``footprint`` as one line: the sum, and each part, in GB (1e9 bytes), or MB where that is too coarse."""
+    """``memory_estimate`` as one line: the sum and each part, in GB (1e9 bytes), or MB where the sum is below 1 GB."""
     total = sum(parts.values())
     unit, size = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6)
     each = ", ".join(f"{name} {value / size:.1f}" for name, value in parts.items())

@@ -14,18 +14,18 @@ from megactx.memory import WorkingContext
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What is read of each row, in two parts: entries, padded on the right, and behind the padding what follows."""
+class WindowRows:
+    """Columns of each row: W of entries, padded on the right, and behind the padding H - 1 of tokens that follow."""
 
     embeddings: Tensor  # [B, W + H - 1, D]
     positions: Tensor  # [B, W + H - 1]
     sigma: Tensor | None  # [B, W + H - 1]
     lengths: Tensor  # [B], entries of each row
-    order: Tensor  # [B, W + H - 1]: where each column of the pass is taken from; padding comes last
+    order: Tensor  # [B, W + H - 1]: the column above that each column of the pass takes; padding comes last
     horizon: int  # H
 
     def read(self, base: BaseLM, cache=None) -> Tensor:
-        """One pass of the base LM over all rows, each column sees those before it: hidden [B, W + H - 1, D]."""
+        """One causal pass of the base LM over all rows, in the order of the pass: hidden [B, W + H - 1, D]."""
         return base(
             taken(self.embeddings, self.order),
             taken(self.positions, self.order),
@@ -35,11 +35,11 @@ class Rows:
         )
 
     def scored(self, hidden: Tensor) -> Tensor:
-        """Of ``read``, what predicts the tokens that follow: [B, H, D]."""
+        """hidden of ``read`` -> the states that predict the tokens that follow, [B, H, D]."""
         return taken(hidden, self.lengths[:, None] - 1 + torch.arange(self.horizon, device=self.lengths.device))
 
 
-def rows_of(base: BaseLM, context: WorkingContext, following: Tensor) -> Rows:
+def rows_of(base: BaseLM, context: WorkingContext, following: Tensor) -> WindowRows:
     """Rows of working contexts, with the gists that their tree keeps; see ``lay_out``."""
     entries = (context.to_tensor(), context.positions(), context.lods(), context.lengths, context.ends())
     return lay_out(base, *entries, following, context.tree.encoder)
@@ -54,7 +54,7 @@ def lay_out(
     ends: Tensor,
     following: Tensor,
     encoder,
-) -> Rows:
+) -> WindowRows:
     """Rows at absolute positions.
 
     Args:
@@ -62,7 +62,7 @@ def lay_out(
         positions, lods: of the entries, [B, W].
         lengths, ends: entries of each row, and the tokens that they stand for, [B].
         following: ids of the tokens that come next, [B, H]; the last one is only scored.
-        encoder: it says how wide the positions of gists are.
+        encoder: its ``spread`` says how wide the positions of gists are.
 
     Raises:
         ValueError: ids of another number of rows.
@@ -74,7 +74,7 @@ def lay_out(
     after = torch.arange(horizon - 1, device=following.device)
     sigma = spread(lods) if spread is not None else None
     place, length = torch.arange(w + horizon - 1, device=following.device).expand(b, -1), lengths[:, None]
-    return Rows(
+    return WindowRows(
         embeddings=torch.cat([entries, base.embed(following[:, :-1])], dim=1),
         positions=torch.cat([positions, ends[:, None] + after], dim=1),
         sigma=None if sigma is None else F.pad(sigma, (0, horizon - 1)),

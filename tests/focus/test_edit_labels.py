@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from windows import BASES, following, small_base, tree_of, window
 
 from megactx.focus import moves
-from megactx.focus.values import ROWS, continuation_nll, measure_values
+from megactx.focus.edit_labels import ROWS, continuation_nll, measure_values
 
 
 @torch.no_grad()

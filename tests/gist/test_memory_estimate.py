@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megactx.framework.config.search_path import compose
 from megactx.gist import GistNet
-from megactx.gist.footprint import footprint, in_words
+from megactx.gist.memory_estimate import in_words, memory_estimate
 from megactx.gist.substitution import substituted
 from megactx.lm import BaseLM
 from megactx.lm.prefill import prefill
@@ -44,13 +44,13 @@ def kept_for_backward(base, batch, tokens, spans, horizon, carriers):
     ids = torch.randint(2, base.vocab_size, (batch, tokens))
     last = tokens - 32 - horizon
     starts = torch.linspace(1, last // 32, spans).long().mul(32).expand(batch, -1)
-    teacher = prefill(base, ids)
+    read = prefill(base, ids)
     gists = torch.randn(carriers, batch, spans, base.width, requires_grad=True)
-    cache = [tensor for layer in teacher.cache for tensor in layer]
+    cache = [tensor for layer in read.cache for tensor in layer]
     known = {t.untyped_storage().data_ptr() for t in [*base.parameters(), *cache]}
     kept = []
     with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        substituted(base, teacher, starts, gists, [31] * carriers, 32, horizon)
+        substituted(base, read, starts, gists, [31] * carriers, 32, horizon)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
     return sum(size for at, size in storages.items() if at not in known), sum(t.nbytes for t in cache)
 
@@ -61,7 +61,7 @@ def test_attention_rows_and_cache_are_what_the_packed_pass_really_keeps(kind, dt
     torch.manual_seed(0)
     base = BaseLM.from_config({**SMALL, "model_type": kind}).freeze().to(dtype)
     nets = [GistNet(128, 1.0), GistNet(128, 1.0, type="mean", head="linear", skip="none")]
-    parts = footprint(base, nets, batch=2, tokens=1024, spans=4, horizon=32, device="cpu")
+    parts = memory_estimate(base, nets, batch=2, tokens=1024, spans=4, horizon=32, device="cpu")
     kept, cache = kept_for_backward(base, 2, 1024, 4, 32, len(nets))
     assert parts["attention"] + parts["rows"] == pytest.approx(kept, rel=0.1)
     assert parts["cache"] == cache
@@ -72,7 +72,7 @@ def test_attention_rows_and_cache_are_what_the_packed_pass_really_keeps(kind, dt
 def test_more_branches_than_one_group_holds_see_the_document_once_per_group():
     with torch.device("meta"):
         base = BaseLM.from_config({**SMALL, "model_type": "llama"})
-    one, two = (footprint(base, [torch.nn.Identity()], 1, 4096, spans, 32, "cpu") for spans in (8, 9))
+    one, two = (memory_estimate(base, [torch.nn.Identity()], 1, 4096, spans, 32, "cpu") for spans in (8, 9))
     assert two["attention"] / one["attention"] > 1.6
     assert two["rows"] / one["rows"] == pytest.approx(9 / 8)
 
@@ -92,7 +92,7 @@ def test_an_experiment_on_a_public_model_states_the_memory_that_it_needs(name):
         nets = [GistNet(base.width, 1.0, **each) for each in settings]
     tokens = cfg.data.max_tokens or min(16384, base.max_positions)
     shape = (cfg.preset.batch, tokens, cfg.preset.spans, cfg.horizon.tokens)
-    parts = footprint(base, nets, *shape)
+    parts = memory_estimate(base, nets, *shape)
     comment = (REPOSITORY / "conf" / "experiment" / f"{name}.yaml").read_text()
     stated = float(re.search(r"Memory: about ([\d.]+) GB", comment)[1])
     assert stated == pytest.approx(sum(parts.values()) / 1e9, rel=0.1)

@@ -1,7 +1,7 @@
 """What goes into each layer of a base LM, and the keys and values that a layer makes of it.
 
-No line of a modelling file is copied: states are recorded by hooks, and keys and values are what the layer's own
-attention module hands to its attention function, after its projections, its norms and its rotation.
+No line of a modelling file is copied. Hooks record the states. Keys and values are what the layer's own attention
+module hands to its attention function, after its projections, its norms and its rotation.
 
 Shapes: B batch, M rows, D width, L layers, G key-value heads, W head width.
 """
@@ -41,10 +41,10 @@ def attention_of(layer: nn.Module) -> nn.Module:
 
 
 def refuse_without_keys(decoder: nn.Module, what: str) -> None:
-    """Keys and values can be made where a layer is a norm, then attention that gets its rotation from the decoder.
+    """See that keys and values can be made: a layer must be a norm, then attention with the decoder's rotation.
 
     Args:
-        what: asks for them, for the message.
+        what: who asks for them, for the message.
 
     Raises:
         ValueError: this family is built in another way.
@@ -113,7 +113,7 @@ def keys_values(decoder: nn.Module, inputs: Sequence[Tensor], positions: Tensor)
 
 def _keep(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, made: list, **kwargs):
     made.append((key, value))
-    return query.transpose(1, 2), None  # in place of an output that nobody reads
+    return query.transpose(1, 2), None  # of the right shape; nobody reads it
 
 
 AttentionInterface.register(NAME, _keep)

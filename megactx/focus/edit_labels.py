@@ -4,10 +4,10 @@
     an edit      cache of entries < c [ what comes ][ the others ] y0 y1 ... y(H-2)       one branch
     scored                                                         y0 y1 ... y(H-1)
 
-Nothing in front of an edit depends on it, so a branch starts where the edit does. Edits of like length share a pass.
+Nothing in front of an edit depends on it, so a branch starts where the edit does. Branches of like length share a pass.
 
-    v_down = NLL(as it is) - NLL(children in its place)          of a gist: what its detail is worth
-    v_keep = NLL(parent in the place of K siblings) - NLL(as it is)   of siblings: what theirs is worth
+    v_down = NLL(as it is) - NLL(children in its place)               of a gist: what its detail would be worth
+    v_keep = NLL(parent in the place of K siblings) - NLL(as it is)   of siblings: what their detail is worth
 
 B rows, W entries, K children of a node, E edits, H scored tokens, D width.
 """
@@ -23,9 +23,9 @@ from megactx.lm.chunked_head import nll
 from megactx.memory import WorkingContext
 
 from .edits import Edits, column_of
-from .rows import rows_of, taken
+from .window_rows import rows_of, taken
 
-ROWS = {"cpu": 2048, "cuda": 65_536}  # of one packed pass: enough to fill the machine, no more memory than that
+ROWS = {"cpu": 2048, "cuda": 65_536}  # of one packed pass: they fill the machine, and more would only take memory
 
 
 def continuation_nll(base: BaseLM, context: WorkingContext, following: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def continuation_nll(base: BaseLM, context: WorkingContext, following: Tensor) -
 
 @torch.no_grad()
 def measure_values(base: BaseLM, context: WorkingContext, edits: Edits, following: Tensor) -> tuple[Tensor, Tensor]:
-    """The value of each edit, in nats per token, by what the base LM then thinks of the H true next tokens.
+    """The value of each edit, in nats per token: how it changes the NLL of the H true next tokens.
 
     Positions are absolute. An edit that breaks the budget is measured like any other.
 
@@ -50,8 +50,8 @@ def measure_values(base: BaseLM, context: WorkingContext, edits: Edits, followin
         following: ids of the tokens that come next, [B, H].
 
     Returns:
-        Values [E]: positive where detail helps, v_down of expands and v_keep of collapses; and the NLL of the working
-        context as it is, [B].
+        Values [E], v_down of expands and v_keep of collapses, positive where detail helps; and the NLL behind the
+        working context as it is, [B].
 
     Raises:
         ValueError: ids of another number of rows.
@@ -84,57 +84,64 @@ class _Read:
     def branches(self, edits: Edits) -> Iterator[tuple[Tensor, Tensor]]:
         """Packed passes -> (which edits [e], mean NLL after each [e]), until all were measured."""
         k, b = self.context.tree.block_size, len(self.lengths)
+        # The column at which an edit begins: that of the gist, or of the first of the K children that go.
         first = torch.where(edits.expand, edits.index, edits.index * k)
         first = column_of(self.context, edits.row, edits.lod - (~edits.expand).long(), first)  # [E]
+        # Entries that come and go, and those behind them that must be read again, for they saw what went: [E] each.
         comes, goes = torch.where(edits.expand, k, 1), torch.where(edits.expand, 1, k)
         rest = self.lengths[edits.row] - first - goes
-        rows = comes + rest + self.horizon - 1
-        # Places [B, N]: each row's edits from the shortest branch to the longest, the missing ones last.
+        rows = comes + rest + self.horizon - 1  # of a branch
+        # Places [B, N]: each row's edits from the shortest branch to the longest, the missing ones last. A pass pads
+        # its branches to the longest of them, so those of like length share one.
         by_row = torch.argsort(edits.row * (int(rows.max()) + 1 if len(edits) else 1) + rows)
         counts = torch.bincount(edits.row, minlength=b)
         at = torch.arange(len(edits), device=rows.device) - (counts.cumsum(0) - counts)[edits.row[by_row]]
         places = torch.full((b, int(counts.max()) if len(edits) else 0), -1, device=rows.device)
         places[edits.row[by_row], at] = by_row
-        longest = torch.where(places >= 0, rows[places], 0).amax(0).tolist()  # ascending but for missing ones
-        kept = tuple((layer.keys, layer.values) for layer in self.cache.layers)
+        # [N], over the rows. Ascending within a row; where rows have other numbers of edits it may fall again.
+        longest = torch.where(places >= 0, rows[places], 0).amax(0).tolist()
+        kv_cache = tuple((layer.keys, layer.values) for layer in self.cache.layers)
         most, done = ROWS.get(rows.device.type, 2048), 0
         while done < places.shape[1]:
+            # As many edits as the machine takes at once, at least one per row, however long it is.
             stop, r = done + 1, longest[done]
             while stop < places.shape[1] and b * (stop + 1 - done) * max(r, longest[stop]) <= most:
                 r, stop = max(r, longest[stop]), stop + 1
-            place = places[:, done:stop]
-            there, e = place >= 0, place.clamp(min=0)
+            place = places[:, done:stop]  # [B, n]
+            mask, e = place >= 0, place.clamp(min=0)  # edit 0 stands in for a missing one; it is not yielded
             done = stop
             source = self._source(edits, e, first[e], comes[e], goes[e], rest[e], r)
             extra = self._replacements(edits, e)
             hidden = self.base.forward_branches(
                 self._gathered(self.rows.embeddings, extra[0], source),
                 self._gathered(self.rows.positions, extra[1], source),
-                kept,
-                torch.where(there, first[e], 0),
+                kv_cache,
+                torch.where(mask, first[e], 0),  # nothing in front of an edit depends on it: that much is cached
                 sigma=None if self.rows.sigma is None else self._gathered(self.rows.sigma, extra[2], source),
             )
             scored = (comes + rest)[e][..., None] - 1 + torch.arange(self.horizon, device=e.device)  # [B, n, H]
-            scored = scored.clamp(max=r - 1)
-            hidden = hidden.gather(2, scored[..., None].expand(*scored.shape, hidden.shape[-1]))
+            scored = scored.clamp(max=r - 1)  # of missing edits, which may be longer than this pass
+            hidden = hidden.gather(2, scored[..., None].expand(*scored.shape, hidden.shape[-1]))  # [B, n, H, D]
             nll = self._nll(hidden, self.following[:, None].expand_as(scored)).mean(-1)
-            yield place[there], nll[there]
+            yield place[mask], nll[mask]
 
     def _source(self, edits, e, first, comes, goes, rest, rows: int) -> Tensor:
         """Where each row of a branch comes from, [B, n, R]: of the window, what follows, and replacements behind."""
         w, n = self.context.lod.shape[1], e.shape[1]
         r = torch.arange(rows, device=e.device)
-        first, comes, goes, rest = (t[..., None] for t in (first, comes, goes, rest))
+        first, comes, goes, rest = (t[..., None] for t in (first, comes, goes, rest))  # [B, n, 1]
         k, all_before = self.context.tree.block_size, w + self.horizon - 1
-        new = all_before + torch.arange(n, device=e.device)[:, None] * k + r
-        old = first + goes + r - comes
-        after = w + r - comes - rest
+        # One table per row of the batch: W entries, H - 1 tokens that follow, K places for what each edit brings.
+        new = all_before + torch.arange(n, device=e.device)[:, None] * k + r  # what comes
+        old = first + goes + r - comes  # entries behind the edit, as they were
+        after = w + r - comes - rest  # tokens that follow: they stand behind the padding of the entries
         found = torch.where(r < comes, new, torch.where(r < comes + rest, old, after))
-        # Where a row has no n-th edit, what stands here is another row's: it is not read, but it must exist.
+        # A row without an n-th edit has the numbers of edit 0 here, which may be of another row. What they point to is
+        # not read, but it must exist.
         return torch.where(r < comes + rest + self.horizon - 1, found, 0).clamp(max=all_before + n * k - 1)
 
     def _replacements(self, edits: Edits, e: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Embeddings [B, n * K, D], positions and sigma [B, n * K] of what comes; of a parent only the first counts."""
+        """Embeddings [B, n * K, D], positions and sigma [B, n * K] of what comes; a parent has the first of K."""
         tree, k, b = self.context.tree, self.context.tree.block_size, len(e)
         opened = edits.expand[e]
         lod = edits.lod[e] - opened.long()
@@ -144,7 +151,7 @@ class _Read:
         row = edits.row[e][..., None].expand_as(index)
         embeddings = tree.embeddings(row.flatten(), lod.flatten(), index.flatten()).view(b, -1, tree.width)
         offsets = [tree.encoder.offset_in(k**n) for n in range(1, tree.depth + 1)]
-        positions = index * k**lod + torch.tensor([0, *offsets], device=e.device)[lod]
+        positions = index * k**lod + torch.tensor([0, *offsets], device=e.device)[lod]  # [B, n, K]
         spread = None if self.rows.sigma is None else tree.encoder.spread(lod.flatten(1))
         return embeddings, positions.flatten(1), spread
 

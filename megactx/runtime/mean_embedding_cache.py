@@ -8,12 +8,12 @@ length of the history.
 import torch
 from torch import Tensor
 
-from megactx.focus.content import node_contents
+from megactx.focus.mean_embeddings import node_mean_embeddings
 from megactx.memory import WorkingContext
 
 
-class Contents:
-    """``focus.content.contents`` with a memory of the last window."""
+class MeanEmbeddingCache:
+    """``window_mean_embeddings`` with a memory of the last window."""
 
     def __init__(self):
         self.nodes: Tensor | None = None  # [M], ascending names
@@ -22,7 +22,7 @@ class Contents:
     @torch.no_grad()
     def __call__(self, context: WorkingContext) -> Tensor:
         """The mean embedding of the tokens of each entry, [B, W, D] in fp32; 0 in the padding."""
-        row, column = context.there.nonzero().unbind(1)
+        row, column = context.mask.nonzero().unbind(1)
         lod, index = context.lod[row, column], context.index[row, column]
         name = (row << 46) + (lod << 40) + index
         known = torch.zeros_like(name, dtype=torch.bool)
@@ -32,7 +32,7 @@ class Contents:
             known = self.nodes[place] == name
             out[known] = self.values[place[known]]
         if not known.all():
-            out[~known] = node_contents(context.tree, row[~known], lod[~known], index[~known])
+            out[~known] = node_mean_embeddings(context.tree, row[~known], lod[~known], index[~known])
         gists = lod > 0  # tokens are one look-up each, and there are many
         self.nodes, order = name[gists].sort()
         self.values = out[gists][order]
