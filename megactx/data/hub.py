@@ -5,7 +5,6 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +23,6 @@ PATTERN = re.compile(r"[\[\]*?]|::")
 
 
 @declared("data")
-@dataclass
 class Hub:
     """Documents of any data set that ``datasets.load_dataset`` takes without remote code.
 
@@ -40,20 +38,24 @@ class Hub:
         short_rows: ``drop`` short rows, or ``join`` neighbours until they are long enough.
     """
 
-    name: str | None
-    subset: str | None = None
-    split: str = "train"
-    text_column: str = "text"
-    domain: str = NARRATIVE
-    streaming: bool = True
-    max_documents: Count = 2000
-    min_characters: int = 0
-    short_rows: Literal[DROP, JOIN] = DROP
-
-    def __post_init__(self):
-        if not self.name:
+    def __init__(
+        self,
+        name: str | None,
+        subset: str | None = None,
+        split: str = "train",
+        text_column: str = "text",
+        domain: str = NARRATIVE,
+        streaming: bool = True,
+        max_documents: Count = 2000,
+        min_characters: int = 0,
+        short_rows: Literal[DROP, JOIN] = DROP,
+    ):
+        if not name:
             raise ValueError("data.name is not set: give the name of a data set, or a local folder")
-        check_domain(self.domain)
+        check_domain(domain)
+        self.name, self.subset, self.split = str(name), subset, split
+        self.text_column, self.domain, self.streaming = text_column, domain, streaming
+        self.max_documents, self.min_characters, self.short_rows = max_documents, min_characters, short_rows
 
     def fingerprint(self) -> str:
         """Identity by the settings, and by the content of the files where the data set is a local folder."""
