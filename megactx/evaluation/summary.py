@@ -222,12 +222,12 @@ def _notes(numbers: dict) -> list[str]:
             notes.append(f"{name}: ALARM: perplexity ratio {ratio:.2f} is above 2.0.")
     for distance, copied in numbers["copies"].items():
         if (cost := copied["cost"][OVERALL]) < WEAK:
-            lost = f"dropping the first occurrence costs {cost:.3f} nat (< {WEAK}), so copy recovery is undefined."
-            notes.append(f"copies at a distance of {distance} tokens: {lost}")
+            lost = f"dropping the first occurrence costs {cost:.3f} nat (< {WEAK}): the base does not copy from there"
+            notes.append(f"copies at a distance of {distance} tokens: {lost}, so copy recovery is undefined.")
     if not numbers["copies"]:
         notes.append("copy recovery was not measured: evaluate.copies is 0, or no document has 3 K + distance tokens.")
     if not numbers["level2"]:
-        why = "evaluate.level2 is 0, or no document has 2 K^2 + H tokens."
+        why = "evaluate.level2 is 0, or no document has 2 K^2 + H tokens, 2,048 + H where K = 32."
         notes.append(f"hierarchical consistency (dNLL of a gist of gists) was not measured: {why}")
     geometry = numbers["geometry"]
     if geometry.get("diversity", 1) < 0.3:
