@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megactx.evaluation.table import Report
-from megactx.framework.bar import quiet_libraries
+from megactx.framework.bar import SHORTER, quiet_libraries
 from megactx.framework.command_line import run
 
 WIDTH = 170
@@ -41,6 +41,11 @@ class Options:
     def path(self, help: str = "files to measure on; without it the held-out part of the embedded text") -> None:
         """Text of one's own."""
         self.add("--path", help=help)
+
+    def shorter(self) -> str:
+        """The options that make the study short, in words; of one without numbers, none."""
+        names = [f"--{name}" for name in self.least if name != "seed"]
+        return f"lower {', '.join(names)}" if names else ""
 
     def check(self, args: argparse.Namespace) -> None:
         """Raises: ValueError: a number below its least; the message names it."""
@@ -76,6 +81,7 @@ def command(
     def measured(args: argparse.Namespace) -> None:
         given.check(args)
         quiet_libraries()
+        SHORTER.set(given.shorter())
         stem = report = told = None
         for next_stem, next_report in study(args):
             if stem not in (None, next_stem):

@@ -134,6 +134,8 @@ def _load(folder: Path, name: str) -> Trained:
     stage = GistStage.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     stage.to(device()).eval()
     stage.base.to(torch.float32)  # probes and greedy decoding ask for the argmax: rounding must not decide it
+    # Of a run of earlier days the stage itself had history mode.
+    history = settings.get("losses", {}).get("history") or settings.get("history") or {}
     config = folder / "config.yaml"
     data = (yaml.safe_load(config.read_text()) if config.exists() else {}).get("data", {})
     return Trained(
@@ -142,7 +144,7 @@ def _load(folder: Path, name: str) -> Trained:
         base=stage.base,
         nets=dict(stage.nets),
         horizon=settings["horizon"],
-        recency=(settings.get("history") or {}).get("recency", RECENCY),
+        recency=history.get("recency", RECENCY),
         weights={domain: share for domain, share in (data.get("weights") or {}).items() if share},
         base_name=settings["base"]["name"],
     )
