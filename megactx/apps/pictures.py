@@ -63,7 +63,8 @@ def plot_scores(path: str | Path, replay: Replay, step: int = 0) -> None:
     """
     _check(replay)
     if not 0 <= step < len(replay.steps) - 1:
-        raise ValueError(f"step={step} is not allowed: 0 to {len(replay.steps) - 2}, with scores before and after")
+        refocuses = len(replay.steps)
+        raise ValueError(f"step={step} is not allowed: 0 to {refocuses - 2}, the last but one of {refocuses} refocuses")
     now, then = replay.steps[step : step + 2]
     with picture(path, (14, 5), rows=2, sharex=True) as grid:
         panels = grid[:, 0]
