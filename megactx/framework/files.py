@@ -11,6 +11,7 @@ and removed when the block ends, however it ends; what a kill leaves is removed 
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -20,22 +21,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import RunFailed
+from .errors import FULL, RunFailed
 
 PART = ".megactx-part-"
 OLD = "old"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WRONG = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
     *(errno.ELOOP, errno.ENOENT),
 )
+ELSEWHERE = "choose another place"
 IN_RUN = "set folder=... to another disk; resume=auto goes on"
 HERE, SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 NO_SWAP = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # of file systems that cannot
 
 
 @contextmanager
-def replacing(path: str | Path, remedy: str = "choose another place") -> Iterator[Path]:
+def replacing(path: str | Path, remedy: str = ELSEWHERE) -> Iterator[Path]:
     """Yield a name that is not there yet; what the block writes under it takes the place of ``path``.
 
     Args:
@@ -57,6 +58,18 @@ def replacing(path: str | Path, remedy: str = "choose another place") -> Iterato
         else:
             os.replace(part, path)
         sync(path.parent)
+
+
+def write(path: str | Path, text: str, remedy: str = ELSEWHERE) -> None:
+    """Write a small text file; arguments and errors as of ``replacing``."""
+    with replacing(path, remedy) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def checksum(path: Path) -> str:
+    """The sha256 of a file's content, in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
