@@ -3,11 +3,13 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextvars import ContextVar
 
 from rich.progress import track
 
 EVERY = 30  # seconds between two lines
 LONG = 600  # seconds that are told at once
+SHORTER: ContextVar[str] = ContextVar("shorter", default="")  # what the command that is running can be made short by
 
 
 def bar(what: str) -> Callable[[Iterable], Iterator]:
@@ -17,6 +19,16 @@ def bar(what: str) -> Callable[[Iterable], Iterator]:
         return iter(track(items, description=what)) if sys.stdout.isatty() else _lines(items, what)
 
     return shown
+
+
+def quiet_libraries() -> None:
+    """Without a terminal the bars of datasets and transformers are silent."""
+    if not sys.stderr.isatty():
+        import datasets
+        import transformers
+
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
 
 
 def _lines(items: Iterable, what: str) -> Iterator:
@@ -29,3 +41,5 @@ def _lines(items: Iterable, what: str) -> Iterator:
         if now - told > EVERY or (done == 1 and left > LONG):  # long work says so as soon as it can be known
             told = now
             print(f"{what}: {done}{of}, {gone:.0f} s" + (f", about {left:.0f} s left" if left else ""), flush=True)
+            if done == 1 and (how := SHORTER.get()):
+                print(f"That is about {(gone + left) / 60:.0f} minutes. Shorter: {how}.", flush=True)

@@ -1,9 +1,10 @@
 """The models that a session needs, from a run folder, an exported folder, or the package itself.
 
 nothing                 the embedded base LM, its GistNet and its LensNet
+asset with a GistNet    ``smollm2``: a base LM of another package, and ``asset:smollm2-gistnet`` of this one
 exported folder         a Hugging Face folder with gistnet/ and, where there is one, lensnet/ in it
 run of a lens stage     all three; of a gist stage: base and GistNet; of a base stage: the base LM alone
-Hugging Face folder     a base LM alone, as are a GGUF file, a folder with one in it, and a base of ``asset:NAME``
+Hugging Face folder     a base LM alone, as are a GGUF file, a folder with one in it, and any other ``asset:NAME``
 """
 
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ def _read(path: str | None) -> Models:
         name = path if is_gguf(path) or path.startswith("asset:") else f"asset:{path}"
         if not is_gguf(name) and name not in known():
             raise ValueError(f"model={path}: there is no such folder, file or asset")
+        if f"{name}-gistnet" in known():
+            return _together(name, resolve(f"{name}-gistnet"), None, path)
         return Models(BaseLM.from_pretrained(name, "float32"), name=path)
     if (folder / "gistnet" / GISTNET).is_file():
         lensnet = folder / "lensnet"

@@ -7,12 +7,12 @@ after each part one that holds all so far, so that a stop loses only the part th
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from pathlib import Path
 
 from megactx.evaluation.table import Report
+from megactx.framework.bar import SHORTER, quiet_libraries
 from megactx.framework.command_line import run
-
-from .trained import quiet
 
 WIDTH = 170
 
@@ -42,6 +42,11 @@ class Options:
     def path(self, help: str = "files to measure on; without it the held-out part of the embedded text") -> None:
         """Text of one's own."""
         self.add("--path", help=help)
+
+    def shorter(self) -> str:
+        """The options that make the study short, in words; of one without numbers, none."""
+        names = [f"--{name}" for name in self.least if name != "seed"]
+        return f"lower {', '.join(names)}" if names else ""
 
     def check(self, args: argparse.Namespace) -> None:
         """Raises: ValueError: a number below its least; the message names it."""
@@ -76,7 +81,8 @@ def command(
 
     def measured(args: argparse.Namespace) -> None:
         given.check(args)
-        quiet()
+        quiet_libraries()
+        SHORTER.set(given.shorter())
         stem = report = told = None
         for next_stem, next_report in study(args):
             if stem not in (None, next_stem):
@@ -87,7 +93,8 @@ def command(
 
     given = Options(name, doc)
     options(given)
-    return lambda arguments=None: run(measured, given.parser, arguments)
+    # In a context of its own: what makes this command shorter is nothing to whatever comes next in the process.
+    return lambda arguments=None: copy_context().run(run, measured, given.parser, arguments)
 
 
 def _tell(report: Report, told: str) -> None:

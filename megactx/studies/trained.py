@@ -1,14 +1,11 @@
 """Finished runs as a study takes them: their base LM, their carriers, and held-out text to measure them on."""
 
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import torch
-import transformers
 import yaml
 from torch import Tensor
 
@@ -109,13 +106,6 @@ def held_out(base: BaseLM, path: str | None, block: int, horizon: int, tokens: i
     return data.held_out(source, blocks) if path else data.evaluation_documents(blocks)
 
 
-def quiet() -> None:
-    """Without a terminal the bars of datasets and transformers are silent."""
-    if not sys.stdout.isatty():
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
-
-
 def checkpoint_of(folder: Path) -> tuple[Path, dict]:
     """Where the best checkpoint of a run is, and what it holds.
 
@@ -144,6 +134,8 @@ def _load(folder: Path, name: str) -> Trained:
     stage = GistStage.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     stage.to(device()).eval()
     stage.base.to(torch.float32)  # probes and greedy decoding ask for the argmax: rounding must not decide it
+    # Of a run of earlier days the stage itself had history mode.
+    history = settings.get("losses", {}).get("history") or settings.get("history") or {}
     config = folder / "config.yaml"
     data = (yaml.safe_load(config.read_text()) if config.exists() else {}).get("data", {})
     return Trained(
@@ -152,7 +144,7 @@ def _load(folder: Path, name: str) -> Trained:
         base=stage.base,
         nets=dict(stage.nets),
         horizon=settings["horizon"],
-        recency=(settings.get("history") or {}).get("recency", RECENCY),
+        recency=history.get("recency", RECENCY),
         weights={domain: share for domain, share in (data.get("weights") or {}).items() if share},
         base_name=settings["base"]["name"],
     )

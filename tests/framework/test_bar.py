@@ -21,3 +21,16 @@ def test_work_of_more_than_ten_minutes_says_so_behind_its_first_part(monkeypatch
     next(parts)
     next(parts)
     assert capsys.readouterr().out == "blocks: 1 of 50, 20 s, about 980 s left\n"
+
+
+def test_it_names_what_makes_the_command_shorter_where_there_is_such_a_thing(monkeypatch, capsys):
+    clock = iter([0.0, 20.0, 25.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    token = module.SHORTER.set("lower --count")
+    try:
+        parts = bar("blocks")(range(50))
+        next(parts)
+        next(parts)
+    finally:
+        module.SHORTER.reset(token)
+    assert capsys.readouterr().out.splitlines()[1] == "That is about 17 minutes. Shorter: lower --count."

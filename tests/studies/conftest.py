@@ -18,6 +18,7 @@ GISTNET = dict(block_size=K, num_heads=4, skip="none")
 LENSNET = dict(layers=1, num_heads=4)
 SMALL = ["block_size=8", "preset.steps=2", "preset.min_tokens=200", "preset.max_tokens=256"]
 SMALL += ["stage.evaluate.blocks=6", "stage.evaluate.copies=0", "stage.evaluate.controls=false"]
+SMALL += ["loss.history.recency=48"]
 
 
 @pytest.fixture(scope="session")

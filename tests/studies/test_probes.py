@@ -11,12 +11,17 @@ from megactx.evaluation.bootstrap import wilson
 from megactx.evaluation.probes import READERS
 from megactx.evaluation.table import Table
 from megactx.studies.probes import ALL, main, notes_on, sheets, summarise
+from megactx.studies.trained import load
 
 ABOUT = {"run": "run", "subject": "gistnet", "blocks": 4, "block_size": 32, "recency": 64}
 
 
 def answers(kind, *right):
     return {"kind": kind} | {name: {"right": r, "nll": 2.0 - r} for name, r in zip(READERS, right, strict=True)}
+
+
+def test_the_recency_window_is_that_of_the_run(trained_runs):
+    assert [run.recency for run in load(trained_runs)] == [48, 48]
 
 
 def test_a_share_and_its_interval_are_wilsons():

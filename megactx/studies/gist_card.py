@@ -1,0 +1,87 @@
+"""What a GistNet is worth on text that it was not trained on: one command makes its card anew.
+
+    python -m megactx.studies.gist_card smollm2 --path TEXTS                  base and GistNet that belong together
+    python -m megactx.studies.gist_card smollm2 --gistnet FOLDER --horizon 16 --segments 200
+
+Single blocks, each replaced by its gist, beside every untrained control on the same blocks; and, with ``--segments``,
+histories of which all old blocks are gists. Recovery is the teacher-normalised score of the literature, (compressed -
+nothing) / (full - nothing), of negative log-likelihoods.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from megactx.evaluation.history import measure_history, segments
+from megactx.evaluation.measure import measure, untrained
+from megactx.evaluation.report import report_of
+from megactx.evaluation.summary import summarise
+from megactx.evaluation.table import Report
+from megactx.framework.bar import bar
+from megactx.parts.models import load_models
+from megactx.parts.read import gistnet_of
+
+from .study import Options, command, multiple, usable
+from .trained import held_out
+
+EVERY = 10**6  # blocks: of all documents
+
+
+def options(given: Options) -> None:
+    about = "base and GistNet: an asset, an exported folder, a run; without it the embedded ones"
+    given.add("model", nargs="?", metavar="MODEL", help=about)
+    given.add(
+        "--gistnet", metavar="PATH", help="another GistNet of that base: asset:NAME, a folder, a checkpoint, a run"
+    )
+    given.path()
+    given.number("blocks", 200, "blocks, about")
+    given.number("horizon", 32, "H, tokens that are scored behind a block")
+    given.number("tokens", 1024, "tokens of each document", least=128)
+    given.number("segments", 0, "segments of history mode; 0: none", least=0)
+    given.number("segment", 64, "S, scored tokens of a segment")
+    given.number("recency", 128, "R, raw tokens before it")
+    given.add("--out", type=Path, default=Path("gist_card"), help="folder of the tables")
+
+
+def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+    """Measure a GistNet.
+
+    Raises:
+        ValueError: the model has none, or no text is long enough; the message names the option.
+    """
+    stem = usable(asked.out) / "gist_card"
+    models = load_models(asked.model)
+    base, net = models.base, models.gistnet
+    if asked.gistnet:
+        net = gistnet_of(asked.gistnet, base, "--gistnet").to(base.model.device)
+    if net is None:
+        raise ValueError(f"MODEL={asked.model}: there is no GistNet for it, give one: --gistnet PATH")
+    block = net.block_size
+    for name in ("segment", "recency"):
+        multiple(name, getattr(asked, name), block)
+    about = {"model": models.name, "gistnet": asked.gistnet, "text": asked.path}
+    text = (base, asked.path, block, asked.horizon, asked.tokens)
+    scores = measure(base, {"gistnet": net}, held_out(*text, asked.blocks), asked.horizon, progress=bar("blocks"))
+
+    def report(**extra) -> Report:
+        made = report_of(summarise(scores, "gistnet", **extra))
+        made.about |= about
+        return made
+
+    yield stem, report()
+    if asked.segments:
+        sizes = {"segment": asked.segment, "recency": asked.recency}
+        histories = segments(held_out(*text, EVERY), block, asked.segments, **sizes)
+        if not histories:
+            raise ValueError(
+                f"--tokens={asked.tokens}: there is no room for a segment behind --recency={asked.recency}"
+            )
+        nets = {"gistnet": net} | untrained(base, block, net.position)
+        yield stem, report(history=measure_history(base, nets, histories, **sizes, progress=bar("histories")))
+
+
+main = command("gist_card", __doc__, options, study)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""The card of a GistNet: one command, any text."""
+
+import json
+
+import pytest
+import torch
+
+from megactx.gist.compressors import build
+from megactx.lm import BaseLM
+from megactx.parts.write import save_gistnet
+from megactx.studies.gist_card import main
+
+GIVEN = {"type": "base", "layers": 1, "rank": 4, "block_size": 8}
+SIZES = ["--tokens", "128", "--horizon", "8", "--blocks", "12"]
+
+
+@pytest.fixture(scope="module")
+def gistnet(base_folder, tmp_path_factory):
+    base, folder = BaseLM.from_pretrained(str(base_folder)).freeze(), tmp_path_factory.mktemp("gistnet") / "net"
+    torch.manual_seed(3)
+    save_gistnet(build(base, GIVEN), GIVEN, base, folder)
+    return folder
+
+
+def test_a_card_has_blocks_and_histories_beside_every_control_and_is_the_same_again(
+    base_folder, gistnet, texts, tmp_path, capsys
+):
+    given = [str(base_folder), "--gistnet", str(gistnet), "--path", str(texts), *SIZES, "--segments", "4"]
+    given += ["--segment", "16", "--recency", "32"]
+    found = []
+    for name in "ab":
+        assert main([*given, "--out", str(tmp_path / name)]) == 0
+        found.append((tmp_path / name / "gist_card.csv").read_text())
+    assert found[0] == found[1]
+    rows = json.loads((tmp_path / "a" / "gist_card.json").read_text())["table"]
+    carriers = {row["carrier"] for row in rows if row["metric"] == "recovery" and "carrier" in row}
+    assert {"gistnet", "last token", "random gist"} <= carriers
+    assert any("history" in row["metric"] for row in rows)
+    assert "12 blocks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "there is no GistNet for it, give one: --gistnet PATH"),
+        (["--gistnet", "nowhere"], "--gistnet=nowhere: there is no such folder"),
+        (["--gistnet", "GISTNET", "--recency", "12"], "--recency=12 is not allowed: a multiple of block_size=8"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_by_its_option(base_folder, gistnet, options, said, tmp_path, capsys):
+    options = [str(gistnet) if o == "GISTNET" else o for o in options]
+    assert main([str(base_folder), *options, *SIZES, "--segment", "16", "--out", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
