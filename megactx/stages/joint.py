@@ -119,6 +119,7 @@ class JointStage(FrozenBaseStage):
             self.base.float()
             self._reference = (BaseLM.from_pretrained(**base).freeze(),)
         self.measured: list[tuple] = []  # since the last step: see ``lens_labels.ensure``
+        self.window_files: dict[tuple[Path, int], list[Path]] = {}  # that are known to be there, likewise
         self.learning: tuple[str, ...] = ()
         self.learns(*self.parts)
         # Tokens of documents that were learned from or measured with: what a comparison must hold fixed.

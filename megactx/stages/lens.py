@@ -86,6 +86,7 @@ class LensStage(FrozenBaseStage):
         self.gistnet = gistnet_of(gistnet, self.base, "stage.gistnet", self.base_record).requires_grad_(False)
         self.lens = LensNet(self.base.width, self.gistnet.block_size, **lensnet)
         self.measured: list[tuple] = []  # since the last step: see ``lens_labels.ensure``
+        self.window_files: dict[tuple[Path, int], list[Path]] = {}  # that are known to be there, likewise
         self.learned_from: list[tuple[int, int]] = []  # windows and entries of the step
 
     def flops_ahead(self, data: dict, preset: dict) -> float:

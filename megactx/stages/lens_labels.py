@@ -40,17 +40,25 @@ def ensure(stage, datamodule, folder: Path, what: int | str, count: int) -> list
     """Measure windows of a round that are not there yet; -> the files of all of them.
 
     Window i is a function of (seed, round, i) and of the LensNet at the start of the round. So a run that was killed
-    on the way makes the missing ones, and they are the same.
+    on the way makes the missing ones, and they are the same. A round is looked for on the disk once in a process: a
+    window that goes missing later cannot be made again, for the LensNet has learned since.
 
     Args:
-        stage: a ``LensStage``; the sizes of what is measured are added to its list ``measured``.
+        stage: a ``LensStage``; the sizes of what is measured are added to its list ``measured``, and its
+            ``window_files`` keeps the files of each round.
         what: the number of the round, or ``HELD``.
         count: windows.
     """
-    paths = [folder_of(folder, what) / f"{index:05d}.safetensors" for index in range(count)]
-    missing = [index for index, path in enumerate(paths) if not path.exists()]
-    if not missing:
-        return paths
+    own = folder_of(folder, what)
+    if (own, count) not in stage.window_files:
+        paths = [own / f"{index:05d}.safetensors" for index in range(count)]
+        if missing := [index for index, path in enumerate(paths) if not path.exists()]:
+            _measure(stage, datamodule, what, count, missing, paths)
+        stage.window_files[own, count] = paths
+    return stage.window_files[own, count]
+
+
+def _measure(stage, datamodule, what: int | str, count: int, missing: list[int], paths: list[Path]) -> None:
     hparams, training = stage.hparams, stage.lens.training
     stage.lens.eval()
     held = datamodule.held_documents(count) if what == HELD else None
@@ -64,7 +72,6 @@ def ensure(stage, datamodule, folder: Path, what: int | str, count: int) -> list
             kind, budget = KINDS[index % len(KINDS)], hparams.budgets[index % len(hparams.budgets)]
             _make(stage, document, kind, budget, generator, paths[index])
     stage.lens.train(training)
-    return paths
 
 
 def _make(stage, document: dict, kind: str, fraction: float, generator, path: Path) -> None:

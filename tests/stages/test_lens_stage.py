@@ -1,6 +1,8 @@
 """The lens stage in miniature: what it trains, keeps, resumes and reports."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,6 +83,19 @@ def test_the_report_has_every_policy_at_every_budget_and_the_planted_facts(whole
     assert (whole / "report.png").stat().st_size > 1000 and "LensNet" in (whole / "report.md").read_text()
     header = (whole / "metrics.csv").read_text().split("\n")[0].split(",")
     assert {"val/loss", "val/rank_correlation", "train/huber", "train/net_mass", "train/illegal"} <= set(header)
+
+
+def test_a_step_looks_at_no_window_file_but_those_that_it_reads(tmp_path, monkeypatch):
+    """4,096 looks a step would be 78 ms of it."""
+    stage, count = SimpleNamespace(window_files={}), 8
+    (tmp_path / "round_00").mkdir()
+    for index in range(count):
+        (tmp_path / "round_00" / f"{index:05d}.safetensors").touch()
+    first = lens_labels.ensure(stage, None, tmp_path, 0, count)
+    monkeypatch.setattr(Path, "stat", lambda *a, **k: pytest.fail("a step looked for a file"))
+    monkeypatch.setattr(Path, "exists", lambda *a, **k: pytest.fail("a step looked for a file"))
+    again = lens_labels.ensure(stage, None, tmp_path, 0, count)
+    assert again == first == [tmp_path / "round_00" / f"{index:05d}.safetensors" for index in range(count)]
 
 
 @pytest.mark.parametrize("moment", ["measuring", "training"])
