@@ -171,7 +171,7 @@ def with_few_positions(folder):
     ("change", "said"),
     [
         (without_tokenizer, "it has no vocabulary; is tokenizer.json missing?"),
-        (without_bos, "neither a BOS nor an EOS token to open a document with; set bos_token"),
+        (without_bos, "neither a BOS nor an EOS token; set bos_token"),
         (with_another_tokenizer, "the tokenizer has 8192 ids, but the model only 512 embedding rows"),
         (with_more_layers, "22 tensors are missing or have another shape; the first is model.layers.4"),
         (with_another_width, "12 tensors are missing or have another shape"),

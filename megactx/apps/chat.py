@@ -20,7 +20,7 @@ from megactx.runtime import Refocused
 from megactx.runtime.text import encodable, from_bytes, printable
 
 from .chat_commands import HELP, obey
-from .command_line import add_models, add_sampling, add_session, controller_of, observers_of, sampling_of, session_of
+from .command_line import add_talk, controller_of, observers_of, sampling_of, session_of
 from .framing import framing_of
 
 
@@ -107,9 +107,7 @@ def _line() -> str | bytes | None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; -> exit code."""
     parser = argparse.ArgumentParser(prog="python -m megactx.apps.chat", description=__doc__.split("\n")[0])
-    add_session(parser)
-    add_sampling(parser, tokens=200)
-    add_models(parser)
+    add_talk(parser, tokens=200)
     return run(chat, parser, arguments)
 
 

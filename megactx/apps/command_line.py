@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megactx.framework.bar import quiet_libraries
 from megactx.runtime import Controller, Observer, Sampling, Session, Settings, load_models
 from megactx.runtime.session_files import is_session
 from megactx.runtime.settings import KINDS, POSITIONS
@@ -28,11 +29,12 @@ def add_models(parser: argparse.ArgumentParser, budget: int = 2048) -> None:
     )
 
 
-def add_session(parser: argparse.ArgumentParser) -> None:
-    """``--session``."""
-    parser.add_argument(
-        "--session", metavar="FOLDER", help="go on with this session, and save it; made if it is not there"
-    )
+def add_talk(parser: argparse.ArgumentParser, tokens: int) -> None:
+    """What continues a text has: ``--session``, how many tokens and which, ``--model`` and the rest."""
+    kept = "go on with this session, and save it; made if it is not there"
+    parser.add_argument("--session", metavar="FOLDER", help=kept)
+    add_sampling(parser, tokens)
+    add_models(parser)
 
 
 def add_sampling(parser: argparse.ArgumentParser, tokens: int) -> None:
@@ -63,7 +65,7 @@ def controller_of(args: argparse.Namespace, tree: bool = False) -> Controller:
         ValueError: models and settings do not fit, or make no tree.
     """
     settings = Settings(budget=args.budget, megacontext=args.megacontext, positions=args.positions)
-    quiet()
+    quiet_libraries()
     controller = Controller(load_models(args.model), settings)
     if tree and controller.plain:
         raise ValueError(f"{controller.plain} keeps no tree, which this command is about")
@@ -107,6 +109,16 @@ def prompt_file_of(args: argparse.Namespace) -> str | None:
     return text
 
 
+def opened(args: argparse.Namespace, folder: str | Path | None) -> Session:
+    """The session of a folder, with the models and the telemetry that were asked for, for a command about trees.
+
+    Raises:
+        ValueError: see ``controller_of`` and ``observers_of``.
+    """
+    controller = controller_of(args, tree=True)
+    return session_of(folder, controller, observers_of(args, controller))
+
+
 def session_of(folder: str | Path | None, controller: Controller, observers=()) -> Session:
     """The session of a folder, or a new one; it is saved there when ``save`` is called."""
     if folder is None:
@@ -116,13 +128,3 @@ def session_of(folder: str | Path | None, controller: Controller, observers=()) 
     session = Session(controller, observers)
     session.save(folder)  # now, so that a folder that cannot be used is refused before anything is done
     return session
-
-
-def quiet() -> None:
-    """Without a terminal the bars of transformers and datasets are silent."""
-    if not sys.stderr.isatty():
-        import datasets
-        import transformers
-
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()

@@ -20,16 +20,7 @@ from megactx.runtime.session import end_ids
 from megactx.runtime.session_files import is_session
 from megactx.runtime.text import LONGEST, Answer, StopStrings, encodable, from_bytes, parts_of, printable
 
-from .command_line import (
-    add_models,
-    add_sampling,
-    add_session,
-    controller_of,
-    observers_of,
-    prompt_file_of,
-    sampling_of,
-    session_of,
-)
+from .command_line import add_talk, controller_of, observers_of, prompt_file_of, sampling_of, session_of
 
 PIECE = 2**16  # characters of a prompt that are read at a time
 
@@ -53,7 +44,9 @@ def generate(args: argparse.Namespace) -> None:
     with session_of(args.session, controller, observers) as session:
         try:
             _read(session, prompts[0])
-            _tell(session, args, sampling)
+            for piece in session.generate(args.tokens, sampling, args.stop):
+                print(printable(piece.text), end="", flush=True)
+            print()
         finally:
             if args.session:
                 session.save()
@@ -67,12 +60,6 @@ def _read(session: Session, text: str) -> None:
         done += len(part)
         if len(text) > PIECE:
             print(f"{done:,} of {len(text):,} characters {read}", file=sys.stderr, flush=True)
-
-
-def _tell(session: Session, args: argparse.Namespace, sampling: Sampling) -> None:
-    for piece in session.generate(args.tokens, sampling, args.stop):
-        print(printable(piece.text), end="", flush=True)
-    print()
 
 
 def answers(
@@ -120,10 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megactx.apps.generate", description=__doc__.split("\n")[0])
     parser.add_argument("prompt", nargs="*", help="text; several are decoded as a batch; none: --file, or stdin")
     parser.add_argument("--file", help="a text file as the prompt")
-    add_session(parser)
     parser.add_argument("--stop", nargs="+", default=[], metavar="STRING", help="strings that end an answer")
-    add_sampling(parser, tokens=128)
-    add_models(parser)
+    add_talk(parser, tokens=128)
     return run(generate, parser, arguments)
 
 

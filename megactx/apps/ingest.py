@@ -8,7 +8,6 @@ written down in OUT with every save, so the same command goes on after it was st
 """
 
 import argparse
-import hashlib
 import sys
 import time
 from collections.abc import Iterator
@@ -18,10 +17,11 @@ from rich import progress
 
 from megactx.data.files import Files
 from megactx.framework.command_line import run
+from megactx.framework.files import checksum
 from megactx.runtime import Session
 from megactx.runtime.text import encodable, parts_of
 
-from .command_line import add_models, controller_of, observers_of, session_of
+from .command_line import add_models, opened
 
 PIECE = 2**18  # characters that are tokenised at a time
 SAVE_EVERY = 60.0  # seconds, and never more than a tenth of the time
@@ -37,8 +37,7 @@ def ingest(args: argparse.Namespace) -> None:
     if args.megacontext == "none":
         raise ValueError("--megacontext=none keeps no tree, there is nothing to build")
     paths = find(args.files)
-    controller = controller_of(args, tree=True)
-    with session_of(args.out, controller, observers_of(args, controller)) as session:
+    with opened(args, args.out) as session:
         began, before = time.monotonic(), session.length
         try:
             take(session, paths)
@@ -65,16 +64,16 @@ def take(session: Session, paths: list[Path]) -> None:
     """Read files that the session has not read yet; ``session.about['ingested']`` says which it has, and how far."""
     _settle(session)
     done = session.about.setdefault("ingested", {})
-    clock = _Clock(session)
+    clock = SaveClock(session, SAVE_EVERY)
     with _Shown(sum(path.stat().st_size for path in paths)) as shown:
         for path in paths:
-            size, name, checksum = path.stat().st_size, str(path.absolute()), _checksum(path)
+            size, name, digest = path.stat().st_size, str(path.absolute()), checksum(path)
             known = done.get(name)
-            if known is not None and known["sha256"] != checksum:
+            if known is not None and known["sha256"] != digest:
                 shown.say(f"{path} has changed since it was read: it is read again, behind all that is there")
                 known = None
             if known is None:
-                known = done[name] = {"sha256": checksum, "characters": 0, "whole": False}
+                known = done[name] = {"sha256": digest, "characters": 0, "whole": False}
             if not known["whole"]:
                 for first, text in pieces(path, known["characters"]):
                     _take_up(session, name, text, characters=first + len(text))
@@ -117,15 +116,15 @@ def pieces(path: Path, skip: int = 0) -> Iterator[tuple[int, str]]:
             place += len(part)
 
 
-class _Clock:
-    """Saves a session when enough time has passed since the last save."""
+class SaveClock:
+    """Saves a session when so many seconds have passed since the last save, and ten times what that took."""
 
-    def __init__(self, session: Session):
-        self.session, self.saved, self.took = session, time.monotonic(), 0.0
+    def __init__(self, session: Session, every: float):
+        self.session, self.every, self.saved, self.took = session, every, time.monotonic(), 0.0
 
     def save_when_due(self) -> None:
         began = time.monotonic()
-        if began - self.saved > max(SAVE_EVERY, 10 * self.took):
+        if began - self.saved > max(self.every, 10 * self.took):
             self.session.save()
             self.saved = time.monotonic()
             self.took = self.saved - began
@@ -162,11 +161,6 @@ class _Shown:
         if self.bar.disable and tenth > self.told:
             self.told = tenth
             print(f"{10 * tenth} %  {tokens:,} tokens  {time.monotonic() - self.began:.0f} s", flush=True)
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,11 +4,11 @@ Everywhere the timeline goes from left to right and colours are LODs, as in ``st
 is marked with ^, what is collapsed with v, at the middle of the tokens that it stands for.
 """
 
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from megactx.evaluation.pictures import canvas, picture
 from megactx.focus import Edits
 from megactx.focus.replay import Replay, Step, View
 from megactx.framework.files import replacing
@@ -17,7 +17,6 @@ from megactx.memory import WorkingContext
 from .strip import colour, new_in, view_of
 
 RUNS = 400  # blocks of a row that are drawn one by one; more are joined with their neighbours of the same LOD
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 
 
 def plot_strip(path: str | Path, context: WorkingContext, before: WorkingContext | None = None, row: int = 0) -> None:
@@ -32,8 +31,8 @@ def plot_strip(path: str | Path, context: WorkingContext, before: WorkingContext
     """
     view = view_of(context, row)
     tree, total = context.tree, int(context.tree.lengths[row])
-    with _figure(14, 4) as figure:
-        axes = figure.subplots()
+    with picture(path, (14, 4)) as grid:
+        axes = grid[0, 0]
         labels = ["working\ncontext", *(f"LOD{level}" for level in range(1, tree.depth + 1))]
         for level in range(1, tree.depth + 1):
             index = torch.arange(int(tree.counts(level)[row]))
@@ -49,8 +48,6 @@ def plot_strip(path: str | Path, context: WorkingContext, before: WorkingContext
         axes.set_title(f"{len(view.lod):,} entries stand for {view.tokens:,} tokens (budget {context.budget:,})")
         _timeline(axes, total)
         _legend(axes, tree.block_size, tree.depth, -0.18)
-        with replacing(path) as part:
-            figure.savefig(part, format="png")
 
 
 def plot_scores(path: str | Path, replay: Replay, step: int = 0) -> None:
@@ -66,21 +63,17 @@ def plot_scores(path: str | Path, replay: Replay, step: int = 0) -> None:
     """
     _check(replay)
     if not 0 <= step < len(replay.steps) - 1:
-        raise ValueError(
-            f"step={step} is not allowed: 0 to {len(replay.steps) - 2}, with scores before and after, of"
-            f" {len(replay.steps)} refocuses"
-        )
+        refocuses = len(replay.steps)
+        raise ValueError(f"step={step} is not allowed: 0 to {refocuses - 2}, the last but one of {refocuses} refocuses")
     now, then = replay.steps[step : step + 2]
-    with _figure(14, 5) as figure:
-        panels = figure.subplots(2, 1, sharex=True)
+    with picture(path, (14, 5), rows=2, sharex=True) as grid:
+        panels = grid[:, 0]
         _scores(panels[0], now, replay.tokens, marked=True)
         _scores(panels[1], then, replay.tokens, marked=False)
         panels[0].set_title(_told(replay, step))
         panels[0].set_ylabel("score before")
         panels[1].set_ylabel("score after")
         _legend(panels[1], now.before.block_size, replay.depth, -0.25)
-        with replacing(path) as part:
-            figure.savefig(part, format="png")
 
 
 def plot_replay(path: str | Path, replay: Replay) -> None:
@@ -90,8 +83,8 @@ def plot_replay(path: str | Path, replay: Replay) -> None:
         ValueError: nothing was recorded.
     """
     _check(replay)
-    with _figure(14, 1.5 + 0.5 * len(replay.views)) as figure:
-        axes = figure.subplots()
+    with picture(path, (14, 1.5 + 0.5 * len(replay.views))) as grid:
+        axes = grid[0, 0]
         labels = ["start"]
         for number, view in enumerate(replay.views):
             _strip(axes, view, -number, replay.tokens)
@@ -104,8 +97,6 @@ def plot_replay(path: str | Path, replay: Replay) -> None:
         axes.set_ylabel("refocus")
         _timeline(axes, replay.tokens)
         _legend(axes, view.block_size, replay.depth, -0.6 / len(labels) - 0.04)
-        with replacing(path) as part:
-            figure.savefig(part, format="png")
 
 
 def animate_replay(path: str | Path, replay: Replay, seconds: float = 1.0) -> None:
@@ -126,7 +117,7 @@ def animate_replay(path: str | Path, replay: Replay, seconds: float = 1.0) -> No
     if not seconds > 0:
         raise ValueError(f"seconds={seconds} is not allowed: more than 0")
     writer = PillowWriter(fps=1 / seconds)
-    with _figure(10, 3.2, dpi=80) as figure, replacing(path) as part, writer.saving(figure, str(part), dpi=80):
+    with canvas((10, 3.2), dpi=80) as figure, replacing(path) as part, writer.saving(figure, str(part), dpi=80):
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
         for number, view in enumerate(replay.views):
             above.clear()
@@ -220,15 +211,6 @@ def _told(replay: Replay, number: int) -> str:
     made = f"{expands} expanded (^), {len(step.edits) - expands} collapsed (v)"
     price = "" if step.price is None else f"; price {step.price:.4f} nats"
     return f"refocus {number + 1} of {len(replay.steps)}: {made}{price}"
-
-
-@contextmanager
-def _figure(width: float, height: float, dpi: int = 100):
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        yield Figure(figsize=(width, height), dpi=dpi, layout="constrained")  # no pyplot: no global state, no display
 
 
 def _check(replay: Replay) -> None:

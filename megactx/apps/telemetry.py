@@ -47,13 +47,7 @@ class Telemetry:
         name, value, attribute = measured
         metric = METRICS[name]
         attributes = {} if metric.attribute is None else {metric.attribute: attribute}
-        instrument = self._instruments[name]
-        if metric.kind == COUNTER:
-            instrument.add(value, attributes)
-        elif metric.kind == GAUGE:
-            instrument.set(value, attributes)
-        else:
-            instrument.record(value, attributes)
+        getattr(self._instruments[name], {COUNTER: "add", GAUGE: "set"}.get(metric.kind, "record"))(value, attributes)
 
 
 def _instrument(meter: "Meter", name: str, metric: Metric):

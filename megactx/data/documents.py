@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from megactx.framework.files import replacing
 
-from .encoding import BATCH, Encoder
+from .encoding import Encoder, batches
 from .tokenizer import bos_id, tokenizer_hash
 
 log = logging.getLogger(__name__)
@@ -53,11 +53,11 @@ def as_dataset(documents: Iterable[dict]):
 
     names = ("text", "domain", "source")
     schema = pa.schema([(name, pa.string()) for name in names])
-    batches = [
+    parts = [
         pa.record_batch([pa.array([row[name] for row in rows], pa.string()) for name in names], schema=schema)
-        for rows in _batches(documents)
+        for rows in batches(documents, lambda row: len(row["text"]), count=ROWS)
     ]
-    return Dataset(pa.Table.from_batches(batches, schema=schema))
+    return Dataset(pa.Table.from_batches(parts, schema=schema))
 
 
 def tokenised(source, tokenizer):
@@ -104,35 +104,20 @@ def _write(documents: Iterable[dict], path: Path, encoder: Encoder, told: "_Told
     features = Features({name: Value("string") for name in strings} | {"input_ids": List(Value("int32"))})
     with replacing(path, ELSEWHERE) as part, part.open("wb") as file:
         writer = pa.ipc.new_stream(file, features.arrow_schema)
-        for rows in _batches(documents):
+        for rows in batches(documents, lambda row: len(row["text"]), count=ROWS):
             columns = {name: [row[name] for row in rows] for name in ("text", "domain", "source")}
             texts = columns.pop("text")
             columns["split"] = [split_of(text) for text in texts]
             ids = encoder(texts)
             ends = np.cumsum([0, *map(len, ids)], dtype=np.int64)
             if ends[-1] >= 2**31:
-                raise ValueError(
-                    f"data: the text {columns['source'][0]} has more than 2^31 tokens; cut it into several"
-                )
+                raise ValueError(f"data: {columns['source'][0]} has more than 2^31 tokens; cut it into several texts")
             values = ids[0] if len(ids) == 1 else np.concatenate(ids)
             lists = pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(values))
             arrays = [pa.array(columns[name], pa.string()) for name in strings]
             writer.write_batch(pa.record_batch([*arrays, lists], schema=features.arrow_schema))
             told.more(sum(map(len, texts)))
         writer.close()
-
-
-def _batches(documents: Iterable[dict]) -> Iterator[list[dict]]:
-    """Some documents at a time: so much text as is encoded at once, or one document that has more."""
-    rows, size = [], 0
-    for row in documents:
-        if rows and (len(rows) == ROWS or size + len(row["text"]) > BATCH):
-            yield rows
-            rows, size = [], 0
-        rows.append(row)
-        size += len(row["text"])
-    if rows:
-        yield rows
 
 
 class _Told:
@@ -232,9 +217,7 @@ def cut(rows, split: str | None, tokenizer, min_tokens: int, max_tokens: int):
         of texts that were too short.
     """
     if not 0 < min_tokens <= max_tokens:
-        raise ValueError(
-            f"data.min_tokens={min_tokens} is not allowed with data.max_tokens={max_tokens}: 0 < min <= max"
-        )
+        raise ValueError(f"data.min_tokens={min_tokens} is not allowed: 1 to data.max_tokens={max_tokens}")
     bos = bos_id(tokenizer)
     documents, dropped = [], 0
     columns = [rows.data.column(name).to_pylist() for name in ("split", "domain", "source")]

@@ -11,7 +11,7 @@ import json
 import re
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 import numpy as np
@@ -46,15 +46,13 @@ class Encoder:
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """-> ids of each text, int32 [t]."""
         if self.backend is None:
-            return [
-                np.asarray(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)
-                for text in texts
-            ]
+            plain = {"add_special_tokens": False, "verbose": False}
+            return [np.asarray(self.tokenizer(text, **plain)["input_ids"], dtype=np.int32) for text in texts]
         if self.known is not None:
             return [self._by_words(text) for text in texts]
         found: list = [None] * len(texts)
         short = [index for index, text in enumerate(texts) if len(text) <= WHOLE]
-        for indices in _batches(short, lambda index: len(texts[index])):
+        for indices in batches(short, lambda index: len(texts[index])):
             encoded = self.backend.encode_batch_fast([texts[index] for index in indices], add_special_tokens=False)
             for index, one in zip(indices, encoded, strict=True):
                 found[index] = np.asarray(one.ids, dtype=np.int32)
@@ -118,7 +116,7 @@ class Encoder:
 
     def _pieces(self, text: str) -> Iterator[tuple[int, int, "_Piece"]]:
         """(first character, the same with its margin, the encoded piece), in order."""
-        for starts in _batches(range(0, len(text), PIECE), lambda start: PIECE):
+        for starts in batches(range(0, len(text), PIECE), lambda start: PIECE):
             begins = [max(0, start - MARGIN) for start in starts]
             parts = [text[begin : start + PIECE + MARGIN] for start, begin in zip(starts, begins, strict=True)]
             encoded = self.backend.encode_batch(parts, add_special_tokens=False)
@@ -153,10 +151,11 @@ def _seam(left: _Piece, right: _Piece, start: int) -> int | None:
     return min((border[2] for border in common), key=lambda place: (abs(place - start), place), default=None)
 
 
-def _batches(items, size, most: int = BATCH) -> Iterator[list]:
+def batches(items: Iterable, size: Callable[[object], int], most: int = BATCH, count: int = 2**31) -> Iterator[list]:
+    """Neighbours together: so many that their sizes are ``most`` in all, or one that has more; ``count`` at most."""
     batch, total = [], 0
     for item in items:
-        if batch and total + size(item) > most:
+        if batch and (len(batch) == count or total + size(item) > most):
             yield batch
             batch, total = [], 0
         batch.append(item)

@@ -13,7 +13,10 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
+from megactx.framework.files import checksum
+
 from .documents import Part, as_dataset
+from .encoding import batches
 
 log = logging.getLogger(__name__)
 
@@ -73,14 +76,7 @@ class Files:
 
     def parts(self) -> list[Part]:
         """A large file, or small ones that follow each other, at a time; all of them in the order of ``documents``."""
-        groups, size = [], GROUP
-        for path in self._in_order():
-            more = path.stat().st_size
-            if size + more > GROUP:
-                groups.append([])
-                size = 0
-            groups[-1].append(path)
-            size += more
+        groups = batches(self._in_order(), lambda path: path.stat().st_size, GROUP)
         return [Part(self._identity(group), partial(self._checked, group)) for group in groups]
 
     def documents(self) -> Iterator[dict]:
@@ -92,9 +88,8 @@ class Files:
         return as_dataset(self.documents())
 
     def _in_order(self) -> list[Path]:
-        kinds = (".jsonl", ".parquet")
-        rows = [path for kind in kinds for path in self.paths if _ending(path) == kind]
-        return rows + [path for path in self.paths if _ending(path) not in kinds]
+        order = {".jsonl": 0, ".parquet": 1}
+        return sorted(self.paths, key=lambda path: order.get(_ending(path), 2))  # as they are within each
 
     def _identity(self, paths: list[Path]) -> str:
         digest = hashlib.sha256(repr((self.domain, self.text_column, RULES)).encode())
@@ -107,8 +102,7 @@ class Files:
         state = _state(path)
         if self._digests.get(path, ((), ""))[0] != state:
             try:
-                with path.open("rb") as file:
-                    self._digests[path] = state, hashlib.file_digest(file, "sha256").hexdigest()
+                self._digests[path] = state, checksum(path)
             except OSError as error:
                 raise ValueError(f"data.path={path}: cannot be read ({error})") from error
         return self._digests[path][1]
@@ -130,8 +124,8 @@ class Files:
         kind = ROW_FORMATS.get(_ending(path))
         if kind is None:
             text = self._read(path)
-            found = [{"text": text, "domain": self.domain or _domain(_ending(path), text), "source": str(path)}]
-            found = found if text else []
+            about = {"domain": self.domain or _domain(_ending(path), text), "source": str(path)}
+            found = [{"text": text, **about}] if text else []
         else:
             found = self._rows(path, self._json(path) if kind == "json" else self._parquet(path))
         empty = True
@@ -145,19 +139,13 @@ class Files:
 
     def _rows(self, path: Path, rows: Iterable[dict]) -> Iterator[dict]:
         for number, row in enumerate(rows):
-            text, where = row.get(self.text_column), f"data.path={path}: row {number}"
+            text, where = row.get(self.text_column), f"data.path={path}: row {number} (from 0)"
             if self.text_column not in row:
-                raise ValueError(
-                    f"data.text_column={self.text_column}: row {number} of {path} has no such column, it has {[*row]};"
-                    " the first row is 0"
-                )
+                raise ValueError(f"{where} has no column data.text_column={self.text_column}, it has {[*row]}")
             if text is None:
-                raise ValueError(f"{where} has no {self.text_column} (the first row is 0); mend or remove it")
+                raise ValueError(f"{where} has no {self.text_column}; mend or remove it")
             if not isinstance(text, str):
-                raise ValueError(
-                    f"data.text_column={self.text_column}: row {number} of {path} holds {_shown(text)}, not text; the"
-                    " first row is 0"
-                )
+                raise ValueError(f"{where} holds {_shown(text)}, not text, as data.text_column={self.text_column}")
             domain, source = (None if name == self.text_column else row.get(name) for name in ("domain", "source"))
             domain = self.domain or (NARRATIVE if domain is None else domain)
             check_domain(domain, f"{where}: domain")
@@ -168,7 +156,7 @@ class Files:
 
     def _json(self, path: Path) -> Iterator[dict]:
         number = 0
-        for line in _lines(self._chunks(path)):
+        for line in self._chunks(path, "readline", self.max_bytes + 1):
             try:
                 text = line.decode("utf-8-sig" if number == 0 else "utf-8")
             except UnicodeDecodeError as error:
@@ -180,10 +168,7 @@ class Files:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"data.path={path}: row {number} cannot be read as json ({error})") from error
             if not isinstance(row, dict):
-                raise ValueError(
-                    f"data.path={path}: row {number} cannot be read as json rows, it holds {_shown(row)}; a row is an"
-                    f' object on a line, like {{"{self.text_column}": "..."}}'
-                )
+                raise ValueError(f"data.path={path}: row {number} holds {_shown(row)}; a row is an object on a line")
             yield row
             number += 1
 
@@ -218,11 +203,11 @@ class Files:
         except UnicodeDecodeError as error:
             raise ValueError(f"data.path={path}: not UTF-8 text ({error})") from error
 
-    def _chunks(self, path: Path) -> Iterator[bytes]:
+    def _chunks(self, path: Path, how: str = "read", most: int = 2**20) -> Iterator[bytes]:
         size = 0
         try:
             with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-                while chunk := file.read(2**20):
+                while chunk := getattr(file, how)(most):
                     size += len(chunk)
                     self._check_limit(path, size)
                     yield chunk
@@ -274,17 +259,6 @@ def _domain(ending: str, text: str) -> str:
     if ending in MARKUP and code_share(text) >= MUCH_CODE:
         return STRUCTURED
     return DOMAIN_OF.get(ending, NARRATIVE)
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    rest: list[bytes] = []
-    for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        rest.append(first)
-        for line in others:
-            yield b"".join(rest)
-            rest = [line]
-    yield b"".join(rest)
 
 
 def _shown(value) -> str:

@@ -7,7 +7,6 @@ is refused here; how such a file splits text before it is encoded is mended wher
 """
 
 import argparse
-import hashlib
 import io
 import json
 import logging
@@ -20,7 +19,7 @@ from tempfile import TemporaryDirectory
 from megactx.assets import is_gguf, resolve
 from megactx.framework.command_line import run
 from megactx.framework.errors import RunFailed
-from megactx.framework.files import replacing
+from megactx.framework.files import checksum, replacing
 
 from .documents import cache_folder
 from .tokenizer import tokenizer_hash
@@ -63,22 +62,21 @@ def loadable(name: str | Path | None, setting: str = "base.name") -> str:
     if not is_gguf(found):
         return found
     path, what = Path(found), f"{setting}={name}"
-    checksum = _checksum(path, what)
-    folder = cache_folder() / f"gguf-{VERSION}-{checksum[:20]}"
+    digest = _checksum(path, what)
+    folder = cache_folder() / f"gguf-{VERSION}-{digest[:20]}"
     if not folder.is_dir():
-        _convert(path, folder, checksum, what)
+        _convert(path, folder, digest, what)
     return str(folder)
 
 
 def _checksum(path: Path, what: str) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return checksum(path)
     except OSError as error:
         raise ValueError(f"{what}: the file cannot be read ({error.strerror})") from error
 
 
-def _convert(path: Path, folder: Path, checksum: str, what: str) -> None:
+def _convert(path: Path, folder: Path, digest: str, what: str) -> None:
     try:
         import gguf
     except ImportError as error:
@@ -100,7 +98,7 @@ def _convert(path: Path, folder: Path, checksum: str, what: str) -> None:
         part.mkdir()
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        (part / "source.json").write_text(json.dumps({"file": path.name, "sha256": checksum}, indent=1))
+        (part / "source.json").write_text(json.dumps({"file": path.name, "sha256": digest}, indent=1))
 
 
 def _opened(gguf, path: Path):
@@ -271,8 +269,8 @@ def convert(args: argparse.Namespace) -> None:
     found, what = resolve(args.file, "file"), f"file={args.file}"
     if not is_gguf(found):
         raise ValueError(f"{what}: it is no GGUF file, there is nothing to convert")
-    if args.sha256 and (checksum := _checksum(Path(found), what)) != args.sha256:
-        raise ValueError(f"{what}: its sha256 is {checksum}, wanted is {args.sha256}")
+    if args.sha256 and (digest := _checksum(Path(found), what)) != args.sha256:
+        raise ValueError(f"{what}: its sha256 is {digest}, wanted is {args.sha256}")
     print(f"{args.file}: {loadable(args.file, 'file')}")
 
 

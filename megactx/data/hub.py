@@ -1,14 +1,16 @@
 """Documents of a data set on a hub, or of a local folder in the same layout, read as a stream."""
 
-import errno
 import hashlib
 import json
 import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
-from megactx.framework.errors import RunFailed
+from megactx.framework.config.types import Count, declared
+from megactx.framework.errors import FULL, RunFailed
+from megactx.framework.files import checksum
 
 from .documents import Part, as_dataset
 from .files import NARRATIVE, check_domain
@@ -20,6 +22,7 @@ RULES = 2  # of what a row gives; part of every fingerprint
 PATTERN = re.compile(r"[\[\]*?]|::")
 
 
+@declared("data")
 class Hub:
     """Documents of any data set that ``datasets.load_dataset`` takes without remote code.
 
@@ -37,22 +40,18 @@ class Hub:
 
     def __init__(
         self,
-        name: str,
+        name: str | None,
         subset: str | None = None,
         split: str = "train",
         text_column: str = "text",
         domain: str = NARRATIVE,
         streaming: bool = True,
-        max_documents: int = 2000,
+        max_documents: Count = 2000,
         min_characters: int = 0,
-        short_rows: str = DROP,
+        short_rows: Literal[DROP, JOIN] = DROP,
     ):
         if not name:
             raise ValueError("data.name is not set: give the name of a data set, or a local folder")
-        if max_documents < 1:
-            raise ValueError(f"data.max_documents={max_documents} is not allowed: it must be 1 or more")
-        if short_rows not in (DROP, JOIN):
-            raise ValueError(f"data.short_rows={short_rows} is not allowed: {DROP} or {JOIN}")
         check_domain(domain)
         self.name, self.subset, self.split = str(name), subset, split
         self.text_column, self.domain, self.streaming = text_column, domain, streaming
@@ -62,8 +61,7 @@ class Hub:
         """Identity by the settings, and by the content of the files where the data set is a local folder."""
         digest = hashlib.sha256(json.dumps([RULES, vars(self)], sort_keys=True).encode())
         for path in self._local():
-            with path.open("rb") as file:
-                digest.update(f"{path}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{path}\0{checksum(path)}\n".encode())
         return digest.hexdigest()[:16]
 
     def parts(self) -> list[Part]:
@@ -83,33 +81,25 @@ class Hub:
         where, count = f"data.name={self.name} (subset={self.subset}, split={self.split})", 0
         local = self._local()
         if odd := next((path for path in local if PATTERN.search(str(path.resolve()))), None):
-            raise ValueError(
-                f"{where}: the library that reads it takes [ ] * ? and :: in {odd} for a pattern; rename it, or use"
-                " data=files"
-            )
-        try:
-            # A local folder is always read as it is: the copy that the library keeps may be older than the files.
-            for document in self._documents(self._rows(self.streaming or bool(local))):
-                count += 1
-                yield document
-        except _MissingColumn as error:
-            raise ValueError(
-                f"data.text_column={self.text_column}: {where} has no such column of texts, {error}"
-            ) from None
-        except Exception as error:  # the libraries below raise a class of their own for every way to fail
-            if columns := _without(error):
-                raise ValueError(
-                    f"data.text_column={self.text_column}: {where} has {columns}, no such column"
-                ) from error
-            if (full := _full(error)) is not None:
-                raise RunFailed(
-                    f"{where}: there is no room for it in the cache of data sets ({full}). Make room there, or set"
-                    " HF_HOME to another folder, or data.streaming=true",
-                ) from error
-            cause = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            raise ValueError(f"{where}: the data set cannot be reached or read ({cause[0]})") from error
+            raise ValueError(f"{where}: [ ] * ? and :: in {odd} are taken for a pattern; rename it, or use data=files")
+        # A local folder is always read as it is: the copy that the library keeps may be older than the files.
+        for document in self._documents(self._checked(where, self.streaming or bool(local)), where):
+            count += 1
+            yield document
         if not count:
             raise ValueError(f"{where}: no text has data.min_characters={self.min_characters} characters")
+
+    def _checked(self, where: str, streaming: bool) -> Iterator[dict]:
+        try:
+            yield from self._rows(streaming)
+        except Exception as error:  # the libraries below raise a class of their own for every way to fail
+            if columns := _without(error):
+                raise ValueError(f"data.text_column={self.text_column}: {where} has only {columns}") from error
+            if (full := _full(error)) is not None:
+                remedy = "make room in the cache of data sets, or set HF_HOME elsewhere, or data.streaming=true"
+                raise RunFailed(f"{where}: there is no room for it ({full}); {remedy}") from error
+            cause = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise ValueError(f"{where}: the data set cannot be reached or read ({cause[0]})") from error
 
     def _rows(self, streaming: bool) -> Iterator[dict]:
         """Rows with the column that is asked for; others may have other types in each file.
@@ -132,17 +122,18 @@ class Hub:
         folder = Path(self.name).expanduser()
         return sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
 
-    def _documents(self, rows) -> Iterator[dict]:
+    def _documents(self, rows, where: str) -> Iterator[dict]:
+        wanted = f"data.text_column={self.text_column}: {where}: row"
         parts, size, first, count, without = [], 0, 0, 0, []
         for index, row in enumerate(rows):
             if self.text_column not in row:
-                raise _MissingColumn(f"row {index} has {sorted(row)}")
+                raise ValueError(f"{wanted} {index} has only {sorted(row)}")
             text = row[self.text_column]
             if text is None:
                 without.append(index)
                 continue
             if not isinstance(text, str):
-                raise _MissingColumn(f"row {index} holds {type(text).__name__}, not text")
+                raise ValueError(f"{wanted} {index} holds {type(text).__name__}, not text")
             if not text.strip() or (self.short_rows == DROP and len(text) < self.min_characters):
                 continue
             first = first if parts else index
@@ -190,11 +181,7 @@ def _without(error: BaseException | None) -> list[str]:
 def _full(error: BaseException | None) -> OSError | None:
     """The full disk that an error is about, however often it was wrapped."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if isinstance(error, OSError) and error.errno in FULL:
             return error
         error = error.__cause__ or error.__context__
     return None
-
-
-class _MissingColumn(Exception):
-    pass

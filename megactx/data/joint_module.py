@@ -1,11 +1,8 @@
 """DataModule of the stages in which the parts learn together: one set of documents, batches for whoever learns next."""
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
-
 from megactx.framework.config.types import Count, Whole, declared
 
+from .resumable import Endless
 from .spans import SpanBatches
 from .windows_module import WindowData
 
@@ -49,29 +46,13 @@ class JointData(WindowData):
         return SpanBatches(texts, shares, self.documents, self.spans, self.block, self.horizon, self.seed)
 
     def train_dataloader(self):
-        return DataLoader(
-            JointBatches(self),
-            batch_size=None,
-            sampler=self.indices(),
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        return self.loader(Endless(self._batch), sampler=self.indices())
 
-
-class JointBatches(Dataset):
-    """The batches of a ``JointData``, without end."""
-
-    def __init__(self, data: JointData):
-        self.data = data
-
-    def __len__(self) -> int:
-        return 2**31
-
-    def __getitem__(self, index: int) -> dict:
-        data = self.data
-        kind = data.kind_at(index)
+    def _batch(self, index: int) -> dict:
+        kind = self.kind_at(index)
         if kind == SPANS:
-            return {SPANS: data.blocks[index]}
+            return {SPANS: self.blocks[index]}
         if kind == PICKS:
-            return {PICKS: torch.from_numpy(np.random.default_rng([data.seed, index]).random(data.batch))}
-        numbers = range(index * data.documents, (index + 1) * data.documents)
-        return {WINDOWS: [data.training_document([KEY, number]) for number in numbers], "index": index}
+            return {PICKS: self.picks(index)}
+        numbers = range(index * self.documents, (index + 1) * self.documents)
+        return {WINDOWS: [self.training_document([KEY, number]) for number in numbers], "index": index}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .documents import TRAIN, views
+from .resumable import Endless
 from .tokenizer import bos_id
 
 SHORTEST = 128  # tokens of a window: room for a passage of 32 twice, something before it and between
@@ -27,7 +28,7 @@ class Phase:
     batch: int
 
 
-class PretrainingBatches:
+class PretrainingBatches(Endless):
     """Map-style dataset of whole batches.
 
     Args:
@@ -47,9 +48,7 @@ class PretrainingBatches:
         self.phases = [Phase(**phase) for phase in phases]
         for phase in self.phases:
             if phase.tokens < SHORTEST:
-                raise ValueError(
-                    f"datamodule.phases: windows of {phase.tokens} tokens are too short, allowed are {SHORTEST} or more"
-                )
+                raise ValueError(f"datamodule.phases: tokens={phase.tokens} is not allowed: at least {SHORTEST}")
         self.repeat, self.skip, self.max_position, self.seed, self.each = repeat, skip, max_position, seed, each
         self.bos = bos_id(tokenizer)
         self.texts = views(rows)
@@ -60,10 +59,8 @@ class PretrainingBatches:
         for domain, weight in weights.items():
             index = np.flatnonzero((splits == split) & (domains == domain) & (lengths >= shortest))
             if weight > 0 and len(index) == 0:
-                raise ValueError(
-                    f"datamodule.weights.{domain}={weight}: no {split} document of that domain has {shortest} tokens;"
-                    f" set it to 0"
-                )
+                where = f"datamodule.weights.{domain}={weight}"
+                raise ValueError(f"{where}: no {split} document of that domain has {shortest} tokens; set it to 0")
             if weight > 0:
                 share = lengths[index] / lengths[index].sum()
                 self.pools[domain] = (index, share, weight)
@@ -73,9 +70,6 @@ class PretrainingBatches:
         self.lengths = lengths
         self.domains = list(self.pools)
         self.shares = [self.pools[domain][2] / total for domain in self.domains]
-
-    def __len__(self) -> int:
-        return 2**31  # without an end Lightning never prefetches past one
 
     def __getitem__(self, index: int) -> dict:
         rng = np.random.default_rng([self.seed, index])

@@ -84,9 +84,7 @@ def make_probes(
             told = tokenizer.encode(f"{question} {answer}", add_special_tokens=False)
             taken = -(-len(told) // block)
             if told[: len(asked)] != asked or taken > blocks:
-                raise ValueError(
-                    f"probes: {question!r} {answer!r} takes {len(told)} tokens, a block has {block}, blocks={blocks}"
-                )
+                raise ValueError(f"probes: {question!r} takes {len(told)} tokens, above blocks={blocks} of {block}")
             ids = np.array(texts[int(rng.integers(len(texts)))][:length], dtype=np.int64)
             place = block * int(rng.integers(1, blocks - taken + 2))
             ids[place : place + len(told)] = told

@@ -1,6 +1,23 @@
 """Batches that several processes share, and that a resumed run goes on with at the exact one."""
 
+from collections.abc import Callable
+
 import lightning
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+class Endless(Dataset):
+    """Batch i, for ever: a subclass says what it is, or a function of i."""
+
+    def __init__(self, draw: Callable[[int], object]):
+        self.draw = draw
+
+    def __len__(self) -> int:
+        return 2**31  # without an end Lightning never prefetches past one
+
+    def __getitem__(self, index: int):
+        return self.draw(index)
 
 
 class Resumable(lightning.LightningDataModule):
@@ -19,6 +36,10 @@ class Resumable(lightning.LightningDataModule):
         """Indices of the training batches of this process, without end."""
         rank, count = self._place()
         return CountFrom(self.served + rank, count)
+
+    def loader(self, batches, **settings) -> DataLoader:
+        """A loader of ready batches, with a generator of its own: the run's random state is not drawn from."""
+        return DataLoader(batches, batch_size=None, generator=torch.Generator().manual_seed(self.seed), **settings)
 
     def share(self, items: int, setting: str) -> range:
         """Indices of this process among ``items`` validation items, each in one process only.

@@ -27,9 +27,11 @@ def check_history(history: dict, block: int, min_tokens: int) -> None:
             raise ValueError(f"history.{name}={history[name]} is not allowed: a multiple of block_size={block}")
     if history["segments"] < 1:
         raise ValueError(f"history.segments={history['segments']} is not allowed: it must be 1 or more")
-    needed = 2 * block + history["recency"] + history["segment"]
+    what = f"history mode with history.recency={history['recency']} and history.segment={history['segment']}"
+    check_room(what, 2 * block + history["recency"] + history["segment"], min_tokens)
+
+
+def check_room(what: str, needed: int, min_tokens: int) -> None:
+    """Raises: ValueError: ``what``, a setting with its value, needs longer documents."""
     if min_tokens < needed:
-        raise ValueError(
-            f"history mode does not fit into data.min_tokens={min_tokens}: a document needs the sink block, a block,"
-            f" history.recency={history['recency']} and history.segment={history['segment']} tokens, {needed} in all"
-        )
+        raise ValueError(f"{what} does not fit into data.min_tokens={min_tokens}: a document needs {needed} tokens")

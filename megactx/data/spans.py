@@ -8,7 +8,10 @@ from collections import Counter
 
 import numpy as np
 
+from megactx.framework.config.types import Count, declared
+
 from .documents import length_of
+from .resumable import Endless
 from .segments import draw_copied_blocks, eligible_segments
 
 log = logging.getLogger(__name__)
@@ -41,7 +44,8 @@ def single(document: dict, starts: np.ndarray) -> dict:
     }
 
 
-class SpanBatches:
+@declared("preset")
+class SpanBatches(Endless):
     """Map-style dataset of whole batches without end.
 
     Args:
@@ -70,8 +74,8 @@ class SpanBatches:
         self,
         documents,
         weights,
-        batch: int,
-        spans: int,
+        batch: Count,
+        spans: Count,
         block: int,
         horizon: int,
         seed: int,
@@ -81,9 +85,6 @@ class SpanBatches:
     ):
         self.batch, self.spans, self.block, self.horizon, self.seed = batch, spans, block, horizon, seed
         self.compose, self.level2_spans, self.history = compose, level2_spans, history
-        for name, value in (("batch", batch), ("spans", spans)):
-            if value < 1:
-                raise ValueError(f"preset.{name}={value} is not allowed: it must be 1 or more")
         weights = check_weights(weights, documents)
         self.domains = list(weights)
         self.shares = np.asarray(list(weights.values()))
@@ -92,16 +93,9 @@ class SpanBatches:
         for document in sorted(documents, key=length_of):
             if document["domain"] in self.pools:
                 self.pools[document["domain"]].append(document)
-        few = sum(
-            len(eligible_starts(length_of(document), block, horizon)) < spans
-            for pool in self.pools.values()
-            for document in pool
-        )
-        if few:
+        kept = [document for pool in self.pools.values() for document in pool]
+        if few := sum(len(eligible_starts(length_of(document), block, horizon)) < spans for document in kept):
             log.info("%d documents have fewer than %d eligible blocks: they give some blocks twice", few, spans)
-
-    def __len__(self) -> int:
-        return 2**31  # without an end Lightning never prefetches past one
 
     def __getitem__(self, index: int) -> dict:
         rng = np.random.default_rng([self.seed, index])

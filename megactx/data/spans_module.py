@@ -5,8 +5,7 @@ import logging
 from itertools import zip_longest
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, default_convert
+from torch.utils.data import default_convert
 
 from megactx.framework.config.types import Count, NonNegative, Seed, Share, Whole, declared
 
@@ -14,7 +13,7 @@ from .adversarial import Vocabulary
 from .composed import Composed
 from .documents import TRAIN, VALIDATION, cut, length_of, tokenised
 from .resumable import Resumable
-from .segments import check_history
+from .segments import check_history, check_room
 from .spans import SpanBatches, check_weights, eligible_starts, evenly, single
 from .tokenizer import load_tokenizer
 
@@ -83,7 +82,10 @@ class SpanData(Resumable):
         self.asked_tokens = max_tokens
         self.interleave, self.adversarial, self.level2_spans = interleave, adversarial, level2_spans
         self.history = history if history and (history["weight"] or history.get("recall")) else None
-        _check_shares(interleave, adversarial)
+        if interleave + adversarial > 1:
+            raise ValueError(
+                f"datamodule.interleave={interleave} and datamodule.adversarial={adversarial}: their sum is at most 1"
+            )
         self.limit_to(LONGEST_DOCUMENT)
 
     def limit_to(self, tokens: int) -> None:
@@ -92,7 +94,13 @@ class SpanData(Resumable):
         Raises:
             ValueError: ``max_tokens`` is longer.
         """
-        self.max_tokens = _longest(self.asked_tokens, tokens)
+        longest = min(LONGEST_DOCUMENT, tokens)
+        self.max_tokens = longest if self.asked_tokens is None else self.asked_tokens
+        if self.max_tokens > longest:
+            raise ValueError(
+                f"data.max_tokens={self.max_tokens} is not allowed: {longest} at most, the smaller of"
+                f" {LONGEST_DOCUMENT} and what the base takes ({tokens})"
+            )
         self._check_lengths()
 
     def setup(self, stage=None):
@@ -105,33 +113,20 @@ class SpanData(Resumable):
         compose = make and make(documents)
         self.training = SpanBatches(documents, self.weights, *sizes, compose, self.level2_spans, self.history)
         held = self._cut(rows, VALIDATION)
-        self.held = in_turn([document for document in held if document["domain"] in self.training.domains])
+        self.held = held_in_turn(held, self.training.domains, self.weights)
         for domain in set(self.training.domains) - {document["domain"] for document in self.held}:
             log.warning("no document of the domain %s is held out: it is trained on, but not validated", domain)
-        if not self.held:
-            raise ValueError(f"data.weights={self.weights}: no held-out document is of these domains; give more texts")
         if make:
             self.held = in_turn(self.held + make(self.held).held_out(self.held))
 
     def train_dataloader(self):
-        return DataLoader(
-            self.training,
-            batch_size=None,
-            sampler=self.indices(),
-            num_workers=self.workers,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        return self.loader(self.training, sampler=self.indices(), num_workers=self.workers)
 
     def val_dataloader(self):
         documents = self.held[: self.validation_documents]
         setting = f"preset.validation_documents={self.validation_documents}"
         documents = [documents[index] for index in self.share(len(documents), setting)]
-        # A generator of its own: a validation must not draw from the RNG that training goes on with.
-        return DataLoader(
-            [single(document, evenly(self._starts(document), self.validation_blocks)) for document in documents],
-            batch_size=None,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        return self.loader([single(one, evenly(self._starts(one), self.validation_blocks)) for one in documents])
 
     def evaluation_documents(self, blocks: int | None = None) -> list[dict]:
         """Every held-out document as a batch of one, with tensors.
@@ -171,64 +166,18 @@ class SpanData(Resumable):
         return eligible_starts(length_of(document), self.block, self.horizon)
 
     def _cut(self, rows, split) -> list[dict]:
-        documents, dropped = cut(rows, split, self.tokenizer, self.min_tokens, self.max_tokens)
-        what = {TRAIN: "training", VALIDATION: "held-out", None: "other"}[split]
-        if dropped:
-            log.info("%d %s texts are shorter than data.min_tokens=%d: dropped", dropped, what, self.min_tokens)
-        log.info("%d %s documents of at most %d tokens", len(documents), what, self.max_tokens)
-        if not documents and not dropped:
-            raise ValueError(
-                f"data: there is no {what} text; one in ten is held out by a hash of the text, so give more texts, or"
-                " cut long ones into several files"
-            )
-        if not documents:
-            raise ValueError(
-                f"data.min_tokens={self.min_tokens}: none of the {dropped} {what} texts is that long; lower it, or give"
-                f" more or longer texts"
-            )
-        return documents
+        return documents_of(rows, split, self.tokenizer, self.min_tokens, self.max_tokens)
 
     def _check_lengths(self) -> None:
         if self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"data.min_tokens={self.min_tokens} is not allowed: documents have at most {self.max_tokens} tokens"
-                f" (data.max_tokens, or what the base takes)"
-            )
-        needed = 2 * self.block**2 + self.horizon
-        if self.level2_spans and self.min_tokens < needed:
-            raise ValueError(
-                f"datamodule.level2_spans={self.level2_spans} does not fit into data.min_tokens={self.min_tokens}: the"
-                f" first {self.block**2} tokens are never replaced, so a document needs 2 x {self.block}^2 +"
-                f" {self.horizon} = {needed} tokens"
-            )
+            most = f"documents have at most {self.max_tokens} tokens (data.max_tokens, or what the base takes)"
+            raise ValueError(f"data.min_tokens={self.min_tokens} is not allowed: {most}")
+        if self.level2_spans:
+            what = f"datamodule.level2_spans={self.level2_spans}"
+            check_room(what, 2 * self.block**2 + self.horizon, self.min_tokens)
         if self.history:
             check_history(self.history, self.block, self.min_tokens)
-        needed = 2 * self.block + self.horizon
-        if self.min_tokens < needed:
-            raise ValueError(
-                f"horizon.tokens={self.horizon} does not fit into data.min_tokens={self.min_tokens}: a document needs"
-                f" the sink block, a block and the horizon, 2 x {self.block} + {self.horizon} = {needed} tokens"
-            )
-
-
-def _check_shares(interleave: float, adversarial: float) -> None:
-    if interleave + adversarial > 1:
-        raise ValueError(
-            f"datamodule.interleave={interleave} and datamodule.adversarial={adversarial} are not allowed together:"
-            f" their sum is at most 1"
-        )
-
-
-def _longest(max_tokens: int | None, limit: int) -> int:
-    longest = min(LONGEST_DOCUMENT, limit)
-    if max_tokens is None:
-        return longest
-    if max_tokens > longest:
-        raise ValueError(
-            f"data.max_tokens={max_tokens} is not allowed: {longest} at most, the smaller of {LONGEST_DOCUMENT} and"
-            f" what the base takes ({limit})"
-        )
-    return max_tokens
+        check_room(f"horizon.tokens={self.horizon}", 2 * self.block + self.horizon, self.min_tokens)
 
 
 def in_turn(documents: list[dict]) -> list[dict]:
@@ -241,3 +190,34 @@ def in_turn(documents: list[dict]) -> list[dict]:
         by_domain.setdefault(document["domain"], []).append((piece, key, document))
     columns = [sorted(by_domain[domain], key=lambda entry: entry[:2]) for domain in sorted(by_domain)]
     return [entry[2] for row in zip_longest(*columns) for entry in row if entry is not None]
+
+
+def held_in_turn(documents: list[dict], domains, weights: dict) -> list[dict]:
+    """The held-out documents of some domains, ``in_turn``; ``weights`` are named where there is none."""
+    if not (held := in_turn([document for document in documents if document["domain"] in domains])):
+        raise ValueError(f"data.weights={weights}: no held-out document is of these domains; give more texts")
+    return held
+
+
+def documents_of(rows, split, tokenizer, min_tokens: int, max_tokens: int, more: int = 0) -> list[dict]:
+    """The documents of ``cut``, each with ``more`` tokens in addition to these numbers; says how many there are.
+
+    Raises:
+        ValueError: there is none.
+    """
+    documents, dropped = cut(rows, split, tokenizer, min_tokens + more, max_tokens + more)
+    what = {TRAIN: "training", VALIDATION: "held-out", None: "other"}[split]
+    if dropped:
+        log.info("%d %s texts are shorter than data.min_tokens=%d: dropped", dropped, what, min_tokens + more)
+    log.info("%d %s documents of at most %d tokens", len(documents), what, max_tokens + more)
+    if not documents and not dropped:
+        raise ValueError(
+            f"data: there is no {what} text; one in ten is held out by a hash of the text, so give more texts, or cut"
+            " long ones into several files"
+        )
+    if not documents:
+        raise ValueError(
+            f"data.min_tokens={min_tokens}: none of the {dropped} {what} texts is that long"
+            f"{f', with {more} tokens more' if more else ''}; lower it, or give more or longer texts"
+        )
+    return documents

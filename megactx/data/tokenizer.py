@@ -24,6 +24,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = True
         A ``transformers.PreTrainedTokenizerFast`` whose id 0 is BOS and id 1 is PAD.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
 
     if vocab_size < 258:
         raise ValueError(f"vocab_size is {vocab_size}, allowed is 258 or more (256 bytes and two special tokens)")
@@ -42,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = True
             show_progress=progress,
         ),
     )
-    return _fast(bpe)
+    return _as_text(PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, pad_token=PAD))
 
 
 def load_tokenizer(folder: str | Path):
@@ -65,12 +66,6 @@ def load_tokenizer(folder: str | Path):
     return _as_text(tokenizer)
 
 
-def _fast(bpe):
-    from transformers import PreTrainedTokenizerFast
-
-    return _as_text(PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, pad_token=PAD))
-
-
 def _as_text(tokenizer):
     tokenizer.split_special_tokens = True  # read at every call, and overrides the backend's own flag
     return tokenizer
@@ -81,10 +76,8 @@ def bos_id(tokenizer) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
-    raise ValueError(
-        f"tokenizer={tokenizer.name_or_path}: it has neither a BOS nor an EOS token to open a document with; set"
-        " bos_token in its tokenizer_config.json"
-    )
+    where = f"tokenizer={tokenizer.name_or_path}"
+    raise ValueError(f"{where}: it has neither a BOS nor an EOS token; set bos_token in its tokenizer_config.json")
 
 
 def tokenizer_hash(tokenizer) -> str:

@@ -2,22 +2,17 @@
 judged.
 """
 
-import logging
-
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from megactx.framework.config.types import Count, NonNegative, Seed, Share, declared
 
-from .documents import TRAIN, VALIDATION, IdsOf, cut, length_of, tokenised
+from .documents import TRAIN, VALIDATION, IdsOf, length_of, tokenised
 from .planted import KINDS, plant
-from .resumable import Resumable
+from .resumable import Endless, Resumable
 from .spans import check_weights
-from .spans_module import LONGEST_DOCUMENT, in_turn
+from .spans_module import LONGEST_DOCUMENT, documents_of, held_in_turn, in_turn
 from .tokenizer import load_tokenizer
-
-log = logging.getLogger(__name__)
 
 
 @declared("datamodule", block="block_size", horizon="horizon.tokens", weights="data.weights", batch="preset.batch")
@@ -86,9 +81,7 @@ class WindowData(Resumable):
         shares = check_weights(self.weights, training)
         self.domains, self.shares = list(shares), np.asarray(list(shares.values()))
         self.pools = {domain: [d for d in training if d["domain"] == domain] for domain in self.domains}
-        self.held = in_turn([document for document in held if document["domain"] in shares])
-        if not self.held:
-            raise ValueError(f"data.weights={self.weights}: no held-out document is of these domains; give more texts")
+        self.held = held_in_turn(held, shares, self.weights)
 
     def training_document(self, key: list[int]) -> dict:
         """A training document with a random cursor: a function of (seed, key).
@@ -139,16 +132,14 @@ class WindowData(Resumable):
         return plant(document, others, self.tokenizer, kind, self.block, rng)
 
     def train_dataloader(self):
-        return DataLoader(
-            Picks(self.batch, self.seed),
-            batch_size=None,
-            sampler=self.indices(),
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        return self.loader(Endless(self.picks), sampler=self.indices())
+
+    def picks(self, index: int) -> torch.Tensor:
+        """``batch`` numbers in [0, 1), a function of (seed, index)."""
+        return torch.from_numpy(np.random.default_rng([self.seed, index]).random(self.batch))
 
     def val_dataloader(self):
-        indices = torch.arange(self.validation_windows).split(self.batch)
-        return DataLoader(indices, batch_size=None, generator=torch.Generator().manual_seed(self.seed))
+        return self.loader(torch.arange(self.validation_windows).split(self.batch))
 
     def _placed(self, documents: list[dict], count: int | None, tokens: int | None) -> list[dict]:
         found = []
@@ -165,26 +156,4 @@ class WindowData(Resumable):
         return {"ids": ids, "cursor": cursor, "domain": document["domain"], "text": document["text"]}
 
     def _cut(self, rows, split) -> list[dict]:
-        sizes = (self.min_tokens + self.horizon, self.max_tokens + self.horizon)
-        documents, dropped = cut(rows, split, self.tokenizer, *sizes)
-        what = {TRAIN: "training", VALIDATION: "held-out", None: "other"}[split]
-        log.info("%d %s documents of at most %d tokens", len(documents), what, sizes[1])
-        if not documents:
-            raise ValueError(
-                f"data.min_tokens={self.min_tokens}: none of the {dropped} {what} texts has that many tokens and"
-                f" {self.horizon} more; lower it, or give more or longer texts"
-            )
-        return documents
-
-
-class Picks(Dataset):
-    """``batch`` numbers in [0, 1) per index, a function of (seed, index), without end."""
-
-    def __init__(self, batch: int, seed: int):
-        self.batch, self.seed = batch, seed
-
-    def __len__(self) -> int:
-        return 2**31
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(np.random.default_rng([self.seed, index]).random(self.batch))
+        return documents_of(rows, split, self.tokenizer, self.min_tokens, self.max_tokens, self.horizon)

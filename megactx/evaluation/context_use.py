@@ -28,19 +28,17 @@ DROP_LENGTH = 1024
 WINDOWS = (128, 512)
 SEGMENT = 32  # targets behind a cut: they see W + 0..31 tokens
 SEGMENTS_PER_DOCUMENT = 8
+TOKENS_PER_PASS = 16384  # upper bound of B x T
 
 
 @torch.inference_mode()
-def context_use(
-    base: BaseLM, documents: list[dict], length: int = 4096, seed: int = 0, tokens_per_pass: int = 16384
-) -> Table:
+def context_use(base: BaseLM, documents: list[dict], length: int = 4096, seed: int = 0) -> Table:
     """All four measures.
 
     Args:
         documents: dicts with ``input_ids`` [T] that open with BOS, ``domain``, and ``text`` (the source text: the unit
             of the bootstrap), as ``megactx.data.documents.cut`` gives them. A measure uses those that are long enough.
         length: the longest window, in tokens.
-        tokens_per_pass: upper bound of B x T.
 
     Returns:
         The long table: ``length``; and of each measure, ``loss_by_position``, ``copy_gain``, ``drop_cost``,
@@ -52,14 +50,13 @@ def context_use(
     longest = max((len(document["input_ids"]) for document in documents), default=0)
     if longest < length:
         raise ValueError(f"context use: length={length}, but the longest document has {longest} tokens")
-    limit = tokens_per_pass
     distances = [d for d in DISTANCES if BEFORE + 2 * PASSAGE + d <= length]
     windows = [w for w in WINDOWS if BLOCK + w + SEGMENT <= length // 2]
     measured = {
-        "loss_by_position": loss_by_position(base, documents, length, limit),
-        "copy_gain": {str(d): copy_gain(base, documents, d, PASSAGE, seed, limit) for d in distances},
-        "drop_cost": drop_cost(base, documents, min(length, DROP_LENGTH), seed, limit),
-        "cut_cost": {str(w): cut_cost(base, documents, w, length, seed, limit) for w in windows},
+        "loss_by_position": loss_by_position(base, documents, length),
+        "copy_gain": {str(d): copy_gain(base, documents, d, PASSAGE, seed) for d in distances},
+        "drop_cost": drop_cost(base, documents, min(length, DROP_LENGTH), seed),
+        "cut_cost": {str(w): cut_cost(base, documents, w, length, seed) for w in windows},
     }
     table = Table()
     table.add("length", length)
@@ -74,26 +71,19 @@ def context_use(
     return table
 
 
-def loss_by_position(base: BaseLM, documents: list[dict], length: int, tokens_per_pass: int = 16384) -> dict:
+def loss_by_position(base: BaseLM, documents: list[dict], length: int) -> dict:
     """Bucket of target positions -> {document index: NLL}; the same documents in every bucket."""
     edges = [edge for edge in POSITIONS if edge < length] + [length]
     buckets = {f"{a}-{b - 1}": (a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)}
     out = {name: {} for name in buckets}
-    for rows, ids in _batches(base, documents, length, tokens_per_pass):
+    for rows, ids in _batches(base, documents, length):
         loss = nll(base, ids)  # [B, T - 1], column t is target t + 1
         for name, (first, end) in buckets.items():
             _put(out[name], rows, loss[:, first - 1 : end - 1].mean(1))
     return out
 
 
-def copy_gain(
-    base: BaseLM,
-    documents: list[dict],
-    distance: int,
-    passage: int = PASSAGE,
-    seed: int = 0,
-    tokens_per_pass: int = 16384,
-) -> dict:
+def copy_gain(base: BaseLM, documents: list[dict], distance: int, passage: int = PASSAGE, seed: int = 0) -> dict:
     """{document index: nats per token that a passage gains the second time}.
 
     ``[before, passage, the text between, passage]`` against the same with the first occurrence replaced by the text of
@@ -101,7 +91,7 @@ def copy_gain(
     """
     out, second = {}, BEFORE + passage + distance
     # The window is one passage longer than what is read: its end is the control's replacement.
-    for rows, ids in _batches(base, documents, second + passage, tokens_per_pass // 2, seed):
+    for rows, ids in _batches(base, documents, second + passage, seed, most=TOKENS_PER_PASS // 2):
         first, rest = ids[:, BEFORE : BEFORE + passage], ids[:, second:]
         again = torch.cat([ids[:, :second], first], dim=1)
         without = torch.cat([ids[:, :BEFORE], rest, ids[:, BEFORE + passage : second], first], dim=1)
@@ -111,7 +101,7 @@ def copy_gain(
     return out
 
 
-def drop_cost(base: BaseLM, documents: list[dict], length: int, seed: int = 0, tokens_per_pass: int = 16384) -> dict:
+def drop_cost(base: BaseLM, documents: list[dict], length: int, seed: int = 0) -> dict:
     """Band of offsets -> {document index: NLL without a 32-token block minus NLL with it}.
 
     Exactly NLL_drop of method 3: the rows behind the block keep their positions and see the text before it and
@@ -120,13 +110,11 @@ def drop_cost(base: BaseLM, documents: list[dict], length: int, seed: int = 0, t
     from transformers import DynamicCache
 
     if length < 2 * BLOCK + HORIZON:
-        raise ValueError(
-            f"context use: length={length} has no room for a block; allowed is {2 * BLOCK + HORIZON} or more"
-        )
+        raise ValueError(f"context use: length={length} is not allowed: at least {2 * BLOCK + HORIZON}")
     device = base.model.device
     out = {name: {} for name in DROP_OFFSETS}
     last = (length - BLOCK - HORIZON) // BLOCK
-    for rows, ids in _batches(base, documents, length, tokens_per_pass, seed):
+    for rows, ids in _batches(base, documents, length, seed):
         rng = np.random.default_rng([seed, *rows])
         count = min(BLOCKS_PER_DOCUMENT, last)
         starts = np.stack([np.sort(rng.choice(np.arange(1, last + 1), count, replace=False)) for _ in rows]) * BLOCK
@@ -147,9 +135,7 @@ def drop_cost(base: BaseLM, documents: list[dict], length: int, seed: int = 0, t
     return out
 
 
-def cut_cost(
-    base: BaseLM, documents: list[dict], window: int, length: int, seed: int = 0, tokens_per_pass: int = 16384
-) -> dict:
+def cut_cost(base: BaseLM, documents: list[dict], window: int, length: int, seed: int = 0) -> dict:
     """{document index: NLL with only the sink block and the last ``window`` tokens minus NLL with everything}.
 
     A fresh pass over ``[sink, window, segment]`` at the original positions. A sliding mask in one pass would not do:
@@ -157,7 +143,7 @@ def cut_cost(
     """
     device, out = base.model.device, {}
     tail = torch.arange(-window, SEGMENT - 1, device=device)  # input rows, relative to the segment
-    for rows, ids in _batches(base, documents, length, tokens_per_pass, seed):
+    for rows, ids in _batches(base, documents, length, seed):
         loss = nll(base, ids)
         rng = np.random.default_rng([seed, *rows])
         # From the second half, so that much is cut whatever the window.
@@ -169,7 +155,7 @@ def cut_cost(
         targets = starts[..., None] + torch.arange(SEGMENT, device=device)
         full = loss.gather(1, targets.flatten(1) - 1).view_as(targets)
         inputs, wanted = _take(ids, positions).flatten(0, 1), _take(ids, targets).flatten(0, 1)
-        costs, size = [], max(1, tokens_per_pass // positions.shape[2])
+        costs, size = [], max(1, TOKENS_PER_PASS // positions.shape[2])
         for part in range(0, len(inputs), size):
             some = slice(part, part + size)
             hidden = base(base.embed(inputs[some]), positions.flatten(0, 1)[some], CAUSAL)
@@ -200,14 +186,14 @@ def _take(ids: Tensor, at: Tensor) -> Tensor:
     return ids.gather(1, at.flatten(1)).view_as(at)
 
 
-def _batches(base: BaseLM, documents: list[dict], length: int, tokens_per_pass: int, seed: int | None = None):
+def _batches(base: BaseLM, documents: list[dict], length: int, seed: int | None = None, most: int = 0):
     """Yield (document indices, ids [B, length]) of the documents that are long enough.
 
     With a seed the window is BOS and a random slice, so that heads of files (licences, imports) are not all that is
     measured; a slice depends on (seed, document) alone.
     """
     long = [index for index, document in enumerate(documents) if len(document["input_ids"]) >= length]
-    size = max(1, tokens_per_pass // length)
+    size = max(1, (most or TOKENS_PER_PASS) // length)
     for at in range(0, len(long), size):
         rows = long[at : at + size]
         windows = []

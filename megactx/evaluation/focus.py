@@ -81,7 +81,7 @@ def measure_focus(
             context = focused(tree, budget, lens, allocator, out.telemetry.setdefault(name, {}))
             row.setdefault(LENS, []).append(continuation_nll(base, context, after).mean().item())
             row.setdefault(FULL, []).append(full[cursor - 1 :].mean().item())
-            row.setdefault(DROP, []).append(_newest(base, document, budget))
+            row.setdefault(DROP, []).append(newest(base, document, budget))
             if number < oracle:
                 row.setdefault(ORACLE, []).append(greedy_oracle(base, tree, budget, lens, allocator, after, out))
             out.free.setdefault(name, []).append(int(free_edits(tree, budget)[0]))
@@ -94,7 +94,7 @@ def histories(base: BaseLM, encoder, documents: Iterable[dict]) -> Iterator[tupl
     for number, document in enumerate(documents):
         ids, cursor = document["ids"].to(base.model.device)[None], document["cursor"]
         tree = MegaContextTree.from_tokens(ids[:, :cursor], encoder, base)
-        full = nll(base, base(base.embed(ids[:, :-1]), None)[0], ids[0, 1:])
+        full = plain_nll(base, ids)
         seen = Seen(base, tree, ids[:, :cursor], full[: cursor - 1], number)
         yield document, ids[:, cursor:], tree, full, values_of(seen)
 
@@ -121,10 +121,15 @@ def focused(tree, budget: int, lens: LensNet, allocator: dict, telemetry: dict |
     return context
 
 
-def _newest(base: BaseLM, document: dict, budget: int) -> float:
+def newest(base: BaseLM, document: dict, budget: int) -> float:
     """NLL of what follows with the newest ``budget`` raw tokens and nothing of what was before."""
     ids = document["ids"][document["cursor"] - budget :].to(base.model.device)[None]
-    return nll(base, base(base.embed(ids[:, :-1]), None)[0], ids[0, 1:])[budget - 1 :].mean().item()
+    return plain_nll(base, ids)[budget - 1 :].mean().item()
+
+
+def plain_nll(base: BaseLM, ids: Tensor) -> Tensor:
+    """NLL of ids [1, T] from the second on over the full context, [T - 1] nats."""
+    return nll(base, base(base.embed(ids[:, :-1]), None)[0], ids[0, 1:])
 
 
 def greedy_oracle(base, tree, budget, lens, allocator, after, out: FocusScores) -> float:

@@ -31,16 +31,6 @@ def gist_diversity(gists: Tensor, seed: int = 0) -> Tensor:
     return 1 - pairwise_cosines(gists, seed).mean()
 
 
-def adjacent_distance(left: Tensor, right: Tensor) -> Tensor:
-    """Mean cosine distance of neighbours: gists [N, D] of blocks and of the blocks right of them."""
-    return (1 - F.cosine_similarity(left.double(), right.double(), dim=-1)).mean()
-
-
-def contrastive_gap(gists: Tensor, left: Tensor, right: Tensor, seed: int = 0) -> Tensor:
-    """Cosine distance of random pairs minus that of neighbours; above 0.1 says that gists follow the text."""
-    return gist_diversity(gists, seed) - adjacent_distance(left, right)
-
-
 def attention_entropy(weights: Tensor) -> Tensor:
     """Attention weights [..., K] that sum to 1 -> entropy in bits [...]; log2(K) is flat, 0 is one token."""
     weights = weights.double()

@@ -307,9 +307,7 @@ def command(args: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; -> exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megactx.evaluation.leaderboard", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser("python -m megactx.evaluation.leaderboard", description=__doc__.split("\n")[0])
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders, or folders of them")
     parser.add_argument("--out", metavar="FOLDER", help="where the files go; without it the first FOLDER")
     return command_line.run(command, parser, arguments)

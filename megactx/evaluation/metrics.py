@@ -34,11 +34,9 @@ def block_rows(
     return rows | {name: x.double() for name, x in (("kl", kl), ("agree", agree)) if x is not None}  # [M, H]
 
 
-def block_sums(
-    full: Tensor, drop: Tensor, carrier: Tensor, kl: Tensor | None = None, agree: Tensor | None = None
-) -> dict[str, Tensor]:
-    """NLL, KL and agreement [M, H] -> sums over blocks: what ``figures`` needs, and all that it needs."""
-    rows = block_rows(full, drop, carrier, kl, agree)
+def block_sums(full: Tensor, *tables: Tensor | None) -> dict[str, Tensor]:
+    """Arguments of ``block_rows`` -> sums over blocks: what ``figures`` needs, and all that it needs."""
+    rows = block_rows(full, *tables)
     blocks = torch.tensor(float(len(full)), dtype=torch.float64, device=full.device)
     return {"blocks": blocks} | {name: values.sum(0) for name, values in rows.items()}
 

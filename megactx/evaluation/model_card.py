@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from megactx.framework.files import replacing
+from megactx.framework.files import write
 
 from .context_use import BEFORE, BLOCK, PASSAGE, SEGMENT
 from .table import Sheet, Table, cell, pivot
@@ -88,8 +88,7 @@ def model_card(facts: dict, use: Table) -> str:
 
 def write_model_card(folder: str | Path, facts: dict, use: Table) -> None:
     """Write ``README.md`` into the model's folder."""
-    with replacing(Path(folder) / "README.md") as part:
-        part.write_text(model_card(facts, use))
+    write(Path(folder) / "README.md", model_card(facts, use))
 
 
 def card_sheets(use: Table) -> list[Sheet]:

@@ -19,14 +19,20 @@ LONGEST = 40  # letters beside a mark
 @contextmanager
 def picture(path: str | Path, size: tuple[float, float], rows: int = 1, columns: int = 1, **settings) -> Iterator:
     """Yield axes [rows, columns] and write them to ``path`` (PNG) afterwards, 100 pixels per unit of ``size``."""
+    with canvas(size) as figure:
+        yield figure.subplots(rows, columns, squeeze=False, **settings)
+        with replacing(Path(path)) as part:
+            figure.savefig(part, format="png")
+
+
+@contextmanager
+def canvas(size: tuple[float, float], dpi: int = 100) -> Iterator:
+    """Yield an empty figure in this style."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=size, dpi=100, layout="constrained")  # no pyplot: no global state, no display
-        yield figure.subplots(rows, columns, squeeze=False, **settings)
-        with replacing(Path(path)) as part:
-            figure.savefig(part, format="png")
+        yield Figure(figsize=size, dpi=dpi, layout="constrained")  # no pyplot: no global state, no display
 
 
 def panel(axes, title: str, x: str, y: str, zero: bool = False) -> None:

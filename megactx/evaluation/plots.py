@@ -76,7 +76,7 @@ def _by_offset(axes, scores: BlockScores, subject: str) -> None:
     steps = [s * v for v in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) for s in (-1, 1)] + [0]
     steps = sorted(step for step in steps if low <= step <= high)
     axes.set_yticks(steps, [f"{step:g}" for step in steps])
-    title = f"Cost of replacing a block: {len(scores):,} blocks, {scores.document.unique().numel():,} documents"
+    title = f"Cost of replacing a block: {len(scores):,} blocks, {scores.documents:,} documents"
     panel(axes, title, "offset h behind the block, tokens (log scale)", f"dNLL, nats per token (linear below {SEAM})")
     axes.legend(frameon=False, fontsize=10, loc="upper right")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megactx.framework.files import replacing
+from megactx.framework.files import replacing, write
 
 from .table import OVERALL
 
@@ -74,6 +74,15 @@ class BlockScores:
         return self.full.shape[1]
 
     @property
+    def documents(self) -> int:
+        """Source texts that the blocks are of."""
+        return self.document.unique().numel()
+
+    def cost(self, first: int = 0) -> float:
+        """What having nothing in place costs over offsets h >= first, mean over blocks, nats per token."""
+        return (self.drop.double() - self.full.double())[:, first:].mean().item()
+
+    @property
     def domains(self) -> list[str]:
         """The domains present, in order of first appearance."""
         return list(dict.fromkeys(self.domain))
@@ -107,13 +116,10 @@ class BlockScores:
         """
         if not parts:
             raise ValueError("scores: no blocks were scored")
-        names = [list(part._per_offset()) for part in parts]
-        for other in names[1:]:
-            if set(other) != set(names[0]):
-                raise ValueError(f"scores: parts differ in {sorted(set(other) ^ set(names[0]))}")
-        if len({part.horizon for part in parts}) > 1:
-            raise ValueError(f"scores: parts differ in horizon: {sorted({part.horizon for part in parts})}")
-        merged = {name: torch.cat([part._per_offset()[name] for part in parts]) for name in names[0]}
+        tables = [part._per_offset() for part in parts]
+        if odd := {name for own in tables for name in own.keys() ^ tables[0].keys()}:
+            raise ValueError(f"scores: parts differ in {sorted(odd)}")
+        merged = {name: torch.cat([own[name] for own in tables]) for name in tables[0]}
         return BlockScores(
             **_nested(merged),
             domain=[name for part in parts for name in part.domain],
@@ -130,8 +136,7 @@ class BlockScores:
         with replacing(path) as part:
             save_file({name: values.detach().cpu().contiguous() for name, values in tensors.items()}, part)
         about = {"domain": self.domain, "horizon": self.horizon, "block_hash": self.block_hash()}
-        with replacing(path.with_suffix(".json")) as part:
-            part.write_text(json.dumps(about))
+        write(path.with_suffix(".json"), json.dumps(about))
 
     @staticmethod
     def load(path: str | Path) -> "BlockScores":

@@ -60,7 +60,7 @@ def summarise(
         "subject": subject,
         "horizon": scores.horizon,
         "blocks": len(scores),
-        "documents": scores.document.unique().numel(),
+        "documents": scores.documents,
         "block_hash": scores.block_hash(),
         "groups": groups,
         "geometry": geometry,
@@ -104,7 +104,7 @@ def _group(scores: BlockScores, subject: str) -> dict:
     drop_cost = drop.double() - full.double()
     out = {
         "blocks": len(scores),
-        "documents": scores.document.unique().numel(),
+        "documents": scores.documents,
         "rows": figure,
         "cost_of_dropping": {"all": drop_cost.mean().item(), "h4_15": drop_cost[:, BODY:16].mean().item()},
         "recovery": {},
@@ -140,7 +140,7 @@ def _passages(scores: BlockScores) -> dict:
     """What having nothing costs, in nats per token, and recovery of each carrier, overall and by domain."""
     out = {"cost": {}, "recovery": {}}
     for name, own in scores.by_domain().items():
-        out["cost"][name] = (own.drop.double() - own.full.double()).mean().item()
+        out["cost"][name] = own.cost()
         intervals = recovery_intervals(own, list(own.carriers))
         out["recovery"][name] = {carrier: interval._asdict() for carrier, interval in intervals.items()}
     return out
@@ -148,7 +148,7 @@ def _passages(scores: BlockScores) -> dict:
 
 def _history(scores: BlockScores) -> dict:
     """The passages behind compressed histories, and each carrier's gain at equal budget."""
-    out = {"segments": len(scores), "tokens": scores.horizon, "documents": scores.document.unique().numel()}
+    out = {"segments": len(scores), "tokens": scores.horizon, "documents": scores.documents}
     out |= {"block_hash": scores.block_hash(), "gain": {}} | _passages(scores)
     for carrier, values in scores.carriers.items():
         if carrier != MORE_RAW:
@@ -208,40 +208,31 @@ def _notes(numbers: dict) -> list[str]:
     notes = []
     blocks, documents = numbers["blocks"], numbers["documents"]
     if blocks < ENOUGH_BLOCKS or documents < ENOUGH_DOCUMENTS:
-        notes.append(
-            f"{blocks:,} blocks of {documents} documents: a comparison counts with {ENOUGH_BLOCKS:,} of "
-            f"{ENOUGH_DOCUMENTS}, or with all there are."
-        )
+        enough = f"a comparison counts with {ENOUGH_BLOCKS:,} of {ENOUGH_DOCUMENTS}, or with all there are."
+        notes.append(f"{blocks:,} blocks of {documents} documents: {enough}")
     for name, group in numbers["groups"].items():
         cost = group["cost_of_dropping"]
         if cost["all"] < WEAK:
             notes.append(f"{name}: dropping costs {cost['all']:.3f} nat (< {WEAK}), so recovery is undefined.")
         if cost["h4_15"] < WEAK:
-            notes.append(
-                f"{name}: base too weak: dropping costs {cost['h4_15']:.3f} nat over h = 4-15 (< {WEAK}), "
-                "so nothing can be said of h >= 4."
-            )
+            lost = f"dropping costs {cost['h4_15']:.3f} nat over h = 4-15 (< {WEAK})"
+            notes.append(f"{name}: base too weak: {lost}, so nothing can be said of h >= 4.")
         ratio = group["rows"][numbers["subject"]]["ppl_ratio"]
         if ratio > 2:
             notes.append(f"{name}: ALARM: perplexity ratio {ratio:.2f} is above 2.0.")
     for distance, copied in numbers["copies"].items():
         if (cost := copied["cost"][OVERALL]) < WEAK:
-            notes.append(
-                f"copies at a distance of {distance} tokens: dropping the first occurrence costs {cost:.3f} nat "
-                f"(< {WEAK}): the base does not copy from there, so copy recovery is undefined."
-            )
+            lost = f"dropping the first occurrence costs {cost:.3f} nat (< {WEAK}): the base does not copy from there"
+            notes.append(f"copies at a distance of {distance} tokens: {lost}, so copy recovery is undefined.")
     if not numbers["copies"]:
         notes.append("copy recovery was not measured: evaluate.copies is 0, or no document has 3 K + distance tokens.")
     if not numbers["level2"]:
-        notes.append(
-            "hierarchical consistency (dNLL of a gist of gists) was not measured: evaluate.level2 is 0, or no document "
-            "has 2 K^2 + H tokens, 2,048 + H where K = 32."
-        )
+        why = "evaluate.level2 is 0, or no document has 2 K^2 + H tokens, 2,048 + H where K = 32."
+        notes.append(f"hierarchical consistency (dNLL of a gist of gists) was not measured: {why}")
     geometry = numbers["geometry"]
     if geometry.get("diversity", 1) < 0.3:
         notes.append(f"ALARM: gist diversity {geometry['diversity']:.2f} is below 0.3: the gists collapse.")
     if geometry.get("cosine_std", 1) < 0.1:
-        notes.append(
-            f"std of pairwise cosine {geometry['cosine_std']:.2f} is below 0.1: try contrastive.weight (lambda)."
-        )
+        std = geometry["cosine_std"]
+        notes.append(f"std of pairwise cosine {std:.2f} is below 0.1: try contrastive.weight (lambda).")
     return notes

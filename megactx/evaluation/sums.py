@@ -65,55 +65,6 @@ class DomainSums(Metric):
         return out
 
 
-class RatioOfSums(DomainSums):
-    """Recovery over whole scored passages: ``1 - sum(NLL_gist - NLL_full) / sum(NLL_without - NLL_full)``.
-
-    Never clipped; NaN where being without costs less than 0.01 nat per token. Copy recovery and history recovery are
-    this, with other passages (method 5).
-
-    Args:
-        name: of the figure; ``{name}_cost``, what being without costs in nats per token, stands beside it.
-    """
-
-    def __init__(self, name: str = "recovery", domains: Iterable[str] = ALL_DOMAINS, **kwargs):
-        super().__init__({"gist": (), "without": (), "tokens": ()}, domains, **kwargs)
-        self.name = name
-
-    def update(self, full: Tensor, gist: Tensor, without: Tensor, domain: Sequence[str]) -> None:
-        """NLL of R tokens of M passages, each [M, R] nats, under the full context, with gists, and without them."""
-        self.add(
-            domain,
-            gist=(gist.double() - full.double()).sum(1),
-            without=(without.double() - full.double()).sum(1),
-            tokens=torch.full((len(full),), float(full.shape[1])),
-        )
-
-    def figures(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        cost = sums["without"] / sums["tokens"]
-        recovered = torch.where(cost >= WEAK, 1 - sums["gist"] / sums["without"], torch.nan)
-        return {self.name: recovered, f"{self.name}_cost": cost}
-
-
-class MeanDifference(DomainSums):
-    """Mean of ``NLL_a - NLL_b`` in nats per token: dNLL of gists of gists, and the gain at equal budget (method 5).
-
-    Args:
-        name: of the figure.
-    """
-
-    def __init__(self, name: str, domains: Iterable[str] = ALL_DOMAINS, **kwargs):
-        super().__init__({"difference": (), "tokens": ()}, domains, **kwargs)
-        self.name = name
-
-    def update(self, a: Tensor, b: Tensor, domain: Sequence[str]) -> None:
-        """NLL of R tokens of M passages, each [M, R] nats."""
-        tokens = torch.full((len(a),), float(a.shape[1]))
-        self.add(domain, difference=(a.double() - b.double()).sum(1), tokens=tokens)
-
-    def figures(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {self.name: sums["difference"] / sums["tokens"]}
-
-
 def loggable(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The figures that a logger can take: single numbers that are defined."""
     return {name: value for name, value in values.items() if value.numel() == 1 and not value.isnan()}

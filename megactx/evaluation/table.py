@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from megactx.framework.files import replacing
+from megactx.framework.files import replacing, write
 
 COLUMNS = ("run", "carrier", "span", "domain", "metric", "point", "low", "high", "std", "n")
 OVERALL = "overall"
@@ -223,21 +223,16 @@ class Report:
             numbers: of the JSON file in place of ``about`` and the table; NaN becomes ``null``.
         """
         numbers = self.about | {"table": self.table} if numbers is None else numbers
-        with _ending(stem, "md") as part:
-            part.write_text(self.markdown(), encoding="utf-8")
-        with _ending(stem, "csv") as part, part.open("w", newline="", encoding="utf-8") as file:
+        md, csv_file, json_file, png = (stem.with_name(f"{stem.name}.{end}") for end in ("md", "csv", "json", "png"))
+        write(md, self.markdown())
+        with replacing(csv_file) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(without_nan(self.table))
-        with _ending(stem, "json") as part:
-            part.write_text(json.dumps(without_nan(numbers), indent=1, allow_nan=False))
+        write(json_file, json.dumps(without_nan(numbers), indent=1, allow_nan=False))
         if self.draw:
-            self.draw(stem.with_name(f"{stem.name}.png"))
+            self.draw(png)
         return f"Tables: {stem}.md, .csv and .json" + f"   picture: {stem}.png" * bool(self.draw)
-
-
-def _ending(stem: Path, ending: str):
-    return replacing(stem.with_name(f"{stem.name}.{ending}"))  # a stem may have a dot of its own
 
 
 def _rich(sheet: Sheet):

@@ -18,8 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from .config.config_docs import help_text
 from .config.search_path import VERSION_BASE, reference, register, root
-from .errors import DONE, FAILED, INTERRUPTED, MISTAKE, Interrupted, RunFailed, composition_message, verdict
-from .files import FULL
+from .errors import DONE, FAILED, FULL, INTERRUPTED, MISTAKE, Interrupted, RunFailed, composition_message, verdict
 from .run import distributed
 from .run.fit import build_and_run, finish_loggers
 from .run.runfolder import HIDDEN, hide_in_command, hide_secrets, short, write_error
@@ -190,7 +189,7 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
             return last_of(cfg, folder), folder
         return find(cfg, folder, named)
 
-    with _early_logs():
+    with logs(None):  # before there is a run folder
         checkpoint, target = distributed.agreed(decide)
     if not cfg.curriculum and (checkpoint is None or checkpoint.parent != target / "checkpoints"):
         refuse_used(cfg, target)
@@ -213,22 +212,6 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
         close_folder(target)
     print(f"Everything is in {cfg.folder}")
     return value
-
-
-@contextlib.contextmanager
-def _early_logs():
-    """Before there is a run folder, our messages go to stdout."""
-    import logging
-
-    own, handler = logging.getLogger("megactx"), logging.StreamHandler(sys.stdout)
-    level = own.level
-    own.addHandler(handler)
-    own.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        own.removeHandler(handler)
-        own.setLevel(level)
 
 
 def _how_to_go_on(what: str, kept: list[Path], overrides: list[str]) -> str:

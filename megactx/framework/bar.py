@@ -21,6 +21,16 @@ def bar(what: str) -> Callable[[Iterable], Iterator]:
     return shown
 
 
+def quiet_libraries() -> None:
+    """Without a terminal the bars of datasets and transformers are silent."""
+    if not sys.stderr.isatty():
+        import datasets
+        import transformers
+
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+
+
 def _lines(items: Iterable, what: str) -> Iterator:
     of = f" of {len(items)}" if isinstance(items, Sized) else ""
     began = told = time.monotonic()

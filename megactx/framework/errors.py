@@ -8,6 +8,7 @@ import errno
 import re
 
 DONE, MISTAKE, FAILED, INTERRUPTED = 0, 2, 3, 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 # Settings of the release before -> where they are now.
 RENAMED = {f"stage.history.{name}": f"loss.history.{name}" for name in ("segments", "segment", "recency")} | {
     "stage.history.weight": "loss.history.weight, and loss.block.weight has what is left of 1",
@@ -45,37 +46,23 @@ def did_you_mean(name: str, known) -> str:
 
 def verdict(error: BaseException) -> tuple[int, str]:
     """Exit code and message of an error in building or running."""
-    error = _cause(error)
+    while type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
+        error = error.__cause__  # Hydra wraps what a constructor raises
     text = str(error).strip() or type(error).__name__
     if isinstance(error, RunFailed):
         return FAILED, text
-    if _is_memory(error):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return FAILED, (
             "out of memory. Make preset.batch smaller (preset.accumulate makes up for it), or preset.spans, or"
             f" preset.max_tokens ({text.splitlines()[0]})"
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(error, OSError) and error.errno in FULL:
         return FAILED, f"the disk is full or a file may not grow: set folder=... to a place with room ({text})"
     if type(error).__module__.startswith("wandb.") and type(error).__name__ in ("UsageError", "AuthenticationError"):
         return MISTAKE, f"logger=wandb: {text}. logger.wandb.offline=true needs no account; `wandb login` sets a key"
     if isinstance(error, ValueError) or type(error).__name__ == "MisconfigurationException":
         return MISTAKE, text
     return FAILED, f"the run failed: {type(error).__name__}: {text}"
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Hydra wraps what a constructor raises."""
-    while type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _is_memory(error: BaseException) -> bool:
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )
 
 
 def composition_message(error: Exception, overrides: list[str]) -> str:
@@ -127,10 +114,15 @@ def _unknown(key: str, known: list[str]) -> str:
     return f"{key}: no such setting.{meant}"
 
 
-def _last(error: BaseException) -> str:
+def innermost(error: BaseException) -> BaseException:
+    """What an error came of first."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip() or type(error).__name__
+    return error
+
+
+def _last(error: BaseException) -> str:
+    return str(innermost(error)).strip() or type(innermost(error)).__name__
 
 
 def known_keys(overrides: list[str] = ()) -> list[str]:

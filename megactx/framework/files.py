@@ -11,30 +11,32 @@ and removed when the block ends, however it ends; what a kill leaves is removed 
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import RunFailed
+from .errors import FULL, RunFailed
 
 PART = ".megactx-part-"
 OLD = "old"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 WRONG = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
     *(errno.ELOOP, errno.ENOENT),
 )
+ELSEWHERE = "choose another place"
 IN_RUN = "set folder=... to another disk; resume=auto goes on"
 HERE, SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 NO_SWAP = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # of file systems that cannot
 
 
 @contextmanager
-def replacing(path: str | Path, remedy: str = "choose another place") -> Iterator[Path]:
+def replacing(path: str | Path, remedy: str = ELSEWHERE) -> Iterator[Path]:
     """Yield a name that is not there yet; what the block writes under it takes the place of ``path``.
 
     Args:
@@ -49,12 +51,25 @@ def replacing(path: str | Path, remedy: str = "choose another place") -> Iterato
     with writing(path, remedy), _beside(path) as own:
         part = own / path.name
         yield part
+        _share(part)
         flush(part)
         if part.is_dir() and path.is_dir() and not path.is_symlink():
             _swap(part, path, own)
         else:
             os.replace(part, path)
         sync(path.parent)
+
+
+def write(path: str | Path, text: str, remedy: str = ELSEWHERE) -> None:
+    """Write a small text file; arguments and errors as of ``replacing``."""
+    with replacing(path, remedy) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def checksum(path: Path) -> str:
+    """The sha256 of a file's content, in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -86,6 +101,15 @@ def clear(folder: str | Path) -> None:
     """Remove what writers that were killed have left in a folder and below it; of a living one nothing is touched."""
     for own in Path(folder).rglob(f"{PART}*"):
         _clear_one(own)
+
+
+def _share(path: Path) -> None:
+    """Whoever may read the text files of a folder may read its weights: safetensors 0.8 writes for its owner alone."""
+    umask = os.umask(0o077)  # reading it takes setting it
+    os.umask(umask)
+    for file in (path, *path.rglob("*.safetensors")):
+        if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) == 0o600:
+            file.chmod(0o666 & ~umask)
 
 
 def flush(path: Path) -> None:

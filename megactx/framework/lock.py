@@ -5,8 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from .errors import RunFailed
-from .files import FULL
+from .errors import FULL, RunFailed
 
 
 class Lock:

@@ -1,18 +1,25 @@
-"""Trained parts as folders: a description in JSON, the weights beside it."""
+"""Trained parts as folders: a description in JSON, the weights beside it.
 
+python -m megactx.parts.write RUN OUT        the GistNet of a run, in bf16, for any session with its base LM
+"""
+
+import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from megactx.focus.lensnet import LensNet
+from megactx.framework.command_line import run
 from megactx.framework.files import replacing
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
-from megactx.lm.identity import of_embeddings, of_net, of_weights
+from megactx.lm.identity import of_embeddings, of_net, of_weights, record_of
 
-from .find import WEIGHTS
+from .find import WEIGHTS, find, read_best
+from .read import gistnet_of, gistnet_settings
 
 
 def save_gistnet(net: GistNet, settings: dict, base: BaseLM, folder: str | Path, made_by: str = "") -> None:
@@ -47,3 +54,28 @@ def _write(folder: str | Path, part: str, about: dict, weights: dict) -> None:
         out.mkdir()
         (out / f"{part}.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, out / WEIGHTS)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    about = "The GistNet of a run as a folder."
+    parser = argparse.ArgumentParser(prog="python -m megactx.parts.write", description=about)
+    parser.add_argument("run", metavar="RUN", help="run folder or checkpoint of a gist stage")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder; one that is there is replaced")
+    return run(_write_run, parser, arguments)
+
+
+def _write_run(args: argparse.Namespace) -> None:
+    place = find(args.run, "gistnet", "RUN")
+    checkpoint = read_best(place, "RUN")
+    base = BaseLM.from_pretrained(checkpoint["hyper_parameters"]["base"]["name"], "float32").freeze()
+    record = record_of(base, checkpoint["hyper_parameters"]["base"]["name"])
+    net = gistnet_of(args.run, base, "RUN", record)
+    made_by = f"step {checkpoint['global_step']} of {Path(args.run).resolve().name}"
+    save_gistnet(net, gistnet_settings(args.run, "RUN"), base, args.out, made_by)
+    print(f"{args.out}: GistNet for {record['name']}, {made_by}")
+    print(f"Next: python -m megactx.studies.gist_card {record['name'].removeprefix('asset:')} --gistnet {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

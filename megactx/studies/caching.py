@@ -11,12 +11,13 @@ recovery of each run on each domain; drift of stored gists.
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-from megactx.evaluation.measure import LAST_TOKEN, in_eval_mode
+from megactx.evaluation.bootstrap import recovery_intervals
+from megactx.evaluation.measure import LAST_TOKEN, in_eval_mode, measure
 from megactx.evaluation.table import Report, Table
 from megactx.framework.bar import bar
 from megactx.gist.carrier import Compressor
@@ -33,7 +34,6 @@ from .drift import measure_drift, parsed
 from .prompts import again, cached, compressed, levels
 from .study import Options, command, multiple, usable
 from .trained import NOTHING, Nothing, Trained, base_of, held_out, load, same
-from .transfer import measure_transfer
 
 BASE, GISTNET, BLOCK, HORIZON = "asset:tiny-base", "asset:tiny-gistnet", 32, 32  # without a run
 
@@ -69,7 +69,9 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     stem = (usable(args.out or Path("runs/caching")) if own else Path(args.runs[0])) / "caching"
     runs = load(args.runs)
     same(runs)
-    base, block, horizon = _subject(args, runs)
+    base, block, horizon = base_of(args.base or BASE) if not runs else runs[0].base, BLOCK, HORIZON
+    if runs:
+        block, horizon = runs[0].block_size, min(run.horizon for run in runs)
     multiple("tokens", args.tokens, block, least=2)
     counts = levels(args.tokens, block, args.compression or [2**n for n in range(block.bit_length())])
     if (whole := args.tokens + args.input + args.answer) > base.max_positions:
@@ -111,10 +113,33 @@ def _costs(base: BaseLM, net: Compressor, ids, rest, counts: dict[float, int], a
         table.add_all(cost, "metric", carrier=form, span=compression)
 
 
-def _subject(args, runs: list[Trained]) -> tuple[BaseLM, int, int]:
-    if runs:
-        return runs[0].base, runs[0].main.block_size, min(run.horizon for run in runs)
-    return base_of(args.base or BASE), BLOCK, HORIZON
+def measure_transfer(
+    runs: list[Trained],
+    batches: Iterable[dict],
+    horizon: int,
+    table: Table,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> dict:
+    """Compressors trained on some domains, read on others, beside the untrained controls, on the same blocks.
+
+    Args:
+        runs: of one base LM and one block size.
+        batches, horizon: as for ``measure``.
+        table: gets the recovery of each run and control on every domain of the text, and overall.
+
+    Returns:
+        ``transfer``: ``first``, the first scored offset, 1 where a run keeps keys and values; ``blocks``,
+        ``documents``, ``hash`` of what was measured; ``trained``: run -> domain -> share.
+    """
+    nets = {run.name: run.main for run in runs}
+    scores = measure(runs[0].base, nets, batches, horizon, progress=progress)
+    first = int(any(not net.makes_vectors for net in nets.values()))
+    for domain, own in scores.by_domain().items():
+        found = recovery_intervals(own, list(own.carriers), first)
+        table.add_all(found, "carrier", metric="recovery", span=f"h >= {first}", domain=domain)
+    about = {"first": first, "blocks": len(scores), "documents": scores.documents}
+    about |= {"hash": scores.block_hash(), "trained": {run.name: run.weights for run in runs}}
+    return {"transfer": about}
 
 
 def _nets(args, runs: list[Trained], base: BaseLM, block: int) -> dict[str, Compressor]:

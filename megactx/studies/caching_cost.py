@@ -1,6 +1,6 @@
 """What a prompt costs that is used again: FLOPs and time of an answer, bytes kept, and what the carriers cost once.
 
-FLOPs are measured (``torch.utils.flop_counter``), of attention all columns, masked or not. Time is wall clock: the
+FLOPs are measured (``framework.callbacks.flops``), of attention all columns, masked or not. Time is wall clock: the
 forms take turns, and the median of the repeats counts, so that other work on the machine meets all of them alike.
 """
 
@@ -11,9 +11,9 @@ from statistics import median
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from megactx.evaluation.table import Table
+from megactx.framework.callbacks.flops import Counter
 from megactx.gist.carrier import Compressor
 from megactx.lm import BaseLM
 from megactx.lm.prefill import prefill, unread
@@ -23,15 +23,9 @@ from .prompts import Prompt, compressed, filled, greedy
 
 def flops(call: Callable[[], object]) -> int:
     """Floating-point operations of a call."""
-    ours = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # which the counter leaves out
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ours) as counter:
+    with torch.no_grad(), Counter() as counter:
         call()
-    return counter.get_total_flops()
-
-
-def _attention(query, key, value, *rest, out_shape=None, **settings) -> int:
-    b, heads, rows, width = query
-    return 2 * b * heads * rows * key[2] * (width + value[3])
+    return int(counter.total)
 
 
 def measure_answers(

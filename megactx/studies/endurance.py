@@ -14,7 +14,6 @@ So nothing is left out that a session does in its life but the sampling itself.
 
 import argparse
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from megactx.apps.command_line import add_models, controller_of, observers_of, session_of
+from megactx.apps.ingest import SaveClock
 from megactx.data.documents import VALIDATION, tokenised
 from megactx.data.embedded import Embedded
 from megactx.data.files import Files
@@ -85,7 +85,7 @@ def carry(session: Session, ids: Tensor, every: int) -> list[dict]:
     rows, events, device = session.about.setdefault(ABOUT, []), [], session.stream.device
     observer = events.append
     session.observers.append(observer)
-    process, saved = psutil.Process(), time.monotonic()
+    process, saving = psutil.Process(), SaveClock(session, SAVE_EVERY)
     firsts = list(range(len(rows) * every, len(ids), every))
     terminal = sys.stdout.isatty()
     for first in bar("tokens")(firsts) if terminal else firsts:
@@ -101,9 +101,7 @@ def carry(session: Session, ids: Tensor, every: int) -> list[dict]:
                 f"  tree {row['tree'] / MIB:6.2f} MiB  NLL {row['nll']:.3f}",
                 flush=True,
             )
-        if time.monotonic() - saved > SAVE_EVERY:
-            session.save()
-            saved = time.monotonic()
+        saving.save_when_due()
     session.observers.remove(observer)
     session.save()
     return rows

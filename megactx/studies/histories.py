@@ -47,7 +47,7 @@ def summarise(scores: BlockScores, runs: Mapping[str, list[str]]) -> Table:
         own[name] = torch.stack(each).double().mean(dim=0)
     own |= {name: values for name, values in scores.carriers.items() if name not in keys}
     mean = replace(scores, carriers=own, kl={}, agree={})
-    subject, about = next(iter(own)), {"n": scores.document.unique().numel()}
+    subject, about = next(iter(own)), {"n": scores.documents}
     found = {"recovery": recovery_intervals(mean, list(own))}
     for key, value in recovery_intervals(scores, list(keys)).items():
         table.add("recovery", value, run=keys[key][0], carrier=keys[key][1], **about)
@@ -56,7 +56,7 @@ def summarise(scores: BlockScores, runs: Mapping[str, list[str]]) -> Table:
     found["gain"] = {name: mean_interval(scores.document, gain) for name, gain in gains.items()}
     found["behind"] = difference_intervals(mean, subject, [name for name in rest if name != subject])
     table.add_all(found, "metric", "carrier", **about)
-    table.add("cost", (scores.drop.double() - scores.full.double()).mean().item())
+    table.add("cost", scores.cost())
     return table
 
 
@@ -87,7 +87,7 @@ def sheets(table: Table, scores: BlockScores, sizes: dict[str, int], subject: st
     columns += [("than", "behind", "+.3f"), ("verdict", "behind", told)]
     order = [name for name in mean.ranked(metric="recovery") if name != MORE_RAW]
     title = (
-        f"{len(scores):,} histories of {scores.document.unique().numel():,} documents, S = {sizes['segment']},"
+        f"{len(scores):,} histories of {scores.documents:,} documents, S = {sizes['segment']},"
         f" R = {sizes['recency']}, hash {scores.block_hash()}; none costs {table.point(metric='cost'):.3f} nat, as many"
         f" more raw tokens recover {cell(mean.one(carrier=MORE_RAW, metric='recovery'))}"
     )

@@ -37,11 +37,11 @@ def summarise(scores: BlockScores, horizons: list[int]) -> Table:
     for horizon in sorted(horizons):
         own = scores.take(slice(None), slice(0, horizon))
         for first in FIRSTS:
-            about = {"span": _span(horizon, first), "n": own.document.unique().numel()}
+            about = {"span": _span(horizon, first), "n": own.documents}
             found = {"recovery": recovery_intervals(own, [subject, *rest], first)}
             found["behind"] = difference_intervals(own, subject, rest, first)
             table.add_all(found, "metric", "carrier", **about)
-            table.add(COST, (own.drop - own.full)[:, first:].double().mean().item(), **about)
+            table.add(COST, own.cost(first), **about)
     return table
 
 
@@ -95,7 +95,7 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     nets = {name: net.to(base.model.device) for name, net in nets.items()} | {"avgpool": AvgPool(block)}
     batches = held_out(base, args.path, block, max(horizons), args.tokens, args.blocks)
     scores = measure(base, nets, batches, max(horizons), progress=bar("all carriers"))
-    table, documents = summarise(scores, horizons), scores.document.unique().numel()
+    table, documents = summarise(scores, horizons), scores.documents
     about = {"subject": next(iter(nets)), "base": runs[0].base_name, "text": args.path, "tokens": args.tokens}
     about |= {"blocks": len(scores), "documents": documents, "hash": scores.block_hash()}
     counted = f"{len(scores):,} blocks of {documents:,} documents, hash {scores.block_hash()}"

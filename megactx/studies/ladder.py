@@ -8,6 +8,7 @@ It is ``train.py experiment=ladder``: a gist stage whose controls are the other 
 same teacher pass, the same steps. Its settings are those of ``train.py --help``.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from megactx.data.files import Files
 from megactx.evaluation.history import measure_history, segments
 from megactx.evaluation.measure import measure, untrained
+from megactx.framework import command_line
 from megactx.framework.bar import bar
 from megactx.framework.config.types import Count, Whole
 from megactx.gist.carriers.avgpool import AvgPool
@@ -118,25 +120,24 @@ def main(arguments: list[str] | None = None) -> int:
     from megactx.framework.app import run
 
     arguments = sys.argv[1:] if arguments is None else arguments
-    folders = [Path(argument) for argument in arguments if "=" not in argument and not argument.startswith("-")]
-    if {"-h", "--help"} & {*arguments}:
-        print(__doc__.strip())
-        return 0
-    if not folders:
+    helps = {"-h", "--help"} & {*arguments}
+    if not helps and all("=" in argument or argument.startswith("-") for argument in arguments):
         return run(["experiment=ladder", *arguments])
-    if len(folders) < len(arguments):
-        print("megactx: give run folders to combine, or settings of a new run, not both", file=sys.stderr)
-        return 2
-    try:
-        found = [read_ladder(folder) for folder in folders]
-        report = report_of(found)
-    except ValueError as error:
-        print(f"megactx: {error}", file=sys.stderr)
-        return 2
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m megactx.studies.ladder", description=__doc__, formatter_class=plain)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="finished runs to combine")
+    return command_line.run(combined, parser, arguments)
+
+
+def combined(args: argparse.Namespace) -> None:
+    """Show finished ladders as one; several are written beside the first run."""
+    if any("=" in run for run in args.runs):
+        raise ValueError("give run folders to combine, or settings of a new run, not both")
+    found = [read_ladder(Path(run)) for run in args.runs]
+    report = report_of(found)
     report.show()
-    if len(folders) > 1:
-        print(report.write(folders[0].parent / "ladder", {"runs": found}))
-    return 0
+    if len(found) > 1:
+        print(report.write(Path(args.runs[0]).parent / "ladder", {"runs": found}))
 
 
 def read_ladder(folder: Path) -> dict:

@@ -5,19 +5,9 @@ import statistics
 from functools import partial
 from pathlib import Path
 
+from megactx.evaluation import pictures
 from megactx.evaluation.bootstrap import difference_intervals, mean_interval, recovery_intervals, told
 from megactx.evaluation.metrics import BODY
-from megactx.evaluation.pictures import (
-    colours_of,
-    legend,
-    line,
-    named,
-    panel,
-    picture,
-    powers,
-    room_above,
-    side_by_side,
-)
 from megactx.evaluation.scores import MORE_RAW
 from megactx.evaluation.table import BLOCK, OVERALL, Report, Sheet, Table, cell, defined, pivot, without_nan
 
@@ -46,7 +36,7 @@ def rungs(parts: dict, about: dict, subject: str, block: int, base: str) -> dict
     """
     span, history = parts["span"], parts["history"]
     out = {"subject": subject, "base": base, "block_size": block, "horizon": span.horizon}
-    out |= {"blocks": len(span), "documents": span.document.unique().numel(), "block_hash": span.block_hash()}
+    out |= {"blocks": len(span), "documents": span.documents, "block_hash": span.block_hash()}
     names = list(span.carriers)
     out["carriers"] = {name: about.get(name, {"bytes_per_token": None, "parameters": 0, "first": 0}) for name in names}
     with_row = [name for name in names if out["carriers"][name]["first"] == 0]
@@ -65,7 +55,7 @@ def rungs(parts: dict, about: dict, subject: str, block: int, base: str) -> dict
     }
     if history is not None:
         out["segments"], out["history_hash"] = len(history), history.block_hash()
-        out["cost_of_no_history"] = (history.drop.double() - history.full.double()).mean().item()
+        out["cost_of_no_history"] = history.cost()
         names = [name for name in history.carriers if name != MORE_RAW]
         _put(out, "history", recovery_intervals(history, names))
         rest = [name for name in names if name != subject]
@@ -76,7 +66,7 @@ def rungs(parts: dict, about: dict, subject: str, block: int, base: str) -> dict
     for part, keys in (("oracle", {"recovery": WITH_ROW, "body": BODY}), ("history oracle", {"recovery": 0})):
         if (scores := parts[part]) is not None:
             names = [name for name in scores.carriers if name != MORE_RAW]
-            out[part] = {"blocks": len(scores), "documents": scores.document.unique().numel()}
+            out[part] = {"blocks": len(scores), "documents": scores.documents}
             for key, first in keys.items():
                 found = recovery_intervals(scores, names, first)
                 out[part][key] = {name: interval._asdict() for name, interval in found.items()}
@@ -181,9 +171,9 @@ def plot(numbers: dict, table: Table, path: Path) -> None:
     """Recovery against bytes, dNLL by offset, recovery by domain; 1800 x 640 pixels."""
     recovery, subject = table.pick(metric="recovery", span=COMPARED["recovery"]), numbers["subject"]
     names = [name for name in _ranked(table) if defined(recovery.one(carrier=name, domain=None))]
-    colours = colours_of(names, subject)
+    colours = pictures.colours_of(names, subject)
     shown = list(dict.fromkeys([subject, *names[:LINES]]))
-    with picture(path, (18, 6.4), columns=3, width_ratios=(1.1, 1, 1)) as grid:
+    with pictures.picture(path, (18, 6.4), columns=3, width_ratios=(1.1, 1, 1)) as grid:
         left, middle, right = grid[0]
         _bytes(left, recovery, {name: numbers["carriers"][name]["bytes_per_token"] for name in names}, colours)
         middle.plot(numbers["by_offset"]["dropped"], color="black", linestyle="--", label="dropped")
@@ -191,30 +181,30 @@ def plot(numbers: dict, table: Table, path: Path) -> None:
             first, values = numbers["carriers"][name]["first"], numbers["by_offset"][name]
             middle.plot(range(first, len(values)), values[first:], color=colours[name], label=name)
         middle.set_yscale("symlog", linthresh=0.1)
-        panel(middle, "dNLL by offset", "tokens behind the block (h)", "dNLL, nats per token (symlog)")
+        pictures.panel(middle, "dNLL by offset", "tokens behind the block (h)", "dNLL, nats per token (symlog)")
         width, domains = 0.8 / len(shown), list(numbers["domains"])
         for index, name in enumerate(shown):
             rows = [recovery.one(carrier=name, domain=domain) for domain in domains]
             places = [place + (index - (len(shown) - 1) / 2) * width for place in range(len(domains))]
             known = [(x, row) for x, row in zip(places, rows, strict=True) if defined(row)]
             right.bar([x for x, _ in known], [row["point"] for _, row in known], width, color=colours[name], label=name)
-            line(right, known, color="black", linestyle="", marker=None, capsize=2)
+            pictures.line(right, known, color="black", linestyle="", marker=None, capsize=2)
         right.set_xticks(range(len(domains)), domains)
-        panel(right, "By domain", "", "recovery, h >= 1")
+        pictures.panel(right, "By domain", "", "recovery, h >= 1")
         for axes in (middle, right):
-            legend(axes)
+            pictures.legend(axes)
 
 
 def _bytes(axes, recovery: Table, sizes: dict[str, float], colours: dict) -> None:
     known = [name for name, size in sizes.items() if size]
-    for name, x in zip(known, side_by_side([sizes[name] for name in known]), strict=True):
-        named(axes, x, recovery.one(carrier=name, domain=None), name, color=colours[name])
-    powers(axes, [sizes[name] for name in known])
-    panel(
+    for name, x in zip(known, pictures.side_by_side([sizes[name] for name in known]), strict=True):
+        pictures.named(axes, x, recovery.one(carrier=name, domain=None), name, color=colours[name])
+    pictures.powers(axes, [sizes[name] for name in known])
+    pictures.panel(
         axes,
         "What a block is worth behind each carrier",
         "bytes per token that is compressed, 16 bit (log scale)",
         "recovery, h >= 1",
         zero=True,
     )
-    room_above(axes)
+    pictures.room_above(axes)

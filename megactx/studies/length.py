@@ -24,7 +24,7 @@ from megactx.assets import resolve
 from megactx.evaluation.planted import in_detail
 from megactx.evaluation.table import Report, without_nan
 from megactx.framework.bar import bar
-from megactx.framework.files import replacing
+from megactx.framework.files import write
 from megactx.lm.identity import of_net
 from megactx.memory import MegaContextTree
 from megactx.memory.encoding import identity_of_base
@@ -70,7 +70,7 @@ class Study:
 
     def case(self, case: dict, known: MegaContextTree | None) -> dict:
         """Ask a planted question at every length under every policy."""
-        following, rows, gain = planted.answer(self.texts, case), [], None
+        following, rows, gain = case["ids"][self.texts.near :], [], None
         for length in self.args.lengths:
             ids, needed = planted.placed(self.texts, case, length, self.block)
             tree = tree_of(self.models, ids, known)
@@ -110,8 +110,7 @@ class Study:
                     known = tree_of(self.models, self.texts.fillers[domain], None)
             with torch.no_grad():
                 found = self.document(item, known) if what == DOCUMENTS else self.case(item, known)
-            with replacing(self._path(what, number)) as part:
-                part.write_text(json.dumps(without_nan(found)))
+            write(self._path(what, number), json.dumps(without_nan(found)))
 
     def measured(self, what: str, count: int) -> list[dict]:
         """The first ``count`` documents or cases, of which some may be missing: not every fact can be planted."""
@@ -142,8 +141,7 @@ class Study:
             if wrong := [f"{name}={old.get(name)}, not {now}" for name, now in about.items() if old.get(name) != now]:
                 raise ValueError(f"--out={self.folder}: it holds a study with other settings: {'; '.join(wrong)}")
             return
-        with replacing(path) as part:
-            part.write_text(json.dumps(about, indent=1))
+        write(path, json.dumps(about, indent=1))
 
     def _path(self, what: str, number: int) -> Path:
         return self.folder / what / f"{number:04d}.json"
@@ -206,10 +204,7 @@ def check(args: argparse.Namespace, models: Models) -> None:
     if args.limit is None:
         args.limit = most // 2
     elif not least <= args.limit <= most:
-        raise ValueError(
-            f"--limit={args.limit} is not allowed: {least} for --budgets={args.budgets[-1]}, to {most}, the positions"
-            " of the base LM"
-        )
+        raise ValueError(f"--limit={args.limit} is not allowed: {least} for these --budgets, to {most} (the base)")
     for budget in args.budgets:
         Settings(budget).fitted(block, args.limit).check(block, args.limit)
         if budget > args.lengths[0]:

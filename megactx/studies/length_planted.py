@@ -60,11 +60,6 @@ def placed(texts: Texts, case: dict, length: int, block: int) -> tuple[Tensor, i
     return ids, case["needed"][0] - first + _moved(first, length, texts.near)
 
 
-def answer(texts: Texts, case: dict) -> Tensor:
-    """[A]"""
-    return case["ids"][texts.near :]
-
-
 def gain(models: Models, tree: MegaContextTree, needed: int, following: Tensor, budget: int) -> float:
     """What the needed block among gists is worth to the answer, nats per token: the base can use it from ``USABLE`` on.
 

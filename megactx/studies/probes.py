@@ -114,9 +114,8 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         sizes = (block, recency, args.blocks, args.seed)
         probes = make_probes(run.base.tokenizer, texts, args.per_class, *sizes)
         if (longest := max(len(probe.ids) for probe in probes)) > run.base.max_positions:
-            raise ValueError(
-                f"--blocks={args.blocks}: a probe has {longest} tokens, the base takes {run.base.max_positions}"
-            )
+            most = run.base.max_positions
+            raise ValueError(f"--blocks={args.blocks}: a probe has {longest} tokens, the base takes {most}")
         nets = run.nets | {NOTHING: Nothing(block)} | untrained(run.base, block, run.main.position)
         answers = {}
         for name, net in nets.items():

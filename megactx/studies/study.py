@@ -7,13 +7,12 @@ after each part one that holds all so far, so that a stop loses only the part th
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from pathlib import Path
 
 from megactx.evaluation.table import Report
-from megactx.framework.bar import SHORTER
+from megactx.framework.bar import SHORTER, quiet_libraries
 from megactx.framework.command_line import run
-
-from .trained import quiet
 
 WIDTH = 170
 
@@ -82,7 +81,7 @@ def command(
 
     def measured(args: argparse.Namespace) -> None:
         given.check(args)
-        quiet()
+        quiet_libraries()
         SHORTER.set(given.shorter())
         stem = report = told = None
         for next_stem, next_report in study(args):
@@ -94,7 +93,8 @@ def command(
 
     given = Options(name, doc)
     options(given)
-    return lambda arguments=None: run(measured, given.parser, arguments)
+    # In a context of its own: what makes this command shorter is nothing to whatever comes next in the process.
+    return lambda arguments=None: copy_context().run(run, measured, given.parser, arguments)
 
 
 def _tell(report: Report, told: str) -> None:

@@ -1,14 +1,11 @@
 """Finished runs as a study takes them: their base LM, their carriers, and held-out text to measure them on."""
 
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import torch
-import transformers
 import yaml
 from torch import Tensor
 
@@ -107,13 +104,6 @@ def held_out(base: BaseLM, path: str | None, block: int, horizon: int, tokens: i
     sizes = {"min_tokens": tokens, "max_tokens": tokens, "batch": 1, "spans": 1, "weights": dict.fromkeys(DOMAINS)}
     data = SpanData(source, base.tokenizer, block, horizon, **sizes)
     return data.held_out(source, blocks) if path else data.evaluation_documents(blocks)
-
-
-def quiet() -> None:
-    """Without a terminal the bars of datasets and transformers are silent."""
-    if not sys.stdout.isatty():
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
 
 
 def checkpoint_of(folder: Path) -> tuple[Path, dict]:

@@ -142,7 +142,7 @@ def test_an_empty_file_of_a_folder_is_left_out_and_said(tmp_path, caplog):
         ("a.jsonl", jsonl([{"text": "good"}]) + b'{"text": "cut sho', "cannot be read as json"),
         ("a.jsonl", b'{"text": "caf\xe9"}\n', "not UTF-8"),
         ("a.jsonl", jsonl([{"body": "x"}]), "data.text_column=text"),
-        ("a.jsonl", jsonl([{"text": "x"}, {"text": None}]), "row 1 has no text"),
+        ("a.jsonl", jsonl([{"text": "x"}, {"text": None}]), "row 1 .* has no text"),
         ("a.jsonl", jsonl([{"text": 3}]), "not text"),
         ("a.jsonl", jsonl([{"text": ["x"]}]), "not text"),
         ("a.jsonl", jsonl([{"text": "x", "domain": "poetry"}]), "domain=poetry is not allowed: one of narrative"),
@@ -284,12 +284,12 @@ def test_text_domain_and_source_are_strings_before_anything_is_joined(tmp_path):
 @pytest.mark.parametrize(
     "rows, said",
     [
-        ([{"text": "x"}, {"text": 3}], "row 1 of .*b.jsonl holds int 3, not text"),
-        ([{"text": "x"}, {"text": None}], "b.jsonl: row 1 has no text"),
-        ([{"text": "x"}, {"body": "x"}], "row 1 of .*b.jsonl has no such column"),
-        ([{"text": "x"}, {"text": "x", "domain": "poetry"}], "b.jsonl: row 1: domain=poetry is not allowed"),
-        ([{"text": "x"}, ["x"]], "b.jsonl: row 1 cannot be read as json rows, it holds list"),
-        ([{"text": "x"}, {"text": "\ud800"}], "b.jsonl: row 1 has half of a surrogate pair"),
+        ([{"text": "x"}, {"text": 3}], "b.jsonl: row 1 .* holds int 3, not text"),
+        ([{"text": "x"}, {"text": None}], "b.jsonl: row 1 .* has no text"),
+        ([{"text": "x"}, {"body": "x"}], "b.jsonl: row 1 .* has no column data.text_column=text, it has .*body"),
+        ([{"text": "x"}, {"text": "x", "domain": "poetry"}], "b.jsonl: row 1 .*: domain=poetry is not allowed"),
+        ([{"text": "x"}, ["x"]], "b.jsonl: row 1 holds list .*; a row is an object"),
+        ([{"text": "x"}, {"text": "\ud800"}], "b.jsonl: row 1 .* has half of a surrogate pair"),
     ],
 )
 def test_a_message_about_a_row_names_its_file_and_the_row_in_it(tmp_path, rows, said):

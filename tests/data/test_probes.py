@@ -51,5 +51,5 @@ def test_values_differ_and_come_again_with_the_seed(tiny_tokenizer):
 def test_texts_that_are_too_short_and_blocks_that_are_too_small_are_refused(tiny_tokenizer):
     with pytest.raises(ValueError, match="no text has 448 tokens"):
         make_probes(tiny_tokenizer, [np.zeros(447, dtype=np.int64)], 1, K, R, M)
-    with pytest.raises(ValueError, match="a block has 4"):
+    with pytest.raises(ValueError, match="above blocks=4 of 4"):
         make_probes(tiny_tokenizer, [np.zeros(447, dtype=np.int64)], 1, 4, 8, M)

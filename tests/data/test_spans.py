@@ -161,7 +161,7 @@ def test_bad_weights_and_sizes_are_refused_by_name(settings, said):
 @pytest.mark.parametrize(
     "settings, said",
     [
-        (dict(horizon=80), r"horizon.tokens=80 .* data.min_tokens=128: .* 2 x 32 \+ 80 = 144"),
+        (dict(horizon=80), r"horizon.tokens=80 .* data.min_tokens=128: .* needs 144 tokens"),
         (dict(horizon=0), "horizon.tokens=0"),
         (dict(block=0), "block_size=0"),
         (dict(min_tokens=1024), "data.min_tokens=1024 is not allowed: documents have at most 512"),
@@ -255,7 +255,7 @@ def test_spans_of_level_two_lie_on_their_own_grid_and_leave_the_rest_of_a_batch_
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (dict(level2_spans=1, block=8, min_tokens=140, max_tokens=200), "needs 2 x 8\\^2 \\+ 32 = 160 tokens"),
+        (dict(level2_spans=1, block=8, min_tokens=140, max_tokens=200), "needs 160 tokens"),
         (dict(level2_spans=-1), "datamodule.level2_spans=-1"),
     ],
 )

@@ -9,7 +9,6 @@ from megactx.evaluation.geometry import AttentionEntropy, GistGeometry
 from megactx.evaluation.metrics import GistMetrics
 from megactx.evaluation.reconstruction import ReconstructionMetrics
 from megactx.evaluation.scores import BlockScores
-from megactx.evaluation.sums import MeanDifference, RatioOfSums
 
 BLOCKS, SPLIT = 30, 11  # uneven shares
 
@@ -24,16 +23,13 @@ def feed(rows: range) -> dict[str, torch.Tensor]:
     logits = torch.randn(BLOCKS, 5, 9, generator=generator)
     tokens = torch.randint(0, 9, (BLOCKS, 5), generator=generator)
     domain = ["structured" if i < 4 else name for i, name in enumerate(scores.domain)]  # only the first process's
-    nll = (scores.full, scores.carriers["gistnet"], scores.drop)
     metrics = [
         GistMetrics(18),
         GistGeometry(8),
         AttentionEntropy(),
-        RatioOfSums("copy_recovery"),
-        MeanDifference("level2_dnll"),
         ReconstructionMetrics(),
     ]
-    substitution, geometry, entropy, ratio, mean, decoder = metrics
+    substitution, geometry, entropy, decoder = metrics
     for at in range(rows.start, rows.stop, 3):
         part = list(range(at, min(at + 3, rows.stop)))
         names = [domain[i] for i in part]
@@ -49,8 +45,6 @@ def feed(rows: range) -> dict[str, torch.Tensor]:
         )
         geometry.update(gists[part], names, paired[part], right[part][paired[part]])
         entropy.update(weights[part], names)
-        ratio.update(*(values[part] for values in nll), names)
-        mean.update(nll[1][part], nll[0][part], names)
         decoder.update(logits[part], tokens[part], names)
     return {f"{type(metric).__name__}: {name}": v for metric in metrics for name, v in metric.compute().items()}
 

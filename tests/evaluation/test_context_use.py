@@ -148,9 +148,10 @@ def test_drop_cost_equals_a_fresh_pass_without_the_block(base, documents):
             assert got[name][row] == pytest.approx(cost[:, first:end].mean().item(), abs=1e-4), name
 
 
-def test_cut_cost_equals_a_fresh_pass_over_sink_and_window(base, documents):
+def test_cut_cost_equals_a_fresh_pass_over_sink_and_window(base, documents, monkeypatch):
     length, keep, seed = 400, 64, 2
-    got = cut_cost(base, documents[:2], keep, length, seed, tokens_per_pass=1000)
+    monkeypatch.setattr(module, "TOKENS_PER_PASS", 1000)
+    got = cut_cost(base, documents[:2], keep, length, seed)
     segment = module.SEGMENT
     rng = np.random.default_rng([seed, 0, 1])
     starts = rng.integers(length // 2, length - segment + 1, size=(2, module.SEGMENTS_PER_DOCUMENT))
@@ -163,11 +164,13 @@ def test_cut_cost_equals_a_fresh_pass_over_sink_and_window(base, documents):
         assert got[row] == pytest.approx(torch.stack(costs).mean().item(), abs=1e-4)
 
 
-def test_batch_size_changes_nothing_in_the_losses(base, documents):
+def test_batch_size_changes_nothing_in_the_losses(base, documents, monkeypatch):
     ids = torch.from_numpy(np.stack([document["input_ids"][:200] for document in documents]))
     with torch.no_grad():
         assert torch.allclose(nll(base, ids), torch.cat([nll(base, row[None]) for row in ids]), atol=1e-4)
-    one, all_ = loss_by_position(base, documents, 200, 200), loss_by_position(base, documents, 200, 10_000)
+    all_ = loss_by_position(base, documents, 200)
+    monkeypatch.setattr(module, "TOKENS_PER_PASS", 200)
+    one = loss_by_position(base, documents, 200)
     assert one["32-127"] == pytest.approx(all_["32-127"], rel=1e-5)
 
 

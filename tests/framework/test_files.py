@@ -3,11 +3,14 @@
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from megactx.framework import files
 from megactx.framework.errors import FAILED, MISTAKE, RunFailed, verdict
@@ -139,3 +142,19 @@ def test_what_cannot_be_read_while_something_is_written_is_told_as_it_is(tmp_pat
         open("/there/is/nothing")
     with pytest.raises(RuntimeError, match="else"), replacing(tmp_path / "x"):
         raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_weights_may_be_read_by_whoever_may_read_the_files_beside_them(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "folder") as part:
+            part.mkdir()
+            (part / "about.json").write_text("{}")
+            save_file({"x": torch.zeros(2)}, part / "model.safetensors")
+        with replacing(tmp_path / "alone.safetensors") as part:
+            save_file({"x": torch.zeros(2)}, part)
+    finally:
+        os.umask(before)
+    for name in ("folder/about.json", "folder/model.safetensors", "alone.safetensors"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode, name

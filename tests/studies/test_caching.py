@@ -13,10 +13,9 @@ from megactx.evaluation.table import Table
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.lm import BaseLM
 from megactx.studies import caching
-from megactx.studies.caching import main
+from megactx.studies.caching import main, measure_transfer
 from megactx.studies.caching_overlap import measure_overlap, rouge_l
 from megactx.studies.trained import NOTHING, Nothing, held_out, load
-from megactx.studies.transfer import measure_transfer
 
 SMALL = ["--tokens", "96", "--input", "8", "--answer", "4", "--documents", "3", "--blocks", "24", "--repeats", "1"]
 

@@ -9,8 +9,7 @@ import torch
 
 from megactx.evaluation.table import Report, Table
 from megactx.framework.app import run
-from megactx.studies.together import main, name_of
-from megactx.studies.together_report import DROP, plot, sheet, summarise
+from megactx.studies.together import DROP, main, name_of, plot, sheet, summarise
 
 
 def found(name: str, nll: list[float], own_full: list[float]) -> dict:

@@ -17,17 +17,7 @@ from megactx.framework.command_line import run
 from megactx.runtime import Refocused
 from megactx.runtime.text import encodable
 
-from ..command_line import (
-    HOST,
-    add_models,
-    add_sampling,
-    add_session,
-    controller_of,
-    observers_of,
-    prompt_file_of,
-    sampling_of,
-    session_of,
-)
+from ..command_line import HOST, add_talk, opened, prompt_file_of, sampling_of
 from ..extra import extra
 from .export import STRIPS, writer
 from .player import MOST, Player
@@ -55,8 +45,7 @@ def view(args: argparse.Namespace) -> None:
             from .app import build
         server = Server(args.port, args.host)
     try:
-        controller = controller_of(args, tree=True)
-        with session_of(args.session, controller, observers_of(args, controller)) as session:
+        with opened(args, args.session) as session:
             player = Player(session, sampling).start()
             try:
                 if write:
@@ -103,12 +92,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megactx.apps.view", description=__doc__.split("\n")[0])
     parser.add_argument("prompt", nargs="?", default="", help="text to begin with (default: none, write in the page)")
     parser.add_argument("--file", help="a text file as the prompt")
-    add_session(parser)
     parser.add_argument("--port", type=int, default=PORT, help=f"of the page, 0: any free one (default {PORT})")
     parser.add_argument("--host", default=HOST, help=f"to bind to; others can then reach it (default {HOST})")
     parser.add_argument("--export", metavar="FILE", help="write a replay instead: .html, .png or .gif")
-    add_sampling(parser, tokens=200)
-    add_models(parser)
+    add_talk(parser, tokens=200)
     return run(view, parser, arguments)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megactx.focus.replay import Replay, Step
-from megactx.framework.files import replacing
-from megactx.runtime.text import LONGEST, text_of
+from megactx.framework.files import write as write_file
+from megactx.runtime.text import LONGEST, printable, text_of
 
 from ..pictures import animate_replay, plot_replay
 from . import frames
@@ -35,7 +35,7 @@ def page(player: Player) -> str:
         "about": frames.about(session) | {"live": False},
         "frames": player.feed.frames,
         "state": player.feed.state | {"doing": "replay"},
-        "texts": [frames.shown(text) for text in texts],
+        "texts": [printable(text) for text in texts],
     }
     html = (PAGE / "index.html").read_text(encoding="utf-8")
     out = []
@@ -71,10 +71,7 @@ def writer(path: str) -> Callable[[Player, list[Step]], None]:
 
     def write(player: Player, steps: list[Step]) -> None:
         if kind == ".html":
-            html = player.ask(lambda: page(player)).result()
-            with replacing(target, ELSEWHERE) as part:
-                part.write_text(html, encoding="utf-8")
-            return
+            return write_file(target, player.ask(lambda: page(player)).result(), ELSEWHERE)
         if not steps:
             raise ValueError(f"--export={path}: LensNet scored no window, so there is nothing to draw; .html shows it")
         (plot_replay if kind == ".png" else animate_replay)(target, Replay(steps=steps[-STRIPS:]))

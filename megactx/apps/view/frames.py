@@ -1,4 +1,4 @@
-"""A refocus as plain JSON, for the page; the same live and in a file.
+"""A refocus as plain JSON, for the page; the same live and in a file. Texts are without what could hide in them.
 
 A window is runs of entries of one LOD, [[lod, count], ...] from token 0 on: entries stand one behind the other, so
 where each begins follows. A node is [lod, index].
@@ -67,13 +67,8 @@ def text(session: Session, lod: int, index: int) -> dict:
         raise ValueError(f"node (lod {lod}, index {index}) is not in this history")
     stop, (first, last) = min(start + width, session.length), SHOWN
     if stop - start <= first + last:
-        return {"text": shown(session.text(start, stop)), "rest": ""}
-    return {"text": shown(session.text(start, start + first)), "rest": shown(session.text(stop - last, stop))}
-
-
-def shown(text: str) -> str:
-    """Without what could turn the direction of writing or hide; the page escapes the rest."""
-    return printable(text)
+        return {"text": printable(session.text(start, stop)), "rest": ""}
+    return {"text": printable(session.text(start, start + first)), "rest": printable(session.text(stop - last, stop))}
 
 
 def _runs(view: View) -> list[list[int]]:

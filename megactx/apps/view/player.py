@@ -14,7 +14,7 @@ from torch import Tensor
 from megactx.focus.replay import View
 from megactx.framework.errors import verdict
 from megactx.runtime import Refocused, Sampling, Session
-from megactx.runtime.text import encodable
+from megactx.runtime.text import encodable, printable
 
 from . import frames
 from .feed import Feed
@@ -166,7 +166,7 @@ class Player:
                 return
 
     def _note(self, kind: str, content: str) -> None:
-        content = frames.shown(content[-TAIL:])
+        content = printable(content[-TAIL:])
         if self.written and self.written[-1][0] == kind:
             self.written[-1][1] += content
         elif content:

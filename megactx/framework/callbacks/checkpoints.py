@@ -9,7 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from ..errors import RunFailed
+from ..errors import RunFailed, innermost
 from ..files import IN_RUN, replacing
 
 
@@ -30,15 +30,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             full = "full" in str(error) or not isinstance(error, (ValueError, OSError))
             raise RunFailed(
                 f"the checkpoint {path} could not be saved: {'the disk is full' if full else 'it cannot be written'}"
-                f" ({_innermost(error)}). What was saved before is kept in {path.parent}. Make room, or set folder=..."
+                f" ({innermost(error)}). What was saved before is kept in {path.parent}. Make room, or set folder=..."
                 " to another disk, and go on with resume=auto"
             ) from error
-
-
-def _innermost(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 LATEST = 600  # seconds without a checkpoint

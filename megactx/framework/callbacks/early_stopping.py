@@ -71,24 +71,16 @@ class ValidationProtocol(Callback):
         if earlier and len(self.values) >= FEWEST:
             best, then = min(self.values), min(earlier)
             if then - best < IMPROVEMENT * abs(then):
-                return (
-                    f"the best validation improved by less than {IMPROVEMENT:.0%} over {self.window} steps"
-                    f" ({then:.3f} -> {best:.3f})"
-                )
+                gained = f"less than {IMPROVEMENT:.0%} over {self.window} steps ({then:.3f} -> {best:.3f})"
+                return f"the best validation improved by {gained}"
         return ""
 
     def _warn(self, trainer, pl_module) -> None:
         values = trainer.callback_metrics
         weight = pl_module.loss_settings("contrastive").get("weight")
+        remedy = f"Raise contrastive.weight (lambda, now {weight}), or lower the learning rate"
         for name, (least, what) in COLLAPSE.items():
             if name in values and float(values[name]) < least:
-                log.warning(
-                    "%s = %.3f is below %g: %s. Raise contrastive.weight (lambda, now %s), or lower the learning rate",
-                    name,
-                    float(values[name]),
-                    least,
-                    what,
-                    weight,
-                )
+                log.warning("%s = %.3f is below %g: %s. %s", name, float(values[name]), least, what, remedy)
         if "val/ppl_ratio" in values and float(values["val/ppl_ratio"]) > WORST_RATIO:
             log.warning("val/ppl_ratio = %.2f is above %g", float(values["val/ppl_ratio"]), WORST_RATIO)

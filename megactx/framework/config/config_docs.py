@@ -41,10 +41,15 @@ class Option:
     settings: list[Setting] = field(default_factory=list)
 
 
+def root(name: str) -> Path:
+    """The folder of a config root, ``configs`` or ``conf``: in the wheel below ``_conf``, else beside the package."""
+    package = Path(__file__).resolve().parents[2]
+    packed = package / "_conf" / name
+    return packed if packed.is_dir() else package.parent / name
+
+
 def groups() -> dict[str, list[Option]]:
     """group -> its options, by name; the experiments last."""
-    from .search_path import root
-
     found = {}
     for base in (root("configs"), root("conf")):
         for path in sorted(base.rglob("*.yaml")):
@@ -55,8 +60,6 @@ def groups() -> dict[str, list[Option]]:
 
 def chosen() -> dict[str, list[str]]:
     """group -> the options that ``config.yaml`` takes: one, none, or several."""
-    from .search_path import root
-
     entries = yaml.load((root("configs") / "config.yaml").read_text(encoding="utf-8"), Loader)["defaults"]
     found = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
     return {group: [taken] if isinstance(taken, str) else taken or [] for group, taken in found}
@@ -135,8 +138,6 @@ def split_comment(line: str) -> tuple[str, str]:
 
 def help_text() -> str:
     """What ``--help`` prints: ``hydra.help.template`` of ``config.yaml``. Hydra's own way there takes seconds."""
-    from .search_path import root
-
     template = OmegaConf.load(root("configs") / "config.yaml").hydra.help.template
     return string.Template(template).substitute()
 

@@ -6,22 +6,14 @@
 import hashlib
 import re
 import warnings
-from pathlib import Path
 
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
-from .config_docs import listing
+from .config_docs import listing, root
 
 VERSION_BASE = "1.3"
-
-
-def root(name: str) -> Path:
-    """The folder of a config root, ``configs`` or ``conf``: in the wheel below ``_conf``, else beside the package."""
-    package = Path(__file__).resolve().parents[2]
-    packed = package / "_conf" / name
-    return packed if packed.is_dir() else package.parent / name
 
 
 class ExperimentsSearchPath(SearchPathPlugin):

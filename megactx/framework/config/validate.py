@@ -102,16 +102,12 @@ def refuse_idle(overrides: list[str], choices: dict) -> None:
     values = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
     steps = next((key for key in ("preset.steps", "trainer.max_steps") if key in values), None)
     if steps and values.get("preset.minutes", "null") != "null":
-        raise ValueError(
-            f"preset.minutes={values['preset.minutes']} and {steps} are not allowed together: give one of them"
-        )
+        raise ValueError(f"preset.minutes={values['preset.minutes']} and {steps} are not allowed together")
     compressor = choices.get("compressor", "gistnet")
     given = [override.lstrip("+~").partition("=")[0] for override in overrides]
     idle = [key for key in given if key.partition(".")[0] in ("gistnet", "pooling", "depth", "gaussian_rope")]
     if compressor != "gistnet" and idle:
-        raise ValueError(
-            f"{', '.join(idle)}: it says nothing with compressor={compressor}; it is for compressor=gistnet"
-        )
+        raise ValueError(f"{', '.join(idle)}: it is for compressor=gistnet, and compressor={compressor}")
 
 
 def _where_it_is_set(line: str, raw: dict) -> str:
@@ -186,16 +182,10 @@ def _targets(tree, raw, key: str, problems: list[str]) -> None:
 
 def _misplaced(target, key: str) -> str:
     """The kind of object that a place asks for, where the target is none."""
-    import lightning
-    from lightning.pytorch.loggers import Logger
-    from lightning.pytorch.profilers import Profiler
-
-    kinds = {"trainer": lightning.Trainer, "trainer.profiler": Profiler, "datamodule": lightning.LightningDataModule}
     group, _, name = key.partition(".")
-    if group in MAPPINGS and name and "." not in name:
-        kinds[key] = {"callbacks": lightning.Callback, "logger": Logger}[group]
-    kind = kinds.get(key, object)
-    return "" if inspect.isclass(target) and issubclass(target, kind) or kind is object else kind.__name__
+    place = f"{group}.*" if group in MAPPINGS and name and "." not in name else key
+    kind = _kinds().get(place, object)
+    return "" if kind is object or inspect.isclass(target) and issubclass(target, kind) else kind.__name__
 
 
 def locate(path: str):
@@ -228,24 +218,21 @@ def locate(path: str):
     homes = (room, "pytorch_lightning", "lightning_fabric") if room == "lightning" else (room,)
     if home not in homes or not (inspect.isclass(target) or (room == "megactx" and callable(target))):
         raise ValueError(f"{path} is not allowed; outside of megactx a target is a class")
-    if inspect.isclass(target) and room != "megactx" and not issubclass(target, _kinds()):
+    if inspect.isclass(target) and room != "megactx" and not issubclass(target, tuple(_kinds().values())):
         raise ValueError(f"{path} is not allowed; it is no part of a model, an optimiser, a trainer or its callbacks")
     return target
 
 
-def _kinds() -> tuple[type, ...]:
-    """What a config may build from other packages. Among the rest are classes that start processes."""
+def _kinds() -> dict[str, type]:
+    """What a config may build from other packages, by its place. Among the rest are classes that start processes."""
     import lightning
     import torch
-    from lightning.pytorch.callbacks import Callback
-    from lightning.pytorch.loggers import Logger
-    from lightning.pytorch.profilers import Profiler
-    from lightning.pytorch.strategies import Strategy
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
+    from lightning.pytorch import loggers, profilers, strategies
 
-    data = (lightning.LightningDataModule, lightning.Trainer)
-    return (torch.nn.Module, Optimizer, LRScheduler, Callback, Logger, Profiler, Strategy, *data)
+    found = {"trainer": lightning.Trainer, "trainer.profiler": profilers.Profiler, "logger.*": loggers.Logger}
+    found |= {"datamodule": lightning.LightningDataModule, "callbacks.*": lightning.Callback}
+    found |= {"a module": torch.nn.Module, "an optimizer": torch.optim.Optimizer, "a strategy": strategies.Strategy}
+    return found | {"a schedule": torch.optim.lr_scheduler.LRScheduler}
 
 
 def _arguments(target, node: dict, raw: dict, key: str, problems: list[str]) -> None:

@@ -12,7 +12,7 @@ from ..errors import DONE, MISTAKE, composition_message, verdict
 from . import distributed
 from .fit import build_and_run, check_data, finish_loggers
 from .pace import settle
-from .resume import begun_with, best, differing, last_of, plain
+from .resume import begun_with, best, differing, last_of, newest, plain, refuse_other
 from .runfolder import close_folder, held, open_folder, short, show
 
 log = logging.getLogger(__name__)
@@ -52,17 +52,15 @@ def stages_of(cfg: DictConfig, here, folder: Path, device) -> dict[str, DictConf
     """
     if cfg.curriculum and device.count > 1:
         raise ValueError(
-            f"trainer.devices={cfg.trainer.devices}: a curriculum runs on 1 device, as its processes would start anew"
-            " in each stage; run its stages one by one, each with stage.init=FOLDER of the one before"
+            f"trainer.devices={cfg.trainer.devices}: a curriculum runs on 1 device; run its stages one by one, each"
+            " with stage.init=FOLDER of the one before"
         )
     overrides, known = list(here.overrides.task), reference(here.runtime.choices, cfg)
     stages = {name: stage_config(name, overrides, folder) for name in cfg.curriculum}
     for name, stage in stages.items():
         kind = locate(stage.stage["_target_"])
         if not kind.in_curriculum:
-            raise ValueError(
-                f"curriculum: {name} is of a stage that cannot run in one; gist stages can, such as gist_stage1"
-            )
+            raise ValueError(f"curriculum: {name} cannot run in one; gist stages can, such as gist_stage1")
         validate(stage, known)
     if len(stages) < len(cfg.curriculum):
         raise ValueError(f"curriculum={list(cfg.curriculum)}: each experiment runs once, in a folder of its name")
@@ -117,8 +115,8 @@ def run_in_turn(
                 build_and_run(stage, config, own, device, checkpoint)
                 finish_loggers(DONE)
                 close_folder(own)
-        elif changes := differing(stage, own):  # its experiment was edited since
-            raise ValueError(f"{own} was done with other settings: {'; '.join(changes)}. Remove it to run it again")
+        else:
+            refuse_other(stage, own)  # its experiment may have been edited since
         before = own
     if not distributed.rank():
         locate(stage.stage["_target_"]).conclude(folder, list(stages))
@@ -146,28 +144,13 @@ def find_curriculum(cfg: DictConfig, folder: Path, fixed: bool) -> Path:
     Raises:
         ValueError: what would go on has other settings, ``resume`` is a path, or the folder holds another run.
     """
+    there = (folder / "config.yaml").exists()
     if fixed:
-        return _checked(cfg, folder) if (folder / "config.yaml").exists() else folder
-    if cfg.resume == "never":
-        if (folder / "config.yaml").exists():
-            raise ValueError(f"folder={folder}: it holds a run; use resume=auto, or another folder")
+        if there:
+            refuse_other(cfg, folder)
         return folder
-    if cfg.resume != "auto":
-        raise ValueError(
-            f"resume={cfg.resume}: a curriculum goes on with resume=auto; one stage goes on from a checkpoint with"
-            " experiment=STAGE resume=PATH, or starts from its weights with stage.init=PATH"
-        )
-    begun = [path.parent for path in folder.parent.glob("*/config.yaml") if not (path.parent / "done").exists()]
-    begun.sort(key=lambda run: (run / "run.log").stat().st_mtime if (run / "run.log").exists() else 0, reverse=True)
-    if not begun:
-        log.info("resume=auto: no unfinished run in %s; starting fresh", folder.parent)
-        return folder
-    return next((run for run in begun if not differing(cfg, run)), None) or _checked(cfg, begun[0])
-
-
-def _checked(cfg: DictConfig, run: Path) -> Path:
-    if changes := differing(cfg, run):
-        raise ValueError(
-            f"the unfinished run {run} has other settings: {'; '.join(changes)}. Set them alike, or use resume=never"
-        )
-    return run
+    if cfg.resume == "never" and there:
+        raise ValueError(f"folder={folder}: it holds a run; use resume=auto, or another folder")
+    if cfg.resume not in ("never", "auto"):
+        raise ValueError(f"resume={cfg.resume}: a curriculum goes on with resume=auto, one stage by itself")
+    return (newest(cfg, folder, "run.log") if cfg.resume == "auto" else None) or folder

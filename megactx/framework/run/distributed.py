@@ -68,10 +68,7 @@ def refuse_sweep(count: int) -> None:
         ValueError: it would take more: the processes that it starts would all run the whole sweep again.
     """
     if count > 1:
-        raise ValueError(
-            f"trainer.devices={count}: not with -m, for every process of a job is started by the same command and would"
-            " run the whole sweep again; sweep with one device per job, or start such runs one by one"
-        )
+        raise ValueError(f"trainer.devices={count}: not with -m, each process would run the whole sweep again; take 1")
 
 
 def leave(trainer) -> bool:

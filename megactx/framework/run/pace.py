@@ -43,10 +43,7 @@ def by_time(cfg: DictConfig, overrides: list[str], reference: DictConfig) -> boo
     raw = [OmegaConf.to_container(tree.preset, resolve=False)["steps"] for tree in (cfg, reference)]
     if "preset.minutes" in given and minutes is not None:
         if not timed or raw[0] != raw[1]:
-            raise ValueError(
-                f"preset.minutes={minutes} says nothing here: the length of this experiment is made of other settings;"
-                " see the first lines of its file"
-            )
+            raise ValueError(f"preset.minutes={minutes} says nothing here: other settings make the run's length")
     return minutes is not None and timed and raw[0] == raw[1] and not {"preset.steps", "trainer.max_steps"} & given
 
 

@@ -16,6 +16,7 @@ from .runfolder import hide_secrets
 
 log = logging.getLogger(__name__)
 
+LAST = "checkpoints/last.ckpt"  # in a run folder
 # A run may be lengthened: these, and whatever is derived from them, may differ.
 LENGTH = ("preset.steps", "preset.minutes", "trainer.max_steps", "trainer.max_time", "trainer.max_epochs")
 PACED = ("preset.warmup", "preset.validate_every", "preset.plateau_window")
@@ -53,33 +54,33 @@ def find(cfg: DictConfig, folder: Path, named: bool = False) -> tuple[Path | Non
             log.info("resume=auto: no run in %s; starting fresh", folder)
         return last, folder
     if wanted == "auto":
-        return _newest(cfg, folder)
+        run = newest(cfg, folder, LAST)
+        return (None, folder) if run is None else (run / LAST, run)
     path = Path(wanted).expanduser()
     if path.is_dir():
-        path = next(
-            (p for p in (path / "checkpoints" / "last.ckpt", path / "last.ckpt") if p.exists()), path / "last.ckpt"
-        )
+        path = path / LAST if (path / LAST).exists() else path / "last.ckpt"
     if not path.is_file():
         raise ValueError(f"resume={wanted}: there is no checkpoint {path}; allowed is never, auto, or an existing PATH")
     return path, folder
 
 
-def _newest(cfg: DictConfig, folder: Path) -> tuple[Path | None, Path]:
-    found = [
-        p.parents[1] for p in folder.parent.glob("*/checkpoints/last.ckpt") if (p.parents[1] / "config.yaml").exists()
-    ]
+def newest(cfg: DictConfig, folder: Path, mark: str) -> Path | None:
+    """The newest unfinished run beside a folder that has the file ``mark`` and the settings of ``cfg``.
+
+    Raises:
+        ValueError: there are only runs with other settings.
+    """
+    found = [run for run in folder.parent.glob("*") if (run / mark).exists() and (run / "config.yaml").exists()]
     found = [run for run in found if not (run / "done").exists()]
-    found.sort(key=lambda run: (run / "checkpoints" / "last.ckpt").stat().st_mtime, reverse=True)
+    found.sort(key=lambda run: (run / mark).stat().st_mtime, reverse=True)
     if not found:
         log.info("resume=auto: no unfinished run in %s; starting fresh", folder.parent)
-        return None, folder
-    for run in found:
-        if not differing(cfg, run):
-            return run / "checkpoints" / "last.ckpt", run
-    raise ValueError(
-        f"resume=auto: the newest unfinished run {found[0]} has other settings: {'; '.join(differing(cfg, found[0]))}."
-        f" Set them alike, or resume={found[0]} to start from it all the same, or resume=never to start fresh"
-    )
+        return None
+    same = next((run for run in found if not differing(cfg, run)), None)
+    if same is None:
+        also = f", or resume={found[0]} to start from its weights" * (mark == LAST)
+        refuse_other(cfg, found[0], f"Set them alike{also}, or resume=never to start fresh")
+    return same
 
 
 def last_of(cfg: DictConfig, folder: Path) -> Path | None:
@@ -88,12 +89,16 @@ def last_of(cfg: DictConfig, folder: Path) -> Path | None:
     Raises:
         ValueError: it was begun with other settings.
     """
-    last = folder / "checkpoints" / "last.ckpt"
-    if not last.exists():
+    if not (folder / LAST).exists():
         return None
-    if changes := differing(cfg, folder):
-        raise ValueError(f"{folder} was begun with other settings: {'; '.join(changes)}. Remove it to start afresh")
-    return last
+    refuse_other(cfg, folder)
+    return folder / LAST
+
+
+def refuse_other(cfg: DictConfig, run: Path, remedy: str = "Remove it to start afresh") -> None:
+    """Raises: ValueError: the run in a folder has other settings than ``cfg``."""
+    if changes := differing(cfg, run):
+        raise ValueError(f"{run} was begun with other settings: {'; '.join(changes)}. {remedy}")
 
 
 def refuse_used(cfg: DictConfig, folder: Path) -> None:
@@ -107,11 +112,7 @@ def refuse_used(cfg: DictConfig, folder: Path) -> None:
     if (folder / "done").exists():
         raise ValueError(f"folder={folder}: it holds a finished run; use another folder")
     if (folder / "config.yaml").exists() and not (folder / "error.txt").exists():  # what failed was none, without one
-        if changes := differing(cfg, folder):
-            raise ValueError(
-                f"folder={folder}: it holds a run that was begun with other settings: {'; '.join(changes)}. Use another"
-                " folder, or remove it"
-            )
+        refuse_other(cfg, folder, "Use another folder, or remove it")
 
 
 def begun_with(checkpoint: Path | None) -> dict | None:
@@ -156,14 +157,11 @@ def differences(before, now, key: str = "") -> list[str]:
     if key in FREE:
         return []
     if isinstance(before, dict) and isinstance(now, dict):
-        names = sorted({*before, *now}, key=str)
-        return [
-            line
-            for name in names
-            for line in differences(
-                before.get(name, "(unset)"), now.get(name, "(unset)"), f"{key}.{name}" if key else str(name)
-            )
-        ]
+        found = []
+        for name in sorted({*before, *now}, key=str):
+            inner = f"{key}.{name}" if key else str(name)
+            found += differences(before.get(name, "(unset)"), now.get(name, "(unset)"), inner)
+        return found
     if key.endswith("_target_"):
         before, now = (HOUSE.sub("", str(name)) for name in (before, now))
     return [] if before == now else [f"{key}: {before} -> {now}"]
@@ -180,13 +178,10 @@ def read(path: Path, setting: str = "resume") -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{setting}={path}: refused, it holds more than plain dicts and tensors; nothing was executed"
-        ) from error
+        raise ValueError(f"{setting}={path}: refused, it holds more than plain dicts and tensors") from error
     except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{setting}={path}: it is no checkpoint, or a damaged one ({str(error).splitlines()[0]})"
-        ) from error
+        said = str(error).splitlines()[0]
+        raise ValueError(f"{setting}={path}: it is no checkpoint, or a damaged one ({said})") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
         raise ValueError(f"{setting}={path}: it is no checkpoint of a training run")
     return checkpoint
@@ -215,10 +210,8 @@ def check_fits(stage, path: Path) -> dict:
             raise ValueError(f"resume={path}: it is a checkpoint of another stage: only there {gone}; only here {new}")
         odd = next(name for name in sorted({*saved, *mine}) if saved.get(name) != mine.get(name))
         keys = with_weights(differences(checkpoint["hyper_parameters"], dict(stage.hparams), "stage"))
-        raise ValueError(
-            f"resume={path}: it has another architecture: {'; '.join(keys) or 'see the tensor'}"
-            f" ({odd}: {saved.get(odd, 'absent')} there, {mine.get(odd, 'absent')} here)"
-        )
+        shapes = f"{odd}: {saved.get(odd, 'absent')} there, {mine.get(odd, 'absent')} here"
+        raise ValueError(f"resume={path}: it has another architecture: {'; '.join(keys)} ({shapes})")
     return checkpoint
 
 
@@ -238,8 +231,7 @@ def check_source(checkpoint: dict, source: str | None, resume: str) -> str | Non
     if resume in ("never", "auto"):
         raise ValueError(
             f"resume={resume}: the texts of data.source have changed since this run was stopped (fingerprint {then},"
-            f" now {source}). Put them back, or start a new run from the checkpoint with resume=PATH and another"
-            " folder, or start afresh with resume=never and another folder"
+            f" now {source}). Put them back, or take another folder with resume=PATH (its weights) or resume=never"
         )
     return f"the texts of data.source: fingerprint {then} -> {source}"
 
@@ -259,6 +251,4 @@ def check_accumulation(checkpoint: dict, config: dict) -> None:
     key = "trainer.accumulate_grad_batches"
     then, now = (OmegaConf.select(OmegaConf.create(c), key) for c in (checkpoint.get("config", config), config))
     if then != now:
-        raise ValueError(
-            f"preset.accumulate={now}: the checkpoint was written with {then}; set preset.accumulate={then}"
-        )
+        raise ValueError(f"preset.accumulate={now}: the checkpoint was written with {then}; set that")

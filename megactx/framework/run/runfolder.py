@@ -14,17 +14,20 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from ..files import IN_RUN, clear, replacing, writing
+from .. import files
+from ..files import IN_RUN, clear, writing
 from ..lock import Lock
 from .distributed import rank
 
 PACKAGES = ("megactx", "torch", "lightning", "transformers", "tokenizers", "datasets", "torchmetrics", "peft", "numpy")
 SECRET = re.compile(r"(key|token|password|secret)$", re.IGNORECASE)
 HIDDEN = "(hidden)"
+write = partial(files.write, remedy=IN_RUN)
 NOISE = (
     r".*does not have many workers.*",
     r".*isinstance\(treespec, LeafSpec\).*",
@@ -54,22 +57,13 @@ def hide_secrets(tree):
 
 def hide_in_command(overrides) -> list[str]:
     """Overrides with the values of secrets hidden."""
-    hidden = []
-    for override in overrides:
-        name, equals, _ = override.partition("=")
-        hidden.append(f"{name}={HIDDEN}" if equals and SECRET.search(name) else override)
-    return hidden
+    pairs = [(override, *override.partition("=")[:2]) for override in overrides]
+    return [f"{name}={HIDDEN}" if equals and SECRET.search(name) else override for override, name, equals in pairs]
 
 
 def short(folder: Path) -> str:
     """Relative to the working directory where it is below it."""
     return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else str(folder)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all."""
-    with replacing(path, IN_RUN) as part:
-        part.write_text(text, encoding="utf-8")
 
 
 def open_folder(folder: Path, config: dict, overrides: list[str], why: str) -> None:
@@ -142,15 +136,13 @@ def git_commit() -> str | None:
     here = Path(__file__).resolve().parents[3]
     if not (here / ".git").exists():
         return None
+    how = {"text": True, "timeout": 10, "stderr": subprocess.DEVNULL}
+    asked = ("rev-parse HEAD", "status --porcelain")
     try:
-        ask = ["git", "-C", str(here)]
-        commit = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        status = subprocess.run([*ask, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+        commit, status = (subprocess.check_output(["git", "-C", here, *words.split()], **how) for words in asked)
     except (OSError, subprocess.SubprocessError):
         return None
-    if commit.returncode:
-        return None
-    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+    return commit.strip() + ("+changes" if status.strip() else "")
 
 
 def versions() -> dict[str, str]:
@@ -200,11 +192,11 @@ def quiet():
 
 
 @contextlib.contextmanager
-def logs(folder: Path):
+def logs(folder: Path | None):
     """Our own messages go to stdout and ``run.log``, those of libraries too, as far as ``quiet`` lets them."""
     root = logging.getLogger()
     level = root.level
-    to_file = logging.FileHandler(os.devnull if rank() else folder / "run.log", encoding="utf-8")
+    to_file = logging.FileHandler(os.devnull if rank() or folder is None else folder / "run.log", encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_screen = logging.StreamHandler(sys.stdout)
     to_screen.addFilter(lambda record: record.name.startswith("megactx") or record.levelno >= logging.WARNING)
