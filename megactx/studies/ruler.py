@@ -102,9 +102,11 @@ def measured(base, args, task: str, length: int, name: str, policy, prose: list[
         if found["about"] != about:
             raise ValueError(f"--out={args.out} holds cells of other settings: {found['about']}; name another folder")
         return found
+    questions = [case(task, length, base.tokenizer, args.seed + number, prose) for number in range(args.cases)]
+    with replacing(args.out / "cases" / f"{task}-{length}.jsonl") as part:  # for others that answer the same ones
+        part.write_text("".join(json.dumps(row) + "\n" for row in questions))
     rows = []
-    for number in range(args.cases):
-        row = case(task, length, base.tokenizer, args.seed + number, prose)
+    for row in questions:
         said, entries = answer(base, row, policy, args.budget, args.plain)
         rows.append({"score": score(said, row["answer"]), "entries": entries, "said": said, "answer": row["answer"]})
     with replacing(path) as part:
@@ -124,7 +126,8 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         if task in WHOLE and "needed" in args.policies:
             raise ValueError(f"--policies=needed is not allowed for {task}, which needs all of its context")
     policies = {name: find(rivals, name, "--policies")() for name in args.policies}
-    usable(args.out / "cells")
+    for folder in ("cells", "cases"):
+        usable(args.out / folder)
     base = load_models(args.model).base
     prose = essay(args.path) if "niah_single_2" in args.tasks else []
     cells = [(t, n, p) for t in args.tasks for n in sorted(args.lengths) for p in policies]

@@ -29,6 +29,8 @@ def test_a_stopped_study_goes_on_with_the_cells_that_are_missing(tmp_path, capsy
     table = json.loads((tmp_path / "ruler.json").read_text())["table"]
     assert {row["point"] for row in table if row["metric"] == "entries"} == {64}
     assert (tmp_path / "ruler.png").exists()
+    row = json.loads((tmp_path / "cases" / "niah_single_1-400.jsonl").read_text())
+    assert {"context", "question", "answer_prefix", "answer", "max_new_tokens", "needles"} <= {*row}
     assert main([*sizes, "--seed", "5"]) == 2 and "--out" in capsys.readouterr().err
 
 
