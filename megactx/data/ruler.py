@@ -1,0 +1,171 @@
+"""Questions that need the past, by the rules of RULER: generated, seeded, of any length, with kvpress's columns.
+
+Words are those of the reference of the standard library (``pydoc_data.topics``), which every installation has. Needles
+are character spans of the context; tasks that need all of it (cwe, fwe) have none.
+"""
+
+import functools
+import random
+import re
+import uuid
+from collections.abc import Callable
+
+NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
+TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50}  # that an answer may have
+DEPTHS = 40
+
+
+@functools.cache
+def words() -> tuple[str, ...]:
+    """Lower-case words, sorted: wonderwords' nouns would stand here."""
+    from pydoc_data.topics import topics
+
+    found = re.findall(r"\b[a-z]{4,10}\b", " ".join(topics.values()))
+    return tuple(sorted({*found}))
+
+
+def _key(draw: random.Random) -> str:
+    return "-".join(draw.sample(words(), 2))
+
+
+def _number(draw: random.Random) -> str:
+    return str(draw.randrange(10**6, 10**7))
+
+
+def _uuid(draw: random.Random) -> str:
+    return str(uuid.UUID(int=draw.getrandbits(128), version=4))
+
+
+def _needles(draw: random.Random, count: int, key: Callable, value: Callable, kind: str):
+    keys, values = {}, {}  # ordered, no value twice
+    while len(keys) < count:
+        keys[key(draw)] = None
+    while len(values) < count:
+        values[value(draw)] = None
+    said = [f"One of the special magic {kind}s for {k} is: {v}." for k, v in zip(keys, values, strict=True)]
+    return said, [*keys], [*values]
+
+
+def _asked(key: str, kind: str) -> dict:
+    return {
+        "question": f"What is the special magic {kind} for {key} mentioned in the text above?\n",
+        "answer_prefix": f"The special magic {kind} for {key} mentioned in the text above is",
+    }
+
+
+def _hidden(draw: random.Random, filler, told: list[str]) -> tuple[list[str], list[int]]:
+    """Needles between filler, in their order -> all sentences, places of the needles."""
+    depths = sorted(draw.choice(range(DEPTHS + 1)) * len(filler) // DEPTHS for _ in told)
+    units, places = list(filler), []
+    for shift, (depth, needle) in enumerate(zip(depths, told, strict=True)):
+        units.insert(depth + shift, needle)
+        places.append(depth + shift)
+    return units, places
+
+
+def _noise(count: int) -> list[str]:
+    return [NOISE[n % len(NOISE)] for n in range(count)]
+
+
+def _single(draw, filler):
+    (needle,), (key,), (value,) = _needles(draw, 1, _key, _number, "number")
+    units, places = _hidden(draw, filler, [needle])
+    return units, places, [value], _asked(key, "number")
+
+
+def niah_single_1(draw, count, essay):
+    return _single(draw, _noise(count))
+
+
+def niah_single_2(draw, count, essay):
+    if count > len(essay):
+        raise ValueError(f"--path: the prose has {len(essay)} sentences, too few for this length; give more")
+    return _single(draw, essay[:count])
+
+
+def _multikey(draw, count, value, key, kind):
+    at = draw.randrange(10**9)
+    told, keys, values = _needles(draw, max(1, count), key, value, kind)
+    at %= len(told)
+    return told, [at], [values[at]], _asked(keys[at], kind)
+
+
+def niah_multikey_2(draw, count, essay):
+    return _multikey(draw, count, _number, _key, "number")
+
+
+def niah_multikey_3(draw, count, essay):
+    return _multikey(draw, count, _uuid, _uuid, "uuid")
+
+
+def vt(draw, count, essay):
+    names = {}
+    while len(names) < 5:
+        names["".join(draw.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=5))] = None
+    names, value = [*names], str(draw.randrange(10**4, 10**5))
+    chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a}" for a, b in zip(names, names[1:], strict=False))]
+    units, places = _hidden(draw, _noise(count), chain)
+    question = f"Find all variables that are assigned the value {value} in the text above.\n"
+    prefix = f"By the chain of assignments, 5 variables are assigned the value {value}, they are:"
+    return units, places, names, {"question": question, "answer_prefix": prefix}
+
+
+def cwe(draw, count, essay):
+    chosen = draw.sample(words(), min(len(words()), 10 + count))
+    units = chosen[:10] * 30 + chosen[10:] * 3
+    draw.shuffle(units)
+    units = [f"{n}. {word}" for n, word in enumerate(units, 1)]
+    question = "What are the 10 most common words in the above list?\n"
+    return units, [], chosen[:10], {"question": question, "answer_prefix": "The top 10 most common words are:"}
+
+
+def fwe(draw, count, essay):
+    names = {}
+    while len(names) < 50:
+        names["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=6))] = None
+    names = [*names]
+    # Zipf with exponent 2; the three most frequent stay apart however few words there are.
+    units = [name for n, name in enumerate(names, 1) for _ in range(max(4 - n, int(count * 0.6 / n**2)))]
+    draw.shuffle(units)
+    question = "What are the three most frequently appeared words in the above coded text?\n"
+    prefix = "The three most frequently appeared words are:"
+    return units, [], names[:3], {"question": question, "answer_prefix": prefix}
+
+
+TASKS = {f.__name__: f for f in (niah_single_1, niah_single_2, niah_multikey_2, niah_multikey_3, vt, cwe, fwe)}
+WHOLE = ("cwe", "fwe")  # need all of the context
+
+
+def case(task: str, length: int, tokenizer, seed: int, essay: list[str] = ()) -> dict:
+    """A row: as long as may be, with question, prefix and the tokens to write within ``length`` tokens.
+
+    Raises:
+        ValueError: an unknown task, a length that holds no case, or too little prose.
+    """
+    if task not in TASKS:
+        raise ValueError(f"--tasks={task} is not known, allowed are {', '.join(TASKS)}")
+    room = TOKENS[task.split("_")[0]]
+
+    def built(count: int) -> tuple[dict, int]:
+        units, places, answers, asked = TASKS[task](random.Random(f"{task}/{length}/{seed}"), count, essay)
+        starts, at = [], 0
+        for unit in units:
+            starts.append(at)
+            at += len(unit) + 1
+        row = {"context": " ".join(units), **asked, "answer": answers, "max_new_tokens": room, "task": task}
+        row |= {"length": length, "needles": [[starts[n], starts[n] + len(units[n])] for n in places]}
+        text = f"{row['context']}\n{row['question']}{row['answer_prefix']}"
+        return row, len(tokenizer(text, add_special_tokens=False)["input_ids"]) + room
+
+    low, high = 0, len(words()) - 10 if task == "cwe" else len(essay) if task == "niah_single_2" else length
+    if built(low)[1] > length:
+        raise ValueError(f"--lengths={length} is not allowed: too short for {task}")
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if built(middle)[1] <= length else (low, middle - 1)
+    return built(low)[0]
+
+
+def score(answer: str, references: list[str]) -> float:
+    """Share of the references that the answer has, upper and lower case alike."""
+    return sum(reference.lower() in answer.lower() for reference in references) / len(references)

@@ -1,0 +1,30 @@
+"""What of a long text stays in the window, one policy a file: ``keep(asked, budget)`` -> ascending token indices."""
+
+from dataclasses import dataclass
+
+SINK, BLOCK = 4, 32
+
+
+@dataclass
+class Asked:
+    """Blocks' texts, number of tokens, the blocks that hold needles, and the question."""
+
+    blocks: list[str]
+    tokens: int
+    needed: list[int]
+    question: str
+
+
+def filled(asked: Asked, budget: int, chosen: list[int], newest: int) -> list[int]:
+    """Sink and ``newest`` tokens, whole blocks in the order of their worth, then more of the newest: all of budget."""
+    kept = {*range(min(SINK, asked.tokens, budget))}
+    kept |= {*range(max(0, asked.tokens - min(newest, budget - len(kept))), asked.tokens)}
+    for block in chosen:
+        more = {*range(block * BLOCK, min(asked.tokens, (block + 1) * BLOCK))} - kept
+        if len(kept) + len(more) <= budget:
+            kept |= more
+    at = asked.tokens - 1
+    while len(kept) < min(budget, asked.tokens):
+        kept.add(at)
+        at -= 1
+    return sorted(kept)

@@ -1,0 +1,40 @@
+"""Questions that need the past: windows of equal entries, cells that are kept."""
+
+import json
+
+import pytest
+
+from megactx.evaluation import rivals
+from megactx.evaluation.rivals import BLOCK, Asked
+from megactx.gist.parts import find
+from megactx.studies.ruler import main
+
+
+@pytest.mark.parametrize("name", ["newest", "needed", "bm25"])
+def test_a_policy_keeps_exactly_the_budget(name):
+    if name == "bm25":
+        pytest.importorskip("bm25s")
+    blocks = [f"word{n} stands here" for n in range(20)]
+    kept = find(rivals, name, "--policies")().keep(Asked(blocks, 20 * BLOCK, [5], "Where stands word5?"), 160)
+    assert len(kept) == 160 and kept == sorted({*kept}) and kept[-1] < 20 * BLOCK
+    assert name == "newest" or {*range(5 * BLOCK, 6 * BLOCK)} <= {*kept}
+
+
+def test_a_stopped_study_goes_on_with_the_cells_that_are_missing(tmp_path, capsys):
+    sizes = ["--lengths", "400", "--cases", "1", "--budget", "64", "--out", str(tmp_path), "--policies", "newest"]
+    assert main(sizes) == 0
+    cell = tmp_path / "cells" / "niah_single_1-400-newest.json"
+    before = cell.stat().st_mtime_ns
+    assert main([*sizes, "needed"]) == 0 and cell.stat().st_mtime_ns == before
+    table = json.loads((tmp_path / "ruler.json").read_text())["table"]
+    assert {row["point"] for row in table if row["metric"] == "entries"} == {64}
+    assert (tmp_path / "ruler.png").exists()
+    row = json.loads((tmp_path / "cases" / "niah_single_1-400.jsonl").read_text())
+    assert {"context", "question", "answer_prefix", "answer", "max_new_tokens", "needles"} <= {*row}
+    assert main([*sizes, "--seed", "5"]) == 2 and "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--tasks", "--policies"])
+def test_what_is_not_known_is_told_by_its_option(option, tmp_path, capsys):
+    assert main([option, "nothing", "--out", str(tmp_path)]) == 2
+    assert f"{option}=nothing is not known" in capsys.readouterr().err
