@@ -80,11 +80,12 @@ def answer(base, row: dict, policy, budget: int, plain: bool) -> tuple[str, int]
     kept = policy.keep(asked, budget)
     before, behind = frame(tokenizer, plain)
 
-    def tokens(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    def tokens(text: str, template: bool = False) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=not template)["input_ids"]
 
-    end = tokens(f"\n{row['question']}{behind}{row['answer_prefix']}")
-    window = torch.tensor([[*tokens(before), *(ids[n] for n in kept), *end]], device=base.model.device)
+    end = [*tokens(f"\n{row['question']}"), *tokens(behind, template=True), *tokens(row["answer_prefix"])]
+    begin = tokens(before, template=True)
+    window = torch.tensor([[*begin, *(ids[n] for n in kept), *end]], device=base.model.device)
     if (total := window.shape[1] + row["max_new_tokens"]) > base.max_positions:
         raise ValueError(f"--policies: a window of {total} tokens, but the base takes {base.max_positions} positions")
     settings = {"do_sample": False, "repetition_penalty": 1.0, "pad_token_id": 0}

@@ -136,8 +136,8 @@ def test_a_run_of_gistpool_goes_on_to_the_same_weights(pool_run, tmp_path, monke
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["compressor=gistpool", "gistnet.head=linear"], "gistnet.head: it says nothing with compressor=gistpool"),
-        (["compressor=gistpool", "pooling=cls"], "pooling: it says nothing"),
+        (["compressor=gistpool", "gistnet.head=linear"], "gistnet.head: it is for compressor=gistnet, but"),
+        (["compressor=gistpool", "pooling=cls"], "pooling: it is for compressor=gistnet, but"),
         (["compressor=gistpool", "contrastive=c05"], "contrastive.weight=0.05"),
         (["compressor=gistpool", "stage.evaluate.reconstruction=4"], "stage.evaluate.reconstruction=4"),
         (["compressor=gistpool", "compressor.rank=-1"], "compressor.rank=-1"),

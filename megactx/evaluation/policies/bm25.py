@@ -22,13 +22,17 @@ def bm25(tokenizer, ids: Tensor, count: int, block: int) -> Tensor:
     """Okapi BM25 of each of the first ``count`` blocks of ids [T], for its last ``QUERY`` tokens: [N]."""
     ids = ids.cpu()
     texts = tokenizer.batch_decode([ids[n * block : (n + 1) * block].tolist() for n in range(count)])
+    return okapi(texts, tokenizer.decode(ids[-QUERY:].tolist()))
+
+
+def okapi(texts: list[str], question: str) -> Tensor:
+    """Okapi BM25 of texts for the words of a question: [N]."""
     # Words of one letter or digit count too, which bm25s drops unless it is told.
     split = {"stopwords": None, "token_pattern": r"(?u)\b\w+\b", "show_progress": False}
     corpus = bm25s.tokenize(texts, **split, return_ids=False)
-    question = bm25s.tokenize([tokenizer.decode(ids[-QUERY:].tolist())], **split, return_ids=False)[0]
     if not any(corpus):
-        return torch.zeros(count)
+        return torch.zeros(len(texts))
     index = bm25s.BM25()
     index.index(corpus, show_progress=False)
-    known = [word for word in question if word in index.vocab_dict]
-    return torch.from_numpy(index.get_scores(known).copy()).float() if known else torch.zeros(count)
+    known = [word for word in bm25s.tokenize([question], **split, return_ids=False)[0] if word in index.vocab_dict]
+    return torch.from_numpy(index.get_scores(known).copy()).float() if known else torch.zeros(len(texts))

@@ -107,7 +107,7 @@ def refuse_idle(overrides: list[str], choices: dict) -> None:
     given = [override.lstrip("+~").partition("=")[0] for override in overrides]
     idle = [key for key in given if key.partition(".")[0] in ("gistnet", "pooling", "depth", "gaussian_rope")]
     if compressor != "gistnet" and idle:
-        raise ValueError(f"{', '.join(idle)}: it is for compressor=gistnet, and compressor={compressor}")
+        raise ValueError(f"{', '.join(idle)}: it is for compressor=gistnet, but compressor={compressor} is set")
 
 
 def _where_it_is_set(line: str, raw: dict) -> str:
