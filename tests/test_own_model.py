@@ -197,7 +197,10 @@ def test_a_folder_that_is_not_in_order_is_refused_in_one_message(change, said, m
         (["gistnet.num_heads=5"], "gistnet.num_heads=5 does not divide the base LM's width 64"),
         (["data.path=null"], "data.path is not set"),
         (["preset.batch=0"], "preset.batch=0: allowed is a whole number from 1"),
-        (["preset.min_tokens=64"], "horizon.tokens=32 does not fit into data.min_tokens=64: a document needs 96 tokens"),
+        (
+            ["preset.min_tokens=64"],
+            "horizon.tokens=32 does not fit into data.min_tokens=64: a document needs 96 tokens",
+        ),
         (["data.weights.narrative=0"], "at least one weight must be above 0"),
     ],
 )
