@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from megactx.data.documents import length_of
@@ -27,7 +28,7 @@ from megactx.gist.memory_estimate import in_words, memory_estimate
 from megactx.lm.prefill import prefill
 from megactx.lm.prefill_cache import KEPT, PrefillCache
 
-from .gist_nets import build_nets, groups_of, refuse_without_vectors
+from .gist_nets import build_nets, groups_of, reads_with_base, refuse_without_vectors
 from .gist_report import report
 from .stage import BaseSettings, FrozenBaseStage, portable
 from .taking import take_weights
@@ -159,6 +160,11 @@ class GistStage(FrozenBaseStage):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if isinstance(self.trainer.strategy, FSDPStrategy) and any(map(reads_with_base, self.nets.values())):
+            raise ValueError(
+                "gistnet.type=base is not allowed with trainer=fsdp, which cuts up the layers of the base LM that its"
+                " encoder reads with; take trainer=ddp"
+            )
         self.work = self._work()  # now: a strategy may shard the base later
         settings = self.hparams.prefills or {}
         if settings.get("gigabytes"):

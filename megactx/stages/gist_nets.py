@@ -3,6 +3,7 @@
 from torch import nn
 
 from megactx.gist.backbone import Backbone
+from megactx.gist.base_backbone import BaseBackbone
 from megactx.gist.carrier import Compressor
 from megactx.gist.compressors import build
 from megactx.lm import BaseLM
@@ -54,6 +55,11 @@ def groups_of(nets: nn.ModuleDict, lr: float, muon_lr: float | None, weight_deca
 def with_backbone(net: Compressor) -> bool:
     """A GistNet with blocks of its own: more than a map of its block's mean, or adapters in the base's layers."""
     return isinstance(getattr(net, "backbone", None), Backbone)
+
+
+def reads_with_base(net: Compressor) -> bool:
+    """A GistNet whose encoder is layers of the base LM."""
+    return isinstance(getattr(net, "backbone", None), BaseBackbone)
 
 
 def refuse_without_vectors(settings) -> None:

@@ -4,10 +4,12 @@ import csv
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hydra.errors import InstantiationException
+from lightning.pytorch.strategies import FSDPStrategy
 
 from megactx.framework.app import run
 from megactx.framework.config.search_path import compose
@@ -231,6 +233,17 @@ def test_a_step_over_prefills_that_were_kept_has_the_gradients_of_one_that_reads
     plain, exact, rounded = found
     assert (exact - plain).norm() < 1e-4 * plain.norm()
     assert (rounded - plain).norm() < 2e-2 * plain.norm()
+
+
+def test_an_encoder_of_the_bases_layers_is_refused_where_they_are_cut_up(gist_run):
+    for kind, refused in (("base", True), ("transformer", False)):
+        stage = stage_of([*gist_run, f"gistnet.type={kind}", "gistnet.layers=1"])
+        stage._trainer = SimpleNamespace(strategy=FSDPStrategy(), world_size=1, precision="32-true")
+        if refused:
+            with pytest.raises(ValueError, match="gistnet.type=base is not allowed with trainer=fsdp"):
+                stage.setup("fit")
+        else:
+            stage.setup("fit")
 
 
 def test_a_run_over_kept_prefills_has_the_same_bits_the_first_time_and_afterwards(gist_run, tmp_path, monkeypatch):
