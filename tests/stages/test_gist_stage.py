@@ -246,6 +246,7 @@ def test_an_encoder_of_the_bases_layers_is_refused_where_they_are_cut_up(gist_ru
             stage.setup("fit")
 
 
+@pytest.mark.slow
 def test_a_run_over_kept_prefills_has_the_same_bits_the_first_time_and_afterwards(gist_run, tmp_path, monkeypatch):
     monkeypatch.setenv("MEGACTX_CACHE", str(tmp_path / "cache"))
     weights = []
