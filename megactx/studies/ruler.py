@@ -126,6 +126,9 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
             raise ValueError(f"--tasks={task} is not known, allowed are {', '.join(TASKS)}")
         if task in WHOLE and "needed" in args.policies:
             raise ValueError(f"--policies=needed is not allowed for {task}, which needs all of its context")
+    short = min(args.lengths)
+    if args.budget >= short and set(args.policies) - {"full"}:
+        raise ValueError(f"--budget={args.budget} is not allowed with --lengths={short}: it must be below every length")
     policies = {name: find(rivals, name, "--policies")() for name in args.policies}
     for folder in ("cells", "cases"):
         usable(args.out / folder)

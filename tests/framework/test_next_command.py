@@ -40,6 +40,13 @@ def test_the_next_command_keeps_base_data_and_preset_of_the_run(tmp_path):
     assert cfg.stage.init == str(tmp_path) and cfg.seed == 0 and cfg.horizon.tokens == 64
 
 
+def test_what_goes_on_from_the_weights_has_the_losses_of_the_run(tmp_path):
+    overrides = ["experiment=demo", "loss=[block,reconstruction]", "loss.reconstruction.weight=0.2"]
+    left(tmp_path, overrides, {"preset": "demo", "stage": "gist"})
+    cfg = compose(shlex.split(next_command(tmp_path, "gist_stage2", {"stage.init": tmp_path}))[2:])
+    assert sorted(cfg.loss) == ["block", "reconstruction"] and cfg.loss.reconstruction.weight == 0.2
+
+
 def test_a_base_and_data_that_an_experiment_has_set_in_its_own_file_are_kept_too(tmp_path):
     elsewhere = ["base=hf", "base.name=my/model", "data=files", "data.path=x"]
     choices = {"base": "hf", "data": "files", "preset": "full"}

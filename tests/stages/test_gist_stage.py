@@ -201,6 +201,8 @@ def test_the_contrastive_term_takes_only_blocks_that_have_a_right_neighbour(gist
         (["data.max_tokens=9999"], "data.max_tokens=9999"),
         (["data.min_tokens=250", "data.max_tokens=240"], "data.min_tokens=250"),
         (["resume=/no/such/checkpoint"], "resume=/no/such/checkpoint"),
+        (["stage.prefills.gigabytes=-1"], "stage.prefills.gigabytes=-1: allowed is a number from 0"),
+        (["stage.prefills.dtype=int8"], "stage.prefills.dtype=int8"),
         (["trainer=cuda_bf16"], "trainer=cuda_bf16"),
     ],
 )

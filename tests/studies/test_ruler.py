@@ -63,3 +63,8 @@ def test_a_template_is_read_with_its_special_tokens_and_a_text_that_looks_like_o
     base = SimpleNamespace(tokenizer=tokenizer, model=Model(), max_positions=512)
     answer(base, row, find(rivals, "full", "--policies")(), 64, plain=False)
     assert seen[0].count(tokenizer.bos_token_id) == 2 and seen[0][0] == tokenizer.bos_token_id
+
+
+def test_a_budget_that_holds_all_of_a_text_is_no_measure_of_what_is_kept(tmp_path, capsys):
+    assert main(["--lengths", "512", "--budget", "512", "--policies", "newest", "--out", str(tmp_path)]) == 2
+    assert "--budget=512 is not allowed with --lengths=512" in capsys.readouterr().err

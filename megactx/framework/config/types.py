@@ -77,6 +77,8 @@ def problems(value, hint, where: str) -> Iterator[str]:
     Args:
         where: the name of the setting; keys of mappings are added to it.
     """
+    if value is not None:
+        hint = next(filter(typing.is_typeddict, typing.get_args(hint)), hint)  # of ``Settings | None``
     origin, bounds = typing.get_origin(hint), ()
     if origin is Annotated:
         hint, *bounds = typing.get_args(hint)

@@ -19,6 +19,8 @@ from megactx.lm.prefill import blocks, rows_at
 class Reconstruction(Loss):
     """The NLL of the block's own tokens behind its gist and a request, less that which the full context gives them.
 
+    Ge et al. 2024 (arXiv 2307.06945) and others train compressors on it; here it is one term of several.
+
     Args:
         weight: its share of the sum.
         spans: blocks of each document that are asked for, at most: the first ones that the batch names.
