@@ -10,8 +10,10 @@ import re
 import uuid
 from collections.abc import Callable
 
+from . import babilong
+
 NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
-TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50}  # that an answer may have
+TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa1": 20}  # that an answer may have
 DEPTHS = 40
 
 
@@ -132,7 +134,9 @@ def fwe(draw, count, essay):
     return units, [], names[:3], {"question": question, "answer_prefix": prefix}
 
 
-TASKS = {f.__name__: f for f in (niah_single_1, niah_single_2, niah_multikey_2, niah_multikey_3, vt, cwe, fwe)}
+GENERATORS = (niah_single_1, niah_single_2, niah_multikey_2, niah_multikey_3, vt, cwe, fwe, babilong.qa1)
+TASKS = {generator.__name__: generator for generator in GENERATORS}
+PROSE = ("niah_single_2", "qa1")  # stand between the sentences of a prose
 WHOLE = ("cwe", "fwe")  # need all of the context
 
 
@@ -157,15 +161,20 @@ def case(task: str, length: int, tokenizer, seed: int, essay: list[str] = ()) ->
         text = f"{row['context']}\n{row['question']}{row['answer_prefix']}"
         return row, len(tokenizer(text, add_special_tokens=False)["input_ids"]) + room
 
-    low, high = 0, len(words()) - 10 if task == "cwe" else len(essay) if task == "niah_single_2" else length
-    if built(low)[1] > length:
-        raise ValueError(f"--lengths={length} is not allowed: too short for {task}")
+    low, high = 0, len(words()) - 10 if task == "cwe" else min(len(essay), length) if task in PROSE else length
+    if (least := built(low)[1]) > length:
+        raise ValueError(f"--lengths={length} is not allowed: too short for {task}, which takes {least} tokens")
+    if (most := built(high)[1]) < 0.9 * length:
+        what = "give more prose by --path" if task in PROSE else "there are no more words"
+        raise ValueError(f"--lengths={length} is not allowed: {task} has {most} tokens at most; {what}")
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if built(middle)[1] <= length else (low, middle - 1)
     return built(low)[0]
 
 
-def score(answer: str, references: list[str]) -> float:
-    """Share of the references that the answer has, upper and lower case alike."""
+def score(task: str, answer: str, references: list[str]) -> float:
+    """Share of the references that the answer has, upper and lower case alike; of qa1, as BABILong does it."""
+    if task == "qa1":
+        return babilong.score(answer, references)
     return sum(reference.lower() in answer.lower() for reference in references) / len(references)

@@ -17,7 +17,7 @@ import torch
 
 from megactx.data.embedded import Embedded
 from megactx.data.files import NARRATIVE, Files
-from megactx.data.ruler import TASKS, WHOLE, case, score
+from megactx.data.ruler import PROSE, TASKS, WHOLE, case, score
 from megactx.evaluation import rivals
 from megactx.evaluation.bootstrap import wilson
 from megactx.evaluation.pictures import legend, line, panel, picture, powers
@@ -42,7 +42,7 @@ def options(given: Options) -> None:
     given.number("seed", 0, "of the first case", least=0)
     given.add("--policies", nargs="+", default=["full", "newest", "needed"], help="files of megactx/evaluation/rivals")
     given.add("--plain", action="store_true", help="no chat template, where the base has one")
-    given.path("prose of niah_single_2; without it the embedded text")
+    given.path("prose of niah_single_2 and qa1; without it the embedded text")
     given.add("--out", type=Path, default=Path("ruler"), help="folder of the tables")
 
 
@@ -109,7 +109,9 @@ def measured(base, args, task: str, length: int, name: str, policy, prose: list[
     rows = []
     for row in questions:
         said, entries = answer(base, row, policy, args.budget, args.plain)
-        rows.append({"score": score(said, row["answer"]), "entries": entries, "said": said, "answer": row["answer"]})
+        rows.append(
+            {"score": score(task, said, row["answer"]), "entries": entries, "said": said, "answer": row["answer"]}
+        )
     with replacing(path) as part:
         part.write_text(json.dumps({"about": about, "rows": rows}))
     return {"rows": rows}
@@ -133,7 +135,7 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     for folder in ("cells", "cases"):
         usable(args.out / folder)
     base = load_models(args.model).base
-    prose = essay(args.path) if "niah_single_2" in args.tasks else []
+    prose = essay(args.path) if {*PROSE} & {*args.tasks} else []
     cells = [(t, n, p) for t in args.tasks for n in sorted(args.lengths) for p in policies]
     table = Table()
     for task, length, name in bar("cells")(cells):

@@ -1,5 +1,6 @@
 from megactx.assets import resolve
 from megactx.data import babilong
+from megactx.data.ruler import case
 from megactx.data.tokenizer import load_tokenizer
 
 
@@ -7,7 +8,7 @@ def test_the_needle_is_the_last_walk_of_the_person_that_is_asked_for():
     tokenizer = load_tokenizer(resolve("asset:tiny-base", "base.name"))
     prose = [f"The river ran past mill number {n}." for n in range(200)]
     for seed in range(5):
-        row = babilong.case(600, tokenizer, seed, prose)
+        row = case("qa1", 600, tokenizer, seed, prose)
         (start, end), person = row["needles"][0], row["question"].split()[2]
         told = row["context"][start:end]
         assert told.startswith(person) and told.endswith(f"{row['answer'][0]}.")

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from . import settings_page
+
 COMMAND = "python -m megactx.framework.config.methods_page > docs/methods.md"
 PACKAGE = Path(__file__).resolve().parents[2]
 HEAD = f"""# Methods
@@ -82,15 +84,8 @@ def described(docstring: str) -> tuple[str, str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the page, or with ``--check`` compare it with the file; -> exit code."""
-    if arguments != ["--check"]:
-        print(page(), end="")
-        return 0
-    path = PACKAGE.parent / "docs" / "methods.md"
-    if path.exists() and path.read_text(encoding="utf-8") == page():
-        return 0
-    print(f"docs/methods.md is not current; run: {COMMAND}", file=sys.stderr)
-    return 1
+    """As of ``settings_page``."""
+    return settings_page.main(arguments, page, "methods.md", COMMAND)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python -m megactx.framework.config.settings_page --check
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from .config_docs import Option, Setting, chosen, groups, read
@@ -73,15 +74,17 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def main(arguments: list[str]) -> int:
-    """Print the page, or with ``--check`` compare it with the file; -> exit code."""
+def main(
+    arguments: list[str], made: Callable[[], str] = page, name: str = "settings.md", command: str = COMMAND
+) -> int:
+    """Print a page of docs, or with ``--check`` compare it with its file; -> exit code."""
     if arguments != ["--check"]:
-        print(page(), end="")
+        print(made(), end="")
         return 0
-    path = Path(__file__).resolve().parents[3] / "docs" / "settings.md"
-    if path.exists() and path.read_text(encoding="utf-8") == page():
+    path = Path(__file__).resolve().parents[3] / "docs" / name
+    if path.exists() and path.read_text(encoding="utf-8") == made():
         return 0
-    print(f"docs/settings.md is not current; run: {COMMAND}", file=sys.stderr)
+    print(f"docs/{name} is not current; run: {command}", file=sys.stderr)
     return 1
 
 
