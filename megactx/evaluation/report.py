@@ -1,5 +1,6 @@
 """The end-of-run report of a gist stage: the numbers of ``summary`` as one long table and its sheets."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,21 @@ def report_of(numbers: dict, draw: Callable[[Path], None] | None = None) -> Repo
         f"H = {numbers['horizon']}, block hash {numbers['block_hash']}"
     )
     return Report(title, table, sheets, LEGEND, numbers["notes"], draw=draw)
+
+
+def in_short(numbers: dict) -> str:
+    """The result in one sentence: recovery, and how it stands to the control that is the nearest over all h."""
+    subject, group = numbers["subject"], _groups(numbers)[OVERALL]
+    ahead = {name: spans for name, spans in group["against"].items() if name not in group["unquoted"]}
+    shown = [f"{title} {cell(group['recovery'][subject][span])}" for title, span in SPANS]
+    said = f"{subject} repairs this share of what a missing block costs: {', '.join(shown)}"
+    if not ahead:
+        return f"{said}. No control was measured beside it."
+    nearest = min(ahead, key=lambda name: point if (point := ahead[name]["all"]["point"]) == point else math.inf)
+    against = [
+        f"{ahead[nearest][span]['verdict']}, {title} {cell(ahead[nearest][span], '+.3f')}" for title, span in SPANS
+    ]
+    return f"{said}. Against {nearest}, the nearest control: {'; '.join(against)}."
 
 
 def table_of(numbers: dict) -> Table:

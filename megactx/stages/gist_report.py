@@ -12,7 +12,7 @@ from megactx.evaluation.measure import measure, untrained
 from megactx.evaluation.passages import measure_copies, measure_level
 from megactx.evaluation.plots import plot_run
 from megactx.evaluation.reconstruction import reconstruction, train_decoder
-from megactx.evaluation.report import report_of
+from megactx.evaluation.report import in_short, report_of
 from megactx.evaluation.summary import summarise
 from megactx.evaluation.validation import SpaceMetrics
 from megactx.framework.bar import bar
@@ -80,6 +80,8 @@ def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, wei
     print(f"\nResult on {what}")
     made.show()
     print(made.write(folder / "report", numbers))
+    steps = f"{stage.global_step:,} of at most {stage.hparams.max_steps:,} steps"
+    print(f"In short, on {what} after {steps}: {in_short(numbers)}")
 
 
 def _history(stage, batches: list[dict], count: int, settings: dict):
