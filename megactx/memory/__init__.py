@@ -1,6 +1,7 @@
 """The tree of gists, and the working context: a view of it that fits a fixed budget."""
 
+from .selection import Selection
 from .tree import MegaContextTree
 from .working_context import WorkingContext
 
-__all__ = ["MegaContextTree", "WorkingContext"]
+__all__ = ["MegaContextTree", "Selection", "WorkingContext"]

@@ -37,6 +37,7 @@ class Refocused:
     seconds: dict[str, float]  # decode (the new tokens), gist, room, score, allocate, read: what of these there was
     reused: Tensor | None  # [B] entries whose keys and values were kept; None: nothing was read yet
     read: Tensor | None  # [B] entries of the windows that were read
+    earned: Tensor | None = None  # [B] of them not the sink or the newest tokens; None: all of the window is read
 
     @property
     def utilisation(self) -> list[float]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from megactx.focus import Edits, FocusAllocator, LensNet, moves
+from megactx.focus.earned import earned
 from megactx.focus.edits import Moves
 from megactx.focus.lensnet import Scores
 from megactx.memory import MegaContextTree, WorkingContext
@@ -57,6 +58,7 @@ class Focus:
     def __init__(self, settings: Settings, block_size: int, lensnet: LensNet | None):
         self.budget, self.reserve = settings.budget, settings.reserve(block_size)
         self.lensnet = lensnet if settings.megacontext == "focus" else None
+        self.earn = settings.earn
         self.allocator = Reserving(self.reserve, **settings.allocator)
         self.mean_embeddings = MeanEmbeddingCache()
         self.seconds: dict[str, float] = {}  # of the last refocus
@@ -152,6 +154,19 @@ class Focus:
         edits = self.allocator.refocus(context, scores.score, scores.price)
         self.seconds = {"score": scored - began, "allocate": time.perf_counter() - scored}
         return scores, edits
+
+    def shown(self, context: WorkingContext) -> tuple[WorkingContext, Tensor | None]:
+        """What is read of a window: all of it; with ``earn`` what LensNet puts above the newest tokens, and these.
+
+        Returns:
+            Also the entries of each row that were earned, [B]; ``None``: nothing was compared.
+        """
+        if not self.earn:
+            return context, None
+        legal = moves(context, self.allocator.protected)
+        scores = self.score(context, legal) if self.lensnet is not None and self.needed(context) else None
+        margin = 0.0 if scores is None else self.allocator.margin(self.lensnet.tau)
+        return earned(context, self.budget, legal, scores, margin, self.allocator.protected)
 
 
 def lowered(context: WorkingContext, reserve: int) -> WorkingContext:

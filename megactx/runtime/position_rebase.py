@@ -11,7 +11,7 @@ import logging
 import torch
 from torch import Tensor
 
-from megactx.memory import WorkingContext
+from megactx.memory import Selection, WorkingContext
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,13 @@ class PositionRebase:
             [end if limit is None else limit for end, limit in zip(ends.tolist(), limits, strict=True)]
         )
         return positions, ends.minimum(largest.to(ends.device))
+
+    def close(self, shown: Selection) -> tuple[Tensor, Tensor]:
+        """The same for entries with gaps: in a row that goes past the limit they follow on each other."""
+        ends = shown.ends()
+        far = (ends + self.step > self.limit) & (self.kind != "absolute")
+        column = torch.arange(shown.lod.shape[1], device=ends.device)
+        return torch.where(far[:, None], column, shown.positions()), torch.where(far, shown.lengths, ends)
 
     def _below(self, row: int, tokens: int) -> int | None:
         """What the positions of a row are to stay below; ``None``: absolute."""

@@ -23,6 +23,8 @@ class Settings:
         positions: ``rebased`` keeps them below ``limit`` however long the history is, ``absolute`` lets them grow.
         limit: positions that the base was trained on; ``None``: what its config says.
         allocator: keyword arguments of ``FocusAllocator``.
+        earn: read the sink and the newest tokens, and of what is older only what LensNet's own estimate puts above
+            them, see ``focus.earned``; else all of the window, gists included.
 
     Raises:
         ValueError: a setting that is not known.
@@ -33,6 +35,7 @@ class Settings:
     positions: Literal[POSITIONS] = "rebased"
     limit: Count | None = None
     allocator: dict = field(default_factory=dict)
+    earn: bool = False
 
     @property
     def protected(self) -> int:

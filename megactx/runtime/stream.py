@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megactx.lm.chunked_head import nll
-from megactx.memory import MegaContextTree, WorkingContext
+from megactx.memory import MegaContextTree, Selection, WorkingContext
 from megactx.parts.models import Models
 
 from .events import Observer, Refocused, views
@@ -57,6 +57,7 @@ class Stream:
         self.counts = torch.zeros(self.rows, dtype=torch.long)  # of waiting tokens
         self.hidden: Tensor | None = None  # [B, D]; None: to be read
         self.refocuses = 0
+        self.earned: Tensor | None = None  # [B], entries above the newest tokens at the last reading, see ``Focus``
         self._following: Tensor | None = None  # [B], position of the first token behind the window
         self._decoded = 0.0  # seconds, of the waiting tokens
         self._before = ()  # windows as the last refocus left them, for observers
@@ -274,6 +275,7 @@ class Stream:
                 seconds={"decode": decoded} | seconds,
                 reused=self.prefill.reused if read else None,
                 read=self.prefill.lengths if read else None,
+                earned=self.earned if read else None,
             )
             self._before = event.after
             for observer in self.observers:
@@ -282,9 +284,11 @@ class Stream:
     def _read(self) -> None:
         """Read the window, as far as it has changed, and what waits behind it."""
         if self.window() is not None:
-            positions, self._following = self.rebase.place(self.context)
-            spread = self.models.gistnet.spread(self.context.lods())
-            self.prefill.read(self.context.to_tensor(), positions, self.context.lengths, spread)
+            shown, self.earned = self.focus.shown(self.context)
+            place = self.rebase.close if isinstance(shown, Selection) else self.rebase.place
+            positions, self._following = place(shown)
+            spread = self.models.gistnet.spread(shown.lods())
+            self.prefill.read(shown.to_tensor(), positions, shown.lengths, spread)
         else:
             self.prefill.forget()
         if (count := int(self.counts.max())) > 0:  # of a session that was resumed

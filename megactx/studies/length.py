@@ -32,7 +32,7 @@ from megactx.parts.read import load_lensnet
 from megactx.runtime import Models, Settings, load_models
 
 from . import length_planted as planted
-from .length_policies import DROP, FOCUS, FULL, RECENCY, Found, dropping, full_context, session
+from .length_policies import DROP, EARNED, FOCUS, FULL, RECENCY, Found, dropping, full_context, session
 from .length_report import report_of, summarise
 from .length_text import Texts, gather, tree_of
 from .study import Options, command, multiple
@@ -47,7 +47,7 @@ class Study:
     def __init__(self, models: Models, texts: Texts, args: argparse.Namespace):
         self.models, self.texts, self.args = models, texts, args
         self.block, self.folder = models.gistnet.block_size, Path(args.out)
-        self.kinds = [RECENCY] if models.lensnet is None else [RECENCY, FOCUS]
+        self.kinds = [RECENCY, *([] if models.lensnet is None else [FOCUS]), *([EARNED] if args.earn else [])]
 
     def placements(self, length: int) -> list[str]:
         """How positions can be at a length of history, the usual one first."""
@@ -127,6 +127,7 @@ class Study:
             "lensnet": None if models.lensnet is None else of_net(models.lensnet),
             "text": self.texts.fingerprint,
             "block_size": self.block,
+            **({"earn": True} if self.args.earn else {}),
         }
 
     def claim(self) -> None:
@@ -160,6 +161,7 @@ def options(given: Options) -> None:
     given.number("planted", 12, "cases with a planted fact", least=0)
     given.add("--limit", type=int, help="positions of rebased histories stay below it (default: half of the base's)")
     given.number("refocuses", 0, "more ones at a cold start than a session makes", least=0)
+    given.add("--earn", action="store_true", help="measure sessions that read the newest tokens unless more is earned")
     given.number("seed", 0, "of the filler's order and the planted facts", least=0)
     given.add("--out", default="runs/length", help="folder of the results, gone on with")
 

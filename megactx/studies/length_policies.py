@@ -4,6 +4,7 @@
     dropping       [ sink ][ newest W - K tokens ]     (Xiao et al. 2023: the sink keeps attention in order)
     recency        [ sink ][ gists, coarser the older ][ newest tokens ]
     focus          the same budget, detail where LensNet wants it
+    earned         the sink, the newest tokens, and what LensNet's estimate puts above them
 
 Every policy is at the same place at the same time: what it shows is chosen anew every K scored tokens, within W
 entries, and up to K - 1 tokens that came since are read behind them.
@@ -23,7 +24,7 @@ from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree, WorkingContext
 from megactx.runtime import Controller, Models, Refocused, Settings
 
-FULL, DROP, RECENCY, FOCUS = "full context", "dropping", "recency", "focus"
+FULL, DROP, RECENCY, FOCUS, EARNED = "full context", "dropping", "recency", "focus", "earned"
 ROWS = 4  # windows of dropping that are read at once
 
 
@@ -90,17 +91,19 @@ def session(
 
     Args:
         tree: of the history; it is not changed.
-        kind: ``recency`` or ``focus``.
+        kind: ``recency``, ``focus`` or ``earned``.
         positions: ``absolute`` or ``rebased``, the latter below ``limit``.
         more: refocuses at the cold start, behind those that a session makes.
     """
     device, events = models.base.model.device, []
-    settings = Settings(budget, kind, positions, limit if positions == "rebased" else None)
+    earn = kind == EARNED
+    limit = limit if positions == "rebased" else None
+    settings = Settings(budget, FOCUS if earn else kind, positions, limit, earn=earn)
     stream = Controller(models, settings).stream(tree=tree.slice(0), observers=[events.append])
     context = stream.window()
     for _ in range(more):
         stream.focus.refocus(context)
-    before = context.copy()
+    before = stream.focus.shown(context.copy())[0]
     stream.logits()
     began = clock(device)
     found = stream.append(scored[None], score=True)[0]
@@ -115,6 +118,7 @@ def telemetry(events: list[Refocused]) -> dict[str, float]:
         "swap_rate": [float(t.swap_rate[0]) for t in told],
         "residency": [value for t in told if (value := float(t.residency[0])) == value],  # NaN: there was no edit
         "utilisation": [event.utilisation[0] for event in events],
+        "earned": [float(event.earned[0]) for event in events if event.earned is not None],
         "reuse": [event.reuse for event in events if event.reuse is not None],
         "rooms": [float(event.room is not None or bool(event.started.any())) for event in events],
     }

@@ -16,10 +16,10 @@ from megactx.evaluation.table import OVERALL, Report, Sheet, Table, cell, pivot
 from megactx.focus.allocator import RESIDENCY, SWAP_RATE, UTILISATION
 
 from .length_planted import usable
-from .length_policies import DROP, FOCUS, FULL, RECENCY
+from .length_policies import DROP, EARNED, FOCUS, FULL, RECENCY
 
 TELEMETRY = ("swap_rate", "residency", "utilisation", "reuse", "rooms")
-COLOURS = {FOCUS: "#009E73", RECENCY: "#0072B2", DROP: "black", FULL: "#D55E00"}
+COLOURS = {FOCUS: "#009E73", EARNED: "#CC79A7", RECENCY: "#0072B2", DROP: "black", FULL: "#D55E00"}
 STYLES = {"absolute": "--", "rebased": "-"}
 ABSOLUTE = "- absolute"  # the run of full context
 LINE, HEADING = ("carrier", "run"), ["policy", "budget", "positions"]  # what a line of a sheet is of, and says

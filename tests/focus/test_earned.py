@@ -1,0 +1,101 @@
+"""What is read is never worse than the newest tokens, by LensNet's own estimate."""
+
+import pytest
+import torch
+from small_windows import NEWEST, K, tree, window
+
+from megactx.focus import moves
+from megactx.focus.earned import earned
+from megactx.focus.lensnet import Scores
+from megactx.memory import Selection
+
+BUDGET, MARGIN = 40, 0.05
+
+
+def scores_of(context, legal, seed, worth=1.0):
+    """Random values of what is legal, one per set of siblings."""
+    drawn = torch.rand(2, *context.lod.shape, generator=torch.Generator().manual_seed(seed)) * worth - 0.3 * worth
+    keep = torch.where(legal.first >= 0, drawn[1].gather(1, legal.first.clamp(min=0)), 0.0)
+    nothing = torch.zeros(len(context.lod))
+    return Scores(torch.where(legal.expand, drawn[0], 0.0), keep, nothing, drawn[0])
+
+
+def tokens_of(selection, row):
+    """Which tokens are read, in their order; those of a gist by its span."""
+    out = []
+    for start, width in zip(selection.starts()[row].tolist(), selection.widths()[row].tolist(), strict=True):
+        out.append(range(start, start + width))
+    return out[: int(selection.counts[row])]
+
+
+def newest_of(context, row):
+    end = int(context.ends()[row])
+    return [*range(K), *range(max(K, end - (BUDGET - K)), end)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_read_is_never_worth_less_than_the_newest_tokens_by_the_estimate(seed):
+    context = window(tree((300, 211)), seed)
+    legal = moves(context, NEWEST)
+    scores = scores_of(context, legal, seed)
+    shown, count = earned(context, BUDGET, legal, scores, MARGIN, NEWEST)
+    assert isinstance(shown, Selection) and (shown.counts <= BUDGET).all()
+    for row in range(2):
+        end = int(context.ends()[row])
+        spans = tokens_of(shown, row)
+        newest, sets = newest_of(context, row), int(count[row]) // K
+        begin = newest[K] + sets * K
+        assert [span[0] for span in spans[:K]] == [*range(K)]
+        assert [span[0] for span in spans[K + sets * K :]] == [*range(begin, end)] and end - begin >= NEWEST
+        bought = [spans[K + n * K] for n in range(sets)]
+        starts = context.starts()[row].tolist()
+        gained = [float(scores.v_keep[row, starts.index(span[0])]) for span in bought]
+        paid = []
+        for chunk in range(sets):
+            low, high, most = newest[K] + chunk * K, newest[K] + (chunk + 1) * K, 0.0
+            for column in range(int(context.counts[row])):
+                first, last = starts[column], starts[column] + int(context.widths()[row, column])
+                if first < high and last > low:
+                    raw = context.lod[row, column] == 0
+                    most = max(most, float((scores.v_keep if raw else scores.v_down)[row, column]))
+            paid.append(most)
+        assert sum(gained) >= sum(paid) + MARGIN * sets
+        for worth, cost in zip(sorted(gained, reverse=True), paid, strict=True):
+            assert worth > cost + MARGIN
+
+
+def test_with_nothing_to_gain_what_is_read_is_the_sink_and_the_newest_tokens():
+    context = window(tree((300, 211)), 3)
+    legal = moves(context, NEWEST)
+    for scores in (None, scores_of(context, legal, 0, worth=0.0)):
+        shown, count = earned(context, BUDGET, legal, scores, MARGIN, NEWEST)
+        assert count.tolist() == [0, 0] and (shown.lod == 0).all()
+        for row in range(2):
+            assert shown.index[row, : int(shown.counts[row])].tolist() == newest_of(context, row)
+
+
+def test_an_old_block_that_is_worth_more_stands_in_the_place_of_the_oldest_of_the_newest_tokens():
+    context = window(tree((300,)), 1)
+    legal = moves(context, NEWEST)
+    old = [
+        c for c in legal.leads[0].nonzero()[:, 0].tolist() if context.lod[0, c] == 0 and context.starts()[0, c] < 200
+    ]
+    keep = torch.zeros(context.lod.shape)
+    keep[0, old[0] : old[0] + K] = 1.0
+    scores = Scores(torch.zeros_like(keep), keep, torch.zeros(1), keep)
+    shown, count = earned(context, BUDGET, legal, scores, MARGIN, NEWEST)
+    block = int(context.index[0, old[0]])
+    assert int(count) == K
+    assert shown.index[0].tolist() == [*range(K), *range(block, block + K), *range(300 - BUDGET + 2 * K, 300)]
+
+
+def test_a_text_that_fits_is_read_whole():
+    context = window(tree((30,)), 0)
+    legal = moves(context, NEWEST)
+    shown, _ = earned(context, BUDGET, legal, scores_of(context, legal, 0), MARGIN, NEWEST)
+    assert shown.index[0].tolist() == [*range(30)]
+
+
+def test_a_selection_refuses_entries_that_overlap():
+    with pytest.raises(ValueError, match="begins before the one to its left has ended"):
+        Selection(tree((300,)), torch.tensor([[0, 1]]), torch.tensor([[9, 2]]), torch.tensor([2]), 8)

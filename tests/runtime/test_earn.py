@@ -1,0 +1,73 @@
+"""Sessions that read the newest tokens unless something older has earned its entries."""
+
+import json
+from dataclasses import replace
+
+import torch
+
+from megactx.runtime import Controller, Models, Session, Settings
+from megactx.studies.length_policies import dropping
+
+K, BUDGET, LIMIT = 4, 96, 512
+SMALL = dict(budget=BUDGET, allocator={"protected": 8})
+
+
+@torch.no_grad()
+def test_without_an_estimate_a_session_costs_exactly_what_the_newest_tokens_cost(models, ids):
+    blind = Models(models.base, models.gistnet, None, "blind")
+    for positions in ("rebased", "absolute"):
+        history, scored = ids(700 if positions == "rebased" else 300), ids(32, seed=1)
+        stream = Controller(blind, Settings(BUDGET, "recency", positions, LIMIT, {"protected": 8}, True)).stream()
+        stream.append(history[None])
+        found = stream.append(scored[None], score=True)[0]
+        expected = dropping(models.base, history, scored, BUDGET, K, positions)
+        torch.testing.assert_close(found, expected.nll, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_read_stays_within_the_budget_and_the_base_and_the_map_keeps_all_of_the_history(controller, ids):
+    events, stream = [], controller(earn=True).stream(2)
+
+    def seen(event):
+        events.append(event)
+        stream.context.check()
+        assert int(event.read.max()) <= BUDGET and stream.context.ends().tolist() == stream.tree.lengths.tolist()
+        assert (event.earned <= BUDGET - K - 8).all() and (event.earned % K == 0).all()
+
+    stream.observers.append(seen)
+    assert stream.append(ids(2, 600), score=True)[:, 1:].isfinite().all()
+    assert any(int(event.earned.max()) > 0 for event in events)
+    shown, _ = stream.focus.shown(stream.context)
+    places, behind = stream.rebase.close(shown)
+    assert (places[:, 1:] > places[:, :-1]).all() and (behind + K <= LIMIT).all()
+
+
+def test_a_session_that_earns_goes_on_with_the_same_next_token(controller, tmp_path, ids):
+    made = controller(earn=True)
+    here = Session(made)
+    here.append(ids(500))
+    expected = here.stream.logits()
+    here.save(tmp_path / "here")
+    here.close()
+    with Session.load(tmp_path / "here", made) as there:
+        torch.testing.assert_close(there.stream.logits(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_session_from_before_the_setting_comes_back_with_its_window(controller, tmp_path, ids):
+    here = Session(controller())
+    here.append(ids(500))
+    window = here.context.copy()
+    here.save(tmp_path / "old")
+    here.close()
+    path = tmp_path / "old" / "session.json"
+    manifest = json.loads(path.read_text())
+    del manifest["settings"]["earn"]
+    path.write_text(json.dumps(manifest))
+    with Session.load(tmp_path / "old", controller()) as there:
+        assert torch.equal(there.stream.context.index, window.index)
+    with Session.load(tmp_path / "old", controller(earn=True)) as there:
+        assert there.stream.context is None  # put together anew
+
+
+def test_whether_entries_must_be_earned_is_a_setting_that_is_off():
+    assert Settings().earn is False and replace(Settings(), earn=True).earn
