@@ -10,7 +10,7 @@ import re
 import uuid
 from collections.abc import Callable
 
-from . import babilong
+from . import babilong, paraphrases
 
 NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa1": 20}  # that an answer may have
@@ -135,8 +135,9 @@ def fwe(draw, count, essay):
 
 
 GENERATORS = (niah_single_1, niah_single_2, niah_multikey_2, niah_multikey_3, vt, cwe, fwe, babilong.qa1)
+GENERATORS += (paraphrases.niah_paraphrase, paraphrases.niah_changed)  # not of RULER
 TASKS = {generator.__name__: generator for generator in GENERATORS}
-PROSE = ("niah_single_2", "qa1")  # stand between the sentences of a prose
+PROSE = ("niah_single_2", "qa1", "niah_paraphrase", "niah_changed")  # stand between the sentences of a prose
 WHOLE = ("cwe", "fwe")  # need all of the context
 
 
@@ -161,16 +162,30 @@ def case(task: str, length: int, tokenizer, seed: int, essay: list[str] = ()) ->
         text = f"{row['context']}\n{row['question']}{row['answer_prefix']}"
         return row, len(tokenizer(text, add_special_tokens=False)["input_ids"]) + room
 
-    low, high = 0, len(words()) - 10 if task == "cwe" else min(len(essay), length) if task in PROSE else length
-    if (least := built(low)[1]) > length:
-        raise ValueError(f"--lengths={length} is not allowed: too short for {task}, which takes {least} tokens")
-    if (most := built(high)[1]) < 0.9 * length:
+    low, cap = 0, len(words()) - 10 if task == "cwe" else min(len(essay), length) if task in PROSE else length
+    row, below = built(low)
+    if below > length:
+        raise ValueError(f"--lengths={length} is not allowed: too short for {task}, which takes {below} tokens")
+    # Tokens grow evenly with the count, so a straight line leads close: a text of a million tokens is built few times.
+    few = min(cap, 64)
+    each = max(built(few)[1] - below, 1) / max(few, 1)
+    high = min(cap, int((length - below) / each * 1.05) + 8)
+    while (above := built(high)[1]) <= length and high < cap:
+        high = min(cap, 2 * high)
+    if above < 0.9 * length:
         what = "give more prose by --path" if task in PROSE else "there are no more words"
-        raise ValueError(f"--lengths={length} is not allowed: {task} has {most} tokens at most; {what}")
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if built(middle)[1] <= length else (low, middle - 1)
-    return built(low)[0]
+        raise ValueError(f"--lengths={length} is not allowed: {task} has {above} tokens at most; {what}")
+    if above <= length:
+        return built(high)[0]
+    while high - low > 1:
+        middle = low + int((length - below) * (high - low) / (above - below))
+        middle = min(max(middle, low + 1), high - 1)
+        found, tokens = built(middle)
+        if tokens <= length:
+            row, low, below = found, middle, tokens
+        else:
+            high, above = middle, tokens
+    return row
 
 
 def score(task: str, answer: str, references: list[str]) -> float:

@@ -55,10 +55,12 @@ def fill(tree, known=None) -> None:
             if found.any():
                 store(tree, lod, row[found], index[found], **values)
             missing = ~found
-        row, index = row[missing], index[missing]
+        everything, row, index = (row, index), row[missing], index[missing]
         if len(row):
             encode(tree, lod, row, index)
             store(tree, lod, row, index, access=torch.zeros_like(row), protected=protected_below(tree, lod, row, index))
+        if lod == 1 and tree.keys is not None:
+            make_keys(tree, *everything)
         tree.levels[lod].lengths = new
         lod += 1
 
@@ -93,6 +95,15 @@ def encode(tree, lod: int, row: Tensor, index: Tensor) -> None:
         store(tree, lod, rows, nodes, gist=gists, version=version, time=torch.full_like(slot, int(time.time())))
 
 
+def make_keys(tree, row: Tensor, index: Tensor) -> None:
+    """Keys of blocks row [M], index [M], from their tokens."""
+    k = tree.block_size
+    for rows, nodes in zip(row.split(PIECE // k), index.split(PIECE // k), strict=True):
+        at = (nodes[:, None] * k + torch.arange(k)).flatten().to(tree.device)
+        ids = tree.levels[0].read("token", rows.repeat_interleave(k).to(tree.device), at).view(-1, k)
+        store(tree, 1, rows, nodes, key=tree.keys.encode(ids))
+
+
 def protected_below(tree, lod: int, row: Tensor, index: Tensor) -> Tensor:
     """Whether any child of nodes row [M], index [M] is protected, [M]. A node with such a child is protected too."""
     if lod == 1:
@@ -124,7 +135,8 @@ def store(tree, lod: int, row: Tensor, index: Tensor, **values: Tensor) -> None:
     if lod > tree.depth:
         tree.dtype = tree.dtype or values["gist"].dtype
         tree.new_level().reserve(tree.counts(lod - 1) // tree.block_size)
-    values = {column: value.to(tree.device) for column, value in values.items()}
+    # A tree with keys and one without may take over each other's nodes; keys are made anew.
+    values = {name: value.to(tree.device) for name, value in values.items() if name in tree.levels[lod].columns}
     tree.levels[lod].write(row.to(tree.device), index.to(tree.device), **values)
 
 

@@ -63,7 +63,7 @@ class Shifted:
         if not found.any():
             return found, {}
         level, at = self.source.levels[lod], (row[found].to(self.source.device), there[found].to(self.source.device))
-        values = {column: level.read(column, *at) for column in level.columns}
+        values = {column: level.read(column, *at) for column in level.columns if column != "key"}
         return found, values | {"version": self.numbers[values["version"].long()]}
 
     def _first_alike(self, lod: int) -> int:
@@ -79,7 +79,7 @@ def cut(tree, start: int, stop: int):
     k = tree.block_size
     if start % k or not 0 <= start <= stop:
         raise ValueError(f"start={start} is not allowed: a multiple of {k}, from 0 to stop={stop}")
-    new = type(tree)(tree.encoder, tree.base, tree.rows, tree.max_level, tree.dtype, tree.device)
+    new = type(tree)(tree.encoder, tree.base, tree.rows, tree.max_level, tree.dtype, tree.device, keys=tree.keys)
     new.parts = [(name, (first - start).clamp(min=0)) for name, first in tree.parts]
     new.versions, new.version, new.stamp = list(tree.versions), tree.version, tree.stamp
     counts = (tree.lengths.clamp(max=stop) - start).clamp(min=0)

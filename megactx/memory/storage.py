@@ -26,7 +26,7 @@ import torch
 
 from megactx.framework.files import PART, flush, replacing, writing
 
-from . import encoding
+from . import build, encoding
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -93,7 +93,7 @@ def names(manifest: Path, data: Path) -> bool:
     return False
 
 
-def load(folder: Path, encoder, base, refresh: bool = False, device="cpu"):
+def load(folder: Path, encoder, base, refresh: bool = False, device="cpu", keys=None):
     """Read a tree; see ``MegaContextTree.load``.
 
     Raises:
@@ -124,7 +124,7 @@ def load(folder: Path, encoder, base, refresh: bool = False, device="cpu"):
                 raise ValueError(f"gists of dtype {manifest['dtype']!r} are not known")
             dtype = None if manifest["dtype"] is None else getattr(torch, manifest["dtype"])
             lengths = _tokens(manifest["lengths"])
-            tree = MegaContextTree(encoder, base, len(lengths), manifest["max_level"], dtype, device)
+            tree = MegaContextTree(encoder, base, len(lengths), manifest["max_level"], dtype, device, keys=keys)
             tree.parts = [(str(name), _tokens(first)) for name, first in manifest["parts"]]
             tree.versions, tree.version = list(manifest["versions"]), manifest["version"]
             _read_levels(tree, folder, manifest, lengths)
@@ -136,11 +136,14 @@ def load(folder: Path, encoder, base, refresh: bool = False, device="cpu"):
             raise ValueError(f"{folder}: {error}") from error
     if made_by != identity:
         tree.refresh(encoder)
+    if keys is not None and tree.depth and (manifest.get("keys") or {}).get("made_by") != encoding.identity(keys):
+        build.make_keys(tree, *build.run(torch.zeros_like(tree.lengths), tree.counts(1)))
     return tree
 
 
 def _manifest(tree, data: str, shards: list[dict]) -> dict:
-    return {
+    keys = {} if tree.keys is None else {"keys": {"size": tree.keys.size, "made_by": encoding.identity(tree.keys)}}
+    return keys | {
         "format": FORMAT,
         "data": data,
         "block_size": tree.block_size,
@@ -243,8 +246,10 @@ def _read_levels(tree, folder: Path, manifest: dict, lengths: torch.Tensor) -> N
             if first != number:
                 raise ValueError(f"level {lod}: page {number} is missing")
             path = _trusted(folder, manifest["data"], shard)
-            _read_shard(path, level, first, end)
-            tree.kept[lod, first] = Kept(path, _file(path), _state_of(level, first, end), shard)
+            stored = _key_size(manifest) if lod == 1 else None
+            _read_shard(path, level, first, end, stored)
+            if (stored is None) == ("key" not in level.columns):
+                tree.kept[lod, first] = Kept(path, _file(path), _state_of(level, first, end), shard)
             number = end
         if number != -(-int(counts.max()) // size):
             raise ValueError(f"level {lod}: {number} pages are there, {-(-int(counts.max()) // size)} are needed")
@@ -255,17 +260,35 @@ def _read_levels(tree, folder: Path, manifest: dict, lengths: torch.Tensor) -> N
         raise ValueError(f"level {min(shards)} holds more than the lengths say")
 
 
-def _read_shard(path: Path, level, first: int, end: int) -> None:
+def _key_size(manifest: dict) -> int | None:
+    """Numbers of a key as the tree was saved; ``None``: it has none."""
+    if (keys := manifest.get("keys")) is None:
+        return None
+    if type(size := keys["size"]) is not int or not 0 < size < 2**16:
+        raise ValueError(f"keys of {size!r} numbers are not known")
+    return size
+
+
+def _read_shard(path: Path, level, first: int, end: int, stored: int | None = None) -> None:
+    """Put the pages of a shard into a level.
+
+    Args:
+        stored: numbers of a key in the shard. Keys of another size, or that the level has no place for, are not read;
+            keys that are not there are 0.
+    """
     from safetensors import SafetensorError, safe_open
 
+    plain = {name: column for name, column in level.columns.items() if name != "key"}
+    columns = level.columns if "key" in level.columns and level.columns["key"][0] == (stored,) else plain
     try:
         with safe_open(path, framework="pt") as file:
-            names = {f"{column}.{number}" for column in level.columns for number in range(first, end)}
+            there = {*plain, *([] if stored is None else ["key"])}
+            names = {f"{column}.{number}" for column in there for number in range(first, end)}
             if set(file.keys()) != names:
                 raise ValueError(f"{path.name} holds other tensors than the manifest says")
             for number in range(first, end):
                 used = level.used(number)
-                for column, (shape, dtype) in level.columns.items():
+                for column, (shape, dtype) in columns.items():
                     header = file.get_slice(f"{column}.{number}")
                     wanted = [level.rows, used, *shape], DTYPES[str(dtype).removeprefix("torch.")]
                     if (header.get_shape(), header.get_dtype()) != wanted:
@@ -273,7 +296,10 @@ def _read_shard(path: Path, level, first: int, end: int) -> None:
                             f"{path.name}: {column}.{number} is {header.get_dtype()} {header.get_shape()}, expected"
                             f" {wanted[1]} {wanted[0]}"
                         )
-                page = {column: file.get_tensor(f"{column}.{number}").to(level.device) for column in level.columns}
+                page = {column: file.get_tensor(f"{column}.{number}").to(level.device) for column in columns}
+                for column in {*level.columns} - {*columns}:
+                    shape, dtype = level.columns[column]
+                    page[column] = torch.zeros(level.rows, used, *shape, dtype=dtype, device=level.device)
                 level.put_page(page)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path.name} is damaged ({error})") from error

@@ -34,12 +34,16 @@ class MegaContextTree:
         dtype: of the stored gists; ``None``: the encoder's own.
         device: of all tensors.
         name: of this tree in ``parts`` after a merge.
+        keys: tokens [E, K] -> keys of their blocks, see ``focus.keys.KeyNet``; each is kept beside the block's gist,
+            2 bytes a number. ``None``: there are none.
 
     Raises:
         ValueError: a setting that is not allowed; an encoder of hidden states without a base LM.
     """
 
-    def __init__(self, encoder: Encoder, base, rows=1, max_level=None, dtype=None, device="cpu", name="tree"):
+    def __init__(
+        self, encoder: Encoder, base, rows=1, max_level=None, dtype=None, device="cpu", name="tree", keys=None
+    ):
         if encoder.block_size < 2:
             raise ValueError(f"block_size={encoder.block_size} is not allowed in a tree: at least 2")
         if rows < 1:
@@ -49,7 +53,7 @@ class MegaContextTree:
         self.hidden = getattr(encoder, "needs_hidden", False)
         if self.hidden and not hasattr(base, "model"):
             raise ValueError("encoder: it needs hidden states, and this tree has no base LM that could give them")
-        self.encoder, self.base, self.max_level, self.dtype = encoder, base, max_level, dtype
+        self.encoder, self.base, self.max_level, self.dtype, self.keys = encoder, base, max_level, dtype, keys
         self.block_size, self.width, self.rows, self.device = encoder.block_size, encoder.width, rows, device
         self.levels = [Pages({"token": ((), torch.int32)}, rows, TOKENS, device)]  # levels[n] holds the nodes of LOD n
         # Identities of the GistNets that made nodes of this tree. That of the GistNet in use takes a pass over all
@@ -231,15 +235,19 @@ class MegaContextTree:
         save(self, Path(folder))
 
     @classmethod
-    def load(cls, folder: str | Path, encoder: Encoder, base, refresh=False, device="cpu") -> "MegaContextTree":
+    def load(
+        cls, folder: str | Path, encoder: Encoder, base, refresh=False, device="cpu", keys=None
+    ) -> "MegaContextTree":
         """Read a saved tree, memory-mapped. ``storage`` says what is refused.
 
         Args:
             refresh: accept another GistNet than the one that made the tree, and encode its nodes again.
+            keys: of the constructor. Where the tree was saved with none, or with those of another net, they are made;
+                keys that nobody asks for are not read.
         """
         from .storage import load
 
-        return load(Path(folder), encoder, base, refresh, device)
+        return load(Path(folder), encoder, base, refresh, device, keys)
 
     def identities(self) -> list[str]:
         """``versions``, with the identity of the GistNet in use filled in."""
@@ -258,6 +266,8 @@ class MegaContextTree:
         """Pages for the level above the highest; ``dtype`` must be known."""
         columns = {"gist": ((self.width,), self.dtype), "version": ((), torch.int32), "access": ((), torch.int32)}
         columns |= {"time": ((), torch.long), "protected": ((), torch.bool)}  # time: seconds since 1970
+        if self.keys is not None and len(self.levels) == 1:
+            columns["key"] = ((self.keys.size,), torch.float16)
         self.levels.append(Pages(columns, self.rows, NODES, self.device))
         return self.levels[-1]
 

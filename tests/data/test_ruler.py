@@ -1,7 +1,7 @@
 import pytest
 
 from megactx.assets import resolve
-from megactx.data import ruler
+from megactx.data import paraphrases, ruler
 from megactx.data.tokenizer import load_tokenizer
 
 
@@ -40,3 +40,48 @@ def test_qa1_is_right_by_its_own_rule():
 def test_a_prose_that_is_too_short_for_a_length_is_told(task, said, tokenizer):
     with pytest.raises(ValueError, match=f"--lengths=4096 is not allowed: {task} has .* at most; {said}"):
         ruler.case(task, 4096, tokenizer, 0, ["The river ran past the mill."] * 20)
+
+
+PROSE = [f"The river ran past mill {n} and on to the sea." for n in range(400)]
+
+
+@pytest.mark.parametrize("task", ["niah_paraphrase", "niah_changed"])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_question_shares_no_rare_word_with_its_needle_and_the_newest_value_counts(task, seed, tokenizer):
+    row = ruler.case(task, 2048, tokenizer, seed, PROSE)
+    ((start, end),) = row["needles"]
+    needle, before = row["context"][start:end], row["context"][:start]
+    (answer,) = row["answer"]
+    assert answer in needle and row["context"].count(answer) == 1
+    word = row["question"].removeprefix("What is the secret number of the ").split()[0]
+    assert word not in needle and not any(word in other for other in paraphrases.LEARNED)
+    told_before = f"The secret number of the {word} is" in before
+    assert told_before == (task == "niah_changed") and f"number of the {word}" not in row["context"][end:]
+    assert row["context"].count("secret number") == 8 + (task == "niah_changed")
+
+
+@pytest.mark.parametrize("length", [700, 1024, 1500])
+@pytest.mark.parametrize("task", ["niah_single_1", "niah_multikey_2", "niah_paraphrase"])
+def test_a_case_is_the_longest_that_fits(task, length, tokenizer, monkeypatch):
+    counts = []
+    generator = ruler.TASKS[task]
+
+    def counted(draw, count, essay):
+        counts.append(count)
+        return generator(draw, count, essay)
+
+    monkeypatch.setitem(ruler.TASKS, task, counted)
+    row = ruler.case(task, length, tokenizer, 0, PROSE)
+
+    def tokens(count):
+        units, _, _, asked = generator(ruler.random.Random(f"{task}/{length}/0"), count, PROSE)
+        text = f"{' '.join(units)}\n{asked['question']}{asked['answer_prefix']}"
+        return units, len(tokenizer(text, add_special_tokens=False)["input_ids"]) + row["max_new_tokens"]
+
+    best = next(n for n in sorted({*counts}) if " ".join(tokens(n)[0]) == row["context"])
+    assert tokens(best)[1] <= length < tokens(best + 1)[1] and len(counts) < 14
+
+
+def test_no_pair_of_words_is_learned_and_measured():
+    learned = {word for pair in paraphrases.LEARNED for word in pair}
+    assert not learned & {word for pair in paraphrases.MEASURED for word in pair}

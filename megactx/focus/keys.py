@@ -1,0 +1,112 @@
+"""Keys: a few learned numbers of every block, by which a question finds it among all blocks of a tree.
+
+    key(block) = unit(MLP(sum over its tokens of  weight(token) x project(embedding(token))))
+
+A question is encoded like a block. How like the two are is their cosine x ``scale``; a block stands out where that is
+above ``null``, what a question finds that asks for nothing (a learned number, see ``studies.keys``). Embeddings are the
+base LM's own, frozen. So keys cost one look-up per token, and need no pass of any model.
+
+V vocabulary, D width, S numbers of a key, E blocks or questions, K tokens, N blocks of a tree.
+"""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Le
+from torch import Tensor, nn
+
+from megactx.framework.config.types import declared
+from megactx.memory import MegaContextTree, WorkingContext
+
+QUESTION = 64  # newest tokens that are the question
+PIECE = 4096  # blocks that are encoded at a time
+
+
+@declared("keys")
+class KeyNet(nn.Module):
+    """Tokens of a block -> its key.
+
+    Args:
+        embeddings: the base LM's, [V, D]; kept as they are, and not saved.
+        size: S.
+
+    Raises:
+        ValueError: a setting that is not allowed.
+    """
+
+    def __init__(self, embeddings: Tensor, size: Annotated[int, Ge(16), Le(64)] = 64):
+        super().__init__()
+        vocabulary, width = embeddings.shape
+        self.size = size
+        self.register_buffer("embeddings", F.normalize(embeddings.detach().float(), dim=-1), persistent=False)
+        self.project = nn.Linear(width, size, bias=False)
+        nn.init.orthogonal_(self.project.weight)
+        self.weight = nn.Parameter(torch.zeros(vocabulary))  # log
+        self.up, self.down = nn.Linear(size, 2 * size), nn.Linear(2 * size, size)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+        self.scale, self.null = nn.Parameter(torch.tensor(15.0)), nn.Parameter(torch.tensor(5.0))
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """ids [E, K], mask bool [E, K] of the tokens that are there -> unit keys [E, S]."""
+        weight = self.weight[ids].exp()
+        weight = weight if mask is None else weight * mask
+        mixed = torch.einsum("ek,ekd->ed", weight, self.embeddings[ids])
+        x = F.normalize(self.project(mixed), dim=-1)
+        return F.normalize(x + self.down(F.gelu(self.up(x * self.size**0.5))), dim=-1)
+
+    @torch.no_grad()
+    def encode(self, ids: Tensor) -> Tensor:
+        """ids [E, K] -> keys [E, S] in fp16, as a tree keeps them."""
+        parts = [self(part.long()) for part in ids.split(PIECE)]
+        return torch.cat(parts).half() if parts else torch.zeros(0, self.size, dtype=torch.half)
+
+    def likeness(self, questions: Tensor, keys: Tensor) -> Tensor:
+        """Keys of questions [E, S] and of blocks [N, S] -> [E, N]; compare it with ``null``."""
+        return self.scale * questions @ keys.to(questions.dtype).T
+
+
+@torch.no_grad()
+def search(tree: MegaContextTree, question: Tensor, mask: Tensor | None = None) -> Tensor:
+    """How like every block of a tree is to a question, all of them compared: [B, N]; -inf where a row is shorter.
+
+    Args:
+        question: ids [B, Q], the newest tokens.
+        mask: which of them are there, bool [B, Q].
+
+    Raises:
+        ValueError: the tree has no keys.
+    """
+    if tree.keys is None:
+        raise ValueError("keys: this tree has none; make it with a KeyNet")
+    counts = tree.counts(1)
+    if not counts.any():
+        return torch.zeros(tree.rows, 0, device=tree.device)
+    asked = tree.keys(question.to(tree.device).long(), mask)  # [B, S]
+    keys = tree.levels[1].whole("key").float()  # [B, N, S]
+    found = tree.keys.scale * torch.einsum("bs,bns->bn", asked, keys)
+    there = torch.arange(keys.shape[1], device=found.device) < counts.to(found.device)[:, None]
+    return torch.where(there, found, -torch.inf)
+
+
+def best_below(context: WorkingContext, found: Tensor) -> Tensor:
+    """The best of the blocks that each entry stands for or in, [B, W]: what a coarse entry shows of its keys.
+
+    Args:
+        found: of ``search``, [B, N]; blocks that are not complete have none, and show -inf.
+    """
+    k, n = context.tree.block_size, found.shape[1]
+    first = (context.starts() // k).clamp(max=n)
+    end = ((context.starts() + context.widths() + k - 1) // k).clamp(max=n)
+    # The maximum of any run from two runs of a power of two: a table of log2(N) rows, no loop over entries.
+    table = [F.pad(found, (0, 1), value=-torch.inf)]
+    while 2 ** len(table) <= n:
+        half = 2 ** (len(table) - 1)
+        table.append(torch.maximum(table[-1], F.pad(table[-1], (0, half), value=-torch.inf)[:, half:]))
+    table = torch.stack(table, dim=1)  # [B, log2(N) + 1, N + 1]
+    length = (end - first).clamp(min=1)
+    step = torch.log2(length.double()).long()
+    row = torch.arange(len(first), device=first.device)[:, None]
+    left, right = table[row, step, first], table[row, step, (first + length - 2**step).clamp(max=n)]
+    return torch.where((end > first) & context.mask, torch.maximum(left, right), -torch.inf)

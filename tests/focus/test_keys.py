@@ -1,0 +1,114 @@
+"""Keys of blocks: kept by a tree, searched as a whole, shown by what stands above them."""
+
+import pytest
+import torch
+from small_windows import K, Mean, window
+
+from megactx.focus.keys import KeyNet, best_below, search
+from megactx.memory import MegaContextTree, WorkingContext
+
+SIZE, VOCABULARY = 16, 50
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return KeyNet(torch.randn(VOCABULARY, 32), SIZE).eval().requires_grad_(False)
+
+
+def other_net():
+    torch.manual_seed(1)
+    return KeyNet(torch.randn(VOCABULARY, 32), SIZE).eval().requires_grad_(False)
+
+
+TABLE = torch.nn.Embedding(VOCABULARY, 2).requires_grad_(False)
+
+
+def tree_with(keys, tokens, lengths=None):
+    return MegaContextTree.from_tokens(tokens, Mean(), TABLE, lengths, keys=keys)
+
+
+def tokens_of(rows, count, seed=0):
+    return torch.randint(VOCABULARY, (rows, count), generator=torch.Generator().manual_seed(seed))
+
+
+def test_every_block_has_the_key_of_its_tokens_in_two_bytes_a_number_however_the_text_was_cut(net):
+    tokens = tokens_of(2, 300)
+    tree = tree_with(net, tokens, torch.tensor([300, 211]))
+    expected = net.encode(tokens[0].view(-1, K))
+    assert torch.equal(tree.levels[1].whole("key")[0], expected) and expected.dtype == torch.float16
+    assert tree.levels[1].bytes("key") == 2 * 75 * SIZE * 2
+    pieces = MegaContextTree(Mean(), TABLE, keys=net)
+    for part in tokens[:1].split([3, 90, 1, 206], dim=1):
+        pieces.append(part)
+    torch.testing.assert_close(pieces.levels[1].whole("key")[0], expected)
+    ready = MegaContextTree(Mean(), TABLE, keys=net)
+    ready.append(tokens[:1], gists=tree.gists(1)[:1])
+    assert torch.equal(ready.levels[1].whole("key")[0], expected)
+
+
+def test_a_tree_without_keys_has_no_column_of_them(net):
+    tree = tree_with(None, tokens_of(1, 64))
+    assert "key" not in tree.levels[1].columns
+    with pytest.raises(ValueError, match="this tree has none"):
+        search(tree, tokens_of(1, 4))
+
+
+@pytest.mark.parametrize("saved", ["with", "without", "other"])
+@pytest.mark.parametrize("read", ["with", "without"])
+def test_a_saved_tree_is_read_with_the_keys_that_are_asked_for(net, tmp_path, saved, read):
+    tokens = tokens_of(1, 300)
+    tree = tree_with({"with": net, "without": None, "other": other_net()}[saved], tokens)
+    tree.save(tmp_path / "tree")
+    before = sorted(path.read_bytes() for path in (tmp_path / "tree").rglob("level*"))
+    again = MegaContextTree.load(tmp_path / "tree", Mean(), TABLE, keys=net if read == "with" else None)
+    assert torch.equal(again.tokens, tree.tokens) and torch.equal(again.gists(1), tree.gists(1))
+    assert ("key" in again.levels[1].columns) == (read == "with")
+    if read == "with":
+        assert torch.equal(again.levels[1].whole("key")[0], net.encode(tokens[0].view(-1, K)))
+    again.append(tokens_of(1, 40, seed=1))
+    again.save(tmp_path / "tree")
+    last = MegaContextTree.load(tmp_path / "tree", Mean(), TABLE, keys=again.keys)
+    assert last.lengths.tolist() == [340]
+    if saved == read == "without":
+        tree.save(tmp_path / "same")
+        assert sorted(path.read_bytes() for path in (tmp_path / "same").rglob("level*")) == before
+        assert '"keys"' not in (tmp_path / "same" / "manifest.json").read_text()
+
+
+def test_cut_and_merged_trees_have_their_keys(net):
+    tokens = tokens_of(1, 320)
+    for keys in (None, net):
+        tree = tree_with(keys, tokens)
+        part = tree_with(net, tokens[:, :160])
+        part.merge(tree.slice(160))
+        assert torch.equal(part.levels[1].whole("key")[0], net.encode(tokens[0].view(-1, K)))
+    assert torch.equal(tree.slice(32).levels[1].whole("key"), tree.levels[1].whole("key")[:, 8:])
+
+
+def test_a_block_is_found_by_its_own_words_among_all_blocks_of_a_tree(net):
+    tokens = tokens_of(2, 400)
+    tree = tree_with(net, tokens, torch.tensor([400, 320]))
+    found = search(tree, tokens[:, 36 * K : 37 * K])
+    assert found.shape == (2, 100) and found.argmax(1).tolist() == [36, 36]
+    assert (found[1, 80:] == -torch.inf).all() and found.amax(1).allclose(net.scale.expand(2), atol=0.05)
+
+
+def test_a_coarse_entry_shows_the_best_key_below_it_and_a_token_that_of_its_block(net):
+    tree = tree_with(net, tokens_of(2, 300), torch.tensor([300, 211]))
+    context = window(tree, 4)
+    found = search(tree, tokens_of(2, 8, seed=5))
+    best = best_below(context, found)
+    starts, widths = context.starts(), context.widths()
+    for row in range(2):
+        for column in range(context.lod.shape[1]):
+            below = found[row, int(starts[row, column]) // K : -(-int(starts[row, column] + widths[row, column]) // K)]
+            there = column < int(context.counts[row]) and len(below) and below.isfinite().any()
+            assert float(best[row, column]) == (float(below.max()) if there else -torch.inf), (row, column)
+
+
+def test_keys_of_a_text_too_short_for_a_block_are_none(net):
+    tree = tree_with(net, tokens_of(1, 3))
+    assert search(tree, tokens_of(1, 3)).shape == (1, 0)
+    context = WorkingContext(tree, torch.zeros(1, 3), torch.arange(3)[None], torch.tensor([3]), 8)
+    assert (best_below(context, search(tree, tokens_of(1, 3))) == -torch.inf).all()
