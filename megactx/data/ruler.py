@@ -193,3 +193,10 @@ def score(task: str, answer: str, references: list[str]) -> float:
     if task == "qa1":
         return babilong.score(answer, references)
     return sum(reference.lower() in answer.lower() for reference in references) / len(references)
+
+
+def settled(task: str, answer: str, references: list[str]) -> bool:
+    """Whether more words could not change the score of what was said so far."""
+    if task == "qa1":
+        return bool(re.search(r"[.\n]", answer.strip()))
+    return score(task, answer, references) == 1

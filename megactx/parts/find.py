@@ -5,7 +5,12 @@ from pathlib import Path
 from megactx.assets import resolve
 from megactx.framework.run.resume import best, read
 
-GISTNET, LENSNET, WEIGHTS = "gistnet.json", "lensnet.json", "model.safetensors"  # the files of a part's folder
+GISTNET, LENSNET, KEYS, WEIGHTS = (
+    "gistnet.json",
+    "lensnet.json",
+    "keys.json",
+    "model.safetensors",
+)  # the files of a part's folder
 
 
 def find(path: str | Path, part: str, setting: str) -> Path:

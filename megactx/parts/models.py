@@ -7,20 +7,21 @@ run of a lens stage     all three; of a gist stage: base and GistNet; of a base 
 Hugging Face folder     a base LM alone, as are a GGUF file, a folder with one in it, and any other ``asset:NAME``
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from megactx.assets import is_gguf, known, resolve
 from megactx.focus import LensNet
+from megactx.focus.keys import KeyNet
 from megactx.framework.run.resume import best, read
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
 from megactx.lm.identity import record_of
 
 from .find import GISTNET, LENSNET, refuse_other_base
-from .read import gistnet_of, lensnet_of, load_gistnet, load_lensnet
+from .read import gistnet_of, lensnet_of, load_gistnet, load_keys, load_lensnet
 
 EMBEDDED = [f"asset:tiny-{part}" for part in ("base", "gistnet", "lensnet")]
 
@@ -33,15 +34,17 @@ class Models:
     gistnet: GistNet | None = None
     lensnet: LensNet | None = None
     name: str = ""  # where they came from, for people
+    keys: KeyNet | None = None  # of blocks, for this base LM
 
     def to(self, device) -> "Models":
         """The same on a device: a base LM in bf16 on a GPU, in fp32 on a CPU."""
         device = torch.device(device)
         parts = [
-            None if part is None else part.to(device).requires_grad_(False) for part in (self.gistnet, self.lensnet)
+            None if part is None else part.to(device).requires_grad_(False)
+            for part in (self.gistnet, self.lensnet, self.keys)
         ]
         self.base.freeze().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-        return Models(self.base, *parts, self.name)
+        return Models(self.base, *parts[:2], self.name, parts[2])
 
 
 def load_models(path: str | None = None, device: str | None = None) -> Models:
@@ -62,7 +65,9 @@ def _read(path: str | None) -> Models:
         if not is_gguf(name) and name not in known():
             raise ValueError(f"model={path}: there is no such folder, file or asset")
         if f"{name}-gistnet" in known():
-            return _together(name, resolve(f"{name}-gistnet"), None, path)
+            models = _together(name, resolve(f"{name}-gistnet"), None, path)
+            keys = f"{name}-keys"
+            return replace(models, keys=load_keys(resolve(keys), models.base)) if keys in known() else models
         return Models(BaseLM.from_pretrained(name, "float32"), name=path)
     if (folder / "gistnet" / GISTNET).is_file():
         lensnet = folder / "lensnet"

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from megactx.focus.keys import KeyNet
 from megactx.focus.lensnet import LensNet
 from megactx.gist import GistNet
 from megactx.gist.compressors import build
@@ -16,7 +17,7 @@ from megactx.lm import BaseLM
 from megactx.lm.adapters import active_adapters
 from megactx.lm.identity import of_embeddings, of_net, of_weights, raw, record_of
 
-from .find import GISTNET, LENSNET, WEIGHTS, find, read_best, refuse_other_base, under
+from .find import GISTNET, KEYS, LENSNET, WEIGHTS, find, read_best, refuse_other_base, under
 
 IN_CHECKPOINTS = ("nets.gistnet.", "gistnet.")  # of a gist stage, and of those that start from a GistNet
 
@@ -143,11 +144,28 @@ def load_lensnet(folder: str | Path, gistnet: GistNet) -> LensNet:
     return _filled(net, folder, "lensnet").requires_grad_(False)
 
 
+def load_keys(folder: str | Path, base: BaseLM) -> KeyNet:
+    """Read the folder of ``save_keys`` for the base LM whose embeddings it was trained on, fp32, frozen.
+
+    Raises:
+        ValueError: there is none in the folder, its description is damaged, it is of another base LM, or its weights do
+            not fit.
+    """
+    about = _described(folder, "keys", "size", "base")
+    if about["base"] != (own := of_embeddings(base)):
+        raise ValueError(f"keys={folder}: trained on other embeddings, {about['base']}; those of the base LM are {own}")
+    try:
+        net = KeyNet(base.model.get_input_embeddings().weight, about["size"])
+    except TypeError as error:
+        raise ValueError(f"keys={folder}: {KEYS} is damaged ({error})") from error
+    return _filled(net, folder, "keys").requires_grad_(False)
+
+
 def _described(folder: str | Path, part: str, *names: str) -> dict:
     """What the folder of a part says of it, ``names`` at least."""
     file, folder = f"{part}.json", Path(folder)
     if not (folder / file).is_file() or not (folder / WEIGHTS).is_file():
-        name = {"gistnet": "GistNet", "lensnet": "LensNet"}[part]
+        name = {"gistnet": "GistNet", "lensnet": "LensNet", "keys": "net of keys"}[part]
         raise ValueError(f"{part}={folder}: there is no {name} in it ({file} and {WEIGHTS})")
     try:
         about = json.loads((folder / file).read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megactx.focus.keys import KeyNet
 from megactx.focus.lensnet import LensNet
 from megactx.framework.command_line import run
 from megactx.framework.files import replacing
@@ -47,6 +48,16 @@ def save_lensnet(net: LensNet, settings: dict, gistnet: GistNet, folder: str | P
     # tau and counters as they are: a rounded unit would move every score.
     weights = {name: t.to(torch.bfloat16) if t.ndim else t for name, t in net.state_dict().items()}
     _write(folder, "lensnet", about | {"made_by": made_by}, weights)
+
+
+def save_keys(net: KeyNet, base: BaseLM, folder: str | Path, made_by: str = "") -> None:
+    """Write a net of keys into a folder, its matrices in bf16, without the base LM's embeddings, which it reads.
+
+    Args:
+        made_by: how it was trained, for people.
+    """
+    weights = {name: t.to(torch.bfloat16) if t.ndim else t for name, t in net.state_dict().items()}
+    _write(folder, "keys", {"size": net.size, "base": of_embeddings(base), "made_by": made_by}, weights)
 
 
 def _write(folder: str | Path, part: str, about: dict, weights: dict) -> None:

@@ -3,7 +3,8 @@
     python -m megactx.studies.ruler --model smollm2 --tasks niah_single_1 --lengths 4096 --policies full newest needed
 
 Each policy keeps ``--budget`` tokens of the context; question and answer prefix stand behind them. ``full`` keeps all.
-Decoding is greedy. Every cell (task, length, policy) leaves a file: the same command goes on with those missing.
+Decoding is greedy. Every cell (task, length, policy) has a file that each case is added to: the same command goes on
+with those missing.
 """
 
 import argparse
@@ -14,10 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from transformers import StoppingCriteria
 
 from megactx.data.embedded import Embedded
 from megactx.data.files import NARRATIVE, Files
-from megactx.data.ruler import PROSE, TASKS, WHOLE, case, score
+from megactx.data.ruler import PROSE, TASKS, WHOLE, case, score, settled
 from megactx.evaluation import rivals
 from megactx.evaluation.bootstrap import wilson
 from megactx.evaluation.pictures import legend, line, panel, picture, powers
@@ -25,12 +27,15 @@ from megactx.evaluation.rivals import BLOCK, SINK, Asked
 from megactx.evaluation.table import Report, Sheet, Table, cell
 from megactx.framework.bar import bar
 from megactx.framework.files import replacing
-from megactx.gist.parts import find
+from megactx.gist.parts import find, names
 from megactx.parts.models import load_models
 
 from .study import Options, command, usable
 
-LEGEND = "Share of references found; of cases with all of them found, brackets: 95 % Wilson intervals."
+LEGEND = (
+    "Score: share of references found. Solved: cases with all of them found. Held: cases with all needed blocks in the"
+    " window. Brackets: 95 % Wilson intervals."
+)
 
 
 def options(given: Options) -> None:
@@ -38,9 +43,14 @@ def options(given: Options) -> None:
     given.add("--tasks", nargs="+", default=["niah_single_1"], help="of " + ", ".join(TASKS))
     given.add("--lengths", nargs="+", type=int, default=[4096], help="tokens of context, question and answer")
     given.number("cases", 20, "cases of a cell")
+    given.add(
+        "--answers", type=int, help="of these, cases that the base answers too, not only the policy (default all)"
+    )
     given.number("budget", 1024, "tokens of the context that a policy keeps", least=2 * BLOCK)
     given.number("seed", 0, "of the first case", least=0)
-    given.add("--policies", nargs="+", default=["full", "newest", "needed"], help="files of megactx/evaluation/rivals")
+    policies = "of " + ", ".join(names(rivals))
+    given.add("--policies", nargs="+", default=["full", "newest", "needed"], help=policies)
+    given.add("--keys", type=Path, help="folder of keys for the policy of that name (default: the model's own)")
     given.add("--plain", action="store_true", help="no chat template, where the base has one")
     given.path("prose of niah_single_2 and qa1; without it the embedded text")
     given.add("--out", type=Path, default=Path("ruler"), help="folder of the tables")
@@ -69,15 +79,25 @@ def asked_of(row: dict, tokenizer) -> tuple[list[int], Asked]:
     ids, offsets = found["input_ids"], found["offset_mapping"]
     over = [n for n, (a, b) in enumerate(offsets) if any(a < end and b > start for start, end in row["needles"])]
     blocks = [tokenizer.decode(ids[at : at + BLOCK]) for at in range(0, len(ids), BLOCK)]
-    return ids, Asked(blocks, len(ids), sorted({n // BLOCK for n in over}), row["question"])
+    return ids, Asked(blocks, len(ids), sorted({n // BLOCK for n in over}), row["question"], ids)
+
+
+class Settled(StoppingCriteria):
+    """Ends an answer once its score cannot change any more: the rules allow 128 tokens, a number takes ten."""
+
+    def __init__(self, tokenizer, row: dict, before: int):
+        self.tokenizer, self.row, self.before = tokenizer, row, before
+
+    def __call__(self, ids, scores, **_) -> torch.Tensor:
+        said = self.tokenizer.decode(ids[0, self.before :], skip_special_tokens=True)
+        over = settled(self.row.get("task", ""), said, self.row["answer"])
+        return torch.tensor([over], device=ids.device)
 
 
 @torch.no_grad()
-def answer(base, row: dict, policy, budget: int, plain: bool) -> tuple[str, int]:
-    """Greedy answer and the entries of the context that were kept."""
+def answer(base, row: dict, ids: list[int], kept: list[int], plain: bool) -> str:
+    """Greedy answer over the tokens of the context that were kept."""
     tokenizer = base.tokenizer
-    ids, asked = asked_of(row, tokenizer)
-    kept = policy.keep(asked, budget)
     before, behind = frame(tokenizer, plain)
 
     def tokens(text: str, template: bool = False) -> list[int]:
@@ -89,36 +109,82 @@ def answer(base, row: dict, policy, budget: int, plain: bool) -> tuple[str, int]
     if (total := window.shape[1] + row["max_new_tokens"]) > base.max_positions:
         raise ValueError(f"--policies: a window of {total} tokens, but the base takes {base.max_positions} positions")
     settings = {"do_sample": False, "repetition_penalty": 1.0, "pad_token_id": 0}
+    settings["stopping_criteria"] = [Settled(tokenizer, row, window.shape[1])]
     mask = torch.ones_like(window)
     out = base.model.generate(window, attention_mask=mask, max_new_tokens=row["max_new_tokens"], **settings)
-    return tokenizer.decode(out[0, window.shape[1] :], skip_special_tokens=True), len(kept)
+    return tokenizer.decode(out[0, window.shape[1] :], skip_special_tokens=True)
 
 
-def measured(base, args, task: str, length: int, name: str, policy, prose: list[str]) -> dict:
-    """A cell, from its file where there is one."""
-    path = args.out / "cells" / f"{task}-{length}-{name}.json"
-    about = {key: getattr(args, key) for key in ("model", "cases", "budget", "seed", "plain", "path")}
-    if path.exists():
-        found = json.loads(path.read_text())
-        if found["about"] != about:
-            raise ValueError(f"--out={args.out} holds cells of other settings: {found['about']}; name another folder")
-        return found
-    questions = [case(task, length, base.tokenizer, args.seed + number, prose) for number in range(args.cases)]
-    with replacing(args.out / "cases" / f"{task}-{length}.jsonl") as part:  # for others that answer the same ones
-        part.write_text("".join(json.dumps(row) + "\n" for row in questions))
-    rows = []
-    for row in questions:
-        said, entries = answer(base, row, policy, args.budget, args.plain)
-        rows.append(
-            {"score": score(task, said, row["answer"]), "entries": entries, "said": said, "answer": row["answer"]}
-        )
-    with replacing(path) as part:
-        part.write_text(json.dumps({"about": about, "rows": rows}))
-    return {"rows": rows}
+class Cell:
+    """Task, length and policy: a row for each case, in a file that every case is added to.
+
+    Raises:
+        ValueError: the file holds another study.
+    """
+
+    def __init__(self, args: argparse.Namespace, task: str, length: int, name: str):
+        self.name, self.path = name, args.out / "cells" / f"{task}-{length}-{name}.json"
+        self.about = {key: str(value) if key == "keys" else value for key, value in vars(args).items() if key in ABOUT}
+        self.rows = []
+        if self.path.exists():
+            found = json.loads(self.path.read_text())
+            wrong = [f"{key}={found['about'].get(key)}, not {now}" for key, now in self.about.items()]
+            wrong = [
+                said for said, key in zip(wrong, self.about, strict=True) if found["about"].get(key) != self.about[key]
+            ]
+            if wrong:
+                raise ValueError(
+                    f"--out={args.out} holds cells of other settings: {'; '.join(wrong)}; name another folder"
+                )
+            self.rows = found["rows"]
+
+    def has(self, number: int, answers: int) -> bool:
+        """Whether a case is there, with its answer where that is asked for."""
+        return number < len(self.rows) and (number >= answers or self.rows[number]["score"] is not None)
+
+    def add(self, number: int, row: dict) -> None:
+        self.rows[number : number + 1] = [row]
+        with replacing(self.path) as part:
+            part.write_text(json.dumps({"about": self.about, "rows": self.rows}))
+
+
+ABOUT = ("model", "budget", "seed", "plain", "path", "keys")
+
+
+class Cases:
+    """Cases of a task and length, each made once for all policies, and kept for others that answer the same ones."""
+
+    def __init__(self, base, args: argparse.Namespace, task: str, length: int, prose: list[str]):
+        self.base, self.args, self.task, self.length, self.prose = base, args, task, length, prose
+        self.number, self.case = None, None
+
+    def __getitem__(self, number: int) -> tuple[dict, list[int], Asked]:
+        if self.number != number:
+            row = case(self.task, self.length, self.base.tokenizer, self.args.seed + number, self.prose)
+            path = self.args.out / "cases" / f"{self.task}-{self.length}.jsonl"
+            if not number or path.exists():
+                with path.open("a" if number else "w") as file:
+                    file.write(json.dumps(row) + "\n")
+            self.number, self.case = number, (row, *asked_of(row, self.base.tokenizer))
+        return self.case
+
+
+def measured(base, args, cases: Cases, number: int, policy) -> dict:
+    """What a policy keeps of a case, and where it is asked for what the base says to that."""
+    row, ids, asked = cases[number]
+    kept = policy.keep(asked, args.budget)
+    there = {*kept}
+    needed = [n for block in asked.needed for n in range(block * BLOCK, min((block + 1) * BLOCK, len(ids)))]
+    about = {"entries": len(kept), "held": there.issuperset(needed) if needed else None}
+    about |= {"answer": row["answer"], "said": None, "score": None}
+    if number < args.answers:
+        said = answer(base, row, ids, kept, args.plain)
+        about |= {"said": said, "score": score(cases.task, said, row["answer"])}
+    return about
 
 
 def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
-    """Measure cell by cell.
+    """Measure case by case.
 
     Raises:
         ValueError: an unknown task or policy, or lengths and budgets that do not go together; names the option.
@@ -131,24 +197,54 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     short = min(args.lengths)
     if args.budget >= short and set(args.policies) - {"full"}:
         raise ValueError(f"--budget={args.budget} is not allowed with --lengths={short}: it must be below every length")
-    policies = {name: find(rivals, name, "--policies")() for name in args.policies}
+    args.answers = args.cases if args.answers is None else min(args.answers, args.cases)
+    kinds = {name: find(rivals, name, "--policies") for name in args.policies}
     for folder in ("cells", "cases"):
         usable(args.out / folder)
-    base = load_models(args.model).base
+    groups = [(task, length) for task in args.tasks for length in sorted(args.lengths)]
+    cells = {group: [Cell(args, *group, name) for name in kinds] for group in groups}
+    models = load_models(args.model)
+    base = models.base
+    policies = {
+        name: kind(models, args.keys) if getattr(kind, "needs_models", False) else kind()
+        for name, kind in kinds.items()
+    }
     prose = essay(args.path) if {*PROSE} & {*args.tasks} else []
-    cells = [(t, n, p) for t in args.tasks for n in sorted(args.lengths) for p in policies]
+    steps = [(g, n, c) for g in groups for n in range(args.cases) for c in cells[g] if not c.has(n, args.answers)]
+    table, told, cases = Table(), [], None
+    for group, number, own in bar("cases")(steps):
+        if told[-1:] != [group]:
+            if told:
+                yield args.out / "ruler", report(tabled(table, cells, told[-1], args), args)
+            told.append(group)
+            cases = Cases(base, args, *group, prose)
+        own.add(number, measured(base, args, cases, number, policies[own.name]))
     table = Table()
-    for task, length, name in bar("cells")(cells):
-        rows = measured(base, args, task, length, name, policies[name], prose)["rows"]
-        about = {"carrier": name, "span": length, "domain": task, "n": len(rows)}
-        table.add("score", sum(row["score"] for row in rows) / len(rows), **about)
-        table.add("solved", wilson(sum(row["score"] == 1 for row in rows), len(rows))._asdict(), **about)
-        table.add("entries", sum(row["entries"] for row in rows) / len(rows), **about)
-        yield args.out / "ruler", report(table, args)
+    for group in groups:
+        tabled(table, cells, group, args)
+    yield args.out / "ruler", report(table, args)
+
+
+def tabled(table: Table, cells: dict, group: tuple[str, int], args: argparse.Namespace) -> Table:
+    """The figures of a task and length, added to the table."""
+    task, length = group
+    for found in cells[group]:
+        rows = found.rows[: args.cases]
+        about = {"carrier": found.name, "span": length, "domain": task}
+        answered = [row["score"] for row in rows if row["score"] is not None]
+        held = [row["held"] for row in rows if row.get("held") is not None]
+        if answered:
+            table.add("score", sum(answered) / len(answered), n=len(answered), **about)
+            solved = wilson(sum(value == 1 for value in answered), len(answered))
+            table.add("solved", solved._asdict(), n=len(answered), **about)
+        if held:
+            table.add("held", wilson(sum(held), len(held))._asdict(), n=len(held), **about)
+        table.add("entries", sum(row["entries"] for row in rows) / len(rows), n=len(rows), **about)
+    return table
 
 
 def report(table: Table, args: argparse.Namespace) -> Report:
-    metrics = ("score", "solved", "entries")
+    metrics = ("score", "solved", "held", "entries")
     sheets = []
     for task in table.names("domain"):
         own = table.pick(domain=task)
@@ -156,15 +252,17 @@ def report(table: Table, args: argparse.Namespace) -> Report:
             [name, str(length), *(cell(own.one(carrier=name, span=length, metric=m)) for m in metrics)]
             for length, name in own.names(("span", "carrier"))
         ]
-        sheets.append(Sheet(f"{task}: {args.cases} cases a cell", ["policy", "length", *metrics], rows))
+        said = "" if args.answers == args.cases else f", {args.answers} of them answered"
+        sheets.append(Sheet(f"{task}: {args.cases} cases a cell{said}", ["policy", "length", *metrics], rows))
 
     def draw(path: Path) -> None:
         tasks = table.names("domain")
         with picture(path, (5 * len(tasks), 4), columns=len(tasks)) as axes:
             for axis, task in zip(axes[0], tasks, strict=True):
-                panel(axis, task, "tokens", "solved")
+                shown = "solved" if args.answers else "held"
+                panel(axis, task, "tokens", shown)
                 for name in table.names("carrier"):
-                    own = table.pick(domain=task, carrier=name, metric="solved")
+                    own = table.pick(domain=task, carrier=name, metric=shown)
                     line(axis, [(row["span"], row) for row in own], label=name)
                 powers(axis, table.names("span"))
                 legend(axis)

@@ -4,14 +4,20 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from megactx.data import ruler
 from megactx.evaluation import rivals
-from megactx.evaluation.rivals import BLOCK, Asked
+from megactx.evaluation.rivals import BLOCK, Asked, near
+from megactx.evaluation.rivals.keys import Keys
+from megactx.focus.keys import KeyNet
+from megactx.framework import bar as framework_bar
 from megactx.gist.parts import find
-from megactx.studies.ruler import answer, main
+from megactx.studies import ruler as study
+from megactx.studies.ruler import Settled, answer, asked_of, main
 
 
-@pytest.mark.parametrize("name", ["newest", "needed", "bm25"])
+@pytest.mark.parametrize("name", ["newest", "needed", "bm25", "bm25_near"])
 def test_a_policy_keeps_exactly_the_budget(name):
     blocks = [f"word{n} stands here" for n in range(20)]
     kept = find(rivals, name, "--policies")().keep(Asked(blocks, 20 * BLOCK, [5], "Where stands word5?"), 160)
@@ -30,7 +36,10 @@ def test_a_stopped_study_goes_on_with_the_cells_that_are_missing(tmp_path, capsy
     assert (tmp_path / "ruler.png").exists()
     row = json.loads((tmp_path / "cases" / "niah_single_1-400.jsonl").read_text())
     assert {"context", "question", "answer_prefix", "answer", "max_new_tokens", "needles"} <= {*row}
-    assert main([*sizes, "--seed", "5"]) == 2 and "--out" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main([*sizes, "--seed", "5"]) == 2
+    told = capsys.readouterr().err
+    assert "--out" in told and "other settings: seed=0, not 5; name another folder" in told and "{" not in told
 
 
 @pytest.mark.parametrize("option", ["--tasks", "--policies"])
@@ -52,6 +61,7 @@ def test_a_template_is_read_with_its_special_tokens_and_a_text_that_looks_like_o
         tokenizer, "chat_template", "{{ bos_token }}{{ messages[0].content }}{{ bos_token }}", raising=False
     )
     row = {"context": f"a {special} b", "question": "c?", "answer_prefix": "d", "needles": [], "max_new_tokens": 1}
+    row["answer"] = ["e"]
 
     class Model:
         device = "cpu"
@@ -61,10 +71,74 @@ def test_a_template_is_read_with_its_special_tokens_and_a_text_that_looks_like_o
             return window
 
     base = SimpleNamespace(tokenizer=tokenizer, model=Model(), max_positions=512)
-    answer(base, row, find(rivals, "full", "--policies")(), 64, plain=False)
+    ids, asked = asked_of(row, tokenizer)
+    answer(base, row, ids, find(rivals, "full", "--policies")().keep(asked, 64), plain=False)
     assert seen[0].count(tokenizer.bos_token_id) == 2 and seen[0][0] == tokenizer.bos_token_id
 
 
 def test_a_budget_that_holds_all_of_a_text_is_no_measure_of_what_is_kept(tmp_path, capsys):
     assert main(["--lengths", "512", "--budget", "512", "--policies", "newest", "--out", str(tmp_path)]) == 2
     assert "--budget=512 is not allowed with --lengths=512" in capsys.readouterr().err
+
+
+def test_help_names_every_policy(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = capsys.readouterr().out
+    assert all(name in told for name in ("bm25", "bm25_near", "full", "keys", "needed", "newest"))
+
+
+def test_a_case_is_made_once_for_all_policies_and_progress_is_told_case_by_case(tmp_path, monkeypatch, capsys):
+    made, real = [], ruler.case
+    monkeypatch.setattr(study, "case", lambda *given: made.append(given[3]) or real(*given))
+    monkeypatch.setattr(framework_bar, "EVERY", 0)
+    sizes = ["--lengths", "400", "--cases", "2", "--answers", "0", "--budget", "128", "--out", str(tmp_path)]
+    assert main([*sizes, "--policies", "newest", "bm25", "needed"]) == 0
+    assert made == [0, 1] and "cases: 6 of 6" in capsys.readouterr().out
+    assert len((tmp_path / "cases" / "niah_single_1-400.jsonl").read_text().splitlines()) == 2
+    table = json.loads((tmp_path / "ruler.json").read_text())["table"]
+    held = {row["carrier"]: row["point"] for row in table if row["metric"] == "held"}
+    assert held["needed"] == 1 and not any(row["metric"] == "solved" for row in table)
+
+
+def test_a_stop_between_two_cases_loses_no_case(tmp_path, monkeypatch):
+    sizes = ["--lengths", "400", "--cases", "2", "--answers", "0", "--budget", "128", "--out", str(tmp_path)]
+    real, asked = study.measured, []
+
+    def stopped(*given):
+        if asked:
+            raise KeyboardInterrupt
+        return asked.append(1) or real(*given)
+
+    monkeypatch.setattr(study, "measured", stopped)
+    assert main([*sizes, "--policies", "newest"]) == 130
+    kept = json.loads((tmp_path / "cells" / "niah_single_1-400-newest.json").read_text())["rows"]
+    monkeypatch.setattr(study, "measured", real)
+    assert main([*sizes, "--policies", "newest"]) == 0
+    rows = json.loads((tmp_path / "cells" / "niah_single_1-400-newest.json").read_text())["rows"]
+    assert len(kept) == 1 and rows[:1] == kept and len(rows) == 2
+
+
+@pytest.mark.parametrize(("task", "said", "over"), [("vt", "A, b", True), ("vt", "A", False), ("qa1", "a.", True)])
+def test_an_answer_ends_when_its_score_is_settled(task, said, over):
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: said)
+    ends = Settled(tokenizer, {"task": task, "answer": ["a", "b"]}, 1)
+    assert ends(torch.zeros(1, 3, dtype=torch.long), None).tolist() == [over]
+
+
+def test_a_block_that_is_found_brings_its_neighbours_the_next_one_first():
+    assert near([3, 0, 9], 10) == [3, 4, 2, 0, 1, 9, 8]
+
+
+def test_keys_find_the_block_that_is_like_the_question(tiny_tokenizer):
+    embeddings = torch.randn(len(tiny_tokenizer), 32, generator=torch.Generator().manual_seed(0))
+    base = SimpleNamespace(tokenizer=tiny_tokenizer)
+    policy = Keys(SimpleNamespace(base=base, keys=KeyNet(embeddings, 32).eval()))
+    ids = torch.randint(5, len(tiny_tokenizer), (20 * BLOCK,), generator=torch.Generator().manual_seed(1)).tolist()
+    question = "Where is the garden of the old mill?"
+    told = tiny_tokenizer(question, add_special_tokens=False)["input_ids"]
+    ids[7 * BLOCK : 7 * BLOCK + len(told)] = told
+    kept = policy.keep(Asked([""] * 20, len(ids), [7], question, ids), 192)
+    assert len(kept) == 192 and {*range(7 * BLOCK, 8 * BLOCK)} <= {*kept}
+    with pytest.raises(ValueError, match="these models have no keys"):
+        Keys(SimpleNamespace(base=base, keys=None))

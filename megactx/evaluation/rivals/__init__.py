@@ -1,4 +1,7 @@
-"""What of a long text stays in the window, one policy a file: ``keep(asked, budget)`` -> ascending token indices."""
+"""What of a long text stays in the window, one policy a file: ``keep(asked, budget)`` -> ascending token indices.
+
+A policy with ``needs_models`` is built with the models of the study and the folder of ``--keys``.
+"""
 
 from dataclasses import dataclass
 
@@ -7,12 +10,19 @@ SINK, BLOCK = 4, 32
 
 @dataclass
 class Asked:
-    """Blocks' texts, number of tokens, the blocks that hold needles, and the question."""
+    """Blocks' texts, number of tokens, the blocks that hold needles, the question, and the ids of the text."""
 
     blocks: list[str]
     tokens: int
     needed: list[int]
     question: str
+    ids: list[int] | None = None
+
+
+def near(order: list[int], count: int) -> list[int]:
+    """Each block with its neighbours, the next one first, for a fact often crosses a border; of ``count`` blocks."""
+    beside = [at for block in order for at in (block, block + 1, block - 1) if 0 <= at < count]
+    return [*dict.fromkeys(beside)]
 
 
 def filled(asked: Asked, budget: int, chosen: list[int], newest: int) -> list[int]:

@@ -1,0 +1,32 @@
+import torch
+
+from . import BLOCK, filled, near
+
+
+class Keys:
+    """Raw blocks whose learned key is most like the question's, with their neighbours; a quarter is the newest tokens.
+
+    All keys are compared. Keys of the context are those that a tree of it keeps.
+
+    Raises:
+        ValueError: there is no net of keys for these models.
+    """
+
+    needs_models = True
+
+    def __init__(self, models, keys=None):
+        from megactx.parts.read import load_keys
+
+        self.tokenizer, self.net = models.base.tokenizer, models.keys if keys is None else load_keys(keys, models.base)
+        if self.net is None:
+            raise ValueError(
+                "--policies=keys: these models have no keys; train some (megactx.studies.keys), name --keys"
+            )
+
+    def keep(self, asked, budget):
+        whole = len(asked.ids) // BLOCK
+        keys = self.net.encode(torch.tensor(asked.ids[: whole * BLOCK]).view(-1, BLOCK))
+        question = self.tokenizer(asked.question, add_special_tokens=False)["input_ids"]
+        found = self.net.likeness(self.net(torch.tensor([question])), keys)[0]
+        order = found.argsort(descending=True, stable=True)[:budget].tolist()
+        return filled(asked, budget, near(order, len(asked.blocks)), budget // 4)
