@@ -3,6 +3,9 @@
     the newest tokens alone    [ sink ][ c0 ][ c1 ][ c2 ] ... [ newest ]     all of the budget, chunks of K tokens
     with two sets that earn    [ sink ][ set ][ set ][ c2 ] ... [ newest ]   each pays with the oldest chunk there is
 
+Blocks that the newest tokens find by their keys (``found_by_keys``) come before all sets, if a block stands out: no
+level of the window has to be opened for them.
+
 A set is K siblings of the window, tokens or gists, and is worth their v_keep. A chunk is worth what LensNet says of its
 blocks: v_keep where they stand raw in the window, v_down where a gist stands for them. The best set takes the place of
 the oldest chunk if it is worth more by a margin, then the second best that of the next. So by LensNet's estimate what
@@ -14,15 +17,22 @@ B rows, W entries, K of a block, C chunks.
 import torch
 from torch import Tensor
 
-from megactx.memory import Selection, WorkingContext
+from megactx.memory import MegaContextTree, Selection, WorkingContext
 
 from .edits import Moves
+from .keys import search
 from .lensnet import Scores
 
 
 @torch.no_grad()
 def earned(
-    context: WorkingContext, budget: int, legal: Moves, scores: Scores | None, margin: float | Tensor, protected: int
+    context: WorkingContext,
+    budget: int,
+    legal: Moves,
+    scores: Scores | None,
+    margin: float | Tensor,
+    protected: int,
+    found: list[list[int]] | None = None,
 ) -> tuple[Selection, Tensor]:
     """What is read of a window, and how many of its entries were earned against the newest tokens, [B].
 
@@ -32,18 +42,27 @@ def earned(
         scores: of ``context``; ``None``: there is no estimate, so nothing is earned.
         margin: nats by which a set must be worth more.
         protected: newest tokens that no set takes the place of.
+        found: of each row, blocks that are read in any case, the best first.
     """
     tree, k = context.tree, context.tree.block_size
     ends = context.ends().cpu()  # [B]
     begin = torch.minimum((ends - (budget - k)).clamp(min=k), ends)  # of the newest tokens
-    count = torch.zeros_like(begin)
+    chunks = ((ends - begin - protected) // k).clamp(min=0)  # that may be paid with
+    opened = [
+        [block for block in own if 0 < block and (block + 1) * k <= start][:most]
+        for own, start, most in zip(found or [[]] * len(ends), begin.tolist(), chunks.tolist(), strict=True)
+    ]
+    begin, paid = begin + k * torch.tensor([len(own) for own in opened]), torch.tensor([len(own) for own in opened])
+    chunks, count = chunks - paid, torch.zeros_like(begin)
     if scores is not None:
         starts, spans = context.starts(), context.widths() * k
         first = begin.to(starts.device)[:, None]
-        candidate = legal.leads & (starts >= k) & (starts + spans <= first)
+        candidate = legal.leads & (starts >= k) & (starts + spans <= first - k * paid.to(first.device)[:, None])
+        for row, own in enumerate(opened):  # what is read already, and what stands above it
+            for block in own:
+                candidate[row] &= (starts[row] + spans[row] <= block * k) | (starts[row] >= (block + 1) * k)
         worth = torch.where(candidate, scores.v_keep, -torch.inf)
         best, column = worth.sort(dim=1, descending=True, stable=True)  # among equals the oldest
-        chunks = ((ends - begin - protected) // k).clamp(min=0)  # that may be paid with
         chunk = _chunks(context, scores, legal, first, int(chunks.max()))
         there = torch.arange(chunk.shape[1], device=chunk.device) < chunks.to(chunk.device)[:, None]
         most = min(best.shape[1], chunk.shape[1])
@@ -51,15 +70,32 @@ def earned(
         count = wins.long().cumprod(1).sum(1).cpu()
     rows = []
     for row, (end, start, sets) in enumerate(zip(ends.tolist(), begin.tolist(), count.tolist(), strict=True)):
+        old = [(0, block * k) for block in opened[row]]
+        old += [(int(context.lod[row, at]), int(context.index[row, at])) for at in (column[row, :sets] if sets else [])]
         parts = [_tokens(0, min(k, end))]
-        for at in sorted(column[row, :sets].tolist()) if sets else []:
-            level, index = int(context.lod[row, at]), int(context.index[row, at])
+        for level, index in sorted(old, key=lambda node: node[1] * k ** node[0]):
             parts.append((torch.full((k,), level), torch.arange(index, index + k)))
         parts.append(_tokens(start + sets * k, end))
         rows.append([torch.cat(part) for part in zip(*parts, strict=True)])
     lengths = torch.tensor([len(lod) for lod, _ in rows])
     lod, index = (torch.nn.utils.rnn.pad_sequence([row[n] for row in rows], batch_first=True) for n in (0, 1))
-    return Selection(tree, lod, index, lengths, budget), count * k
+    return Selection(tree, lod, index, lengths, budget), (count + paid) * k
+
+
+def found_by_keys(tree: MegaContextTree, question: Tensor, most: int) -> list[list[int]]:
+    """Of each row the blocks that stand out for the newest tokens, at most so many, the best first.
+
+    A fact often crosses a border, so each brings the block behind it, if there is room.
+
+    Args:
+        question: ids [B, Q].
+    """
+    like, out = search(tree, question), []
+    for row in like:
+        best = row.argsort(descending=True, stable=True)[:most]
+        best = best[row[best] > tree.keys.null].tolist()
+        out.append([*dict.fromkeys(near for block in best for near in (block, block + 1))][:most])
+    return out
 
 
 def _tokens(start: int, end: int) -> tuple[Tensor, Tensor]:

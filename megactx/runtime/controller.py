@@ -57,6 +57,8 @@ class Controller:
                 f"positions=absolute is not allowed: this base LM has a table of {models.base.max_positions} learned"
                 " positions and no further ones; allowed is rebased"
             )
+        if self.settings.keys and models.keys is None:
+            raise ValueError(f"keys={self.settings.keys} is not allowed: {models.name or 'these models'} have no keys")
         if self.settings.megacontext == "focus" and models.lensnet is None:
             self.notes.append("There is no LensNet here: the newest text has the detail (megacontext=recency).")
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from megactx.focus import Edits, FocusAllocator, LensNet, moves
-from megactx.focus.earned import earned
+from megactx.focus.earned import earned, found_by_keys
 from megactx.focus.edits import Moves
 from megactx.focus.lensnet import Scores
 from megactx.memory import MegaContextTree, WorkingContext
@@ -58,7 +58,7 @@ class Focus:
     def __init__(self, settings: Settings, block_size: int, lensnet: LensNet | None):
         self.budget, self.reserve = settings.budget, settings.reserve(block_size)
         self.lensnet = lensnet if settings.megacontext == "focus" else None
-        self.earn = settings.earn
+        self.earn, self.keys = settings.earn, settings.keys
         self.allocator = Reserving(self.reserve, **settings.allocator)
         self.mean_embeddings = MeanEmbeddingCache()
         self.seconds: dict[str, float] = {}  # of the last refocus
@@ -155,8 +155,11 @@ class Focus:
         self.seconds = {"score": scored - began, "allocate": time.perf_counter() - scored}
         return scores, edits
 
-    def shown(self, context: WorkingContext) -> tuple[WorkingContext, Tensor | None]:
+    def shown(self, context: WorkingContext, newest: Tensor) -> tuple[WorkingContext, Tensor | None]:
         """What is read of a window: all of it; with ``earn`` what LensNet puts above the newest tokens, and these.
+
+        Args:
+            newest: ids [B, Q], by which keys are searched.
 
         Returns:
             Also the entries of each row that were earned, [B]; ``None``: nothing was compared.
@@ -166,7 +169,8 @@ class Focus:
         legal = moves(context, self.allocator.protected)
         scores = self.score(context, legal) if self.lensnet is not None and self.needed(context) else None
         margin = 0.0 if scores is None else self.allocator.margin(self.lensnet.tau)
-        return earned(context, self.budget, legal, scores, margin, self.allocator.protected)
+        found = found_by_keys(context.tree, newest, self.keys) if self.keys else None
+        return earned(context, self.budget, legal, scores, margin, self.allocator.protected, found)
 
 
 def lowered(context: WorkingContext, reserve: int) -> WorkingContext:

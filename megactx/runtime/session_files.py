@@ -130,7 +130,8 @@ def load(folder: Path, models, settings: Settings, observers=()) -> tuple[Stream
             raise ValueError(f"{folder}: the session belongs to another tokenizer, {manifest['tokenizer']}")
         if data.is_symlink() or (data / STATE).is_symlink() or not isinstance(about, dict):
             raise ValueError(f"{folder}: {MANIFEST} is damaged, or leads elsewhere")
-        tree = MegaContextTree.load(data / "tree", models.gistnet, models.base, device=models.base.model.device)
+        keys, device = models.keys if settings.keys else None, models.base.model.device
+        tree = MegaContextTree.load(data / "tree", models.gistnet, models.base, device=device, keys=keys)
         if tree.rows != 1:
             raise ValueError(f"{folder}: its tree has {tree.rows} rows, a session has 1")
         state = load_file(data / STATE, device=str(models.base.model.device))

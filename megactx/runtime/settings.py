@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from megactx.focus.edits import PROTECTED
-from megactx.framework.config.types import Count, declared
+from megactx.framework.config.types import Count, Whole, declared
 
 KINDS, POSITIONS = ("focus", "recency", "none"), ("rebased", "absolute")
 HISTORY = 2**20  # tokens of history whose coarsest view must fit any window
@@ -25,6 +25,8 @@ class Settings:
         allocator: keyword arguments of ``FocusAllocator``.
         earn: read the sink and the newest tokens, and of what is older only what LensNet's own estimate puts above
             them, see ``focus.earned``; else all of the window, gists included.
+        keys: blocks, at most, that the newest tokens find among all blocks of the history by their keys, and that are
+            read besides, however coarse the window is there; with ``earn`` alone. 0: none.
 
     Raises:
         ValueError: a setting that is not known.
@@ -36,6 +38,11 @@ class Settings:
     limit: Count | None = None
     allocator: dict = field(default_factory=dict)
     earn: bool = False
+    keys: Whole = 0
+
+    def __post_init__(self):
+        if self.keys and not self.earn:
+            raise ValueError(f"keys={self.keys} is not allowed without earn=true, which reads what stands out")
 
     @property
     def protected(self) -> int:

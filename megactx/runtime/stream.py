@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from megactx.focus.keys import QUESTION
 from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree, Selection, WorkingContext
 from megactx.parts.models import Models
@@ -46,7 +47,10 @@ class Stream:
     ):
         self.models, self.settings, self.observers = models, settings, list(observers)
         self.base, self.device = models.base, models.base.model.device
-        self.tree = MegaContextTree(models.gistnet, models.base, rows, device=self.device) if tree is None else tree
+        keys = models.keys if settings.keys else None
+        if tree is None:
+            tree = MegaContextTree(models.gistnet, models.base, rows, device=self.device, keys=keys)
+        self.tree = tree
         self.block, self.rows = self.tree.block_size, self.tree.rows
         self.context: WorkingContext | None = None
         self.focus = Focus(settings, self.block, models.lensnet)
@@ -284,7 +288,7 @@ class Stream:
     def _read(self) -> None:
         """Read the window, as far as it has changed, and what waits behind it."""
         if self.window() is not None:
-            shown, self.earned = self.focus.shown(self.context)
+            shown, self.earned = self.focus.shown(self.context, self.newest(QUESTION))
             place = self.rebase.close if isinstance(shown, Selection) else self.rebase.place
             positions, self._following = place(shown)
             spread = self.models.gistnet.spread(shown.lods())

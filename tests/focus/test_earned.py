@@ -99,3 +99,17 @@ def test_a_text_that_fits_is_read_whole():
 def test_a_selection_refuses_entries_that_overlap():
     with pytest.raises(ValueError, match="begins before the one to its left has ended"):
         Selection(tree((300,)), torch.tensor([[0, 1]]), torch.tensor([[9, 2]]), torch.tensor([2]), 8)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_found_blocks_are_read_in_place_of_the_oldest_of_the_newest_tokens_and_nothing_is_read_twice(seed):
+    context = window(tree((300, 211)), seed)
+    legal = moves(context, NEWEST)
+    found = [[9, 3, 4, 70, 0], [20]]  # of row 0 block 70 is among the newest tokens, and block 0 is the sink
+    shown, count = earned(context, BUDGET, legal, scores_of(context, legal, seed), MARGIN, NEWEST, found)
+    assert (count >= torch.tensor([3 * K, K])).all() and shown.counts.tolist() == [BUDGET] * 2
+    for row, blocks in ((0, (9, 3, 4)), (1, (20,))):
+        raw = {*shown.index[row][shown.lod[row] == 0].tolist()}
+        assert all({*range(block * K, block * K + K)} <= raw for block in blocks)
+        end = int(context.ends()[row])
+        assert {*range(end - NEWEST, end)} <= raw

@@ -3,8 +3,10 @@
 import json
 from dataclasses import replace
 
+import pytest
 import torch
 
+from megactx.focus.keys import KeyNet, best_below, search
 from megactx.runtime import Controller, Models, Session, Settings
 from megactx.studies.length_policies import dropping
 
@@ -37,7 +39,7 @@ def test_what_is_read_stays_within_the_budget_and_the_base_and_the_map_keeps_all
     stream.observers.append(seen)
     assert stream.append(ids(2, 600), score=True)[:, 1:].isfinite().all()
     assert any(int(event.earned.max()) > 0 for event in events)
-    shown, _ = stream.focus.shown(stream.context)
+    shown, _ = stream.focus.shown(stream.context, stream.newest(8))
     places, behind = stream.rebase.close(shown)
     assert (places[:, 1:] > places[:, :-1]).all() and (behind + K <= LIMIT).all()
 
@@ -71,3 +73,51 @@ def test_a_session_from_before_the_setting_comes_back_with_its_window(controller
 
 def test_whether_entries_must_be_earned_is_a_setting_that_is_off():
     assert Settings().earn is False and replace(Settings(), earn=True).earn
+
+
+@pytest.fixture(scope="module")
+def keyed(models):
+    embeddings = models.base.model.get_input_embeddings().weight
+    torch.manual_seed(0)
+    keys = KeyNet(embeddings, 32).eval().requires_grad_(False)
+    with torch.no_grad():
+        keys.null.fill_(12.0)  # of 15: only what is nearly the same stands out
+    return replace(models, keys=keys, lensnet=None)
+
+
+def test_a_refocus_opens_the_one_block_below_the_coarsest_gist_that_the_newest_tokens_ask_for(keyed, ids, tmp_path):
+    history = ids(1500)
+    history[-K:] = history[400 : 400 + K]  # the question; beside it the newest tokens of the question are others
+    made = Controller(keyed, Settings(**SMALL, megacontext="recency", earn=True, keys=4))
+    stream = made.stream()
+    stream.append(history[None])
+    stream.logits()
+    context, found = stream.context, search(stream.tree, history[None, -K:])
+    assert int(found[0].argmax()) in (100, 374)  # K tokens in all: the block, and the question itself
+    at = int((context.starts()[0] <= 400).nonzero().max())
+    assert int(context.lod[0, at]) >= 2 and best_below(context, found)[0, at] > keyed.keys.null
+    shown, count = stream.focus.shown(context, history[None, -K:])
+    assert {400, 401, 402, 403} <= {*shown.index[0][shown.lod[0] == 0].tolist()} and int(count) >= K
+    assert shown.counts.tolist() == [BUDGET] and shown.index[0, :K].tolist() == [*range(K)]
+    nothing, count = stream.focus.shown(context, ids(1, 64, seed=9))
+    assert int(count) == 0 and (nothing.lod == 0).all()
+
+
+def test_a_session_without_keys_is_gone_on_with_keys_and_back(keyed, ids, tmp_path):
+    plain = Settings(**SMALL, megacontext="recency", earn=True)
+    with Session(Controller(keyed, plain)) as session:
+        session.append(ids(300))
+        session.save(tmp_path / "talk")
+    with Session.load(tmp_path / "talk", Controller(keyed, replace(plain, keys=2))) as session:
+        assert session.tree.levels[1].whole("key").shape == (1, 75, 32)
+        session.append(ids(40))
+        session.save()
+    with Session.load(tmp_path / "talk", Controller(keyed, plain)) as session:
+        assert session.length == 341 and "key" not in session.tree.levels[1].columns
+
+
+def test_keys_need_a_net_and_a_window_that_is_earned(models):
+    with pytest.raises(ValueError, match="keys=2 is not allowed without earn=true"):
+        Settings(keys=2)
+    with pytest.raises(ValueError, match="keys=2 is not allowed: small have no keys"):
+        Controller(models, Settings(**SMALL, earn=True, keys=2))
