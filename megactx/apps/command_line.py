@@ -25,6 +25,10 @@ def add_models(parser: argparse.ArgumentParser, budget: int = 2048) -> None:
         "--positions", choices=POSITIONS, default="rebased", help="beyond the trained range (default rebased)"
     )
     parser.add_argument(
+        "--earn", action="store_true", help="read the newest tokens, and what is older only where it is worth more"
+    )
+    parser.add_argument("--keys", type=int, default=0, help="with --earn: old blocks found by their keys (default 0)")
+    parser.add_argument(
         "--metrics", type=int, metavar="PORT", help="give Prometheus numbers at 127.0.0.1:PORT/metrics (default: none)"
     )
 
@@ -64,7 +68,8 @@ def controller_of(args: argparse.Namespace, tree: bool = False) -> Controller:
     Raises:
         ValueError: models and settings do not fit, or make no tree.
     """
-    settings = Settings(budget=args.budget, megacontext=args.megacontext, positions=args.positions)
+    names = ("budget", "megacontext", "positions", "earn", "keys")
+    settings = Settings(**{name: getattr(args, name) for name in names})
     quiet_libraries()
     controller = Controller(load_models(args.model), settings)
     if tree and controller.plain:
