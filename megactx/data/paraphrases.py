@@ -62,7 +62,7 @@ PAIRS = (  # (told, asked), either way round
 LEARNED, MEASURED = PAIRS[::2], PAIRS[1::2]
 TOLD = "The secret number of the {} is {}."
 CHANGED = "From now on the secret number of the {} is {}."
-DECOYS = 7  # needles about others
+DECOYS = len(MEASURED) - 1  # needles about others: more than a window of 1,024 tokens holds with their neighbours
 
 
 def _numbers(draw: random.Random, count: int) -> list[str]:

@@ -1,13 +1,13 @@
 """The models that a session needs, from a run folder, an exported folder, or the package itself.
 
 nothing                 the embedded base LM, its GistNet and its LensNet
-asset with a GistNet    ``smollm2``: a base LM of another package, and ``asset:smollm2-gistnet`` of this one
-exported folder         a Hugging Face folder with gistnet/ and, where there is one, lensnet/ in it
+asset with a GistNet    ``smollm2``: a base LM of another package, and ``asset:smollm2-gistnet`` and -keys of this one
+exported folder         a Hugging Face folder with gistnet/ and, where there are such, lensnet/ and keys/ in it
 run of a lens stage     all three; of a gist stage: base and GistNet; of a base stage: the base LM alone
 Hugging Face folder     a base LM alone, as are a GGUF file, a folder with one in it, and any other ``asset:NAME``
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from megactx.gist import GistNet
 from megactx.lm import BaseLM
 from megactx.lm.identity import record_of
 
-from .find import GISTNET, LENSNET, refuse_other_base
+from .find import GISTNET, KEYS, LENSNET, refuse_other_base
 from .read import gistnet_of, lensnet_of, load_gistnet, load_keys, load_lensnet
 
 EMBEDDED = [f"asset:tiny-{part}" for part in ("base", "gistnet", "lensnet")]
@@ -65,24 +65,27 @@ def _read(path: str | None) -> Models:
         if not is_gguf(name) and name not in known():
             raise ValueError(f"model={path}: there is no such folder, file or asset")
         if f"{name}-gistnet" in known():
-            models = _together(name, resolve(f"{name}-gistnet"), None, path)
-            keys = f"{name}-keys"
-            return replace(models, keys=load_keys(resolve(keys), models.base)) if keys in known() else models
+            keys = resolve(f"{name}-keys") if f"{name}-keys" in known() else None
+            return _together(name, resolve(f"{name}-gistnet"), None, path, keys)
         return Models(BaseLM.from_pretrained(name, "float32"), name=path)
     if (folder / "gistnet" / GISTNET).is_file():
-        lensnet = folder / "lensnet"
-        return _together(folder, folder / "gistnet", lensnet if (lensnet / LENSNET).is_file() else None, str(path))
+        others = ((folder / "lensnet", LENSNET), (folder / "keys", KEYS))
+        lensnet, keys = (part if (part / file).is_file() else None for part, file in others)
+        return _together(folder, folder / "gistnet", lensnet, str(path), keys)
     for own in (folder / "model", folder):  # of a run of a base stage; or a model itself
         if (own / "config.json").is_file() or own == folder and is_gguf(resolve(folder, "model")):
             return Models(BaseLM.from_pretrained(str(own), "float32"), name=str(path))
     return _of_run(folder)
 
 
-def _together(base: str | Path, gistnet: str | Path, lensnet: str | Path | None, name: str) -> Models:
+def _together(
+    base: str | Path, gistnet: str | Path, lensnet: str | Path | None, name: str, keys: str | Path | None = None
+) -> Models:
     """Models from the folders of each."""
     base = BaseLM.from_pretrained(str(base), "float32").freeze()
     net = load_gistnet(gistnet, base)
-    return Models(base, net, None if lensnet is None else load_lensnet(lensnet, net), name)
+    lens = None if lensnet is None else load_lensnet(lensnet, net)
+    return Models(base, net, lens, name, None if keys is None else load_keys(keys, base))
 
 
 def _of_run(folder: Path) -> Models:

@@ -2,12 +2,14 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
 
 from megactx.focus import key_training as training
 from megactx.focus.keys import KeyNet
+from megactx.parts.models import load_models
 from megactx.parts.read import load_keys
 from megactx.studies import keys as study
 from megactx.studies.keys import main
@@ -62,10 +64,12 @@ def test_keys_are_trained_measured_and_read_again(exported, texts, tmp_path, mon
     out = tmp_path / "keys"
     sizes = ["--documents", "24", "--tokens", "3072", "--steps", "12", "--cases", "2", "--haystack", "48"]
     assert main([str(exported), "--path", str(texts), *sizes, "--size", "16", "--out", str(out)]) == 0
-    from megactx.parts.models import load_models
-
-    base = load_models(str(exported)).base
-    net = load_keys(out, base)
+    folder = tmp_path / "models"
+    shutil.copytree(exported, folder)
+    shutil.copytree(out, folder / "keys")
+    models = load_models(str(folder))
+    base, net = models.base, models.keys
+    assert load_models(str(exported)).keys is None
     assert net.size == 16 and not any(p.requires_grad for p in net.parameters())
     table = json.loads((tmp_path / "keys-recall.json").read_text())["table"]
     assert {row["carrier"] for row in table} == {"keys", "bm25"}
