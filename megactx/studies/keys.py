@@ -34,7 +34,14 @@ from megactx.parts.write import save_keys
 from .study import Options, command, usable
 
 BLOCK, HELD_OUT = 32, 10
-DOCUMENTS, BLOCKS, TOLD, ASKED, NOTHING, HARD = 4, 96, 6, 10, 2, 8  # of a step; the last five of a document or question
+DOCUMENTS, BLOCKS, TOLD, ASKED, NOTHING, HARD = (
+    4,
+    96,
+    20,
+    10,
+    2,
+    8,
+)  # of a step; the last five of a document or question
 RATE = 3e-3
 MOST = 8  # blocks, with both neighbours each, that a window of 1,024 takes beside a quarter of newest tokens
 FRAMES = (("", ""), ("What does the text say about", "?\n"), ("", "\nWho wrote this, and what comes next?"))

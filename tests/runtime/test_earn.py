@@ -1,11 +1,13 @@
 """Sessions that read the newest tokens unless something older has earned its entries."""
 
+import argparse
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from megactx.apps import command_line
 from megactx.focus.keys import KeyNet, best_below, search
 from megactx.runtime import Controller, Models, Session, Settings
 from megactx.studies.length_policies import dropping
@@ -121,3 +123,16 @@ def test_keys_need_a_net_and_a_window_that_is_earned(models):
         Settings(keys=2)
     with pytest.raises(ValueError, match="keys=2 is not allowed: small have no keys"):
         Controller(models, Settings(**SMALL, earn=True, keys=2))
+
+
+def test_commands_ask_for_earned_windows_and_keys(keyed, monkeypatch):
+    parser = argparse.ArgumentParser()
+    command_line.add_models(parser)
+    monkeypatch.setattr(command_line, "load_models", lambda path: keyed)
+    for given, earn, keys in (([], False, 0), (["--earn"], True, 0), (["--earn", "--keys", "3"], True, 3)):
+        args = parser.parse_args(["--budget", "448", *given])
+        args.megacontext = "recency"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(command_line, "quiet_libraries", lambda: None)
+            settings = command_line.controller_of(args).settings
+        assert (settings.earn, settings.keys) == (earn, keys)
