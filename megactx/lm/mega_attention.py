@@ -1,6 +1,6 @@
 """MegaAttention: who sees whom when a working context is read together with gists of the whole history.
 
-    rows     [sink][ leaf ... ](gist of 32)[ leaf ... ](gist of 32) ... (gist of 1,024) ...      in the order of their ends
+    rows     [sink][ leaf ... ](gist of 32)[ leaf ... ](gist of 32) ... (gist of 1,024) ...  in the order of their ends
     settled  sees the sink, the summaries of what lies before its segment, older leaves of its own segment
     live     sees every leaf before it, and no summary: the newest ``live`` tokens
     summary  sees the sink, the summaries of what lies before its span, and itself
@@ -10,9 +10,9 @@ Which summaries a row sees depends on the distance from its segment alone, never
 opened gist would change what others see. Counted backwards from a segment's start, level 1 reaches ``mid`` tokens,
 level 2 K times as far, level 3 the rest; borders lie on the coarser grid, so each older token is covered once.
 
-A sliding near window would not do: a changed leaf would change its neighbours, those theirs in the next layer, and after
-L layers L windows were dirty. Behind a segment's border nothing of its leaves is seen but by live rows, so an edit changes
-the leaves of its own segment and the live rows, at any depth.
+A sliding near window would not do: a changed leaf would change its neighbours, those theirs in the next layer, and
+after L layers L windows were dirty. Behind a segment's border nothing of its leaves is seen but by live rows, so an
+edit changes the leaves of its own segment and the live rows, at any depth.
 
 B rows of a batch, N columns, K tokens of a block.
 """
@@ -62,7 +62,8 @@ class MegaMask:
         for level in range(1, LEVELS + 1):
             if self.segment % k**level and k**level % self.segment:
                 raise ValueError(
-                    f"attention.segment={self.segment} is not allowed: gists of {k**level:,} tokens would cross its borders"
+                    f"attention.segment={self.segment} is not allowed: gists of {k**level:,} tokens would cross its"
+                    " borders"
                 )
 
     @property

@@ -18,8 +18,8 @@ from .working_context import WorkingContext
 class Pyramid:
     """The columns of a pass.
 
-    ``lod`` and ``index`` [B, N] name their nodes, ``mask`` says who sees whom, ``leaves`` [B, W] where each entry of the
-    working context stands.
+    ``lod`` and ``index`` [B, N] name their nodes, ``mask`` says who sees whom, ``leaves`` [B, W] where each entry of
+    the working context stands.
     """
 
     context: WorkingContext
