@@ -19,9 +19,8 @@ def test_the_command_compares_four_masks_on_the_same_documents(texts, tmp_path, 
     sizes = ["--tokens", "256", "--documents", "2", "--segment", "32", "--mid", "64", "--live", "64"]
     assert main(["--path", str(texts), *sizes, "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert "mega without gists" in shown and "window and sink" in shown
-    rows = json.loads((tmp_path / "mega_attention.json").read_text())
-    rows = rows["table"] if "table" in rows else rows["rows"]
+    assert "mega without gists" in shown and "sink and " in shown
+    rows = json.loads((tmp_path / "mega_attention.json").read_text())["table"]
     found = {(row["metric"], row["carrier"], row.get("span")): row["point"] for row in rows}
     assert found["dnll", FULL, "settled"] == 0 and found["dnll", FULL, "live"] == 0
     assert 0 < found["pairs", "mega", None] < 1
@@ -29,7 +28,14 @@ def test_the_command_compares_four_masks_on_the_same_documents(texts, tmp_path, 
     assert abs(found["dnll", "mega", "live"]) < abs(found["dnll", "mega", "settled"])
 
 
-def test_a_model_without_a_gistnet_is_refused_and_sizes_are_checked(texts, tmp_path, capsys):
+def test_a_folder_that_is_no_run_of_the_stage_is_refused(trained_runs, texts, tmp_path, capsys):
+    options = ["--path", str(texts), "--tokens", "256", "--documents", "2", "--out", str(tmp_path)]
+    assert main([*options, "--trained", str(trained_runs[0])]) == 2
+    assert "it is no run of experiment=mega_attention" in capsys.readouterr().err
+    assert main([*options, "smollm2", "--trained", str(trained_runs[0])]) == 2
+
+
+def test_a_size_that_does_not_fit_is_refused(texts, tmp_path, capsys):
     options = ["--path", str(texts), "--tokens", "256", "--documents", "2", "--out", str(tmp_path)]
     assert main([*options, "--segment", "40"]) == 2
     assert "attention.segment=40 is not allowed" in capsys.readouterr().err
