@@ -97,30 +97,53 @@ class MegaMask:
 
     def dense(self) -> Tensor:
         """bool [B, 1, N, N], True = sees. Padding sees itself alone."""
-        sees, n = self.rule(), self.start.shape[1]
-        at = torch.arange(n, device=self.start.device)
-        batch = torch.arange(len(self.start), device=self.start.device)
-        return sees(batch[:, None, None], None, at[:, None], at)[:, None]
+        n, device = self.start.shape[1], self.start.device
+        before = torch.ones(n, n, dtype=torch.bool, device=device).tril()
+        itself = torch.eye(n, dtype=torch.bool, device=device)
+        found = []
+        for row in range(len(self.start)):
+            kind, sees = self.kinds(row)
+            found.append((sees[kind] & before) | itself)
+        return torch.stack(found)[:, None]
+
+    def kinds(self, row: int) -> tuple[Tensor, Tensor]:
+        """The mask of a row of the batch in short: rows of a segment see the same, each as far as itself.
+
+        Returns:
+            The kind of each column [N], and the columns that each kind sees, bool [kinds, N]. A row sees itself too.
+        """
+        parts = self._rows()
+        kinds, kind = torch.unique(
+            torch.stack([part[row].int() for part in parts.values()], dim=1), dim=0, return_inverse=True
+        )
+        like = {name: kinds[:, n, None].to(part.dtype) for n, (name, part) in enumerate(parts.items())}
+        columns = {name: part[row] for name, part in self._columns().items()}
+        return kind, _sees(like, columns, 1, 0)
 
     def rule(self):
         """-> ``sees(batch, head, row, column)`` on index tensors: the ``mask_mod`` of ``flex_attention``."""
-        k, (first, second, own), live = self.block, self.borders(), self.is_live
-        start, end, summary, there = self.start, self.end, self.summary, self.there
-        leaf, level = there & ~summary, self._levels()
-        sink = leaf & (end <= k)
-        hidden = summary & (end <= k)  # the sink is seen in tokens
+        rows, columns = self._rows(), self._columns()
 
         def sees(batch, head, row, column):
-            q, c = (batch, row), (batch, column)
-            begin, stop = start[c], end[c]
-            lowest = torch.where(level[c] == 1, second[q], torch.where(level[c] == 2, first[q], 0))
-            highest = torch.where(level[c] == 1, own[q], torch.where(level[c] == 2, second[q], first[q]))
-            covered = summary[c] & ~hidden[c] & (begin >= lowest) & (stop <= highest)
-            near = leaf[c] & (begin >= own[q]) & ~summary[q]
-            seen = torch.where(live[q], leaf[c], covered | near | sink[c])
-            return (column <= row) & there[c] & there[q] & seen | (row == column)
+            row_of = {name: part[batch, row] for name, part in rows.items()}
+            column_of = {name: part[batch, column] for name, part in columns.items()}
+            return _sees(row_of, column_of, row, column)
 
         return sees
+
+    def _rows(self) -> dict[str, Tensor]:
+        """What of a row decides what it sees, [B, N] each; 32 bits hold any token's place, and compare faster."""
+        first, second, own = (border.int() for border in self.borders())
+        settled = self.there & ~self.summary & ~self.is_live
+        kinds = {"there": self.there, "live": self.is_live, "settled": settled}
+        return {"first": first, "second": second, "own": own} | kinds
+
+    def _columns(self) -> dict[str, Tensor]:
+        """What of a column decides who sees it, [B, N] each."""
+        leaf, sink, level = self.there & ~self.summary, self.end <= self.block, self._levels()
+        covers = self.there & self.summary & ~sink  # the sink is seen in tokens
+        found = {"begin": self.start.int(), "stop": self.end.int(), "leaf": leaf, "sink": leaf & sink}
+        return found | {f"level{n}": covers & (level == n) for n in range(1, LEVELS + 1)}
 
     def _levels(self) -> Tensor:
         """LOD of each column [B, N]."""
@@ -131,6 +154,18 @@ class MegaMask:
         count = (self.there & ~self.summary).sum(1)
         seen = self.dense()[:, 0] & self.there[:, :, None]
         return seen.sum((1, 2)) / (count * (count + 1) / 2)
+
+
+def _sees(row: dict[str, Tensor], column: dict[str, Tensor], q, c) -> Tensor:
+    """The rule on what belongs to rows q and columns c, in shapes that broadcast."""
+    begin, stop = column["begin"], column["stop"]
+    covered = column["level3"] & (stop <= row["first"])
+    covered |= column["level2"] & (begin >= row["first"]) & (stop <= row["second"])
+    covered |= column["level1"] & (begin >= row["second"]) & (stop <= row["own"])
+    covered |= column["sink"]
+    near = row["settled"] & column["leaf"] & (begin >= row["own"])
+    seen = (row["live"] & column["leaf"]) | (~row["live"] & row["there"] & (covered | near))
+    return ((c <= q) & seen) | (q == c)
 
 
 def in_order(start: Tensor, width: Tensor, summary: Tensor, there: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class NodePrefill:
         sees = torch.cat([old.leaf.expand(n, -1), torch.ones(n, n, dtype=torch.bool, device=ids.device).tril()], dim=1)
         hidden = self.base(new[0][None], at[None], sees[None, None], old.cache)[0]
         key = torch.cat([old.key, _names(torch.full_like(at, LIVE_TOKEN), at, torch.zeros_like(at))])
-        old.seen = torch.cat([old.seen, _signatures(sees, key)])
+        old.seen = torch.cat([old.seen, sees.double() @ _hashes(key).T])
         old.key, old.leaf = key, torch.cat([old.leaf, torch.ones_like(at, dtype=torch.bool)])
         old.same = tuple(torch.cat(pair) for pair in zip(old.same, new, strict=True))
         old.hidden = torch.cat([old.hidden, hidden])
@@ -104,7 +104,8 @@ class NodePrefill:
         old, mask = self.rows[row], pyramid.mask
         n = int(mask.there[row].sum())
         lod, index, summary = pyramid.lod[row, :n], pyramid.index[row, :n], mask.summary[row, :n]
-        key, sees = _names(lod, index, summary.long()), mask.dense()[row, 0, :n, :n]
+        key, (kind, sees) = _names(lod, index, summary.long()), mask.kinds(row)
+        kind, sees = kind[:n], sees[:, :n]
         tree = pyramid.context.tree
         spread = tree.encoder.spread(lod)
         same = (
@@ -112,8 +113,13 @@ class NodePrefill:
             pyramid.positions()[row, :n],
             torch.zeros(n, device=lod.device) if spread is None else spread,
         )
-        seen = _signatures(sees, key)
-        place, kept = self._kept(old, key, same, seen, sees)
+        at = torch.arange(n, device=lod.device)
+        hashes = _hashes(key)
+        seen = torch.stack([_up_to(sees * part, kind, at) for part in hashes], dim=1)
+        # Itself, where its kind does not say so: sums stand for sets, so nothing may be in one twice.
+        alone = ~sees[kind, at]
+        seen += torch.where(alone[:, None], hashes.T, 0)
+        place, kept = self._kept(old, key, same, seen, sees, kind)
         clean, dirty = kept.nonzero()[:, 0], (~kept).nonzero()[:, 0]
         order = torch.cat([clean, dirty])
         if old.key is not None:
@@ -124,7 +130,7 @@ class NodePrefill:
             hidden[dirty] = self.base(
                 same[0][dirty][None],
                 same[1][dirty][None],
-                sees[dirty][:, order][None, None],
+                _rows_of(sees, kind, dirty)[:, order][None, None],
                 old.cache,
                 None if part is None else sigma[None],
             )[0].to(hidden.dtype)
@@ -135,7 +141,7 @@ class NodePrefill:
         return len(clean), n
 
     @staticmethod
-    def _kept(old: _Read, key: Tensor, same: tuple, seen: Tensor, sees: Tensor) -> tuple[Tensor, Tensor]:
+    def _kept(old: _Read, key: Tensor, same: tuple, seen: Tensor, sees: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
         """-> (column of each node in the old cache, -1 where there is none; which rows are as they were), [N] each."""
         if old.key is None:
             return torch.full_like(key, -1), torch.zeros_like(key, dtype=torch.bool)
@@ -147,9 +153,9 @@ class NodePrefill:
             equal = before[place.clamp(min=0)] == now
             kept &= equal.flatten(1).all(1) if equal.ndim > 1 else equal
         # What sees a row that is not kept is not kept either, and so on.
-        weights = sees.float()
+        at = torch.arange(len(key), device=key.device)
         while True:
-            reached = weights @ (~kept).float() > 0
+            reached = _up_to((sees & ~kept).double(), kind, at) > 0
             if not (reached & kept).any():
                 return place, kept
             kept = kept & ~reached
@@ -160,16 +166,25 @@ def _names(lod: Tensor, index: Tensor, summary: Tensor) -> Tensor:
     return (index * 8 + lod) * 2 + summary
 
 
-def _signatures(sees: Tensor, key: Tensor) -> Tensor:
-    """Rows [n, N] of a mask over nodes [N] -> two numbers for the set that each sees [n, 2].
+def _up_to(values: Tensor, kind: Tensor, at: Tensor) -> Tensor:
+    """Values by kind and column [kinds, N] -> the sum of what each row sees [N]: of its kind, as far as itself."""
+    return values.cumsum(dim=1)[kind, at]
 
-    Sums of hashes of 32 bits, exact in fp64: two sets with equal sums twice over are one set, but for a chance of about
-    2^-60.
+
+def _rows_of(sees: Tensor, kind: Tensor, rows: Tensor) -> Tensor:
+    """The full mask of some rows [n, N]."""
+    at = torch.arange(sees.shape[1], device=sees.device)
+    return (sees[kind[rows]] & (at <= rows[:, None])) | (at == rows[:, None])
+
+
+def _hashes(key: Tensor) -> Tensor:
+    """Two hashes of 32 bits of each name [N] -> [2, N] in fp64, in which sums of them are exact.
+
+    A row's set of nodes is known by both sums: two sets with equal ones are one set, but for a chance of about 2^-60.
     """
-    hashes = []
+    found = []
     for factor in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F):
-        signed = factor - 2**64 if factor >= 2**63 else factor
-        mixed = (key + 1) * signed
+        mixed = (key + 1) * (factor - 2**64)
         mixed = (mixed ^ (mixed >> 29)) * -7046029254386353131
-        hashes.append(((mixed >> 17) & 0xFFFFFFFF).double())
-    return sees.double() @ torch.stack(hashes, dim=1)
+        found.append(((mixed >> 17) & 0xFFFFFFFF).double())
+    return torch.stack(found)

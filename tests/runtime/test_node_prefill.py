@@ -23,8 +23,9 @@ def assert_same(prefill: NodePrefill, fresh: NodePrefill):
             assert (one - two).abs().max() < 1e-4 * two.abs().max().clamp(min=1)
 
 
-@pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("changes", [25, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kind", "changes"), [*((kind, 25) for kind in BASES), pytest.param("llama", 1000, marks=pytest.mark.slow)]
+)
 def test_keys_and_values_after_many_edits_and_appends_are_those_of_a_fresh_reading(kind, changes):
     base = small_base(kind)
     context = window(tree_of(base, gaussian_rope="damped"), budget=60, edits=0)
