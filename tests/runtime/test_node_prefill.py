@@ -24,7 +24,7 @@ def assert_same(prefill: NodePrefill, fresh: NodePrefill):
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes"), [*((kind, 25) for kind in BASES), pytest.param("llama", 1000, marks=pytest.mark.slow)]
+    ("kind", "changes"), [*((kind, 15) for kind in BASES), pytest.param("llama", 1000, marks=pytest.mark.slow)]
 )
 def test_keys_and_values_after_many_edits_and_appends_are_those_of_a_fresh_reading(kind, changes):
     base = small_base(kind)
