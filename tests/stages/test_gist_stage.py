@@ -50,6 +50,8 @@ def test_a_run_ends_with_tables_a_picture_the_controls_and_the_next_command(gist
     assert "In short, on held-out documents after 4 of at most 4 steps: gistnet repairs this share of what" in shown
     assert "the nearest control: " in shown
     folder = tmp_path / "run"
+    written = (folder / "report.md").read_text()
+    assert "gist of gists) was not measured: evaluate.level2 is 0" in written and "copy recovery was" not in written
     for row in (
         "full",
         "dropped",
