@@ -4,7 +4,7 @@
                / (exp(null) + sum of exp(likeness) over all candidates)
 
 Candidates are all blocks of the step's texts and what BM25 takes for the answer elsewhere. A question about nothing,
-the newest tokens of another text, is to find ``null`` first.
+such as text that just goes on, is to find ``null`` first.
 
 D documents, N blocks of each, K tokens of a block, Q questions, C candidates.
 """

@@ -109,9 +109,9 @@ def step_of(pool: training.Pool, teller: Teller, frames, draw: random.Random):
     """-> documents [D, N, K], the questions about each, hard blocks [C, K]."""
     documents, asked, hard = [], [], []
     for _ in range(DOCUMENTS):
-        ids = draw.choice(pool.documents)
-        start = draw.randrange(len(ids) // BLOCK - BLOCKS + 1) * BLOCK
-        ids = ids[start : start + BLOCKS * BLOCK].clone()
+        whole = draw.choice(pool.documents)
+        start = draw.randrange(len(whole) // BLOCK - BLOCKS + 1) * BLOCK
+        ids = whole[start : start + BLOCKS * BLOCK].clone()
         pairs = teller.facts(draw, draw.choice(["key", "paraphrase", "paraphrase", "same"]), TOLD)
         places = training.put(ids, [teller.ids(f" {fact}") for fact, _ in pairs], BLOCK, draw)
         own = [
@@ -121,7 +121,9 @@ def step_of(pool: training.Pool, teller: Teller, frames, draw: random.Random):
         own += [training.of_text(ids, BLOCK, frames, draw) for _ in range(ASKED)]
         hard += [question.ids for question in own[-2:]]
         for _ in range(NOTHING):
-            other = draw.choice(pool.documents)
+            # Text that just goes on asks for nothing, however alike it is to what came before.
+            behind = whole[start + BLOCKS * BLOCK :]
+            other = behind if len(behind) > QUESTION else draw.choice(pool.documents)
             at = draw.randrange(len(other) - QUESTION)
             own.append(training.Asked("nothing", other[at : at + QUESTION].tolist(), []))
         documents.append(ids.view(BLOCKS, BLOCK))
@@ -134,8 +136,12 @@ def step_of(pool: training.Pool, teller: Teller, frames, draw: random.Random):
 def train(net: KeyNet, pool: training.Pool, teller: Teller, steps: int, seed: int) -> list[float]:
     """-> the loss of every step."""
     frames = [tuple(map(teller.ids, frame)) for frame in FRAMES]
-    optimizer = torch.optim.AdamW(net.parameters(), RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.05)
+    numbers = [net.scale, net.null]  # single numbers of size ten need larger steps than weights do
+    others = [p for name, p in net.named_parameters() if name not in ("scale", "null")]
+    rates = [RATE, 30 * RATE]
+    groups = [{"params": part, "lr": rate} for part, rate in zip((others, numbers), rates, strict=True)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.05)
     draw, losses = random.Random(seed), []
     for _ in bar("steps")(range(steps)):
         value = training.loss(net, *step_of(pool, teller, frames, draw))
