@@ -28,9 +28,9 @@ def test_the_command_compares_four_masks_on_the_same_documents(texts, tmp_path, 
     assert abs(found["dnll", "mega", "live"]) < abs(found["dnll", "mega", "settled"])
 
 
-def test_a_folder_that_is_no_run_of_the_stage_is_refused(tmp_path, capsys):
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    torch.save({"hyper_parameters": {}, "global_step": 1}, tmp_path / "run" / "checkpoints" / "best.ckpt")
+def test_a_folder_that_is_no_run_of_the_stage_is_refused(tmp_path, capsys, monkeypatch):
+    gist = {"hyper_parameters": {"gistnet": {}}}
+    monkeypatch.setattr("megactx.studies.mega_attention.checkpoint_of", lambda path: (path, gist))
     assert main(["--trained", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 2
     assert "it is no run of experiment=mega_attention" in capsys.readouterr().err
 
