@@ -135,7 +135,7 @@ def load(folder: Path, models, settings: Settings, observers=()) -> tuple[Stream
             raise ValueError(f"{folder}: its tree has {tree.rows} rows, a session has 1")
         state = load_file(data / STATE, device=str(models.base.model.device))
         stream = Stream(models, settings, tree=tree, observers=observers)
-        same = manifest["settings"] == json.loads(json.dumps(settings.as_dict()))
+        same = Settings().as_dict() | manifest["settings"] == json.loads(json.dumps(settings.as_dict()))
         _restore(stream, state, same)
         if int(stream.lengths[0]) != manifest["tokens"]:
             raise ValueError(f"{folder}: {int(stream.lengths[0])} tokens are there, {manifest['tokens']} were saved")

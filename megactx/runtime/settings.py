@@ -23,6 +23,8 @@ class Settings:
         positions: ``rebased`` keeps them below ``limit`` however long the history is, ``absolute`` lets them grow.
         limit: positions that the base was trained on; ``None``: what its config says.
         allocator: keyword arguments of ``FocusAllocator``.
+        edit_every: blocks of new tokens between two refocuses by LensNet. Above 1 the edits of so many blocks are made
+            at once, so that what stands behind them is read again once.
 
     Raises:
         ValueError: a setting that is not known.
@@ -33,6 +35,7 @@ class Settings:
     positions: Literal[POSITIONS] = "rebased"
     limit: Count | None = None
     allocator: dict = field(default_factory=dict)
+    edit_every: Count = 1
 
     @property
     def protected(self) -> int:
