@@ -194,6 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
             for build, tree in builds.items():
                 for name, seconds in measured(tree, row).items():
                     found[build].setdefault(name, []).append(seconds)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(found, indent=1))  # what is there, should it be stopped
             print(f"turn {turn + 1}, {row}", file=sys.stderr)
     print(f"{'min / median / max of ' + str(args.turns):48}{'old, ms':>24}{'new, ms':>24}{'old / new':>22}")
     for name, old in found["old"].items():
@@ -204,8 +206,6 @@ def main(arguments: list[str] | None = None) -> int:
         if above in found["old"]:
             shares = [[a / b for a, b in zip(f[above], f[below], strict=True)] for f in found.values()]
             print(f"{name:48}{spread(shares[0]):>24}{spread(shares[1]):>24}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"turns": args.turns, **found}, indent=1))
     return 0
 
 
