@@ -167,7 +167,7 @@ def _history_sheet(table: Table, numbers: dict) -> Sheet:
     order = _last(own.names("carrier"), subject)
     return stack(
         f"history recovery: all blocks behind the recency window compressed, {history['segments']:,} segments of"
-        f" {history['tokens']} tokens, hash {history['block_hash']}",
+        f" {history['tokens']} tokens in {history['documents']:,} documents, hash {history['block_hash']}",
         pivot("", own, costs, "metric", BLOCKS, ["history_cost"], label=lambda _: "cost of no history, nats"),
         pivot("", own, columns, order=order, strong=[subject]),
     )

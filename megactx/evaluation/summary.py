@@ -224,11 +224,6 @@ def _notes(numbers: dict) -> list[str]:
         if (cost := copied["cost"][OVERALL]) < WEAK:
             lost = f"dropping the first occurrence costs {cost:.3f} nat (< {WEAK}): the base does not copy from there"
             notes.append(f"copies at a distance of {distance} tokens: {lost}, so copy recovery is undefined.")
-    if not numbers["copies"]:
-        notes.append("copy recovery was not measured: evaluate.copies is 0, or no document has 3 K + distance tokens.")
-    if not numbers["level2"]:
-        why = "evaluate.level2 is 0, or no document has 2 K^2 + H tokens, 2,048 + H where K = 32."
-        notes.append(f"hierarchical consistency (dNLL of a gist of gists) was not measured: {why}")
     geometry = numbers["geometry"]
     if geometry.get("diversity", 1) < 0.3:
         notes.append(f"ALARM: gist diversity {geometry['diversity']:.2f} is below 0.3: the gists collapse.")

@@ -97,7 +97,8 @@ def composition_message(error: Exception, overrides: list[str]) -> str:
     if match := re.search(r"Interpolation key '([^']+)' not found", _last(error)):
         return f"{match[1]}: a setting that others refer to is gone ({_last(error).splitlines()[0]})"
     if store := next((o for o in overrides if o.lstrip("+").startswith("hydra.sweeper.storage=")), ""):
-        if not store.endswith("=null"):
+        missing = _last(error).startswith("No module named") and not re.search("sqlalchemy|alembic", _last(error))
+        if not store.endswith("=null") and not missing:
             return (
                 f"{store}: a store of the sweeper cannot be used, it needs SQLAlchemy below 2; leave it out: a second"
                 f" start goes on by the folders of its jobs ({type(error).__name__})"

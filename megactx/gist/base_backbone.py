@@ -17,6 +17,8 @@ from megactx.lm.kv_hooks import layers_of
 class BaseBackbone(nn.Module):
     """``layers`` layers of the base LM and a norm of its own; prepends one learned CLS vector where that is needed.
 
+    Setting: ``gistnet.type=base``.
+
     Args:
         base: the base LM; it is left as it is.
         layers: how many, 1 to those that it has.

@@ -118,6 +118,17 @@ class Loss:
             ValueError: it has not; the message names the setting.
         """
 
+    def flops(self, batch: dict, work) -> Tensor | float:
+        """Floating-point operations of the rows that it passes and scores; ``work`` (``stages.work.Work``) counts them.
+
+        Those of the nets come from ``encoded``. A loss that makes no pass of its own has none.
+        """
+        return 0.0
+
+    def encoded(self, batch: dict, block: int) -> dict[str, int | Tensor]:
+        """Blocks that each net encodes for it. Losses that share carriers call them by one name."""
+        return {name: batch[name].numel() for name in self.needs if name == "block_starts"}
+
     def state(self) -> dict:
         """What a checkpoint stores of this loss."""
         return {}

@@ -164,10 +164,8 @@ def _state(stream: Stream) -> dict[str, Tensor]:
 
 def _restore(stream: Stream, state: dict[str, Tensor], same: bool) -> None:
     waiting = state["waiting"].long()
-    if waiting.ndim != 1 or len(waiting) >= stream.block:
-        raise ValueError(
-            f"{STATE} is damaged: {list(waiting.shape)} waiting tokens, fewer than {stream.block} are right"
-        )
+    if waiting.ndim != 1 or len(waiting) > stream.block:
+        raise ValueError(f"{STATE} is damaged: {list(waiting.shape)} waiting tokens, at most {stream.block} are right")
     stream.tree.check_ids(waiting)
     stream.waiting[0, : len(waiting)] = waiting
     stream.counts = torch.tensor([len(waiting)])

@@ -88,6 +88,7 @@ class Stream:
             tokens: [B].
             active: bool [B], which rows take theirs; ``None``: all.
         """
+        self._settle()
         self._follow(tokens[:, None], None if active is None else active[:, None])
         if int(self.counts.max()) == self.block:
             self._flush(read=True)
@@ -160,6 +161,7 @@ class Stream:
     def _scored(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         out = torch.full(tokens.shape, torch.nan)
         first, total = 0, tokens.shape[1]
+        self._settle()
         if self.hidden is None and (self.lengths > 0).any():
             self._read()
         while first < total:
@@ -187,11 +189,8 @@ class Stream:
             self._read()
         start = self.counts.to(self.device)[:, None] + torch.arange(tokens.shape[1], device=self.device)
         following = 0 if self._following is None else self._following[:, None]
-        try:
-            hidden = self.prefill.step(tokens, following + start, mask)
-        except BaseException:
-            self.hidden = None
-            raise
+        self.hidden = None  # until the tokens are counted: what a stop leaves before that is read again
+        hidden = self.prefill.step(tokens, following + start, mask)
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         row, column = mask.nonzero().unbind(1)
         self.waiting[row, start[row, column]] = tokens[row, column]
@@ -204,6 +203,11 @@ class Stream:
         if not self.prefill.current():
             self.prefill.forget()
             self.hidden = None
+
+    def _settle(self) -> None:
+        """Take up a whole block that waits still, because a stop came before the tree had it."""
+        if int(self.counts.max()) == self.block:
+            self._flush(read=False)
 
     def _flush(self, read: bool) -> None:
         """What is waiting becomes part of the tree."""
@@ -219,7 +223,7 @@ class Stream:
             self.tree.append(tokens, lengths)
         finally:
             if not torch.equal(self.tree.lengths, before):  # whatever happens, no token is there twice
-                self.counts = torch.zeros_like(self.counts)
+                self.counts, self.hidden = torch.zeros_like(self.counts), None
         self._catch_up({"gist": self._now() - began}, read)
 
     def _ahead(self) -> Tensor:

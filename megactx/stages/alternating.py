@@ -100,7 +100,8 @@ class AlternatingStage(JointStage):
         work, total = WindowWork.of(self), 0.0
         if SPANS in batch:
             sizes = (work.body, work.head, work.attention)
-            total += Work(*sizes, 1, self.hparams.horizon, work.net, work.block)(batch[SPANS])
+            gists = Work(*sizes, 1, self.hparams.horizon, work.net, work.block, (Block(),))
+            total += gists(batch[SPANS])
             if adapters_of(self.base):  # the reader and its teacher are two
                 lengths = batch[SPANS]["lengths"].double()
                 total += 2 * work.body * lengths.sum() + 2 * work.attention * lengths.square().sum()

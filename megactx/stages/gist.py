@@ -172,7 +172,7 @@ class GistStage(FrozenBaseStage):
             self.kept = PrefillCache(self.base, **settings, layers=layers)
 
     def _work(self) -> Work:
-        return Work.of_gists(self.base, self.nets, self.losses, self.hparams.horizon, self.windows)
+        return Work.of_gists(self.base, self.nets, self.losses, self.hparams.horizon)
 
     def flops(self, batch: dict) -> Tensor | float:
         return self.work(batch)
@@ -198,7 +198,7 @@ class GistStage(FrozenBaseStage):
         if data["level2_spans"]:
             mean["span_starts"] = starts[:, : data["level2_spans"]]
         if needed(self.losses) & {"segments"}:
-            mean["segments"] = torch.full((batch, data["history"]["segments"]), tokens // 2)
+            mean["segments"] = mean["copied_blocks"] = torch.full((batch, data["history"]["segments"]), tokens // 2)
         return float(self._work()(mean)) * preset["accumulate"] * self.hparams.max_steps
 
     def on_fit_start(self) -> None:

@@ -68,6 +68,7 @@ def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, wei
             extra[name].save(folder / f"scores_{name}")
     numbers = summarise(scores, next(iter(stage.nets)), targets=stage.hparams.targets, geometry=geometry, **extra)
     numbers["flops_per_block"] = {name: net.flops_per_block(stage.base) for name, net in stage.nets.items()}
+    numbers["notes"] += _not_measured(numbers)
     if without := [name for name, net in stage.nets.items() if not net.makes_vectors]:
         numbers["notes"].append(
             f"{', '.join(without)}: keys and values have no output row, so at h = 0 they count as dropped; against"
@@ -82,6 +83,17 @@ def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, wei
     print(made.write(folder / "report", numbers))
     steps = f"{stage.global_step:,} of at most {stage.hparams.max_steps:,} steps"
     print(f"In short, on {what} after {steps}: {in_short(numbers)}")
+
+
+def _not_measured(numbers: dict) -> list[str]:
+    """What a reader may look for in vain, and the setting that brings it."""
+    notes = []
+    if not numbers["copies"]:
+        notes.append("copy recovery was not measured: evaluate.copies is 0, or no document has 3 K + distance tokens.")
+    if not numbers["level2"]:
+        why = "evaluate.level2 is 0, or no document has 2 K^2 + H tokens, 2,048 + H where K = 32."
+        notes.append(f"hierarchical consistency (dNLL of a gist of gists) was not measured: {why}")
+    return notes
 
 
 def _history(stage, batches: list[dict], count: int, settings: dict):

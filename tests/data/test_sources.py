@@ -33,6 +33,7 @@ def test_the_embedded_corpus_has_enough_long_documents_of_every_domain(embedded)
         assert 3e6 < sum(lengths) < 9.5e6, domain
 
 
+@pytest.mark.slow
 def test_the_embedded_corpus_has_no_tests_and_no_text_in_two_domains(embedded):
     rows = embedded.load()
     for package in ("torch", "transformers"):

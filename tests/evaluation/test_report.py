@@ -108,13 +108,6 @@ def test_hierarchical_consistency_is_judged_beside_the_dropped_span(cost, result
     assert "one gist of K gists in place of K^2 tokens: 40 blocks" in report_of(numbers).markdown()
 
 
-def test_what_was_not_measured_is_said():
-    notes = " ".join(summarise(synthetic())["notes"])
-    assert "copy recovery was not measured" in notes and "hierarchical consistency" in notes
-    notes = " ".join(summarise(synthetic(), copies={64: synthetic()}, level2=synthetic())["notes"])
-    assert "not measured" not in notes
-
-
 def test_a_target_that_is_not_measured_is_refused():
     with pytest.raises(ValueError, match="targets.dNLL: not measured; measured are dnll"):
         summarise(synthetic(), targets={"dNLL": 0.5})

@@ -1,11 +1,13 @@
 """Files and folders are written whole or not at all, whatever happens meanwhile."""
 
+import ast
 import errno
 import os
 import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,3 +160,23 @@ def test_weights_may_be_read_by_whoever_may_read_the_files_beside_them(umask, mo
         os.umask(before)
     for name in ("folder/about.json", "folder/model.safetensors", "alone.safetensors"):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode, name
+
+
+def test_nothing_else_takes_the_place_of_a_file_or_a_folder():
+    """Rooms that keep data folders of their own name them by a file that ``replacing`` writes."""
+    own = {
+        "framework/files.py",
+        "framework/callbacks/logs.py",  # puts a file aside from a library that would delete it, and back
+    }
+    package, found = Path(files.__file__).parents[1], set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            name, of = node.func.attr, ast.unparse(node.func.value)
+            one = len(node.args) == 1 and not node.keywords  # Path.replace; a string's takes two
+            if (of, name) in (("os", "replace"), ("os", "rename"), ("shutil", "move")) or (
+                name in ("rename", "replace") and one and of != "dataclasses"
+            ):
+                found.add(str(path.relative_to(package)))
+    assert found <= own

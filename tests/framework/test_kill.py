@@ -65,11 +65,6 @@ def settings(gist_settings):
     ]
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids=["in the process", "2 workers"])
-def workers(request):
-    return f"data.workers={request.param}"
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(settings, tmp_path_factory):
     folder, threads = tmp_path_factory.mktemp("uninterrupted") / "run", torch.get_num_threads()
@@ -119,8 +114,11 @@ def test_a_run_that_was_killed_while_it_saved_goes_on_to_the_same_end(settings, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(  # the sixth case is the test above
+    ("moment", "workers"), [("training", 0), ("validating", 0), ("training", 2), ("validating", 2), ("saving", 2)]
+)
 def test_wherever_a_run_is_killed_it_goes_on_to_the_same_end(moment, workers, settings, uninterrupted, tmp_path):
+    workers = f"data.workers={workers}"
     kill(moment, [*settings, workers], tmp_path / "run")
     done = python(REPOSITORY / "train.py", *settings, workers, f"folder={tmp_path / 'run'}", "resume=auto")
     assert done.returncode == 0, done.stderr

@@ -116,6 +116,12 @@ def test_csv_keeps_its_rows_and_columns_when_a_run_goes_on_with_more_metrics(tmp
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
 
 
+def test_a_run_that_is_shorter_than_the_logs_stride_has_a_row_of_its_training(tiny_run, tmp_path):
+    assert run([*tiny_run, f"folder={tmp_path / 'run'}", "trainer.log_every_n_steps=1000"]) == 0
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        assert any(value for row in csv.DictReader(file) for key, value in row.items() if key.startswith("train/"))
+
+
 def test_callbacks_full_logs_the_device_too(tiny_run, tmp_path):
     assert run([*tiny_run, "callbacks=full", "preset.steps=2", f"folder={tmp_path / 'a'}"]) == 0
     with (tmp_path / "a" / "metrics.csv").open() as file:

@@ -55,6 +55,7 @@ def test_a_run_that_fills_its_disk_fails_with_one_message_and_keeps_its_last_che
     )
     err = capfd.readouterr().err
     assert code == FAILED and err.count("megactx: ") == 1 and "folder=" in err and "Traceback" not in err
+    assert str(place / "run") in err  # where
     saved = place / "run" / "checkpoints" / "last.ckpt"
     step = torch.load(saved, weights_only=True)["global_step"]
     assert step >= 2

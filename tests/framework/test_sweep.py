@@ -326,6 +326,8 @@ def test_a_store_of_the_sweeper_is_refused_with_the_way_to_go_on_without_one():
         assert told.startswith(f"{store}: a store of the sweeper cannot be used") and "SQLAlchemy below 2" in told
         assert "a second start goes on by the folders of its jobs" in told
         assert "store" not in composition_message(error, ["experiment=sweep_optuna", "hydra.sweeper.storage=null"])
+    told = composition_message(ModuleNotFoundError("No module named 'scipy'"), [store])
+    assert "scipy" in told and "SQLAlchemy" not in told
 
 
 def test_a_store_of_the_sweeper_hides_no_other_mistake(monkeypatch, tmp_path, capsys):

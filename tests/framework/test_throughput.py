@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megactx.framework.callbacks import throughput
 from megactx.framework.callbacks.throughput import Throughput, peak
 from megactx.gist import GistNet
+from megactx.gist.loss import Context
 from megactx.gist.losses.block import Block
+from megactx.gist.losses.history import History
+from megactx.gist.losses.level2 import Level2
+from megactx.gist.losses.recall import Recall
+from megactx.gist.losses.reconstruction import Reconstruction
 from megactx.gist.substitution import substituted
 from megactx.lm import BaseLM
 from megactx.lm.chunked_head import score
@@ -171,14 +177,41 @@ def test_the_formula_for_gists_is_what_the_passes_do_apart_from_attention(base):
         after = rows_at(read.hidden, starts + 31, 32).flatten(0, 2)
         loss, _ = score(base, hidden.flatten(1, 3), after, blocks(ids, starts + 32, 32).flatten())
         loss.mean().backward()
-    work = Work.of_gists(base, nets, [Block()], 32, (0, 0))
+    work = Work.of_gists(base, nets, [Block()], 32)
     batch = {"ids": ids, "lengths": torch.tensor([256, 256]), "block_starts": starts}
-    linear = Work(work.body, work.head, 0, work.carriers, work.horizon, work.nets)
+    linear = Work(work.body, work.head, 0, work.carriers, work.horizon, work.nets, 32, work.losses)
     assert float(linear(batch)) == pytest.approx(counter.flops, rel=0.02)
     # Attention: L A (2 T^2 per document, 8 columns per row of a branch), by a plain loop.
     columns = sum(int(s) + r + 1 for s in starts.flatten() for r in range(32))
     attention = 3 * 64 * (2 * 2 * 256**2 + 2 * 8 * columns)
     assert float(work(batch)) - float(linear(batch)) == pytest.approx(attention)
+
+
+@pytest.mark.parametrize(
+    ("loss", "limit"),
+    [
+        (Block(), 0.02),
+        (History(1.0, segment=64, recency=64), 0.05),
+        (Recall(1.0, recency=64), 0.05),
+        (Reconstruction(1.0, spans=2), 0.1),  # its request's length is a guess
+        (Level2(1.0), 0.02),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_every_loss_counts_the_rows_that_it_passes(base, tiny_tokenizer, loss, limit):
+    base.requires_grad_(False)
+    base.tokenizer = tiny_tokenizer
+    k = 8
+    nets = nn.ModuleDict({"a": GistNet(64, 1.0, type="mean", head="linear", skip="none", block_size=k)})
+    batch = {"ids": torch.randint(512, (2, 256)), "lengths": torch.tensor([256, 256])}
+    batch |= {"block_starts": torch.tensor([[32, 96, 160]]).expand(2, -1), "span_starts": torch.full((2, 1), 128)}
+    batch |= {"segments": torch.tensor([[160], [160]]), "copied_blocks": torch.tensor([[16], [32]])}
+    with Products() as counter:
+        losses, _ = loss(Context(base, nets, prefill(base, batch["ids"]), batch, 32))
+        losses.sum().backward()
+    work = replace(Work.of_gists(base, nets, [loss], 32), attention=0)
+    assert float(work(batch)) == pytest.approx(counter.flops, rel=limit)
+    assert float(work({"ids": batch["ids"], "lengths": batch["lengths"]})) < float(work(batch))
 
 
 def test_the_formula_for_training_a_base_is_what_the_passes_do_apart_from_attention(base):
@@ -194,5 +227,5 @@ def test_the_formula_for_training_a_base_is_what_the_passes_do_apart_from_attent
 def test_reading_off_the_work_draws_no_random_numbers(base):
     nets = nn.ModuleDict({"gistnet": GistNet(64, 1.0, dropout=0.5)}).train()
     state = torch.get_rng_state()
-    assert Work.of_gists(base, nets, [Block()], 32, (0, 0)).nets > 0
+    assert Work.of_gists(base, nets, [Block()], 32).nets > 0
     assert torch.equal(torch.get_rng_state(), state)

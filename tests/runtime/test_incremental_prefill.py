@@ -52,10 +52,12 @@ def test_keys_and_values_after_many_edits_and_appends_are_those_of_a_fresh_prefi
     context.budget = BUDGET
     prefill, generator, reused = IncrementalPrefill(base), torch.Generator().manual_seed(4), []
     rebase = PositionRebase(positions, 160, BUDGET, 8)  # rebased: the rows are longer than that soon
-    for _ in range(changes):
+    for number in range(changes):
         context = change(context, generator)
         read(prefill, context, rebase)
         reused.append(float(prefill.reused.sum() / prefill.lengths.sum()))
+        if number >= 30 and number % 9 and number < changes - 30:
+            continue  # what is kept stays kept until an edit before it: a fault is seen at one of the next readings
         fresh = IncrementalPrefill(base)
         places, _ = rebase.place(context)
         fresh.read(context.to_tensor(), places, context.lengths, context.tree.encoder.spread(context.lods()))

@@ -17,6 +17,7 @@ from byte_fallback import KINDS
 from megactx.framework.errors import FAILED, RunFailed, verdict
 from megactx.framework.files import PART
 from megactx.lm import adapters
+from megactx.memory import MegaContextTree
 from megactx.memory.encoding import identity_of_base
 from megactx.runtime import Controller, Models, Sampling, Session, Settings
 from megactx.runtime.session_files import MANIFEST, STATE, lock
@@ -287,6 +288,31 @@ def test_a_save_after_a_few_tokens_keeps_the_pages_that_are_as_they_were(control
     session.save()
     session.close()
     assert torch.equal(Session.load(folder, controller()).tree.tokens, session.tree.tokens)
+
+
+@pytest.mark.parametrize("where", ["before", "behind"])
+def test_a_stop_while_the_tree_takes_up_a_block_leaves_a_session_that_goes_on(controller, tmp_path, monkeypatch, where):
+    session, append = Session(controller()), MegaContextTree.append
+    session.append(TEXT)
+    told = []
+
+    def stopped(*arguments):
+        if where == "behind":
+            append(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MegaContextTree, "append", stopped)
+        for piece in session.generate(40):
+            told.append(piece.token)
+    history = session.ids()
+    folder = session.save(tmp_path / "saved")
+    session.close()
+    with Session.load(folder, controller()) as resumed:
+        assert torch.equal(resumed.ids(), history) and history.tolist()[-len(told) - 1 : -1] == told
+        expected = tokens(session, 20)  # the one that was stopped goes on, and so does the one on disk
+        assert tokens(resumed, 20) == expected and len(expected) == 20
+        resumed.save()
 
 
 def raising(*_, **__):

@@ -182,7 +182,7 @@ class Refusal(BaseException):
     """As Ctrl-C: nothing catches it on the way."""
 
 
-@pytest.mark.parametrize("where", ["lensnet", "allocator", "room", "base"])
+@pytest.mark.parametrize("where", ["lensnet", "allocator", "room", "base", "tree"])
 def test_a_stop_in_the_middle_of_a_refocus_loses_nothing(models, controller, ids, monkeypatch, where):
     stream, tokens = controller().stream(), ids(1, 400)
     stream.append(tokens[:, :301], score=True)
@@ -195,6 +195,7 @@ def test_a_stop_in_the_middle_of_a_refocus_loses_nothing(models, controller, ids
         "allocator": (stream.focus.allocator, "refocus"),
         "room": (stream.focus, "room"),
         "base": (stream.prefill, "_pass"),
+        "tree": (stream.tree, "append"),
     }[where]
     with monkeypatch.context() as patch:
         patch.setattr(part, name, stopped)

@@ -11,6 +11,7 @@ import torch
 from hydra.errors import InstantiationException
 from lightning.pytorch.strategies import FSDPStrategy
 
+from megactx.data.files import Files
 from megactx.framework.app import run
 from megactx.framework.config.search_path import compose
 from megactx.lm.prefill_cache import PrefillCache
@@ -49,6 +50,8 @@ def test_a_run_ends_with_tables_a_picture_the_controls_and_the_next_command(gist
     assert "In short, on held-out documents after 4 of at most 4 steps: gistnet repairs this share of what" in shown
     assert "the nearest control: " in shown
     folder = tmp_path / "run"
+    written = (folder / "report.md").read_text()
+    assert "gist of gists) was not measured: evaluate.level2 is 0" in written and "copy recovery was" not in written
     for row in (
         "full",
         "dropped",
@@ -290,6 +293,8 @@ def test_texts_that_changed_since_a_stop_are_refused_by_auto_and_told_to_a_path(
     shutil.copytree(texts, tmp_path / "texts")
     own = [*gist_run, f"data.path={tmp_path / 'texts'}", "preset.validate_every=1"]
     assert run([*own, "preset.steps=1"]) == 0
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["source"] == Files(str(tmp_path / "texts")).fingerprint()
     path = sorted((tmp_path / "texts").glob("*.py"))[0]
     times = path.stat()
     path.write_text(path.read_text().replace("e", "a"))

@@ -27,6 +27,12 @@ How each works stands in [method.md](method.md), all settings in [settings.md](s
 # Title, what it is, where (a file or folder with a class per file, or FILE:NAME), the setting that chooses it.
 SECTIONS = [
     ("Carriers", "what stands for a block", ["gist/gistnet.py", "gist/carriers"], "compressor={}"),
+    (
+        "Backbones of a GistNet",
+        "what reads a block before it is pooled; `gistnet.type=mean` has none",
+        ["gist/backbone.py", "gist/base_backbone.py"],
+        "gistnet.type=transformer",
+    ),
     ("Poolings of a GistNet", "from the states of a block to one vector", ["gist/poolings"], "gistnet.pooling={}"),
     ("Heads of a GistNet", "from that vector to a gist", ["gist/heads"], "gistnet.head={}"),
     ("Losses of compressors", "their weighted sum is what is learned from", ["gist/losses"], "loss.{}.weight"),
@@ -40,6 +46,12 @@ SECTIONS = [
             "evaluation/focus.py:greedy_oracle",
         ],
         "experiment=lens",
+    ),
+    (
+        "Policies over long texts",
+        "which tokens of a long text stay for a question",
+        ["evaluation/rivals"],
+        "megactx.studies.ruler --policies {}",
     ),
     ("Heads of a LensNet", "from the state of an entry to its values", ["focus/heads"], "lensnet.head={}"),
     ("Allocators", "from scores to edits", ["focus/allocator.py"], "allocator=greedy"),

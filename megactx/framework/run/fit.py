@@ -123,7 +123,7 @@ def _trainer(cfg: DictConfig, config: dict, folder: Path, device, source: str | 
 
     chosen = [instantiate(node, _convert_="all") for node in cfg.callbacks.values() if node]
     # Lightning adds a bar and a checkpoint of its own where it is not told otherwise.
-    return instantiate(cfg.trainer, _partial_=True, _convert_="all")(
+    trainer = instantiate(cfg.trainer, _partial_=True, _convert_="all")(
         accelerator=device.accelerator,
         precision=device.precision,
         callbacks=[StopOnBadLoss(), RandomState(), Record(config, source), *chosen, StopOnInterrupt(folder)],
@@ -132,6 +132,9 @@ def _trainer(cfg: DictConfig, config: dict, folder: Path, device, source: str | 
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in chosen),
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in chosen),
     )
+    if trainer.max_steps > 0:  # a run that is shorter than the log's stride would leave no row of its training
+        trainer.log_every_n_steps = min(trainer.log_every_n_steps, trainer.max_steps)
+    return trainer
 
 
 def finish_loggers(code: int) -> None:

@@ -64,6 +64,17 @@ class Block(Loss):
             found.append(torch.stack([rows[:, carrier.first :].mean() for rows, carrier in each]))
         return tuple(found)
 
+    def flops(self, batch: dict, work) -> Tensor:
+        starts = batch[self.starts].double()
+        rows = starts.numel() * work.horizon
+        # A branch at start s: its rows see s columns, and each other.
+        columns = work.horizon * (starts + (work.horizon + 1) / 2).sum()
+        return work.passed(rows, columns) + work.scored(rows)
+
+    def encoded(self, batch: dict, block: int) -> dict[str, int]:
+        # A span of K^2 tokens is K blocks, and one gist of their gists.
+        return {self.starts: batch[self.starts].numel() * (1 if self.lod == 1 else block + 1)}
+
 
 def offset_weights(horizon: int, seam_weight: float, device=None) -> Tensor:
     """Weights of the offsets h = 0 .. H-1 in the loss, [H], 1 on average.

@@ -56,6 +56,21 @@ class History(Loss):
         losses = loss.mean(dim=1)
         return losses, self.numbers(context, losses, (numbers["nll"] - numbers["full"]).mean(dim=1))
 
+    def flops(self, batch: dict, work) -> Tensor:
+        starts = batch["segments"].double()
+        old = old_counts(starts, work.block, self.recency)
+        stream = work.block + old.max()  # the sink and the carriers, for every document as many
+        rows = torch.full_like(starts, self.recency + self.segment - 1)
+        columns = (rows * (work.block + old) + rows * (rows + 1) / 2).sum()
+        return (
+            len(starts) * work.passed(stream, stream * (stream + 1) / 2)
+            + work.passed(rows.sum(), columns)
+            + work.scored(self.segment * starts.numel())
+        )
+
+    def encoded(self, batch: dict, block: int) -> dict[str, Tensor]:
+        return old_encoded(batch["segments"], block, self.recency)
+
     def check_data(self, datamodule, nets) -> None:
         if self.weight:
             as_drawn(self.setting, datamodule, segment=self.segment, recency=self.recency)
@@ -75,3 +90,13 @@ def as_drawn(setting: str, datamodule, **sizes: int) -> None:
 def old_of(context: Context, recency: int) -> Tensor:
     """Starts [B, M] of all blocks that a segment of the batch sees compressed; the same tensor for all losses."""
     return context.kept(f"old blocks {recency}", lambda: old_blocks(context.batch["segments"], context.block, recency))
+
+
+def old_counts(starts: Tensor, block: int, recency: int) -> Tensor:
+    """How many carriers each segment at starts [B, N] sees."""
+    return (starts - recency).div(block, rounding_mode="floor") - 1
+
+
+def old_encoded(starts: Tensor, block: int, recency: int) -> dict[str, Tensor]:
+    """What ``old_of`` makes nets encode: of every document as many blocks as the longest history has."""
+    return {f"old blocks {recency}": len(starts) * old_counts(starts, block, recency).max()}

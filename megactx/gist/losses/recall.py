@@ -9,7 +9,7 @@ from megactx.gist.recall import full, mixed
 from megactx.lm.chunked_head import score
 from megactx.lm.prefill import blocks
 
-from .history import as_drawn, old_of
+from .history import as_drawn, old_counts, old_encoded, old_of
 
 
 @declared("loss.recall")
@@ -44,3 +44,17 @@ class Recall(Loss):
         known = full(base, prefill, starts, copied_blocks, block).flatten(0, 2)
         losses = score(base, torch.stack(hidden).flatten(1, 3), known, again, "delta_nll")[0].mean(dim=1)
         return losses, self.numbers(context, losses, losses)
+
+    def flops(self, batch: dict, work) -> Tensor:
+        starts, k = batch["segments"].double(), work.block
+        # A window is [sink, gists, block, gists, raw, copy].
+        rows = 3 * k + self.recency + old_counts(starts, k, self.recency) - 2
+        again = (k - 1) * starts.numel()  # the copy over the full context
+        return (
+            work.passed(rows.sum(), (rows * (rows + 1) / 2).sum())
+            + work.scored(k * starts.numel())
+            + work.known(again, (k - 1) * (starts + k / 2).sum())
+        )
+
+    def encoded(self, batch: dict, block: int) -> dict[str, Tensor]:
+        return old_encoded(batch["segments"], block, self.recency)

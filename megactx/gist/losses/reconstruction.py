@@ -11,8 +11,11 @@ from torch import Tensor
 
 from megactx.framework.config.types import Count, NonNegative, declared
 from megactx.gist.loss import Context, Loss
+from megactx.lm import BaseLM
 from megactx.lm.chunked_head import score
 from megactx.lm.prefill import blocks, rows_at
+
+REQUEST = 3  # tokens of a request, about: how many they are is the tokenizer's matter
 
 
 @declared("loss.reconstruction")
@@ -44,11 +47,9 @@ class Reconstruction(Loss):
 
     def __call__(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         base, prefill, block = context.base, context.prefill, context.block
-        if base.tokenizer is None:
-            raise ValueError("loss.reconstruction.weight is not allowed: this base LM has no tokenizer")
         every = context.batch["block_starts"]
         starts = every[:, : self.spans]
-        asked = base.tokenizer(self.request, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        asked = self.asked(base)
         tokens = blocks(prefill.ids, starts, block)  # [B, N, K]
         told = torch.cat([asked.to(tokens.device).expand(*starts.shape, -1), tokens[..., :-1]], dim=-1)
         words = base.embed(told).to(prefill.hidden.dtype)  # [B, N, P + K - 1, D]
@@ -69,3 +70,19 @@ class Reconstruction(Loss):
         losses, _ = score(base, torch.stack(hidden).flatten(1, 3), known, tokens.flatten(), "delta_nll")
         losses = losses.mean(dim=1)
         return losses, self.numbers(context, losses, losses)
+
+    def asked(self, base: BaseLM) -> Tensor:
+        """The request's ids [P].
+
+        Raises:
+            ValueError: the base LM has no tokenizer.
+        """
+        if base.tokenizer is None:
+            raise ValueError("loss.reconstruction.weight is not allowed: this base LM has no tokenizer")
+        return base.tokenizer(self.request, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+
+    def flops(self, batch: dict, work) -> float:
+        branches, block = batch["block_starts"][:, : self.spans].numel(), work.block
+        rows = block + REQUEST  # a gist, the request, all tokens but the last
+        columns = branches * rows * (block + (rows + 1) / 2)  # the sink, and each other
+        return work.passed(branches * rows, columns) + work.scored(branches * block)

@@ -1,0 +1,151 @@
+"""A working context read under one of three kinds of attention, MegaAttention's with its pyramid of summaries.
+
+B rows, W entries, N columns of the pass, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megactx.lm import BaseLM
+from megactx.lm.mega_attention import LEVELS, MegaMask, in_order
+
+from .working_context import WorkingContext
+
+ATTENTION = ("plain", "mega", "window")
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """The columns of a pass.
+
+    ``lod`` and ``index`` [B, N] name their nodes, ``mask`` says who sees whom, ``leaves`` [B, W] where each entry of
+    the working context stands.
+    """
+
+    context: WorkingContext
+    lod: Tensor
+    index: Tensor
+    mask: MegaMask
+    leaves: Tensor
+
+    @classmethod
+    def of(cls, context: WorkingContext, segment: int = 256, mid: int = 1024, live: int = 256) -> "Pyramid":
+        """All summaries of the history that the working context stands for, levels 1 to 3, between its entries.
+
+        Raises:
+            ValueError: a size that is not allowed, as of ``MegaMask``.
+        """
+        tree, ends = context.tree, context.ends()
+        lods, indices, there = [context.lods()], [context.index], [context.mask]
+        for level in range(1, min(LEVELS, tree.depth) + 1):
+            counts = ends // tree.block_size**level
+            node = torch.arange(int(counts.max()), device=ends.device).expand(len(ends), -1)
+            lods.append(torch.full_like(node, level))
+            indices.append(node)
+            there.append(node < counts[:, None])
+        lod, index, there = (torch.cat(part, dim=1) for part in (lods, indices, there))
+        width = tree.block_size**lod
+        summary = torch.arange(lod.shape[1], device=lod.device) >= context.lods().shape[1]
+        summary = summary.expand_as(lod)
+        order = in_order(index * width, width, summary, there)
+        lod, index, width, there, summary = (part.gather(1, order) for part in (lod, index, width, there, summary))
+        mask = MegaMask(index * width, width, summary & there, there, tree.block_size, segment, mid, live)
+        where = torch.argsort(order, dim=1)[:, : context.lods().shape[1]]
+        return cls(context, lod, index, mask, where)
+
+    def positions(self) -> Tensor:
+        """Of each column [B, N]: a token's own, a gist's where its GistNet places it; 0 in the padding."""
+        encoder, block = self.context.tree.encoder, self.context.tree.block_size
+        offsets = torch.tensor([0, *(encoder.offset_in(block**n) for n in range(1, LEVELS + 1))])
+        return torch.where(self.mask.there, self.mask.start + offsets.to(self.lod.device)[self.lod], 0)
+
+    def to_tensor(self) -> Tensor:
+        """The vectors that the base LM reads, [B, N, D]; 0 in the padding."""
+        row, column = self.mask.there.nonzero().unbind(1)
+        found = self.context.tree.embeddings(row, self.lod[row, column], self.index[row, column])
+        b, n = self.lod.shape
+        return found.new_zeros(b * n, found.shape[-1]).index_copy_(0, row * n + column, found).view(b, n, -1)
+
+    def read(self, base: BaseLM, summaries: bool = True) -> Tensor:
+        """-> final hidden states of the working context's entries [B, W, D], 0 in the padding.
+
+        Where every leaf is live no summary is seen: that is the plain pass, bit for bit.
+
+        Args:
+            summaries: whether they are seen; without them far text is gone, which shows what they give.
+        """
+        context, mask = self.context, self.mask
+        if (mask.is_live | mask.summary | ~mask.there).all():
+            return PLAIN.read(base, context)
+        sigma, dense = context.tree.encoder.spread(self.lod), mask.dense()
+        if not summaries:
+            itself = torch.eye(dense.shape[-1], dtype=torch.bool, device=dense.device)
+            dense = dense & (~mask.summary[:, None, None] | itself)
+        hidden = base(self.to_tensor(), self.positions(), dense, sigma=sigma)
+        hidden = hidden.gather(1, self.leaves[..., None].expand(-1, -1, hidden.shape[-1]))
+        return torch.where(context.mask[..., None], hidden, 0.0)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How a working context is read.
+
+    Args:
+        kind: ``plain``: every entry sees all before it; ``mega``: ``MegaMask``; ``window``: the sink and the newest
+            ``window`` tokens before it, the control that has no memory.
+        segment, mid, live: of ``mega``, see ``MegaMask``.
+        window: of ``window``, tokens.
+        summaries: of ``mega``, whether its gists are seen.
+
+    Raises:
+        ValueError: an unknown kind, or a window that is not positive.
+    """
+
+    kind: str = "plain"
+    segment: int = 256
+    mid: int = 1024
+    live: int = 256
+    window: int = 512
+    summaries: bool = True
+
+    def __post_init__(self):
+        if self.kind not in ATTENTION:
+            raise ValueError(f"attention.kind={self.kind} is not known, allowed are {', '.join(ATTENTION)}")
+        if self.window < 1:
+            raise ValueError(f"attention.window={self.window} is not allowed: at least 1")
+
+    def read(self, base: BaseLM, context: WorkingContext) -> Tensor:
+        """-> final hidden states of the entries [B, W, D], 0 in the padding."""
+        if self.kind == "mega":
+            return self.pyramid(context).read(base, self.summaries)
+        sigma = context.tree.encoder.spread(context.lods())
+        if self.kind == "plain":
+            return base.read(context.to_tensor(), context.positions(), context.lengths, sigma)
+        hidden = base(context.to_tensor(), context.positions(), self._near(context)[:, None], sigma=sigma)
+        return torch.where(context.mask[..., None], hidden, 0.0)
+
+    def pyramid(self, context: WorkingContext) -> Pyramid:
+        return Pyramid.of(context, self.segment, self.mid, self.live)
+
+    def pairs(self, context: WorkingContext) -> Tensor:
+        """Share of the pairs of plain attention over the same entries that are seen, [B]."""
+        if self.kind == "mega":
+            return self.pyramid(context).mask.pairs()
+        count = context.lengths
+        if self.kind == "plain":
+            return torch.ones_like(count, dtype=torch.float)
+        seen = self._near(context) & context.mask[:, :, None]
+        return seen.sum((1, 2)) / (count * (count + 1) / 2)
+
+    def _near(self, context: WorkingContext) -> Tensor:
+        """The window's mask [B, W, W]; padding sees itself."""
+        start, end, there = context.starts(), context.starts() + context.widths(), context.mask
+        at = torch.arange(start.shape[1], device=start.device)
+        near = (end[:, None] > start[:, :, None] - self.window + 1) | (end <= context.tree.block_size)[:, None]
+        causal = at <= at[:, None]
+        return near & causal & there[:, None] & there[:, :, None] | (at == at[:, None])
+
+
+PLAIN = Attention()

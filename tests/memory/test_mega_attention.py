@@ -1,0 +1,164 @@
+"""Who sees whom under MegaAttention: every past token once, nothing from the future, and no edit beyond its segment."""
+
+import pytest
+import torch
+from windows import BASES, K, small_base, tree_of, window
+
+from megactx.lm.mega_attention import MegaMask, in_order
+from megactx.memory import WorkingContext
+from megactx.memory.pyramid import Pyramid
+
+SIZES = dict(segment=16, mid=16, live=16)
+
+
+@pytest.fixture(scope="module", params=BASES)
+def base(request):
+    return small_base(request.param)
+
+
+def tokens_seen(mask: MegaMask, row: int, column: int) -> torch.Tensor:
+    """How often a row of the pass sees each token, [end of the row]."""
+    seen = mask.dense()[row, 0, column] & mask.there[row]
+    counts = torch.zeros(int(mask.end[row][mask.there[row]].max()), dtype=torch.long)
+    for c in seen.nonzero()[:, 0].tolist():
+        if c != column or not mask.summary[row, c]:  # a summary sees itself besides
+            counts[int(mask.start[row, c]) : int(mask.end[row, c])] += 1
+    return counts
+
+
+@pytest.mark.parametrize("sizes", [SIZES, dict(segment=4, mid=4, live=0), dict(segment=64, mid=32, live=20)])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_row_sees_every_token_before_it_through_exactly_one_entry(sizes, seed):
+    base = small_base()
+    mask = Pyramid.of(window(tree_of(base), edits=8, seed=seed), **sizes).mask
+    for row in range(2):
+        for column in range(int(mask.there[row].sum())):
+            counts, start = tokens_seen(mask, row, column), int(mask.start[row, column])
+            assert (counts[K:start] == 1).all(), (row, column)
+            assert (counts[: min(K, start)] >= 1).all()  # the sink stands in tokens, and may be in a coarse gist too
+            assert (counts[int(mask.end[row, column]) :] == 0).all()  # nothing that ends behind it
+
+
+@pytest.mark.parametrize("block", [2, 3, 8, 13])
+def test_ragged_tails_and_all_block_sizes_are_covered(block):
+    segment, tokens = (block**2 if block < 8 else block), 3 * block**2 + block // 2 + 1
+    starts = torch.arange(tokens)[None]
+    summaries = [(i * block**n, block**n) for n in (1, 2, 3) for i in range(tokens // block**n)]
+    start = torch.cat([starts, torch.tensor([[s for s, _ in summaries]])], 1)
+    width = torch.cat([torch.ones_like(starts), torch.tensor([[w for _, w in summaries]])], 1)
+    summary = torch.arange(start.shape[1])[None] >= tokens
+    there = torch.ones_like(summary)
+    order = in_order(start, width, summary, there)
+    start, width, summary = (part.gather(1, order) for part in (start, width, summary))
+    mask = MegaMask(start, width, summary, there, block, segment=segment, mid=block, live=block)
+    step = max(1, start.shape[1] // 30)
+    for column in range(0, start.shape[1], step):
+        counts, begin = tokens_seen(mask, 0, column), int(start[0, column])
+        assert (counts[block:begin] == 1).all() and (counts[begin + int(width[0, column]) :] == 0).all()
+
+
+def test_where_everything_is_live_it_is_plain_attention_bit_for_bit(base):
+    context = window(tree_of(base))
+    plain = base.read(
+        context.to_tensor(), context.positions(), context.lengths, context.tree.encoder.spread(context.lods())
+    )
+    assert torch.equal(Pyramid.of(context, segment=16, mid=16, live=10**6).read(base), plain)
+
+
+def test_live_rows_see_leaves_alone_and_summaries_see_no_leaves_but_the_sink(base):
+    mask = Pyramid.of(window(tree_of(base)), **SIZES).mask
+    sees, live = mask.dense()[:, 0], mask.is_live
+    leaf = mask.there & ~mask.summary
+    before = torch.ones_like(sees).tril()
+    assert torch.equal(sees[live], (before & leaf[:, None])[live]) and live.any(1).all()
+    behind_sink = leaf & (mask.start >= K)
+    assert not (sees & mask.summary[:, :, None] & behind_sink[:, None]).any()
+    assert (~live & leaf).any(1).all() and mask.summary.any(1).all()
+
+
+def states(base, pyramid: Pyramid, embeddings: torch.Tensor) -> list[torch.Tensor]:
+    """Hidden states behind every layer."""
+    found, hooks = [], []
+    for layer in base.model.get_decoder().layers:
+        hooks.append(layer.register_forward_hook(lambda module, args, out: found.append(out)))
+    base(embeddings, pyramid.positions(), pyramid.mask.dense())
+    for hook in hooks:
+        hook.remove()
+    return [out[0] if isinstance(out, tuple) else out for out in found]
+
+
+def test_what_changes_in_a_segment_moves_no_state_outside_of_it_and_of_the_live_rows(base):
+    pyramid = Pyramid.of(window(tree_of(base, lengths=(150, 150))), **SIZES)
+    mask, embeddings = pyramid.mask, pyramid.to_tensor()
+    segments = torch.where(mask.summary, -1, mask.borders()[2])
+    settled = mask.there & ~mask.summary & ~mask.is_live
+    tried = 0
+    for segment in segments[settled].unique().tolist():
+        changed = settled & (segments == segment) & (mask.start >= K)
+        if not changed.any():
+            continue
+        tried += 1
+        noise = torch.where(changed[..., None], torch.randn_like(embeddings), embeddings)
+        same = mask.there & ~changed & ~mask.is_live & (segments != segment)
+        for before, after in zip(states(base, pyramid, embeddings), states(base, pyramid, noise), strict=True):
+            assert (before - after)[same].abs().max() <= 1e-6
+            assert (before - after)[mask.is_live].abs().max() > 1e-4
+    assert tried > 2
+
+
+def test_what_a_window_shows_elsewhere_changes_nothing_for_a_settled_leaf(base):
+    """An opened gist changes its own segment and the live rows: the others see summaries, not the window."""
+    tree = tree_of(base, lengths=(150,))
+    one, other = WorkingContext.recency(tree, 60), WorkingContext.recency(tree, 60)
+    other.budget = 10**6
+    first = int((other.lods()[0] > 0).nonzero()[0])
+    opened = other.starts()[0, first], other.starts()[0, first] + other.widths()[0, first]
+    other.expand(first)
+    hidden = []
+    for context in (one, other):
+        pyramid = Pyramid.of(context, **SIZES)
+        mask, at = pyramid.mask, context.starts()[0]
+        own = mask.borders()[2].gather(1, pyramid.leaves)[0]
+        elsewhere = (own != int(opened[0]) // 16 * 16) & ((at < opened[0]) | (at >= opened[1]))
+        kept = elsewhere & ~mask.is_live.gather(1, pyramid.leaves)[0]
+        hidden.append(pyramid.read(base)[0, kept])
+    # Both passes have their own number of columns, so sums are made in another order.
+    assert len(hidden[0]) > 8 and (hidden[0] - hidden[1]).abs().max() < 1e-5 * hidden[0].abs().max()
+
+
+def test_the_dense_mask_is_what_flex_attention_makes_of_the_same_rule():
+    from torch.nn.attention.flex_attention import create_mask
+
+    mask = Pyramid.of(window(tree_of(small_base())), **SIZES).mask
+    n = mask.start.shape[1]
+    assert torch.equal(create_mask(mask.rule(), 2, 1, n, n, device="cpu"), mask.dense())
+
+
+def test_padding_is_seen_by_nobody_and_breaks_nothing(base):
+    context = window(tree_of(base, lengths=(150, 40)))
+    pyramid = Pyramid.of(context, **SIZES)
+    there = pyramid.mask.there
+    assert not (pyramid.mask.dense()[:, 0] & ~there[:, None] & ~torch.eye(there.shape[1], dtype=torch.bool)).any()
+    alone = Pyramid.of(WorkingContext(*row_of(context, 1)), **SIZES)
+    assert torch.allclose(pyramid.read(base)[1, : context.counts[1]], alone.read(base)[0], atol=1e-5)
+
+
+def row_of(context, row: int):
+    tree = context.tree
+    tokens = tree.tokens[row : row + 1, : int(tree.lengths[row])]
+    alone = type(tree).from_tokens(tokens, tree.encoder, tree.base)
+    count = int(context.counts[row])
+    return alone, context.lod[row : row + 1, :count], context.index[row : row + 1, :count], [count], 10**6
+
+
+@pytest.mark.parametrize(("name", "value"), [("segment", 6), ("mid", 0), ("live", -1), ("segment", 12)])
+def test_a_size_that_does_not_fit_the_grid_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"attention.{name}={value} is not allowed"):
+        Pyramid.of(window(tree_of(small_base())), **(SIZES | {name: value}))
+
+
+def test_fewer_pairs_are_seen():
+    mask = Pyramid.of(window(tree_of(small_base()), budget=100, edits=10), **SIZES).mask
+    slow = (mask.dense()[:, 0] & mask.there[:, :, None]).sum((1, 2))
+    count = (mask.there & ~mask.summary).sum(1)
+    assert torch.allclose(mask.pairs(), slow / (count * (count + 1) / 2))

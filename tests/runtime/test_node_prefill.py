@@ -1,0 +1,112 @@
+"""Under MegaAttention an edit reaches its segment and the live rows, and what is kept is what a fresh reading gives."""
+
+import pytest
+import torch
+from test_incremental_prefill import change
+from windows import BASES, VOCABULARY, K, small_base, tree_of, window
+
+from megactx.memory.pyramid import Attention
+from megactx.runtime.node_prefill import NodePrefill
+
+MEGA = Attention("mega", segment=16, mid=16, live=16)
+BUDGET = 90
+
+
+def assert_same(prefill: NodePrefill, fresh: NodePrefill):
+    for own, other in zip(prefill.rows, fresh.rows, strict=True):
+        assert own.key.sort().values.equal(other.key.sort().values)
+        left, right = own.key.argsort(), other.key.argsort()
+        pairs = [(own.hidden[left], other.hidden[right])]
+        for one, two in zip(own.cache.layers, other.cache.layers, strict=True):
+            pairs += [(one.keys[0][:, left], two.keys[0][:, right]), (one.values[0][:, left], two.values[0][:, right])]
+        for one, two in pairs:
+            assert (one - two).abs().max() < 1e-4 * two.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"), [*((kind, 15) for kind in BASES), pytest.param("llama", 1000, marks=pytest.mark.slow)]
+)
+def test_keys_and_values_after_many_edits_and_appends_are_those_of_a_fresh_reading(kind, changes):
+    base = small_base(kind)
+    context = window(tree_of(base, gaussian_rope="damped"), budget=60, edits=0)
+    context.budget = BUDGET
+    prefill, generator, reused = NodePrefill(base, MEGA), torch.Generator().manual_seed(4), []
+    for number in range(changes):
+        context = change(context, generator)
+        if int(context.ends().max()) > 480:  # the base has 512 positions: begin anew
+            context = window(tree_of(base, gaussian_rope="damped"), budget=60, edits=0)
+            context.budget = BUDGET
+        last = prefill.read(context)
+        reused.append(float(prefill.reused.sum() / prefill.lengths.sum()))
+        if number > 25 and number % 9:
+            continue
+        fresh = NodePrefill(base, MEGA)
+        assert (fresh.read(context) - last).abs().max() < 1e-4 * last.abs().max()
+        assert_same(prefill, fresh)
+    assert 0.3 < sum(reused) / len(reused) < 1
+
+
+def test_a_reading_is_that_of_the_mask_in_one_pass():
+    base = small_base()
+    context = window(tree_of(base))
+    hidden = MEGA.read(base, context)
+    last = hidden[torch.arange(2), context.lengths - 1]
+    assert torch.allclose(NodePrefill(base, MEGA).read(context), last, atol=1e-5)
+
+
+def test_an_edit_far_back_costs_its_segment_and_the_live_rows():
+    base = small_base()
+    tree = tree_of(base, lengths=(150,))
+    context = window(tree, budget=90, edits=0)
+    context.budget = 10**6
+    prefill, passes = NodePrefill(base, MEGA), []
+    prefill.read(context)
+    base.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape[1]))
+    prefill.read(context)
+    assert passes == [] and torch.equal(prefill.reused, prefill.lengths)
+    lods = context.lods()[0]
+    entry = int((lods == 1).nonzero()[0])
+    segment = int(context.starts()[0, entry]) // 16
+    context = context.copy()
+    context.expand(entry)
+    prefill.read(context)
+    mask = MEGA.pyramid(context).mask
+    leaves = ~mask.summary[0] & (mask.start[0] // 16 == segment)
+    most = int((leaves | mask.is_live[0]).sum())
+    assert passes and passes[0] <= most < int(prefill.lengths[0]) and passes[0] >= K
+
+
+def test_new_tokens_are_read_behind_the_window_and_stay_read():
+    base = small_base()
+    tree = tree_of(base, lengths=(150,))
+    context = window(tree, budget=90, edits=0)
+    context.budget = 10**6
+    prefill = NodePrefill(base, MEGA)
+    prefill.read(context)
+    ids = torch.randint(VOCABULARY, (3,))
+    stepped = prefill.step(ids)
+    tree.append(ids[None])
+    context = context.copy()
+    context.append(3)
+    passes = []
+    base.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape[1]))
+    last = prefill.read(context)
+    whole = MEGA.read(base, context)[0]
+    assert torch.allclose(last[0], whole[-1], atol=1e-4) and torch.allclose(stepped, whole[-3:], atol=1e-4)
+    assert not passes or passes[0] < K * 5  # what became a block has a summary; what left the live region is settled
+
+
+def test_other_adapters_are_noticed_and_other_attention_is_refused():
+    from megactx.lm.adapters import adapt, adapters_of
+
+    base = small_base()
+    context = window(tree_of(base))
+    prefill = NodePrefill(base, MEGA)
+    before = prefill.read(context)
+    adapt(base, 4, "all")
+    for p in adapters_of(base).values():
+        torch.nn.init.normal_(p)
+    after = prefill.read(context)
+    assert not torch.allclose(before, after) and torch.equal(after, NodePrefill(base, MEGA).read(context))
+    with pytest.raises(ValueError, match="attention.kind=plain is not allowed"):
+        NodePrefill(base, Attention("plain"))
