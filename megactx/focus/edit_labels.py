@@ -29,8 +29,9 @@ from .edits import Edits, column_of
 from .window_rows import rows_of, taken
 
 ROWS = {"cpu": 2048, "cuda": 65_536}  # of one packed pass: they fill the machine, and more would only take memory
-# Rows of a branch from which on it is long. A GPU would rather have few launches than few scores.
-LONG = {"cpu": 256}
+# Rows of a branch above which it is long: in shorter ones hardly any time goes into scores that a mask hides. A GPU
+# would rather have few launches than few scores.
+LONG = {"cpu": 320}
 RUNS = 1024  # rows of one pass over long branches: more of them leave the cache of the processor
 
 
