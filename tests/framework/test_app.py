@@ -208,6 +208,7 @@ def test_a_reader_that_leaves_early_is_no_error(asked):
     assert process.returncode == 0 and not said
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tiny_run, tmp_path):
     command = [sys.executable, str(REPOSITORY / "train.py"), *tiny_run, "preset.steps=100000", "folder=a"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -114,8 +114,8 @@ def test_a_run_that_was_killed_while_it_saved_goes_on_to_the_same_end(settings, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(  # the sixth case is the test above
-    ("moment", "workers"), [("training", 0), ("validating", 0), ("training", 2), ("validating", 2), ("saving", 2)]
+@pytest.mark.parametrize(  # saving in the process is the test above
+    ("moment", "workers"), [("training", 0), ("training", 2), ("validating", 2), ("saving", 2)]
 )
 def test_wherever_a_run_is_killed_it_goes_on_to_the_same_end(moment, workers, settings, uninterrupted, tmp_path):
     workers = f"data.workers={workers}"

@@ -32,6 +32,7 @@ def preset(folder) -> dict:
     return OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))["preset"]
 
 
+@pytest.mark.slow
 def test_minutes_become_steps_and_warmup_validation_and_plateau_keep_their_share(timed, tmp_path, capsys):
     settings, _ = timed
     assert run([*settings, f"folder={tmp_path / 'a'}"]) == 0
@@ -130,6 +131,7 @@ def test_a_training_of_more_than_ten_minutes_says_so_and_how_to_make_it_short(mo
     assert pace._flops_per_second(device) > 1e8
 
 
+@pytest.mark.slow
 def test_every_stage_says_how_much_work_is_ahead(tmp_path):
     for experiment in ("gist_stage2", "gist_lod2", "base_lm", "lens", "alternating", "end_to_end"):
         small, full = (

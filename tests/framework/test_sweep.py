@@ -288,7 +288,8 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(tiny_run, tmp_path):
 def test_a_launcher_runs_jobs_at_once_hides_no_failure_and_skips_what_is_done(gist_sweep, tmp_path, launcher, plugin):
     pytest.importorskip(f"hydra_plugins.{plugin}", reason=f"{plugin} is not installed (the extra sweep)")
     command = ["-m", *gist_sweep, "gistnet.head=linear,none_such", *launcher]
-    for state in ("done", "done before"):
+    # A second start costs as much again, and is the same for all launchers.
+    for state in ("done", "done before") if "submitit" in plugin else ("done",):
         ended = start(tmp_path, *command)
         assert ended.returncode == 2, ended.stderr
         assert "Warning" not in ended.stderr

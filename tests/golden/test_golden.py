@@ -66,7 +66,7 @@ def differences(wanted, found, exactly: bool, where: str = ""):
         yield f"{where}: {wanted!r} -> {found!r}"
 
 
-QUICK = ("lens_fp32", "base_lm_fp32")  # the rest runs with the slow tests
+QUICK = ("base_lm_fp32",)  # the rest runs with the slow tests
 
 
 @pytest.mark.parametrize(

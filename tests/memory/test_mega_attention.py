@@ -27,7 +27,7 @@ def tokens_seen(mask: MegaMask, row: int, column: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("sizes", [SIZES, dict(segment=4, mid=4, live=0), dict(segment=64, mid=32, live=20)])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_every_row_sees_every_token_before_it_through_exactly_one_entry(sizes, seed):
     base = small_base()
     mask = Pyramid.of(window(tree_of(base), edits=8, seed=seed), **sizes).mask

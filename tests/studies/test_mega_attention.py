@@ -28,11 +28,11 @@ def test_the_command_compares_four_masks_on_the_same_documents(texts, tmp_path, 
     assert abs(found["dnll", "mega", "live"]) < abs(found["dnll", "mega", "settled"])
 
 
-def test_a_folder_that_is_no_run_of_the_stage_is_refused(trained_runs, texts, tmp_path, capsys):
-    options = ["--path", str(texts), "--tokens", "256", "--documents", "2", "--out", str(tmp_path)]
-    assert main([*options, "--trained", str(trained_runs[0])]) == 2
+def test_a_folder_that_is_no_run_of_the_stage_is_refused(tmp_path, capsys, monkeypatch):
+    gist = {"hyper_parameters": {"gistnet": {}}}
+    monkeypatch.setattr("megactx.studies.mega_attention.checkpoint_of", lambda path: (path, gist))
+    assert main(["--trained", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 2
     assert "it is no run of experiment=mega_attention" in capsys.readouterr().err
-    assert main([*options, "smollm2", "--trained", str(trained_runs[0])]) == 2
 
 
 def test_a_size_that_does_not_fit_is_refused(texts, tmp_path, capsys):
