@@ -42,6 +42,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/causal.py
 	$(BIN)/python benchmarks/runtime.py
 	$(BIN)/python benchmarks/node_prefill.py
+	$(if $(OLD),$(BIN)/python benchmarks/beside.py $(OLD))
 
 # Surprises of real libraries: each script installs pinned packages in a folder of its own, and fails if they changed.
 findings:

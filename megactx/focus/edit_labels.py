@@ -4,7 +4,8 @@
     an edit      cache of entries < c [ what comes ][ the others ] y0 y1 ... y(H-2)       one branch
     scored                                                         y0 y1 ... y(H-1)
 
-Nothing in front of an edit depends on it, so a branch starts where the edit does. Branches of like length share a pass.
+Nothing in front of an edit depends on it, so a branch starts where the edit does. Short branches of like length share a
+pass, padded to the longest; long ones share one without padding.
 
     v_down = NLL(as it is) - NLL(children in its place)               of a gist: what its detail would be worth
     v_keep = NLL(parent in the place of K siblings) - NLL(as it is)   of siblings: what their detail is worth
@@ -12,6 +13,7 @@ Nothing in front of an edit depends on it, so a branch starts where the edit doe
 B rows, W entries, K children of a node, E edits, H scored tokens, D width.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -20,12 +22,18 @@ from transformers import DynamicCache
 
 from megactx.lm import BaseLM
 from megactx.lm.chunked_head import nll
+from megactx.lm.suffix_attention import Run
 from megactx.memory import WorkingContext
 
 from .edits import Edits, column_of
 from .window_rows import rows_of, taken
 
 ROWS = {"cpu": 2048, "cuda": 65_536}  # of one packed pass: they fill the machine, and more would only take memory
+# Rows of a branch above which it is read without a mask, one by one. The limit was set so that windows of a few hundred
+# entries keep their values to the last bit; where it is fastest was not measured. A GPU would rather have few launches
+# than few scores.
+LONG = {"cpu": 320}
+RUNS = 1024  # rows of one pass over long branches: more of them leave the cache of the processor
 
 
 def continuation_nll(base: BaseLM, context: WorkingContext, following: Tensor) -> Tensor:
@@ -83,7 +91,7 @@ class _Read:
 
     def branches(self, edits: Edits) -> Iterator[tuple[Tensor, Tensor]]:
         """Packed passes -> (which edits [e], mean NLL after each [e]), until all were measured."""
-        k, b = self.context.tree.block_size, len(self.lengths)
+        k = self.context.tree.block_size
         # The column at which an edit begins: that of the gist, or of the first of the K children that go.
         first = torch.where(edits.expand, edits.index, edits.index * k)
         first = column_of(self.context, edits.row, edits.lod - (~edits.expand).long(), first)  # [E]
@@ -91,12 +99,20 @@ class _Read:
         comes, goes = torch.where(edits.expand, k, 1), torch.where(edits.expand, 1, k)
         rest = self.lengths[edits.row] - first - goes
         rows = comes + rest + self.horizon - 1  # of a branch
+        sizes = (first, comes, goes, rest, rows)
+        long = rows > LONG.get(rows.device.type, math.inf)
+        yield from self._long(edits, long.nonzero()[:, 0], *sizes)
+        yield from self._packed(edits, (~long).nonzero()[:, 0], *sizes)
+
+    def _packed(self, edits, which, first, comes, goes, rest, rows) -> Iterator[tuple[Tensor, Tensor]]:
+        """``branches`` for some edits, places [E'] of all; the other arguments [E] are what ``branches`` found."""
+        b = len(self.lengths)
         # Places [B, N]: each row's edits from the shortest branch to the longest, the missing ones last. A pass pads
         # its branches to the longest of them, so those of like length share one.
-        by_row = torch.argsort(edits.row * (int(rows.max()) + 1 if len(edits) else 1) + rows)
-        counts = torch.bincount(edits.row, minlength=b)
-        at = torch.arange(len(edits), device=rows.device) - (counts.cumsum(0) - counts)[edits.row[by_row]]
-        places = torch.full((b, int(counts.max()) if len(edits) else 0), -1, device=rows.device)
+        by_row = which[torch.argsort(edits.row[which] * (int(rows.max()) + 1 if len(edits) else 1) + rows[which])]
+        counts = torch.bincount(edits.row[which], minlength=b)
+        at = torch.arange(len(which), device=rows.device) - (counts.cumsum(0) - counts)[edits.row[by_row]]
+        places = torch.full((b, int(counts.max()) if len(which) else 0), -1, device=rows.device)
         places[edits.row[by_row], at] = by_row
         # [N], over the rows. Ascending within a row; where rows have other numbers of edits it may fall again.
         longest = torch.where(places >= 0, rows[places], 0).amax(0).tolist()
@@ -124,6 +140,48 @@ class _Read:
             hidden = hidden.gather(2, scored[..., None].expand(*scored.shape, hidden.shape[-1]))  # [B, n, H, D]
             nll = self._nll(hidden, self.following[:, None].expand_as(scored)).mean(-1)
             yield place[mask], nll[mask]
+
+    def _long(self, edits, which, first, comes, goes, rest, rows) -> Iterator[tuple[Tensor, Tensor]]:
+        """``_packed`` for branches that are long: each row attends to what it sees, and to nothing besides."""
+        kv_cache = tuple((layer.keys, layer.values) for layer in self.cache.layers)
+        k, w, device = self.context.tree.block_size, self.context.lod.shape[1], rows.device
+        which = which[rows[which].argsort()]
+        lengths, cached, documents = (numbers[which].tolist() for numbers in (rows, first, edits.row))
+        done = 0
+        while done < len(lengths):
+            stop, total = done + 1, lengths[done]
+            while stop < len(lengths) and total + lengths[stop] <= RUNS:
+                total, stop = total + lengths[stop], stop + 1
+            part, count = which[done:stop], torch.tensor(lengths[done:stop], device=device)
+            ends = count.cumsum(0)
+            runs = [
+                Run(end - length, end, before, document)
+                for end, length, before, document in zip(
+                    ends.tolist(), *(numbers[done:stop] for numbers in (lengths, cached, documents)), strict=True
+                )
+            ]
+            done = stop
+            owner = torch.repeat_interleave(count, output_size=total)  # [M], the place in ``part`` of each row
+            edit, r = part[owner], torch.arange(total, device=device) - (ends - count)[owner]
+            new, entry = r < comes[edit], r < comes[edit] + rest[edit]
+            column = torch.where(entry, first[edit] + goes[edit] - comes[edit], w - comes[edit] - rest[edit]) + r
+            column, brought = column.clamp(0, w + self.horizon - 2), owner * k + r.clamp(max=k - 1)
+
+            def rows_from(own: Tensor, extra: Tensor, edit=edit, new=new, column=column, brought=brought) -> Tensor:
+                new = new if own.ndim == 2 else new[:, None]
+                return torch.where(new, extra[0, brought].to(own.dtype), own[edits.row[edit], column])[None]
+
+            embeddings, positions, sigma = self._replacements(edits, part[None])
+            hidden = self.base.forward_runs(
+                rows_from(self.rows.embeddings, embeddings),
+                rows_from(self.rows.positions, positions),
+                kv_cache,
+                runs,
+                self.horizon,
+                None if sigma is None else rows_from(self.rows.sigma, sigma),
+            )
+            scored = (ends - self.horizon)[:, None] + torch.arange(self.horizon, device=device)  # [e, H]
+            yield part, self._nll(hidden[0, scored], self.following[edits.row[part]]).mean(1)
 
     def _source(self, edits, e, first, comes, goes, rest, rows: int) -> Tensor:
         """Where each row of a branch comes from, [B, n, R]: of the window, what follows, and replacements behind."""

@@ -7,18 +7,20 @@ Shapes: B batch, Q query rows, S visible columns (cache + Q), D width, V vocabul
 """
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from megactx.data.gguf_base import loadable
 
-from . import masks, packed_attention, plain_causal
+from . import masks, packed_attention, plain_causal, suffix_attention
 from .gaussian_rope import spread
-from .masks import CAUSAL
+from .kv_hooks import layers_of
+from .masks import BEHIND, CAUSAL
 from .packed_attention import Branches
 from .plain_causal import PlainCausal
+from .suffix_attention import Run, Suffix, narrowed
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -146,10 +148,13 @@ class BaseLM(nn.Module):
         mask: Tensor | str | None = None,
         cache=None,
         sigma: Tensor | None = None,
+        last: int | None = None,
     ) -> Tensor:
         """embeddings [B, Q, D], positions [B, Q], mask bool [B or 1, 1, Q, S] (True = sees) -> hidden [B, Q, D].
 
         ``mask=CAUSAL`` means ``masks.causal(Q)``, for any positions, and is faster. It may fill an empty cache.
+        ``mask=BEHIND`` means rows behind all S - Q columns of the cache: each sees these, itself and the rows before
+        it. It is faster too, has no gradient, and with ``last`` only the last so many states mean something.
 
         ``sigma`` [B, Q]: standard deviation of each position in tokens, see ``gaussian_rope``; ``None``: points.
 
@@ -160,6 +165,8 @@ class BaseLM(nn.Module):
         assert (mask is None) == (positions is None), "positions and an explicit 4-D mask come together"
         if mask is None or mask is CAUSAL:
             assert cache is None or cache.get_seq_length() == 0, "a pass over a filled cache needs an explicit 4-D mask"
+        if mask is BEHIND:
+            return self._suffix(embeddings, positions, cache, sigma, Suffix(last=last))
         if mask is CAUSAL:
             return self._plain_causal(embeddings, positions, cache, sigma)
         if mask is not None:
@@ -189,6 +196,45 @@ class BaseLM(nn.Module):
                 plain_causal=seen,
             )
         self._require_interface(seen.layers > 0)
+        return output.last_hidden_state
+
+    def forward_runs(
+        self, embeddings: Tensor, positions: Tensor, kv_cache, runs: list[Run], last: int, sigma: Tensor | None = None
+    ) -> Tensor:
+        """``forward_branches`` for branches of any lengths, one behind the other, each alone. Without gradient.
+
+        Args:
+            embeddings: [1, M, D], the rows of all runs.
+            positions: [1, M].
+            kv_cache: keys and values of a pass over the documents, per layer.
+            runs: which rows are a branch, and which cached columns it sees.
+            last: rows at the end of each run whose final states are read.
+            sigma: [1, M].
+
+        Returns:
+            Final hidden states [1, M, D]; only the last ``last`` of each run mean something.
+        """
+        return self._suffix(embeddings, positions, None, sigma, Suffix(runs, kv_cache, last))
+
+    @torch.no_grad()
+    def _suffix(self, embeddings: Tensor, positions: Tensor, cache, sigma: Tensor | None, suffix: Suffix) -> Tensor:
+        decoder = self.model.get_decoder()
+        layers, rows = layers_of(decoder), suffix.rows(embeddings.shape[1])
+        suffix.final = len(layers) - 1
+        with (
+            self._attention(suffix_attention.NAME),
+            spread(decoder, sigma),
+            narrowed(layers[-1], rows) if suffix.last is not None else nullcontext(),
+        ):
+            output = decoder(
+                inputs_embeds=embeddings,
+                position_ids=positions,
+                attention_mask=masks.causal(1, embeddings.device),  # see _attention
+                past_key_values=cache,
+                use_cache=cache is not None,
+                suffix=suffix,
+            )
+        self._require_interface(suffix.layers > 0)
         return output.last_hidden_state
 
     @contextmanager

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 CAUSAL = "causal"  # ``BaseLM.forward`` takes it in place of ``causal(Q)``, and makes no mask then
+BEHIND = "behind"  # likewise: every row sees all cached columns and the rows of the pass up to itself
 
 
 def causal(length: int, device=None) -> Tensor:

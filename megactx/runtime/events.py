@@ -28,7 +28,7 @@ class Refocused:
     started: Tensor  # bool [B]: put together anew by recency, no edit led from the last window to this one
     room: Edits | None  # collapses that made room for the new tokens; None: none was needed, or no LensNet
     scored: tuple[View, ...]  # windows with the new tokens, which LensNet saw; one per row
-    scores: Scores | None  # of ``scored``, [B, W]; None without LensNet, and while all of every history is raw
+    scores: Scores | None  # of ``scored``, [B, W]; None without LensNet, while all is raw, and between ``edit_every``
     edits: Edits | None  # of the allocator, in their order; None likewise
     threshold: float  # of scores: what is closer to 0 stays as it is
     after: tuple[View, ...]  # one per row

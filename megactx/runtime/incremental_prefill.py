@@ -34,6 +34,7 @@ class IncrementalPrefill:
         self.cache = KeyCache()
         self.stamp = stamp_of(self.base)  # of the adapters that keys and values were computed with
         self.columns: list[tuple[Tensor, ...]] = []  # (embeddings, positions, sigma, there), [B, n, ..] each
+        self.whole = True  # all columns are there in all rows
         self.hidden: Tensor | None = None  # [B, D], of the last entry of each row
         self.reused = self.lengths = torch.zeros(0, dtype=torch.long)
 
@@ -110,10 +111,17 @@ class IncrementalPrefill:
         """Keep columns before ``start``, compute those from there on; -> [B, W - start, D]."""
         self.cache.keep(start)
         self.columns = [tuple(part[:, :start] for part in new)]
-        return self._pass(new, start, new[2][:, start:] if spread else None)
+        self.whole = bool(new[3][:, :start].all())
+        return self._pass(new, start, new[2][:, start:] if spread else None, last=1)
 
-    def _pass(self, new: tuple[Tensor, ...], start: int, sigma: Tensor | None) -> Tensor:
+    def _pass(self, new: tuple[Tensor, ...], start: int, sigma: Tensor | None, last: int | None = None) -> Tensor:
+        """Read columns ``start`` and on; of the last ``last`` of them, where all are there, the states are wanted."""
         embeddings, positions, _, mask = new = tuple(part[:, start:] for part in new)
+        self.whole &= bool(mask.all())
+        if self.whole:
+            hidden = self.base(embeddings, positions, masks.BEHIND, self.cache, sigma, last)
+            self.columns.append(new)
+            return hidden
         before = [columns[3] for columns in self.columns]
         q = embeddings.shape[1]
         own = masks.causal(q, embeddings.device).expand(len(embeddings), -1, -1, -1) & mask[:, None, None]
@@ -145,7 +153,7 @@ class IncrementalPrefill:
         elif count < mask.shape[1]:
             self.cache.keep(count)
             parts = [part[:, :count] for part in parts]
-        self.columns = [tuple(parts)]
+        self.columns, self.whole = [tuple(parts)], bool(parts[3].all())
 
     def _counts(self) -> Tensor:
         return sum(columns[3].sum(1) for columns in self.columns)

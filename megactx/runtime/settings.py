@@ -27,6 +27,8 @@ class Settings:
             them, see ``focus.earned``; else all of the window, gists included.
         keys: blocks, at most, that the newest tokens find among all blocks of the history by their keys, and that are
             read besides, however coarse the window is there; with ``earn`` alone. 0: none.
+        edit_every: blocks of new tokens between two refocuses by LensNet. Above 1 the edits of so many blocks are made
+            at once, so that what stands behind them is read again once.
 
     Raises:
         ValueError: a setting that is not known.
@@ -39,6 +41,7 @@ class Settings:
     allocator: dict = field(default_factory=dict)
     earn: bool = False
     keys: Whole = 0
+    edit_every: Count = 1
 
     def __post_init__(self):
         if self.keys and not self.earn:

@@ -246,6 +246,7 @@ class Stream:
         """Take new [B] tokens into the window and refocus it. What fails on the way leaves the old window."""
         self.hidden, began = None, self._now()
         room, started = None, torch.ones(self.rows, dtype=torch.bool)
+        due = self.context is None or self._edits_due(new)
         if self.context is None:
             context = self.focus.start(self.tree)
         else:
@@ -256,8 +257,9 @@ class Stream:
                 context = self.focus.anew(context, started)
         seconds["room"] = self._now() - began
         scored = views(context) if self.observers else ()
-        scores, edits = self.focus.refocus(context)
-        seconds |= self.focus.seconds
+        due |= room is not None  # what stands behind the collapses is read again in any case
+        scores, edits = self.focus.refocus(context) if due else (None, None)
+        seconds |= self.focus.seconds if due else {}
         self.context, self.refocuses = context, self.refocuses + 1
         decoded, self._decoded = self._decoded, 0.0
         if read:
@@ -288,6 +290,12 @@ class Stream:
             self._before = event.after
             for observer in self.observers:
                 observer(event)
+
+    def _edits_due(self, new: Tensor) -> bool:
+        """Whether new [B] tokens complete the last of ``edit_every`` blocks of any row. It follows from the history
+        alone, so a session that is resumed goes on as if it had never stopped."""
+        ends, size = self.context.ends().cpu(), self.settings.edit_every * self.block
+        return bool(((ends + new) // size > ends // size).any())
 
     def _read(self) -> None:
         """Read the window, as far as it has changed, and what waits behind it."""

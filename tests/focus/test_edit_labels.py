@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from windows import BASES, following, small_base, tree_of, window
 
 from megactx.focus import moves
-from megactx.focus.edit_labels import ROWS, continuation_nll, measure_values
+from megactx.focus.edit_labels import LONG, ROWS, continuation_nll, measure_values
 
 
 @torch.no_grad()
@@ -46,6 +46,22 @@ def test_every_edit_is_worth_what_a_fresh_pass_over_the_edited_window_says(kind,
         expected = change if edits.expand[n] else -change
         torch.testing.assert_close(values[n], expected, rtol=1e-4, atol=1e-4)
     assert values.abs().max() > 1e-3, "the base does not react to what is edited"
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(kind, "plain") for kind in BASES] + [("llama", "damped")])
+@pytest.mark.parametrize("rows", [20, 10**9])
+def test_long_branches_are_worth_what_short_ones_of_the_same_edits_are(kind, mode, rows, monkeypatch):
+    base = small_base(kind)
+    context, ids = window(tree_of(base, gaussian_rope=mode)), following(2, 5)
+    edits = moves(context, 8).edits(context)
+    edits = edits[torch.randperm(len(edits), generator=torch.Generator().manual_seed(0))]
+    monkeypatch.setattr("megactx.focus.edit_labels.RUNS", rows)
+    found = []
+    for least in (0, 30, 10**9):
+        monkeypatch.setitem(LONG, "cpu", least)
+        found.append(measure_values(base, context, edits, ids)[0])
+    torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1], found[2], rtol=1e-4, atol=1e-5)
 
 
 def test_some_edits_in_any_order_are_worth_what_they_are_among_all():

@@ -42,6 +42,20 @@ def test_the_value_of_an_old_entry_depends_on_the_newest_tokens(base, head, laye
 
 
 @torch.no_grad()
+def test_a_wide_window_without_padding_has_the_values_that_a_mask_gives_it(base, monkeypatch):
+    context = WorkingContext.recency(tree_of(base, lengths=(150,)), 60)
+    masks, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a: (masks.append(a[3]), attend(*a))[1]
+    )
+    with_mask = lens().read(context)
+    monkeypatch.setattr("megactx.focus.lensnet.WIDE", 8)
+    without = lens().read(context)
+    assert [mask is None for mask in masks] == [False, False, True, True]
+    torch.testing.assert_close(without, with_mask, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
 def test_the_padding_is_neither_read_nor_valued(base):
     context = window(tree_of(base))
     net, mask = lens(), context.mask

@@ -59,6 +59,32 @@ def test_a_resumed_session_goes_on_with_the_same_tokens(session, controller, tmp
     resumed.close()
 
 
+def test_a_resumed_session_makes_its_edits_in_the_same_blocks(controller, tmp_path):
+    own = controller(edit_every=3)
+    session = Session(own)
+    session.append(TEXT * 3)
+    tokens(session, 30)
+    session.save(tmp_path / "saved")
+    session.close()
+    expected = tokens(session, 40)
+    resumed = Session.load(tmp_path / "saved", own)
+    assert tokens(resumed, 40) == expected
+    assert torch.equal(resumed.context.lod, session.context.lod)
+    resumed.close()
+
+
+def test_a_session_that_was_saved_before_a_setting_was_there_keeps_its_window(session, controller, tmp_path):
+    tokens(session, 30)
+    folder = session.save(tmp_path / "saved")
+    session.close()
+    manifest = json.loads((folder / "session.json").read_text())
+    del manifest["settings"]["edit_every"]
+    (folder / "session.json").write_text(json.dumps(manifest))
+    resumed = Session.load(folder, controller())
+    assert torch.equal(resumed.context.lod, session.context.lod)
+    resumed.close()
+
+
 def test_a_session_that_was_just_opened_or_only_ingested_comes_back_too(controller, tmp_path):
     for name, text in (("new", ""), ("long", TEXT * 3)):
         session = Session(controller())

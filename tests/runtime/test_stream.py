@@ -28,6 +28,27 @@ def test_with_focus_off_decoding_equals_the_plain_model_while_the_history_fits(m
         assert torch.equal(controller(kind).generate(prompt, 50)[0], expected), kind
 
 
+def test_edits_come_every_so_many_blocks_and_where_room_is_made_and_between_nothing_is_read_again(controller, ids):
+    every, events = 3, []
+    stream = controller(edit_every=every).stream(observers=[events.append])
+    stream.append(ids(1, 400))
+    stream.logits()
+    events.clear()
+    for token in ids(1, 40 * K, seed=1)[0]:
+        stream.push(token[None])
+    blocks = [int(event.tokens[0]) // K for event in events]
+    due = [block % every == 0 or event.room is not None for block, event in zip(blocks, events, strict=True)]
+    assert [event.scores is not None for event in events] == due and 10 < sum(due) < 30
+    assert sum(len(event.edits) for event in events if event.edits is not None) > 0
+    for event, edited in zip(events, due, strict=True):
+        assert edited or torch.equal(event.reused, event.read)
+
+
+def test_with_edits_in_every_block_nothing_is_another(controller, ids):
+    prompt = ids(1, 300)
+    assert torch.equal(controller().generate(prompt, 60)[0], controller(edit_every=1).generate(prompt, 60)[0])
+
+
 def test_with_focus_off_the_embedded_model_decodes_as_it_does_alone():
     from megactx.runtime import load_models
 

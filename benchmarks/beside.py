@@ -1,0 +1,213 @@
+"""What this build costs beside another one: the same figures on both, in turn, and their ratios.
+
+    python benchmarks/beside.py OLD_TREE                          another checkout, given as a folder
+    python benchmarks/beside.py OLD_TREE --only label,lens
+
+Each row is one function of ``ROWS``, which a process of its own runs once per turn and build: old, new, old, new. It
+imports megactx from the folder of its build, and nothing but what both builds have, and prints CPU seconds of one
+thread by name. Ratios are of one turn, old over new, so that what else the machine does counts in both.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+BLOCK = 32
+
+
+def timed(function) -> float:
+    """CPU seconds of one call."""
+    began = time.process_time()
+    function()
+    return time.process_time() - began
+
+
+def of_code(tokenizer, count: int):
+    """[1, count]: source code, again and again."""
+    import inspect
+
+    import torch
+
+    ids = torch.tensor([tokenizer(inspect.getsource(argparse), verbose=False)["input_ids"]])
+    return ids.repeat(1, -(-count // ids.shape[1]))[:, :count]
+
+
+def label() -> dict[str, float]:
+    """A label of 16 edits of a window of 996 entries, H = 32; and a plain re-run, which is as long in both builds."""
+    import torch
+
+    from megactx.focus import moves
+    from megactx.focus.sampling import draw, measured_share
+    from megactx.memory import MegaContextTree
+    from megactx.runtime import load_models
+
+    try:
+        from megactx.focus.edit_labels import continuation_nll, measure_values
+    except ImportError:
+        from megactx.focus.values import continuation_nll, measure_values
+
+    models = load_models(device="cpu")
+    base, generator = models.base, torch.Generator().manual_seed(1)
+    ids = of_code(base.tokenizer, 4096 + BLOCK)
+    tree, following = MegaContextTree.from_tokens(ids[:, :4096], models.gistnet, base), ids[:, 4096:]
+    context = draw("random", tree, 1024, generator)
+    edits = measured_share(moves(context).edits(context), 16, generator)
+    edited = context.copy()
+    edited.budget = 10**9
+    edits[:1].apply(edited)
+    continuation_nll(base, edited, following)  # a warm-up
+    plain = timed(lambda: [continuation_nll(base, edited, following) for _ in range(2)]) / 2
+    return {"label": timed(lambda: measure_values(base, context, edits, following)) / len(edits), "plain re-run": plain}
+
+
+def stream_of(observers=(), **settings):
+    """A session behind 20,000 tokens of code, W = 2,048, with the embedded models, and what comes next."""
+    from megactx.runtime import Controller, Settings, load_models
+
+    models = load_models(device="cpu")
+    ids = of_code(models.base.tokenizer, 24_000)
+    known = {name: value for name, value in settings.items() if hasattr(Settings(), name)}
+    stream = Controller(models, Settings(2048, **known)).stream(observers=list(observers))
+    stream.append(ids[:, :20_000])
+    stream.logits()
+    return stream, ids[:, 20_000:]
+
+
+def per_token(**settings) -> tuple[float, dict[str, float]]:
+    """Milliseconds of CPU time of a token over a whole reserve, eight blocks; -> all, and by part."""
+    events = []
+    time.perf_counter = time.process_time  # what a session tells of its parts is then CPU time too
+    stream, new = stream_of([events.append], **settings)
+    for place in range(BLOCK):
+        stream.push(new[:, place])
+    events.clear()
+    count = 8 * BLOCK
+    whole = timed(lambda: [stream.push(new[:, BLOCK + place]) for place in range(count)])
+    parts: dict[str, float] = {}
+    for event in events:
+        for name, seconds in event.seconds.items():
+            kind = {"decode": "decode", "read": "recompute"}.get(name, "refocus")
+            parts[kind] = parts.get(kind, 0.0) + seconds / count
+    return whole / count, parts
+
+
+def session() -> dict[str, float]:
+    """A token with focus, equal edits, and its parts."""
+    whole, parts = per_token()
+    return {"session token": whole} | {f"session token: {name}": part for name, part in parts.items()}
+
+
+def batched() -> dict[str, float]:
+    """A token with focus, edits in every eighth block; a build without the setting makes them in each."""
+    return {"session token, edit_every=8": per_token(edit_every=8)[0]}
+
+
+def lens() -> dict[str, float]:
+    """LensNet and allocator for one refocus, and 32 tokens decoded behind the window that they decide over."""
+    import torch
+
+    from megactx.focus import FocusAllocator, LensNet, moves
+    from megactx.memory import MegaContextTree, WorkingContext
+    from megactx.runtime import Controller, Settings, load_models
+
+    models = load_models(device="cpu")
+    ids, found = of_code(models.base.tokenizer, 20_000), {}
+    tree = MegaContextTree.from_tokens(ids, models.gistnet, models.base)
+    torch.manual_seed(0)
+    net = LensNet(models.base.width, BLOCK).eval().requires_grad_(False)
+    torch.nn.init.normal_(net.last.weight)  # edits are always due
+    for budget in (512, 2048):
+        context, allocator = WorkingContext.recency(tree, budget), FocusAllocator()
+
+        def refocus(context=context, allocator=allocator):
+            with torch.no_grad():
+                scores = net.score(context, moves(context, allocator.protected), allocator.margin(net.tau))
+            allocator.refocus(context, scores.score, scores.price)
+
+        refocus()
+        found[f"LensNet and allocator, W = {budget:,}"] = timed(lambda run=refocus: [run() for _ in range(2)]) / 2
+        stream = Controller(models, Settings(budget, "recency")).stream(tree=tree)
+        stream.logits()
+
+        def decode(stream=stream):
+            for place in range(BLOCK - 1):
+                stream.push(ids[:, place])
+                stream.logits()
+
+        found[f"32 tokens, W = {budget:,}"] = timed(decode) * BLOCK / (BLOCK - 1)
+    return found
+
+
+# name -> what a process measures for it: seconds by name.
+ROWS = {"label": label, "session": session, "batched": batched, "lens": lens}
+# name -> two figures of the same build, of which one is a share or a multiple of the other
+SHARES = {
+    "plain re-run / label": ("plain re-run", "label"),
+    "LensNet and allocator / 32 tokens, W = 512": ("LensNet and allocator, W = 512", "32 tokens, W = 512"),
+    "LensNet and allocator / 32 tokens, W = 2,048": ("LensNet and allocator, W = 2,048", "32 tokens, W = 2,048"),
+}
+
+
+def measured(tree: Path, row: str) -> dict[str, float]:
+    """One row on one build, in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).resolve()), str(tree), "--row", row]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{row} on {tree} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def spread(values: list[float], scale: float = 1.0) -> str:
+    """min / median / max."""
+    return " / ".join(f"{scale * value:.3g}" for value in (min(values), median(values), max(values)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("old", type=Path, help="folder of the other checkout")
+    parser.add_argument("--only", help=f"some of {','.join(ROWS)}")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out/beside.json"))
+    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.row:
+        import torch
+
+        torch.set_num_threads(1)
+        print(json.dumps(ROWS[args.row]()))
+        return 0
+    builds = {"old": args.old.resolve(), "new": Path(__file__).resolve().parents[1]}
+    wanted = args.only.split(",") if args.only else list(ROWS)
+    if wrong := [name for name in wanted if name not in ROWS]:
+        parser.error(f"--only={','.join(wrong)} is not known, allowed are {', '.join(ROWS)}")
+    if not (builds["old"] / "megactx").is_dir():
+        parser.error(f"old={args.old} holds no megactx")
+    found = {build: {} for build in builds}
+    for turn in range(args.turns):
+        for row in wanted:
+            for build, tree in builds.items():
+                for name, seconds in measured(tree, row).items():
+                    found[build].setdefault(name, []).append(seconds)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(found, indent=1))  # what is there, should it be stopped
+            print(f"turn {turn + 1}, {row}", file=sys.stderr)
+    print(f"{'min / median / max of ' + str(args.turns):48}{'old, ms':>24}{'new, ms':>24}{'old / new':>22}")
+    for name, old in found["old"].items():
+        new = found["new"][name]
+        ratios = [a / b for a, b in zip(old, new, strict=True)]
+        print(f"{name:48}{spread(old, 1e3):>24}{spread(new, 1e3):>24}{spread(ratios):>22}")
+    for name, (above, below) in SHARES.items():
+        if above in found["old"]:
+            shares = [[a / b for a, b in zip(f[above], f[below], strict=True)] for f in found.values()]
+            print(f"{name:48}{spread(shares[0]):>24}{spread(shares[1]):>24}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
