@@ -76,6 +76,7 @@ def test_jobs_of_a_sweep_all_have_the_steps_of_the_first(timed, tmp_path):
     assert known["preset.steps"] == 5
 
 
+@pytest.mark.slow
 def test_steps_given_by_hand_win_over_the_presets_minutes_and_both_by_hand_are_refused(timed, tmp_path, capsys):
     settings, tried = timed
     rest = [o for o in settings if not o.startswith("preset.minutes")]

@@ -16,6 +16,7 @@ from megactx.parts.read import gistnet_of, load_gistnet, load_lensnet
 from megactx.parts.write import main, save_gistnet, save_lensnet
 
 
+@pytest.mark.slow
 def test_the_gistnet_of_a_run_becomes_a_folder_that_loads_with_its_base(gist_run, base_folder, tmp_path, capsys):
     assert run([*gist_run, "gistnet.type=base", "gistnet.layers=1", "gistnet.rank=4", "stage.evaluate.copies=0"]) == 0
     assert main([str(tmp_path / "run"), str(tmp_path / "net")]) == 0

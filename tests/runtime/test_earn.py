@@ -28,6 +28,7 @@ def test_without_an_estimate_a_session_costs_exactly_what_the_newest_tokens_cost
         torch.testing.assert_close(found, expected.nll, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_is_read_stays_within_the_budget_and_the_base_and_the_map_keeps_all_of_the_history(controller, ids):
     events, stream = [], controller(earn=True).stream(2)

@@ -58,6 +58,7 @@ def test_a_fact_that_another_document_was_told_too_is_no_wrong_answer():
     assert with_other < alone
 
 
+@pytest.mark.slow
 def test_keys_are_trained_measured_and_read_again(exported, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "BLOCKS", 12)
     monkeypatch.setattr(study, "TOLD", 3)
