@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -99,9 +98,6 @@ class Costs:
             heading = f"NLL of {names[1]} less that of"
             sheets.append(pivot("paired over documents", table, paired, heading=heading, order=names[2:]))
         return Report(title, table, sheets, LEGEND, about=about)
-
-    def write(self, stem: Path, title: str, about: dict) -> str:
-        return self.report(title, about).write(stem)
 
 
 def _signed(row: dict) -> str:

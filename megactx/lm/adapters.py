@@ -108,17 +108,9 @@ def stamp_of(base: nn.Module) -> tuple:
     return tuple(
         (id(layer), layer.disable_adapters, layer.merged, *layer.active_adapters, *sorted(layer.scaling.items()))
         + tuple((id(p), 0 if p.is_inference() else p._version) for key, p in layer.named_parameters() if "lora_" in key)
-        for layer in _all_inside(base)
+        for layer in base.modules()
         if isinstance(layer, BaseTunerLayer)
     )
-
-
-def _all_inside(base: nn.Module) -> list[nn.Module]:
-    """``modules()`` without names and without a look for doubles: a session asks for every token."""
-    found = [base]
-    for module in found:  # it grows on the way
-        found.extend(module._modules.values())
-    return found
 
 
 @contextmanager

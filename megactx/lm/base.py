@@ -172,6 +172,12 @@ class BaseLM(nn.Module):
         if mask is not None:
             assert mask.ndim == 4 and mask.dtype == torch.bool, "the mask is bool [B, 1, Q, S]"
             mask = masks.additive(mask, self._pass_dtype(embeddings))
+        return self._decoded(embeddings, positions, mask, cache, sigma)
+
+    def _decoded(
+        self, embeddings: Tensor, positions, mask: Tensor | None, cache, sigma: Tensor | None, **seen
+    ) -> Tensor:
+        """The model's own backbone; ``seen`` reaches the attention function of every layer."""
         decoder = self.model.get_decoder()
         with spread(decoder, sigma):
             output = decoder(
@@ -180,23 +186,17 @@ class BaseLM(nn.Module):
                 attention_mask=mask,
                 past_key_values=cache,
                 use_cache=cache is not None,
+                **seen,
             )
         return output.last_hidden_state
 
     def _plain_causal(self, embeddings: Tensor, positions: Tensor, cache, sigma: Tensor | None) -> Tensor:
         """``forward`` under ``CAUSAL``."""
-        decoder, seen = self.model.get_decoder(), PlainCausal()
-        with self._attention(plain_causal.NAME), spread(decoder, sigma):
-            output = decoder(
-                inputs_embeds=embeddings,
-                position_ids=positions,
-                attention_mask=masks.causal(1, embeddings.device),  # see _attention
-                past_key_values=cache,
-                use_cache=cache is not None,
-                plain_causal=seen,
-            )
+        seen, some = PlainCausal(), masks.causal(1, embeddings.device)  # see _attention
+        with self._attention(plain_causal.NAME):
+            hidden = self._decoded(embeddings, positions, some, cache, sigma, plain_causal=seen)
         self._require_interface(seen.layers > 0)
-        return output.last_hidden_state
+        return hidden
 
     def forward_runs(
         self, embeddings: Tensor, positions: Tensor, kv_cache, runs: list[Run], last: int, sigma: Tensor | None = None
@@ -218,24 +218,16 @@ class BaseLM(nn.Module):
 
     @torch.no_grad()
     def _suffix(self, embeddings: Tensor, positions: Tensor, cache, sigma: Tensor | None, suffix: Suffix) -> Tensor:
-        decoder = self.model.get_decoder()
-        layers, rows = layers_of(decoder), suffix.rows(embeddings.shape[1])
+        layers, rows = layers_of(self.model.get_decoder()), suffix.rows(embeddings.shape[1])
         suffix.final = len(layers) - 1
+        some = masks.causal(1, embeddings.device)  # see _attention
         with (
             self._attention(suffix_attention.NAME),
-            spread(decoder, sigma),
             narrowed(layers[-1], rows) if suffix.last is not None else nullcontext(),
         ):
-            output = decoder(
-                inputs_embeds=embeddings,
-                position_ids=positions,
-                attention_mask=masks.causal(1, embeddings.device),  # see _attention
-                past_key_values=cache,
-                use_cache=cache is not None,
-                suffix=suffix,
-            )
+            hidden = self._decoded(embeddings, positions, some, cache, sigma, suffix=suffix)
         self._require_interface(suffix.layers > 0)
-        return output.last_hidden_state
+        return hidden
 
     @contextmanager
     def _attention(self, name: str):
@@ -321,20 +313,13 @@ class BaseLM(nn.Module):
         """
         b, n, r, d = embeddings.shape
         branches = Branches(kv_cache, cache_len, r, self._pass_dtype(embeddings), cache_start, slots)
-        decoder = self.model.get_decoder()
-        with (
-            self._attention(packed_attention.NAME),
-            spread(decoder, None if sigma is None else sigma.reshape(b, n * r)),
-        ):
-            output = decoder(
-                inputs_embeds=embeddings.reshape(b, n * r, d),
-                position_ids=positions.reshape(b, n * r),
-                attention_mask=masks.causal(1, embeddings.device),  # see _attention
-                use_cache=False,
-                branches=branches,
-            )
+        rows, places = embeddings.reshape(b, n * r, d), positions.reshape(b, n * r)
+        sigma = None if sigma is None else sigma.reshape(b, n * r)
+        with self._attention(packed_attention.NAME):
+            some = masks.causal(1, embeddings.device)  # see _attention
+            hidden = self._decoded(rows, places, some, None, sigma, branches=branches)
         self._require_interface(branches.layers == len(kv_cache))
-        return output.last_hidden_state.view(b, n, r, d)
+        return hidden.view(b, n, r, d)
 
     @staticmethod
     def _pass_dtype(embeddings: Tensor) -> torch.dtype:

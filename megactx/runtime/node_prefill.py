@@ -20,8 +20,6 @@ from megactx.memory.pyramid import Attention, Pyramid
 
 from .cache import KeyCache
 
-LIVE_TOKEN = 0  # LOD of what ``step`` reads
-
 
 @dataclass
 class _Read:
@@ -85,19 +83,19 @@ class NodePrefill:
         at = old.end + torch.arange(n, device=ids.device)
         new = (self.base.embed(ids), at, torch.zeros_like(at, dtype=torch.float))
         sees = torch.cat([old.leaf.expand(n, -1), torch.ones(n, n, dtype=torch.bool, device=ids.device).tril()], dim=1)
-        hidden = self.base(new[0][None], at[None], sees[None, None], old.cache)[0]
-        key = torch.cat([old.key, _names(torch.full_like(at, LIVE_TOKEN), at, torch.zeros_like(at))])
+        try:
+            hidden = self.base(new[0][None], at[None], sees[None, None], old.cache)[0]
+        except BaseException:  # some layers may have the new columns already
+            self.forget()
+            raise
+        tokens = torch.zeros_like(at)  # LOD 0, and no summary
+        key = torch.cat([old.key, _names(tokens, at, tokens)])
         old.seen = torch.cat([old.seen, sees.double() @ _hashes(key).T])
         old.key, old.leaf = key, torch.cat([old.leaf, torch.ones_like(at, dtype=torch.bool)])
         old.same = tuple(torch.cat(pair) for pair in zip(old.same, new, strict=True))
         old.hidden = torch.cat([old.hidden, hidden])
         old.last, old.end = len(key) - 1, old.end + n
         return hidden
-
-    def bytes(self) -> int:
-        """Of keys, values and what they were computed from."""
-        kept = [part for row in self.rows for part in (row.key, *row.same, row.seen, row.leaf, row.hidden)]
-        return sum(row.cache.bytes() for row in self.rows) + sum(part.nbytes for part in kept if part is not None)
 
     def _read(self, pyramid: Pyramid, row: int) -> tuple[int, int]:
         """-> (columns that were kept, all columns)."""
@@ -126,13 +124,12 @@ class NodePrefill:
             old.cache.select(place[clean][None])
         hidden = same[0].new_zeros(n, same[0].shape[1]) if old.hidden is None else old.hidden[place.clamp(min=0)]
         if len(dirty):
-            part = (sigma := same[2][dirty]) if spread is not None else None
             hidden[dirty] = self.base(
                 same[0][dirty][None],
                 same[1][dirty][None],
                 _rows_of(sees, kind, dirty)[:, order][None, None],
                 old.cache,
-                None if part is None else sigma[None],
+                None if spread is None else same[2][dirty][None],
             )[0].to(hidden.dtype)
         old.key, old.seen, old.leaf = key[order], seen[order], ~summary[order]
         old.same, old.hidden = tuple(part[order] for part in same), hidden[order]

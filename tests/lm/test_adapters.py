@@ -6,7 +6,7 @@ from small_base import FAMILIES, SMALL
 from transformers import AutoModelForCausalLM
 
 from megactx.lm import BaseLM
-from megactx.lm.adapters import adapt, adapters_of, merged, switched_off
+from megactx.lm.adapters import adapt, adapters_of, merged, stamp_of, switched_off
 
 
 def base_of(kind: str = "llama", **more) -> BaseLM:
@@ -97,3 +97,11 @@ def test_adapters_are_put_in_once():
     adapt(base, 4)
     with pytest.raises(ValueError, match="has adapters already"):
         adapt(base, 4)
+
+
+def test_a_place_for_a_module_that_is_empty_is_no_obstacle():
+    base = base_of()
+    base.model.register_module("head_that_is_not_there", None)  # as models do for optional parts
+    assert stamp_of(base) == ()
+    adapt(base, 4)
+    assert len(stamp_of(base)) > 0

@@ -110,3 +110,19 @@ def test_other_adapters_are_noticed_and_other_attention_is_refused():
     assert not torch.allclose(before, after) and torch.equal(after, NodePrefill(base, MEGA).read(context))
     with pytest.raises(ValueError, match="attention.kind=plain is not allowed"):
         NodePrefill(base, Attention("plain"))
+
+
+def test_a_step_that_fails_in_a_layer_leaves_nothing_half_read():
+    base = small_base()
+    context = window(tree_of(base, lengths=(150,)))
+    prefill = NodePrefill(base, MEGA)
+    before = prefill.read(context)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    hook = base.model.get_decoder().layers[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        prefill.step(torch.randint(VOCABULARY, (3,)))
+    hook.remove()
+    assert torch.equal(prefill.read(context), before)

@@ -44,11 +44,6 @@ def test_edits_come_every_so_many_blocks_and_where_room_is_made_and_between_noth
         assert edited or torch.equal(event.reused, event.read)
 
 
-def test_with_edits_in_every_block_nothing_is_another(controller, ids):
-    prompt = ids(1, 300)
-    assert torch.equal(controller().generate(prompt, 60)[0], controller(edit_every=1).generate(prompt, 60)[0])
-
-
 def test_with_focus_off_the_embedded_model_decodes_as_it_does_alone():
     from megactx.runtime import load_models
 
