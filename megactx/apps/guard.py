@@ -11,7 +11,7 @@ import secrets
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
 
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 
 LARGEST = 2**20  # bytes of a request's body
 HEADERS = {
@@ -34,10 +34,11 @@ class Guard:
             also addresses in digits and ``host`` itself: a rebinding attack needs a name.
         token: of the run; ``/?token=...`` puts it into a cookie, which all other requests need. ``None``: none is.
         cookie: its name; cookies of one host are the same on all ports.
+        refuse: (message, status) -> the answer that says so.
     """
 
-    def __init__(self, app, host: str, token: str | None = None, cookie: str = "megactx"):
-        self.app, self.host, self.token, self.cookie = app, host, token, cookie
+    def __init__(self, app, host: str, token: str | None = None, cookie: str = "megactx", refuse=PlainTextResponse):
+        self.app, self.host, self.token, self.cookie, self.refuse = app, host, token, cookie, refuse
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -58,17 +59,17 @@ class Guard:
             return await refusal(scope, receive, answer)
         await self.app(scope, _limited(receive), answer)
 
-    def _refusal(self, scope, headers: dict[str, str]) -> PlainTextResponse | None:
+    def _refusal(self, scope, headers: dict[str, str]) -> Response | None:
         name = headers.get("host", "")
         if not self._known(name):
-            return PlainTextResponse("This name is not one of this server's.", 403)
+            return self.refuse("This name is not one of this server's.", 403)
         if headers.get("origin", f"http://{name}") != f"http://{name}":
-            return PlainTextResponse("Another site may not ask here.", 403)
+            return self.refuse("Another site may not ask here.", 403)
         if self.token is not None and not (self._kept(headers) or (scope["path"] == "/" and self._asked(scope))):
-            return PlainTextResponse("Open the address that the terminal shows, with its token.", 403)
+            return self.refuse("Open the address that the terminal shows, with its token.", 403)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 15 or int(length) > LARGEST:
-            return PlainTextResponse(f"At most {LARGEST:,} bytes.", 413)
+            return self.refuse(f"At most {LARGEST:,} bytes.", 413)
         return None
 
     def _known(self, host: str) -> bool:

@@ -17,7 +17,7 @@ from .command_line import HOST
 
 PORTS = range(0, 2**16)
 STARTS = 10.0  # seconds that a server may need to start
-CONNECTIONS = 64  # at a time; more are told to come back
+CONNECTIONS = 64  # at a time, where nothing else is said; more are told to come back
 RECEIVES = 10.0  # seconds that a request may take to arrive, headers and body
 
 
@@ -47,11 +47,12 @@ class Server:
         name = HOST if self.host in ("0.0.0.0", "::", "") else self.host
         return f"http://{f'[{name}]' if ':' in name else name}:{self.port}"
 
-    def run(self, app, ending: Callable[[], None] = lambda: None) -> None:
+    def run(self, app, ending: Callable[[], None] = lambda: None, connections: int = CONNECTIONS) -> None:
         """Answer until Ctrl-C, which is raised as KeyboardInterrupt behind the last answer.
 
         Args:
             ending: called when the end begins, to end answers that would go on for ever.
+            connections: at a time, at most.
         """
         self._server = _Ending(
             ending,
@@ -64,7 +65,7 @@ class Server:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=CONNECTIONS,
+                limit_concurrency=connections,
                 h11_max_incomplete_event_size=16 * 2**10,  # bytes of a request's line and headers
                 timeout_keep_alive=30,
                 timeout_graceful_shutdown=5,
