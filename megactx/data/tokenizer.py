@@ -7,6 +7,7 @@ ordinary bytes, never the special token.
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 BOS, PAD = "<|bos|>", "<|pad|>"
@@ -88,8 +89,12 @@ def tokenizer_hash(tokenizer) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return vocabulary_hash(tokenizer)
-    state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
-    split = bool(getattr(tokenizer, "split_special_tokens", False))
+    return _state_hash(backend.to_str(), bool(getattr(tokenizer, "split_special_tokens", False)))
+
+
+@lru_cache(maxsize=4)  # a session asks with every save, and what is sorted here is the whole vocabulary
+def _state_hash(text: str, split: bool) -> str:
+    state = {k: v for k, v in json.loads(text).items() if k not in ("truncation", "padding")}
     return hashlib.sha256(json.dumps([state, split], sort_keys=True).encode()).hexdigest()[:16]
 
 
