@@ -7,12 +7,14 @@
     OUT/lensnet     of ``load_lensnet``
     OUT/megactx.json  what it is, of which run, what the base LM's own perplexity lost, and a hash of every file
 
-RUN is a run folder of a joint stage, of which the best checkpoint counts, or a checkpoint.
+RUN is a run folder of a joint stage, of which the best checkpoint counts, or a checkpoint; or one of a lens stage, the
+base LM of which is as it was.
 """
 
 import argparse
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,47 +32,55 @@ from .alternating import AlternatingStage
 from .end_to_end import EndToEndStage
 from .joint import JointStage
 from .joint_report import in_words
+from .lens import LensStage
 
 MANIFEST = "megactx.json"
-STAGES = (AlternatingStage, EndToEndStage)
+OWN = {  # stage -> settings that no other one has
+    AlternatingStage: {"train_base", "cycles"},
+    EndToEndStage: {"train_base", "distance"},
+    LensStage: {"lensnet", "direct_lr", "windows"},
+}
 
 
-def load_run(path: str | Path) -> tuple[JointStage, Path]:
+def load_run(path: str | Path) -> tuple[JointStage | LensStage, Path]:
     """The stage of a run in eval mode, its base LM in fp32 and on the CPU; and the checkpoint that it is from.
 
     Raises:
-        ValueError: there is no checkpoint, or it is of no joint stage.
+        ValueError: there is no checkpoint, or it is of no stage with a LensNet.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise ValueError(f"RUN={path}: there is no such run folder or checkpoint")
     path = best(path) if path.is_dir() else path
     settings = read(path)["hyper_parameters"]
-    kind = next((stage for stage in STAGES if {"train_base", _own(stage)} <= set(settings)), None)
+    kind = next((stage for stage, own in OWN.items() if own <= set(settings)), None)
     if kind is None:
-        raise ValueError(f"RUN={path}: it is of no joint stage; allowed are runs of alternating and end_to_end")
+        raise ValueError(f"RUN={path}: it is of no joint stage; allowed are runs of alternating, end_to_end and lens")
     stage = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
     stage.base.float()
     return stage, path
 
 
-def plain_base(stage: JointStage) -> BaseLM:
+def plain_base(stage: JointStage | LensStage) -> BaseLM:
     """The base LM of a run as a plain model: adapters merged, in fp32; an untouched one as it is stored."""
-    if adapters_of(stage.base) or stage.train_base == "full":
+    if adapters_of(stage.base) or getattr(stage, "train_base", None) == "full":
         return merged(stage.base)
     return BaseLM.from_pretrained(**stage.hparams.base).freeze()
 
 
 @torch.no_grad()
-def export(run: str | Path, out: str | Path) -> dict:
+def export(run: str | Path, out: str | Path, card: str = "", keys: Path | None = None) -> dict:
     """Write the folder, whole or not at all; -> the manifest.
 
+    Args:
+        card: of the model, the folder's ``README.md``.
+        keys: a folder of ``save_keys`` for the same base LM, which is copied.
+
     Raises:
-        ValueError: no run of a joint stage, or a folder that holds something else.
+        ValueError: no run with a LensNet, or a folder that holds something else.
     """
     out = Path(out).expanduser()
-    if out.is_file() or out.exists() and not (out / MANIFEST).is_file() and any(out.iterdir()):
-        raise ValueError(f"OUT={out}: it holds something that is no export; give another folder")
+    refuse_other(out)
     stage, checkpoint = load_run(run)
     base = plain_base(stage)
     made_by = f"{type(stage).__name__}, {checkpoint.parent.parent.name}"
@@ -82,23 +92,33 @@ def export(run: str | Path, out: str | Path) -> dict:
         # Of the GistNet as it was written, which is what a reader of this folder has.
         saved = load_gistnet(part / "gistnet", base)
         save_lensnet(stage.lens, dict(stage.hparams.lensnet), saved, part / "lensnet", made_by)
+        if keys is not None:
+            shutil.copytree(keys, part / "keys")
+        if card:
+            (part / "README.md").write_text(card, encoding="utf-8")
         manifest = _manifest(stage, checkpoint, part)
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     return manifest
 
 
-def _manifest(stage: JointStage, checkpoint: Path, folder: Path) -> dict:
+def refuse_other(out: Path) -> None:
+    """Raises: ValueError: the place is taken by something that is no export."""
+    if out.is_file() or out.exists() and not (out / MANIFEST).is_file() and any(out.iterdir()):
+        raise ValueError(f"OUT={out}: it holds something that is no export; give another folder")
+
+
+def _manifest(stage: JointStage | LensStage, checkpoint: Path, folder: Path) -> dict:
     h = stage.hparams
     about = {
         "base": h.base["name"],
-        "train_base": stage.train_base,
-        "lora": dict(h.lora),
+        "train_base": getattr(stage, "train_base", "frozen"),
+        "lora": dict(h.get("lora", {})),
         "allocator": dict(h.allocator),
         "budgets": list(h.budgets),
         "block_size": stage.gistnet.block_size,
         "checkpoint": str(checkpoint),
         "step": int(read(checkpoint)["global_step"]),
-        "tokens": int(stage.tokens),
+        "tokens": int(getattr(stage, "tokens", 0)),
         "adapter_parameters": sum(p.numel() for p in adapters_of(stage.base).values()),
         "measured": None,  # what the run's report says of the base LM
     }
@@ -114,15 +134,10 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _own(stage: type) -> str:
-    """A setting that only this stage has."""
-    return {AlternatingStage: "cycles", EndToEndStage: "distance"}[stage]
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line; -> exit code."""
     parser = argparse.ArgumentParser(prog="python -m megactx.stages.export", description=__doc__.partition("\n")[0])
-    parser.add_argument("run", metavar="RUN", help="run folder or checkpoint of alternating or end_to_end")
+    parser.add_argument("run", metavar="RUN", help="run folder or checkpoint of alternating, end_to_end or lens")
     parser.add_argument("out", metavar="OUT", help="folder to write; an export that is there is replaced")
     return run(_command, parser, arguments)
 

@@ -104,6 +104,52 @@ def test_an_experiment_on_a_public_model_states_the_memory_that_it_needs(name):
     assert cfg.preset.batch * cfg.preset.accumulate == full.batch * full.accumulate
 
 
+LLAMA_3_2_1B = dict(
+    model_type="llama",
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    max_position_embeddings=131072,
+    tie_word_embeddings=True,
+)
+QWEN3_0_6B = dict(
+    model_type="qwen3",
+    vocab_size=151936,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=40960,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("smollm2", SMOLLM2_135M), ("qwen3_0_6b", QWEN3_0_6B), ("llama_3_2_1b", LLAMA_3_2_1B), ("smollm3_3b", None)],
+)
+def test_a_retrofit_of_a_public_model_states_the_memory_that_it_needs(name, config):
+    cfg = compose([f"experiment=retrofit_{name}"])
+    with torch.device("meta"):
+        base = BaseLM.from_config(config or benchmark().CONFIG).to(getattr(torch, cfg.base.dtype))
+        net = GistNet(base.width, 1.0, base=base, **cfg.gistnet)
+    shape = (cfg.preset.batch, cfg.data.max_tokens, cfg.preset.spans, cfg.horizon.tokens)
+    parts = memory_estimate(base, [net], *shape, "cpu" if cfg.base.dtype == "float32" else "cuda")
+    comment = (REPOSITORY / "conf" / "experiment" / f"retrofit_{name}.yaml").read_text()
+    assert float(re.search(r"Memory: about ([\d.]+) GB", comment)[1]) == pytest.approx(
+        sum(parts.values()) / 1e9, abs=0.06
+    )
+    rows = {part: float(size) for size, part in re.findall(r"#   ([\d.]+)  (\w+)", comment)}
+    assert rows.pop("weights") == pytest.approx(parts["base"] / 1e9, abs=0.06)
+    assert rows == {part: pytest.approx(parts[part] / 1e9, abs=0.06) for part in parts if part != "base"}
+
+
 def test_the_shapes_of_smollm3_take_training_steps(tmp_path, monkeypatch, capsys):
     module = benchmark()
     small = dict(hidden_size=64, vocab_size=512, intermediate_size=128, pad_token_id=1, bos_token_id=0)

@@ -1,0 +1,217 @@
+"""Give a pretrained model MegaContext: GistNet, LensNet, their reports, and one folder with a model card.
+
+    python -m megactx.stages.retrofit BASE TEXTS OUT [preset=smoke|demo|full] [KEY=VALUE] [gist:KEY=VALUE] [lens:...]
+    python -m megactx.apps.serve MEMORIES --model OUT
+
+BASE is what base.name of train.py may be: a folder, a GGUF file, asset:NAME, or a name on a hub. Each step is a run of
+``train.py`` with a folder of its own in OUT.retrofit, where its log is too: experiment=retrofit_gist and
+retrofit_lens, or what ``gist:experiment=...`` says. A setting reaches both, or the one that it names. The same command
+goes on after a kill. smoke is a look in a minute, demo an hour for SmolLM2 on two plain cores, full days on a GPU.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from megactx.framework import app, files
+from megactx.framework.bar import quiet_libraries
+from megactx.framework.command_line import run
+from megactx.framework.errors import DONE, INTERRUPTED
+from megactx.framework.lock import Lock
+
+from .export import export, refuse_other
+
+STEPS = ("gist", "lens")
+TITLES = {"gist": "GistNet", "lens": "LensNet", "export": "export"}
+PRESETS = {  # step -> settings that come before a person's own
+    "smoke": {
+        "gist": ["preset=demo", "debug=limit", "preset.batch=2", "preset.spans=4", "preset.min_tokens=256"],
+        "lens": [
+            *("preset=demo", "debug=limit", "stage.budgets=[0.5]", "stage.evaluate.budgets=[0.5]"),
+            *("stage.evaluate.tokens=512", "datamodule.min_tokens=512", "datamodule.max_tokens=640"),
+            *("datamodule.validation_windows=2", "datamodule.batch=2"),
+        ],
+    },
+    "demo": {"gist": [], "lens": []},
+    "full": {"gist": ["preset=full", "preset.minutes=null"], "lens": ["preset=full", "preset.minutes=null"]},
+}
+EVERY = 30.0  # seconds between two lines where there is no terminal
+MEMORY = re.compile(r"^Memory of a step.*$", re.MULTILINE)
+
+
+class Retrofit:
+    """A retrofit that is begun, or gone on with.
+
+    Args:
+        base, texts: see above.
+        out: folder of the export; the runs are beside it.
+        overrides: of both steps, or ``STEP:KEY=VALUE`` of one; ``preset=`` may be among them.
+
+    Raises:
+        ValueError: a preset or a step that is not known, or a folder that holds something else.
+    """
+
+    def __init__(self, base: str, texts: str, out: Path, overrides: list[str]):
+        self.out, self.work = out, out.with_name(f"{out.name}.retrofit")
+        refuse_other(out)
+        presets = [o.partition("=")[2] for o in overrides if o.startswith("preset=")] or ["demo"]
+        self.preset = presets[-1]
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset={self.preset} is not allowed: {', '.join(PRESETS)}")
+        overrides = [o for o in overrides if not o.startswith("preset=")]
+        for override in overrides:
+            step, colon, _ = override.partition("=")[0].partition(":")
+            if colon and step not in STEPS:
+                raise ValueError(f"{override}: there is no step {step}; allowed are {', '.join(STEPS)}")
+            if override.removeprefix(f"{step}:").startswith(("folder=", "resume=")):
+                raise ValueError(f"{override} is not allowed: the runs lie in {self.work}, and go on by themselves")
+        self.commands = {step: self._command(step, base, texts, overrides) for step in STEPS}
+        self.base = base
+
+    def _command(self, step: str, base: str, texts: str, overrides: list[str]) -> list[str]:
+        own = [o.removeprefix(f"{step}:") for o in overrides if o.startswith(f"{step}:") or ":" not in o.split("=")[0]]
+        experiment = [o for o in own if o.startswith("experiment=")] or [f"experiment=retrofit_{step}"]
+        about = [f"base.name={_quoted(base)}", f"data.path={_quoted(texts)}"]
+        about += [f"stage.gistnet={_quoted(str(self.work / 'gist'))}"] if step == "lens" else []
+        rest = [o for o in own if not o.startswith("experiment=")]
+        folder = f"folder={_quoted(str(self.work / step))}"
+        return [*experiment, *PRESETS[self.preset][step], *about, *rest, folder]
+
+    def run(self) -> int:
+        """Make what is not there yet; -> exit code.
+
+        Raises:
+            ValueError: it was begun with other settings.
+            RunFailed: the disk is full.
+        """
+        busy = f"{self.work} is in use by process {{holder}}: that one makes {self.out}"
+        with Lock(self.work / "lock", busy):
+            self._same()
+            for number, step in enumerate(STEPS, 1):
+                if not (self.work / step / "done").exists() and (code := self._train(step, number)) != DONE:
+                    return code
+            quiet_libraries()
+            with _Line("3 of 3", TITLES["export"]):
+                export(self.work / "lens", self.out, self._card())
+        print(f"{self.out}: python -m megactx.apps.chat --model {shlex.quote(str(self.out))}")
+        return DONE
+
+    def _same(self) -> None:
+        """What is done already must be what is wanted; of a run that is under way ``train.py`` sees to that."""
+        place = self.work / "retrofit.json"
+        before = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+        for step, command in self.commands.items():
+            then = before.get(step, command)
+            if then != command and (self.work / step / "done").exists():
+                gone = " ".join(o for o in then if o not in command) or "nothing"
+                new = " ".join(o for o in command if o not in then) or "nothing"
+                raise ValueError(
+                    f"{self.work / step} was made with other settings: {gone} is now {new}. Remove it first"
+                )
+        files.write(place, json.dumps(self.commands, indent=1) + "\n")
+
+    def _train(self, step: str, number: int) -> int:
+        log = self.work / f"{step}.log"
+        with log.open("a", encoding="utf-8") as kept, _Line(f"{number} of 3", TITLES[step], kept) as line:
+            with contextlib.redirect_stdout(line), contextlib.redirect_stderr(line):
+                code = app.run([*self.commands[step], "resume=auto"])
+        if code not in (DONE, INTERRUPTED):
+            told = [said for said in log.read_text(encoding="utf-8").splitlines() if said.startswith("megactx")]
+            print(f"{told[-1] if told else 'megactx: it failed'} (all of it is in {log})", file=sys.stderr)
+        elif code == INTERRUPTED:
+            print("\nmegactx: interrupted; the same command goes on", file=sys.stderr)
+        return code
+
+    def _card(self) -> str:
+        """What it is, of what it was made, and what both reports say."""
+        parts = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [megactx]", "---", ""]
+        parts += [f"# {self.out.name}", "", f"`{self.base}` with MegaContext: a GistNet and a LensNet beside it.", ""]
+        parts += ["Its own weights are as they were, so without gists its answers and perplexity are too.", ""]
+        parts += ["    python -m megactx.apps.serve MEMORIES --model THIS", "", "## How it was made", ""]
+        parts += [f"    python train.py {shlex.join(self.commands[step])}" for step in STEPS]
+        for step in STEPS:
+            memory = MEMORY.findall((self.work / f"{step}.log").read_text(encoding="utf-8"))
+            parts += ["", f"## {TITLES[step]}", "", *memory[-1:], ""]
+            report = (self.work / step / "report.md").read_text(encoding="utf-8")
+            parts += [re.sub(r"^(#+) ", r"##\1 ", report, flags=re.MULTILINE).strip()]
+        return "\n".join(parts) + "\n"
+
+
+class _Line(io.TextIOBase):
+    """One line that says what is being done; all that is written to it goes to a log.
+
+    Args:
+        place: such as ``1 of 3``.
+        kept: the log.
+    """
+
+    def __init__(self, place: str, what: str, kept: io.TextIOBase | None = None):
+        self.place, self.what, self.kept, self.out = place, what, kept, sys.stdout
+        self.began, self.told, self.last = time.monotonic(), -EVERY, ""
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return False
+
+    def write(self, text: str) -> int:
+        self.kept.write(text)
+        self.kept.flush()
+        if lines := [line for line in text.splitlines() if line.strip()]:
+            self.last = lines[-1].strip()
+            self._tell()
+        return len(text)
+
+    def _tell(self, end: bool = False) -> None:
+        seconds = time.monotonic() - self.began
+        line = f"{self.place}  {self.what}  {seconds:.0f} s"
+        if self.out.isatty():
+            print(
+                f"\r\x1b[K{line}  {self.last[:80]}" if not end else f"\r\x1b[K{line}", end="", file=self.out, flush=True
+            )
+        elif end or seconds - self.told >= EVERY:
+            self.told = seconds
+            print(line if end else f"{line}  {self.last[:80]}", file=self.out, flush=True)
+
+    def __enter__(self) -> "_Line":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._tell(end=True)
+        if self.out.isatty():
+            print(file=self.out)
+
+
+def _quoted(value: str) -> str:
+    """As a value of an override, whatever it holds."""
+    return value if re.fullmatch(r"[\w./:-]+", value) else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _command(args: argparse.Namespace) -> int:
+    texts = str(Path(args.texts).expanduser().absolute())
+    base = Path(args.base).expanduser()
+    name = str(base.absolute()) if base.exists() else args.base
+    return Retrofit(name, texts, Path(args.out).expanduser().absolute(), args.overrides).run()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; -> exit code."""
+    parser = argparse.ArgumentParser(prog="python -m megactx.stages.retrofit", description=__doc__.partition("\n")[0])
+    parser.add_argument("base", metavar="BASE", help="a folder, a GGUF file, asset:NAME, or a name on a hub")
+    parser.add_argument("texts", metavar="TEXTS", help="a file, a folder or a glob of text")
+    parser.add_argument("out", metavar="OUT", help="folder to write; an export that is there is replaced")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="preset=smoke|demo|full; settings of train.py"
+    )
+    return run(_command, parser, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
