@@ -53,10 +53,26 @@ class Process:
         return code
 
 
+@pytest.fixture
+def start(tmp_path):
+    """names -> a process, on the memories of this test; none outlives it."""
+    started = []
+
+    def make(names):
+        started.append(Process(tmp_path / "memories", names))
+        return started[-1]
+
+    yield make
+    for each in started:
+        if each.process.poll() is None:
+            each.process.kill()
+            each.process.wait()
+
+
 @pytest.mark.slow
-def test_after_a_kill_in_the_middle_every_finished_turn_is_there(tmp_path):
+def test_after_a_kill_in_the_middle_every_finished_turn_is_there(start, tmp_path):
     names, finished = ["anna", "bert", "cleo"], []
-    first = Process(tmp_path / "memories", names)
+    first = start(names)
 
     def talk(name):
         try:
@@ -75,7 +91,7 @@ def test_after_a_kill_in_the_middle_every_finished_turn_is_there(tmp_path):
     first.end(signal.SIGKILL)
     for thread in threads:
         thread.join()
-    second = Process(tmp_path / "memories", names)  # the same names, new keys
+    second = start(names)  # the same names, new keys
     for name in names:
         assert second.say(name, "after the kill", max_tokens=8).usage.completion_tokens > 0
     assert second.end(signal.SIGTERM) == 0
@@ -91,12 +107,12 @@ def test_after_a_kill_in_the_middle_every_finished_turn_is_there(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_fuzzer_asks_gives_no_error_of_the_server(tmp_path):
+def test_what_a_fuzzer_asks_gives_no_error_of_the_server(start, tmp_path):
     import schemathesis
     from hypothesis import HealthCheck, Phase, given, settings
     from schemathesis.checks import not_a_server_error
 
-    service = Process(tmp_path / "memories", ["anna"])
+    service = start(["anna"])
     schema = schemathesis.openapi.from_url(service.address.removesuffix("/v1") + "/openapi.json")
     headers = {"Authorization": f"Bearer {service.keys['anna']}"}
     statuses, ends = [], time.monotonic() + 8

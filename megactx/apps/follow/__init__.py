@@ -1,0 +1,1 @@
+"""Live sources: folders, mail and feeds flow into trees while people work."""
