@@ -23,6 +23,7 @@ from megactx.apps.follow.part import Part
 from megactx.apps.follow.sources import Feed, Folder, Mbox
 from megactx.framework.errors import RunFailed
 from megactx.memory import MegaContextTree
+from megactx.runtime import load_models
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -125,7 +126,7 @@ def test_a_second_start_reads_only_what_has_changed(follow, notes):
     second = follow(notes=Folder(notes))
     assert not second.look("notes") and len(second.followed["notes"].part.documents) == 3
     write(notes / "a.md", "Other words.\n")
-    assert second.look("notes") and second.followed["notes"].counts == {"replaced": 1}
+    assert second.look("notes") and +second.followed["notes"].counts == {"replaced": 1}
     check_fresh(second.followed["notes"].part)
 
 
@@ -388,7 +389,7 @@ def test_a_config_that_is_not_in_order_is_told_in_one_sentence(text, said, notes
 
 
 @pytest.mark.slow
-def test_a_file_that_is_saved_is_in_the_tree_without_being_asked_for(notes, tmp_path, exported, models):
+def test_a_file_that_is_saved_is_in_the_tree_without_being_asked_for(notes, tmp_path, exported):
     path = config(tmp_path, f'model = "{exported}"\nport = 0\ndebounce = 0.1\n{USUAL}')
     env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen(
@@ -406,6 +407,21 @@ def test_a_file_that_is_saved_is_in_the_tree_without_being_asked_for(notes, tmp_
     finally:
         process.kill()
         process.stdout.close()
-    tree = MegaContextTree.load(tmp_path / "memory" / "notes", models.gistnet, models.base)
-    text = models.base.tokenizer.decode(tree.tokens[0].tolist())
+    own = load_models(str(exported))
+    tree = MegaContextTree.load(tmp_path / "memory" / "notes", own.gistnet, own.base)
+    text = own.base.tokenizer.decode(tree.tokens[0].tolist())
     assert "A file of now." in text and "of a.md" not in text
+
+
+def test_what_the_page_shows_works(notes, tmp_path, exported, monkeypatch, capsys):
+    page = (REPOSITORY / "docs" / "following.md").read_text(encoding="utf-8")
+    toml, python = (page.split(f"```{kind}\n")[1].partition("```")[0] for kind in ("toml", "python"))
+    for folder in ("mail", "feeds"):
+        (tmp_path / folder).mkdir()
+    mailbox.mbox(tmp_path / "mail" / "inbox").close()
+    path = config(tmp_path, toml.replace('"~/', '"').replace('"OUT"', f'"{exported}"'))
+    assert command.main([path, "--once"]) == 0
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(python.replace("OUT", str(exported)), {})
+    assert capsys.readouterr().out == "('a.md', 1)\n"

@@ -22,6 +22,7 @@ from megactx.memory import MegaContextTree
 from megactx.parts.models import Models
 
 FORMAT = 1
+BETWEEN = "\n\n"  # documents
 GONE = 1000  # newest documents that are known to have been there
 
 
@@ -142,16 +143,18 @@ class Part:
         return tree
 
     def _made(self, name: str, mark: str, text: str) -> tuple[Document, torch.Tensor]:
+        whole = f"{text.rstrip(chr(10))}{BETWEEN}" if text.strip() else ""
         told = self.models.base.tokenizer(
-            text,
+            whole,
             add_special_tokens=False,
             split_special_tokens=True,  # what looks like one is text
             return_offsets_mapping=True,
             verbose=False,
         )
         ids, block = told["input_ids"], self.tree.block_size
-        ends = [place for place, sign in enumerate(text) if sign == "\n"]
-        lines = [bisect_right(ends, first - 1) + 1 for first, _ in told["offset_mapping"][::block]]
+        ends = [place for place, sign in enumerate(whole) if sign == "\n"]
+        last = len(ends) - 1  # the two behind the text begin no line of it
+        lines = [min(last, bisect_right(ends, first - 1) + 1) for first, _ in told["offset_mapping"][::block]]
         ids = torch.tensor(ids + [self.end] * (-len(ids) % block), dtype=torch.long)
         return Document(name, mark, len(ids), lines, time.time()), ids
 

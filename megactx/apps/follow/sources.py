@@ -177,7 +177,7 @@ def _entries(path: Path) -> list[tuple[str, str]]:
         title, date = told("title", f"{ATOM}title"), told("pubDate", f"{ATOM}updated", f"{ATOM}published")
         text = _plain(told("description", f"{ATOM}content", f"{ATOM}summary"))
         name = told("guid", "link", f"{ATOM}id") or _digest(title + text)
-        found.append((name, "\n".join(line for line in (title, date, "", text) if line or text).strip()))
+        found.append((name, "\n".join(line for line in (title, date) if line) + f"\n\n{text}"))
     if not found and root.tag not in ("rss", f"{ATOM}feed"):
         raise ValueError(f"{path}: no feed, its root is {root.tag}")
     return found
