@@ -1,0 +1,97 @@
+"""Whether the next gist is foretold: its rank among others, beside the controls, paired over texts.
+
+The candidates of a text are all its own gists but the one in question; they are filled up to ``AMONG`` from texts of
+the same domain, at level 2 from texts of any.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megactx.memory.prediction import CONTROL, Example, Readout, ranks
+
+from .bootstrap import mean_interval
+from .table import OVERALL, Report, Table, cell, pivot
+
+AMONG = 256  # candidates, the true gist is one of them
+READOUT, NEWEST, MEAN = "readout", "newest gist again", "mean gist"
+CONTROLS = (NEWEST, MEAN, CONTROL)
+LEGEND = (
+    f"Rank of the true next gist among {AMONG} by cosine: the other gists of the text, filled up from other texts."
+    " top-1: share of ranks of 1; MRR: mean of 1 / rank; brackets: 95 %, bootstrap over texts. lead: MRR of the readout"
+    " less that of the control."
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text that was read: its states and gists, and its domain."""
+
+    example: Example
+    domain: str
+
+
+@torch.no_grad()
+def measure(readout: Readout, texts: list[Text], seed: int = 0) -> Table:
+    """The table of ranks, per level and domain."""
+    table, draw = Table(), torch.Generator().manual_seed(seed)
+    for lod in range(1, readout.levels + 1):
+        found = {name: [] for name in (READOUT, *CONTROLS)}
+        owner, domains, among = [], [], []
+        for number, text in enumerate(texts):
+            states, gists = text.example.of(lod)
+            if len(gists) < 2:
+                continue
+            others = _others(texts, number, lod, AMONG - len(gists), draw)
+            by_readout, by_map = readout.both(text.example, lod)
+            shown = {READOUT: by_readout, NEWEST: gists[:-1], MEAN: readout.total[lod - 1].expand(len(gists) - 1, -1)}
+            for name, predicted in (shown | {CONTROL: by_map}).items():
+                found[name].append(ranks(predicted, gists, others))
+            owner.append(torch.full((len(gists) - 1,), number))
+            domains += [text.domain] * (len(gists) - 1)
+            among.append(len(gists) + len(others))
+        if owner:
+            rows = {name: torch.cat(values).double() for name, values in found.items()}
+            _tell(table, rows, torch.cat(owner), domains, {"span": f"level {lod}"})
+            table.add("candidates", sum(among) / len(among), span=f"level {lod}", domain=OVERALL)
+    return table
+
+
+def _tell(table: Table, found: dict[str, Tensor], owner: Tensor, domains: list[str], about: dict) -> None:
+    for domain in (OVERALL, *sorted(set(domains))):
+        mask = torch.tensor([domain in (OVERALL, own) for own in domains])
+        own, count = owner[mask], int(mask.sum())
+        for name, rank in found.items():
+            rows = {"carrier": name, "domain": domain, "n": count} | about
+            table.add("top1", mean_interval(own, (rank[mask] == 1).double()), **rows)
+            table.add("mrr", mean_interval(own, 1 / rank[mask]), **rows)
+            table.add("rank", rank[mask].median().item(), **rows)
+            if name != READOUT:
+                table.add("lead", mean_interval(own, 1 / found[READOUT][mask] - 1 / rank[mask]), **rows)
+
+
+def _others(texts: list[Text], number: int, lod: int, count: int, draw: torch.Generator) -> Tensor:
+    """``count`` gists of other texts, drawn; all there are, where they are fewer."""
+    own, mine = texts[number], texts[number].example.of(lod)[1]
+    pool = [t.example.of(lod)[1] for n, t in enumerate(texts) if n != number and (lod > 1 or t.domain == own.domain)]
+    pool = torch.cat([mine[:0], *pool])
+    return pool[torch.randperm(len(pool), generator=draw)[: max(0, count)]]
+
+
+def report(table: Table, title: str, about: dict, texts: int) -> Report:
+    """As tables."""
+    columns = [("top-1", "top1", ".3f"), ("MRR", "mrr", ".3f"), ("median rank", "rank", ".0f"), ("lead", "lead", _signed)]
+    sheets = []
+    for span in table.names("span"):
+        part = table.pick(span=span)
+        for domain in part.names("domain"):
+            rows = part.pick(domain=domain)
+            if "carrier" in rows[0]:
+                title_of = f"{span}, {domain}: {rows[0]['n']} gists of {texts} texts" if domain == OVERALL else f"{span}, {domain}"
+                sheets.append(pivot(title_of, rows, columns, heading="predicted by", strong=[READOUT], order=[READOUT, *CONTROLS]))
+    return Report(title, table, sheets, LEGEND, about=about)
+
+
+def _signed(row: dict | None) -> str:
+    return cell(row, "+.3f") if row else ""
