@@ -76,11 +76,7 @@ def marks_of(name: str, precision: str) -> list:
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [
-        pytest.param(name, precision, marks=marks_of(name, precision))
-        for name in RUNS
-        for precision in PRECISIONS
-    ],
+    [pytest.param(name, precision, marks=marks_of(name, precision)) for name in RUNS for precision in PRECISIONS],
 )
 def test_a_training_and_its_report_are_what_they_were(name, precision, places, tmp_path):
     path = HERE / f"{name}_{precision}.json.gz"
