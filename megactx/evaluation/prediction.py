@@ -7,9 +7,14 @@ the same domain, at level 2 from texts of any.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megactx.memory.prediction import CONTROL, Example, Readout, ranks
+from megactx.lm import BaseLM
+from megactx.lm.chunked_head import nll
+from megactx.lm.prefill import blocks, prefill, rows_at
+from megactx.memory.encoding import Encoder
+from megactx.memory.prediction import CONTROL, Example, Readout, example_of, ranks
 
 from .bootstrap import mean_interval
 from .table import OVERALL, Report, Table, cell, pivot
@@ -17,6 +22,7 @@ from .table import OVERALL, Report, Table, cell, pivot
 AMONG = 256  # candidates, the true gist is one of them
 READOUT, NEWEST, MEAN = "readout", "newest gist again", "mean gist"
 CONTROLS = (NEWEST, MEAN, CONTROL)
+NOTHING, TRUE = "no entry", "its own gist"
 LEGEND = (
     f"Rank of the true next gist among {AMONG} by cosine: the other gists of the text, filled up from other texts."
     " top-1: share of ranks of 1; MRR: mean of 1 / rank; brackets: 95 %, bootstrap over texts. lead: MRR of the readout"
@@ -79,17 +85,47 @@ def _others(texts: list[Text], number: int, lod: int, count: int, draw: torch.Ge
     return pool[torch.randperm(len(pool), generator=draw)[: max(0, count)]]
 
 
+@torch.no_grad()
+def provisional(base: BaseLM, readout: Readout, encoder: Encoder, ids: Tensor) -> dict[str, Tensor]:
+    """NLL of the blocks of a text ids [T] where an entry stands before each that says what it is about, [N - 1, K - 1].
+
+    The entry has the place of the newest token and the length of the text's gists; each row of the block sees it. The
+    first token of a block is foretold before, so it is left out. ``TRUE``, the block's own gist, says how much could be
+    gained.
+    """
+    k = encoder.block_size
+    read = prefill(base, ids[None])
+    example = example_of(base, encoder, ids, states=read.hidden[0]).float()
+    gists = example.of(1)[1]
+    count = len(gists) - 1
+    predicted, _ = readout.both(example)
+    vectors = {READOUT: predicted, NEWEST: gists[:-1], MEAN: readout.total[0].expand(count, -1), TRUE: gists[1:]}
+    starts = torch.arange(1, count + 1, device=ids.device) * k
+    tokens = blocks(ids[None], starts[None], k)  # [1, N - 1, K]
+    positions = starts[:, None] - 1 + torch.arange(k, device=ids.device)  # [N - 1, K]: the entry, and K - 1 tokens
+    found = {NOTHING: nll(base, rows_at(read.hidden, starts[None], k - 1).flatten(0, 2), tokens[..., 1:].flatten())}
+    for name, vector in vectors.items():
+        entry = F.normalize(vector, dim=-1) * gists.norm(dim=-1).mean()
+        rows = torch.cat([entry.to(base.model.dtype)[None, :, None], base.embed(tokens[..., :-1])], dim=2)
+        hidden = base.forward_branches(rows, positions[None], read.cache, starts[None])[:, :, 1:]
+        found[name] = nll(base, hidden.flatten(0, 2), tokens[..., 1:].flatten())
+    return {name: values.view(count, k - 1).cpu() for name, values in found.items()}
+
+
 def report(table: Table, title: str, about: dict, texts: int) -> Report:
     """As tables."""
-    columns = [("top-1", "top1", ".3f"), ("MRR", "mrr", ".3f"), ("median rank", "rank", ".0f"), ("lead", "lead", _signed)]
-    sheets = []
-    for span in table.names("span"):
-        part = table.pick(span=span)
-        for domain in part.names("domain"):
-            rows = part.pick(domain=domain)
-            if "carrier" in rows[0]:
-                title_of = f"{span}, {domain}: {rows[0]['n']} gists of {texts} texts" if domain == OVERALL else f"{span}, {domain}"
-                sheets.append(pivot(title_of, rows, columns, heading="predicted by", strong=[READOUT], order=[READOUT, *CONTROLS]))
+    columns = [("top-1", "top1", ".3f"), ("MRR", "mrr", ".3f"), ("median rank", "rank", ".0f")]
+    columns += [("lead", "lead", _signed)]
+    order, sheets = [READOUT, *CONTROLS], []
+    for span in [name for name in table.names("span") if name]:
+        for domain in table.pick(span=span, metric="rank").names("domain"):
+            rows = table.pick(span=span, domain=domain)
+            counted = f": {rows[0]['n']:,} gists of {texts} texts" if domain == OVERALL else ""
+            heading = f"{span}, {domain}{counted}"
+            sheets.append(pivot(heading, rows, columns, heading="predicted by", strong=[READOUT], order=order))
+    if entries := table.pick(metric="entry"):
+        columns = [("NLL of the block, less that without an entry", "entry", "+.4f")]
+        sheets.append(pivot("an entry before each block", entries, columns, heading="the entry"))
     return Report(title, table, sheets, LEGEND, about=about)
 
 

@@ -39,15 +39,15 @@ class Readout(nn.Module):
         ValueError: a setting that is not allowed.
     """
 
-    def __init__(
-        self, width: int, head: Literal["linear", "mlp"] = "linear", levels: Annotated[int, Ge(1), Le(2)] = 1
-    ):
+    def __init__(self, width: int, head: Literal["linear", "mlp"] = "linear", levels: Annotated[int, Ge(1), Le(2)] = 1):
         super().__init__()
         self.width, self.levels = width, levels
         self.readouts = nn.ModuleList(_head(width, head) for _ in range(levels))
         self.controls = nn.ModuleList(_head(width, "linear") for _ in range(levels))
         self.scale = nn.Parameter(torch.full((levels, 2), 3.0))  # log: cosines are too close for a softmax
-        self.register_buffer("total", torch.zeros(levels, width))  # of the directions of all gists that were learned from
+        self.register_buffer(
+            "total", torch.zeros(levels, width)
+        )  # of the directions of all gists that were learned from
 
     def forward(self, states: Tensor, lod: int = 1) -> Tensor:
         """Final hidden states [.., D] -> the direction of the next gist, unit vectors [.., D]."""
@@ -134,6 +134,21 @@ def ranks(predicted: Tensor, gists: Tensor, others: Tensor) -> Tensor:
     near = F.normalize(predicted, dim=-1) @ candidates.T  # [N - 1, N + C]
     own = near[torch.arange(len(near)), torch.arange(1, len(gists))]
     return (near >= own[:, None]).sum(1)
+
+
+@torch.no_grad()
+def expected(readout: Readout, tree: MegaContextTree, state: Tensor, count: int) -> list[tuple[int, float]]:
+    """The blocks of a tree's one row that are nearest to what comes next, and their cosines; the nearest first.
+
+    Args:
+        state: final hidden state of the newest token, [D].
+        count: how many, at most.
+    """
+    if not int(tree.counts(1)[0]):
+        return []
+    near = F.normalize(tree.gists(1)[0].float(), dim=-1) @ readout(state.float())
+    best = near.topk(min(count, len(near)))
+    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
 def _head(width: int, kind: str) -> nn.Module:

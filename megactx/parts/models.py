@@ -71,7 +71,9 @@ def _read(path: str | None) -> Models:
             return _together(name, _of_package(name.removeprefix("asset:")), path)
         return Models(BaseLM.from_pretrained(name, "float32"), name=path)
     if (folder / "gistnet" / GISTNET).is_file():
-        return _together(folder, {part: folder / part for part in PARTS if (folder / part / PARTS[part]).is_file()}, path)
+        return _together(
+            folder, {part: folder / part for part in PARTS if (folder / part / PARTS[part]).is_file()}, path
+        )
     for own in (folder / "model", folder):  # of a run of a base stage; or a model itself
         if (own / "config.json").is_file() or own == folder and is_gguf(resolve(folder, "model")):
             return Models(BaseLM.from_pretrained(str(own), "float32"), name=str(path))

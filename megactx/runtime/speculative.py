@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
 
 from megactx.lm import BaseLM
 from megactx.lm.masks import BEHIND, CAUSAL
@@ -142,7 +141,8 @@ class Speculative:
             draft = self.drafter.draft(self.tokens)[: min(LONGEST, room)] if room else []
             newest = self.tokens[self.read :]
             hidden = self._pass([*newest, *draft], noted=len(newest))
-            taken = self._verified(self.base.logits(hidden[len(newest) - 1 :]).float(), draft)
+            logits = self.base.logits(hidden[len(newest) - 1 :]).float()
+            taken = verified(logits, draft, self.temperature, self.draw)
             self.tokens += taken
             kept = len(newest) + len(taken) - 1
             self._note(hidden[len(newest) : kept], self.read + len(newest))
@@ -174,15 +174,21 @@ class Speculative:
             if (end := start + row + 1) % block == 0:
                 self.drafter.block_done(self.tokens[:end], hidden[row])
 
-    def _verified(self, logits: Tensor, draft: list[int]) -> list[int]:
-        """Logits [N + 1, V] of the places of a draft and of the one behind -> the tokens that stand there."""
-        if self.temperature == 0:
-            best = logits.argmax(-1).tolist()
-            right = next((n for n, token in enumerate(draft) if token != best[n]), len(draft))
-            return best[: right + 1]
-        share = (logits.double() / self.temperature).softmax(-1).cpu()
-        for place, token in enumerate(draft):
-            if torch.rand((), generator=self.draw, dtype=torch.double) >= share[place, token]:
-                share[place, token] = 0.0  # the draft says nothing of the other tokens
-                return [*draft[:place], int(torch.multinomial(share[place], 1, generator=self.draw))]
-        return [*draft, int(torch.multinomial(share[len(draft)], 1, generator=self.draw))]
+
+def verified(logits: Tensor, draft: list[int], temperature: float, draw: torch.Generator) -> list[int]:
+    """The tokens behind a text: those of the draft up to the first that is not taken, and one of the base LM's own.
+
+    Args:
+        logits: [N + 1, V] in fp32, of the N places of the draft and of the one behind it.
+        temperature: 0 is greedy, and draws nothing.
+    """
+    if temperature == 0:
+        best = logits.argmax(-1).tolist()
+        right = next((n for n, token in enumerate(draft) if token != best[n]), len(draft))
+        return best[: right + 1]
+    share = (logits.double() / temperature).softmax(-1).cpu()
+    for place, token in enumerate(draft):
+        if torch.rand((), generator=draw, dtype=torch.double) >= share[place, token]:
+            share[place, token] = 0.0  # the draft says nothing of the other tokens
+            return [*draft[:place], int(torch.multinomial(share[place], 1, generator=draw))]
+    return [*draft, int(torch.multinomial(share[len(draft)], 1, generator=draw))]

@@ -1,8 +1,8 @@
 """Whether a readout foretells the next gist of texts that nobody trained on: its rank beside three controls.
 
-    python -m megactx.studies.prediction RUN --path TEXTS              RUN: of experiment=mega_prediction
-    python -m megactx.studies.prediction --path TEXTS                  the readout of the embedded models
-    python -m megactx.studies.prediction smollm2 --path TEXTS          that of another asset or export
+python -m megactx.studies.prediction RUN --path TEXTS              RUN: of experiment=mega_prediction
+python -m megactx.studies.prediction --path TEXTS                  the readout of the embedded models
+python -m megactx.studies.prediction smollm2 --path TEXTS          that of another asset or export
 """
 
 import argparse
@@ -10,7 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megactx.evaluation.prediction import Text, measure, report
+import torch
+
+from megactx.evaluation.bootstrap import mean_interval
+from megactx.evaluation.prediction import NOTHING, Text, measure, provisional, report
 from megactx.evaluation.table import Report
 from megactx.framework.bar import bar
 from megactx.memory.prediction import example_of
@@ -29,6 +32,7 @@ def options(given: Options) -> None:
     given.path()
     given.number("tokens", 2048, "of a document", least=128)
     given.number("documents", 60, "documents", least=2)
+    given.number("entries", 0, "documents in which foretold gists stand before their blocks, for their NLL", least=0)
     given.number("seed", 0, "of the draw of other texts' gists", least=0)
     given.add("--out", type=Path, default=Path("prediction"), help="folder of the tables")
 
@@ -46,8 +50,23 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     for batch in bar("documents")(batches):
         ids = batch["ids"][0].to(base.model.device)
         texts.append(Text(example_of(base, net, ids, readout.levels).float(), batch["domain"][0]))
+    table = measure(readout, texts, args.seed)
+    for name, interval in entries(base, net, readout, batches[: args.entries]).items():
+        table.add("entry", interval, carrier=name)
     about = {"model": args.model, "path": args.path, "tokens": args.tokens, "seed": args.seed}
-    yield stem, report(measure(readout, texts, args.seed), "What the next gist is", about, len(texts))
+    yield stem, report(table, "What the next gist is", about, len(texts))
+
+
+def entries(base, net, readout, batches: list[dict]) -> dict:
+    """NLL of a block's tokens with an entry before it, less that without one; over texts."""
+    found = [
+        provisional(base, readout, net, batch["ids"][0].to(base.model.device)) for batch in bar("entries")(batches)
+    ]
+    if not found:
+        return {}
+    owner = torch.cat([torch.full((one[NOTHING].numel(),), number) for number, one in enumerate(found)])
+    arms = {name: torch.cat([(one[name] - one[NOTHING]).flatten() for one in found]) for name in found[0]}
+    return {name: mean_interval(owner, values) for name, values in arms.items() if name != NOTHING}
 
 
 def parts_of(model: str | None):
