@@ -193,9 +193,9 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
         checkpoint, target = distributed.agreed(decide)
     if not cfg.curriculum and (checkpoint is None or checkpoint.parent != target / "checkpoints"):
         refuse_used(cfg, target)
-    stages = stages_of(cfg, here, target, device)
+    stages, cut = stages_of(cfg, here, target, device), ""
     if not stages:
-        settle(cfg, list(here.overrides.task), known, begun_with(checkpoint), device, shared)
+        cut = settle(cfg, list(here.overrides.task), known, begun_with(checkpoint), device, shared)
     cfg.folder = short(target)
     config = plain(cfg)
     value = None
@@ -210,7 +210,7 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
             show(config, device.why, cfg.folder)
             value = build_and_run(cfg, config, target, device, checkpoint)
         close_folder(target)
-    print(f"Everything is in {cfg.folder}")
+    print(f"{cut}\n" * bool(cut), f"Everything is in {cfg.folder}", sep="")
     return value
 
 

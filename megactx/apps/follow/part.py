@@ -55,7 +55,8 @@ class Part:
         ValueError: another process holds it, it is damaged, or it is of other models.
     """
 
-    def __init__(self, folder: Path, models: Models):
+    def __init__(self, folder: str | Path, models: Models):
+        folder = Path(folder)
         self.folder, self.models = folder, models
         self.table, self._next = folder.with_name(f"{folder.name}.json"), folder.with_name(f"{folder.name}.next.json")
         busy = f"{folder} is followed by process {{holder}} already"
