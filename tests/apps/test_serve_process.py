@@ -69,7 +69,7 @@ def start(tmp_path):
             each.process.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_after_a_kill_in_the_middle_every_finished_turn_is_there(start, tmp_path):
     names, finished = ["anna", "bert", "cleo"], []
     first = start(names)
@@ -106,7 +106,7 @@ def test_after_a_kill_in_the_middle_every_finished_turn_is_there(start, tmp_path
     assert "Traceback" not in (tmp_path / "memories.err").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_a_fuzzer_asks_gives_no_error_of_the_server(start, tmp_path):
     import schemathesis
     from hypothesis import HealthCheck, Phase, given, settings

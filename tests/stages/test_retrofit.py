@@ -33,7 +33,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_retrofit_that_is_killed_in_a_step_and_between_steps_ends_with_an_export_that_answers(
     texts, tmp_path, monkeypatch, capsys
 ):
