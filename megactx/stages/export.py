@@ -25,7 +25,7 @@ from megactx.framework.files import replacing
 from megactx.framework.run.resume import best, read
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapters_of, merged
-from megactx.parts.read import gistnet_settings, load_gistnet
+from megactx.parts.read import gistnet_settings, load_gistnet, load_keys
 from megactx.parts.write import save_gistnet, save_lensnet
 
 from .alternating import AlternatingStage
@@ -93,6 +93,7 @@ def export(run: str | Path, out: str | Path, card: str = "", keys: Path | None =
         saved = load_gistnet(part / "gistnet", base)
         save_lensnet(stage.lens, dict(stage.hparams.lensnet), saved, part / "lensnet", made_by)
         if keys is not None:
+            load_keys(keys, base)  # refuses those of another base LM
             shutil.copytree(keys, part / "keys")
         if card:
             (part / "README.md").write_text(card, encoding="utf-8")

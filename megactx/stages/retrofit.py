@@ -6,7 +6,9 @@
 BASE is what base.name of train.py may be: a folder, a GGUF file, asset:NAME, or a name on a hub. Each step is a run of
 ``train.py`` with a folder of its own in OUT.retrofit, where its log is too: experiment=retrofit_gist and
 retrofit_lens, or what ``gist:experiment=...`` says. A setting reaches both, or the one that it names. The same command
-goes on after a kill. smoke is a look in a minute, demo an hour for SmolLM2 on two plain cores, full days on a GPU.
+goes on after a kill. keys=FOLDER takes what megactx.studies.keys has made for BASE into OUT.
+
+smoke is a look in a minute, demo is meant for an hour of SmolLM2 on two plain cores, full for days of a GPU.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from megactx.framework.bar import quiet_libraries
 from megactx.framework.command_line import run
 from megactx.framework.errors import DONE, INTERRUPTED
 from megactx.framework.lock import Lock
+from megactx.parts.find import KEYS
 
 from .export import export, refuse_other
 
@@ -51,7 +54,7 @@ class Retrofit:
     Args:
         base, texts: see above.
         out: folder of the export; the runs are beside it.
-        overrides: of both steps, or ``STEP:KEY=VALUE`` of one; ``preset=`` may be among them.
+        overrides: of both steps, or ``STEP:KEY=VALUE`` of one; ``preset=`` and ``keys=`` may be among them.
 
     Raises:
         ValueError: a preset or a step that is not known, or a folder that holds something else.
@@ -64,7 +67,11 @@ class Retrofit:
         self.preset = presets[-1]
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset} is not allowed: {', '.join(PRESETS)}")
-        overrides = [o for o in overrides if not o.startswith("preset=")]
+        keys = [o.partition("=")[2] for o in overrides if o.startswith("keys=")]
+        self.keys = Path(keys[-1]).expanduser().absolute() if keys else None
+        if self.keys is not None and not (self.keys / KEYS).is_file():
+            raise ValueError(f"keys={keys[-1]}: there are no keys; python -m megactx.studies.keys makes some")
+        overrides = [o for o in overrides if not o.startswith(("preset=", "keys="))]
         for override in overrides:
             step, colon, _ = override.partition("=")[0].partition(":")
             if colon and step not in STEPS:
@@ -98,7 +105,7 @@ class Retrofit:
                     return code
             quiet_libraries()
             with _Line("3 of 3", TITLES["export"]):
-                export(self.work / "lens", self.out, self._card())
+                export(self.work / "lens", self.out, self._card(), self.keys)
         print(f"{self.out}: python -m megactx.apps.chat --model {shlex.quote(str(self.out))}")
         return DONE
 
@@ -208,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("texts", metavar="TEXTS", help="a file, a folder or a glob of text")
     parser.add_argument("out", metavar="OUT", help="folder to write; an export that is there is replaced")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="preset=smoke|demo|full; settings of train.py"
+        "overrides", nargs="*", metavar="KEY=VALUE", help="preset=smoke|demo|full; keys=FOLDER; settings of train.py"
     )
     return run(_command, parser, arguments)
 

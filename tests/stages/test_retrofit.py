@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from megactx.apps import chat
+from megactx.focus.keys import KeyNet
+from megactx.lm import BaseLM
+from megactx.parts.write import save_keys
 from megactx.stages import retrofit
 from megactx.stages.export import MANIFEST
 
@@ -37,7 +40,9 @@ sys.exit(main(sys.argv[1:]))
 def test_a_retrofit_that_is_killed_in_a_step_and_between_steps_ends_with_an_export_that_answers(
     texts, tmp_path, monkeypatch, capsys
 ):
-    command = ["asset:tiny-base", str(texts), str(tmp_path / "out"), "preset=smoke", *FEW]
+    base = BaseLM.from_pretrained("asset:tiny-base", "float32").freeze()
+    save_keys(KeyNet(base.embeddings(), 16), base, tmp_path / "keys")
+    command = ["asset:tiny-base", str(texts), str(tmp_path / "out"), "preset=smoke", *FEW, f"keys={tmp_path / 'keys'}"]
     work = tmp_path / "out.retrofit"
     env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     first = subprocess.run([sys.executable, "-c", KILLED, *command], env=env, capture_output=True, text=True)
@@ -90,7 +95,7 @@ def _answers(model, tmp_path, monkeypatch, capsys):
     from megactx.runtime import Controller, Sampling, load_models
 
     controller = Controller(load_models(str(model)))
-    assert controller.models.lensnet is not None and controller.notes == []
+    assert controller.models.lensnet is not None and controller.models.keys.size == 16 and controller.notes == []
     key, engine = keys.generated(), Engine(tmp_path / "memories", controller, 2, 4).start()
     with Server(0) as server:
         app = build(engine, keys.Keys(keys.alone(key), 100, 10_000), "out", 8, Sampling(), server.host)
@@ -107,6 +112,7 @@ def _answers(model, tmp_path, monkeypatch, capsys):
         (["preset=quick"], "preset=quick is not allowed: smoke, demo, full"),
         (["lora:preset.steps=3"], "there is no step lora; allowed are gist, lens"),
         (["folder=here"], "folder=here is not allowed"),
+        (["keys=nowhere"], "keys=nowhere: there are no keys"),
         (["lens:resume=never"], "lens:resume=never is not allowed"),
     ],
 )

@@ -147,9 +147,9 @@ def build(engine: Engine, keys: Keys, name: str, tokens: int, sampling: Sampling
         loop = asyncio.get_running_loop()
 
         def tell(event: object) -> None:
-            if isinstance(event, Answered):
-                known.tokens.take(event.read + event.written)
             with suppress(RuntimeError):  # the loop has just been closed
+                if isinstance(event, Answered):
+                    loop.call_soon_threadsafe(known.tokens.take, event.read + event.written)
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         turn = Turn(known.name, _asked(asked, tokens, sampling), tell)
