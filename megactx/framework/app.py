@@ -178,14 +178,15 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
         cfg.trainer.get("strategy"),
     )
 
-    named = any(override.startswith("folder=") for override in here.overrides.task)
+    named, hosts = any(o.startswith("folder=") for o in here.overrides.task), cfg.trainer.get("num_nodes", 1)
+    distributed.refuse_own_folders(hosts, named or here.mode == RunMode.MULTIRUN)
 
     def decide() -> tuple[Path | None, Path]:
         if cfg.curriculum:
             fixed = here.mode == RunMode.MULTIRUN or (named and cfg.resume == "auto")
             return None, find_curriculum(cfg, folder, fixed)
         if here.mode == RunMode.MULTIRUN:
-            distributed.refuse_sweep(device.count)
+            distributed.refuse_sweep(device.count * hosts)
             return last_of(cfg, folder), folder
         return find(cfg, folder, named)
 
