@@ -13,6 +13,7 @@ RUN is a run folder of a joint stage, of which the best checkpoint counts, or a 
 import argparse
 import hashlib
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from megactx.parts.read import gistnet_settings, load_gistnet
 from megactx.parts.write import save_gistnet, save_lensnet
 
 from .alternating import AlternatingStage
+from .chain_page import write_page
 from .end_to_end import EndToEndStage
 from .joint import JointStage
 from .joint_report import in_words
@@ -59,6 +61,26 @@ def plain_base(stage: JointStage) -> BaseLM:
     if adapters_of(stage.base) or stage.train_base == "full":
         return merged(stage.base)
     return BaseLM.from_pretrained(**stage.hparams.base).freeze()
+
+
+class ExportStage:
+    """What a joint run has made, as one folder.
+
+    Args:
+        run: run folder or checkpoint of a joint stage.
+    """
+
+    timed, takes, gives = False, {"parts": "stage.run"}, {"model": "model"}
+    conclude = staticmethod(write_page)
+
+    def __init__(self, run: str):
+        self.parts = run
+
+    def run(self, folder: str | Path) -> None:
+        """Write ``folder/model``."""
+        final = Path(folder) / "model"
+        export(self.parts, final)
+        print(f"Exported to {final}\nNext: python -m megactx.apps.chat --model {shlex.quote(str(final))}")
 
 
 @torch.no_grad()
