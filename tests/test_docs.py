@@ -53,6 +53,17 @@ def test_a_page_that_is_generated_is_current(made):
     assert made.main(["--check"]) == 0
 
 
+def test_the_source_of_conversations_of_the_page_is_read_by_the_chat_template(added, tiny_tokenizer):
+    from megactx.data.tokenizer import with_chat
+    from megactx.data.turns import tokenised_conversations
+
+    added("megactx/data/capitals.py")
+    from megactx.data.capitals import CAPITALS, Capitals
+
+    assert len(tokenised_conversations(Capitals(), with_chat(tiny_tokenizer), 64, "capitals")) == len(CAPITALS)
+    assert len(Capitals().load()) == len(CAPITALS)
+
+
 def test_the_table_of_methods_has_every_part_that_can_be_chosen():
     from megactx.evaluation import policies
     from megactx.focus import heads as lens_heads

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megactx.runtime.text import Encoder, encodable, special_tokens
+from megactx.data.tokenizer import TextEncoder
+from megactx.runtime.text import encodable, special_tokens
 
 OWN_END = "end"  # ``Piece.stopped`` where the model itself ends its answer
 TOLD, ANSWERED = "\ue000told\ue000", "\ue000answered\ue000"  # stand for what is said; private-use characters
@@ -47,7 +48,7 @@ class Template:
     """
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer)
+        self.tokenizer, self.encoder = tokenizer, TextEncoder(tokenizer)
         first = self._rendered([{"role": "user", "content": TOLD}])
         bos = tokenizer.bos_token or ""
         self.first = self._around(first.removeprefix(bos) if bos else first)

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def tokenised(source, tokenizer):
     paths = [cache_folder() / f"{_key(part.fingerprint, own)}.arrow" for part in parts]
     missing = [(part, path) for part, path in zip(parts, paths, strict=True) if not path.exists()]
     if missing:
-        encoder, told = Encoder(tokenizer), _Told(len(missing))
+        encoder, told = Encoder(tokenizer), Told(len(missing))
         for part, path in missing:
             _write(part.documents(), path, encoder, told)
             told.done += 1
@@ -96,7 +96,24 @@ def _key(fingerprint: str, tokenizer: str) -> str:
     return hashlib.sha256(f"v2 {fingerprint} {tokenizer}".encode()).hexdigest()[:20]
 
 
-def _write(documents: Iterable[dict], path: Path, encoder: Encoder, told: "_Told") -> None:
+def _write(documents: Iterable[dict], path: Path, encoder: Encoder, told: "Told") -> None:
+    write_rows(path, _encoded(documents, encoder), told)
+
+
+def _encoded(documents: Iterable[dict], encoder: Encoder) -> Iterator[tuple[list, dict, int]]:
+    for rows in batches(documents, lambda row: len(row["text"]), count=ROWS):
+        columns = {name: [row[name] for row in rows] for name in ("text", "domain", "source")}
+        texts = columns.pop("text")
+        columns["split"] = [split_of(text) for text in texts]
+        yield encoder(texts), columns, sum(map(len, texts))
+
+
+def write_rows(path: Path, rows: Iterable[tuple[list, dict, int]], told: "Told") -> None:
+    """Write ``input_ids``, ``domain``, ``source`` and ``split`` as an Arrow file, whole or not at all.
+
+    Args:
+        rows: some at a time: ids of each, int32 [t]; the other columns; and how many characters they were.
+    """
     import pyarrow as pa
     from datasets import Features, List, Value
 
@@ -104,11 +121,9 @@ def _write(documents: Iterable[dict], path: Path, encoder: Encoder, told: "_Told
     features = Features({name: Value("string") for name in strings} | {"input_ids": List(Value("int32"))})
     with replacing(path, ELSEWHERE) as part, part.open("wb") as file:
         writer = pa.ipc.new_stream(file, features.arrow_schema)
-        for rows in batches(documents, lambda row: len(row["text"]), count=ROWS):
-            columns = {name: [row[name] for row in rows] for name in ("text", "domain", "source")}
-            texts = columns.pop("text")
-            columns["split"] = [split_of(text) for text in texts]
-            ids = encoder(texts)
+        for ids, columns, characters in rows:
+            if not ids:
+                continue
             ends = np.cumsum([0, *map(len, ids)], dtype=np.int64)
             if ends[-1] >= 2**31:
                 raise ValueError(f"data: {columns['source'][0]} has more than 2^31 tokens; cut it into several texts")
@@ -116,11 +131,11 @@ def _write(documents: Iterable[dict], path: Path, encoder: Encoder, told: "_Told
             lists = pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(values))
             arrays = [pa.array(columns[name], pa.string()) for name in strings]
             writer.write_batch(pa.record_batch([*arrays, lists], schema=features.arrow_schema))
-            told.more(sum(map(len, texts)))
+            told.more(characters)
         writer.close()
 
 
-class _Told:
+class Told:
     """A line from time to time about how far the tokenising is."""
 
     def __init__(self, parts: int):

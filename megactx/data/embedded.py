@@ -134,7 +134,7 @@ class Embedded:
 def _candidates(package: str) -> dict[str, list]:
     """domain -> [(path, sha256, text)] of everything in a package that could be a document."""
     found = {NARRATIVE: [], CODE: [], STRUCTURED: []}
-    root = Path(sysconfig.get_path("stdlib") if package == STANDARD_LIBRARY else _folder(package))
+    root = Path(sysconfig.get_path("stdlib") if package == STANDARD_LIBRARY else folder_of(package))
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(f for f in folders if not SKIPPED_FOLDERS.fullmatch(f))
         for name in sorted(names):
@@ -224,7 +224,7 @@ def _joined(pieces: list[Piece]) -> list[tuple[str, str]]:
     ]
 
 
-def _folder(package: str) -> str:
+def folder_of(package: str) -> str:
     return str(Path(importlib.util.find_spec(package).origin).parent)  # finds a top-level package without importing it
 
 

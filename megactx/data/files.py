@@ -88,7 +88,7 @@ class Files:
 
     def _in_order(self) -> list[Path]:
         order = {kind: number for number, kind in enumerate(ROW_FORMATS)}
-        return sorted(self.paths, key=lambda path: order.get(_ending(path), len(order)))  # as they are within each
+        return sorted(self.paths, key=lambda path: order.get(ending(path), len(order)))  # as they are within each
 
     def _identity(self, paths: list[Path]) -> str:
         digest = hashlib.sha256(repr((self.domain, self.text_column, RULES)).encode())
@@ -120,10 +120,10 @@ class Files:
             raise ValueError(f"data.path={self.path}: all of its files are empty")
 
     def _documents(self, path: Path) -> Iterator[dict]:
-        kind = ROW_FORMATS.get(_ending(path))
+        kind = ROW_FORMATS.get(ending(path))
         if kind is None:
             text = self._read(path)
-            about = {"domain": self.domain or _domain(_ending(path), text), "source": str(path)}
+            about = {"domain": self.domain or _domain(ending(path), text), "source": str(path)}
             found = [{"text": text, **about}] if text else []
         else:
             found = self._rows(path, self._json(path) if kind == "json" else self._parquet(path))
@@ -283,7 +283,7 @@ def _state(path: Path) -> tuple[int, ...]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def _ending(path: Path) -> str:
+def ending(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes[-1] if suffixes else "")
 
@@ -331,8 +331,8 @@ def _walk(path: str, here: Path) -> list[Path]:
 
 
 def _known(path: str, found: list[Path]) -> list[Path]:
-    known = [p for p in found if _ending(p) in DOMAIN_OF or _ending(p) in ROW_FORMATS]
-    left = Counter(_ending(p) or p.name for p in set(found) - set(known))
+    known = [p for p in found if ending(p) in DOMAIN_OF or ending(p) in ROW_FORMATS]
+    left = Counter(ending(p) or p.name for p in set(found) - set(known))
     if known and left:
         endings = _some([f"{ending} ({count})" for ending, count in sorted(left.items())])
         log.warning(

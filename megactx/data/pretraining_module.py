@@ -30,11 +30,20 @@ class PretrainingData(Resumable):
 
     def setup(self, stage=None):
         if not hasattr(self, "training"):
-            self.rows = rows = tokenised(self.source, self.tokenizer)
+            self.rows = rows = self.read()
             settings = self.settings | dict(repeat=self.repeat, each=self.each)
             self.training = PretrainingBatches(rows, self.tokenizer, **settings)
             fixed = self.settings | dict(phases=self.settings["phases"][-1:], skip=0.0)
             self.validation = PretrainingBatches(rows, self.tokenizer, **fixed, repeat=1.0, split=VALIDATION)
+
+    def read(self):
+        """The texts as rows of ids, see ``tokenised``."""
+        return tokenised(self.source, self.tokenizer)
+
+    def limit_to(self, positions: int) -> None:
+        """Positions are those that a base LM takes, where no others were asked for."""
+        if self.settings["max_position"] is None:
+            self.settings["max_position"] = positions
 
     @property
     def phases(self) -> list[dict]:

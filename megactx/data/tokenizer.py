@@ -4,22 +4,38 @@ Text of a user is always encoded as text: a special-token string such as ``<|bos
 ordinary bytes, never the special token.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-BOS, PAD = "<|bos|>", "<|pad|>"
+BOS, PAD, END = "<|bos|>", "<|pad|>", "<|end|>"
+ROLES = ("system", "user", "assistant")
+CHAT = (*(f"<|{role}|>" for role in ROLES), END)
+# A turn is its role, what is said, and END: nothing else, so that no word of it touches a sign of the template. What
+# stands between ``generation`` and ``endgeneration`` is an answer, for libraries that train on answers alone.
+TEMPLATE = (
+    "{{- bos_token -}}{%- for message in messages -%}"
+    "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
+    "{{- raise_exception('role ' + message['role'] + ' is not known: system, user or assistant') -}}{%- endif -%}"
+    "{{- '<|' + message['role'] + '|>' -}}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- message['content'] + '<|end|>' -}}{%- endgeneration -%}"
+    "{%- else -%}{{- message['content'] + '<|end|>' -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = True):
+def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = True, chat: bool = False):
     """Train a byte-level BPE tokenizer (Sennrich et al. 2016; byte level as in GPT-2) with single-digit numbers.
 
     Args:
         texts: the training documents.
         vocab_size: number of ids, special tokens included; at least 258 (256 bytes, BOS, PAD).
         progress: show the trainer's own progress bar.
+        chat: with ``TEMPLATE`` and its special tokens, ids 2 to 5; an answer ends with ``END``, which is EOS then.
 
     Returns:
         A ``transformers.PreTrainedTokenizerFast`` whose id 0 is BOS and id 1 is PAD.
@@ -27,8 +43,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = True
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if vocab_size < 258:
-        raise ValueError(f"vocab_size is {vocab_size}, allowed is 258 or more (256 bytes and two special tokens)")
+    special = (BOS, PAD, *(CHAT if chat else ()))
+    if vocab_size < 256 + len(special):
+        least = f"{256 + len(special)} or more (256 bytes and {len(special)} special tokens)"
+        raise ValueError(f"vocab_size is {vocab_size}, allowed is {least}")
     bpe = Tokenizer(models.BPE())
     # One digit per token: a small model that sees "1987" as one id cannot copy or compare numbers.
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -39,12 +57,35 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, progress: bool = True
         texts,
         trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[BOS, PAD],
+            special_tokens=list(special),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=progress,
         ),
     )
-    return _as_text(PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, pad_token=PAD))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, pad_token=PAD)
+    return _as_text(with_chat(tokenizer) if chat else tokenizer)
+
+
+def with_chat(tokenizer):
+    """The tokenizer itself where it brings a chat template; else a copy with ``TEMPLATE`` and its special tokens.
+
+    They come behind all other ids, and what the tokenizer does to a text stays as it is.
+    """
+    from tokenizers import AddedToken
+
+    if tokenizer.chat_template:
+        return tokenizer
+    own = copy.deepcopy(tokenizer)
+    own.add_tokens([AddedToken(token, special=True, normalized=False) for token in CHAT], special_tokens=True)
+    own.chat_template = TEMPLATE
+    if own.eos_token is None:
+        own.eos_token = END
+    return own
+
+
+def load_chat_tokenizer(folder: str | Path):
+    """``load_tokenizer``, ``with_chat``."""
+    return with_chat(load_tokenizer(folder))
 
 
 def load_tokenizer(folder: str | Path):
@@ -106,3 +147,58 @@ def vocabulary_hash(tokenizer) -> str:
         digest.update(f"{index}\0{token}\n".encode("utf-8", "surrogatepass"))
     digest.update(repr(tokenizer(probe, add_special_tokens=False)["input_ids"]).encode())
     return digest.hexdigest()[:16]
+
+
+class TextEncoder:
+    """Text -> ids, at the beginning of a history and behind one.
+
+    Some tokenizers write a space before the first word of all that they are given. Behind a history that is a space
+    which nobody wrote.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.behind = _without_prefix(tokenizer)
+
+    def __call__(self, text: str, begins: bool, plain: bool = True) -> list[int]:
+        """text -> ids.
+
+        Args:
+            begins: nothing stands before it.
+            plain: special tokens in it are text like any other.
+        """
+        if not text:
+            return []
+        if begins or self.behind is None:
+            given = {"add_special_tokens": False, "split_special_tokens": plain, "verbose": False}
+            return self.tokenizer(text, **given)["input_ids"]
+        self.behind.encode_special_tokens = plain
+        return self.behind.encode(text, add_special_tokens=False).ids
+
+
+def _without_prefix(tokenizer):
+    """A copy of the tokenizer's backend that writes no space before a text; ``None`` where it never does."""
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    state = json.loads(backend.to_str())
+    before = json.dumps(state)
+    for what in ("normalizer", "pre_tokenizer"):
+        state[what] = _pruned(state[what])
+    if json.dumps(state) == before:
+        return None
+    state |= {"truncation": None, "padding": None}
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _pruned(part: dict | None) -> dict | None:
+    """A part of a tokenizer's description without what adds a space in front."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    if part["type"] == "Sequence":
+        name = next(name for name in ("normalizers", "pretokenizers") if name in part)
+        return part | {name: [inner for inner in map(_pruned, part[name]) if inner is not None]}
+    own = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
+    return part | {name: value for name, value in own.get(part["type"], {}).items() if name in part}

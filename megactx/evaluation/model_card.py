@@ -48,7 +48,7 @@ def model_card(facts: dict, use: Table) -> str:
         facts: ``name``, ``data`` (a sentence), ``steps``, ``tokens``, ``parameters``, ``validation`` (domain -> NLL in
             nats per token), and optionally ``license``, ``training`` (setting -> value), ``notes`` (sentences) and
             ``weights`` (of which model it began with).
-        use: what ``context_use`` returned.
+        use: what ``context_use`` returned; empty where that was not measured.
 
     Raises:
         ValueError: a fact is missing.
@@ -77,12 +77,11 @@ def model_card(facts: dict, use: Table) -> str:
         "| --- | ---: | ---: |",
         *[f"| {domain} | {nll:.3f} | {math.exp(nll):.1f} |" for domain, nll in facts["validation"].items()],
         "",
-        "## How it uses its context",
-        "",
-        "Means over held-out documents, nats per token, with 95 % intervals (bootstrap over texts).",
-        "",
     ]
     sections = [sheet.markdown(text, level=3) for sheet, text in _sections(use)]
+    if sections:
+        lines += ["## How it uses its context", ""]
+        lines += ["Means over held-out documents, nats per token, with 95 % intervals (bootstrap over texts).", ""]
     return "\n".join([*lines, *sections]).rstrip() + "\n"
 
 

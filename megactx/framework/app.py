@@ -206,7 +206,7 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
         kept.append(target)
         stack.enter_context(logs(target))
         if stages:
-            run_in_turn(stages, list(here.overrides.task), known, target, device, kept, shared)
+            run_in_turn(stages, list(here.overrides.task), target, device, kept, shared)
         else:
             show(config, device.why, cfg.folder)
             value = build_and_run(cfg, config, target, device, checkpoint)

@@ -12,6 +12,12 @@ def causal(length: int, device=None) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
 
 
+def packed(conversation: Tensor) -> Tensor:
+    """Several texts in a row, none of which sees another: which one each token is of [B, T] -> [B, 1, T, T]."""
+    same = conversation[:, None, :, None] == conversation[:, None, None, :]
+    return same & causal(conversation.shape[1], conversation.device)
+
+
 def branches(
     cache_len: Tensor, rows: int, columns: int, cache_start: Tensor | None = None, slots: bool = False
 ) -> Tensor:

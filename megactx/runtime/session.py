@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megactx.data.tokenizer import bos_id
+from megactx.data.tokenizer import TextEncoder, bos_id
 from megactx.memory import MegaContextTree, WorkingContext
 
 from . import session_files
@@ -27,7 +27,7 @@ from .events import Observer
 from .plain_lm import PlainLM
 from .sampling import Sampling
 from .stream import Stream
-from .text import LONGEST, Answer, Encoder, encodable, text_of
+from .text import LONGEST, Answer, encodable, text_of
 
 GREEDY = Sampling()
 
@@ -67,7 +67,7 @@ class Session:
         self.tokenizer = controller.models.base.tokenizer
         if self.tokenizer is None:
             raise ValueError("base: it has no tokenizer, which a session needs; Controller.stream takes ids")
-        self.encoder = Encoder(self.tokenizer)
+        self.encoder = TextEncoder(self.tokenizer)
         self.folder: Path | None = None
         self._lock: session_files.Lock | None = None
 

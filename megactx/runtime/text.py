@@ -1,11 +1,8 @@
 """Tokens as text, piece by piece: whole characters, stop strings, and nothing that a terminal would obey."""
 
 import codecs
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-
-from tokenizers import Tokenizer
 
 PRIVATE = 0xF0000  # the first of the characters that Unicode gives no meaning
 LONGEST = 16  # ids that are decoded together at most, where none of them makes a whole character
@@ -206,59 +203,6 @@ class Answer:
 
     def _without_signs(self, text: str) -> str:
         return text.translate({ord(sign): None for sign in self.signs.values()})
-
-
-class Encoder:
-    """Text -> ids, at the beginning of a history and behind one.
-
-    Some tokenizers write a space before the first word of all that they are given. Behind a history that is a space
-    which nobody wrote.
-    """
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.behind = _without_prefix(tokenizer)
-
-    def __call__(self, text: str, begins: bool, plain: bool = True) -> list[int]:
-        """text -> ids.
-
-        Args:
-            begins: nothing stands before it.
-            plain: special tokens in it are text like any other.
-        """
-        if not text:
-            return []
-        if begins or self.behind is None:
-            given = {"add_special_tokens": False, "split_special_tokens": plain, "verbose": False}
-            return self.tokenizer(text, **given)["input_ids"]
-        self.behind.encode_special_tokens = plain
-        return self.behind.encode(text, add_special_tokens=False).ids
-
-
-def _without_prefix(tokenizer):
-    """A copy of the tokenizer's backend that writes no space before a text; ``None`` where it never does."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    state = json.loads(backend.to_str())
-    before = json.dumps(state)
-    for what in ("normalizer", "pre_tokenizer"):
-        state[what] = _pruned(state[what])
-    if json.dumps(state) == before:
-        return None
-    state |= {"truncation": None, "padding": None}
-    return Tokenizer.from_str(json.dumps(state))
-
-
-def _pruned(part: dict | None) -> dict | None:
-    """A part of a tokenizer's description without what adds a space in front."""
-    if part is None or part["type"] == "Prepend":
-        return None
-    if part["type"] == "Sequence":
-        name = next(name for name in ("normalizers", "pretokenizers") if name in part)
-        return part | {name: [inner for inner in map(_pruned, part[name]) if inner is not None]}
-    own = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
-    return part | {name: value for name, value in own.get(part["type"], {}).items() if name in part}
 
 
 def printable(text: str) -> str:

@@ -50,6 +50,7 @@ class AttentionStage(FrozenBaseStage):
     """
 
     monitor = "val/dnll"
+    takes = {"base": "base.name", "gistnet": "stage.gistnet"}
     reports_best = True
     shorter = "preset.steps=N and preset.max_tokens=N make it short"
 

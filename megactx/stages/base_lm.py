@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megactx.data.documents import VALIDATION, cut
-from megactx.data.tokenizer import bos_id
+from megactx.data.tokenizer import bos_id, with_chat
 from megactx.evaluation.context_use import context_use
 from megactx.evaluation.model_card import write_model_card
 from megactx.evaluation.table import OVERALL, Table
@@ -42,7 +42,8 @@ class BaseLMStage(Stage):
     """Next-token training of a base LM from random weights.
 
     Args:
-        config: Hugging Face config with ``model_type``; the vocabulary and special ids are the tokenizer's.
+        config: Hugging Face config with ``model_type``; the vocabulary and special ids are the tokenizer's. ``None``:
+            that of ``weights``; where their tokenizer has no chat template, rows of its special tokens are added.
         weights: Hugging Face name, folder or ``asset:NAME`` of that config to go on from; ``None``: random weights.
         muon_lr, adamw_lr, weight_decay: optimizer settings.
         warmup: steps of linear warm-up.
@@ -55,10 +56,12 @@ class BaseLMStage(Stage):
     shorter = "preset.steps=N sets the length"
     monitor = "val/nll"
     betas = (0.9, 0.95)
+    takes = {"tokenizer": "base.name", "base": "base.name"}
+    gives = {"base": "model"}
 
     def __init__(
         self,
-        config: dict,
+        config: dict | None,
         weights: str | None,
         muon_lr: NonNegative,
         adamw_lr: NonNegative,
@@ -73,6 +76,11 @@ class BaseLMStage(Stage):
         self.save_hyperparameters()
         self.check_settings()
         # Without a row for padding, which no window has: transformers would never train it, whatever token it is of.
+        if config is None and weights is None:
+            raise ValueError("stage.config=null is not allowed: set it, or stage.weights, whose own it is then")
+        if config is None:
+            self.base = _as_it_is(weights)
+            return
         self.base = BaseLM.from_config(config | dict.fromkeys(SPECIAL))
         if weights is not None:
             self._start_from(weights)
@@ -108,14 +116,16 @@ class BaseLMStage(Stage):
 
     def prepare(self, datamodule) -> None:
         """Take the tokenizer's special ids, and refuse one with ids beyond the embedding rows."""
-        ids = len(datamodule.tokenizer)
+        ids, asked = len(datamodule.tokenizer), self.hparams.config or {}
+        datamodule.limit_to(self.base.max_positions)
         if ids > self.base.vocab_size:
             raise ValueError(
                 f"stage.config.vocab_size={self.base.vocab_size} is too small: the tokenizer of base.name has {ids} ids"
             )
         for name, value in special_ids(datamodule.tokenizer).items():
-            if (asked := self.hparams.config.get(name)) not in (None, value):
-                log.warning("stage.config.%s=%s does not count: the tokenizer of base.name says %s", name, asked, value)
+            if asked.get(name) not in (None, value):
+                given = asked[name]
+                log.warning("stage.config.%s=%s does not count: the tokenizer of base.name says %s", name, given, value)
             for config in (self.base.config, self.base.model.generation_config):
                 setattr(config, name, value)
 
@@ -219,6 +229,23 @@ class BaseLMStage(Stage):
                 "windows with position skips": f"{datamodule.settings['skip']:.0%}",
             },
         }
+
+
+def _as_it_is(weights: str) -> BaseLM:
+    """A base LM with its own config, and a row for each sign of a chat template: the mean of the others."""
+    there = BaseLM.from_pretrained(weights, "float32")
+    model, ids = there.model, len(with_chat(there.tokenizer))
+    table = model.get_input_embeddings()
+    table.padding_idx = None  # it would never be trained, whatever token it is of
+    if ids > (before := there.vocab_size):
+        model.resize_token_embeddings(ids, mean_resizing=False)
+        with torch.no_grad():
+            for rows in {id(rows): rows for rows in (table_of(model) for table_of in TABLES)}.values():
+                rows[before:] = rows[:before].mean(0)
+    return BaseLM(model)
+
+
+TABLES = (lambda model: model.get_input_embeddings().weight, lambda model: model.get_output_embeddings().weight)
 
 
 def special_ids(tokenizer) -> dict[str, int | None]:

@@ -14,6 +14,7 @@ base LM of which is as it was.
 import argparse
 import hashlib
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from megactx.parts.read import gistnet_settings, load_gistnet, load_keys
 from megactx.parts.write import save_gistnet, save_lensnet
 
 from .alternating import AlternatingStage
+from .chain_page import write_page
 from .end_to_end import EndToEndStage
 from .joint import JointStage
 from .joint_report import in_words
@@ -66,6 +68,26 @@ def plain_base(stage: JointStage | LensStage) -> BaseLM:
     if adapters_of(stage.base) or getattr(stage, "train_base", None) == "full":
         return merged(stage.base)
     return BaseLM.from_pretrained(**stage.hparams.base).freeze()
+
+
+class ExportStage:
+    """What a joint run has made, as one folder.
+
+    Args:
+        run: run folder or checkpoint of a joint stage.
+    """
+
+    timed, takes, gives = False, {"parts": "stage.run"}, {"model": "model"}
+    conclude = staticmethod(write_page)
+
+    def __init__(self, run: str):
+        self.parts = run
+
+    def run(self, folder: str | Path) -> None:
+        """Write ``folder/model``."""
+        final = Path(folder) / "model"
+        export(self.parts, final)
+        print(f"Exported to {final}\nNext: python -m megactx.apps.chat --model {shlex.quote(str(final))}")
 
 
 @torch.no_grad()

@@ -82,7 +82,9 @@ class GistStage(FrozenBaseStage):
     """
 
     monitor = "val/dnll"
-    timed = reports_best = in_curriculum = True
+    timed = reports_best = True
+    takes = {"base": "base.name", "gistnet": "stage.init"}
+    gives = {"gistnet": ""}
 
     def __init__(
         self,

@@ -70,6 +70,8 @@ class JointStage(FrozenBaseStage):
     """
 
     monitor = "val/cost"
+    takes = {"base": "base.name", "gistnet": "stage.gistnet", "lens": "stage.init", "parts": "stage.init"}
+    gives = {"parts": ""}
     reports_best = one_process = True
 
     def __init__(

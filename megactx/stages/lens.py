@@ -57,6 +57,8 @@ class LensStage(FrozenBaseStage):
 
     # Few values make up most of a validation's loss, so which checkpoint has the lowest is chance: the last one counts.
     monitor = None
+    takes = {"base": "base.name", "gistnet": "stage.gistnet"}
+    gives = {"lens": ""}
     one_process = True
 
     def __init__(

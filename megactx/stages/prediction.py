@@ -58,6 +58,7 @@ class PredictionStage(FrozenBaseStage):
     """
 
     monitor = "val/loss"
+    takes = {"base": "base.name", "gistnet": "stage.gistnet"}
     reports_best = True
     shorter = "preset.steps=N, data.max_tokens=N and fewer texts make it short"
 

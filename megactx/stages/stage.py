@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import ClassVar, NotRequired, TypedDict
 
 import lightning
 import torch
@@ -15,6 +15,8 @@ from megactx.lm import BaseLM
 from megactx.lm.identity import record_of
 from megactx.parts.find import refuse_other_base
 from megactx.runtime.settings import note_on
+
+from .chain_page import write_page
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,8 @@ class Stage(lightning.LightningModule):
         monitor        logged value of which a new minimum is worth a checkpoint; ``None``: none
         reports_best   that checkpoint is what the report is of, and what the next stage starts from
         timed          ``preset.minutes`` may decide how many steps there are: they are all alike
-        in_curriculum  it can be one of several that ``curriculum=[...]`` runs, each from the last
+        takes          of a curriculum's earlier stages: name of what they give -> the setting that it is for
+        gives          to later ones: name -> its place in the run folder, "" for the run itself
         one_process    it cannot be trained by several processes
         shorter        what makes its training short, for the line that says how long it takes
     """
@@ -56,7 +59,8 @@ class Stage(lightning.LightningModule):
     monitor: str | None = None
     reports_best = False
     timed = False
-    in_curriculum = False
+    takes: ClassVar[dict[str, str]] = {}
+    gives: ClassVar[dict[str, str]] = {}
     one_process = False
     shorter = "preset=demo is a matter of minutes"
     betas = (0.9, 0.999)  # of AdamW
@@ -105,7 +109,8 @@ class Stage(lightning.LightningModule):
 
     @staticmethod
     def conclude(folder: Path, stages: list[str]) -> None:
-        """The end of a curriculum of such stages."""
+        """The end of a curriculum whose last stage this is: a page about all of them."""
+        write_page(folder, stages)
 
     def flops_ahead(self, data: dict, preset: dict) -> float:
         """About how many floating-point operations the training takes; ``data`` and ``preset`` are of the config."""

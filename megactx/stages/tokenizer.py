@@ -9,11 +9,13 @@ from megactx.data.tokenizer import train_tokenizer
 from megactx.framework.files import IN_RUN, replacing
 from megactx.framework.run.next_command import next_command
 
+from .chain_page import write_page
+
 log = logging.getLogger(__name__)
 
 
 class TokenizerStage:  # no ``Stage``: it does not train in steps
-    """Train on the training side of the split, measure on the held-out side.
+    """Train on the training side of the split, measure on the held-out side. It brings a chat template.
 
     Args:
         source: a document source (``Files``, ``Embedded``, ``Hub``, ``Mixture``).
@@ -21,11 +23,12 @@ class TokenizerStage:  # no ``Stage``: it does not train in steps
         sample_bytes: training reads about so many bytes; texts are picked by hash, so that domains keep their shares.
     """
 
-    timed = in_curriculum = False
+    timed, takes, gives = False, {}, {"tokenizer": "tokenizer"}
+    conclude = staticmethod(write_page)
 
     def __init__(self, source, vocab_size: int = 8192, sample_bytes: int = 30_000_000):
-        if vocab_size < 258:
-            raise ValueError(f"stage.vocab_size={vocab_size} is not allowed: 258 or more (256 bytes, 2 special tokens)")
+        if vocab_size < 262:
+            raise ValueError(f"stage.vocab_size={vocab_size} is not allowed: 262 or more (256 bytes, 6 special tokens)")
         if sample_bytes < 1:
             raise ValueError(f"stage.sample_bytes={sample_bytes} is not allowed: it must be 1 or more")
         self.source, self.vocab_size, self.sample_bytes = source, vocab_size, sample_bytes
@@ -39,7 +42,7 @@ class TokenizerStage:  # no ``Stage``: it does not train in steps
             sides[split_of(text)].append(text)
         if not sides[TRAIN]:
             raise ValueError("data: the source has no text on the training side of the split; give more documents")
-        tokenizer = train_tokenizer(_first(sides[TRAIN], self.sample_bytes), self.vocab_size)
+        tokenizer = train_tokenizer(_first(sides[TRAIN], self.sample_bytes), self.vocab_size, chat=True)
         if len(tokenizer) < self.vocab_size:
             log.warning("stage.vocab_size=%d: the text gave only %d ids", self.vocab_size, len(tokenizer))
         final = _save(tokenizer, Path(folder) / "tokenizer")

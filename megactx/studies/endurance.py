@@ -30,11 +30,11 @@ from megactx.apps.ingest import SaveClock
 from megactx.data.documents import VALIDATION, tokenised
 from megactx.data.embedded import Embedded
 from megactx.data.files import Files
+from megactx.data.tokenizer import TextEncoder
 from megactx.evaluation.pictures import colours_of, legend, line, panel, picture
 from megactx.evaluation.table import Report, Sheet, Table, cell, pivot
 from megactx.framework.bar import bar
 from megactx.runtime import Refocused, Session
-from megactx.runtime.text import Encoder
 
 from .length_policies import clock, telemetry
 from .study import Options, command
@@ -56,7 +56,7 @@ def text_of(tokenizer, path: str | None, tokens: int, seed: int) -> Tensor:
     """
     rows = tokenised(Files(path) if path else Embedded(), tokenizer)
     there = np.arange(len(rows)) if path else np.flatnonzero(np.asarray(rows["split"]) == VALIDATION)
-    between = Encoder(tokenizer)("\n\n", begins=False)
+    between = TextEncoder(tokenizer)("\n\n", begins=False)
     parts, count = [], 0
     for index in np.random.default_rng(seed).permutation(there).tolist():
         parts.append(torch.tensor(rows[index]["input_ids"] + between))

@@ -79,7 +79,7 @@ def test_a_curriculum_that_is_done_is_that_of_its_stages_settings(tmp_path):
     OmegaConf.save(OmegaConf.create(plain(cfg)), tmp_path / "config.yaml")
     for name in cfg.curriculum:
         (tmp_path / name).mkdir()
-        stage = stage_config(name, overrides, tmp_path)
+        stage, _ = stage_config(name, overrides, tmp_path)
         stage.stage.init = "where the stage before ended"
         OmegaConf.save(OmegaConf.create(plain(stage)), tmp_path / name / "config.yaml")
     assert changed(cfg, overrides, tmp_path) == []

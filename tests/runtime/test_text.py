@@ -5,10 +5,10 @@ import random
 import pytest
 from byte_fallback import KINDS, random_text
 
+from megactx.data.tokenizer import TextEncoder
 from megactx.runtime.text import (
     Answer,
     Characters,
-    Encoder,
     StopStrings,
     decode,
     encodable,
@@ -83,7 +83,7 @@ def test_stray_bytes_before_a_character_do_not_lose_it(tiny_tokenizer):
 @pytest.mark.parametrize("kind", KINDS)
 def test_pieces_that_are_appended_gain_no_space(byte_tokenizers, kind):
     tokenizer, rng = byte_tokenizers[kind], random.Random(3)
-    encoder = Encoder(tokenizer)
+    encoder = TextEncoder(tokenizer)
     for _ in range(300):
         parts = [random_text(rng) or "a" for _ in range(3)]
         ids = [i for n, part in enumerate(parts) for i in encoder(part, begins=n == 0)]

@@ -231,7 +231,7 @@ def test_validation_has_windows_of_the_last_phase(pretraining):
 
 def test_special_ids_come_from_the_tokenizer_and_no_row_of_the_embeddings_is_left_out(tiny_tokenizer):
     module = BaseLMStage(CONFIG | {"pad_token_id": 5, "bos_token_id": 7}, **SETTINGS)
-    module.prepare(SimpleNamespace(tokenizer=tiny_tokenizer))
+    module.prepare(SimpleNamespace(tokenizer=tiny_tokenizer, limit_to=int))
     config = module.base.config
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, None, 1)
     assert module.base.model.generation_config.pad_token_id == 1
@@ -245,5 +245,5 @@ def test_an_id_that_texts_have_is_not_that_of_padding(tiny_tokenizer):
     tokenizer = deepcopy(tiny_tokenizer)
     tokenizer.pad_token = tokenizer.bos_token  # as many take it: the id that opens every document
     module = stage()
-    module.prepare(SimpleNamespace(tokenizer=tokenizer))
+    module.prepare(SimpleNamespace(tokenizer=tokenizer, limit_to=int))
     assert module.base.config.bos_token_id == 0 and module.base.config.pad_token_id is None

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from megactx.framework.app import run
-from megactx.framework.config.search_path import compose
 from megactx.framework.run.curriculum import run_in_turn, stage_config
 from megactx.framework.run.runfolder import held
 from megactx.stages.gist import GistStage
@@ -77,7 +76,7 @@ def test_a_stage_is_not_started_alone_while_its_curriculum_trains_it(curriculum,
             raise AssertionError("two processes train in one folder")
 
     monkeypatch.setattr("megactx.framework.run.curriculum.build_and_run", training)
-    monkeypatch.setattr("megactx.framework.run.curriculum.check_data", lambda stage: None)
+    monkeypatch.setattr("megactx.framework.run.curriculum.check_data", lambda stage, whole: None)
     assert run([*curriculum, f"folder={tmp_path / 'a'}"]) == 2
     assert f"folder={tmp_path / 'a' / 'gist_stage1'}: another process" in capsys.readouterr().err
 
@@ -123,8 +122,8 @@ def test_the_data_of_all_stages_is_checked_before_the_first_one_trains(gist_sett
     overrides = [o for o in gist_settings if not o.startswith("experiment=")]
     names = ("gist_stage1", "gist_stage2")
     stages = {name: stage_config(name, overrides, tmp_path) for name in names}
-    stages["gist_stage2"].datamodule.weights = {"structured": 1.0}
+    stages["gist_stage2"][0].datamodule.weights = {"structured": 1.0}
     device = SimpleNamespace(accelerator="cpu", precision="32-true", why="", count=1)
     with pytest.raises(ValueError, match="curriculum, stage gist_stage2: data.weights.structured=1.0: there is no doc"):
-        run_in_turn(stages, overrides, compose(["preset=demo"]), tmp_path, device, [], None)
+        run_in_turn(stages, overrides, tmp_path, device, [], None)
     assert not list(tmp_path.rglob("*.ckpt")) and not (tmp_path / "gist_stage1").exists()

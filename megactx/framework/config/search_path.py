@@ -64,8 +64,12 @@ def reference(choices, cfg: DictConfig) -> DictConfig:
         choices: group -> option, as Hydra keeps them: groups of which several are chosen are not among them.
         cfg: the composed config, in which those are.
     """
+    import hydra
     from hydra.core.global_hydra import GlobalHydra
 
+    if not GlobalHydra.instance().is_initialized():  # in no job
+        with hydra.initialize_config_dir(str(root("configs")), version_base=VERSION_BASE):
+            return reference(choices, cfg)
     groups = {g: c for g, c in choices.items() if not g.startswith("hydra/") and g != "experiment" and c is not None}
     known = GlobalHydra.instance().config_loader().get_group_options("loss")
     losses = ",".join(name for name in cfg.get("loss") or {} if name in known)

@@ -1,6 +1,12 @@
-"""A curriculum: experiments that run in turn in folders below one run folder, each from the best of the one before."""
+"""A curriculum: experiments that run in turn in folders below one run folder, with what those before have made.
 
+A stage declares what it ``gives``, a name and the place in its run folder, and what it ``takes``, a name and the
+setting that it is for: a tokenizer, a base LM, a GistNet, a LensNet. The newest of a name counts.
+"""
+
+import contextlib
 import logging
+import time
 from pathlib import Path
 
 from hydra.errors import HydraException
@@ -13,7 +19,7 @@ from . import distributed
 from .fit import build_and_run, check_data, finish_loggers
 from .pace import settle
 from .resume import begun_with, best, differing, last_of, newest, plain, refuse_other
-from .runfolder import close_folder, held, open_folder, short, show
+from .runfolder import close_folder, held, open_folder, short, show, write
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +27,9 @@ log = logging.getLogger(__name__)
 OWN = ("experiment", "curriculum", "resume", "folder", "name")
 
 
-def stage_config(name: str, overrides: list[str], folder: Path) -> DictConfig:
-    """The config of one stage: its experiment with what the command line set for all of them.
+def stage_config(name: str, overrides: list[str], folder: Path) -> tuple[DictConfig, DictConfig]:
+    """The config of one stage: its experiment with what the command line set for all of them; and its group choices
+    without either's values.
 
     Args:
         folder: of the curriculum.
@@ -32,16 +39,35 @@ def stage_config(name: str, overrides: list[str], folder: Path) -> DictConfig:
     """
     kept = [override for override in overrides if override.lstrip("+").partition("=")[0] not in OWN]
     try:
-        cfg = compose([f"experiment={name}", *kept])
+        cfg = compose([f"experiment={name}", *kept], with_hydra=True)
     except HydraException as error:
         raise ValueError(f"curriculum: {composition_message(error, kept)}") from error
     OmegaConf.set_struct(cfg, False)
+    choices = cfg.pop("hydra").runtime.choices
     cfg.folder = short(folder / name)
-    return cfg
+    return cfg, reference(choices, cfg)
 
 
-def stages_of(cfg: DictConfig, here, folder: Path, device) -> dict[str, DictConfig]:
-    """name -> config of a curriculum's stages; empty for any other run.
+def hand_over(cfg: DictConfig, given: dict[str, Path]) -> list[str]:
+    """Set what a stage takes of the stages before it; -> the settings.
+
+    Args:
+        given: name -> where it is. Of a run folder it is the best checkpoint, as soon as there is one.
+    """
+    taken = {key: given[name] for name, key in locate(cfg.stage["_target_"]).takes.items() if name in given}
+    for key, path in taken.items():
+        trained = (path / "checkpoints").is_dir() and any((path / "checkpoints").glob("*.ckpt"))
+        OmegaConf.update(cfg, key, short(best(path) if trained else path))
+    return [*taken]
+
+
+def gives(cfg: DictConfig, own: Path) -> dict[str, Path]:
+    """What a stage with this run folder hands over: name -> where it is."""
+    return {name: own / place for name, place in locate(cfg.stage["_target_"]).gives.items()}
+
+
+def stages_of(cfg: DictConfig, here, folder: Path, device) -> dict[str, tuple[DictConfig, DictConfig]]:
+    """name -> config of a curriculum's stages, and what ``stage_config`` gives beside it; empty for any other run.
 
     Args:
         here: Hydra's own config of this run.
@@ -55,32 +81,32 @@ def stages_of(cfg: DictConfig, here, folder: Path, device) -> dict[str, DictConf
             f"trainer.devices={cfg.trainer.devices}: a curriculum runs on 1 device; run its stages one by one, each"
             " with stage.init=FOLDER of the one before"
         )
-    overrides, known = list(here.overrides.task), reference(here.runtime.choices, cfg)
+    overrides, given = list(here.overrides.task), {}
     stages = {name: stage_config(name, overrides, folder) for name in cfg.curriculum}
-    for name, stage in stages.items():
-        kind = locate(stage.stage["_target_"])
-        if not kind.in_curriculum:
-            raise ValueError(f"curriculum: {name} cannot run in one; gist stages can, such as gist_stage1")
-        validate(stage, known)
     if len(stages) < len(cfg.curriculum):
         raise ValueError(f"curriculum={list(cfg.curriculum)}: each experiment runs once, in a folder of its name")
+    for name, (stage, known) in stages.items():
+        if not hand_over(stage, given) and given:
+            wants = ", ".join(locate(stage.stage["_target_"]).takes) or "nothing"
+            raise ValueError(f"curriculum: {name} takes {wants}, and those before it give {', '.join(given)}")
+        validate(stage, known)
+        given |= gives(stage, folder / name)
     return stages
 
 
 def run_in_turn(
-    stages: dict[str, DictConfig],
+    stages: dict[str, tuple[DictConfig, DictConfig]],
     overrides: list[str],
-    known: DictConfig,
     folder: Path,
     device,
     kept: list[Path],
     shared: Path | None,
 ) -> None:
-    """A stage that is done is passed by, one that was begun goes on, a new one starts from the best of the last.
+    """A stage that is done is passed by, one that was begun goes on, a new one starts from what those before gave.
 
     Args:
+        stages: of ``stages_of``.
         overrides: of the command line.
-        known: the group choices without the experiment's and the command line's values.
         folder: of the curriculum.
         kept: the run folders so far; each stage's is added.
         shared: the folder of the sweep that this is a job of, if any.
@@ -88,21 +114,20 @@ def run_in_turn(
     Raises:
         ValueError: a stage has not the data that it needs; said before any of them trains.
     """
-    to_come = {name: stage for name, stage in stages.items() if not (folder / name / "done").exists()}
+    to_come = {name: stage for name, (stage, _) in stages.items() if not (folder / name / "done").exists()}
     for name, stage in to_come.items() if len(to_come) > 1 else ():
         log.info("Checking the data of stage %s", name)
         try:
-            check_data(stage)
+            check_data(stage, whole=_is_there(stage, folder))
         except Exception as error:
             code, message = verdict(error)
             if code == MISTAKE:
                 raise ValueError(f"curriculum, stage {name}: {message}") from error
             raise
-    before = None
-    for index, (name, stage) in enumerate(stages.items()):
+    given: dict[str, Path] = {}
+    for index, (name, (stage, known)) in enumerate(stages.items()):
         own = folder / name
-        if before is not None:
-            stage.stage.init = short(best(before))
+        hand_over(stage, given)
         if not (own / "done").exists():
             with held(own):  # a start of this stage alone, with resume=auto, would go on in it too
                 checkpoint = last_of(stage, own)
@@ -112,15 +137,35 @@ def run_in_turn(
                 open_folder(own, config, overrides, device.why)
                 kept.append(own)
                 show(config, device.why, stage.folder)
-                build_and_run(stage, config, own, device, checkpoint)
+                with timed(own):
+                    build_and_run(stage, config, own, device, checkpoint)
                 print(f"{cut}\n" * bool(cut), end="")
                 finish_loggers(DONE)
                 close_folder(own)
         else:
             refuse_other(stage, own)  # its experiment may have been edited since
-        before = own
+        given |= gives(stage, own)
     if not distributed.rank():
         locate(stage.stage["_target_"]).conclude(folder, list(stages))
+
+
+def _is_there(cfg: DictConfig, folder: Path) -> bool:
+    """Whether all is there that a stage takes of others of its curriculum."""
+    paths = [OmegaConf.select(cfg, key) for key in locate(cfg.stage["_target_"]).takes.values()]
+    own = [Path(path) for path in paths if path and Path(path).absolute().is_relative_to(folder.absolute())]
+    return all(path.exists() for path in own)
+
+
+@contextlib.contextmanager
+def timed(own: Path):
+    """Adds up in ``seconds.txt`` how long a stage took; of an attempt that was killed nothing is known."""
+    path, began = own / "seconds.txt", time.monotonic()
+    before = float(path.read_text()) if path.exists() else 0.0
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            write(path, f"{before + time.monotonic() - began:.1f}\n")
 
 
 def changed(cfg: DictConfig, overrides: list[str], folder: Path) -> list[str]:
@@ -128,9 +173,12 @@ def changed(cfg: DictConfig, overrides: list[str], folder: Path) -> list[str]:
     of its stages."""
     changes = differing(cfg, folder, finished=True)
     for name in cfg.curriculum:
-        stage, own = stage_config(name, overrides, folder), folder / name
+        (stage, _), own = stage_config(name, overrides, folder), folder / name
         if (own / "config.yaml").exists():
-            stage.stage.init = OmegaConf.load(own / "config.yaml").stage.init  # it follows from the stage before
+            before = OmegaConf.load(own / "config.yaml")
+            for key in locate(stage.stage["_target_"]).takes.values():  # they follow from the stages before
+                if (value := OmegaConf.select(before, key)) is not None:
+                    OmegaConf.update(stage, key, value)
             changes += [f"{name}: {line}" for line in differing(stage, own, finished=True)]
     return changes
 

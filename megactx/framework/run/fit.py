@@ -76,14 +76,21 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
     return _lowest(trainer)
 
 
-def check_data(cfg: DictConfig) -> None:
+def check_data(cfg: DictConfig, whole: bool = True) -> None:
     """Build a stage and its data, and let the data find what it needs, without training.
+
+    Args:
+        whole: all is there that the stage is built from; else only its texts and conversations are looked for.
 
     Raises:
         ValueError: a text or a domain is missing; it names the setting.
     """
     from hydra.utils import instantiate
 
+    if not whole:
+        for group in ("data", "conversations"):
+            instantiate(cfg[group].source, _convert_="all")
+        return
     if cfg.datamodule is None:
         return
     stage = instantiate(cfg.stage, _convert_="all")

@@ -1,0 +1,82 @@
+"""From tokenizer to answers in one command, and to the same weights after a stop anywhere."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megactx.framework.app import run
+from megactx.lm import BaseLM
+from megactx.stages.base_lm import BaseLMStage
+from megactx.stages.sft import SFTStage
+
+STAGES = "run10_tokenizer,run10_base,run10_sft"
+
+
+@pytest.fixture
+def chain(texts, tmp_path):
+    """Overrides of a chain in miniature, on files; a test adds ``folder=...``."""
+    for path in texts.glob("*.py"):
+        for ending in (".py", ".md", ".json"):
+            (tmp_path / "texts").mkdir(exist_ok=True)
+            (tmp_path / "texts" / path.with_suffix(ending).name).write_text(path.read_text() + ending)
+    talk = [{"role": "user", "content": "Say yes."}, {"role": "assistant", "content": "Yes."}]
+    (tmp_path / "talk.jsonl").write_text("\n".join(json.dumps({"messages": talk, "n": n}) for n in range(4)))
+    arguments = ["experiment=run10", "preset=smoke", f"curriculum=[{STAGES}]", "trainer=cpu", "preset.tasks=60"]
+    arguments += ["data=files", f"data.path={tmp_path / 'texts'}", "conversations=files", "preset.report.card=2"]
+    arguments += [f"conversations.path={tmp_path / 'talk.jsonl'}", "preset.run10.vocabulary=400"]
+    return [*arguments, "preset.run10.width=32", "preset.run10.layers=1", "preset.run10.heads=2"]
+
+
+def dies_at(monkeypatch, kind, method: str, time: int):
+    """The power is gone at the ``time``-th call of a method."""
+    original, count = getattr(kind, method), []
+
+    def wrapped(self, *arguments):
+        count.append(1)
+        if len(count) == time:
+            monkeypatch.setattr(kind, method, original)
+            raise RuntimeError("the power is gone")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(kind, method, wrapped)
+
+
+@pytest.mark.long
+def test_a_chain_that_stops_anywhere_goes_on_to_the_same_weights_and_ends_with_a_page(
+    chain, tmp_path, monkeypatch, capsys
+):
+    assert run([*chain, f"folder={tmp_path / 'whole'}"]) == 0, capsys.readouterr().err
+    page = (tmp_path / "whole" / "report.md").read_text()
+    for said in ("What each stage gained", "held-out conversations: tasks", "recall, dropping", "What run10_sft says"):
+        assert said in page
+    assert all(f"## Stage {name}" in page for name in ("run10_base", "run10_sft"))
+    part = [*chain, f"folder={tmp_path / 'part'}"]
+    for kind, method, time in (
+        (BaseLMStage, "training_step", 4),  # behind a checkpoint
+        (BaseLMStage, "finish", 1),  # all is learned, and nothing is written
+        (SFTStage, "training_step", 1),  # nothing is learned yet
+        (SFTStage, "training_step", 2),
+    ):
+        dies_at(monkeypatch, kind, method, time)
+        assert run([*part, "resume=auto"]) == 3, (kind, method)
+    monkeypatch.undo()
+    assert run([*part, "resume=auto"]) == 0, capsys.readouterr().err
+    for name in ("run10_base", "run10_sft"):
+        one, other = (load_file(tmp_path / side / name / "model" / "model.safetensors") for side in ("whole", "part"))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
+    assert BaseLM.from_pretrained(str(tmp_path / "part" / "run10_sft" / "model")).tokenizer.chat_template
+
+
+@pytest.mark.slow
+def test_a_mistake_in_the_settings_of_a_later_stage_or_a_chain_that_does_not_join_is_told_first(
+    chain, tmp_path, capsys
+):
+    assert run([*chain, "preset.run10.sft.tokens=0", f"folder={tmp_path / 'a'}"]) == 2
+    assert "preset.run10.sft.tokens=0" in capsys.readouterr().err
+    assert run([*chain, "curriculum=[run10_tokenizer,run10_lens]", f"folder={tmp_path / 'b'}"]) == 2
+    assert "run10_lens takes base, gistnet, and those before it give tokenizer" in capsys.readouterr().err
+    assert run([*chain, "conversations.path=/nowhere", f"folder={tmp_path / 'c'}"]) == 2
+    assert "conversations.path=/nowhere" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("tokenizer.json"))
