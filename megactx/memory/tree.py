@@ -18,9 +18,10 @@ from torch import Tensor
 
 from . import build, encoding, slice_merge
 from .encoding import Encoder
+from .page_cache import MEMORY
 from .pages import Pages
 
-TOKENS, NODES = 32_768, 256  # entries of a page
+TOKENS, NODES = 8_192, 64  # entries of a page: what is read and written at once
 
 
 class MegaContextTree:
@@ -60,7 +61,8 @@ class MegaContextTree:
         # weights, so it is computed when it is needed. Until then the stamp tells whether the weights have changed.
         self.versions: list[str | None] = [None]
         self.version, self.stamp = 0, encoding.stamp(encoder)  # of the GistNet in use
-        self.kept = {}  # shards as they lie on disk, see ``storage``
+        self.home = None  # the file that the tree lives in and its state there, see ``storage``
+        self.cache = None  # what of a stored tree is in memory, see ``page_cache``
         self.parts = [(name, torch.zeros(rows, dtype=torch.long))]  # (name, first token [B]) of each merged tree
 
     @classmethod
@@ -167,7 +169,7 @@ class MegaContextTree:
                 raise ValueError(f"gistnet.{what}={getattr(encoder, what)}, the tree's is {getattr(self, what)}")
         if getattr(encoder, "needs_hidden", False):
             raise ValueError("encoder: it needs hidden states, which a refresh does not have; build the tree anew")
-        self.version = self.version_of(encoding.identity(encoder))
+        self.version, self.home = self.version_of(encoding.identity(encoder)), None  # others may read the old gists
         self.encoder, self.stamp, self.hidden = encoder, encoding.stamp(encoder), False
         return build.renew(self)
 
@@ -188,6 +190,8 @@ class MegaContextTree:
     @torch.no_grad()
     def embeddings(self, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
         """``gather`` for single nodes, row, lod and index [M] -> [M, D]. The caller has checked that they are there."""
+        if self.cache is not None:
+            self.cache.look(lod, index, self.block_size)
         embed = encoding.embedder(self.base)
         raw = (lod == 0).nonzero().squeeze(1)
         embedded = embed(self.levels[0].read("token", row[raw], index[raw]).long()[None])[0]
@@ -234,20 +238,27 @@ class MegaContextTree:
 
         save(self, Path(folder))
 
+    def export(self, folder: str | Path) -> None:
+        """Write the tree as safetensors and a manifest, for other programs; see ``interchange``. ``load`` reads it."""
+        from .interchange import export
+
+        export(self, Path(folder))
+
     @classmethod
     def load(
-        cls, folder: str | Path, encoder: Encoder, base, refresh=False, device="cpu", keys=None
+        cls, folder: str | Path, encoder: Encoder, base, refresh=False, device="cpu", keys=None, memory=MEMORY
     ) -> "MegaContextTree":
-        """Read a saved tree, memory-mapped. ``storage`` says what is refused.
+        """Open a saved tree: its pages are read when they are needed. ``storage`` says what is refused.
 
         Args:
             refresh: accept another GistNet than the one that made the tree, and encode its nodes again.
             keys: of the constructor. Where the tree was saved with none, or with those of another net, they are made;
                 keys that nobody asks for are not read.
+            memory: bytes of pages that stay in memory.
         """
         from .storage import load
 
-        return load(Path(folder), encoder, base, refresh, device, keys)
+        return load(Path(folder), encoder, base, refresh, device, keys, memory)
 
     def identities(self) -> list[str]:
         """``versions``, with the identity of the GistNet in use filled in."""
@@ -269,6 +280,7 @@ class MegaContextTree:
         if self.keys is not None and len(self.levels) == 1:
             columns["key"] = ((self.keys.size,), torch.float16)
         self.levels.append(Pages(columns, self.rows, NODES, self.device))
+        self.levels[-1].source, self.levels[-1].lod = self.cache, self.depth
         return self.levels[-1]
 
     def check_ids(self, ids: Tensor) -> None:
