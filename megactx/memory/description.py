@@ -20,6 +20,7 @@ def describe(tree) -> dict:
         "versions": tree.identities(),
         "version": tree.version,
         "parts": [[name, first.tolist()] for name, first in tree.parts],
+        "compacted": tree.compacted,
     }
 
 
@@ -52,6 +53,9 @@ def described(about: dict, encoder, base, refresh: bool, device, keys):
     tree = MegaContextTree(encoder, base, len(lengths), about["max_level"], dtype, device, keys=keys)
     tree.parts = [(str(name), tokens(first)) for name, first in about["parts"]]
     tree.versions, tree.version = list(about["versions"]), about["version"]
+    if type(compacted := about.get("compacted", 0)) is not int or compacted < 0:
+        raise ValueError(f"compacted={compacted!r} is no number of blocks")
+    tree.compacted = compacted
     lod, counts = 0, lengths
     while True:
         if lod > tree.depth:

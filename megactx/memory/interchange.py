@@ -20,6 +20,7 @@ from .description import describe, key_size
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+YOUNGER = ("floor", "opened")  # columns that the format does not have; they are 0
 SHARD = 2**20  # bytes. A shard holds whole pages, at least one. If one of them changes, the shard is written again.
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64", "bool": "BOOL"}
 
@@ -33,6 +34,8 @@ def export(tree, folder: Path, remedy: str = "write the tree to another place") 
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder; {remedy}")
+    if tree.compacted:
+        raise ValueError("export: something was taken away from this tree, and shards cannot say so; restore it first")
     with replacing(folder, remedy) as part:
         data = part / f"data-{os.urandom(8).hex()}"
         data.mkdir(parents=True)
@@ -58,6 +61,7 @@ def _write_shard(level, lod: int, first: int, end: int, folder: Path) -> dict:
         f"{column}.{number}": level.column(number, column)[:, : level.used(number)].cpu().contiguous()
         for number in range(first, end)
         for column in level.columns
+        if column not in YOUNGER
     }
     save_file(tensors, path)
     about = {"name": path.name, "level": lod, "pages": [first, end]}
@@ -97,8 +101,9 @@ def _read_shard(path: Path, level, first: int, end: int, stored: int | None = No
     """
     from safetensors import SafetensorError, safe_open
 
-    plain = {name: column for name, column in level.columns.items() if name != "key"}
-    columns = level.columns if "key" in level.columns and level.columns["key"][0] == (stored,) else plain
+    columns = {name: column for name, column in level.columns.items() if name not in YOUNGER}
+    plain = {name: column for name, column in columns.items() if name != "key"}
+    columns = columns if "key" in columns and columns["key"][0] == (stored,) else plain
     try:
         with safe_open(path, framework="pt") as file:
             there = {*plain, *([] if stored is None else ["key"])}

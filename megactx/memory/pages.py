@@ -18,7 +18,7 @@ from torch import Tensor
 SMALLEST = 8  # entries of the first allocation of a page
 # What is written when a node is made; what every reading changes; keys, which few sessions read.
 PARTS = {"token": "body", "gist": "body", "version": "body", "time": "body"}
-PARTS |= {"access": "facts", "protected": "facts", "floor": "facts", "key": "key"}
+PARTS |= {"access": "facts", "protected": "facts", "floor": "facts", "opened": "facts", "key": "key"}
 
 
 class Pages:

@@ -35,6 +35,8 @@ class Ready:
             "time": torch.full_like(version, int(time.time())),
             "access": torch.zeros_like(version),
             "protected": torch.zeros_like(version, dtype=torch.bool),
+            "floor": torch.zeros_like(version),
+            "opened": torch.zeros_like(version),
         }
 
 
@@ -82,6 +84,7 @@ def cut(tree, start: int, stop: int):
     new = type(tree)(tree.encoder, tree.base, tree.rows, tree.max_level, tree.dtype, tree.device, keys=tree.keys)
     new.parts = [(name, (first - start).clamp(min=0)) for name, first in tree.parts]
     new.versions, new.version, new.stamp = list(tree.versions), tree.version, tree.stamp
+    new.compacted = tree.compacted
     counts = (tree.lengths.clamp(max=stop) - start).clamp(min=0)
     shifted = Shifted(tree, torch.full_like(counts, -start), list(range(len(tree.versions))))
     build.extend(new, tree.levels[0].span("token", start, stop), counts, shifted)
@@ -101,6 +104,7 @@ def merge(tree, other) -> None:
         raise ValueError("merge: the trees belong to different base LMs")
     if tree.hidden:
         raise ValueError("merge: the encoder needs hidden states, and those depend on all that came before")
+    tree.compacted += other.compacted
     shift, numbers = tree.lengths.clone(), [tree.version_of(identity) for identity in other.identities()]
     shifted = Shifted(other, shift, numbers)
     parts = [(name, first + shift) for name, first in other.parts]

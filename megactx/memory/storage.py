@@ -4,8 +4,8 @@
     FOLDER/pages-1f0c....db             pages with their checksums, and what is said of the tree, see ``page_file``
 
 Opening reads a few hundred bytes. A page is read, and its checksum compared, when it is first needed. A save writes the
-pages that have changed, in one transaction: a kill, or a disk that is full, leaves the tree as it was before or as it is
-now. A tree that did not come from this folder is written whole, into a database beside the old one, which then takes its
+pages that have changed, in one transaction: a kill, or a full disk, leaves the tree as it was before or as it is now.
+A tree that did not come from this folder is written whole, into a database beside the old one, which then takes its
 place by one rename. Others may read meanwhile: nodes that are there do not change, new ones come behind them.
 
 A folder of shards, as earlier versions wrote it and ``interchange.export`` writes it, is read too.
