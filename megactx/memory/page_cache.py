@@ -52,15 +52,13 @@ class PageCache:
         self.coming: dict[Key, Future] = {}
         self.asked: set[Key] = set()  # what the worker has brought, and nobody has used yet
         self.worker: ThreadPoolExecutor | None = None
-        self.touched: set[Key] | None = None
+        self.seen, self.epoch = file.changes(), _epoch(file)
 
     def touch(self, lod: int, part: str, number: int) -> None:
         """A page that is in memory was used."""
         key = (lod, part, number)
         if key in self.held:
             self.held.move_to_end(key)
-        if self.touched is not None:
-            self.touched.add(key)
         if key in self.asked:
             self.asked.discard(key)
             self.counts["ahead"] += 1
@@ -74,6 +72,7 @@ class PageCache:
             ValueError: it is damaged or missing; the message names it. All others stay as they are.
         """
         began, key = time.perf_counter(), (pages.lod, part, number)
+        self._check_epoch()
         future = self.coming.pop(key, None)
         try:
             if future is None or future.cancel():
@@ -92,8 +91,6 @@ class PageCache:
             raise ValueError(self.damaged[key]) from error
         self.seconds.append(time.perf_counter() - began)
         self._hold(pages, key, columns)
-        if self.touched is not None:
-            self.touched.add(key)
 
     def look(self, lod: Tensor, index: Tensor, block: int) -> None:
         """A window shows nodes, lod and index [M]: their pages stay in memory, those of their children are fetched
@@ -126,6 +123,13 @@ class PageCache:
             self.counts["asked"] += 1
             self.coming[key] = self.worker.submit(read, self.second, self.levels[lod], part, number, self.check)
 
+    def _check_epoch(self) -> None:
+        """Others may append while this reads. What they take away would be missed."""
+        if (now := self.file.changes()) != self.seen:
+            if _epoch(self.file) != self.epoch:
+                raise ValueError(f"{self.file.path.parent} was curated meanwhile; open it again")
+            self.seen = now
+
     def adopt(self) -> None:
         """Pages that were new are saved now, and may leave memory."""
         for pages in self.levels:
@@ -149,6 +153,11 @@ class PageCache:
             self.worker.shutdown(cancel_futures=True)
             self.second.close()
             self.worker, self.coming = None, {}
+
+    def move(self, file: PageFile) -> None:
+        """The same pages lie in another file now."""
+        self.close()
+        self.file, self.seen, self.epoch = file, file.changes(), _epoch(file)
 
     def _collect(self) -> None:
         """What the worker has brought is in memory now."""
@@ -187,6 +196,11 @@ class PageCache:
         lod, part, number = key
         page = self.levels[lod].pages[number]
         return sum(page[name].nbytes for name in self.levels[lod].parts()[part])
+
+
+def _epoch(file: PageFile) -> int:
+    """How often something was taken away, or brought back."""
+    return (file.about("tree") or {}).get("epoch", 0)
 
 
 def read(file: PageFile, pages, part: str, number: int, check=None) -> dict[str, Tensor]:

@@ -11,12 +11,20 @@ import hashlib
 import json
 import os
 import sqlite3
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PARTS = ("body", "facts", "key")
 CHECK = 16  # bytes of a checksum
+TABLES = {
+    "page": "id INTEGER PRIMARY KEY, value BLOB NOT NULL, checksum BLOB NOT NULL, zipped INTEGER NOT NULL",
+    "about": "name TEXT PRIMARY KEY, value TEXT NOT NULL",
+    # What curation took away, until it is purged; and all that it ever did.
+    "archive": "start INTEGER PRIMARY KEY, stop INTEGER, floor INTEGER, time INTEGER, value BLOB, checksum BLOB",
+    "log": "id INTEGER PRIMARY KEY, time INTEGER, action TEXT, start INTEGER, stop INTEGER, reason TEXT",
+}
 WAIT = 30.0  # seconds for another process that writes
 
 
@@ -38,8 +46,8 @@ class PageFile:
             self.db.execute("PRAGMA page_size=4096")
             self.db.execute("PRAGMA journal_mode=OFF")
             self.db.execute("PRAGMA synchronous=OFF")
-            self.db.execute("CREATE TABLE page (id INTEGER PRIMARY KEY, value BLOB NOT NULL, checksum BLOB NOT NULL)")
-            self.db.execute("CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
+            for name, columns in TABLES.items():
+                self.db.execute(f"CREATE TABLE {name} ({columns})")
 
     def _connected(self, mode: str) -> sqlite3.Connection:
         name = self.path.absolute().as_uri()
@@ -93,10 +101,9 @@ class PageFile:
     def say(self, name: str, value) -> None:
         self.db.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (name, json.dumps(value)))
 
-    def put(self, pages: Iterable[tuple[int, str, int, bytes]]) -> None:
-        """Write pages (level, part, number, bytes)."""
-        rows = ((_id(*name), value, _checksum(_id(*name), value)) for *name, value in pages)
-        self.db.executemany("INSERT OR REPLACE INTO page VALUES (?, ?, ?)", rows)
+    def put(self, pages: Iterable[tuple[int, str, int, bytes]], zipped: bool = False) -> None:
+        """Write pages (level, part, number, bytes); ``zipped``: those that become smaller by it."""
+        self.db.executemany("INSERT OR REPLACE INTO page VALUES (?, ?, ?, ?)", _rows(pages, zipped))
 
     def get(self, lod: int, part: str, number: int) -> bytes:
         """The bytes of a page.
@@ -106,15 +113,25 @@ class PageFile:
         """
         own = _id(lod, part, number)
         try:
-            found = self.db.execute("SELECT value, checksum FROM page WHERE id=?", (own,)).fetchone()
+            found = self.db.execute("SELECT value, checksum, zipped FROM page WHERE id=?", (own,)).fetchone()
         except sqlite3.DatabaseError as error:
             raise ValueError(f"it is damaged ({error})") from error
         if found is None:
             raise ValueError("it is missing")
-        value, checksum = found
+        value, checksum, zipped = found
         if not isinstance(value, bytes) or _checksum(own, value) != checksum:
             raise ValueError("it is damaged: its checksum is another one")
-        return value
+        return zlib.decompress(value) if zipped else value
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of tokens, gists, facts and keys as they lie there, and of the archive."""
+        found = dict.fromkeys(("tokens", "gists", "facts", "keys"), 0)
+        query = "SELECT id >> 48, SUM(LENGTH(value)) FROM page GROUP BY id >> 48"
+        for place, size in self.db.execute(query):
+            lod, part = place >> 8, PARTS[place & 255]
+            found["tokens" if lod == 0 else {"body": "gists", "facts": "facts", "key": "keys"}[part]] += size
+        found["archive"] = self.db.execute("SELECT COALESCE(SUM(LENGTH(value)), 0) FROM archive").fetchone()[0]
+        return found
 
     def numbers(self, lod: int, part: str, first: int = 0) -> list[int]:
         """Numbers of the pages that are there, from ``first`` on."""
@@ -132,6 +149,14 @@ class PageFile:
 
     def close(self) -> None:
         self.db.close()
+
+
+def _rows(pages, zipped: bool) -> Iterator[tuple]:
+    for *name, value in pages:
+        own, smaller = _id(*name), zlib.compress(value, 1) if zipped else value
+        short = len(smaller) < 0.9 * len(value)
+        value = smaller if short else value
+        yield own, value, _checksum(own, value), int(short)
 
 
 def _id(lod: int, part: str, number: int) -> int:

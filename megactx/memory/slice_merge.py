@@ -79,12 +79,13 @@ class Shifted:
 def cut(tree, start: int, stop: int):
     """The tree of tokens start .. stop - 1 of another; see ``MegaContextTree.slice``."""
     k = tree.block_size
+    if tree.compacted:
+        raise ValueError("slice: something was taken away from this tree; restore it first")
     if start % k or not 0 <= start <= stop:
         raise ValueError(f"start={start} is not allowed: a multiple of {k}, from 0 to stop={stop}")
     new = type(tree)(tree.encoder, tree.base, tree.rows, tree.max_level, tree.dtype, tree.device, keys=tree.keys)
     new.parts = [(name, (first - start).clamp(min=0)) for name, first in tree.parts]
     new.versions, new.version, new.stamp = list(tree.versions), tree.version, tree.stamp
-    new.compacted = tree.compacted
     counts = (tree.lengths.clamp(max=stop) - start).clamp(min=0)
     shifted = Shifted(tree, torch.full_like(counts, -start), list(range(len(tree.versions))))
     build.extend(new, tree.levels[0].span("token", start, stop), counts, shifted)
@@ -102,9 +103,10 @@ def merge(tree, other) -> None:
             raise ValueError(f"merge: the first tree has {what} {mine}, the second {theirs}")
     if tree.base is not other.base and encoding.identity_of_base(tree.base) != encoding.identity_of_base(other.base):
         raise ValueError("merge: the trees belong to different base LMs")
+    if tree.compacted or other.compacted:
+        raise ValueError("merge: something was taken away from one of the trees; restore it first")
     if tree.hidden:
         raise ValueError("merge: the encoder needs hidden states, and those depend on all that came before")
-    tree.compacted += other.compacted
     shift, numbers = tree.lengths.clone(), [tree.version_of(identity) for identity in other.identities()]
     shifted = Shifted(other, shift, numbers)
     parts = [(name, first + shift) for name, first in other.parts]

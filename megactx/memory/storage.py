@@ -85,9 +85,11 @@ def load(
                 for page in tree.levels[0].pages:
                     tree.check_ids(page["token"])
             else:
-                file = PageFile(_database(folder, manifest["data"]))
+                file = PageFile(database(folder, manifest["data"]))
                 about = file.about("tree")
                 tree, identity = described(about, encoder, base, refresh, device, keys)
+                if about is None:
+                    raise ValueError(f"{file.path.name} is damaged: it does not say what tree it holds")
                 tree.home = (file, about["commit"])
                 _attach(tree, file, about, memory)
             if length is not None:
@@ -99,6 +101,8 @@ def load(
     if about["versions"][about["version"]] != identity:
         tree.refresh(encoder)
     if keys is not None and tree.depth and (about.get("keys") or {}).get("made_by") != encoding.identity(keys):
+        if tree.compacted:
+            raise ValueError(f"{folder}: no keys can be made of what was taken away; restore it first")
         build.make_keys(tree, *build.run(torch.zeros_like(tree.lengths), tree.counts(1)))
     return tree
 
@@ -141,7 +145,7 @@ def read_manifest(folder: Path) -> dict:
 
 def damaged(folder: Path) -> list[str]:
     """Read all pages of a saved tree, and name those that are damaged or missing."""
-    file = PageFile(_database(folder, read_manifest(folder)["data"]))
+    file = PageFile(database(folder, read_manifest(folder)["data"]))
     about, wrong = file.about("tree"), []
     for lod, size in enumerate(about["page_sizes"]):
         pages = -(-(max(about["lengths"]) // about["block_size"] ** lod) // size)
@@ -155,7 +159,7 @@ def damaged(folder: Path) -> list[str]:
     return wrong
 
 
-def _database(folder: Path, name) -> Path:
+def database(folder: Path, name) -> Path:
     if not isinstance(name, str) or not FILE.fullmatch(name):
         raise ValueError(f"the file name {name!r} is not allowed")
     path = folder / name
@@ -197,12 +201,12 @@ def _save_changes(tree) -> bool:
         about = file.about("tree")
         if about is None or about["commit"] != commit:
             return False
-        file.put(_changed(tree))
+        file.put(_changed(tree), zipped=bool(tree.compacted))
         for lod in range(len(about["page_sizes"])):
             there = len(tree.levels[lod].pages) if lod <= tree.depth else 0
             for part in ("body", "facts", "key") if lod else ("body",):
                 file.remove(lod, part, there if part != "key" or tree.keys is not None else 0)
-        file.say("tree", describe(tree) | {"commit": commit + 1})
+        file.say("tree", describe(tree) | {"commit": commit + 1, "epoch": about.get("epoch", 0)})
     tree.home = (file, commit + 1)
     _settle(tree)
     return True
@@ -221,13 +225,15 @@ def _save_whole(tree, folder: Path, remedy: str) -> None:
     try:
         file = PageFile(path, new=True)
         with file.step():
-            file.put(
+            pages = (
                 (lod, part, number, packed(level, part, number))
                 for lod, level in enumerate(tree.levels)
                 for part in level.parts()
                 for number in range(len(level.pages))
             )
-            file.say("tree", describe(tree) | {"commit": 0})
+            file.put(pages, zipped=bool(tree.compacted))
+            _take_archive(tree, file)
+            file.say("tree", describe(tree) | {"commit": 0, "epoch": 0})
         file.publish()
         with replacing(folder / MANIFEST, remedy) as part:
             part.write_text(json.dumps({"format": FORMAT, "data": path.name}, indent=1) + "\n")
@@ -241,6 +247,14 @@ def _save_whole(tree, folder: Path, remedy: str) -> None:
     for other in folder.iterdir():
         if OURS.fullmatch(other.name) and not other.name.startswith(path.name) and not other.is_symlink():
             shutil.rmtree(other) if other.is_dir() else other.unlink()
+
+
+def _take_archive(tree, file: PageFile) -> None:
+    """What was taken away from a tree, and the log of that, go with it to another place."""
+    if tree.compacted and tree.cache is not None:
+        for table, columns in (("archive", 6), ("log", 6)):
+            rows = tree.cache.file.db.execute(f"SELECT * FROM {table}")
+            file.db.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * columns)})", rows)
 
 
 def names(manifest: Path, data: str) -> bool:
@@ -257,8 +271,7 @@ def _settle(tree) -> None:
     if tree.cache is None:
         tree.cache = PageCache(file, tree.levels, check=tree.check_ids)
     elif tree.cache.file is not file:
-        tree.cache.close()
-        tree.cache.file = file
+        tree.cache.move(file)
     for lod, level in enumerate(tree.levels):
         level.source, level.lod = tree.cache, lod
     tree.cache.adopt()

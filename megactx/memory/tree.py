@@ -173,6 +173,8 @@ class MegaContextTree:
                 raise ValueError(f"gistnet.{what}={getattr(encoder, what)}, the tree's is {getattr(self, what)}")
         if getattr(encoder, "needs_hidden", False):
             raise ValueError("encoder: it needs hidden states, which a refresh does not have; build the tree anew")
+        if self.compacted:
+            raise ValueError("refresh: what was taken away from this tree cannot be encoded again; restore it first")
         self.version, self.home = self.version_of(encoding.identity(encoder)), None  # others may read the old gists
         self.encoder, self.stamp, self.hidden = encoder, encoding.stamp(encoder), False
         return build.renew(self)

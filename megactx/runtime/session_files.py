@@ -189,6 +189,11 @@ def _restore(stream: Stream, state: dict[str, Tensor], same: bool) -> None:
     stream.focus.allocator.load_state_dict(own)
     if "lod" in state:
         entries = [state[name].long()[None] for name in WINDOW]
+        if (
+            stream.tree.compacted
+            and not stream.tree.usable(torch.zeros_like(entries[0][0]), *(e[0] for e in entries)).all()
+        ):
+            return  # what the window shows was taken away meanwhile: it is put together anew
         budget = stream.settings.budget
         stream.restore(WorkingContext(stream.tree, *entries, torch.tensor([entries[0].shape[1]]), budget))
 
