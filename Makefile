@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: demo smoke smollm2 test test-slow lint bench bench-storage findings sweep clean
+.PHONY: demo smoke smollm2 test test-slow test-long lint bench bench-storage findings sweep clean
 
 demo: $(STAMP)
 	$(BIN)/python train.py experiment=demo
@@ -27,6 +27,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+
+# What takes longest: kills at more moments, all launchers, notebooks, emulated bf16. Before a release.
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -94,7 +94,7 @@ def test_code_and_prose_take_turns(path):
     assert ("code", "code") not in zip(cells, cells[1:], strict=False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom_in_any_folder(path, tmp_path):
     from nbclient import NotebookClient

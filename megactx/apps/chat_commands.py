@@ -4,12 +4,13 @@ from pathlib import Path
 
 from rich.table import Table
 
+from megactx.memory.prediction import expected
 from megactx.runtime import Session
 from megactx.runtime.text import printable
 
 from .strip import strip
 
-HELP = "/focus  /tree  /history [TOKENS]  /save [FOLDER]  /load FOLDER  /help  /quit"
+HELP = "/focus  /tree  /expects  /history [TOKENS]  /save [FOLDER]  /load FOLDER  /help  /quit"
 TOP = 8  # entries of a table
 
 
@@ -68,6 +69,25 @@ def tree(chat, _: str) -> None:
     chat.console.print(strip(chat.session.context, columns=72))
 
 
+def expects(chat, _: str) -> None:
+    """Blocks of the history that are nearest to what the model expects next."""
+    session, readout = chat.session, chat.controller.models.prediction
+    if readout is None or session.tree is None:
+        chat.say("no readout of what comes next, or no tree: see docs/prediction.md")
+        return
+    session.stream.logits()  # what waits is read
+    near = expected(readout, session.tree, session.stream.hidden[0], TOP)
+    if not near:
+        chat.say("no block yet: it takes 32 tokens")
+        return
+    table, block = Table("cosine", "tokens", "text"), session.tree.block_size
+    for index, cosine in near:
+        text = " ".join(printable(session.text(index * block, (index + 1) * block)).split())
+        shown = text[:70].replace("[", r"\[")
+        table.add_row(f"{cosine:+.2f}", f"{index * block:,} .. {(index + 1) * block:,}", shown)
+    chat.console.print(table)
+
+
 def history(chat, rest: str) -> None:
     """The newest tokens as text."""
     if rest and not rest.isdecimal():
@@ -101,6 +121,7 @@ def load(chat, folder: str) -> None:
 COMMANDS = {
     "/focus": focus,
     "/tree": tree,
+    "/expects": expects,
     "/history": history,
     "/save": save,
     "/load": load,

@@ -178,14 +178,15 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
         cfg.trainer.get("strategy"),
     )
 
-    named = any(override.startswith("folder=") for override in here.overrides.task)
+    named, hosts = any(o.startswith("folder=") for o in here.overrides.task), cfg.trainer.get("num_nodes", 1)
+    distributed.refuse_own_folders(hosts, named or here.mode == RunMode.MULTIRUN)
 
     def decide() -> tuple[Path | None, Path]:
         if cfg.curriculum:
             fixed = here.mode == RunMode.MULTIRUN or (named and cfg.resume == "auto")
             return None, find_curriculum(cfg, folder, fixed)
         if here.mode == RunMode.MULTIRUN:
-            distributed.refuse_sweep(device.count)
+            distributed.refuse_sweep(device.count * hosts)
             return last_of(cfg, folder), folder
         return find(cfg, folder, named)
 
@@ -193,9 +194,9 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
         checkpoint, target = distributed.agreed(decide)
     if not cfg.curriculum and (checkpoint is None or checkpoint.parent != target / "checkpoints"):
         refuse_used(cfg, target)
-    stages = stages_of(cfg, here, target, device)
+    stages, cut = stages_of(cfg, here, target, device), ""
     if not stages:
-        settle(cfg, list(here.overrides.task), known, begun_with(checkpoint), device, shared)
+        cut = settle(cfg, list(here.overrides.task), known, begun_with(checkpoint), device, shared)
     cfg.folder = short(target)
     config = plain(cfg)
     value = None
@@ -210,7 +211,7 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
             show(config, device.why, cfg.folder)
             value = build_and_run(cfg, config, target, device, checkpoint)
         close_folder(target)
-    print(f"Everything is in {cfg.folder}")
+    print(f"{cut}\n" * bool(cut), f"Everything is in {cfg.folder}", sep="")
     return value
 
 

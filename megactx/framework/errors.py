@@ -8,6 +8,7 @@ import errno
 import re
 
 DONE, MISTAKE, FAILED, INTERRUPTED = 0, 2, 3, 130
+LOST = ("DistBackendError", "DistNetworkError", "DistStoreError")  # of torch.distributed; gloo has none of its own
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 # Settings of the release before -> where they are now.
 RENAMED = {f"stage.history.{name}": f"loss.history.{name}" for name in ("segments", "segment", "recency")} | {
@@ -55,6 +56,11 @@ def verdict(error: BaseException) -> tuple[int, str]:
         return FAILED, (
             "out of memory. Make preset.batch smaller (preset.accumulate makes up for it), or preset.spans, or"
             f" preset.max_tokens ({text.splitlines()[0]})"
+        )
+    if type(error).__name__ in LOST or isinstance(error, RuntimeError) and "gloo" in text:
+        return FAILED, (
+            "another process of this run has gone, or its host cannot be reached. What was saved last is whole: start"
+            f" all of them again with resume=auto ({text.splitlines()[0][:200]})"
         )
     if isinstance(error, OSError) and error.errno in FULL:
         return FAILED, f"the disk is full or a file may not grow: set folder=... to a place with room ({text})"

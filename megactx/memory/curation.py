@@ -183,8 +183,8 @@ class Curated:
         return self.file.db.execute("SELECT time, action, start, stop, reason FROM log ORDER BY id").fetchall()
 
     def _runs(self, start: int, stop: int, wide: int) -> Iterator[tuple[int, int]]:
-        """Spans of start .. stop - 1 that may still be compacted, in whole nodes of ``wide`` tokens. None is longer than
-        ``RUN`` tokens or one node, for each is restored as a whole."""
+        """Spans of start .. stop - 1 that may still be compacted, in whole nodes of ``wide`` tokens. None is longer
+        than ``RUN`` tokens or one node, for each is restored as a whole."""
         may = (self.may & (self.opened == 0))[start // self.size : stop // self.size].view(-1, wide // self.size).all(1)
         first = None
         for node, free in enumerate([*may.tolist(), False]):

@@ -5,12 +5,9 @@ from pathlib import Path
 from megactx.assets import resolve
 from megactx.framework.run.resume import best, read
 
-GISTNET, LENSNET, KEYS, WEIGHTS = (
-    "gistnet.json",
-    "lensnet.json",
-    "keys.json",
-    "model.safetensors",
-)  # the files of a part's folder
+# The files of a part's folder.
+GISTNET, LENSNET, KEYS, PREDICTION = (f"{part}.json" for part in ("gistnet", "lensnet", "keys", "prediction"))
+WEIGHTS = "model.safetensors"
 
 
 def find(path: str | Path, part: str, setting: str) -> Path:

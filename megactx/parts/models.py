@@ -2,7 +2,7 @@
 
 nothing                 the embedded base LM, its GistNet and its LensNet
 asset with a GistNet    ``smollm2``: a base LM of another package, and ``asset:smollm2-gistnet`` and -keys of this one
-exported folder         a Hugging Face folder with gistnet/ and, where there are such, lensnet/ and keys/ in it
+exported folder         a Hugging Face folder with gistnet/ and, where there are such, lensnet/, keys/ and prediction/
 run of a lens stage     all three; of a gist stage: base and GistNet; of a base stage: the base LM alone
 Hugging Face folder     a base LM alone, as are a GGUF file, a folder with one in it, and any other ``asset:NAME``
 """
@@ -19,11 +19,13 @@ from megactx.framework.run.resume import best, read
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
 from megactx.lm.identity import record_of
+from megactx.memory.prediction import Readout
 
-from .find import GISTNET, KEYS, LENSNET, refuse_other_base
-from .read import gistnet_of, lensnet_of, load_gistnet, load_keys, load_lensnet
+from .find import GISTNET, KEYS, LENSNET, PREDICTION, refuse_other_base
+from .read import gistnet_of, lensnet_of, load_gistnet, load_keys, load_lensnet, load_prediction
 
-EMBEDDED = [f"asset:tiny-{part}" for part in ("base", "gistnet", "lensnet")]
+EMBEDDED = "asset:tiny-base"
+PARTS = {"gistnet": GISTNET, "lensnet": LENSNET, "keys": KEYS, "prediction": PREDICTION}  # folder -> its description
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,17 @@ class Models:
     lensnet: LensNet | None = None
     name: str = ""  # where they came from, for people
     keys: KeyNet | None = None  # of blocks, for this base LM
+    prediction: Readout | None = None  # of the next gist, for this base LM and GistNet
 
     def to(self, device) -> "Models":
         """The same on a device: a base LM in bf16 on a GPU, in fp32 on a CPU."""
         device = torch.device(device)
         parts = [
             None if part is None else part.to(device).requires_grad_(False)
-            for part in (self.gistnet, self.lensnet, self.keys)
+            for part in (self.gistnet, self.lensnet, self.keys, self.prediction)
         ]
         self.base.freeze().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-        return Models(self.base, *parts[:2], self.name, parts[2])
+        return Models(self.base, *parts[:2], self.name, *parts[2:])
 
 
 def load_models(path: str | None = None, device: str | None = None) -> Models:
@@ -58,34 +61,38 @@ def load_models(path: str | None = None, device: str | None = None) -> Models:
 
 def _read(path: str | None) -> Models:
     if path is None:
-        return _together(*map(resolve, EMBEDDED), "the embedded models")
+        return _together(resolve(EMBEDDED), _of_package("tiny"), "the embedded models")
     folder = Path(path).expanduser()
     if not folder.is_dir():
         name = path if is_gguf(path) or path.startswith("asset:") else f"asset:{path}"
         if not is_gguf(name) and name not in known():
             raise ValueError(f"model={path}: there is no such folder, file or asset")
         if f"{name}-gistnet" in known():
-            keys = resolve(f"{name}-keys") if f"{name}-keys" in known() else None
-            return _together(name, resolve(f"{name}-gistnet"), None, path, keys)
+            return _together(name, _of_package(name.removeprefix("asset:")), path)
         return Models(BaseLM.from_pretrained(name, "float32"), name=path)
     if (folder / "gistnet" / GISTNET).is_file():
-        others = ((folder / "lensnet", LENSNET), (folder / "keys", KEYS))
-        lensnet, keys = (part if (part / file).is_file() else None for part, file in others)
-        return _together(folder, folder / "gistnet", lensnet, str(path), keys)
+        return _together(
+            folder, {part: folder / part for part in PARTS if (folder / part / PARTS[part]).is_file()}, path
+        )
     for own in (folder / "model", folder):  # of a run of a base stage; or a model itself
         if (own / "config.json").is_file() or own == folder and is_gguf(resolve(folder, "model")):
             return Models(BaseLM.from_pretrained(str(own), "float32"), name=str(path))
     return _of_run(folder)
 
 
-def _together(
-    base: str | Path, gistnet: str | Path, lensnet: str | Path | None, name: str, keys: str | Path | None = None
-) -> Models:
-    """Models from the folders of each."""
+def _of_package(name: str) -> dict[str, str]:
+    """part -> folder, of the parts that the package has for a base LM of this name."""
+    return {part: resolve(f"asset:{name}-{part}") for part in PARTS if f"asset:{name}-{part}" in known()}
+
+
+def _together(base: str | Path, parts: dict[str, str | Path], name: str) -> Models:
+    """Models from the folders of each, a GistNet at least."""
     base = BaseLM.from_pretrained(str(base), "float32").freeze()
-    net = load_gistnet(gistnet, base)
-    lens = None if lensnet is None else load_lensnet(lensnet, net)
-    return Models(base, net, lens, name, None if keys is None else load_keys(keys, base))
+    net = load_gistnet(parts["gistnet"], base)
+    lens = load_lensnet(parts["lensnet"], net) if "lensnet" in parts else None
+    keys = load_keys(parts["keys"], base) if "keys" in parts else None
+    prediction = load_prediction(parts["prediction"], net) if "prediction" in parts else None
+    return Models(base, net, lens, str(name), keys, prediction)
 
 
 def _of_run(folder: Path) -> Models:

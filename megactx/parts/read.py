@@ -16,6 +16,7 @@ from megactx.gist.compressors import build
 from megactx.lm import BaseLM
 from megactx.lm.adapters import active_adapters
 from megactx.lm.identity import of_embeddings, of_net, of_weights, raw, record_of
+from megactx.memory.prediction import Readout
 
 from .find import GISTNET, KEYS, LENSNET, WEIGHTS, find, read_best, refuse_other_base, under
 
@@ -161,11 +162,28 @@ def load_keys(folder: str | Path, base: BaseLM) -> KeyNet:
     return _filled(net, folder, "keys").requires_grad_(False)
 
 
+def load_prediction(folder: str | Path, gistnet: GistNet) -> Readout:
+    """Read the folder of ``save_prediction`` for the GistNet whose gists it foretells, fp32, frozen.
+
+    Raises:
+        ValueError: there is none in the folder, its description is damaged, it is of another GistNet, or its weights do
+            not fit.
+    """
+    about = _described(folder, "prediction", "settings", "width", "gistnet")
+    if about["gistnet"] != (own := of_net(gistnet)):
+        raise ValueError(f"prediction={folder} was trained with another GistNet: {about['gistnet']}, this one is {own}")
+    try:
+        net = Readout(about["width"], **about["settings"])
+    except TypeError as error:
+        raise ValueError(f"prediction={folder}: prediction.json is damaged ({error})") from error
+    return _filled(net, folder, "prediction").requires_grad_(False)
+
+
 def _described(folder: str | Path, part: str, *names: str) -> dict:
     """What the folder of a part says of it, ``names`` at least."""
     file, folder = f"{part}.json", Path(folder)
     if not (folder / file).is_file() or not (folder / WEIGHTS).is_file():
-        name = {"gistnet": "GistNet", "lensnet": "LensNet", "keys": "net of keys"}[part]
+        name = {"gistnet": "GistNet", "lensnet": "LensNet", "keys": "net of keys", "prediction": "readout"}[part]
         raise ValueError(f"{part}={folder}: there is no {name} in it ({file} and {WEIGHTS})")
     try:
         about = json.loads((folder / file).read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from megactx.framework.files import replacing
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
 from megactx.lm.identity import of_embeddings, of_net, of_weights, record_of
+from megactx.memory.prediction import Readout
 
 from .find import WEIGHTS, find, read_best
 from .read import gistnet_of, gistnet_settings
@@ -58,6 +59,18 @@ def save_keys(net: KeyNet, base: BaseLM, folder: str | Path, made_by: str = "") 
     """
     weights = {name: t.to(torch.bfloat16) if t.ndim else t for name, t in net.state_dict().items()}
     _write(folder, "keys", {"size": net.size, "base": of_embeddings(base), "made_by": made_by}, weights)
+
+
+def save_prediction(net: Readout, settings: dict, gistnet: GistNet, folder: str | Path, made_by: str = "") -> None:
+    """Write a readout into a folder, its matrices in bf16.
+
+    Args:
+        settings: what it was built from, keyword arguments of ``Readout`` other than the width.
+        gistnet: whose gists it foretells.
+        made_by: how it was trained, for people.
+    """
+    about = {"settings": settings, "width": net.width, "gistnet": of_net(gistnet), "made_by": made_by}
+    _write(folder, "prediction", about, {name: t.to(torch.bfloat16) for name, t in net.state_dict().items()})
 
 
 def _write(folder: str | Path, part: str, about: dict, weights: dict) -> None:

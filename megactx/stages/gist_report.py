@@ -81,7 +81,8 @@ def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, wei
     print(f"\nResult on {what}")
     made.show()
     print(made.write(folder / "report", numbers))
-    steps = f"{stage.global_step:,} of at most {stage.hparams.max_steps:,} steps"
+    steps, most = f"{stage.global_step:,}", stage.hparams.max_steps
+    steps += " steps" if stage.global_step >= most else f" of at most {most:,} steps"
     print(f"In short, on {what} after {steps}: {in_short(numbers)}")
 
 

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 from megactx.apps import chat, generate, ingest
 from megactx.framework.errors import RunFailed
+from megactx.memory.prediction import Readout
+from megactx.parts.write import save_prediction
 from megactx.runtime import Controller, Session, Settings, load_models
 from megactx.runtime.session_files import MANIFEST
 
@@ -105,6 +108,19 @@ def test_a_talk_shows_what_lensnet_decided(own, typed, capsys):
     assert chat.main(["--tokens", "8", *own]) == 0
     out = capsys.readouterr().out
     assert "price " in out and "swap rate" in out and "score" in out
+
+
+def test_a_talk_shows_which_blocks_the_model_expects(exported, models, typed, tmp_path, capsys):
+    folder = shutil.copytree(exported, tmp_path / "models")
+    own = ["--model", str(folder), "--budget", "400"]
+    typed("words " * 200 + "\n/expects\n")
+    assert chat.main(["--tokens", "8", *own]) == 0
+    assert "no readout of what comes next" in capsys.readouterr().out
+    save_prediction(Readout(models.base.width), {}, models.gistnet, folder / "prediction")
+    typed("/expects\n" + "words " * 200 + "\n/expects\n")
+    assert chat.main(["--tokens", "8", *own]) == 0
+    out = capsys.readouterr().out
+    assert "no block yet" in out and "cosine" in out and " .. " in out and "s word" in out.partition("cosine")[2]
 
 
 def test_a_talk_is_kept_and_gone_on_with(own, typed, tmp_path, capsys):

@@ -159,7 +159,7 @@ def test_two_processes_have_the_gradients_and_the_validation_of_one(choice, sett
     assert report["blocks"] == json.loads((one_process / "report.json").read_text())["blocks"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_of_two_processes_goes_on_exactly_where_it_stopped(settings, tmp_path):
     train = [REPOSITORY / "train.py", *settings, "trainer=ddp", *TWO, "gistnet.dropout=0.2"]
     train += ["preset.accumulate=2", "callbacks.checkpoint.save_top_k=-1"]

@@ -113,9 +113,12 @@ def test_a_run_that_was_killed_while_it_saved_goes_on_to_the_same_end(settings, 
     assert len([row for row in rows(uninterrupted) if "val/dnll_ema" in row]) == STEPS // 2 - 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(  # saving in the process is the test above
-    ("moment", "workers"), [("training", 0), ("training", 2), ("validating", 2), ("saving", 2)]
+    ("moment", "workers"),
+    [
+        pytest.param("training", 2, marks=pytest.mark.slow),
+        *(pytest.param(*pair, marks=pytest.mark.long) for pair in (("training", 0), ("validating", 2), ("saving", 2))),
+    ],
 )
 def test_wherever_a_run_is_killed_it_goes_on_to_the_same_end(moment, workers, settings, uninterrupted, tmp_path):
     workers = f"data.workers={workers}"

@@ -39,9 +39,9 @@ def test_minutes_become_steps_and_warmup_validation_and_plateau_keep_their_share
     # 30 s less five validations of 4 s leave 10 s: five steps; 540 steps had 30 of warm-up and a validation each 108.
     expected = {"minutes": 0.5, "steps": 5, "warmup": 1, "validate_every": 1, "plateau_window": 5}
     assert {key: preset(tmp_path / "a")[key] for key in expected} == expected
-    assert (
-        "preset.minutes=0.5: a step takes 2.00 s here, a validation 4.0 s: so preset.steps=5" in capsys.readouterr().out
-    )
+    shown = capsys.readouterr().out
+    assert "preset.minutes=0.5: a step takes 2.00 s here, a validation 4.0 s: so preset.steps=5" in shown
+    assert "preset.minutes=0.5 gave 5 of 540 steps on this machine" in shown.partition("In short")[2], "said at the end"
     last = torch.load(tmp_path / "a" / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 5 and last["config"]["preset"]["steps"] == 5
 

@@ -276,7 +276,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(tiny_run, tmp_path):
     assert (folder / "seed-0" / "checkpoints" / "last.ckpt").stat().st_mtime_ns == first
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("launcher", "plugin"),
     [
@@ -305,7 +305,7 @@ def test_a_launcher_runs_jobs_at_once_hides_no_failure_and_skips_what_is_done(gi
     assert (folder / ".submitit").exists() == ("submitit" in plugin)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_optuna_minimises_what_the_stage_monitors_and_goes_on_with_the_same_trials(gist_sweep, tmp_path):
     reason = "hydra_optuna_sweeper is not installed (the extra optuna)"
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason=reason)

@@ -66,16 +66,17 @@ def differences(wanted, found, exactly: bool, where: str = ""):
         yield f"{where}: {wanted!r} -> {found!r}"
 
 
-QUICK = ("base_lm_fp32",)  # the rest runs with the slow tests
+QUICK = ("base_lm_fp32",)
+
+
+def marks_of(name: str, precision: str) -> list:
+    """bf16 is emulated on most CPUs, which takes long."""
+    return [] if f"{name}_{precision}" in QUICK else [pytest.mark.slow if precision == "fp32" else pytest.mark.long]
 
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [
-        pytest.param(name, precision, marks=[] if f"{name}_{precision}" in QUICK else pytest.mark.slow)
-        for name in RUNS
-        for precision in PRECISIONS
-    ],
+    [pytest.param(name, precision, marks=marks_of(name, precision)) for name in RUNS for precision in PRECISIONS],
 )
 def test_a_training_and_its_report_are_what_they_were(name, precision, places, tmp_path):
     path = HERE / f"{name}_{precision}.json.gz"

@@ -37,7 +37,7 @@ def test_a_step_of_the_demo_in_bf16_mixed_moves_every_net_and_not_the_base(devic
         assert moved and all(torch.isfinite(p).all() for p in stage.nets[net].parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_devices_that_share_the_base_learn_what_one_learns(device, gist_settings, tmp_path):
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA cards")

@@ -249,7 +249,7 @@ def test_the_base_of_another_package_says_how_to_get_it(monkeypatch, capsys):
         BaseLM.from_pretrained("asset:smollm2")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smollm2_is_the_model_that_people_know(monkeypatch, cache):
     monkeypatch.setenv("MEGACTX_CACHE", str(cache))
     try:

@@ -431,7 +431,7 @@ def kill_writer(folder: Path, encoder, table, wait: float, generation: int) -> i
     return generation
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.long)])
 def test_a_writer_that_is_killed_at_any_moment_leaves_a_tree(encoder, table, tmp_path, kills, monkeypatch):
     monkeypatch.setattr("time.time", lambda: 0.0)  # the time of a gist is all that may differ between two trees
     rng, generation, done = random.Random(0), 0, 0

@@ -45,7 +45,7 @@ def change(context: WorkingContext, generator) -> WorkingContext:
 
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("positions", ["absolute", "rebased"])
-@pytest.mark.parametrize("changes", [30, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("changes", [30, pytest.param(500, marks=pytest.mark.long)])
 def test_keys_and_values_after_many_edits_and_appends_are_those_of_a_fresh_prefill(kind, positions, changes):
     base = small_base(kind)
     context = window(tree_of(base, gaussian_rope="damped"), budget=60, edits=0)

@@ -109,7 +109,7 @@ LONG = [(kind, positions) for kind in ("recency", "focus") for positions in ("re
 @pytest.mark.parametrize(
     ("kind", "positions", "tokens"),
     [("focus", "rebased", 560), ("recency", "absolute", 560)]
-    + [pytest.param(*pair, 1200, marks=pytest.mark.slow) for pair in LONG],
+    + [pytest.param(*pair, 1200, marks=pytest.mark.long) for pair in LONG],
 )
 def test_past_the_trained_range_every_window_keeps_its_invariants(controller, ids, kind, positions, tokens):
     events, stream = [], controller(kind, positions=positions).stream()

@@ -148,8 +148,14 @@ def test_a_run_that_stopped_inside_the_lens_phase_goes_on_to_the_same_weights(wh
     goes_on(tmp_path / "run", "lens", settings, whole)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("phase", "step"), [("gist", 7), ("lens", 9), ("lora", 5)])
+@pytest.mark.parametrize(
+    ("phase", "step"),
+    [
+        pytest.param("gist", 7, marks=pytest.mark.long),
+        pytest.param("lens", 9, marks=pytest.mark.long),
+        pytest.param("lora", 5, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_was_killed_inside_a_phase_goes_on_to_the_same_weights(
     phase, step, whole, settings, killed, tmp_path
 ):

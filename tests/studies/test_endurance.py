@@ -44,7 +44,7 @@ def test_a_session_leaves_a_row_per_stretch_and_its_tree_takes_exactly_what_the_
         assert (tmp_path / "out" / f"endurance{ending}").stat().st_size > 500
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_session_that_was_stopped_goes_on_with_the_same_rows(command, tmp_path):
     assert main([*command, "--tokens", "1024"]) == 0
     path = tmp_path / "out" / "endurance.json"

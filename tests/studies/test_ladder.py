@@ -40,7 +40,7 @@ def runs(gist_settings, tmp_path_factory):
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_carrier_stands_on_the_same_blocks_with_its_bytes(runs):
     numbers = json.loads((runs[0] / "ladder.json").read_text())["runs"][0]
     carriers = numbers["carriers"]
@@ -64,7 +64,7 @@ def test_every_carrier_stands_on_the_same_blocks_with_its_bytes(runs):
     assert all("history" in carriers[name] for name in trained | by_keys | {"last token"})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tables_csv_and_picture_are_written(runs):
     text = (runs[0] / "ladder.md").read_text()
     assert "the ladder" in text and "a vector fitted to every block" in text and "**gistnet**" in text
@@ -77,7 +77,7 @@ def test_tables_csv_and_picture_are_written(runs):
     assert (runs[0] / "ladder.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_seeds_are_combined_into_mean_and_spread(runs, capsys):
     assert main([str(folder) for folder in runs]) == 0
     assert "±" in capsys.readouterr().out
@@ -94,14 +94,14 @@ def test_seeds_are_combined_into_mean_and_spread(runs, capsys):
     assert (runs[0].parent / "ladder.md").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_on_other_blocks_is_not_combined(runs):
     one, two = (json.loads((folder / "ladder.json").read_text())["runs"][0] for folder in runs)
     with pytest.raises(ValueError, match="the runs differ in block_hash"):
         combine([one, two | {"block_hash": "another"}])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_rung_is_favoured_by_a_checkpoint_that_the_validation_of_one_chose(runs):
     assert not (runs[0] / "checkpoints" / "best.ckpt").exists()
     numbers, ladder = json.loads((runs[0] / "ladder.json").read_text())["runs"][0], load([runs[0]])[0]
@@ -110,7 +110,7 @@ def test_no_rung_is_favoured_by_a_checkpoint_that_the_validation_of_one_chose(ru
     assert set(ladder.nets) <= set(numbers["carriers"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_its_checkpoint_loads_from_its_path_alone_and_holds_no_weight_of_the_base(runs):
     path = runs[0] / "checkpoints" / "last.ckpt"
     stage = Ladder.load_from_checkpoint(path)

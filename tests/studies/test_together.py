@@ -55,7 +55,7 @@ def test_a_folder_that_is_no_run_is_told(tmp_path, capsys):
     assert "there is no checkpoint in it" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_from_a_gist_run_over_a_lens_run_to_parts_that_learn_together_and_are_exported(
     gist_settings, base_folder, texts, tmp_path, capsys
 ):

@@ -107,12 +107,13 @@ def run_in_turn(
             with held(own):  # a start of this stage alone, with resume=auto, would go on in it too
                 checkpoint = last_of(stage, own)
                 print(f"\nStage {index + 1} of {len(stages)}: {name}", flush=True)
-                settle(stage, overrides, known, begun_with(checkpoint), device, shared)
+                cut = settle(stage, overrides, known, begun_with(checkpoint), device, shared)
                 config = plain(stage)
                 open_folder(own, config, overrides, device.why)
                 kept.append(own)
                 show(config, device.why, stage.folder)
                 build_and_run(stage, config, own, device, checkpoint)
+                print(f"{cut}\n" * bool(cut), end="")
                 finish_loggers(DONE)
                 close_folder(own)
         else:

@@ -61,6 +61,18 @@ def joint(code: int, done: int) -> int:
     return done if rank() else code
 
 
+def refuse_own_folders(hosts: int, named: bool) -> None:
+    """Each host would find a folder of its own.
+
+    Raises:
+        ValueError: there are several hosts, and no folder is named.
+    """
+    if hosts > 1 and not named:
+        raise ValueError(
+            f"trainer.num_nodes={hosts}: set folder=... to the same place on every host, one that all of them see"
+        )
+
+
 def refuse_sweep(count: int) -> None:
     """A job of a sweep takes one device.
 

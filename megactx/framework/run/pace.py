@@ -52,8 +52,11 @@ def by_hand(overrides: list[str]) -> set[str]:
     return {override.lstrip("+~").partition("=")[0] for override in overrides}
 
 
-def settle(cfg: DictConfig, overrides, reference: DictConfig, before: dict | None, device, shared: Path | None) -> None:
+def settle(cfg: DictConfig, overrides, reference: DictConfig, before: dict | None, device, shared: Path | None) -> str:
     """Set how many steps a run has, where its time decides, and what has a share of them.
+
+    Returns:
+        What a person must know at the end: that time has cut the steps; empty where it has not.
 
     Args:
         cfg: the run's config, which is changed.
@@ -62,7 +65,7 @@ def settle(cfg: DictConfig, overrides, reference: DictConfig, before: dict | Non
         device: as ``device.choose`` found it.
         shared: the folder of a sweep, whose jobs all take the number of the first; ``None`` for a run of its own.
     """
-    given, found = by_hand(overrides), {}
+    given, found, most = by_hand(overrides), {}, cfg.preset.steps
     paced = before is not None and before.get("preset", {}).get("minutes") is not None
     if paced:
         found = {key: OmegaConf.select(OmegaConf.create(before), key) for key in ("preset.steps", *PACED)}
@@ -80,6 +83,12 @@ def settle(cfg: DictConfig, overrides, reference: DictConfig, before: dict | Non
     for key, value in found.items():
         if key not in given:
             OmegaConf.update(cfg, key, value)
+    if cfg.preset.get("minutes") is None or cfg.preset.steps >= most:
+        return ""
+    return (
+        f"preset.minutes={cfg.preset.minutes:g} gave {cfg.preset.steps:,} of {most:,} steps on this machine;"
+        " preset.minutes=null takes all of them, for better numbers"
+    )
 
 
 @contextlib.contextmanager

@@ -70,9 +70,12 @@ def _share_cores(config) -> None:
             with read_write(config), open_dict(config):
                 config.hydra.sweeper.max_batch_size = cores
         at_once = config.hydra.sweeper.get("max_batch_size") or config.hydra.sweeper.get("n_jobs", 1)
-        print(f"What the jobs say is in {config.hydra.launcher.submitit_folder.replace('%j', '*')}", flush=True)
-    else:
+    elif "submitit" not in launcher:
         return
+    if "submitit" in launcher:
+        print(f"What the jobs say is in {config.hydra.launcher.submitit_folder.replace('%j', '*')}", flush=True)
+    if "Slurm" in launcher:
+        return  # each job has cores of its own
     os.environ.setdefault(_THREADS, str(max(1, cores // at_once)))
 
 

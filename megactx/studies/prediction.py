@@ -1,0 +1,93 @@
+"""Whether a readout foretells the next gist of texts that nobody trained on: its rank beside three controls.
+
+python -m megactx.studies.prediction RUN --path TEXTS              RUN: of experiment=mega_prediction
+python -m megactx.studies.prediction --path TEXTS                  the readout of the embedded models
+python -m megactx.studies.prediction smollm2 --path TEXTS          that of another asset or export
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from megactx.evaluation.bootstrap import mean_interval
+from megactx.evaluation.prediction import NOTHING, Text, measure, provisional, report
+from megactx.evaluation.table import Report
+from megactx.framework.bar import bar
+from megactx.memory.prediction import example_of
+from megactx.parts.find import PREDICTION
+from megactx.parts.models import load_models
+from megactx.stages.prediction import PredictionStage
+
+from .study import Options, command, usable
+from .trained import checkpoint_of, device, held_out
+
+EVERY = 10**6  # blocks: of all documents
+
+
+def options(given: Options) -> None:
+    given.add("model", nargs="?", metavar="RUN", help="a run, an asset or an export; without it the embedded models")
+    given.path()
+    given.number("tokens", 2048, "of a document", least=128)
+    given.number("documents", 60, "documents", least=2)
+    given.number("entries", 0, "documents in which foretold gists stand before their blocks, for their NLL", least=0)
+    given.number("seed", 0, "of the draw of other texts' gists", least=0)
+    given.add("--out", type=Path, default=Path("prediction"), help="folder of the tables")
+
+
+def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
+    """Read the texts, rank.
+
+    Raises:
+        ValueError: there is no readout, or no text that is long enough.
+    """
+    stem = usable(args.out) / "prediction"
+    base, net, readout = parts_of(args.model)
+    batches = held_out(base, args.path, net.block_size, 1, args.tokens, EVERY)[: args.documents]
+    texts = []
+    for batch in bar("documents")(batches):
+        ids = batch["ids"][0].to(base.model.device)
+        texts.append(Text(example_of(base, net, ids, readout.levels).float(), batch["domain"][0]))
+    table = measure(readout, texts, args.seed)
+    for name, interval in entries(base, net, readout, batches[: args.entries]).items():
+        table.add("entry", interval, carrier=name)
+    about = {"model": args.model, "path": args.path, "tokens": args.tokens, "seed": args.seed}
+    yield stem, report(table, "What the next gist is", about, len(texts))
+
+
+def entries(base, net, readout, batches: list[dict]) -> dict:
+    """NLL of a block's tokens with an entry before it, less that without one; over texts."""
+    found = [
+        provisional(base, readout, net, batch["ids"][0].to(base.model.device)) for batch in bar("entries")(batches)
+    ]
+    if not found:
+        return {}
+    owner = torch.cat([torch.full((one[NOTHING].numel(),), number) for number, one in enumerate(found)])
+    arms = {name: torch.cat([(one[name] - one[NOTHING]).flatten() for one in found]) for name in found[0]}
+    return {name: mean_interval(owner, values) for name, values in arms.items() if name != NOTHING}
+
+
+def parts_of(model: str | None):
+    """Base LM, GistNet and readout, of a run or of anything that ``load_models`` takes.
+
+    Raises:
+        ValueError: there is no readout.
+    """
+    if model and (Path(model) / "checkpoints").is_dir() and not (Path(model) / PREDICTION).exists():
+        path, checkpoint = checkpoint_of(Path(model))
+        if "readout" not in checkpoint["hyper_parameters"]:
+            raise ValueError(f"RUN={model}: it is no run of experiment=mega_prediction")
+        stage = PredictionStage.load_from_checkpoint(path, map_location="cpu", weights_only=True).to(device()).eval()
+        return stage.base, stage.gistnet, stage.readout
+    models = load_models(model)
+    if models.prediction is None:
+        raise ValueError(f"RUN={model}: there is no readout for it; train one with experiment=mega_prediction")
+    return models.base, models.gistnet, models.prediction
+
+
+main = command("prediction", __doc__, options, study)
+
+if __name__ == "__main__":
+    sys.exit(main())
