@@ -254,10 +254,16 @@ class MegaContextTree:
         return out
 
     def openable(self, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
-        """Whether the children of gists, row, lod and index [M], are there, [M]."""
-        if not self.compacted:
-            return lod > 0
-        return (lod > 0) & (self.floors(row, lod, index) < lod)
+        """Whether the children of gists, row, lod and index [M], are there, [M]: nothing was taken away, and no page of
+        theirs was found to be damaged."""
+        may = lod > 0
+        if self.compacted:
+            may = may & (self.floors(row, lod, index) < lod)
+        for n, _, number in self.cache.damaged if self.cache is not None else ():
+            size = self.levels[n].size if n <= self.depth else 0
+            first = index * self.block_size
+            may = may & ~((lod == n + 1) & (first < (number + 1) * size) & (first + self.block_size > number * size))
+        return may
 
     def note_opened(self, row: Tensor, lod: Tensor, index: Tensor) -> None:
         """A window has opened gists, row, lod and index [M]; blocks count it."""

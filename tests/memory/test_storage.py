@@ -207,6 +207,9 @@ def test_a_damaged_page_is_named_and_the_rest_can_be_read(encoder, table, tmp_pa
             row, index = torch.tensor([0]), torch.tensor([5 * number])
             assert torch.equal(loaded.levels[1].read("gist", row, index), tree.levels[1].read("gist", row, index))
     assert len(loaded.cache.damaged) == 4 and len(storage.damaged(tmp_path)) == 4
+    nodes = torch.arange(60)  # of level 2: no window opens those whose children are damaged
+    opens = loaded.openable(torch.zeros_like(nodes), torch.full_like(nodes, 2), nodes)
+    assert nodes[~opens].tolist() == [*range(15 // K, 35 // K + 1)]
     loaded.append(ids(1, 40))
     loaded.save(tmp_path)  # what is whole is saved
     assert MegaContextTree.load(tmp_path, encoder(K), table).lengths.tolist() == [1040]
