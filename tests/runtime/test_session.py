@@ -266,7 +266,7 @@ def test_a_save_after_a_few_tokens_writes_the_pages_that_have_changed(controller
     tokens(session, 8)
     folder = session.save(tmp_path / "saved")
     written, put = [], PageFile.put
-    monkeypatch.setattr(PageFile, "put", lambda self, pages: put(self, counted(pages, written)))
+    monkeypatch.setattr(PageFile, "put", lambda self, pages, **how: put(self, counted(pages, written), **how))
     for _ in range(2):
         written.clear()
         tokens(session, 32)
