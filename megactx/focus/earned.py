@@ -91,6 +91,8 @@ def found_by_keys(tree: MegaContextTree, question: Tensor, most: int) -> list[li
         question: ids [B, Q].
     """
     like, out = search(tree, question), []
+    if tree.compacted:  # what was taken away cannot be read
+        like = like.masked_fill(tree.levels[1].whole("floor") > 0, -torch.inf)
     for row in like:
         best = row.argsort(descending=True, stable=True)[:most]
         best = best[row[best] > tree.keys.null].tolist()

@@ -107,7 +107,10 @@ def moves(context: WorkingContext, protected: int = PROTECTED) -> Moves:
     row, lead = row[legal], lead[legal]
     first = torch.full_like(lod, -1)
     first[row[:, None], lead[:, None] + torch.arange(k, device=lod.device)] = lead[:, None].expand(-1, k)
-    return Moves(expand=mask & (lod > 0), first=first)
+    opens = mask & (lod > 0)
+    row, column = opens.nonzero().unbind(1)
+    opens[row, column] = context.tree.openable(row, lod[row, column], index[row, column])
+    return Moves(expand=opens, first=first)
 
 
 def column_of(context: WorkingContext, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:

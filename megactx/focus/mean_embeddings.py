@@ -38,5 +38,12 @@ def node_mean_embeddings(tree: MegaContextTree, row: Tensor, lod: Tensor, index:
         for part in here.split(step):
             token = index[part, None] * width + torch.arange(width, device=lod.device)
             ids = tree.levels[0].read("token", row[part].repeat_interleave(width), token.flatten()).long()
-            out[part] = embed(ids[None])[0].float().view(len(part), width, -1).mean(1)
+            found = embed(ids[None])[0].float().view(len(part), width, -1)
+            if tree.compacted:  # of what was taken away nothing is known
+                there = (
+                    tree.floors(row[part].repeat_interleave(width), torch.zeros_like(ids), token.flatten()) == 0
+                ).view(len(part), width, 1)
+                out[part] = (found * there).sum(1) / there.sum(1).clamp(min=1)
+            else:
+                out[part] = found.mean(1)
     return out

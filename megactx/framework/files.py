@@ -16,6 +16,7 @@ import hashlib
 import os
 import re
 import shutil
+import sqlite3
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +34,13 @@ WRONG = (
 ELSEWHERE = "choose another place"
 IN_RUN = "set folder=... to another disk; resume=auto goes on"
 HERE, SWAP = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+# What SQLite says where it cannot write. It does not tell a disk that is full from one that fails.
+SQLITE = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.ENOSPC,
+    sqlite3.SQLITE_READONLY: errno.EACCES,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+}
 NO_SWAP = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # of file systems that cannot
 
 
@@ -203,6 +211,8 @@ def _code(error: Exception) -> int | None:
     """Of what the system said; safetensors and torch put it into words."""
     if isinstance(error, OSError):
         return error.errno
+    if isinstance(error, sqlite3.OperationalError):
+        return SQLITE.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
     text = str(error)
     if type(error).__name__ == "SafetensorError" and (found := re.search(r"\(os error (\d+)\)", text)):
         return int(found[1])

@@ -58,7 +58,10 @@ def fill(tree, known=None) -> None:
         everything, row, index = (row, index), row[missing], index[missing]
         if len(row):
             encode(tree, lod, row, index)
-            store(tree, lod, row, index, access=torch.zeros_like(row), protected=protected_below(tree, lod, row, index))
+            facts = {"access": torch.zeros_like(row), "protected": protected_below(tree, lod, row, index)}
+            if lod == 1:
+                facts |= {"floor": torch.zeros_like(row), "opened": torch.zeros_like(row)}
+            store(tree, lod, row, index, **facts)
         if lod == 1 and tree.keys is not None:
             make_keys(tree, *everything)
         tree.levels[lod].lengths = new

@@ -25,12 +25,23 @@ def entries(tree, budget: int) -> tuple[Tensor, Tensor, Tensor]:
     for length in tree.lengths.tolist():
         runs = _Plan(length, k, tree.depth, budget).runs()
         row = [(torch.full((end - first,), n), torch.arange(first, end)) for n, first, end in runs if end > first]
-        rows.append([torch.cat(part) for part in zip(*row, strict=True)] if row else [torch.zeros(0).long()] * 2)
+        row = [torch.cat(part) for part in zip(*row, strict=True)] if row else [torch.zeros(0).long()] * 2
+        rows.append(_above_floors(tree, len(rows), *row) if tree.compacted else row)
     lengths = torch.tensor([len(lod) for lod, _ in rows])
     out = torch.zeros(2, len(rows), int(lengths.max()), dtype=torch.long)
     for b, (lod, index) in enumerate(rows):
         out[0, b, : len(lod)], out[1, b, : len(lod)] = lod, index
     return out[0].to(tree.device), out[1].to(tree.device), lengths
+
+
+def _above_floors(tree, row: int, lod: Tensor, index: Tensor) -> list[Tensor]:
+    """The same with what is still there in the place of what was taken away. A floor's span begins and ends with
+    entries of the plan, for its borders lie on the grid of the coarser level."""
+    floor = tree.floors(torch.full_like(lod, row), lod, index).to(lod.device)
+    up = floor > lod
+    start = index * tree.block_size**lod
+    nodes = torch.stack([torch.where(up, floor, lod), torch.where(up, start // tree.block_size**floor, index)])
+    return [*torch.unique_consecutive(nodes, dim=1)]
 
 
 class _Plan:

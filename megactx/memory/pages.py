@@ -4,17 +4,21 @@ A tensor that doubles when it is full takes up to three times its content while 
 except for the first: it grows by an eighth at a time, so that a short text takes little. So appending costs O(1) per
 entry, and memory stays close to the bytes of the entries.
 
+Pages of a stored tree come from a *source* when they are first needed, and may leave memory again. What is read
+together comes together: the columns of a page fall into *parts*.
+
 B rows, N entries, P entries of a page, M entries that are read or written.
 """
 
-import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 SMALLEST = 8  # entries of the first allocation of a page
-CHANGES = itertools.count()
+# What is written when a node is made; what every reading changes; keys, which few sessions read.
+PARTS = {"token": "body", "gist": "body", "version": "body", "time": "body"}
+PARTS |= {"access": "facts", "protected": "facts", "floor": "facts", "opened": "facts", "key": "key"}
 
 
 class Pages:
@@ -29,38 +33,56 @@ class Pages:
 
     def __init__(self, columns: dict[str, tuple[tuple[int, ...], torch.dtype]], rows: int, size: int, device):
         self.columns, self.rows, self.size, self.device = columns, rows, size, torch.device(device)
-        self.pages: list[dict[str, Tensor]] = []  # column -> [B, P, ...]
-        self.stamps: list[int] = []  # a number per page, new after each change; no two changes of any tree share one
+        self.pages: list[dict[str, Tensor]] = []  # column -> [B, P, ...]; of a stored tree, those that are in memory
+        self.dirty: set[tuple[str, int]] = set()  # parts of pages that the source does not have as they are
+        self.room = 0  # entries that there is room for
         self.lengths = torch.zeros(rows, dtype=torch.long)  # [B], never changed in place
+        self.source, self.lod = None, 0  # where pages come from that are not in memory, and which level they ask for
 
     def reserve(self, lengths: Tensor) -> None:
         """Make room for ``lengths`` [B] entries. They are entries once ``self.lengths`` says so."""
         needed = int(lengths.max())
-        while (room := self._room()) < needed:
-            if room % self.size == 0:
-                self.put_page({})
-            if len(self.pages) > 1:
-                self._enlarge(self.size)
+        while self.room < needed:
+            if self.room == len(self.pages) * self.size:
+                self.pages.append({})
+                self._enlarge(0, self.size if len(self.pages) > 1 else min(self.size, max(needed, SMALLEST)))
             else:
-                self._enlarge(min(self.size, max(needed, room + room // 8, SMALLEST)))
+                there = self.room - (len(self.pages) - 1) * self.size
+                small = min(self.size, max(needed, there + there // 8, SMALLEST))
+                self._enlarge(there, self.size if len(self.pages) > 1 else small)
 
-    def _room(self) -> int:
-        if not self.pages:
-            return 0
-        return (len(self.pages) - 1) * self.size + next(iter(self.pages[-1].values())).shape[1]
-
-    def _enlarge(self, capacity: int) -> None:
-        page, self.stamps[-1] = self.pages[-1], next(CHANGES)
+    def _enlarge(self, there: int, capacity: int) -> None:
+        """Give the last page room for ``capacity`` entries; ``there`` it had."""
+        number, page = len(self.pages) - 1, {}
         for name, (shape, dtype) in self.columns.items():
-            new = torch.zeros(self.rows, capacity, *shape, dtype=dtype, device=self.device)
+            page[name] = torch.zeros(self.rows, capacity, *shape, dtype=dtype, device=self.device)
+            if there:
+                page[name][:, :there] = self.column(number, name)[:, :there]
+        self.pages[number] = page
+        self.room = number * self.size + capacity
+        self._change(number, self.columns)
+
+    def column(self, number: int, name: str) -> Tensor:
+        """A column of a page, [B, P, ...]; P may be smaller in the last page."""
+        page = self.pages[number]
+        if self.source is not None:
             if name in page:
-                new[:, : page[name].shape[1]] = page[name]
-            page[name] = new
+                self.source.touch(self.lod, PARTS[name], number)
+            else:
+                self.source.fetch(self, PARTS[name], number)
+        return page[name]
+
+    def _change(self, number: int, names) -> None:
+        self.dirty.update((PARTS[name], number) for name in names)
 
     def read(self, column: str, row: Tensor, index: Tensor) -> Tensor:
         """row [M], index [M] -> entries [M, ...]. The caller has checked that they are there."""
         shape, dtype = self.columns[column]
-        parts = [(here, page[column].flatten(0, 1)[at]) for page, here, at in self._by_page(row, index)]
+        parts = []
+        for number, here in self._by_page(index):
+            page = self.column(number, column)
+            at = row[here] * page.shape[1] + index[here] - number * self.size
+            parts.append((here, page.flatten(0, 1)[at]))
         if len(parts) == 1:
             return parts[0][1]
         out = torch.empty(len(index), *shape, dtype=dtype, device=self.device)
@@ -70,35 +92,33 @@ class Pages:
 
     def write(self, row: Tensor, index: Tensor, **values: Tensor) -> None:
         """Put ``values`` [M, ...], one per column, at row [M], index [M]."""
-        for page, here, at in self._by_page(row, index, changed=True):
+        for number, here in self._by_page(index):
             for name, value in values.items():
-                page[name].view(-1, *page[name].shape[2:]).index_copy_(0, at, value[here].to(page[name].dtype))
+                page = self.column(number, name)
+                self._change(number, [name])  # first: what has changed does not leave memory
+                at = row[here] * page.shape[1] + index[here] - number * self.size
+                page.view(-1, *page.shape[2:]).index_copy_(0, at, value[here].to(page.dtype))
 
     def add(self, column: str, row: Tensor, index: Tensor) -> None:
         """Add 1 to the entries at row [M], index [M]; an entry that is named twice gets 2."""
-        for page, _, at in self._by_page(row, index, changed=True):
-            page[column].view(-1).index_add_(0, at, torch.ones_like(at, dtype=page[column].dtype))
+        for number, here in self._by_page(index):
+            page = self.column(number, column)
+            self._change(number, [column])
+            at = row[here] * page.shape[1] + index[here] - number * self.size
+            page.view(-1).index_add_(0, at, torch.ones_like(at, dtype=page.dtype))
 
-    def _by_page(
-        self, row: Tensor, index: Tensor, changed: bool = False
-    ) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
-        """The pages of entries row [M], index [M]: each page, which of M it holds, and their places in its B x P."""
+    def _by_page(self, index: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The pages of entries index [M]: the number of each page, and which of M it holds."""
         number = index // self.size
         for p in number.unique().tolist():
-            here = (number == p).nonzero().squeeze(1)
-            page = self.pages[p]
-            if changed:
-                self.stamps[p] = next(CHANGES)
-            room = next(iter(page.values())).shape[1]
-            yield page, here, row[here] * room + index[here] - p * self.size
+            yield p, (number == p).nonzero().squeeze(1)
 
     def span(self, column: str, start: int, stop: int) -> Tensor:
         """Entries start .. stop - 1 of all rows, [B, stop - start, ...]; 0 where a row is shorter."""
         shape, dtype = self.columns[column]
-        first, last = start // self.size, -(-stop // self.size)
+        first, last = start // self.size, min(-(-stop // self.size), len(self.pages))
         parts = [
-            page[column][:, max(0, start - p * self.size) : stop - p * self.size]
-            for p, page in enumerate(self.pages[first:last], first)
+            self.column(p, column)[:, max(0, start - p * self.size) : stop - p * self.size] for p in range(first, last)
         ]
         parts = [part for part in parts if part.shape[1]]
         return torch.cat(parts, 1) if parts else torch.empty(self.rows, 0, *shape, dtype=dtype, device=self.device)
@@ -110,11 +130,35 @@ class Pages:
     def put_page(self, page: dict[str, Tensor]) -> None:
         """Add a page as it was read from a file. All pages but the last must be full."""
         self.pages.append(page)
-        self.stamps.append(next(CHANGES))
+        self.room = (len(self.pages) - 1) * self.size + next(iter(page.values())).shape[1]
+        self._change(len(self.pages) - 1, page)
+
+    def give(self, number: int, columns: dict[str, Tensor]) -> None:
+        """A part of a page came from the source; the last page has room for more than was written of it."""
+        capacity = min(self.size, self.room - number * self.size)
+        for name, column in columns.items():
+            if (short := capacity - column.shape[1]) > 0:
+                column = torch.cat([column, column.new_zeros(self.rows, short, *column.shape[2:])], dim=1)
+            self.pages[number][name] = column
+
+    def parts(self) -> dict[str, list[str]]:
+        """Names of the columns by part."""
+        found: dict[str, list[str]] = {}
+        for name in self.columns:
+            found.setdefault(PARTS[name], []).append(name)
+        return found
 
     def used(self, number: int) -> int:
         """Entries of a page that are in use, in its longest row."""
         return min(self.size, int(self.lengths.max()) - number * self.size)
+
+    def shorten(self, lengths: Tensor) -> None:
+        """Forget all entries behind ``lengths`` [B]."""
+        self.lengths, longest = lengths, int(lengths.max())
+        if -(-longest // self.size) < len(self.pages):
+            del self.pages[-(-longest // self.size) :]
+            self.dirty = {(part, number) for part, number in self.dirty if number < len(self.pages)}
+            self.room = min(self.room, len(self.pages) * self.size)
 
     def entry_bytes(self) -> int:
         """Bytes of one entry in all rows and columns."""

@@ -35,6 +35,8 @@ class Ready:
             "time": torch.full_like(version, int(time.time())),
             "access": torch.zeros_like(version),
             "protected": torch.zeros_like(version, dtype=torch.bool),
+            "floor": torch.zeros_like(version),
+            "opened": torch.zeros_like(version),
         }
 
 
@@ -77,6 +79,8 @@ class Shifted:
 def cut(tree, start: int, stop: int):
     """The tree of tokens start .. stop - 1 of another; see ``MegaContextTree.slice``."""
     k = tree.block_size
+    if tree.compacted:
+        raise ValueError("slice: something was taken away from this tree; restore it first")
     if start % k or not 0 <= start <= stop:
         raise ValueError(f"start={start} is not allowed: a multiple of {k}, from 0 to stop={stop}")
     new = type(tree)(tree.encoder, tree.base, tree.rows, tree.max_level, tree.dtype, tree.device, keys=tree.keys)
@@ -99,6 +103,8 @@ def merge(tree, other) -> None:
             raise ValueError(f"merge: the first tree has {what} {mine}, the second {theirs}")
     if tree.base is not other.base and encoding.identity_of_base(tree.base) != encoding.identity_of_base(other.base):
         raise ValueError("merge: the trees belong to different base LMs")
+    if tree.compacted or other.compacted:
+        raise ValueError("merge: something was taken away from one of the trees; restore it first")
     if tree.hidden:
         raise ValueError("merge: the encoder needs hidden states, and those depend on all that came before")
     shift, numbers = tree.lengths.clone(), [tree.version_of(identity) for identity in other.identities()]

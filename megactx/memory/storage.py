@@ -1,52 +1,44 @@
-"""A tree on disk: safetensors shards per level and a small JSON manifest.
+"""A tree on disk: its pages in one database, which is read by what is touched and written by what has changed.
 
-    FOLDER/manifest.json              the files of the tree, their checksums, the base LM and GistNet that they need
-    FOLDER/data-1f0c.../level0-000.safetensors, level1-000.safetensors, ...
+    FOLDER/manifest.json                names the database that counts
+    FOLDER/pages-1f0c....db             pages with their checksums, and what is said of the tree, see ``page_file``
 
-A save writes a new data folder beside the old one, flushes it, and only then replaces the manifest, by one rename. So a
-kill at any moment leaves the old tree or the new one. The next save removes data that no manifest names. A shard whose
-pages have not changed is not written again: the new folder has a second name (a hard link) for the same file. The
-folder is locked meanwhile: two processes that save take turns, and nobody reads files that are being removed.
+Opening reads a few hundred bytes. A page is read, and its checksum compared, when it is first needed. A save writes the
+pages that have changed, in one transaction: a kill, or a full disk, leaves the tree as it was before or as it is now.
+A tree that did not come from this folder is written whole, into a database beside the old one, which then takes its
+place by one rename. Others may read meanwhile: nodes that are there do not change, new ones come behind them.
 
-Reading maps the files into memory. A page that is not needed is not loaded. A page that changes is copied first.
+A folder of shards, as earlier versions wrote it and ``interchange.export`` writes it, is read too.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from megactx.framework.files import PART, flush, replacing, writing
+from megactx.framework.files import PART, replacing, writing
 
-from . import build, encoding
+from . import build, encoding, interchange
+from .description import describe, described, key_size
+from .page_cache import MEMORY, PageCache, packed
+from .page_file import PageFile
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-OURS = re.compile(rf"data-[0-9a-f]{{16}}|{re.escape(PART)}.*")  # what a save that was killed may leave
-SHARD = 2**20  # bytes. A shard holds whole pages, at least one. If one of them changes, the shard is written again.
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64", "bool": "BOOL"}
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A shard on disk."""
-
-    path: Path
-    file: tuple  # changes when the file on disk does
-    pages: tuple  # changes when the tree's pages do
-    entry: dict  # in the manifest
+FORMAT = 2
+MANIFEST = interchange.MANIFEST
+FILE = re.compile(r"pages-[0-9a-f]{16}\.db")
+# What may lie there: databases and what SQLite puts beside them, shards of the format before, what a kill leaves.
+OURS = re.compile(rf"{FILE.pattern}(-wal|-shm|-journal)?|data-[0-9a-f]{{16}}|{re.escape(PART)}.*")
 
 
 def save(tree, folder: Path, remedy: str = "save the tree in another place") -> None:
-    """Write ``tree`` into ``folder``, in place of the tree that may be there.
+    """Write ``tree`` into ``folder``, in place of the tree that may be there. From then on that is its home: the next
+    save there writes what has changed since.
 
     Args:
         remedy: what a person may do where there is no room.
@@ -56,158 +48,86 @@ def save(tree, folder: Path, remedy: str = "save the tree in another place") -> 
         RunFailed: the disk is full. The tree that was saved before is whole.
     """
     with writing(folder, remedy):
-        _save(tree, folder, remedy)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        there = None
+        if (folder / MANIFEST).exists():
+            there = read_manifest(folder)  # never in place of what is not a tree
+        elif any(not OURS.fullmatch(path.name) for path in folder.iterdir()):
+            raise ValueError(f"{folder} holds other files and no saved tree; choose an empty folder")
+        with _locked(folder, fcntl.LOCK_EX):
+            if not (_at_home(tree, folder, there) and _save_changes(tree)):
+                _save_whole(tree, folder, remedy)
 
 
-def _save(tree, folder: Path, remedy: str) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / MANIFEST).exists():
-        _read_manifest(folder)  # never in place of what is not a tree
-    elif any(not OURS.fullmatch(path.name) for path in folder.iterdir()):
-        raise ValueError(f"{folder} holds other files and no saved tree; choose an empty folder")
-    with _locked(folder, fcntl.LOCK_EX):
-        data = folder / f"data-{os.urandom(8).hex()}"
-        try:
-            data.mkdir()
-            kept = dict(shard for lod in range(tree.depth + 1) for shard in _write_level(tree, lod, data))
-            flush(data)
-            content = json.dumps(_manifest(tree, data.name, [shard.entry for shard in kept.values()]), indent=1)
-            with replacing(folder / MANIFEST, remedy) as part:
-                part.write_text(content + "\n")
-        except BaseException:
-            if not names(folder / MANIFEST, data):
-                shutil.rmtree(data, ignore_errors=True)
-            raise
-        tree.kept = kept
-        for path in folder.iterdir():
-            if OURS.fullmatch(path.name) and path != data and not path.is_symlink():
-                shutil.rmtree(path)
+def load(
+    folder: Path, encoder, base, refresh: bool = False, device="cpu", keys=None, memory: int = MEMORY, length=None
+):
+    """Open a tree; see ``MegaContextTree.load``.
 
-
-def names(manifest: Path, data: Path) -> bool:
-    """Whether a manifest is there and is of this data folder."""
-    with suppress(OSError, ValueError):
-        return json.loads(manifest.read_text(encoding="utf-8")).get("data") == data.name
-    return False
-
-
-def load(folder: Path, encoder, base, refresh: bool = False, device="cpu", keys=None):
-    """Read a tree; see ``MegaContextTree.load``.
+    Args:
+        length: tokens that count, of a tree of one row; ``None``: all. What was saved behind them is forgotten.
 
     Raises:
         ValueError: there is no tree; it is damaged, or has file names that lead elsewhere; a newer program made it; or
             it is for another base LM, width, block size or (without ``refresh``) GistNet. The message says which.
     """
-    from .tree import MegaContextTree
-
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no saved tree")
     with _locked(folder, fcntl.LOCK_SH):
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         try:
-            for what in ("block_size", "width"):
-                if manifest[what] != getattr(encoder, what):
-                    raise ValueError(f"its {what} is {manifest[what]}, the GistNet's is {getattr(encoder, what)}")
-            model = encoding.identity_of_base(base)
-            if model is not None and manifest["model"] is not None and model != manifest["model"]:
-                raise ValueError(f"it belongs to another base LM: embeddings {manifest['model']}, not {model}")
-            layers, there = encoding.identity_of_layers(base, encoder), manifest.get("layers")
-            if None not in (layers, there) and layers != there:  # trees of earlier days do not say
-                raise ValueError(f"it belongs to another base LM: layers {there}, not {layers}; its GistNet reads them")
-            identity = encoding.identity(encoder)
-            made_by = manifest["versions"][manifest["version"]]
-            if made_by != identity and not refresh:
-                raise ValueError(f"another GistNet made it: {made_by}, not {identity}. refresh=True encodes it again")
-            if manifest["dtype"] not in (None, "float32", "float16", "bfloat16"):
-                raise ValueError(f"gists of dtype {manifest['dtype']!r} are not known")
-            dtype = None if manifest["dtype"] is None else getattr(torch, manifest["dtype"])
-            lengths = _tokens(manifest["lengths"])
-            tree = MegaContextTree(encoder, base, len(lengths), manifest["max_level"], dtype, device, keys=keys)
-            tree.parts = [(str(name), _tokens(first)) for name, first in manifest["parts"]]
-            tree.versions, tree.version = list(manifest["versions"]), manifest["version"]
-            _read_levels(tree, folder, manifest, lengths)
-            for page in tree.levels[0].pages:
-                tree.check_ids(page["token"])
+            if manifest["format"] == interchange.FORMAT:
+                about, file = manifest, None
+                tree, identity = described(about, encoder, base, refresh, device, keys)
+                interchange.read_levels(tree, folder, manifest)
+                for page in tree.levels[0].pages:
+                    tree.check_ids(page["token"])
+            else:
+                file = PageFile(database(folder, manifest["data"]))
+                about = file.about("tree")
+                tree, identity = described(about, encoder, base, refresh, device, keys)
+                if about is None:
+                    raise ValueError(f"{file.path.name} is damaged: it does not say what tree it holds")
+                tree.home = (file, about["commit"])
+                _attach(tree, file, about, memory)
+            if length is not None:
+                shorten(tree, length)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"{folder}: {MANIFEST} is damaged ({type(error).__name__}: {error})") from error
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
-    if made_by != identity:
+    if about["versions"][about["version"]] != identity:
         tree.refresh(encoder)
-    if keys is not None and tree.depth and (manifest.get("keys") or {}).get("made_by") != encoding.identity(keys):
+    if keys is not None and tree.depth and (about.get("keys") or {}).get("made_by") != encoding.identity(keys):
+        if tree.compacted:
+            raise ValueError(f"{folder}: no keys can be made of what was taken away; restore it first")
         build.make_keys(tree, *build.run(torch.zeros_like(tree.lengths), tree.counts(1)))
     return tree
 
 
-def _manifest(tree, data: str, shards: list[dict]) -> dict:
-    keys = {} if tree.keys is None else {"keys": {"size": tree.keys.size, "made_by": encoding.identity(tree.keys)}}
-    return keys | {
-        "format": FORMAT,
-        "data": data,
-        "block_size": tree.block_size,
-        "width": tree.width,
-        "dtype": None if tree.dtype is None else str(tree.dtype).removeprefix("torch."),
-        "max_level": tree.max_level,
-        "lengths": tree.lengths.tolist(),
-        "page_sizes": [level.size for level in tree.levels],
-        "model": encoding.identity_of_base(tree.base),
-        "layers": encoding.identity_of_layers(tree.base, tree.encoder),
-        "versions": tree.identities(),
-        "version": tree.version,
-        "parts": [[name, first.tolist()] for name, first in tree.parts],
-        "shards": shards,
-    }
+def shorten(tree, length: int) -> None:
+    """Forget what lies behind ``length`` tokens of a tree of one row.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    if length > int(tree.lengths.max()):
+        raise ValueError(f"{int(tree.lengths.max())} tokens are there, {length} are needed")
+    if length == int(tree.lengths.max()):
+        return
+    for lod in range(tree.depth, -1, -1):
+        count = length // tree.block_size**lod
+        if count == 0 and lod > 0:
+            del tree.levels[lod]
+            continue
+        tree.levels[lod].shorten(torch.tensor([count]))
+        if tree.cache is not None:
+            tree.cache.forget(lod, len(tree.levels[lod].pages))
 
 
-def _write_level(tree, lod: int, folder: Path) -> Iterator[tuple[tuple[int, int], Kept]]:
-    level, size, first = tree.levels[lod], 0, 0
-    for number in range(len(level.pages)):
-        size += level.used(number) * level.entry_bytes()
-        if size >= SHARD or number == len(level.pages) - 1:
-            yield (lod, first), _write_shard(tree, lod, first, number + 1, folder)
-            size, first = 0, number + 1
-
-
-def _write_shard(tree, lod: int, first: int, end: int, folder: Path) -> Kept:
-    from safetensors.torch import save_file
-
-    level, path = tree.levels[lod], folder / f"level{lod}-{first:06d}.safetensors"
-    pages, before = _state_of(level, first, end), tree.kept.get((lod, first))
-    if before is not None and before.pages == pages and _link(before, path):
-        return Kept(path, _file(path), pages, before.entry)
-    tensors = {
-        f"{column}.{number}": tensor[:, : level.used(number)].cpu().contiguous()
-        for number in range(first, end)
-        for column, tensor in level.pages[number].items()
-    }
-    save_file(tensors, path)
-    entry = {"name": path.name, "level": lod, "pages": [first, end]}
-    return Kept(path, _file(path), pages, entry | {"bytes": path.stat().st_size, "sha256": _checksum(path)})
-
-
-def _state_of(level, first: int, end: int) -> tuple:
-    return first, end, level.used(end - 1), tuple(level.stamps[first:end])
-
-
-def _link(shard: Kept, path: Path) -> bool:
-    """A second name for a shard that is still the file that was written; -> whether it has one."""
-    try:
-        if _file(shard.path) == shard.file:
-            os.link(shard.path, path)
-            return True
-    except OSError:  # it is gone, or the file system has no second names
-        pass
-    return False
-
-
-def _file(path: Path) -> tuple:
-    about = path.stat()
-    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
-
-
-def _read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     if path.is_symlink() or not path.is_file():
         raise ValueError(f"{folder}: there is no saved tree, {MANIFEST} is missing")
@@ -223,108 +143,138 @@ def _read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _tokens(numbers: list[int]) -> torch.Tensor:
-    if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
-        raise ValueError(f"{str(numbers)[:100]} are no numbers of tokens")
-    return torch.tensor(numbers, dtype=torch.long)
+def damaged(folder: Path) -> list[str]:
+    """Read all pages of a saved tree, and name those that are damaged or missing."""
+    file = PageFile(database(folder, read_manifest(folder)["data"]))
+    about, wrong = file.about("tree"), []
+    for lod, size in enumerate(about["page_sizes"]):
+        pages = -(-(max(about["lengths"]) // about["block_size"] ** lod) // size)
+        parts = ("body", "facts", "key")[: 1 if lod == 0 else 3 if lod == 1 and about.get("keys") else 2]
+        for part, number in ((part, number) for part in parts for number in range(pages)):
+            try:
+                file.get(lod, part, number)
+            except ValueError as error:
+                wrong.append(f"{folder}: page {number} of level {lod} ({part}): {error}")
+    file.close()
+    return wrong
 
 
-def _read_levels(tree, folder: Path, manifest: dict, lengths: torch.Tensor) -> None:
-    """Put the pages into the tree, after their shapes were compared with what the lengths say."""
-    lod, counts, shards = 0, lengths, {}
-    for shard in manifest["shards"]:
-        shards.setdefault(shard["level"], []).append(shard)
-    while True:
-        if lod > tree.depth:
-            tree.new_level()
-        level, size = tree.levels[lod], manifest["page_sizes"][lod]
-        if type(size) is not int or size < 1:
-            raise ValueError(f"page size {size!r} of level {lod} is no size")
-        level.size, level.lengths, number = size, counts.clone(), 0
-        for shard in shards.pop(lod, []):
-            first, end = shard["pages"]
-            if first != number:
-                raise ValueError(f"level {lod}: page {number} is missing")
-            path = _trusted(folder, manifest["data"], shard)
-            stored = _key_size(manifest) if lod == 1 else None
-            _read_shard(path, level, first, end, stored)
-            if (stored is None) == ("key" not in level.columns):
-                tree.kept[lod, first] = Kept(path, _file(path), _state_of(level, first, end), shard)
-            number = end
-        if number != -(-int(counts.max()) // size):
-            raise ValueError(f"level {lod}: {number} pages are there, {-(-int(counts.max()) // size)} are needed")
-        lod, counts = lod + 1, counts // tree.block_size
-        if not counts.any() or (tree.max_level is not None and lod > tree.max_level):
-            break
-    if shards:
-        raise ValueError(f"level {min(shards)} holds more than the lengths say")
-
-
-def _key_size(manifest: dict) -> int | None:
-    """Numbers of a key as the tree was saved; ``None``: it has none."""
-    if (keys := manifest.get("keys")) is None:
-        return None
-    if type(size := keys["size"]) is not int or not 0 < size < 2**16:
-        raise ValueError(f"keys of {size!r} numbers are not known")
-    return size
-
-
-def _read_shard(path: Path, level, first: int, end: int, stored: int | None = None) -> None:
-    """Put the pages of a shard into a level.
-
-    Args:
-        stored: numbers of a key in the shard. Keys of another size, or that the level has no place for, are not read;
-            keys that are not there are 0.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    plain = {name: column for name, column in level.columns.items() if name != "key"}
-    columns = level.columns if "key" in level.columns and level.columns["key"][0] == (stored,) else plain
-    try:
-        with safe_open(path, framework="pt") as file:
-            there = {*plain, *([] if stored is None else ["key"])}
-            names = {f"{column}.{number}" for column in there for number in range(first, end)}
-            if set(file.keys()) != names:
-                raise ValueError(f"{path.name} holds other tensors than the manifest says")
-            for number in range(first, end):
-                used = level.used(number)
-                for column, (shape, dtype) in columns.items():
-                    header = file.get_slice(f"{column}.{number}")
-                    wanted = [level.rows, used, *shape], DTYPES[str(dtype).removeprefix("torch.")]
-                    if (header.get_shape(), header.get_dtype()) != wanted:
-                        raise ValueError(
-                            f"{path.name}: {column}.{number} is {header.get_dtype()} {header.get_shape()}, expected"
-                            f" {wanted[1]} {wanted[0]}"
-                        )
-                page = {column: file.get_tensor(f"{column}.{number}").to(level.device) for column in columns}
-                for column in {*level.columns} - {*columns}:
-                    shape, dtype = level.columns[column]
-                    page[column] = torch.zeros(level.rows, used, *shape, dtype=dtype, device=level.device)
-                level.put_page(page)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path.name} is damaged ({error})") from error
-
-
-def _trusted(folder: Path, data: str, shard: dict) -> Path:
-    """The path of a shard, if it is a plain file of the folder with the size and content that the manifest says."""
-    for name in (data, shard["name"]):
-        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise ValueError(f"the file name {name!r} is not allowed")
-    path = folder / data / shard["name"]
-    if (folder / data).is_symlink() or path.is_symlink():
-        raise ValueError(f"{data}/{path.name} is a symbolic link, which is not allowed")
+def database(folder: Path, name) -> Path:
+    if not isinstance(name, str) or not FILE.fullmatch(name):
+        raise ValueError(f"the file name {name!r} is not allowed")
+    path = folder / name
+    for beside in (path, *(folder / f"{name}{end}" for end in ("-wal", "-shm", "-journal"))):
+        if beside.is_symlink():
+            raise ValueError(f"{beside.name} is a symbolic link, which is not allowed")
     if not path.is_file():
-        raise ValueError(f"{data}/{path.name} is missing")
-    if path.stat().st_size != shard["bytes"]:
-        raise ValueError(f"{path.name} is truncated or damaged: {path.stat().st_size} bytes, not {shard['bytes']}")
-    if _checksum(path) != shard["sha256"]:
-        raise ValueError(f"{path.name} is damaged: its checksum is not that of the manifest")
+        raise ValueError(f"{name} is missing")
     return path
 
 
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _attach(tree, file: PageFile, about: dict, memory: int) -> None:
+    """The pages of a tree come from ``file`` from now on."""
+    tree.cache = PageCache(file, tree.levels, memory, tree.check_ids)
+    for lod, level in enumerate(tree.levels):
+        level.source, level.lod, level.room = tree.cache, lod, int(level.lengths.max())
+        level.pages = [{} for _ in range(-(-level.room // level.size))]
+    if "key" not in tree.levels[min(1, tree.depth)].columns or key_size(about) == tree.keys.size:
+        return
+    level = tree.levels[1]  # keys are asked for, and none of this size are there
+    for number, page in enumerate(level.pages):
+        page["key"] = torch.zeros(
+            level.rows, level.used(number), tree.keys.size, dtype=torch.float16, device=level.device
+        )
+        level.dirty.add(("key", number))
+
+
+def _at_home(tree, folder: Path, manifest: dict | None) -> bool:
+    """Whether the folder's database is the one that the tree was read from, or saved to, last."""
+    home = tree.home[0].path if tree.home else None
+    name = (manifest or {}).get("data")
+    return home is not None and name == home.name and home.exists() and home.samefile(folder / name)
+
+
+def _save_changes(tree) -> bool:
+    """Write what has changed, in one transaction; -> False: another process wrote there since."""
+    file, commit = tree.home
+    with file.step():
+        about = file.about("tree")
+        if about is None or about["commit"] != commit:
+            return False
+        file.put(_changed(tree), zipped=bool(tree.compacted))
+        for lod in range(len(about["page_sizes"])):
+            there = len(tree.levels[lod].pages) if lod <= tree.depth else 0
+            for part in ("body", "facts", "key") if lod else ("body",):
+                file.remove(lod, part, there if part != "key" or tree.keys is not None else 0)
+        file.say("tree", describe(tree) | {"commit": commit + 1, "epoch": about.get("epoch", 0)})
+    tree.home = (file, commit + 1)
+    _settle(tree)
+    return True
+
+
+def _changed(tree) -> Iterator[tuple[int, str, int, bytes]]:
+    for lod, level in enumerate(tree.levels):
+        parts = level.parts()
+        for part, number in sorted(level.dirty):
+            if parts[part][0] in level.pages[number]:  # a page that could not be read did not change
+                yield lod, part, number, packed(level, part, number)
+
+
+def _save_whole(tree, folder: Path, remedy: str) -> None:
+    path = folder / f"pages-{os.urandom(8).hex()}.db"
+    try:
+        file = PageFile(path, new=True)
+        with file.step():
+            pages = (
+                (lod, part, number, packed(level, part, number))
+                for lod, level in enumerate(tree.levels)
+                for part in level.parts()
+                for number in range(len(level.pages))
+            )
+            file.put(pages, zipped=bool(tree.compacted))
+            _take_archive(tree, file)
+            file.say("tree", describe(tree) | {"commit": 0, "epoch": 0})
+        file.publish()
+        with replacing(folder / MANIFEST, remedy) as part:
+            part.write_text(json.dumps({"format": FORMAT, "data": path.name}, indent=1) + "\n")
+    except BaseException:
+        if not names(folder / MANIFEST, path.name):
+            for beside in folder.glob(f"{path.name}*"):
+                beside.unlink()
+        raise
+    tree.home = (file, 0)
+    _settle(tree)
+    for other in folder.iterdir():
+        if OURS.fullmatch(other.name) and not other.name.startswith(path.name) and not other.is_symlink():
+            shutil.rmtree(other) if other.is_dir() else other.unlink()
+
+
+def _take_archive(tree, file: PageFile) -> None:
+    """What was taken away from a tree, and the log of that, go with it to another place."""
+    if tree.compacted and tree.cache is not None:
+        for table, columns in (("archive", 6), ("log", 6)):
+            rows = tree.cache.file.db.execute(f"SELECT * FROM {table}")
+            file.db.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * columns)})", rows)
+
+
+def names(manifest: Path, data: str) -> bool:
+    """Whether a manifest is there and is of this data."""
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8")).get("data") == data
+    except (OSError, ValueError):
+        return False
+
+
+def _settle(tree) -> None:
+    """All of the tree is on disk: pages may leave memory, and come back from there."""
+    file = tree.home[0]
+    if tree.cache is None:
+        tree.cache = PageCache(file, tree.levels, check=tree.check_ids)
+    elif tree.cache.file is not file:
+        tree.cache.move(file)
+    for lod, level in enumerate(tree.levels):
+        level.source, level.lod = tree.cache, lod
+    tree.cache.adopt()
 
 
 @contextmanager

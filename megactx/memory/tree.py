@@ -6,7 +6,8 @@
 
 A node is the pair (lod, index). Its start (index x K^lod) and its width (K^lod) are derived, never stored. Tokens and
 gists lie in pages. So do four facts about each gist: the version of the GistNet that made it, how often it was read,
-when it was made, and whether it is protected.
+when it was made, and whether it is protected. Of each block it is also known how often a window opened it, and its
+*floor*: the finest level that is still there of it, 0 where nothing was taken away (see ``curation``).
 
 B rows, T tokens, N nodes, K children of a node, D width, M nodes that a caller names.
 """
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from . import build, encoding, slice_merge
 from .encoding import Encoder
+from .page_cache import MEMORY
 from .pages import Pages
 
-TOKENS, NODES = 32_768, 256  # entries of a page
+TOKENS, NODES = 8_192, 64  # entries of a page: what is read and written at once
 
 
 class MegaContextTree:
@@ -55,12 +57,16 @@ class MegaContextTree:
             raise ValueError("encoder: it needs hidden states, and this tree has no base LM that could give them")
         self.encoder, self.base, self.max_level, self.dtype, self.keys = encoder, base, max_level, dtype, keys
         self.block_size, self.width, self.rows, self.device = encoder.block_size, encoder.width, rows, device
-        self.levels = [Pages({"token": ((), torch.int32)}, rows, TOKENS, device)]  # levels[n] holds the nodes of LOD n
+        self.levels = [
+            Pages(columns_of(0, self.width, dtype), rows, TOKENS, device)
+        ]  # levels[n] holds the nodes of LOD n
         # Identities of the GistNets that made nodes of this tree. That of the GistNet in use takes a pass over all
         # weights, so it is computed when it is needed. Until then the stamp tells whether the weights have changed.
         self.versions: list[str | None] = [None]
         self.version, self.stamp = 0, encoding.stamp(encoder)  # of the GistNet in use
-        self.kept = {}  # shards as they lie on disk, see ``storage``
+        self.compacted = 0  # blocks of which something was taken away
+        self.home = None  # the file that the tree lives in and its state there, see ``storage``
+        self.cache = None  # what of a stored tree is in memory, see ``page_cache``
         self.parts = [(name, torch.zeros(rows, dtype=torch.long))]  # (name, first token [B]) of each merged tree
 
     @classmethod
@@ -167,7 +173,9 @@ class MegaContextTree:
                 raise ValueError(f"gistnet.{what}={getattr(encoder, what)}, the tree's is {getattr(self, what)}")
         if getattr(encoder, "needs_hidden", False):
             raise ValueError("encoder: it needs hidden states, which a refresh does not have; build the tree anew")
-        self.version = self.version_of(encoding.identity(encoder))
+        if self.compacted:
+            raise ValueError("refresh: what was taken away from this tree cannot be encoded again; restore it first")
+        self.version, self.home = self.version_of(encoding.identity(encoder)), None  # others may read the old gists
         self.encoder, self.stamp, self.hidden = encoder, encoding.stamp(encoder), False
         return build.renew(self)
 
@@ -188,6 +196,8 @@ class MegaContextTree:
     @torch.no_grad()
     def embeddings(self, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
         """``gather`` for single nodes, row, lod and index [M] -> [M, D]. The caller has checked that they are there."""
+        if self.cache is not None:
+            self.cache.look(lod, index, self.block_size)
         embed = encoding.embedder(self.base)
         raw = (lod == 0).nonzero().squeeze(1)
         embedded = embed(self.levels[0].read("token", row[raw], index[raw]).long()[None])[0]
@@ -226,7 +236,40 @@ class MegaContextTree:
         for n in range(1, self.depth + 1):
             here = ((lod == n) & known).nonzero().squeeze(1)
             known[here] = ~self.levels[n].read("protected", row[here], index[here])
+        if self.compacted:
+            here = known.nonzero().squeeze(1)
+            known[here] = self.floors(row[here], lod[here], index[here]) <= lod[here]
         return known
+
+    def floors(self, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
+        """The finest level that is there of the spans of nodes, row, lod and index [M], [M].
+
+        A floor above 1 belongs to a whole span of that level, so the first block of a node speaks for it.
+        """
+        first = index * self.block_size**lod // self.block_size
+        out = torch.zeros_like(lod)
+        here = (first < self.counts(1).to(first.device)[row]).nonzero().squeeze(1)
+        if len(here):
+            out[here] = self.levels[1].read("floor", row[here], first[here]).long()
+        return out
+
+    def openable(self, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
+        """Whether the children of gists, row, lod and index [M], are there, [M]: nothing was taken away, and no page of
+        theirs was found to be damaged."""
+        may = lod > 0
+        if self.compacted:
+            may = may & (self.floors(row, lod, index) < lod)
+        for n, _, number in self.cache.damaged if self.cache is not None else ():
+            size = self.levels[n].size if n <= self.depth else 0
+            first = index * self.block_size
+            may = may & ~((lod == n + 1) & (first < (number + 1) * size) & (first + self.block_size > number * size))
+        return may
+
+    def note_opened(self, row: Tensor, lod: Tensor, index: Tensor) -> None:
+        """A window has opened gists, row, lod and index [M]; blocks count it."""
+        here = lod == 1
+        if here.any():
+            self.levels[1].add("opened", row[here], index[here])
 
     def save(self, folder: str | Path) -> None:
         """Write the tree into a folder, in place of a tree that may be there; see ``storage``."""
@@ -234,20 +277,27 @@ class MegaContextTree:
 
         save(self, Path(folder))
 
+    def export(self, folder: str | Path) -> None:
+        """Write the tree as safetensors and a manifest, for other programs; see ``interchange``. ``load`` reads it."""
+        from .interchange import export
+
+        export(self, Path(folder))
+
     @classmethod
     def load(
-        cls, folder: str | Path, encoder: Encoder, base, refresh=False, device="cpu", keys=None
+        cls, folder: str | Path, encoder: Encoder, base, refresh=False, device="cpu", keys=None, memory=MEMORY
     ) -> "MegaContextTree":
-        """Read a saved tree, memory-mapped. ``storage`` says what is refused.
+        """Open a saved tree: its pages are read when they are needed. ``storage`` says what is refused.
 
         Args:
             refresh: accept another GistNet than the one that made the tree, and encode its nodes again.
             keys: of the constructor. Where the tree was saved with none, or with those of another net, they are made;
                 keys that nobody asks for are not read.
+            memory: bytes of pages that stay in memory.
         """
         from .storage import load
 
-        return load(Path(folder), encoder, base, refresh, device, keys)
+        return load(Path(folder), encoder, base, refresh, device, keys, memory)
 
     def identities(self) -> list[str]:
         """``versions``, with the identity of the GistNet in use filled in."""
@@ -264,11 +314,9 @@ class MegaContextTree:
 
     def new_level(self) -> Pages:
         """Pages for the level above the highest; ``dtype`` must be known."""
-        columns = {"gist": ((self.width,), self.dtype), "version": ((), torch.int32), "access": ((), torch.int32)}
-        columns |= {"time": ((), torch.long), "protected": ((), torch.bool)}  # time: seconds since 1970
-        if self.keys is not None and len(self.levels) == 1:
-            columns["key"] = ((self.keys.size,), torch.float16)
+        columns = columns_of(len(self.levels), self.width, self.dtype, None if self.keys is None else self.keys.size)
         self.levels.append(Pages(columns, self.rows, NODES, self.device))
+        self.levels[-1].source, self.levels[-1].lod = self.cache, self.depth
         return self.levels[-1]
 
     def check_ids(self, ids: Tensor) -> None:
@@ -299,6 +347,19 @@ class MegaContextTree:
         if not mask.all():
             r, m = (~mask).nonzero()[0].tolist()
             raise ValueError(f"node (lod {int(lod[r, m])}, index {int(index[r, m])}) of row {r} is not in the tree")
+
+
+def columns_of(lod: int, width: int, dtype, key_size: int | None = None) -> dict[str, tuple]:
+    """What is kept of each node of a level, see ``Pages``."""
+    if lod == 0:
+        return {"token": ((), torch.int32)}
+    columns = {"gist": ((width,), dtype), "version": ((), torch.int32), "access": ((), torch.int32)}
+    columns |= {"time": ((), torch.long), "protected": ((), torch.bool)}  # time: seconds since 1970
+    if lod == 1:
+        columns |= {"floor": ((), torch.uint8), "opened": ((), torch.int32)}
+    if lod == 1 and key_size is not None:
+        columns["key"] = ((key_size,), torch.float16)
+    return columns
 
 
 def _expect(tensor: Tensor, name: str, wanted: str, right: bool) -> None:

@@ -157,10 +157,15 @@ class WorkingContext:
         self._check_entries(row, entry)
         if (wrong := self.lod[row, entry] == 0).any():
             raise ValueError(f"expand: entry {int(entry[wrong][0])} of row {int(row[wrong][0])} is a token")
+        if (wrong := ~self.tree.openable(row, self.lod[row, entry], self.index[row, entry])).any():
+            raise ValueError(
+                f"expand: what lies below entry {int(entry[wrong][0])} of row {int(row[wrong][0])} was taken away"
+            )
         repeat, lod, index = self.mask.long(), self.lod.clone(), self.index.clone()
         repeat[row, entry] = self.tree.block_size
         if repeat.sum() != self.counts.sum() + len(row) * (self.tree.block_size - 1):
             raise ValueError("expand: an entry is named twice")
+        self.tree.note_opened(row, lod[row, entry], index[row, entry])
         lod[row, entry] -= 1
         index[row, entry] *= self.tree.block_size
         self._splice(repeat, lod, index)

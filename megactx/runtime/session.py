@@ -143,11 +143,23 @@ class Session:
         return text_of(self.tokenizer, self.ids(start, stop).tolist(), before)
 
     def ids(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Tokens start .. stop - 1 of the history, [N] on the CPU."""
+        """Tokens start .. stop - 1 of the history, [N] on the CPU.
+
+        Raises:
+            ValueError: some of them were taken away, see ``apps.curation``.
+        """
         stop = self.length if stop is None else min(stop, self.length)
         if isinstance(self.stream, PlainLM):
             return self.stream.tokens[0, start:stop].cpu()
         there = int(self.tree.lengths[0])
+        if self.tree.compacted and min(start, there) < min(stop, there):
+            at = torch.arange(start, min(stop, there))
+            gone = self.tree.floors(torch.zeros_like(at), torch.zeros_like(at), at) > 0
+            if gone.any():
+                first = int(at[gone][0])
+                raise ValueError(
+                    f"token {first} was taken away; python -m megactx.apps.curation restore brings it back"
+                )
         stored = self.tree.levels[0].span("token", min(start, there), min(stop, there))[0].long().cpu()
         waiting = self.stream.waiting[0, max(start - there, 0) : max(stop - there, 0)].cpu()
         return torch.cat([stored, waiting])

@@ -1,12 +1,14 @@
 """A session on disk: one small file names the folder that holds its tree and its state.
 
-    FOLDER/session.json          which data folder counts, settings, tokenizer
-    FOLDER/data-1f0c.../tree/    see ``memory.storage``
+    FOLDER/session.json          which data folder counts, tokens, settings, tokenizer
+    FOLDER/tree/                 see ``memory.storage``
     FOLDER/data-1f0c.../state.safetensors
     FOLDER/lock                  held by the process that has the session open
 
-A save writes a new data folder and then replaces ``session.json`` by one rename. So a kill at any moment leaves the
-session as it was saved last, or as it is saved now; what nobody names any more is removed by the next save or load.
+A save brings the tree up to date, writes a new data folder, and then replaces ``session.json`` by one rename. So a kill
+at any moment leaves the session as it was saved last, or as it is saved now: a tree only grows, and what it has behind
+the tokens that ``session.json`` counts is forgotten by the next load. Data folders that nobody names any more are
+removed by the next save or load. Sessions of format 1 have their tree in the data folder.
 """
 
 import json
@@ -23,13 +25,13 @@ from torch import Tensor
 from megactx.data.tokenizer import tokenizer_hash, vocabulary_hash
 from megactx.framework.files import PART, clear, replacing, sync, writing
 from megactx.framework.lock import Lock
-from megactx.memory import MegaContextTree, WorkingContext, storage
+from megactx.memory import WorkingContext, storage
 
 from .settings import Settings
 from .stream import Stream
 
-FORMAT = 1
-MANIFEST, STATE, LOCK = "session.json", "state.safetensors", "lock"
+FORMAT = 2
+MANIFEST, STATE, LOCK, TREE = "session.json", "state.safetensors", "lock", "tree"
 DATA = re.compile(r"data-[0-9a-f]{16}")
 OURS = re.compile(rf"data-[0-9a-f]{{16}}|{re.escape(PART)}.*")
 REMEDY = "save into another folder, which --session, OUT or /save name"
@@ -57,7 +59,9 @@ def check_free(folder: Path) -> None:
         raise ValueError(f"{folder} is not a folder")
     if (folder / MANIFEST).exists():
         raise ValueError(f"{folder} holds another session: load it, or choose another folder")
-    if folder.exists() and any(path.name != LOCK and not OURS.fullmatch(path.name) for path in folder.iterdir()):
+    if folder.exists() and any(
+        path.name not in (LOCK, TREE) and not OURS.fullmatch(path.name) for path in folder.iterdir()
+    ):
         raise ValueError(f"{folder} holds other files and no session; choose an empty folder")
 
 
@@ -76,18 +80,20 @@ def save(stream: Stream, folder: Path, about: dict) -> None:
 
 
 def _save(stream: Stream, folder: Path, about: dict) -> None:
-    data, kept = folder / f"data-{os.urandom(8).hex()}", stream.tree.kept
+    data, first = folder / f"data-{os.urandom(8).hex()}", not (folder / MANIFEST).exists()
     try:
+        storage.save(stream.tree, folder / TREE, REMEDY)
         data.mkdir()
-        storage.save(stream.tree, data / "tree", REMEDY)
         save_file({name: tensor.cpu().contiguous() for name, tensor in _state(stream).items()}, data / STATE)
         for path in (data / STATE, data):
             sync(path)
         _name(stream, folder, data, about)
     except BaseException:
-        if not storage.names(folder / MANIFEST, data):
+        if not storage.names(folder / MANIFEST, data.name):
             shutil.rmtree(data, ignore_errors=True)
-            stream.tree.kept = kept  # what was written for this save is gone
+            if first:
+                shutil.rmtree(folder / TREE, ignore_errors=True)
+                stream.tree.home = None  # the next save writes all of it
         raise
     _remove_all_but(folder, data)
 
@@ -131,10 +137,13 @@ def load(folder: Path, models, settings: Settings, observers=()) -> tuple[Stream
         if data.is_symlink() or (data / STATE).is_symlink() or not isinstance(about, dict):
             raise ValueError(f"{folder}: {MANIFEST} is damaged, or leads elsewhere")
         keys, device = models.keys if settings.keys else None, models.base.model.device
-        tree = MegaContextTree.load(data / "tree", models.gistnet, models.base, device=device, keys=keys)
+        state = load_file(data / STATE, device=str(device))
+        place, length = folder / TREE, manifest["tokens"] - state["waiting"].numel()
+        if manifest["format"] == 1:
+            place, length = data / TREE, None
+        tree = storage.load(place, models.gistnet, models.base, device=device, keys=keys, length=length)
         if tree.rows != 1:
             raise ValueError(f"{folder}: its tree has {tree.rows} rows, a session has 1")
-        state = load_file(data / STATE, device=str(models.base.model.device))
         stream = Stream(models, settings, tree=tree, observers=observers)
         # Settings that are younger than the session are at their defaults.
         same = Settings().as_dict() | manifest["settings"] == json.loads(json.dumps(settings.as_dict()))
@@ -180,6 +189,11 @@ def _restore(stream: Stream, state: dict[str, Tensor], same: bool) -> None:
     stream.focus.allocator.load_state_dict(own)
     if "lod" in state:
         entries = [state[name].long()[None] for name in WINDOW]
+        if (
+            stream.tree.compacted
+            and not stream.tree.usable(torch.zeros_like(entries[0][0]), *(e[0] for e in entries)).all()
+        ):
+            return  # what the window shows was taken away meanwhile: it is put together anew
         budget = stream.settings.budget
         stream.restore(WorkingContext(stream.tree, *entries, torch.tensor([entries[0].shape[1]]), budget))
 

@@ -304,7 +304,12 @@ class Stream:
             place = self.rebase.close if isinstance(shown, Selection) else self.rebase.place
             positions, self._following = place(shown)
             spread = self.models.gistnet.spread(shown.lods())
-            self.prefill.read(shown.to_tensor(), positions, shown.lengths, spread)
+            try:
+                entries = shown.to_tensor()
+            except ValueError:  # a damaged page, which is named once: the next window does not open it
+                self.context = None
+                raise
+            self.prefill.read(entries, positions, shown.lengths, spread)
         else:
             self.prefill.forget()
         if (count := int(self.counts.max())) > 0:  # of a session that was resumed

@@ -19,6 +19,7 @@ from megactx.framework.files import PART
 from megactx.lm import adapters
 from megactx.memory import MegaContextTree
 from megactx.memory.encoding import identity_of_base
+from megactx.memory.page_file import PageFile
 from megactx.runtime import Controller, Models, Sampling, Session, Settings
 from megactx.runtime.session_files import MANIFEST, STATE, lock
 
@@ -205,7 +206,7 @@ def damage(folder: Path, what: str) -> None:
         text = (folder / MANIFEST).read_text().replace(data.name, "../elsewhere")
         (folder / MANIFEST).write_text(text)
     elif what == "a newer format":
-        (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace('"format": 1', '"format": 99'))
+        (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace('"format": 2', '"format": 99'))
     elif what == "half a state":
         (data / STATE).write_bytes((data / STATE).read_bytes()[:-9])
     elif what == "no state":
@@ -214,7 +215,7 @@ def damage(folder: Path, what: str) -> None:
         shutil.move(data / STATE, folder.parent / "state")
         (data / STATE).symlink_to(folder.parent / "state")
     elif what == "no tree":
-        shutil.rmtree(data / "tree")
+        shutil.rmtree(folder / "tree")
     elif what == "another length":
         (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace('"tokens": ', '"tokens": 1'))
 
@@ -257,37 +258,73 @@ def test_a_state_that_contradicts_the_tree_is_refused(session, controller, tmp_p
         Session.load(folder, controller())
 
 
-def test_a_save_after_a_few_tokens_keeps_the_pages_that_are_as_they_were(controller, tmp_path, monkeypatch, ids):
+def test_a_save_after_a_few_tokens_writes_the_pages_that_have_changed(controller, tmp_path, monkeypatch, ids):
     monkeypatch.setattr("megactx.memory.tree.TOKENS", 256)
-    monkeypatch.setattr("megactx.memory.tree.NODES", 64)
-    monkeypatch.setattr("megactx.memory.storage.SHARD", 2**10)
+    monkeypatch.setattr("megactx.memory.tree.NODES", 16)
     session = Session(controller())
     session.append(ids(5_000))
     tokens(session, 8)
     folder = session.save(tmp_path / "saved")
-
-    def shards():
-        return {path.stat().st_ino: path.stat().st_size for path in folder.rglob("level*.safetensors")}
-
+    written, put = [], PageFile.put
+    monkeypatch.setattr(PageFile, "put", lambda self, pages, **how: put(self, counted(pages, written), **how))
     for _ in range(2):
-        before = shards()
+        written.clear()
         tokens(session, 32)
         session.save()
-        written = sum(size for inode, size in shards().items() if inode not in before)
-        assert 0 < written < sum(shards().values()) / 3
+        bodies = [size for part, size in written if part == "body"]
+        assert (
+            1 <= len(bodies) <= session.tree.depth + 2 and sum(size for _, size in written) < session.tree.bytes() / 5
+        )
         whole, window = session.tree, session.context.copy()
         session.close()
-        session = Session.load(folder, controller())  # what was kept is what would have been written
+        session = Session.load(folder, controller())  # what was written is what is there
         assert torch.equal(session.tree.tokens, whole.tokens) and torch.equal(session.context.index, window.index)
         for lod in range(1, whole.depth + 1):
             assert torch.equal(session.tree.gists(lod), whole.gists(lod))
             for what in ("version", "access", "time", "protected"):
                 assert torch.equal(session.tree.about(lod, what), whole.about(lod, what))
-    shard = next(folder.rglob("level0-*.safetensors"))
-    shard.write_bytes(b"damaged" + shard.read_bytes()[7:])  # meanwhile: it is written, not kept
-    session.save()
+
+
+def counted(pages, written: list):
+    for page in pages:
+        written.append((page[1], len(page[3])))
+        yield page
+
+
+def test_a_session_of_the_format_before_opens_and_is_converted_by_its_next_save(session, controller, tmp_path):
+    folder, history = session.save(tmp_path / "saved"), session.ids()
     session.close()
-    assert torch.equal(Session.load(folder, controller()).tree.tokens, session.tree.tokens)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    with Session.load(folder, controller()) as loaded:
+        loaded.tree.export(tmp_path / "exported")
+    shutil.rmtree(folder / "tree")
+    shutil.move(tmp_path / "exported", folder / manifest["data"] / "tree")
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"format": 1}))
+    for _ in range(2):
+        with Session.load(folder, controller()) as loaded:
+            assert torch.equal(loaded.ids(), history)
+            expected = session.context
+            assert torch.equal(loaded.context.lod, expected.lod) and torch.equal(loaded.context.index, expected.index)
+            loaded.save()
+        assert json.loads((folder / MANIFEST).read_text())["format"] == 2
+        assert not list(folder.rglob("*level*")) and len(list(folder.glob("data-*"))) == 1
+
+
+def test_what_a_tree_has_behind_the_session_that_was_saved_is_forgotten(session, controller, tmp_path, monkeypatch):
+    folder, history = session.save(tmp_path / "saved"), session.ids()
+    session.append(TEXT * 3)
+    with monkeypatch.context() as patch, pytest.raises(RunFailed):
+        patch.setattr("megactx.runtime.session_files._name", raising)
+        session.save()
+    session.close()
+    with Session.load(folder, controller()) as resumed:
+        assert torch.equal(resumed.ids(), history)
+        expected = tokens(resumed, 40)
+        resumed.save()
+    with Session.load(folder, controller()) as resumed:
+        assert resumed.ids().tolist() == history.tolist() + expected
+        whole = MegaContextTree.from_tokens(resumed.tree.tokens, resumed.tree.encoder, resumed.tree.base)
+        assert all(torch.equal(resumed.tree.gists(n), whole.gists(n)) for n in range(1, whole.depth + 1))
 
 
 @pytest.mark.parametrize("where", ["before", "behind"])
@@ -324,7 +361,8 @@ def test_saves_that_fail_leave_the_last_one_and_nothing_beside_it(session, contr
     before = sorted(path.name for path in folder.rglob("*"))
     session.append(TEXT)
 
-    for name in ("megactx.runtime.session_files.save_file", "safetensors.torch.save_file", "os.fsync"):
+    written = "megactx.memory.page_file.PageFile.put"
+    for name in ("megactx.runtime.session_files.save_file", written, "megactx.runtime.session_files.sync"):
         with (
             monkeypatch.context() as patch,
             pytest.raises(RunFailed, match=f"{folder}.* full.*before is whole") as told,
@@ -379,15 +417,18 @@ def test_a_disk_without_room_for_a_name_is_told_as_full(session, disk):
     assert verdict(told.value)[0] == FAILED and session.folder is None
 
 
-def test_a_save_that_fails_at_its_end_forgets_no_page_of_the_one_before(session, tmp_path, monkeypatch):
+def test_a_save_that_fails_at_its_end_is_made_good_by_the_next(session, controller, tmp_path, monkeypatch):
     folder = session.save(tmp_path / "saved")
-    shard = next(folder.rglob("level1-*"))
+    session.append(TEXT)
     with monkeypatch.context() as patch, pytest.raises(RunFailed):
         patch.setattr("megactx.runtime.session_files._name", raising)
         session.save()
-    inode = shard.stat().st_ino
+    pages = next(folder.rglob("pages-*.db"))
     session.save()
-    assert next(folder.rglob("level1-*")).stat().st_ino == inode
+    assert next(folder.rglob("pages-*.db")) == pages
+    session.close()
+    with Session.load(folder, controller()) as resumed:
+        assert torch.equal(resumed.ids(), session.ids())
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next_load(session, controller, tmp_path):
