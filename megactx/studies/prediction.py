@@ -79,7 +79,9 @@ def parts_of(model: str | None):
         path, checkpoint = checkpoint_of(Path(model))
         if "readout" not in checkpoint["hyper_parameters"]:
             raise ValueError(f"RUN={model}: it is no run of experiment=mega_prediction")
-        stage = PredictionStage.load_from_checkpoint(path, map_location="cpu", weights_only=True).to(device()).eval()
+        stage = PredictionStage.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        stage.set_dtype(torch.float32)  # ranks and greedy tokens ask for the largest: rounding must not decide it
+        stage.to(device()).eval()
         return stage.base, stage.gistnet, stage.readout
     models = load_models(model)
     if models.prediction is None:

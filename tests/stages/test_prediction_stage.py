@@ -10,6 +10,7 @@ from megactx.memory import prediction
 from megactx.parts.read import load_prediction
 from megactx.stages.prediction import PredictionStage
 from megactx.studies.prediction import main as ranked
+from megactx.studies.prediction import parts_of
 from megactx.studies.speculative import main as decoded
 
 
@@ -121,6 +122,11 @@ def test_a_users_mistake_is_one_clear_message(settings, override, message, tmp_p
     assert run([*settings, override, f"folder={tmp_path / 'run'}"]) == 2
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
+
+
+def test_a_study_reads_in_fp32_whatever_the_weights_were_stored_in(whole):
+    base, net, readout = parts_of(str(whole))
+    assert {p.dtype for part in (base, net, readout) for p in part.parameters()} == {torch.float32}
 
 
 def test_a_model_without_a_readout_is_told(base_folder, tmp_path, capsys):
