@@ -338,7 +338,7 @@ def test_a_session_on_a_full_disk_ends_a_command_with_one_message_and_3(own, typ
         if not code:
             first = json.loads((folder / MANIFEST).read_text())["tokens"]
     assert err.count("megactx: ") == 1 and str(folder) in err and "full" in err and "Traceback" not in err
-    assert len(list(folder.iterdir())) == 3  # its data, the manifest, the lock
+    assert len(list(folder.iterdir())) == 4  # its data, its tree, the manifest, the lock
     with Session.load(folder, Controller(load_models(own[1], "cpu"), Settings(budget=400))) as session:
         assert session.length == first
 

@@ -141,7 +141,7 @@ def test_what_a_fuzzer_asks_gives_no_error_of_the_server(start, tmp_path):
     assert service.say("anna", "still there", max_tokens=2).usage.completion_tokens == 2
     assert service.end(signal.SIGTERM) == 0
     assert "Traceback" not in (tmp_path / "memories.err").read_text()
-    assert len(statuses) > 50 and min(statuses) == 200 and 400 in statuses
+    assert len(statuses) > 10 and min(statuses) == 200 and 400 in statuses
 
 
 @pytest.mark.parametrize(
