@@ -1,7 +1,7 @@
 """The service over real connections, asked by the client that programs use."""
 
-import http.client
 import contextlib
+import http.client
 import json
 import threading
 import time
