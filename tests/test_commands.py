@@ -57,7 +57,7 @@ def jobs(arguments: list[str]) -> list[list[str]]:
 def test_an_experiment_says_at_its_head_how_to_run_it(path):
     package, how = path.read_text().splitlines()[:2]
     assert package == "# @package _global_"  # Hydra reads it only from the first line
-    assert how.startswith(f"# python train.py experiment={path.stem}")
+    assert how.startswith((f"# python train.py experiment={path.stem}", "# python -m megactx.stages.retrofit "))
 
 
 def test_the_readme_shows_commands():

@@ -67,13 +67,14 @@ def text_of(tokenizer, path: str | None, tokens: int, seed: int) -> Tensor:
 
 
 def formula(tokens: int, block: int, width: int, gist_bytes: int) -> int:
-    """Bytes of a tree: per token an id of 4, per gist its vector and 17 of what is known of it.
+    """Bytes of a tree: per token an id of 4, per gist its vector and 17 of what is known of it, per block 5 more.
 
     Args:
         width: of a gist.
         gist_bytes: of one number of it.
     """
-    total, nodes = 4 * tokens, tokens // block
+    nodes = tokens // block
+    total = 4 * tokens + 5 * nodes  # floor 1, how often it was opened 4
     while nodes:
         total += nodes * (width * gist_bytes + 17)  # version 4, accesses 4, time 8, protected 1
         nodes //= block

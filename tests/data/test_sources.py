@@ -218,7 +218,7 @@ def test_a_mixture_refuses_unknown_domains_and_nothing(sources, said):
 @pytest.mark.parametrize("name", ["embedded", "files", "hub", "wiki_code_json"])
 def test_every_data_config_builds_its_source_and_explains_every_key(name, tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    config = OmegaConf.create({"data": OmegaConf.load(CONFIGS / f"{name}.yaml")})
+    config = OmegaConf.create({"data": OmegaConf.load(CONFIGS / f"{name}.yaml"), "preset": {"megabytes": 1.0}})
     for key in {"path", "name"} & set(config.data):
         config.data[key] = str(tmp_path)
     source = instantiate(config.data.source)

@@ -113,7 +113,7 @@ def test_a_flag_between_two_overrides_means_what_it_means_before_them():
         ),
         (["~trainer"], "trainer: it is gone, and every run needs it; leave ~trainer out"),
         (["~base"], "base: it is gone"),
-        (["curriculum=[base_lm]", "preset=demo"], "curriculum: base_lm cannot run in one"),
+        (["curriculum=[tokenizer,lens]", "preset=demo"], "curriculum: lens takes "),
         (["curriculum=[gist_stage1,gist_stage1]"], "each experiment runs once"),
     ],
 )

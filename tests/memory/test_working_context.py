@@ -98,7 +98,7 @@ def test_recency_keeps_every_invariant_and_the_budget_or_names_what_it_would_tak
 class Grid:
     """What the cold start looks at in a tree."""
 
-    rows, device = 1, "cpu"
+    rows, device, compacted = 1, "cpu", 0
 
     def __init__(self, k: int, length: int):
         self.block_size, self.lengths = k, torch.tensor([length])
