@@ -274,7 +274,8 @@ def test_gists_are_stored_as_asked_and_read_as_the_base_reads(encoder, table):
     tree = MegaContextTree.from_tokens(ids(1, 64), encoder(4), table, dtype=torch.float16)
     assert tree.gists(1).dtype == torch.float16 and tree.tokens.dtype == torch.int32
     assert tree.gather(1, torch.tensor([[2]])).dtype == torch.float32
-    assert tree.bytes() == 64 * 4 + (16 + 4 + 1) * (4 * 2 + 4 + 4 + 8 + 1) + 16 * (1 + 4)  # of blocks floor and opened too
+    facts_of_blocks = 16 * (1 + 4)  # floor, opened
+    assert tree.bytes() == 64 * 4 + (16 + 4 + 1) * (4 * 2 + 4 + 4 + 8 + 1) + facts_of_blocks
 
 
 def test_an_encoder_of_hidden_states_needs_a_base_lm_and_ready_gists(encoder, table):
