@@ -49,6 +49,7 @@ def test_the_embedded_corpus_has_no_tests_and_no_text_in_two_domains(embedded):
         assert not Path(path).name.startswith("test_"), path
 
 
+@pytest.mark.slow
 def test_the_embedded_corpus_is_the_same_every_time(embedded):
     small = [Embedded(megabytes=0.2) for _ in range(2)]
     assert small[0].load()[:] == small[1].load()[:]
@@ -56,6 +57,7 @@ def test_the_embedded_corpus_is_the_same_every_time(embedded):
     assert small[0].fingerprint() == small[1].fingerprint() != embedded.fingerprint()
 
 
+@pytest.mark.slow
 def test_the_file_list_holds_the_hash_of_every_file(embedded, tmp_path):
     embedded.write_list(tmp_path / "files.sha256")
     listed = dict(line.split("  ", 1)[::-1] for line in (tmp_path / "files.sha256").read_text().splitlines())

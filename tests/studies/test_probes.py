@@ -20,6 +20,7 @@ def answers(kind, *right):
     return {"kind": kind} | {name: {"right": r, "nll": 2.0 - r} for name, r in zip(READERS, right, strict=True)}
 
 
+@pytest.mark.slow
 def test_the_recency_window_is_that_of_the_run(trained_runs):
     assert [run.recency for run in load(trained_runs)] == [48, 48]
 
