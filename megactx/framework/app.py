@@ -211,7 +211,9 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
             show(config, device.why, cfg.folder)
             value = build_and_run(cfg, config, target, device, checkpoint)
         close_folder(target)
-    print(f"{cut}\n" * bool(cut), f"Everything is in {cfg.folder}", sep="")
+    if cut:
+        print(cut)
+    print(f"Everything is in {cfg.folder}")
     return value
 
 

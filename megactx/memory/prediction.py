@@ -45,9 +45,7 @@ class Readout(nn.Module):
         self.readouts = nn.ModuleList(_head(width, head) for _ in range(levels))
         self.controls = nn.ModuleList(_head(width, "linear") for _ in range(levels))
         self.scale = nn.Parameter(torch.full((levels, 2), 3.0))  # log: cosines are too close for a softmax
-        self.register_buffer(
-            "total", torch.zeros(levels, width)
-        )  # of the directions of all gists that were learned from
+        self.register_buffer("total", torch.zeros(levels, width))  # of the directions of gists learned from: their mean
 
     def forward(self, states: Tensor, lod: int = 1) -> Tensor:
         """Final hidden states [.., D] -> the direction of the next gist, unit vectors [.., D]."""

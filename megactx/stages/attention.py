@@ -18,10 +18,9 @@ from megactx.lm.adapters import adapt, adapters_of, switched_off
 from megactx.lm.chunked_head import score
 from megactx.memory import MegaContextTree, WorkingContext
 from megactx.memory.pyramid import PLAIN, Attention
-from megactx.parts.read import gistnet_of
 
 from .joint import Lora
-from .stage import BaseSettings, FrozenBaseStage, portable, portable_part
+from .stage import BaseSettings, GistReaderStage, portable, portable_part
 from .work import Work
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ class Evaluate(TypedDict):
     documents: Count
 
 
-class AttentionStage(FrozenBaseStage):
+class AttentionStage(GistReaderStage):
     """LoRA that learns to read under another attention.
 
     Args:
@@ -73,8 +72,7 @@ class AttentionStage(FrozenBaseStage):
         self.save_hyperparameters()
         self.check_settings()
         self.attention = Attention(**attention)
-        self.take_base(base)
-        self.gistnet = gistnet_of(gistnet, self.base, "stage.gistnet", self.base_record).requires_grad_(False).eval()
+        self.take_models(base, gistnet)
         adapt(self.base, **lora)
         for parameter in adapters_of(self.base).values():
             parameter.requires_grad_(True)
@@ -84,13 +82,8 @@ class AttentionStage(FrozenBaseStage):
         for parameter in adapters_of(self.base).values():  # what learns stays in fp32
             parameter.data = parameter.data.float()
 
-    def train(self, mode: bool = True) -> "AttentionStage":
-        super().train(mode)
-        self.gistnet.eval()
-        return self
-
     def prepare(self, datamodule) -> None:
-        self.fit_data(datamodule, self.gistnet.block_size)
+        super().prepare(datamodule)
         try:
             self.attention.pyramid(self.window(torch.zeros(1, 2 * self.gistnet.block_size, dtype=torch.long)))
         except ValueError as error:
@@ -169,14 +162,6 @@ class AttentionStage(FrozenBaseStage):
         work, tokens = Work.of_base(self.base), batch["lengths"].double()
         pairs = 2 * work.attention * tokens.square().sum()
         return 3 * 2 * (work.body + work.head) * tokens.sum() + 3 * pairs
-
-    def flops_ahead(self, data: dict, preset: dict) -> float:
-        tokens = data["max_tokens"] or self.base.max_positions
-        batch = {"lengths": torch.full((data["batch"],), tokens)}
-        return float(self.flops(batch)) * preset["accumulate"] * self.hparams.max_steps
-
-    def amounts(self, batch: dict) -> dict:
-        return {"tokens": batch["lengths"].sum(), "documents": len(batch["ids"])}
 
     @torch.no_grad()
     def finish(self, folder: Path, datamodule) -> None:

@@ -17,11 +17,10 @@ from megactx.framework.bar import bar
 from megactx.framework.config.types import Count, NonNegative, Share, Whole
 from megactx.lm.prefill_cache import PrefillCache
 from megactx.memory.prediction import Example, Readout, example_of, info_nce
-from megactx.parts.read import gistnet_of
 from megactx.parts.write import save_prediction
 
 from .gist import Prefills
-from .stage import BaseSettings, FrozenBaseStage, portable, portable_part
+from .stage import BaseSettings, GistReaderStage, portable, portable_part
 from .work import Work
 
 log = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ class Evaluate(TypedDict):
     documents: Count
 
 
-class PredictionStage(FrozenBaseStage):
+class PredictionStage(GistReaderStage):
     """A readout, and the control that learns beside it on the same texts.
 
     Args:
@@ -81,19 +80,10 @@ class PredictionStage(FrozenBaseStage):
         base, gistnet = base | {"name": portable(base["name"])}, portable_part(gistnet)
         self.save_hyperparameters()
         self.check_settings()
-        self.take_base(base)
-        self.gistnet = gistnet_of(gistnet, self.base, "stage.gistnet", self.base_record).requires_grad_(False).eval()
+        self.take_models(base, gistnet)
         self.readout = Readout(self.base.width, **readout)
         self.prefills: PrefillCache | None = None
         self.read: OrderedDict[bytes, Example] = OrderedDict()
-
-    def train(self, mode: bool = True) -> "PredictionStage":
-        super().train(mode)
-        self.gistnet.eval()
-        return self
-
-    def prepare(self, datamodule) -> None:
-        self.fit_data(datamodule, self.gistnet.block_size)
 
     def groups(self) -> list[dict]:
         h = self.hparams
@@ -149,14 +139,6 @@ class PredictionStage(FrozenBaseStage):
         """The pass of the base LM over texts that were not kept is not told apart: as if all were read anew."""
         work, tokens = Work.of_base(self.base), batch["lengths"].double()
         return 2 * work.body * tokens.sum() + work.attention * tokens.square().sum()
-
-    def flops_ahead(self, data: dict, preset: dict) -> float:
-        tokens = data["max_tokens"] or self.base.max_positions
-        batch = {"lengths": torch.full((data["batch"],), tokens)}
-        return float(self.flops(batch)) * preset["accumulate"] * self.hparams.max_steps
-
-    def amounts(self, batch: dict) -> dict:
-        return {"tokens": batch["lengths"].sum(), "documents": len(batch["ids"])}
 
     @torch.no_grad()
     def finish(self, folder: Path, datamodule) -> None:

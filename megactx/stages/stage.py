@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from megactx.assets import resolve
 from megactx.framework.config.types import Count, PartOf, Whole, check
 from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
+from megactx.gist import GistNet
 from megactx.lm import BaseLM
 from megactx.lm.identity import record_of
 from megactx.parts.find import refuse_other_base
+from megactx.parts.read import gistnet_of
 from megactx.runtime.settings import note_on
 
 from .chain_page import write_page
@@ -223,6 +225,33 @@ class FrozenBaseStage(Stage):
         own = {f"base.{k}": v for k, v in self.base.state_dict().items()}
         for states in set(STATES) & checkpoint.keys():
             checkpoint[states] = {**own, **checkpoint[states]}
+
+
+class GistReaderStage(FrozenBaseStage):
+    """A stage over whole documents, with a frozen base LM and the frozen GistNet whose gists it is about."""
+
+    gistnet: GistNet
+
+    def take_models(self, base: dict, gistnet: str) -> None:
+        """Load both: ``name`` and ``dtype`` of the base LM, and an asset, a folder, a run or a checkpoint."""
+        self.take_base(base)
+        self.gistnet = gistnet_of(gistnet, self.base, "stage.gistnet", self.base_record).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.gistnet.eval()
+        return self
+
+    def prepare(self, datamodule) -> None:
+        self.fit_data(datamodule, self.gistnet.block_size)
+
+    def flops_ahead(self, data: dict, preset: dict) -> float:
+        tokens = data["max_tokens"] or self.base.max_positions
+        batch = {"lengths": torch.full((data["batch"],), tokens)}
+        return float(self.flops(batch)) * preset["accumulate"] * self.hparams.max_steps
+
+    def amounts(self, batch: dict) -> dict:
+        return {"tokens": batch["lengths"].sum(), "documents": len(batch["ids"])}
 
 
 def portable(name: str) -> str:

@@ -17,8 +17,7 @@ from megactx.evaluation.prediction import NOTHING, Text, measure, provisional, r
 from megactx.evaluation.table import Report
 from megactx.framework.bar import bar
 from megactx.memory.prediction import example_of
-from megactx.parts.find import PREDICTION
-from megactx.parts.models import load_models
+from megactx.parts.models import Models, load_models
 from megactx.stages.prediction import PredictionStage
 
 from .study import Options, command, usable
@@ -44,7 +43,10 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         ValueError: there is no readout, or no text that is long enough.
     """
     stem = usable(args.out) / "prediction"
-    base, net, readout = parts_of(args.model)
+    models = models_of(args.model)
+    if (readout := models.prediction) is None:
+        raise ValueError(f"RUN={args.model}: there is no readout for it; train one with experiment=mega_prediction")
+    base, net = models.base, models.gistnet
     batches = held_out(base, args.path, net.block_size, 1, args.tokens, EVERY)[: args.documents]
     texts = []
     for batch in bar("documents")(batches):
@@ -69,24 +71,21 @@ def entries(base, net, readout, batches: list[dict]) -> dict:
     return {name: mean_interval(owner, values) for name, values in arms.items() if name != NOTHING}
 
 
-def parts_of(model: str | None):
-    """Base LM, GistNet and readout, of a run or of anything that ``load_models`` takes.
+def models_of(model: str | None) -> Models:
+    """Base LM, GistNet and readout of a run of ``experiment=mega_prediction``, or what ``load_models`` takes.
 
     Raises:
-        ValueError: there is no readout.
+        ValueError: it is the run of another stage.
     """
-    if model and (Path(model) / "checkpoints").is_dir() and not (Path(model) / PREDICTION).exists():
-        path, checkpoint = checkpoint_of(Path(model))
-        if "readout" not in checkpoint["hyper_parameters"]:
-            raise ValueError(f"RUN={model}: it is no run of experiment=mega_prediction")
-        stage = PredictionStage.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-        stage.set_dtype(torch.float32)  # ranks and greedy tokens ask for the largest: rounding must not decide it
-        stage.to(device()).eval()
-        return stage.base, stage.gistnet, stage.readout
-    models = load_models(model)
-    if models.prediction is None:
-        raise ValueError(f"RUN={model}: there is no readout for it; train one with experiment=mega_prediction")
-    return models.base, models.gistnet, models.prediction
+    if not model or not (Path(model) / "checkpoints").is_dir():
+        return load_models(model)
+    path, checkpoint = checkpoint_of(Path(model))
+    if "readout" not in checkpoint["hyper_parameters"]:
+        raise ValueError(f"RUN={model}: it is no run of experiment=mega_prediction")
+    stage = PredictionStage.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    stage.set_dtype(torch.float32)  # ranks and greedy tokens ask for the largest: rounding must not decide it
+    stage.to(device()).eval()
+    return Models(stage.base, stage.gistnet, name=model, prediction=stage.readout)
 
 
 main = command("prediction", __doc__, options, study)

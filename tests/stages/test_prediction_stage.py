@@ -10,7 +10,7 @@ from megactx.memory import prediction
 from megactx.parts.read import load_prediction
 from megactx.stages.prediction import PredictionStage
 from megactx.studies.prediction import main as ranked
-from megactx.studies.prediction import parts_of
+from megactx.studies.prediction import models_of
 from megactx.studies.speculative import main as decoded
 
 
@@ -125,8 +125,9 @@ def test_a_users_mistake_is_one_clear_message(settings, override, message, tmp_p
 
 
 def test_a_study_reads_in_fp32_whatever_the_weights_were_stored_in(whole):
-    base, net, readout = parts_of(str(whole))
-    assert {p.dtype for part in (base, net, readout) for p in part.parameters()} == {torch.float32}
+    models = models_of(str(whole))
+    parts = (models.base, models.gistnet, models.prediction)
+    assert {p.dtype for part in parts for p in part.parameters()} == {torch.float32}
 
 
 def test_a_model_without_a_readout_is_told(base_folder, tmp_path, capsys):

@@ -139,7 +139,8 @@ def run_in_turn(
                 show(config, device.why, stage.folder)
                 with timed(own):
                     build_and_run(stage, config, own, device, checkpoint)
-                print(f"{cut}\n" * bool(cut), end="")
+                if cut:
+                    print(cut)
                 finish_loggers(DONE)
                 close_folder(own)
         else:
