@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from whole_trees import K, ids
 
 WIDTH = 4
 
@@ -43,3 +44,15 @@ def table():
     """Embeddings of 50 ids."""
     torch.manual_seed(0)
     return torch.nn.Embedding(50, WIDTH).requires_grad_(False)
+
+
+@pytest.fixture
+def tree(encoder, table):
+    """Two rows of unlike length, of two merged parts, with gists that are protected and that were read."""
+    from megactx.memory import MegaContextTree
+
+    tree = MegaContextTree.from_tokens(ids(2, 300), encoder(K), table, torch.tensor([300, 120]), name="first")
+    tree.merge(MegaContextTree.from_tokens(ids(2, 60, seed=1), encoder(K), table, name="second"))
+    tree.protect(1, torch.tensor([[3], [4]]))
+    tree.gather(1, torch.tensor([[1, 2], [3, 4]]))
+    return tree

@@ -11,38 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from whole_trees import K, assert_same, everything, ids
 
 from megactx.framework.errors import RunFailed
 from megactx.gist import GistNet
 from megactx.memory import MegaContextTree, storage
 from megactx.memory import tree as tree_module
-
-K = 4
-
-
-def ids(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(50, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def everything(tree) -> list[torch.Tensor]:
-    columns = [(level, column) for level in tree.levels for column in level.columns]
-    return [tree.lengths, *[level.whole(column) for level, column in columns], *[first for _, first in tree.parts]]
-
-
-def assert_same(one, other):
-    assert [name for name, _ in one.parts] == [name for name, _ in other.parts] and one.max_level == other.max_level
-    assert len(everything(one)) == len(everything(other))
-    for a, b in zip(everything(one), everything(other), strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-
-
-@pytest.fixture
-def tree(encoder, table):
-    tree = MegaContextTree.from_tokens(ids(2, 300), encoder(K), table, torch.tensor([300, 120]), name="first")
-    tree.merge(MegaContextTree.from_tokens(ids(2, 60, seed=1), encoder(K), table, name="second"))
-    tree.protect(1, torch.tensor([[3], [4]]))
-    tree.gather(1, torch.tensor([[1, 2], [3, 4]]))
-    return tree
 
 
 def manifest(folder: Path) -> dict:
