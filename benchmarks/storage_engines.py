@@ -26,6 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from storage import drop, written  # benchmarks/storage.py
+
 BODY, FACTS, OTHERS = 64 * 576 * 2, 576, 40
 
 
@@ -131,20 +133,6 @@ ENGINES = {
     **{f"sqlite-{size}": (lambda folder, size=size: Sqlite(folder, size)) for size in (4096, 16384, 65536)},
     "file+sqlite": FileAndSqlite,
 }
-
-
-def written() -> int:
-    return int(Path("/proc/self/io").read_text().split("\nwrite_bytes: ")[1].split()[0])
-
-
-def drop(folder: Path) -> None:
-    """The system forgets what it holds of the files."""
-    os.sync()
-    for path in folder.rglob("*"):
-        if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(handle)
 
 
 def timed(call, *arguments) -> float:

@@ -75,9 +75,7 @@ class Template:
         """What is appended to the history, ids [N]; arguments as of ``Framing``."""
         before, after = self.first if turn == "new" else self.later
         if turn == "new":
-            bos = self.tokenizer.bos_token or ""
-            ids = self.encoder(bos + before, begins=True, plain=False)
-            ids = ids[1:] if bos and ids[0] == self.tokenizer.bos_token_id else ids
+            ids = self.encoder.opening(before)
         else:
             ids = self.encoder(before, begins=False, plain=False)
             if last is None and turn == "asking":

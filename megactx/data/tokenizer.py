@@ -175,6 +175,12 @@ class TextEncoder:
         self.behind.encode_special_tokens = plain
         return self.behind.encode(text, add_special_tokens=False).ids
 
+    def opening(self, signs: str) -> list[int]:
+        """Signs of a chat template that open a talk, without BOS in front -> ids; BOS is not among them."""
+        bos = self.tokenizer.bos_token or ""
+        ids = self(bos + signs, begins=True, plain=False)
+        return ids[1:] if bos and ids[0] == self.tokenizer.bos_token_id else ids
+
 
 def _without_prefix(tokenizer):
     """A copy of the tokenizer's backend that writes no space before a text; ``None`` where it never does."""

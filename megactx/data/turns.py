@@ -84,9 +84,8 @@ class Turns:
                 before, _, rest = rest.partition(text)
                 pieces.append(before)
             first, *others = [*pieces, rest]
-            begun = self.encoder(bos + first, begins=True, plain=False)
-            begun = begun[1:] if bos and begun[0] == self.tokenizer.bos_token_id else begun
-            self.signs[roles] = [[self.bos, *begun], *(self.encoder(p, begins=False, plain=False) for p in others)]
+            begun = [self.bos, *self.encoder.opening(first)]
+            self.signs[roles] = [begun, *(self.encoder(p, begins=False, plain=False) for p in others)]
         return self.signs[roles]
 
 
