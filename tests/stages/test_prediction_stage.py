@@ -24,7 +24,7 @@ def settings(joint_settings):
         *shared,
         *(f"preset.{setting}" for setting in own),
         *["data.min_tokens=300", "data.max_tokens=320", "stage.evaluate.documents=4", "horizon.tokens=8"],
-        *["stage.readout.levels=2", "stage.lr=0.01"],
+        *["stage.readout.levels=2", "stage.lr=0.01", "base.dtype=bfloat16"],  # as many bases are stored
     ]
 
 
