@@ -6,14 +6,17 @@ token      who does not know the run's own, where there is one: 403
 body       more than LARGEST bytes: 413
 """
 
+import asyncio
 import ipaddress
 import secrets
+from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
 
 from starlette.responses import PlainTextResponse, Response
 
 LARGEST = 2**20  # bytes of a request's body
+SWALLOWED, PATIENCE = 8 * LARGEST, 1.0  # bytes, and seconds, of what is still on its way behind an answer
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
     " img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -45,6 +48,7 @@ class Guard:
             return await self.app(scope, receive, send)
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         refusal = self._refusal(scope, headers)
+        body = _Body(receive)
         fresh = refusal is None and self.token is not None and scope["path"] == "/" and self._asked(scope)
 
         async def answer(message) -> None:
@@ -53,11 +57,17 @@ class Guard:
                 if fresh:
                     extra["set-cookie"] = f"{self.cookie}={self.token}; Path=/; HttpOnly; SameSite=Strict"
                 message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in extra.items())]
-            await send(message)
+            last = message["type"] == "http.response.body" and not message.get("more_body")
+            if not last or body.whole:
+                return await send(message)
+            # Closed with something unread, the connection is reset, and the client may never see the answer.
+            await send(message | {"more_body": True})
+            await body.swallow()
+            await send({"type": "http.response.body"})
 
         if refusal is not None:
-            return await refusal(scope, receive, answer)
-        await self.app(scope, _limited(receive), answer)
+            return await refusal(scope, body, answer)
+        await self.app(scope, body, answer)
 
     def _refusal(self, scope, headers: dict[str, str]) -> Response | None:
         name = headers.get("host", "")
@@ -99,18 +109,34 @@ class TooLarge(Exception):
     """A body without a true length that went on for too long."""
 
 
-def _limited(receive):
-    total = 0
+class _Body:
+    """A request's body as it arrives.
 
-    async def read():
-        nonlocal total
-        message = await receive()
-        total += len(message.get("body", b""))
-        if total > LARGEST:
+    Attributes:
+        whole: all of it was read, or nobody sends any more.
+    """
+
+    def __init__(self, receive):
+        self.receive, self.total, self.whole = receive, 0, False
+
+    async def __call__(self):
+        message = await self._next()
+        if self.total > LARGEST:
             raise TooLarge
         return message
 
-    return read
+    async def swallow(self) -> None:
+        """Read what is on its way, and throw it away."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE):
+                while not self.whole and self.total <= SWALLOWED:
+                    await self._next()
+
+    async def _next(self):
+        message = await self.receive()
+        self.total += len(message.get("body", b""))
+        self.whole = not message.get("more_body")
+        return message
 
 
 def _address(name: str):

@@ -1,6 +1,5 @@
 """The service over real connections, asked by the client that programs use."""
 
-import contextlib
 import http.client
 import json
 import threading
@@ -390,10 +389,11 @@ def test_the_rest_of_http_is_refused_in_openais_form(service):
     assert status == 403 and json.loads(body)["error"]["type"] == "permission_error"
     for key in ("", "Bearer", "Bearer x", "Basic eDp5", f"Bearer {service.keys['anna']}x", "Bearer \xff"):
         assert raw(service, json.dumps(message()), Authorization=key)[0] == 401
-    chunked = iter([b" " * 2**19] * 4)
-    with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # it hangs up while more is on its way
+    for _ in range(5):  # the answer comes through although more was on its way
+        chunked = iter([b" " * 2**19] * 4)
         assert raw(service, chunked, **{"Transfer-Encoding": "chunked"})[0] in (400, 413)
-    assert raw(service, None, "/health", "GET")[0] == 200, "and goes on"
+        assert raw(service, " " * 2**21)[0] == 413
+        assert raw(service, " " * 2**21, Host="evil.example")[0] == 403
 
 
 def test_the_client_raises_its_own_errors(service):
