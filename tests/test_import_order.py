@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ WITH_FRAMEWORKS = {"studies", "stages", "framework", "data"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Absolute names of the modules that a file imports, wherever in it."""
     inside = ["megactx", *path.relative_to(PACKAGE).parent.parts]

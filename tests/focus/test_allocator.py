@@ -61,6 +61,7 @@ cases = given(lengths, st.sampled_from([None, 2]), st.integers(0, 10**6), st.int
 checked = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
+@pytest.mark.slow
 @checked
 @cases
 def test_edits_are_those_of_two_queues_taken_by_hand(lengths, levels, seed, spare, most):
@@ -79,6 +80,7 @@ def test_edits_are_those_of_two_queues_taken_by_hand(lengths, levels, seed, spar
         tired |= {name[:3] for name in names(made)}  # three refocuses are no more than the cooldown
 
 
+@pytest.mark.slow
 @checked
 @cases
 def test_a_gist_that_was_edited_stays_for_the_cooldown(lengths, levels, seed, spare, most):

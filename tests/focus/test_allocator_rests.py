@@ -87,6 +87,7 @@ def test_with_fixed_values_it_comes_to_rest(lengths, kind, how, seed, spare, mos
         assert v_down.max() <= torch.where(legal.leads, v_keep, torch.inf).min() + 2 * margin
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(st.integers(0, 10**6), st.integers(0, 12), st.sampled_from([2, 4, 8]))
 def test_where_no_edit_opens_the_way_to_another_no_call_is_wasted_and_the_result_is_the_best(seed, spare, most):

@@ -54,6 +54,7 @@ def slow_price(down: list[float], keep: list[float], slack: int) -> float:
     return next(p for p, need in zip(tried, needs, strict=True) if need <= max(slack, min(needs)))
 
 
+@pytest.mark.slow
 @fast
 @given(cases(), st.sampled_from([0.0, 0.25, 1e-3]))
 def test_the_price_is_the_smallest_that_balances(case, margin):

@@ -28,6 +28,7 @@ def test_it_has_the_promised_shape(base):
     assert base.vocab_size == len(base.tokenizer) == 8192 and base.max_positions >= 4096
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_passage_of_code_is_cheaper_the_second_time(base):
     source = Path(torch.__file__).with_name("functional.py").read_text(encoding="utf-8")

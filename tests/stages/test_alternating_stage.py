@@ -179,6 +179,7 @@ def same(mine: dict, theirs: dict) -> None:
     assert mine["lr_schedulers"] == theirs["lr_schedulers"] and mine["place"] == theirs["place"]
 
 
+@pytest.mark.slow
 def test_resumed_in_another_folder_inside_a_lens_phase_it_learns_from_the_same_windows(whole, settings, tmp_path):
     middle = whole / "checkpoints" / "step_000009.ckpt"
     assert load(whole, middle.name)["place"] == {"cycle": 1, "phase": "lens", "position": 1}
@@ -203,6 +204,7 @@ def test_a_phase_with_no_steps_is_left_out_and_another_run_starts_from_this_one(
     assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("base."))
 
 
+@pytest.mark.slow
 def test_a_plateau_ends_it_before_its_last_cycle(settings, tmp_path, capsys):
     still = ["stage.gist_lr=0", "stage.muon_lr=null", "stage.steps={gist: 2, lens: 0, lora: 0}", "stage.cycles=5"]
     assert run([*settings, *still, "preset.validate_every=2", f"folder={tmp_path / 'run'}"]) == 0
