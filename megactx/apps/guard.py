@@ -13,9 +13,11 @@ from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
 
+from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
 LARGEST = 2**20  # bytes of a request's body
+TOO_LARGE = f"At most {LARGEST:,} bytes."
 SWALLOWED, PATIENCE = 8 * LARGEST, 1.0  # bytes, and seconds, of what is still on its way behind an answer
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
@@ -79,7 +81,7 @@ class Guard:
             return self.refuse("Open the address that the terminal shows, with its token.", 403)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 15 or int(length) > LARGEST:
-            return self.refuse(f"At most {LARGEST:,} bytes.", 413)
+            return self.refuse(TOO_LARGE, 413)
         return None
 
     def _known(self, host: str) -> bool:
@@ -105,8 +107,11 @@ class Guard:
         return secrets.compare_digest(given.encode(), self.token.encode())
 
 
-class TooLarge(Exception):
+class TooLarge(HTTPException):
     """A body without a true length that went on for too long."""
+
+    def __init__(self):
+        super().__init__(413, TOO_LARGE)
 
 
 class _Body:

@@ -310,7 +310,7 @@ def raw(service, body, path="/v1/chat/completions", method="POST", **headers):
     """-> status, body, of a request as it is."""
     connection = http.client.HTTPConnection("127.0.0.1", service.server.port, timeout=20)
     usual = {"Authorization": f"Bearer {service.keys['anna']}", "Content-Type": "application/json"}
-    connection.request(method, path, body, usual | headers)
+    connection.request(method, path, body, usual | headers, encode_chunked="Transfer-Encoding" in headers)
     answer = connection.getresponse()
     found = answer.read()
     connection.close()
@@ -391,7 +391,7 @@ def test_the_rest_of_http_is_refused_in_openais_form(service):
         assert raw(service, json.dumps(message()), Authorization=key)[0] == 401
     for _ in range(5):  # the answer comes through although more was on its way
         chunked = iter([b" " * 2**19] * 4)
-        assert raw(service, chunked, **{"Transfer-Encoding": "chunked"})[0] in (400, 413)
+        assert raw(service, chunked, **{"Transfer-Encoding": "chunked"})[0] == 413
         assert raw(service, " " * 2**21)[0] == 413
         assert raw(service, " " * 2**21, Host="evil.example")[0] == 403
 

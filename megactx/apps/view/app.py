@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from ..guard import LARGEST, Guard, TooLarge
+from ..guard import Guard
 from . import frames
 from .export import page
 from .player import MOST, Busy, Player
@@ -84,7 +84,6 @@ def build(player: Player, host: str, token: str | None, cookie: str = "megactx")
     ]
     handlers = {
         ValueError: lambda _, error: PlainTextResponse(str(error), 400),
-        TooLarge: lambda *_: PlainTextResponse(f"At most {LARGEST:,} bytes.", 413),
         Busy: lambda *_: PlainTextResponse("The session is at work; stop it first.", 409),
         TimeoutError: lambda *_: PlainTextResponse("The session is at work; try again.", 503),
     }
