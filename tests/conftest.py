@@ -1,6 +1,7 @@
 """What every room's tests share: a cache of their own, a tokenizer that trains in a second, a gist run in miniature."""
 
 import os
+import pickle
 import subprocess
 import sysconfig
 import uuid
@@ -23,6 +24,53 @@ def cache(tmp_path_factory):
         del os.environ["MEGACTX_CACHE"]
     else:
         os.environ["MEGACTX_CACHE"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composing():
+    """Commands that run in this process compose in half of the time, to the same configs.
+
+    A config file is parsed once for all of them; so are the defaults that settings are checked against, where no folder
+    of configs is added. And Hydra does not compose once more only to read ``hydra.mode``, which no config of ours sets.
+    Commands that run as processes of their own do all of it.
+    """
+    from hydra._internal.hydra import Hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    from megactx.framework.config import search_path
+
+    load, mode, compose, kept = OmegaConf.load, Hydra.get_mode, search_path.compose, {}
+
+    def composed(overrides=(), with_hydra=False):
+        known = GlobalHydra.instance()
+        roots = known.config_loader().get_search_path().get_path() if known.is_initialized() else []
+        if {root.provider for root in roots} != {"hydra", "main", "megactx", "schema"}:
+            return compose(overrides, with_hydra)
+        key = (*overrides, with_hydra, *(root.path for root in roots))
+        if key not in kept:
+            kept[key] = pickle.dumps(compose(overrides, with_hydra))
+        return pickle.loads(kept[key])
+
+    def parsed(file):
+        name = getattr(file, "name", file)
+        if not isinstance(name, str | Path):
+            return load(file)
+        found = os.stat(name)
+        key = (str(name), found.st_mtime_ns, found.st_size, found.st_ino)
+        if key not in kept:
+            kept[key] = pickle.dumps(load(file))
+        return pickle.loads(kept[key])
+
+    def told(self, config_name, overrides):
+        asked = any("hydra.mode" in override for override in overrides)
+        return mode(self, config_name, overrides) if asked else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OmegaConf, "load", staticmethod(parsed))
+        patch.setattr(Hydra, "get_mode", told)
+        patch.setattr(search_path, "compose", composed)
+        yield
 
 
 @pytest.fixture(scope="session")

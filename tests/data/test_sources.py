@@ -69,6 +69,7 @@ def test_the_file_list_holds_the_hash_of_every_file(embedded, tmp_path):
         assert listed["python/json/decoder.py"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_the_file_list_needs_no_second_walk(embedded, monkeypatch):
     embedded.load()
     monkeypatch.setattr("megactx.data.embedded._candidates", None)

@@ -306,18 +306,28 @@ def test_a_launcher_runs_jobs_at_once_hides_no_failure_and_skips_what_is_done(gi
 
 
 @pytest.mark.long
-def test_optuna_minimises_what_the_stage_monitors_and_goes_on_with_the_same_trials(gist_sweep, tmp_path):
+def test_optuna_minimises_what_the_stage_monitors_and_goes_on_with_the_same_trials_after_a_kill(gist_sweep, tmp_path):
     reason = "hydra_optuna_sweeper is not installed (the extra optuna)"
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason=reason)
     chosen = [override.replace("experiment=demo", "experiment=sweep_optuna") for override in gist_sweep]
-    for state in ("done", "done before"):
-        ended = start(tmp_path, *chosen, "hydra.sweeper.n_trials=2")
-        assert ended.returncode == 0, ended.stderr
-        folder = tmp_path / "runs" / "sweep_optuna"
-        told = [json.loads(path.read_text()) for path in folder.glob("*/outcome.json")]
-        assert [one["state"] for one in told] == [state] * 2
-        best = OmegaConf.load(folder / "optimization_results.yaml")
-        assert best.best_value == min(one["value"] for one in told)
+    command, folder = [*chosen, "hydra.sweeper.n_trials=3"], tmp_path / "runs" / "sweep_optuna"
+    with subprocess.Popen([*TRAIN, *command], cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 600
+        while len(list(folder.glob("*/outcome.json"))) < 2:  # the second trial has begun
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    begun = {path.parent.name for path in folder.glob("*/outcome.json")}
+    (done,) = folder.glob("*/done")
+    value = json.loads((done.parent / "outcome.json").read_text())["value"]
+    ended = start(tmp_path, *command)
+    assert ended.returncode == 0, ended.stderr
+    told = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/outcome.json")}
+    assert len(told) == 3 and begun <= set(told)  # the trials are the same ones
+    assert sorted(one["state"] for one in told.values()) == ["done", "done", "done before"]
+    assert told[done.parent.name] | {"value": value} == told[done.parent.name]
+    best = OmegaConf.load(folder / "optimization_results.yaml")
+    assert best.best_value == min(one["value"] for one in told.values())
 
 
 def test_a_store_of_the_sweeper_is_refused_with_the_way_to_go_on_without_one():
