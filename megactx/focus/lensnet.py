@@ -113,7 +113,13 @@ class LensNet(nn.Module):
         self.register_buffer("updates", torch.tensor(0))
 
     def forward(
-        self, embeddings: Tensor, lods: Tensor, distance: Tensor, mask: Tensor, mean_embeddings: Tensor | None = None
+        self,
+        embeddings: Tensor,
+        lods: Tensor,
+        distance: Tensor,
+        mask: Tensor,
+        mean_embeddings: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Values of every entry, legal or not.
 
@@ -123,9 +129,10 @@ class LensNet(nn.Module):
             distance: tokens from where each entry sits to the end of its row, [B, W].
             mask: which entries are none of the padding, bool [B, W].
             mean_embeddings: of ``window_mean_embeddings``, [B, W, D]; read where the net was built for it.
+            wanted: columns whose values are read, bool [W]; ``None``: all. The last block works for no others.
 
         Returns:
-            [B, W, 2], v_down and v_keep in nats; 0 in the padding.
+            [B, W, 2], v_down and v_keep in nats; 0 in the padding and where nobody wants any.
         """
         far = torch.log2(1 + distance.float()) / 10
         wide = lods.float() * math.log2(self.block_size) / 10
@@ -140,17 +147,25 @@ class LensNet(nn.Module):
         # Without a mask attention is a seventh faster in wide windows.
         whole = mask.shape[1] >= WIDE and not torch.is_grad_enabled() and bool(mask.all())
         seen, positions = None if whole else mask[:, None, None], -distance.float()[:, None]
-        for block in self.blocks:
-            x = block(x, positions, seen, None if sigma is None else sigma[:, None])
-        values = (self.last(self.head(self.norm(x))) + self.direct(features)).float()
-        return torch.where(mask[..., None], values, 0.0)
+        sigma = None if sigma is None else sigma[:, None]
+        for block in self.blocks[:-1]:
+            x = block(x, positions, seen, sigma)
+        columns = None if wanted is None or bool(wanted.all()) else wanted.nonzero()[:, 0]
+        x = self.blocks[-1](x, positions, seen, sigma, columns)
+        values = self.last(self.head(self.norm(x)))
+        if columns is not None:
+            values = values.new_zeros(*mask.shape, 2).index_copy_(1, columns, values)
+            mask = mask & wanted
+        return torch.where(mask[..., None], (values + self.direct(features)).float(), 0.0)
 
-    def read(self, context: WorkingContext, mean_embeddings: Tensor | None = None) -> Tensor:
+    def read(
+        self, context: WorkingContext, mean_embeddings: Tensor | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
         """The same for a working context: [B, W, 2]; ``mean_embeddings`` where it is known already."""
         distance = context.ends()[:, None] - context.positions()
         if mean_embeddings is None and self.content is not None:
             mean_embeddings = window_mean_embeddings(context)
-        return self(context.to_tensor(), context.lods(), distance, context.mask, mean_embeddings)
+        return self(context.to_tensor(), context.lods(), distance, context.mask, mean_embeddings, wanted)
 
     def likeness(self, context: WorkingContext) -> Tensor:
         """The most that each entry's block, or its left neighbour, is like any question: [B, W], see ``_alike``."""
@@ -171,7 +186,8 @@ class LensNet(nn.Module):
             mean_embeddings: of ``window_mean_embeddings``, where it is known already.
         """
         legal = moves(context) if legal is None else legal
-        v_down, v_keep = masked(self.read(context, mean_embeddings), legal)
+        wanted = (legal.expand | (legal.first >= 0)).any(0)  # no more of them are in Scores
+        v_down, v_keep = masked(self.read(context, mean_embeddings, wanted), legal)
         now = price(v_down, v_keep, legal, context.budget - context.lengths, self.block_size, margin)
         return Scores(v_down, v_keep, now, signed_scores(v_down, v_keep, legal, now, self.tau))
 

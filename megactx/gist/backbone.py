@@ -3,6 +3,8 @@
 B blocks, K tokens (of the block, and of the context to its left where there is any), D width, A heads.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,16 +20,18 @@ def rotary(x: Tensor, positions: Tensor, sigma: Tensor | None = None, share: flo
     pairs turns.
     """
     half = x.shape[-1] // 2
-    pair = torch.arange(half, device=x.device, dtype=torch.float32)
-    frequency = torch.where(pair < share * half, ROTARY_BASE ** (-pair / half), 0.0)
-    angle = positions.to(torch.float32)[..., None] * frequency  # [K, half]
+    turning = math.ceil(share * half)
+    pair = torch.arange(turning, device=x.device, dtype=torch.float32)
+    frequency = ROTARY_BASE ** (-pair / half)
+    angle = positions.to(torch.float32)[..., None] * frequency  # [K, turning]
     cos, sin = angle.cos(), angle.sin()
     if sigma is not None:
         damping = torch.exp(-(sigma.to(torch.float32)[..., None] * frequency).square() / 2)
         cos, sin = cos * damping, sin * damping
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    first, second = x[..., :turning], x[..., half : half + turning]
+    turned = first * cos - second * sin, second * cos + first * sin
+    return torch.cat([turned[0], x[..., turning:half], turned[1], x[..., half + turning :]], dim=-1)
 
 
 class Block(nn.Module):
@@ -45,11 +49,22 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None, sigma: Tensor | None = None) -> Tensor:
-        """x [B, K, D] -> [B, K, D]; positions, sigma: see ``rotary``; mask bool [B, 1, 1, K]: what there is to see."""
-        query, key, value = self._heads(x, positions, sigma)
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        sigma: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, K, D] -> [B, K, D]; positions, sigma: see ``rotary``; mask bool [B, 1, 1, K]: what there is to see.
+
+        With ``columns`` [C] only their states are worked out, from what all hold: [B, C, D].
+        """
+        query, key, value = self._heads(x, positions, sigma, columns)
         dropout = self.dropout if self.training else 0.0
-        return self._residual(x, F.scaled_dot_product_attention(query, key, value, mask, dropout))
+        attended = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        return self._residual(x if columns is None else x[:, columns], attended)
 
     def with_attention(self, x: Tensor, positions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The states of ``forward``, and the weights [B, A, K, K] in fp32, which the fast attention never shows."""
@@ -58,13 +73,17 @@ class Block(nn.Module):
         weights = torch.softmax(scores if mask is None else scores.masked_fill(~mask, -torch.inf), dim=-1)
         return self._residual(x, weights.to(value.dtype) @ value), weights
 
-    def _heads(self, x: Tensor, positions: Tensor, sigma: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        b, k, d = x.shape
-        query, key, value = (
-            self.qkv(self.norm1(x)).view(b, k, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
-        )
-        query, key = (rotary(x, positions, sigma, self.rotary_share) for x in (query, key))
-        return query, key, value
+    def _heads(
+        self, x: Tensor, positions: Tensor, sigma: Tensor | None = None, columns: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, at, wide = self.norm1(x), positions, sigma
+        if columns is None:
+            parts = self.qkv(x).chunk(3, dim=-1)
+        else:
+            at, wide = at[..., columns], None if wide is None else wide[..., columns]
+            parts = map(F.linear, (x[:, columns], x, x), self.qkv.weight.chunk(3))
+        query, key, value = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        return rotary(query, at, wide, self.rotary_share), rotary(key, positions, sigma, self.rotary_share), value
 
     def _residual(self, x: Tensor, attended: Tensor) -> Tensor:  # [B, K, D], [B, A, K, D/A] -> [B, K, D]
         x = x + self._drop(self.out(attended.transpose(1, 2).reshape(x.shape)))

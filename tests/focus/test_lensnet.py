@@ -55,6 +55,24 @@ def test_a_wide_window_without_padding_has_the_values_that_a_mask_gives_it(base,
     torch.testing.assert_close(without, with_mask, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["plain", "damped"])
+@torch.no_grad()
+def test_the_last_block_works_for_wanted_columns_alone_and_their_values_stay(base, monkeypatch, mode):
+    context, net, rows = WorkingContext.recency(tree_of(base, lengths=(150, 130)), 60), lens(gaussian_rope=mode), []
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a: (rows.append(a[0].shape[2]), attend(*a))[1]
+    )
+    legal = moves(context)
+    wanted = (legal.expand | (legal.first >= 0)).any(0)
+    everything, some = net.read(context), net.read(context, wanted=wanted)
+    assert 0 < wanted.sum() < len(wanted) and rows == [len(wanted)] * 3 + [int(wanted.sum())]
+    torch.testing.assert_close(some, torch.where(wanted[:, None], everything, 0.0), rtol=1e-5, atol=1e-6)
+    rows.clear()
+    net.score(context)
+    assert rows == [len(wanted), int(wanted.sum())]
+
+
 @torch.no_grad()
 def test_the_padding_is_neither_read_nor_valued(base):
     context = window(tree_of(base))
