@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -17,6 +18,8 @@ import torch
 from browser import Browser, chromium
 
 from megactx.apps.market import billing
+from megactx.apps.market.__main__ import TOKEN, main
+from megactx.apps.market.store import Store
 from megactx.memory import MegaContextTree
 
 REPOSITORY = Path(__file__).parents[2]
@@ -50,15 +53,15 @@ def start(tmp_path):
 
 
 @pytest.fixture
-def command(tmp_path):
-    """arguments -> (exit code, output) of the command."""
+def command(tmp_path, monkeypatch, capsys):
+    """arguments -> (exit code, output) of the command, in this process: loading torch takes most of one's time."""
+    monkeypatch.chdir(tmp_path)
 
-    def run(*arguments, token=None):
-        path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-        env = os.environ | {"PYTHONPATH": path} | ({"MEGACTX_MARKET_TOKEN": token} if token else {})
-        given = [sys.executable, "-m", MARKET, *map(str, arguments)]
-        done = subprocess.run(given, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-        return done.returncode, done.stdout + done.stderr
+    def run(*arguments, token=""):
+        monkeypatch.setenv(TOKEN, token)
+        capsys.readouterr()
+        code = main([*map(str, arguments)])
+        return code, "".join(capsys.readouterr())
 
     return run
 
@@ -292,3 +295,142 @@ def asked(port, method, path, body=None, headers=None):
         return SimpleNamespace(status=answer.status, text=answer.read().decode("utf-8", "replace"))
     finally:
         connection.close()
+
+
+def nonsense(draw):
+    """A request as no client sends it."""
+    texts = [
+        "",
+        "0",
+        "-1",
+        "9" * 30,
+        "%00",
+        "%ff",
+        "..%2f..%2fmarket.db",
+        "boats",
+        "a" * 3000,
+        "'--",
+        "%F0%9F%9B%B6",
+        "%ed%a0%80",
+    ]
+    roots = [
+        "/api/packages",
+        "/api/uploads",
+        "/packages",
+        "/account",
+        "/moderation",
+        "/publish",
+        "/login",
+        "/",
+        "/nothing",
+    ]
+    roots += [
+        "/api/packages/boats/versions",
+        "/api/packages/boats/differences/1",
+        "/api/packages/boats",
+        "/api/billing",
+    ]
+    ends = [
+        "",
+        "/file",
+        "/buy",
+        "/publish",
+        "/opened",
+        "/reports",
+        "/tokens",
+        "/revoke",
+        "/access",
+        "/readers",
+        "/statistics",
+    ]
+    path = draw.choice(roots) + draw.choice(["", "/" + draw.choice(texts)]) + draw.choice(ends)
+    query = draw.choice(["", "q", "page", "offset", "model"])
+    path += f"?{query}={draw.choice(texts)}" if query else ""
+    bodies = [
+        None,
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"\\ud800"',
+        b"[" * 5000,
+        b'{"bytes": 1e400}',
+        b"\xff\xfe",
+        b"csrf=x&name=%ed%a0%80",
+    ]
+    bodies += [
+        b'{"bytes": 9, "sha256": "' + b"0" * 64 + b'"}',
+        b'{"reason": "\\ud800"}',
+        b'{"version": 1.5}',
+        b"--x\r\n\r\n",
+    ]
+    kinds = [
+        "application/json",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+        "multipart/form-data; boundary=x",
+    ]
+    headers = {"Content-Type": draw.choice([*kinds, "text/plain", "\xff"])}
+    if draw.random() < 0.3:
+        headers["Range"] = draw.choice(["bytes=", "bytes=9-1", "bytes=-", "bytes=99999999999-", "bytes=0-1,3-4", "x"])
+    if draw.random() < 0.3:
+        headers[billing.HEADER] = draw.choice(["", "t=1,v1=" + "0" * 64, "t=" + "9" * 12 + ",v1=" + "0" * 64, "\xff"])
+    if draw.random() < 0.3:
+        headers["Cookie"] = draw.choice(["megactx-market=x", "megactx-form=x; megactx-market=\xff", "=;=", "a" * 4000])
+    return draw.choice(["GET", "POST", "PATCH", "DELETE", "PUT", "HEAD"]), path, draw.choice(bodies), headers
+
+
+@pytest.mark.slow
+def test_malformed_requests_by_the_hundred_are_answered_as_mistakes(start, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("s" * 40)
+    market = start("serve", "data", "--port", 0, "--billing", "http://127.0.0.1:9/", "--billing-secret", secret)
+    store = Store(tmp_path / "data")
+    store.sign_up("anna", PASSWORD)
+    token = store.new_token(store.of_session(store.log_in("anna", PASSWORD)), "", ["read", "publish", "buy"])
+    draw, statuses = random.Random(0), []
+    for number in range(360):
+        method, path, body, headers = nonsense(draw)
+        if number % 3:
+            headers["Authorization"] = draw.choice([f"Bearer {token}"] * 9 + ["Bearer \xff", "Bearer", "Basic x"])
+        found = asked(market.port, method, path, body, headers)
+        statuses.append(found.status)
+        assert found.status < 500 and "Traceback" not in found.text, (method, path, body, headers, found.text[:500])
+    assert {200, 400, 404, 405} <= {*statuses}
+    assert asked(market.port, "GET", "/health").status == 200
+
+
+@pytest.mark.long
+def test_what_a_fuzzer_asks_of_the_schema_gives_no_error_of_the_server(start, tmp_path):
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+    from schemathesis.checks import not_a_server_error
+
+    market = start("serve", "data", "--port", 0)
+    store = Store(tmp_path / "data")
+    statuses = []
+    right, wrong = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
+    quiet = settings(
+        max_examples=12, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None
+    )
+    schema = schemathesis.openapi.from_url(f"{market.address}/openapi.json")
+    for number, operation in enumerate(schema.get_all_operations()):
+        store.sign_up(f"name-{number}", PASSWORD)  # each has limits of its own
+        account = store.of_session(store.log_in(f"name-{number}", PASSWORD))
+        headers = {"Authorization": f"Bearer {store.new_token(account, '', ['read', 'publish', 'buy'])}"}
+        for mode in (right, wrong):
+
+            @quiet
+            @given(case=operation.ok().as_strategy(generation_mode=mode))
+            def ask(case):
+                response = case.call(headers=headers)  # noqa: B023  it is asked at once
+                statuses.append(response.status_code)
+                case.validate_response(response, checks=[not_a_server_error])
+                assert "Traceback" not in response.text
+
+            try:
+                ask()
+            except Exception as error:
+                if type(error).__name__ not in ("SkipTest", "Unsatisfiable"):  # nothing of it can be wrong
+                    raise
+    assert len(statuses) > 100 and {200, 400, 404} <= {*statuses}
