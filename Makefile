@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-.PHONY: demo smoke smollm2 test test-slow test-long lint bench bench-storage findings sweep clean
+.PHONY: demo smoke smollm2 test test-slow test-long lint bench bench-gpu bench-storage findings sweep clean
 
 demo: $(STAMP)
 	$(BIN)/python train.py experiment=demo
@@ -47,6 +47,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/runtime.py
 	$(BIN)/python benchmarks/node_prefill.py
 	$(if $(OLD),$(BIN)/python benchmarks/beside.py $(OLD))
+
+# What is promised of a CUDA card, in eight minutes on one; writes docs/gpu.md.
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
 
 # A tree of 100 M tokens on disk: 5 GB for some minutes. It fails where a goal is missed. OLD: another checkout beside it.
 bench-storage: $(STAMP)

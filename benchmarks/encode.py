@@ -1,6 +1,6 @@
 """How fast every carrier learns and is made, and GistNet against the matrix products that it consists of.
 
-    python benchmarks/encode.py [--base asset:tiny-base] [--widths 256 2048]
+    python benchmarks/encode.py [--base asset:tiny-base] [--widths 256 2048] [--matmul]
 
     training    one carrier at a time through the gist stage: teacher pass, carriers, packed pass, loss, backward,
                 AdamW; replaced blocks per second
@@ -162,7 +162,7 @@ def bench_matmul(width: int, dtype: str, blocks: int) -> dict:
 def benchmark(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     stage = stage_of(arguments.base)
-    nets = dict(stage.nets) | {"avgpool": AvgPool(stage.main.block_size)}
+    nets = {} if arguments.matmul else dict(stage.nets) | {"avgpool": AvgPool(stage.main.block_size)}
     carriers = [bench_carrier(stage, *item) for item in track(nets.items(), "carriers", transient=True)]
     widths = arguments.widths or [stage.base.width, *([2048] if CUDA else [])]
     cases = [(width, dtype, n) for width in widths for dtype in ("float32", "bfloat16") for n in BLOCKS]
@@ -175,7 +175,8 @@ def benchmark(arguments: argparse.Namespace) -> None:
         spans = "-" if row["spans_per_second"] is None else f"{row['spans_per_second']:,.1f}"
         speeds = [f"{row[key]:,.0f}" for key in ("encode_tokens_per_second", "with_base_tokens_per_second")]
         table.add_row(row["carrier"], f"{row['parameters']:,}", spans, *speeds)
-    console.print(table)
+    if carriers:
+        console.print(table)
     table = Table(title=f"GistNet encode against its own matrix products, {DEVICE}")
     for heading in ("width", "dtype", "blocks", "matmul GFLOP/s", "encode GFLOP/s", "of matmul", "encode tokens/s"):
         table.add_column(heading, justify="right")
@@ -196,6 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", default="asset:tiny-base")
     parser.add_argument("--widths", type=int, nargs="+", help="of the GistNet (default: the base's, on a GPU 2048 too)")
+    parser.add_argument("--matmul", action="store_true", help="only the second table")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/encode.json"))
     return run(benchmark, parser, arguments)
 

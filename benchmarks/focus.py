@@ -192,14 +192,16 @@ def base_of(arguments, device: str, bf16: bool) -> BaseLM:
     dtype = torch.bfloat16 if bf16 else torch.float32
     if arguments.shapes == "tiny":
         return BaseLM.from_pretrained(arguments.base).freeze().to(device, dtype)
-    from smollm3_shapes import CONFIG
+    from shapes import SHAPES
+
+    config = SHAPES["smollm3"]
 
     sizes = dict(num_hidden_layers=arguments.layers, hidden_size=arguments.width, vocab_size=arguments.vocabulary)
-    sizes |= dict(intermediate_size=arguments.width * CONFIG["intermediate_size"] // CONFIG["hidden_size"])
+    sizes |= dict(intermediate_size=arguments.width * config["intermediate_size"] // config["hidden_size"])
     sizes |= dict(bos_token_id=None, eos_token_id=None, pad_token_id=1)  # not all vocabularies have its own
     torch.manual_seed(0)
     with torch.device(device):
-        return BaseLM.from_config(CONFIG | sizes).freeze().to(dtype)
+        return BaseLM.from_config(config | sizes).freeze().to(dtype)
 
 
 def lensnet_of(base: BaseLM) -> LensNet:

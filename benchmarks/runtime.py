@@ -63,13 +63,15 @@ def models_of(arguments, device: str) -> Models:
     """The asked models, filled up with nets of default settings and random weights."""
     torch.manual_seed(0)
     if arguments.shapes == "smollm3":
-        from smollm3_shapes import CONFIG
+        from shapes import SHAPES
+
+        config = SHAPES["smollm3"]
 
         sizes = dict(num_hidden_layers=arguments.layers, hidden_size=arguments.width, vocab_size=arguments.vocabulary)
-        sizes |= dict(intermediate_size=arguments.width * CONFIG["intermediate_size"] // CONFIG["hidden_size"])
+        sizes |= dict(intermediate_size=arguments.width * config["intermediate_size"] // config["hidden_size"])
         sizes |= dict(bos_token_id=None, eos_token_id=None, pad_token_id=1)
         with torch.device(device):
-            base = BaseLM.from_config(CONFIG | sizes)
+            base = BaseLM.from_config(config | sizes)
         models = Models(base, name="the shapes of SmolLM3-3B")
     else:
         models = load_models(arguments.model, device)

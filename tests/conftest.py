@@ -53,11 +53,9 @@ def composing():
         return pickle.loads(kept[key])
 
     def parsed(file):
-        name = getattr(file, "name", file)
-        if not isinstance(name, str | Path):
-            return load(file)
+        name = str(file if isinstance(file, str | Path) else file.name)
         found = os.stat(name)
-        key = (str(name), found.st_mtime_ns, found.st_size, found.st_ino)
+        key = (name, found.st_mtime_ns, found.st_size, found.st_ino)
         if key not in kept:
             kept[key] = pickle.dumps(load(file))
         return pickle.loads(kept[key])

@@ -1,4 +1,5 @@
 import fcntl
+import json
 import logging
 import os
 import resource
@@ -171,20 +172,105 @@ def test_one_word_that_is_longer_than_a_piece_loses_nothing(tiny_tokenizer):
     assert tiny_tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
-def test_words_that_are_encoded_alone_give_the_ids_of_the_text(tiny_tokenizer):
-    rng, encoder = np.random.default_rng(0), Encoder(tiny_tokenizer)
-    kinds = list("aBé7½.'s_\n\r\t   \xa0你🙂\u0301lt") + [
-        "'ll",
-        "<|bos|>",
-        "12 3",
-        "\n    ",
-        *'()[]{}"@~^',
-        "def",
-        " x",
+LLAMA3 = "|".join(
+    [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
     ]
-    texts = ["".join(rng.choice(kinds, 30)) for _ in range(1000)]
-    assert encoder.known is not None
-    assert [ids.tolist() for ids in encoder(texts)] == tiny_tokenizer(texts, add_special_tokens=False)["input_ids"]
+)
+TRIED = [
+    *"aBé7½.'s_\n\r\t   \xa0你🙂\u0301ltß\u0378\u2028",
+    "'ll",
+    "<|bos|>",
+    "12 3",
+    "\n    ",
+    *'()[]{}"@~^',
+    "def",
+    " x",
+]
+
+
+def byte_level(pretokenizer):
+    """A byte-level BPE of 600 ids behind it, trained on code and on random letters, so that merges have many ties."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng, one = np.random.default_rng(1), Tokenizer(models.BPE())
+    one.pre_tokenizer = pretokenizer
+    texts = [Path(json.__file__).read_text(), *("".join(rng.choice(list("abcd 1é"), 2000)) for _ in range(20))]
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    one.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=600, initial_alphabet=letters, special_tokens=["<|bos|>", "<s>"], show_progress=False
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=one, bos_token="<s>", split_special_tokens=True)
+
+
+def byte_levels() -> dict:
+    from tokenizers import Regex, pre_tokenizers
+
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    unsplit = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
+    split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), unsplit])
+    return {"gpt2": plain, "digits": digits, "llama3": split}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "digits", "llama3"])
+def test_merges_by_rank_give_the_ids_of_the_tokenizer(name):
+    rng, tokenizer = np.random.default_rng(0), byte_level(byte_levels()[name])
+    merges = Encoder(tokenizer).merges
+    texts = ["".join(rng.choice(TRIED, 30)) for _ in range(2000)]
+    texts += ["".join(rng.choice(list("abcd 1é"), 200)) for _ in range(200)]
+    found = [merges(text) for text in texts]
+    assert sum(ids is not None for ids in found) > 500  # the others have characters that were not tried
+    whole = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert all(ids is None or ids.tolist() == right for ids, right in zip(found, whole, strict=True))
+
+
+def test_many_texts_and_long_ones_have_the_ids_of_each_alone():
+    rng, tokenizer = np.random.default_rng(0), byte_level(byte_levels()["digits"])
+    texts = ["".join(rng.choice(TRIED, size)) for size in (0, 3, 200, 50_000, 150_000)]
+    texts += [text.replace("你", "").replace("🙂", "") for text in texts]
+    whole = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    assert [ids.tolist() for ids in Encoder(tokenizer)(texts)] == whole
+
+
+@pytest.mark.parametrize("change", ["two ways to a token", "a token that its text does not become", "no byte", "added"])
+def test_what_ranks_cannot_tell_stays_with_the_tokenizer(change):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    rules = json.loads(byte_level(byte_levels()["gpt2"]).backend_tokenizer.to_str())
+    model = rules["model"]
+    if change == "two ways to a token":  # which of them comes first depends on what is around
+        model["vocab"] |= {"xy": 600, "yz": 601, "xyz": 602}
+        model["merges"] += [["y", "z"], ["x", "y"], ["x", "yz"], ["xy", "z"]]
+    elif change == "a token that its text does not become":
+        model["vocab"] |= {"yz": 600, "xy": 601, "xyz": 602}
+        model["merges"] += [["y", "z"], ["x", "y"], ["xy", "z"]]
+    elif change == "no byte":
+        del model["vocab"]["Ć"]  # byte 6
+    else:
+        added = {name: False for name in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+        rules["added_tokens"] += [added | {"id": 600, "content": "def"}]
+    backend = Tokenizer.from_str(json.dumps(rules))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", split_special_tokens=True)
+    encoder, text = Encoder(tokenizer), "xyz xyyz yz axyz def xyzxyz \x06x \x07 " * 4000
+    if change == "a token that its text does not become":
+        assert b"xyz" not in encoder.merges.encoding._mergeable_ranks
+    elif change == "no byte":
+        assert encoder.merges("x\x06") is None and encoder.merges("x\x07") is not None
+    else:
+        assert encoder.merges is None
+    assert encoder([text])[0].tolist() == tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def test_truncation_and_padding_of_a_tokenizer_do_not_reach_the_corpus(tiny_tokenizer, tmp_path):

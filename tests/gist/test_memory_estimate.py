@@ -33,7 +33,7 @@ SMOLLM2_135M = dict(
 
 
 def benchmark():
-    spec = importlib.util.spec_from_file_location("smollm3_shapes", REPOSITORY / "benchmarks" / "smollm3_shapes.py")
+    spec = importlib.util.spec_from_file_location("shapes", REPOSITORY / "benchmarks" / "shapes.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -84,7 +84,7 @@ def test_large_and_small_figures_can_be_read():
 
 @pytest.mark.parametrize("name", ["smollm3_3b_stage1", "smollm2_135m_stage1"])
 def test_an_experiment_on_a_public_model_states_the_memory_that_it_needs(name):
-    config = benchmark().CONFIG if "smollm3" in name else SMOLLM2_135M
+    config = benchmark().SHAPES["smollm3" if "smollm3" in name else "smollm2"]
     cfg = compose([f"experiment={name}"])
     with torch.device("meta"):
         base = BaseLM.from_config(config).to(getattr(torch, cfg.base.dtype))
@@ -137,7 +137,7 @@ QWEN3_0_6B = dict(
 def test_a_retrofit_of_a_public_model_states_the_memory_that_it_needs(name, config):
     cfg = compose([f"experiment=retrofit_{name}"])
     with torch.device("meta"):
-        base = BaseLM.from_config(config or benchmark().CONFIG).to(getattr(torch, cfg.base.dtype))
+        base = BaseLM.from_config(config or benchmark().SHAPES["smollm3"]).to(getattr(torch, cfg.base.dtype))
         net = GistNet(base.width, 1.0, base=base, **cfg.gistnet)
     shape = (cfg.preset.batch, cfg.data.max_tokens, cfg.preset.spans, cfg.horizon.tokens)
     parts = memory_estimate(base, [net], *shape, "cpu" if cfg.base.dtype == "float32" else "cuda")
@@ -153,7 +153,7 @@ def test_a_retrofit_of_a_public_model_states_the_memory_that_it_needs(name, conf
 def test_the_shapes_of_smollm3_take_training_steps(tmp_path, monkeypatch, capsys):
     module = benchmark()
     small = dict(hidden_size=64, vocab_size=512, intermediate_size=128, pad_token_id=1, bos_token_id=0)
-    monkeypatch.setattr(module, "CONFIG", module.CONFIG | small | {"eos_token_id": None})
+    monkeypatch.setitem(module.SHAPES, "smollm3", module.SHAPES["smollm3"] | small | {"eos_token_id": None})
     out = tmp_path / "out.json"
     command = ["--cpu", "--layers", "4", "--tokens", "256", "--spans", "2", "--steps", "2", "--out", str(out)]
     module.main(command)
@@ -161,6 +161,8 @@ def test_the_shapes_of_smollm3_take_training_steps(tmp_path, monkeypatch, capsys
     assert "Memory of a step: about" in said and "tokens/s" in said and out.exists()
     row = json.loads(out.read_text())
     assert len(row["seconds"]) == 2 and all(0 < loss < 100 for loss in row["losses"]) and row["peak"] > 0
+    # The base reads 256 tokens, then 2 x 32 rows of both nets, forwards and, for the rows, backwards.
+    assert row["flops"] > 2 * 4 * 64 * 3 * 128 * (256 + 2 * 2 * 32) and row["mfu"] is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")

