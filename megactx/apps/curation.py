@@ -34,7 +34,7 @@ def curate(args: argparse.Namespace) -> None:
         ValueError: no tree, one in use, no plan, or a policy that is not known.
     """
     named = policies_of(args.policy)
-    with _held(Path(args.session).expanduser()) as folder:
+    with held(Path(args.session).expanduser()) as folder:
         tree = Curated(folder, args.floor)
         if args.action == "report":
             for what, size in tree.file.sizes().items():
@@ -63,7 +63,7 @@ def curate(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[Path]:
+def held(folder: Path) -> Iterator[Path]:
     """The folder of a session's tree, which nobody else has open; or that of a tree."""
     if not session_files.is_session(folder):
         yield folder

@@ -5,11 +5,12 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def extra(what: str) -> Iterator[None]:
-    """Imports of packages of the extra ``apps``.
+def extra(what: str, name: str = "apps") -> Iterator[None]:
+    """Imports of packages of an extra.
 
     Args:
         what: needs them, for the message.
+        name: of the extra.
 
     Raises:
         ValueError: one is not installed.
@@ -17,4 +18,4 @@ def extra(what: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ValueError(f"{what}: pip install 'megactx[apps]' first ({error})") from error
+        raise ValueError(f"{what}: pip install 'megactx[{name}]' first ({error})") from error

@@ -40,10 +40,22 @@ class Guard:
         token: of the run; ``/?token=...`` puts it into a cookie, which all other requests need. ``None``: none is.
         cookie: its name; cookies of one host are the same on all ports.
         refuse: (message, status) -> the answer that says so.
+        headers: of every answer.
+        public: https://NAME under which a proxy on this machine shows the server, if one does.
     """
 
-    def __init__(self, app, host: str, token: str | None = None, cookie: str = "megactx", refuse=PlainTextResponse):
+    def __init__(
+        self,
+        app,
+        host: str,
+        token: str | None = None,
+        cookie: str = "megactx",
+        refuse=PlainTextResponse,
+        headers: dict[str, str] = HEADERS,
+        public: str | None = None,
+    ):
         self.app, self.host, self.token, self.cookie, self.refuse = app, host, token, cookie, refuse
+        self.headers, self.public = headers, public
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -55,7 +67,7 @@ class Guard:
 
         async def answer(message) -> None:
             if message["type"] == "http.response.start":
-                extra = dict(HEADERS)
+                extra = dict(self.headers)
                 if fresh:
                     extra["set-cookie"] = f"{self.cookie}={self.token}; Path=/; HttpOnly; SameSite=Strict"
                 message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in extra.items())]
@@ -73,9 +85,10 @@ class Guard:
 
     def _refusal(self, scope, headers: dict[str, str]) -> Response | None:
         name = headers.get("host", "")
-        if not self._known(name):
+        if not (self._known(name) or self._shown(name)):
             return self.refuse("This name is not one of this server's.", 403)
-        if headers.get("origin", f"http://{name}") != f"http://{name}":
+        own = self.public if self._shown(name) else f"http://{name}"
+        if headers.get("origin", own) != own:
             return self.refuse("Another site may not ask here.", 403)
         if self.token is not None and not (self._kept(headers) or (scope["path"] == "/" and self._asked(scope))):
             return self.refuse("Open the address that the terminal shows, with its token.", 403)
@@ -83,6 +96,9 @@ class Guard:
         if not length.isdecimal() or len(length) > 15 or int(length) > LARGEST:
             return self.refuse(TOO_LARGE, 413)
         return None
+
+    def _shown(self, name: str) -> bool:
+        return self.public is not None and f"https://{name.casefold()}" == self.public.casefold()
 
     def _known(self, host: str) -> bool:
         name = (host.rpartition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]).casefold()

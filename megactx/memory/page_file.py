@@ -18,6 +18,7 @@ from pathlib import Path
 
 PARTS = ("body", "facts", "key")
 CHECK = 16  # bytes of a checksum
+LARGEST = 2**28  # bytes of a page that was zipped: who made the file may be a stranger
 TABLES = {
     "page": "id INTEGER PRIMARY KEY, value BLOB NOT NULL, checksum BLOB NOT NULL, zipped INTEGER NOT NULL",
     "about": "name TEXT PRIMARY KEY, value TEXT NOT NULL",
@@ -121,7 +122,7 @@ class PageFile:
         value, checksum, zipped = found
         if not isinstance(value, bytes) or _checksum(own, value) != checksum:
             raise ValueError("it is damaged: its checksum is another one")
-        return zlib.decompress(value) if zipped else value
+        return _unzipped(value) if zipped else value
 
     def sizes(self) -> dict[str, int]:
         """Bytes of tokens, gists, facts and keys as they lie there, and of the archive."""
@@ -157,6 +158,17 @@ def _rows(pages, zipped: bool) -> Iterator[tuple]:
         short = len(smaller) < 0.9 * len(value)
         value = smaller if short else value
         yield own, value, _checksum(own, value), int(short)
+
+
+def _unzipped(value: bytes) -> bytes:
+    stream = zlib.decompressobj()
+    try:
+        whole = stream.decompress(value, LARGEST)
+    except zlib.error as error:
+        raise ValueError(f"it is damaged ({error})") from error
+    if not stream.eof:
+        raise ValueError(f"it is damaged, or larger than {LARGEST:,} bytes")
+    return whole
 
 
 def _id(lod: int, part: str, number: int) -> int:
