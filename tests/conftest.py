@@ -31,8 +31,8 @@ def composing():
     """Commands that run in this process compose in half of the time, to the same configs.
 
     A config file is parsed once for all of them; so are the defaults that settings are checked against, where no folder
-    of configs is added. And Hydra does not compose once more only to read ``hydra.mode``, which no config of ours sets.
-    Commands that run as processes of their own do all of it.
+    of configs is added. And Hydra composes once more only to read ``hydra.mode`` where that may be set: by hand, or
+    by an experiment that is a sweep. Commands that run as processes of their own do all of it.
     """
     from hydra._internal.hydra import Hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -61,7 +61,7 @@ def composing():
         return pickle.loads(kept[key])
 
     def told(self, config_name, overrides):
-        asked = any("hydra.mode" in override for override in overrides)
+        asked = any("hydra" in override or "=sweep" in override for override in overrides)
         return mode(self, config_name, overrides) if asked else None
 
     with pytest.MonkeyPatch.context() as patch:

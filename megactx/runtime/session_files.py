@@ -105,6 +105,7 @@ def _name(stream: Stream, folder: Path, data: Path, about: dict) -> None:
         "data": data.name,
         "tokens": int(stream.lengths[0]),
         "tokenizer": tokenizer_hash(stream.base.tokenizer),
+        "model": stream.models.name,
         "settings": stream.settings.as_dict(),
         "about": about,
     }
@@ -133,7 +134,8 @@ def load(folder: Path, models, settings: Settings, observers=()) -> tuple[Stream
     try:
         data, about = folder / manifest["data"], manifest["about"]
         if manifest["tokenizer"] not in (tokenizer_hash(models.base.tokenizer), vocabulary_hash(models.base.tokenizer)):
-            raise ValueError(f"{folder}: the session belongs to another tokenizer, {manifest['tokenizer']}")
+            made = manifest.get("model") or manifest["tokenizer"]
+            raise ValueError(f"{folder}: the session belongs to another tokenizer, that of {made}; name it with --model")
         if data.is_symlink() or (data / STATE).is_symlink() or not isinstance(about, dict):
             raise ValueError(f"{folder}: {MANIFEST} is damaged, or leads elsewhere")
         keys, device = models.keys if settings.keys else None, models.base.model.device

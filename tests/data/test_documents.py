@@ -229,6 +229,8 @@ def test_merges_by_rank_give_the_ids_of_the_tokenizer(name):
     merges = Encoder(tokenizer).merges
     texts = ["".join(rng.choice(TRIED, 30)) for _ in range(2000)]
     texts += ["".join(rng.choice(list("abcd 1é"), 200)) for _ in range(200)]
+    # Long words are merged by another algorithm there.
+    texts += ["".join(rng.choice(list(few), n)) for few in ("abcd", "a", "aé", "é1", "()", "\n ") for n in (499, 3000)]
     found = [merges(text) for text in texts]
     assert sum(ids is not None for ids in found) > 500  # the others have characters that were not tried
     whole = tokenizer(texts, add_special_tokens=False)["input_ids"]

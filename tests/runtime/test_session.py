@@ -185,8 +185,8 @@ def test_a_tree_of_another_gistnet_or_tokenizer_is_refused(session, models, make
     with pytest.raises(ValueError, match="another GistNet made it"):
         Session.load(folder, Controller(make_models(seed=1), settings))
     manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"tokenizer": "0" * 16}))
-    with pytest.raises(ValueError, match="belongs to another tokenizer"):
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"tokenizer": "0" * 16, "model": "smollm2"}))
+    with pytest.raises(ValueError, match="belongs to another tokenizer, that of smollm2; name it with --model"):
         Session.load(folder, controller())
     with pytest.raises(ValueError, match="there is no session"):
         Session.load(tmp_path / "nowhere", controller())
