@@ -135,7 +135,8 @@ def load(folder: Path, models, settings: Settings, observers=()) -> tuple[Stream
         data, about = folder / manifest["data"], manifest["about"]
         if manifest["tokenizer"] not in (tokenizer_hash(models.base.tokenizer), vocabulary_hash(models.base.tokenizer)):
             made = manifest.get("model") or manifest["tokenizer"]
-            raise ValueError(f"{folder}: the session belongs to another tokenizer, that of {made}; name it with --model")
+            said = f"belongs to another tokenizer, that of {made}; name it with --model"
+            raise ValueError(f"{folder}: the session {said}")
         if data.is_symlink() or (data / STATE).is_symlink() or not isinstance(about, dict):
             raise ValueError(f"{folder}: {MANIFEST} is damaged, or leads elsewhere")
         keys, device = models.keys if settings.keys else None, models.base.model.device
