@@ -6,7 +6,7 @@
 Time and memory depend on shapes only, so nothing is downloaded. A step is what experiment=smollm3_3b_stage1 does with
 one batch: teacher pass, the default GistNet and blockmean_linear on the same blocks, packed pass, KL, backward and
 AdamW; in bf16 where the device has it. The peak is printed beside what megactx.gist.memory_estimate computed before;
-MFU is the FLOPs that torch counts in a step, by its time, of what the card's data sheet says.
+MFU is the FLOPs of a step as ``callbacks=counted`` counts them, by its time, of what the card's data sheet says.
 """
 
 import argparse
@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_convert
-from torch.utils.flop_counter import flop_registry
 
 from megactx.data.spans import SpanBatches
+from megactx.framework.callbacks.flops import Counter
 from megactx.framework.callbacks.throughput import peak
 from megactx.framework.command_line import run
 from megactx.framework.run.device import choose
@@ -62,18 +61,6 @@ SHAPES = {
         tie_word_embeddings=True,
     ),
 }
-
-
-class Flops(TorchDispatchMode):
-    """Counts by torch's own formulas; torch's counter follows modules too, which a packed pass does not let it."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if formula := flop_registry.get(func._overloadpacket):
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 def loss_of(base, nets, batch, horizon):
@@ -129,7 +116,7 @@ def bench(arguments, device: str, bf16: bool) -> dict:
         optimizer.zero_grad()
         return loss.item()  # waits for the device
 
-    with Flops() as counted:
+    with Counter() as counted:
         step(0)
     for index in range(arguments.steps):
         began = time.perf_counter()

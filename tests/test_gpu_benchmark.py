@@ -28,7 +28,10 @@ def test_the_page_says_of_every_figure_that_no_card_has_measured_it(gpu):
 def test_a_figure_is_judged_by_its_goal_and_one_without_a_value_is_not(gpu):
     packed = {"rows": [{"ratio": {"full": 59.0}}]}
     step = {"spans_per_second": 7.0, "mfu": None, "peak": 105.0, "expected": 100.0}
-    table = {what: (said, judged) for what, _, said, judged in gpu.rows({"packed": packed, "step 3B": step})}
+    encode = {"matmul": [{"share": 0.3, "dtype": "float32"}, {"share": 0.61, "dtype": "bfloat16"}]}
+    found = {"packed": packed, "step 3B": step, "encode": encode}
+    table = {what: (said, judged) for what, _, said, judged in gpu.rows(found)}
+    assert table["GistNet's encode, % of its own matrix products in bf16"] == ("61", True)
     assert table["packed pass over a loop of full forwards, T = 4,096, H = 32"] == ("59.0", False)
     assert table["memory of it, % away from the estimate"] == ("5", True)
     assert table["blocks a second in training, shapes of SmolLM3-3B, T = 16,384"] == ("7.0", None)
@@ -40,7 +43,7 @@ def test_a_part_that_fails_is_told_and_the_others_run(gpu, monkeypatch, capsys):
     broken = gpu.Part("shapes.py", [], ["--shapes", "none"], 60)
     late = gpu.Part("shapes.py", [], gpu.STEP, 0)
     monkeypatch.setattr(gpu, "PARTS", {"step 3B": broken, "step 135M": late})
-    assert gpu.main(["--miniature", "--parts", "step 3B", "step 135M"]) == 3
+    assert gpu.main(["--miniature"]) == 3
     told = capsys.readouterr().out
     assert "invalid choice" in told and "not done after 0 s" in told and not gpu.PAGE.exists()
 

@@ -178,8 +178,8 @@ class _Merges:
     def of(cls, backend) -> "_Merges | None":
         rules = json.loads(backend.to_str())
         model, pattern = rules["model"], _pattern(rules["pre_tokenizer"])
-        odd = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-        if pattern is None or model["type"] != "BPE" or any(model.get(name) for name in odd):
+        unlike = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+        if pattern is None or model["type"] != "BPE" or any(model.get(name) for name in unlike):
             return None
         letters, vocab = _byte_letters(), model["vocab"]
         pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
@@ -199,7 +199,7 @@ class _Merges:
 
     def _encoded_otherwise(self, backend) -> list[str]:
         """Bytes that the vocabulary lacks; and the libraries may have tables of characters of different age."""
-        tried = [f"a{c}b {c}1{c}{c} {c}'s\n{c}." for c in map(chr, range(TRIED))]
+        tried = [f"a{c}b {c}1{c}{c} {c}'s '{c} {c}\r\n{c}." for c in map(chr, range(TRIED))]
         found = backend.encode_batch_fast(tried, add_special_tokens=False)
         return [text[1] for text, one in zip(tried, found, strict=True) if self._encode(text).tolist() != one.ids]
 

@@ -645,6 +645,8 @@ def test_a_purchase_is_told_tried_again_and_settled_and_a_replay_is_refused(sell
     replayed = [again(selling.port, "/api/billing", header, body) for _ in range(2)][-1]
     assert replayed.status == 403 and "used already" in replayed.text
     assert store.hooks_due() == []
+    store.change(anna, "boats", "private", 0)  # who has paid keeps it
+    assert client_.get("boats", tmp_path / "later").name == "boats"
 
 
 def test_a_settlement_is_taken_only_with_a_right_new_signature_of_the_billing_service(selling):

@@ -186,6 +186,7 @@ LLAMA3 = "|".join(
 TRIED = [
     *"aBé7½.'s_\n\r\t   \xa0你🙂\u0301ltß\u0378\u2028",
     "'ll",
+    "'ſ",  # in some libraries an s, where case does not count
     "<|bos|>",
     "12 3",
     "\n    ",

@@ -84,6 +84,12 @@ def test_every_job_of_the_sweep_trains_on_as_many_tokens():
     assert len(lengths) == 1
 
 
+def test_an_experiment_that_is_a_sweep_says_so_in_its_name():
+    """The tests compose others once less, see ``composing``: one that they take for a run trains for long."""
+    for path in root("conf").rglob("*.yaml"):
+        assert ("mode: MULTIRUN" in path.read_text()) == path.name.startswith("sweep"), path
+
+
 @pytest.mark.parametrize(
     ("grids", "said"),
     [

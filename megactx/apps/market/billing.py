@@ -24,7 +24,10 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse
 
+from megactx.framework.files import replacing
+
 from ..guard import Guard
+from .client import NoRedirect
 from .store import Store
 
 HEADER, WINDOW = "megactx-signature", 300
@@ -82,12 +85,7 @@ def post(url: str, secret: bytes, who: str, body: bytes) -> int:
         return 0
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):
-        return None
-
-
-_plain = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
+_plain = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirect)
 
 
 class Sender:
@@ -134,7 +132,7 @@ class Receiver:
 
     Args:
         market: its address.
-        folder: where it keeps which events it knows.
+        path: where it keeps which events it knows.
     """
 
     def __init__(self, market: str, secret: bytes, path: Path):
@@ -162,7 +160,8 @@ class Receiver:
             if told["event"] not in self.known["events"]:
                 self.known["events"][told["event"]] = "paid"
             state = self.known["events"][told["event"]]
-            self.path.write_text(json.dumps(self.known))
+            with replacing(self.path) as part:
+                part.write_text(json.dumps(self.known))
         answer = json.dumps({"event": told["event"], "purchase": told["purchase"], "state": state}).encode()
         threading.Thread(target=self._answer, args=(answer,), daemon=True).start()
         return 200, "taken"

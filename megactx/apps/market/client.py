@@ -219,12 +219,14 @@ class Client:
             raise Failed(error.code, message) from error
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):  # the token is this market's
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A token and a signature are for the one who was named."""
+
+    def redirect_request(self, *_):
         return None
 
 
-_opener = urllib.request.build_opener(_NoRedirect)
+_opener = urllib.request.build_opener(NoRedirect)
 
 
 def _reason(error: BaseException) -> str:

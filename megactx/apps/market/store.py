@@ -326,8 +326,7 @@ class Store:
         row, path, there = self.upload(account, upload)
         if there != row["bytes"]:
             raise Refused(409, f"{there} of {row['bytes']} bytes are there.")
-        if access not in ACCESS or not (1 <= price <= DEAREST if access == "paid" else price == 0):
-            raise Refused(400, f"access is {', '.join(ACCESS)}; price is in cents, 0 of what is not paid.")
+        _check_terms(access, price)
         if checksum(path) != row["sha256"]:
             self.drop(account, upload)
             raise Refused(400, "The upload is damaged: its checksum is another one. Upload it again.")
@@ -454,8 +453,7 @@ class Store:
 
     def change(self, account, name: str, access: str, price: int) -> None:
         """Of an own package who may get it."""
-        if access not in ACCESS or not (1 <= price <= DEAREST if access == "paid" else price == 0):
-            raise Refused(400, f"access is {', '.join(ACCESS)}; price is in cents, 0 of what is not paid.")
+        _check_terms(access, price)
         with self.step() as db:
             row = _own(db, account, name)
             db.execute("UPDATE package SET access=?, price=? WHERE id=?", (access, price, row["id"]))
@@ -585,7 +583,8 @@ def seen(db, account, name: str) -> tuple[sqlite3.Row, set[str]]:
         paid = db.execute(
             "SELECT 1 FROM purchase WHERE package=? AND account=? AND state='paid'", (row["id"], me)
         ).fetchone()
-        if row["access"] == "free" or (row["access"] == "private" and reads) or (row["access"] == "paid" and paid):
+        # Who has paid keeps it, whatever the author makes of it later.
+        if row["access"] == "free" or paid or (row["access"] == "private" and reads):
             may = {"get"}
         moderates = account is not None and account["moderator"]
         if (row["access"] == "private" and not may) or (row["down"] and not moderates):
@@ -614,6 +613,11 @@ def _own(db, account, name: str) -> sqlite3.Row:
     if "own" not in may:
         raise Refused(403, "Only its author may do that.")
     return row
+
+
+def _check_terms(access: str, price: int) -> None:
+    if access not in ACCESS or not (1 <= price <= DEAREST if access == "paid" else price == 0):
+        raise Refused(400, f"access is {', '.join(ACCESS)}; price is in cents, 0 of what is not paid.")
 
 
 def _moderates(account) -> None:
