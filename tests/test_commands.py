@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from megactx.framework.config.search_path import VERSION_BASE, compose, register, root
+from megactx.framework.config.search_path import VERSION_BASE, compose, reference, register, root
 from megactx.framework.config.validate import validate
 
 REPOSITORY = Path(__file__).parents[1]
@@ -72,12 +72,11 @@ def test_a_command_composes_and_is_valid(source, command):
             continue  # every value of a sweep once, not every pair
         seen |= {*overrides}
         cfg = compose(overrides, with_hydra=True)
-        choices = {group: choice for group, choice in cfg.hydra.runtime.choices.items() if choice is not None}
-        parts = [f"{g}={c}" for g, c in choices.items() if not g.startswith("hydra/") and g != "experiment"]
+        choices = cfg.hydra.runtime.choices
         OmegaConf.set_struct(cfg, False)
         del cfg["hydra"]
         cfg.name, cfg.folder = "run", "runs/run"
-        validate(cfg, compose(parts))
+        validate(cfg, reference(choices, cfg))
 
 
 def test_a_sweep_over_all_experiments_finds_them_from_any_folder(tmp_path, monkeypatch):

@@ -240,7 +240,7 @@ def test_merges_by_rank_give_the_ids_of_the_tokenizer(name):
 
 def test_many_texts_and_long_ones_have_the_ids_of_each_alone():
     rng, tokenizer = np.random.default_rng(0), byte_level(byte_levels()["digits"])
-    texts = ["".join(rng.choice(TRIED, size)) for size in (0, 3, 200, 50_000, 150_000)]
+    texts = ["".join(rng.choice(TRIED, size)) for size in (0, 3, 200, 20_000, 50_000)]
     texts += [text.replace("你", "").replace("🙂", "") for text in texts]
     whole = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
     assert [ids.tolist() for ids in Encoder(tokenizer)(texts)] == whole

@@ -108,7 +108,7 @@ LONG = [(kind, positions) for kind in ("recency", "focus") for positions in ("re
 
 @pytest.mark.parametrize(
     ("kind", "positions", "tokens"),
-    [("focus", "rebased", 560), ("recency", "absolute", 560)]
+    [pytest.param("focus", "rebased", 560, marks=pytest.mark.slow), ("recency", "absolute", 560)]
     + [pytest.param(*pair, 1200, marks=pytest.mark.long) for pair in LONG],
 )
 def test_past_the_trained_range_every_window_keeps_its_invariants(controller, ids, kind, positions, tokens):
@@ -177,7 +177,9 @@ class Refusal(BaseException):
     """As Ctrl-C: nothing catches it on the way."""
 
 
-@pytest.mark.parametrize("where", ["lensnet", "allocator", "room", "base", "tree"])
+@pytest.mark.parametrize(
+    "where", ["base", "tree", *(pytest.param(one, marks=pytest.mark.slow) for one in ("lensnet", "allocator", "room"))]
+)
 def test_a_stop_in_the_middle_of_a_refocus_loses_nothing(models, controller, ids, monkeypatch, where):
     stream, tokens = controller().stream(), ids(1, 400)
     stream.append(tokens[:, :301], score=True)

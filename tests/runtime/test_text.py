@@ -23,7 +23,13 @@ def streamed(tokenizer, ids, before=()):
     return "".join(characters.push(token) for token in ids) + characters.end()
 
 
-@pytest.mark.parametrize(("kind", "count"), [("prepend", 2000), ("first", 500), ("none", 500), ("byte level", 500)])
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        pytest.param("prepend", 2000, marks=pytest.mark.slow),
+        *((kind, 400) for kind in ("prepend", "first", "none", "byte level")),
+    ],
+)
 def test_2000_random_texts_stream_to_exactly_what_decode_gives(byte_tokenizers, tiny_tokenizer, kind, count):
     tokenizer, rng = byte_tokenizers.get(kind, tiny_tokenizer), random.Random(0)
     for _ in range(count):
