@@ -1,0 +1,253 @@
+"""Parts of a session's window: where they lie, which version of them is read, and what every token of them is from.
+
+    NAME=PATH[:SHARE]     a session's folder, a part of ``apps.follow``, a preset, or a tree
+
+A part is opened where it lies, to be read only: nothing is copied, no lock is held, and only the pages that a window
+touches are read. Its *version* names the database and how often it was saved. ``newer`` looks at the folder, which
+costs microseconds, so a session does it at every refocus.
+"""
+
+import json
+import math
+import re
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from megactx.memory import MegaContextTree, storage
+from megactx.parts.models import Models
+
+SESSION, TREE, PRESET = "session.json", "tree", "preset.json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A part that a session is to read.
+
+    Args:
+        name: of up to 64 letters, digits, - and _.
+        path: its folder.
+        share: of the budget; ``None``: an equal part of what the others leave of half.
+        pinned: the only version that is read; ``None``: the newest.
+
+    Raises:
+        ValueError: a name or a share that is not allowed.
+    """
+
+    name: str
+    path: Path
+    share: float | None = None
+    pinned: str | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
+            raise ValueError(f"part={self.name!r} is not allowed: a name has up to 64 letters, digits, - and _")
+        if self.share is not None and not (math.isfinite(self.share) and 0 < self.share <= 0.5):
+            raise ValueError(f"part {self.name}: share={self.share:g} is not allowed: above 0, at most 0.5")
+
+    @classmethod
+    def parse(cls, text: str) -> "Wanted":
+        """``NAME=PATH[:SHARE]``, as a command line has it."""
+        name, equals, path = text.partition("=")
+        front, colon, last = path.rpartition(":")
+        share = None
+        if colon and re.fullmatch(r"[0-9]*\.?[0-9]+", last):
+            path, share = front, float(last)
+        if not equals or not path:
+            raise ValueError(f"part={text!r} is not allowed: NAME=PATH or NAME=PATH:SHARE")
+        return cls(name, Path(path).expanduser().absolute(), share)
+
+    def as_dict(self) -> dict:
+        """For a file."""
+        return {"name": self.name, "path": str(self.path), "share": self.share, "pinned": self.pinned}
+
+
+class Origin(NamedTuple):
+    """What a token is from."""
+
+    file: str  # or what the source calls its documents
+    line: int  # from 1, of the text that was read
+    time: float  # when it was taken up, seconds since 1970; 0: nobody knows
+
+
+class OpenPart:
+    """A part that is open.
+
+    Args:
+        wanted: which one.
+        models: base LM and GistNet that read it.
+        keys: whether its blocks are searched by keys.
+
+    Attributes:
+        tree: read only.
+        version: of what is read.
+        closed: its gists stay closed: it is a preset.
+        note: why a newer version is not read; empty where there is none.
+
+    Raises:
+        ValueError: there is no tree, a damaged one, or one of other models; or its version is not the pinned one.
+    """
+
+    def __init__(self, wanted: Wanted, models: Models, keys: bool = False):
+        self.wanted, self.models, self.keys, self.note = wanted, models, keys, ""
+        self.folder = _folder(wanted.path)
+        try:
+            seen = self._look()
+            device = models.base.model.device
+            self.tree = MegaContextTree.load(
+                self.folder,
+                models.gistnet,
+                models.base,
+                device=device,
+                keys=models.keys if keys else None,
+                read_only=True,
+            )
+        except (ValueError, OSError) as error:
+            raise ValueError(f"part {wanted.name}: {error}") from error
+        if self.tree.rows != 1:
+            raise ValueError(f"part {wanted.name}: {wanted.path} has {self.tree.rows} rows, a part has 1")
+        self.version = _version(self.folder, self.tree)
+        if wanted.pinned not in (None, self.version):
+            self.close()
+            raise ValueError(
+                f"part {wanted.name}: {wanted.path} has version {self.version} now, and {wanted.pinned} is pinned;"
+                " drop the part or name it again"
+            )
+        self._seen = (*seen[:2], self._look()[2])
+        self.closed = (wanted.path / PRESET).is_file()
+        self.origins = _origins(self.wanted.path, self.folder, self.tree)
+
+    @property
+    def name(self) -> str:
+        return self.wanted.name
+
+    def newer(self) -> "OpenPart":
+        """The same part as its folder has it now: another object where that has changed, else this one. What cannot be
+        opened is told by ``note``, and this version is read on."""
+        if self.wanted.pinned is not None:
+            return self
+        try:
+            seen = self._look()
+            if seen == self._seen:
+                return self
+            self._seen = seen  # what cannot be opened is tried again when it changes
+            found = OpenPart(self.wanted, self.models, self.keys)
+        except (ValueError, OSError) as error:
+            self.note = str(error)
+            return self
+        self.note = ""
+        if found.version == self.version:
+            found.close()
+            return self
+        return found
+
+    def with_wanted(self, wanted: Wanted) -> "OpenPart":
+        """The same tree under other terms."""
+        other = OpenPart.__new__(OpenPart)
+        other.__dict__.update(self.__dict__ | {"wanted": wanted})
+        return other
+
+    def pin(self) -> "OpenPart":
+        """The same part, of which no newer version is read."""
+        return self.with_wanted(replace(self.wanted, pinned=self.version))
+
+    def origin(self, token: int) -> Origin | None:
+        """What a token is from; ``None``: nobody has noted it."""
+        return self.origins.of(token, self._text)
+
+    def close(self) -> None:
+        """Give its file free."""
+        if self.tree.cache is not None:
+            self.tree.cache.close()
+            self.tree.cache.file.close()
+
+    def _look(self) -> tuple:
+        """What changes when somebody saves there."""
+        manifest = (self.folder / storage.MANIFEST).stat()
+        state = [manifest.st_mtime_ns, manifest.st_ino]
+        tree = getattr(self, "tree", None)
+        # Of a database that is open a counter says whether others have written; a new one has a new manifest.
+        return (*state, tree.cache.file.changes() if tree is not None and tree.cache is not None else None)
+
+    def _text(self, start: int, stop: int) -> str:
+        ids = self.tree.levels[0].span("token", start, stop)[0].tolist()
+        return self.models.base.tokenizer.decode(ids)
+
+
+class Origins:
+    """Which tokens are from which file.
+
+    Args:
+        spans: (first token, end, file, time, lines) in ascending order. ``lines``: the line in which each block begins,
+            or the line of the first token.
+        block: tokens of a block.
+    """
+
+    def __init__(self, spans: list[tuple[int, int, str, float, list[int] | int]], block: int):
+        self.spans, self.block = spans, block
+        self.firsts = [first for first, *_ in spans]
+
+    def of(self, token: int, text) -> Origin | None:
+        """What a token is from; ``None``: nothing is noted.
+
+        Args:
+            text: (first token, end) -> the text between: lines are counted in it.
+        """
+        place = bisect_right(self.firsts, token) - 1
+        if place < 0 or token >= self.spans[place][1]:
+            return None
+        first, _, file, time, lines = self.spans[place]
+        if isinstance(lines, list):
+            return Origin(file, lines[min((token - first) // self.block, len(lines) - 1)], time)
+        return Origin(file, lines + (text(first, token).count("\n") if token > first else 0), time)
+
+
+def ingested(about: dict) -> list[tuple]:
+    """Spans of ``Origins`` of a session, from what ``apps.ingest`` has noted in it; sessions of earlier days note none.
+
+    Raises:
+        TypeError, ValueError, KeyError, AttributeError: it is damaged.
+    """
+    found = [
+        (int(first), int(stop), name, float(time), int(line))
+        for name, known in about.get("ingested", {}).items()
+        for first, stop, line, time in known.get("spans", [])
+    ]
+    return sorted(found)
+
+
+def _folder(path: Path) -> Path:
+    """Where the tree of a part lies."""
+    return path / TREE if (path / SESSION).is_file() or (path / PRESET).is_file() else path
+
+
+def _version(folder: Path, tree: MegaContextTree) -> str:
+    if tree.home is None:  # shards, as earlier versions wrote them
+        return str(storage.read_manifest(folder).get("data", "shards"))
+    file, commit = tree.home
+    return f"{file.path.stem.removeprefix('pages-')}-{commit}"
+
+
+def _origins(path: Path, folder: Path, tree: MegaContextTree) -> Origins:
+    """What is noted beside a part: by a session, a preset, or ``apps.follow``."""
+    block, tokens = tree.block_size, int(tree.lengths[0])
+    try:
+        if (path / SESSION).is_file():
+            return Origins(ingested(json.loads((path / SESSION).read_text(encoding="utf-8"))["about"]), block)
+        if (path / PRESET).is_file():
+            about = json.loads((path / PRESET).read_text(encoding="utf-8"))
+            return Origins([(0, tokens, str(about["file"]), float(about["time"]), 1)], block)
+        for name in (f"{folder.name}.json", f"{folder.name}.next.json"):  # between a tree's save and its table's
+            table = folder.with_name(name)
+            spans, first = [], 0
+            for document in json.loads(table.read_text(encoding="utf-8"))["documents"] if table.is_file() else []:
+                stop = first + document["tokens"]
+                spans.append((first, stop, document["name"], document["at"], document["lines"]))
+                first = stop
+            if spans and first == tokens:
+                return Origins(spans, block)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # a part without its notes is a part still
+    return Origins([], block)
