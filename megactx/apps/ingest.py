@@ -69,14 +69,16 @@ def take(session: Session, paths: list[Path]) -> None:
         for path in paths:
             size, name, digest = path.stat().st_size, str(path.absolute()), checksum(path)
             known = done.get(name)
+            older = []
             if known is not None and known["sha256"] != digest:
                 shown.say(f"{path} has changed since it was read: it is read again, behind all that is there")
-                known = None
+                older, known = [*known.get("older", []), *known.get("spans", [])], None
             if known is None:
-                known = done[name] = {"sha256": digest, "characters": 0, "whole": False}
+                known = done[name] = {"sha256": digest, "characters": 0, "whole": False, "spans": [], "older": older}
             if not known["whole"]:
-                for first, text in pieces(path, known["characters"]):
-                    _take_up(session, name, text, characters=first + len(text))
+                for first, line, text in pieces(path, known["characters"]):
+                    spans = [*done[name].get("spans", []), (session.length, line)]
+                    _take_up(session, name, text, characters=first + len(text), spans=spans)
                     clock.save_when_due()
                     shown.inside(session.length)
                 _take_up(session, name, BETWEEN, whole=True)
@@ -84,8 +86,14 @@ def take(session: Session, paths: list[Path]) -> None:
 
 
 def _take_up(session: Session, name: str, text: str, **then) -> None:
-    """Append a piece of a file and note it. Ctrl-C may come between the two, so what will be noted is said first."""
+    """Append a piece of a file and note it. Ctrl-C may come between the two, so what will be noted is said first.
+
+    Of each piece it is noted which tokens it became, its first line, and when.
+    """
     ids = session.encode(text)
+    if "spans" in then:
+        *before, (first, line) = then["spans"]
+        then["spans"] = [*before, [first, first + len(ids), line, round(time.time(), 3)]]
     session.about["taking"] = {"name": name, "tokens": session.length + len(ids), "then": then}
     session.append(ids)
     _settle(session)
@@ -99,21 +107,22 @@ def _settle(session: Session) -> None:
     session.about.pop("taking", None)
 
 
-def pieces(path: Path, skip: int = 0) -> Iterator[tuple[int, str]]:
-    """(first character, text) of a file from ``skip`` on, cut behind a line where there is one.
+def pieces(path: Path, skip: int = 0) -> Iterator[tuple[int, int, str]]:
+    """(first character, its line, text) of a file from ``skip`` on, cut behind a line where there is one.
 
     Raises:
         ValueError: the file is not text.
     """
-    place = 0
+    place, line = 0, 1
     for number, row in enumerate(Files(str(path)).load()):
         text = (BETWEEN if number else "") + encodable(row["text"])
         if "\0" in text:
             raise ValueError(f"{path}: binary, not text (a NUL byte at character {text.index(chr(0))})")
         for part in parts_of(text, PIECE):
             if place >= skip:
-                yield place, part
+                yield place, line, part
             place += len(part)
+            line += part.count("\n")
 
 
 class SaveClock:

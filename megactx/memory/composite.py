@@ -12,15 +12,20 @@ Every part has a share of the budget, and the session at least half of it. A par
 K children of a node, M nodes, W entries of a window, D width, P a level.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .tree import MegaContextTree
+
+if TYPE_CHECKING:
+    from .working_context import WorkingContext
 
 HIGHEST = 2**37  # addresses begin below: names of nodes have 40 bits for an index
 SLOTS = 32  # parts at most
@@ -58,6 +63,7 @@ class Composite:
         own: the session's tree, of one row.
         parts: at least one; none shares a slot or a name.
         budget: entries of a window at most, W_max.
+        least: entries of them that parts without a share leave to the session, if that is more than half.
 
     Attributes:
         caps: entries of each part at most, in the order of the slots.
@@ -69,7 +75,7 @@ class Composite:
 
     rows = 1
 
-    def __init__(self, own: MegaContextTree, parts: list[Part], budget: int):
+    def __init__(self, own: MegaContextTree, parts: list[Part], budget: int, least: int = 0):
         self.own, self.budget = own, budget
         self.parts = sorted(parts, key=lambda part: part.slot)
         self.block_size, self.width, self.encoder, self.base = own.block_size, own.width, own.encoder, own.base
@@ -78,7 +84,7 @@ class Composite:
         self._check()
         self.trees = [*(part.tree for part in self.parts), own]
         self.bases = [*(part.slot * self.slot for part in self.parts), first]  # address of each tree's token 0
-        self.caps = caps(self.parts, budget)
+        self.caps = caps(self.parts, budget, least)
         self.ranks = [0]  # of each tree's token 0
         for part in self.parts:
             self.ranks.append(self.ranks[-1] + part.tokens)
@@ -218,6 +224,14 @@ class Composite:
             out.append((own, index[number == place] - base // self.block_size**own))
         return out
 
+    def alone(self, context) -> Iterator[tuple[str | None, "WorkingContext"]]:
+        """The window of each tree by itself, with the name of the part, ``None`` for the session."""
+        for number, (lod, index) in enumerate(self.segments(context)):
+            own = copy.copy(context)
+            own.tree, own.lod, own.index = self.trees[number], lod[None], index[None]
+            own.counts = torch.tensor([len(lod)])
+            yield self.name_of(number), own
+
     def _split(self, lod: Tensor, index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """The trees of nodes, lod and index [M]: number, which of M it holds, and their indices there."""
         number = self.part_of(index * self.block_size**lod)
@@ -274,9 +288,12 @@ def slots(block_size: int) -> tuple[int, int]:
     return block_size ** (top - below), block_size**top
 
 
-def caps(parts: list[Part], budget: int) -> list[int]:
+def caps(parts: list[Part], budget: int, least: int = 0) -> list[int]:
     """Entries of each part at most. What nobody has taken of half the budget is divided evenly among those without a
     share; nobody is given more entries than it has tokens.
+
+    Args:
+        least: entries that are left to the session; named shares may take more, and its settings then refuse them.
 
     Raises:
         ValueError: the shares are more than half, or a part does not fit its share at its coarsest.
@@ -285,12 +302,13 @@ def caps(parts: list[Part], budget: int) -> list[int]:
     if given > HALF + 1e-9 or any(part.share is not None and not part.share > 0 for part in parts):
         shares = ", ".join(f"{part.name} {part.share:g}" for part in parts if part.share is not None)
         raise ValueError(f"shares of the parts ({shares}) are not allowed: above 0, and at most {HALF:g} together")
-    least = [len(cover(part, part.tokens, coarsest=True)[0]) for part in parts]
+    need = [len(cover(part, part.tokens, coarsest=True)[0]) for part in parts]
     preset = [part.closed and part.share is None for part in parts]  # they take what they need
-    left = int(budget * (HALF - given)) - sum(own for own, takes in zip(least, preset, strict=True) if takes)
+    taken = int(budget * given) + sum(own for own, takes in zip(need, preset, strict=True) if takes)
+    left = min(int(budget * HALF), budget - least) - taken
     others = sum(part.share is None and not part.closed for part in parts)
     out = []
-    for part, needs, takes in zip(parts, least, preset, strict=True):
+    for part, needs, takes in zip(parts, need, preset, strict=True):
         room = int(budget * part.share) if part.share is not None else left // max(1, others)
         room = needs + min(left, 0) if takes else room
         if needs > room:

@@ -1,7 +1,5 @@
 """The eight invariants of a working context, from lod and index alone: what the class derives is checked, not used."""
 
-import copy
-
 import torch
 from torch import Tensor
 
@@ -74,11 +72,8 @@ def violations(context) -> list[str]:
 
 def _alone(context):
     """The window of each tree of a composite, as if it were alone."""
-    trees = context.tree.trees
-    for tree, (lod, index) in zip(trees, context.tree.segments(context), strict=True):
-        own = copy.copy(context)
-        own.tree = tree if tree is trees[-1] else _Part(tree)
-        own.lod, own.index, own.counts = lod[None], index[None], torch.tensor([len(lod)])
+    for name, own in context.tree.alone(context):
+        own.tree = own.tree if name is None else _Part(own.tree)
         yield own
 
 

@@ -12,13 +12,19 @@ import math
 import re
 from bisect import bisect_right
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from megactx.memory import MegaContextTree, storage
 from megactx.parts.models import Models
 
+from .text import LONGEST, text_of
+
 SESSION, TREE, PRESET = "session.json", "tree", "preset.json"
+OLDER = "as it was before"  # of a file that was read again behind what is there
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -153,9 +159,22 @@ class OpenPart:
         """The same part, of which no newer version is read."""
         return self.with_wanted(replace(self.wanted, pinned=self.version))
 
-    def origin(self, token: int) -> Origin | None:
-        """What a token is from; ``None``: nobody has noted it."""
-        return self.origins.of(token, self._text)
+    def origin(self, token: int, count: int = 1) -> Origin | None:
+        """What the first of so many tokens is from of which it is noted; ``None``: of none."""
+        return self.origins.of(token, self.text, count)
+
+    def text(self, start: int, stop: int) -> str:
+        """Tokens start .. stop - 1 as text, special tokens left out.
+
+        Raises:
+            ValueError: some of them were taken away, or cannot be read.
+        """
+        at = torch.arange(start, stop, device=self.tree.device)
+        if self.tree.compacted and (self.tree.floors(torch.zeros_like(at), torch.zeros_like(at), at) > 0).any():
+            raise ValueError(f"part {self.name}: of tokens {start} to {stop - 1} some were taken away")
+        first = max(0, start - LONGEST)
+        ids = self.tree.levels[0].span("token", first, stop)[0].tolist()
+        return text_of(self.models.base.tokenizer, ids[start - first :], ids[: start - first])
 
     def close(self) -> None:
         """Give its file free."""
@@ -171,10 +190,6 @@ class OpenPart:
         # Of a database that is open a counter says whether others have written; a new one has a new manifest.
         return (*state, tree.cache.file.changes() if tree is not None and tree.cache is not None else None)
 
-    def _text(self, start: int, stop: int) -> str:
-        ids = self.tree.levels[0].span("token", start, stop)[0].tolist()
-        return self.models.base.tokenizer.decode(ids)
-
 
 class Origins:
     """Which tokens are from which file.
@@ -188,20 +203,43 @@ class Origins:
     def __init__(self, spans: list[tuple[int, int, str, float, list[int] | int]], block: int):
         self.spans, self.block = spans, block
         self.firsts = [first for first, *_ in spans]
+        self._counted: dict[int, list[int]] = {}  # of a span, ends of lines before each of its blocks
 
-    def of(self, token: int, text) -> Origin | None:
-        """What a token is from; ``None``: nothing is noted.
+    def of(self, token: int, text, count: int = 1) -> Origin | None:
+        """What the first of ``count`` tokens is from of which it is noted; ``None``: of none.
 
         Args:
             text: (first token, end) -> the text between: lines are counted in it.
         """
         place = bisect_right(self.firsts, token) - 1
-        if place < 0 or token >= self.spans[place][1]:
-            return None
+        if place < 0 or token >= self.spans[place][1]:  # between two files
+            place, stop = place + 1, token + count
+            if place == len(self.firsts) or self.firsts[place] >= stop:
+                return None
+            token = self.firsts[place]
         first, _, file, time, lines = self.spans[place]
         if isinstance(lines, list):
             return Origin(file, lines[min((token - first) // self.block, len(lines) - 1)], time)
-        return Origin(file, lines + (text(first, token).count("\n") if token > first else 0), time)
+        return Origin(file, lines + self._newlines(place, token, text), time)
+
+    def _newlines(self, place: int, token: int, text) -> int:
+        """Ends of lines in a span before a token; those of whole blocks are counted once."""
+        first, stop, *_ = self.spans[place]
+        if place not in self._counted:
+            blocks = range(first, stop, self.block)
+            counts = [_newlines(text, at, min(at + self.block, stop)) for at in blocks]
+            self._counted[place] = [0, *accumulate(counts)]
+        number = (token - first) // self.block
+        begun = first + number * self.block
+        return self._counted[place][number] + (_newlines(text, begun, token) if token > begun else 0)
+
+
+def _newlines(text, start: int, stop: int) -> int:
+    """Ends of lines in tokens start .. stop - 1; none where these were taken away."""
+    try:
+        return text(start, stop).count("\n")
+    except ValueError:
+        return 0
 
 
 def ingested(about: dict) -> list[tuple]:
@@ -211,9 +249,10 @@ def ingested(about: dict) -> list[tuple]:
         TypeError, ValueError, KeyError, AttributeError: it is damaged.
     """
     found = [
-        (int(first), int(stop), name, float(time), int(line))
+        (int(first), int(stop), name if kind == "spans" else f"{name} ({OLDER})", float(time), int(line))
         for name, known in about.get("ingested", {}).items()
-        for first, stop, line, time in known.get("spans", [])
+        for kind in ("spans", "older")
+        for first, stop, line, time in known.get(kind, [])
     ]
     return sorted(found)
 
@@ -235,7 +274,8 @@ def _origins(path: Path, folder: Path, tree: MegaContextTree) -> Origins:
     block, tokens = tree.block_size, int(tree.lengths[0])
     try:
         if (path / SESSION).is_file():
-            return Origins(ingested(json.loads((path / SESSION).read_text(encoding="utf-8"))["about"]), block)
+            about = json.loads((path / SESSION).read_text(encoding="utf-8"))["about"]
+            return Origins([span for span in ingested(about) if span[1] <= tokens], block)
         if (path / PRESET).is_file():
             about = json.loads((path / PRESET).read_text(encoding="utf-8"))
             return Origins([(0, tokens, str(about["file"]), float(about["time"]), 1)], block)

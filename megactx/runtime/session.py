@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megactx.data.tokenizer import TextEncoder, bos_id
-from megactx.memory import MegaContextTree, WorkingContext
+from megactx.memory import Composite, MegaContextTree, WorkingContext
 
 from . import session_files
 from .controller import Controller, decode
@@ -181,6 +181,26 @@ class Session:
         """Tokens start .. stop - 1 of the history as text, special tokens left out."""
         before = self.ids(max(0, start - LONGEST), start).tolist()
         return text_of(self.tokenizer, self.ids(start, stop).tolist(), before)
+
+    def place(self, address: int) -> tuple[OpenPart | None, int]:
+        """The part that an address of the window lies in, ``None`` for the history itself, and the token there."""
+        seen = self.context.tree if self.context is not None else None
+        if not isinstance(seen, Composite):
+            return None, address
+        number = int(seen.part_of(torch.tensor(address)))
+        name = seen.name_of(number)
+        return next((part for part in self.parts if part.name == name), None), address - seen.bases[number]
+
+    def text_at(self, address: int, tokens: int) -> str:
+        """So many tokens from an address of the window on, as text; ``text`` has the history's own.
+
+        Raises:
+            ValueError: some of them were taken away.
+        """
+        part, start = self.place(address)
+        if part is None:
+            return self.text(start, start + tokens)
+        return part.text(start, min(start + tokens, int(part.tree.lengths[0])))
 
     def ids(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Tokens start .. stop - 1 of the history, [N] on the CPU.

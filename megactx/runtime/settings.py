@@ -90,6 +90,10 @@ class Settings:
                 " the range that the base was trained on in a long history"
             )
 
+    def least(self, block_size: int) -> int:
+        """Entries of the budget that a history needs beside parts."""
+        return core(block_size, self.protected) + self.reserve(block_size)
+
     def check_parts(self, block_size: int, spent: int) -> None:
         """Refuse parts beside which a long history does not fit, or whose positions would move when they do.
 
@@ -105,8 +109,7 @@ class Settings:
                 "positions=absolute is not allowed with parts: what stands behind a part moves when it changes; allowed"
                 " is rebased"
             )
-        least = core(block_size, self.protected) + self.reserve(block_size)
-        if self.budget - spent < least:
+        if self.budget - spent < (least := self.least(block_size)):
             raise ValueError(
                 f"budget={self.budget} is not allowed: the parts take {spent} entries of it, and the session needs"
                 f" {least}; lower their shares, or raise the budget"

@@ -68,6 +68,7 @@ class Stream:
         self.counts = torch.zeros(self.rows, dtype=torch.long)  # of waiting tokens
         self.hidden: Tensor | None = None  # [B, D]; None: to be read
         self.refocuses = 0
+        self.shown: WorkingContext | None = None  # what of the window was read last
         self.earned: Tensor | None = None  # [B], entries above the newest tokens at the last reading, see ``Focus``
         self._following: Tensor | None = None  # [B], position of the first token behind the window
         self._decoded = 0.0  # seconds, of the waiting tokens
@@ -236,14 +237,15 @@ class Stream:
             for slot, part in found.items()
             if int(part.tree.lengths[0]) > 0  # a part may be empty yet
         ]
-        seen = Composite(self.tree, shown, self.settings.budget) if shown else self.tree
+        least = self.settings.least(self.block)
+        seen = Composite(self.tree, shown, self.settings.budget, least) if shown else self.tree
         if shown:
             self.settings.check_parts(self.block, seen.spent)
         same = {slot for slot, part in found.items() if slot in old and old[slot].version == part.version}
         same = {slot for slot in same if old[slot].folder == found[slot].folder}
         if self.context is not None:
             self.context = self._carried(seen, same)
-        self.parts, self.seen, self.hidden = found, seen, None
+        self.parts, self.seen, self.hidden, self.shown = found, seen, None, None
         for slot in {*old, *found} - same:
             width = slots_of(self.block)[0]
             self.focus.allocator.forget(slot * width, (slot + 1) * width, self.block)
@@ -419,6 +421,7 @@ class Stream:
         """Read the window, as far as it has changed, and what waits behind it."""
         if self.window() is not None:
             shown, self.earned = self.focus.shown(self.context, self.newest(QUESTION))
+            self.shown = shown
             place = self.rebase.close if isinstance(shown, Selection) else self.rebase.place
             positions, self._following = place(shown)
             spread = self.models.gistnet.spread(shown.lods())

@@ -197,7 +197,7 @@ def test_a_part_that_does_not_fit_leaves_all_as_it_was(controller, saved, ids, m
     with pytest.raises(ValueError, match="positions=absolute is not allowed with parts"):
         Session(controller(positions="absolute", **ROOM), parts=[wanted("library", saved("library", 900, 3))])
     with pytest.raises(ValueError, match="budget=160 is not allowed: the parts take 80 entries of it, and the session"):
-        Session(controller(budget=160), parts=[wanted("library", saved("library", 900, 3))])
+        Session(controller(budget=160), parts=[wanted("library", saved("library", 900, 3), 0.5)])
     with pytest.raises(ValueError, match="megacontext=none has no working context that could show parts"):
         Session(controller("none"), parts=[wanted("library", saved("library", 900, 3))])
     with pytest.raises(ValueError, match="a history of 2 rows has none"):
