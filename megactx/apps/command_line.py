@@ -46,6 +46,8 @@ def add_parts(parser: argparse.ArgumentParser) -> None:
     """Other trees in the window."""
     shown = "another session, followed source or tree that the window shows; several are allowed"
     parser.add_argument("--part", action="append", default=[], metavar="NAME=PATH[:SHARE]", help=shown)
+    made = "a prompt as gists, of apps.preset: its name or folder"
+    parser.add_argument("--preset", action="append", default=[], metavar="NAME", help=made)
     parser.add_argument("--drop", action="append", default=[], metavar="NAME", help="a part that the session had")
     parser.add_argument("--pin", action="append", default=[], metavar="NAME", help="show no newer version of a part")
 
@@ -139,7 +141,10 @@ def talk_of(args: argparse.Namespace, controller: Controller, observers=()) -> S
     Raises:
         ValueError: a part that cannot be shown, or is not there.
     """
+    from . import preset
+
     parts, session = [Wanted.parse(text) for text in args.part], None
+    parts += [preset.wanted(name) for name in args.preset]
     try:
         session = session_of(args.session, controller, observers, parts, args.drop)
         for name in args.pin:

@@ -94,8 +94,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         return [text]
     if len(args.prompt) > 1 and args.session:
         raise ValueError("a session has one history: give one prompt with --session")
-    if len(args.prompt) > 1 and args.part:
-        raise ValueError("parts stand beside one history: give one prompt with --part")
+    if len(args.prompt) > 1 and (args.part or args.preset):
+        raise ValueError("parts stand beside one history: give one prompt with --part or --preset")
     if args.prompt:
         return [encodable(prompt) for prompt in args.prompt]
     text = "" if sys.stdin.isatty() else from_bytes(sys.stdin.buffer.read(), "stdin")

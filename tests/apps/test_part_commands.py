@@ -152,7 +152,7 @@ def test_a_prompt_is_continued_beside_parts_and_a_part_changes_what_is_written(o
         (["x", "--part", "a"], "part='a' is not allowed: NAME=PATH or NAME=PATH:SHARE"),
         (["x", "--part", "a=/nowhere"], "part a: "),
         (["x", "--part", "a=/nowhere:0.7"], "part a: share=0.7 is not allowed: above 0, at most 0.5"),
-        (["x", "y", "--part", "a=/nowhere"], "give one prompt with --part"),
+        (["x", "y", "--part", "a=/nowhere"], "give one prompt with --part or --preset"),
         (["x", "--drop", "a"], "--drop=a: a new session has no parts"),
         (["x", "--pin", "a"], "part a: there is no part of this name, there is none"),
         (["x", "--part", "a=/nowhere", "--megacontext", "none"], "no working context that could show parts"),

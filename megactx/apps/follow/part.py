@@ -20,6 +20,7 @@ from megactx.framework import files
 from megactx.framework.lock import Lock
 from megactx.memory import MegaContextTree
 from megactx.parts.models import Models
+from megactx.runtime.text import filling
 
 FORMAT = 1
 BETWEEN = "\n\n"  # documents
@@ -69,7 +70,7 @@ class Part:
         except BaseException:
             self.close()
             raise
-        self.end = _filling(models.base.tokenizer)
+        self.end = filling(models.base.tokenizer)
 
     def close(self) -> None:
         """Give it free."""
@@ -204,8 +205,3 @@ def _table(path: Path) -> dict:
 
 def _digest(tree: MegaContextTree) -> str:
     return hashlib.sha256(tree.tokens.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
-
-
-def _filling(tokenizer) -> int:
-    """The id of a line's end."""
-    return tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
