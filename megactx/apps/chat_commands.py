@@ -8,6 +8,7 @@ from rich.table import Table
 from megactx.memory import Composite
 from megactx.memory.prediction import expected
 from megactx.runtime import Session, Wanted
+from megactx.runtime.part_files import conflicts
 from megactx.runtime.sources import opened
 from megactx.runtime.text import printable
 
@@ -143,6 +144,8 @@ def parts(chat, _: str) -> None:
         words = [entries, f"version {part.version}", "pinned" * bool(part.wanted.pinned), "closed" * part.closed]
         told = ", ".join(word for word in (*words, part.note) if word)
         chat.say(f"{part.name}  {part.wanted.path}  {int(part.tree.lengths[0]):,} tokens, {told}")
+    for file, winner, others in conflicts(session.parts):
+        chat.say(f"{file} is in {winner} and in {', '.join(others)}: that of {winner} counts, the others stay closed")
 
 
 def use(chat, rest: str) -> None:
@@ -175,7 +178,7 @@ def sources(chat, _: str) -> None:
         where = "no file is noted"
         if run.origin is not None:
             at = datetime.fromtimestamp(run.origin.time).strftime("%Y-%m-%d %H:%M") if run.origin.time else ""
-            where = f"{run.origin.file}:{run.origin.line}  {at}".rstrip()
+            where = f"{run.origin}  {at}".rstrip()
         chat.say(f"{run.part or '(history)'}  {where}  tokens {run.start:,} to {run.stop - 1:,}")
 
 

@@ -5,9 +5,12 @@
 
 Files are read as ``data.files`` does: text, code, Markdown, csv, json, jsonl and parquet rows, gz too. What was read is
 written down in OUT with every save, so the same command goes on after it was stopped, and new files can be added later.
+
+    python -m megactx.apps.ingest --parts src/ docs/ MEMORY      MEMORY/src and MEMORY/docs, for --part of a chat
 """
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -16,12 +19,16 @@ from pathlib import Path
 from rich import progress
 
 from megactx.data.files import Files
+from megactx.framework.bar import quiet_libraries
 from megactx.framework.command_line import run
+from megactx.framework.errors import RunFailed
 from megactx.framework.files import checksum
-from megactx.runtime import Session
+from megactx.runtime import Session, load_models
 from megactx.runtime.text import encodable, parts_of
 
 from .command_line import add_models, opened
+from .follow.follower import Follower
+from .follow.sources import Folder
 
 PIECE = 2**18  # characters that are tokenised at a time
 SAVE_EVERY = 60.0  # seconds, and never more than a tenth of the time
@@ -36,11 +43,14 @@ def ingest(args: argparse.Namespace) -> None:
     """
     if args.megacontext == "none":
         raise ValueError("--megacontext=none keeps no tree, there is nothing to build")
+    if args.parts:
+        return make_parts(args)
     paths = find(args.files)
     with opened(args, args.out) as session:
         began, before = time.monotonic(), session.length
         try:
             take(session, paths)
+            note_gone(session, args.files)
         finally:
             _settle(session)
             session.save()
@@ -73,6 +83,8 @@ def take(session: Session, paths: list[Path]) -> None:
             if known is not None and known["sha256"] != digest:
                 shown.say(f"{path} has changed since it was read: it is read again, behind all that is there")
                 older, known = [*known.get("older", []), *known.get("spans", [])], None
+            if known is not None:
+                known.pop("gone", None)
             if known is None:
                 known = done[name] = {"sha256": digest, "characters": 0, "whole": False, "spans": [], "older": older}
             if not known["whole"]:
@@ -83,6 +95,52 @@ def take(session: Session, paths: list[Path]) -> None:
                     shown.inside(session.length)
                 _take_up(session, name, BETWEEN, whole=True)
             shown.advance(size, session.length)
+
+
+def note_gone(session: Session, names: list[str]) -> None:
+    """Note files of folders that are no more: their blocks stay in the history, and closed where it is a part."""
+    folders = [Path(name).expanduser().absolute() for name in names if Path(name).expanduser().is_dir()]
+    for name, known in session.about.get("ingested", {}).items():
+        path = Path(name)
+        if "gone" not in known and not path.exists() and any(path.is_relative_to(folder) for folder in folders):
+            known["gone"] = round(time.time(), 3)
+            print(f"{path} is no more: its blocks are noted as deleted")
+
+
+def make_parts(args: argparse.Namespace) -> None:
+    """A part for each source tree, in the folder OUT: brought up to date, which replaces what has changed and leaves
+    out what is gone.
+
+    Raises:
+        ValueError: two sources of one name, no GistNet, or a part of other models.
+        RunFailed: a source could not be read.
+    """
+    sources = {}
+    for text in args.files:
+        path = Path(text).expanduser().absolute()
+        name = re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem if path.is_file() else path.name).strip("_-")
+        if not path.exists():
+            raise ValueError(f"FILES={text}: there is no such file or folder")
+        if not name or name in sources:
+            raise ValueError(f"FILES={text}: a part {name or '(no name)'} is there already; rename a folder")
+        sources[name] = Folder(path)
+    quiet_libraries()
+    models = load_models(args.model)
+    if models.gistnet is None:
+        raise ValueError(f"model: there is no GistNet in {models.name or 'these models'}, which trees are made with")
+    follower = Follower(Path(args.out).expanduser(), models, sources)
+    try:
+        for name in sources:
+            follower.look(name)
+        state = follower.state()
+    finally:
+        follower.close()
+    for name, told in state.items():
+        dead = f", {told['dead']} left out" if told["dead"] else ""
+        what = ", ".join(f"{told[kind]} {kind}" for kind in ("added", "replaced", "removed") if told[kind])
+        print(f"{name}: {told['documents']:,} documents, {told['tokens']:,} tokens{dead} ({what or 'as it was'})")
+    if wrong := [f"{name}: {told['error']}" for name, told in state.items() if told["error"]]:
+        raise RunFailed("; ".join(wrong))
 
 
 def _take_up(session: Session, name: str, text: str, **then) -> None:
@@ -177,6 +235,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megactx.apps.ingest", description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", metavar="FILES", help="files, folders or globs")
     parser.add_argument("out", metavar="OUT", help="session folder; one that is there is gone on with")
+    made = "OUT is a folder of parts, one tree for each of FILES; a file that changes replaces its own blocks"
+    parser.add_argument("--parts", action="store_true", help=made)
     add_models(parser)
     return run(ingest, parser, arguments)
 

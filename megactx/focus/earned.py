@@ -99,7 +99,11 @@ def found_by_keys(tree: MegaContextTree, question: Tensor, most: int) -> list[li
     first = [base // tree.block_size for base in getattr(tree, "bases", [0])]  # block 0 of each tree
     like, out = torch.cat(found, dim=1), []
     block = torch.cat([torch.arange(part.shape[1]) + at for part, at in zip(found, first, strict=True)])
-    there = {*block.tolist()} if len(found) > 1 else range(len(block) + 1)
+    there = range(len(block) + 1)
+    if isinstance(tree, Composite):  # what may not be opened is not found either
+        level = torch.ones_like(block)
+        closed = ~tree.openable(torch.zeros_like(block), level.to(tree.device), block.to(tree.device))
+        like, there = like.masked_fill(closed, -torch.inf), {*block[~closed.cpu()].tolist()}
     for row in like:
         best = row.argsort(descending=True, stable=True)[:most]
         best = block[best[row[best] > tree.keys.null].cpu()].tolist()

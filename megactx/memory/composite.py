@@ -42,6 +42,8 @@ class Part:
         slot: 0 to ``SLOTS`` - 1; parts stand in a window in the order of their slots.
         share: of the budget; ``None``: what the others leave of half, in equal parts.
         closed: its gists stay as they are, as those of a preset do.
+        overruled: spans (first token, end), ascending and apart: another part has them newer, or they are gone. Gists
+            within them stay closed.
     """
 
     name: str
@@ -49,6 +51,16 @@ class Part:
     slot: int
     share: float | None = None
     closed: bool = False
+    overruled: tuple[tuple[int, int], ...] = ()
+
+    def within(self, lod: Tensor, index: Tensor) -> Tensor:
+        """Whether all that nodes, lod and index [M], stand for is overruled, [M]."""
+        if not self.overruled:
+            return torch.zeros_like(lod, dtype=torch.bool)
+        firsts, ends = torch.tensor(self.overruled, device=lod.device).T.contiguous()
+        width = self.tree.block_size**lod
+        place = torch.bucketize(index * width, firsts, right=True) - 1
+        return (place >= 0) & ((index + 1) * width <= ends[place.clamp(min=0)])
 
     @property
     def tokens(self) -> int:
@@ -157,10 +169,14 @@ class Composite:
         return self._of_each("floors", lod, index, torch.long)
 
     def openable(self, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
-        """Whether gists, lod and index [M], may be opened, [M]: their children are there, and no part is closed."""
+        """Whether gists, lod and index [M], may be opened, [M]: their children are there, no part is closed, and nobody
+        else has what they stand for newer."""
         out = self._of_each("openable", lod, index, torch.bool)
-        closed = torch.tensor([*(part.closed for part in self.parts), False], device=lod.device)
-        return out & ~closed[self.part_of(index * self.block_size**lod)]
+        for number, here, local in self._split(lod, index):
+            if number < len(self.parts):
+                part = self.parts[number]
+                out[here] &= ~(part.within(lod[here], local) | part.closed)
+        return out
 
     def note_opened(self, row: Tensor, lod: Tensor, index: Tensor) -> None:
         """A window has opened gists, lod and index [M]; blocks of the session's own tree count it."""
@@ -356,4 +372,8 @@ def cover(part: Part, budget: int, coarsest: bool = False) -> tuple[Tensor, Tens
         from .cold_start import above_floors
 
         lod, index = above_floors(tree, 0, lod, index)
+    if part.overruled:  # their blocks are not shown raw
+        up = (lod == 0) & part.within(torch.ones_like(lod), index // k) & (index < length // k * k)
+        nodes = torch.stack([torch.where(up, 1, lod), torch.where(up, index // k, index)])
+        lod, index = torch.unique_consecutive(nodes, dim=1)
     return lod, index

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -24,7 +25,7 @@ from megactx.parts.models import Models
 from .text import LONGEST, text_of
 
 SESSION, TREE, PRESET = "session.json", "tree", "preset.json"
-OLDER = "as it was before"  # of a file that was read again behind what is there
+OLDER, GONE = "as it was before", "deleted"  # of a file that was read again behind what is there, or is no more
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -76,6 +77,10 @@ class Origin(NamedTuple):
     file: str  # or what the source calls its documents
     line: int  # from 1, of the text that was read
     time: float  # when it was taken up, seconds since 1970; 0: nobody knows
+    state: str = ""  # ``OLDER`` or ``GONE``: it is not so any more
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" + (f" ({self.state})" if self.state else "")
 
 
 class OpenPart:
@@ -191,18 +196,28 @@ class OpenPart:
         return (*state, tree.cache.file.changes() if tree is not None and tree.cache is not None else None)
 
 
+class Span(NamedTuple):
+    """Tokens first .. stop - 1, which are from one file."""
+
+    first: int
+    stop: int
+    file: str
+    time: float
+    lines: list[int] | int  # in which each block begins, or of the first token
+    state: str = ""
+
+
 class Origins:
     """Which tokens are from which file.
 
     Args:
-        spans: (first token, end, file, time, lines) in ascending order. ``lines``: the line in which each block begins,
-            or the line of the first token.
+        spans: in ascending order.
         block: tokens of a block.
     """
 
-    def __init__(self, spans: list[tuple[int, int, str, float, list[int] | int]], block: int):
+    def __init__(self, spans: list[Span], block: int):
         self.spans, self.block = spans, block
-        self.firsts = [first for first, *_ in spans]
+        self.firsts = [span.first for span in spans]
         self._counted: dict[int, list[int]] = {}  # of a span, ends of lines before each of its blocks
 
     def of(self, token: int, text, count: int = 1) -> Origin | None:
@@ -212,19 +227,21 @@ class Origins:
             text: (first token, end) -> the text between: lines are counted in it.
         """
         place = bisect_right(self.firsts, token) - 1
-        if place < 0 or token >= self.spans[place][1]:  # between two files
+        if place < 0 or token >= self.spans[place].stop:  # between two files
             place, stop = place + 1, token + count
             if place == len(self.firsts) or self.firsts[place] >= stop:
                 return None
             token = self.firsts[place]
-        first, _, file, time, lines = self.spans[place]
+        span, lines = self.spans[place], self.spans[place].lines
         if isinstance(lines, list):
-            return Origin(file, lines[min((token - first) // self.block, len(lines) - 1)], time)
-        return Origin(file, lines + self._newlines(place, token, text), time)
+            line = lines[min((token - span.first) // self.block, len(lines) - 1)]
+        else:
+            line = lines + self._newlines(place, token, text)
+        return Origin(span.file, line, span.time, span.state)
 
     def _newlines(self, place: int, token: int, text) -> int:
         """Ends of lines in a span before a token; those of whole blocks are counted once."""
-        first, stop, *_ = self.spans[place]
+        first, stop = self.spans[place][:2]
         if place not in self._counted:
             blocks = range(first, stop, self.block)
             counts = [_newlines(text, at, min(at + self.block, stop)) for at in blocks]
@@ -242,19 +259,69 @@ def _newlines(text, start: int, stop: int) -> int:
         return 0
 
 
-def ingested(about: dict) -> list[tuple]:
-    """Spans of ``Origins`` of a session, from what ``apps.ingest`` has noted in it; sessions of earlier days note none.
+def ingested(about: dict) -> list[Span]:
+    """What ``apps.ingest`` has noted in a session; sessions of earlier days note nothing.
 
     Raises:
         TypeError, ValueError, KeyError, AttributeError: it is damaged.
     """
     found = [
-        (int(first), int(stop), name if kind == "spans" else f"{name} ({OLDER})", float(time), int(line))
+        Span(
+            int(first), int(stop), name, float(time), int(line), OLDER if kind == "older" else GONE * ("gone" in known)
+        )
         for name, known in about.get("ingested", {}).items()
         for kind in ("spans", "older")
         for first, stop, line, time in known.get(kind, [])
     ]
     return sorted(found)
+
+
+class Conflict(NamedTuple):
+    """Parts that have the same file.
+
+    Args:
+        file: its path.
+        winner: name of the part whose blocks may be opened: a pinned one, else the one that took the file up last.
+        others: names of the parts whose blocks of it stay closed.
+    """
+
+    file: str
+    winner: str
+    others: tuple[str, ...]
+
+
+def conflicts(parts: Iterable[OpenPart]) -> list[Conflict]:
+    """Files that more than one part has."""
+    having: dict[str, dict[OpenPart, float]] = {}
+    for part in parts:
+        for span in part.origins.spans:
+            if not span.state:
+                own = having.setdefault(span.file, {})
+                own[part] = max(own.get(part, 0.0), span.time)
+    out = []
+    for file, times in having.items():
+        if len(times) > 1:
+            first, *others = sorted(times, key=lambda p: (p.wanted.pinned is not None, times[p]), reverse=True)
+            out.append(Conflict(file, first.name, tuple(part.name for part in others)))
+    return out
+
+
+def overruled(parts: Iterable[OpenPart]) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Of each part the spans of tokens that stay closed: another has them newer, or they are not so any more."""
+    parts = [*parts]
+    lost = {(name, conflict.file) for conflict in conflicts(parts) for name in conflict.others}
+    out = {}
+    for part in parts:
+        spans: list[list[int]] = []
+        for span in part.origins.spans:
+            if not (span.state or (part.name, span.file) in lost):
+                continue
+            if spans and spans[-1][1] == span.first:
+                spans[-1][1] = span.stop
+            else:
+                spans.append([span.first, span.stop])
+        out[part.name] = tuple(map(tuple, spans))
+    return out
 
 
 def _folder(path: Path) -> Path:
@@ -275,16 +342,18 @@ def _origins(path: Path, folder: Path, tree: MegaContextTree) -> Origins:
     try:
         if (path / SESSION).is_file():
             about = json.loads((path / SESSION).read_text(encoding="utf-8"))["about"]
-            return Origins([span for span in ingested(about) if span[1] <= tokens], block)
+            return Origins([span for span in ingested(about) if span.stop <= tokens], block)
         if (path / PRESET).is_file():
             about = json.loads((path / PRESET).read_text(encoding="utf-8"))
-            return Origins([(0, tokens, str(about["file"]), float(about["time"]), 1)], block)
+            return Origins([Span(0, tokens, str(about["file"]), float(about["time"]), 1)], block)
         for name in (f"{folder.name}.json", f"{folder.name}.next.json"):  # between a tree's save and its table's
-            table = folder.with_name(name)
-            spans, first = [], 0
-            for document in json.loads(table.read_text(encoding="utf-8"))["documents"] if table.is_file() else []:
-                stop = first + document["tokens"]
-                spans.append((first, stop, document["name"], document["at"], document["lines"]))
+            if not (table := folder.with_name(name)).is_file():
+                continue
+            noted, spans, first = json.loads(table.read_text(encoding="utf-8")), [], 0
+            for document in noted["documents"]:
+                stop, file = first + document["tokens"], document["name"]
+                file = str(Path(noted["root"]) / file) if noted.get("root") else file
+                spans.append(Span(first, stop, file, document["at"], document["lines"]))
                 first = stop
             if spans and first == tokens:
                 return Origins(spans, block)

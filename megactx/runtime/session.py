@@ -187,7 +187,7 @@ class Session:
         seen = self.context.tree if self.context is not None else None
         if not isinstance(seen, Composite):
             return None, address
-        number = int(seen.part_of(torch.tensor(address)))
+        number = int(seen.part_of(torch.tensor(address, device=seen.device)))
         name = seen.name_of(number)
         return next((part for part in self.parts if part.name == name), None), address - seen.bases[number]
 

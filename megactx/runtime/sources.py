@@ -84,5 +84,5 @@ def _runs(name: str | None, lod, index, block: int, origin) -> Iterator[Opened]:
         yield run
 
 
-def _file(origin: Origin | None) -> str | None:
-    return None if origin is None else origin.file
+def _file(origin: Origin | None) -> tuple[str, str] | None:
+    return None if origin is None else (origin.file, origin.state)

@@ -26,7 +26,7 @@ from megactx.parts.models import Models
 from .events import Observer, Refocused, views
 from .focusing import Focus
 from .incremental_prefill import IncrementalPrefill
-from .part_files import OpenPart, Wanted
+from .part_files import OpenPart, Wanted, overruled
 from .position_rebase import PositionRebase
 from .settings import Settings
 
@@ -208,7 +208,7 @@ class Stream:
             ValueError: there is none of this name.
         """
         slot = self._slot_of(name)
-        self.parts = self.parts | {slot: self.parts[slot].pin()}
+        self._compose(self.parts | {slot: self.parts[slot].pin()})  # it wins over newer ones now
 
     def look(self) -> None:
         """Show newer versions of parts, where there are any; it costs microseconds where there are none."""
@@ -232,8 +232,9 @@ class Stream:
     def _compose(self, found: dict[int, OpenPart]) -> None:
         """Show these parts from now on. What stays keeps its entries, what is new is shown as coarse as it must be."""
         found, old = dict(sorted(found.items())), self.parts
+        ruled = overruled(found.values())
         shown = [
-            Part(part.name, part.tree, slot, part.wanted.share, part.closed)
+            Part(part.name, part.tree, slot, part.wanted.share, part.closed, ruled[part.name])
             for slot, part in found.items()
             if int(part.tree.lengths[0]) > 0  # a part may be empty yet
         ]
@@ -243,6 +244,8 @@ class Stream:
             self.settings.check_parts(self.block, seen.spent)
         same = {slot for slot, part in found.items() if slot in old and old[slot].version == part.version}
         same = {slot for slot in same if old[slot].folder == found[slot].folder}
+        before = {part.slot: part.overruled for part in getattr(self.seen, "parts", ()) if isinstance(part, Part)}
+        same = {slot for slot in same if before.get(slot) == ruled[found[slot].name]}
         if self.context is not None:
             self.context = self._carried(seen, same)
         self.parts, self.seen, self.hidden, self.shown = found, seen, None, None

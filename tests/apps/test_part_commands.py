@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from megactx.apps.follow.follower import Follower
 from megactx.apps.follow.sources import Folder
 from megactx.memory.invariants import violations
 from megactx.runtime import Controller, Session, Settings, Wanted, load_models
+from megactx.runtime.part_files import conflicts
 from megactx.runtime.sources import opened, origin
 
 K = 4
@@ -112,10 +114,10 @@ def test_a_part_swapped_under_a_running_session_is_seen_by_file_at_the_next_refo
     (tmp_path / "person_texts" / "diary.txt").unlink()
     (tmp_path / "person_texts" / "letter.txt").write_text(lines("letter", 12))
     follow(own, tmp_path)
-    before = [run.origin.file for run in opened(session) if run.part == "person"]
+    before = [run.origin.file.split("/")[-1] for run in opened(session) if run.part == "person"]
     assert before and "letter.txt" not in before
     session.append(torch.full((K,), 5))  # one block: one refocus
-    after = [run.origin.file for run in opened(session) if run.part == "person"]
+    after = [run.origin.file.split("/")[-1] for run in opened(session) if run.part == "person"]
     assert "letter.txt" in after and "diary.txt" not in after and not violations(session.context)
 
 
@@ -186,7 +188,83 @@ def test_a_file_that_has_changed_is_told_apart_from_what_it_was(own, three, tmp_
     assert ingest.main([str(tmp_path / "project_texts"), str(three["project"]), *own]) == 0
     made = Controller(load_models(own[1], "cpu"), Settings(budget=500))
     session = Session(made, parts=[Wanted("project", three["project"])])
+    session.append("Some text, so that there is a window. " * 3)
     part = session.parts[0]
     found = [part.origin(token) for token in range(0, int(part.tree.lengths[0]), K)]
-    names = [own.file.split("/")[-1] for own in found if own is not None]
-    assert {*names} == {"main.txt (as it was before)", "util.txt", "main.txt"} and names[0].endswith("before)")
+    names = [(own.file.split("/")[-1], own.state) for own in found if own is not None]
+    assert {*names} == {("main.txt", "as it was before"), ("util.txt", ""), ("main.txt", "")} and names[0][1]
+    assert str(part.origin(1)).endswith("main.txt:1 (as it was before)")
+    # What it was stays closed beside what it is; of a file that is gone all does.
+    assert closed(session, "project") == {("main.txt", "as it was before")}
+    (tmp_path / "project_texts" / "util.txt").unlink()
+    assert ingest.main([str(tmp_path / "project_texts"), str(three["project"]), *own]) == 0
+    session.append("More text, so that there is a refocus. " * 3)
+    assert closed(session, "project") == {("main.txt", "as it was before"), ("util.txt", "deleted")}
+    (tmp_path / "project_texts" / "util.txt").write_text(lines("util", 12))  # it is back
+    assert ingest.main([str(tmp_path / "project_texts"), str(three["project"]), *own]) == 0
+    session.append("And more. " * 6)
+    assert closed(session, "project") == {("main.txt", "as it was before")}
+
+
+def closed(session, name):
+    """Files of whole blocks of a part that may not be opened."""
+    number = [part.name for part in session.stream.seen.parts].index(name)
+    tree, part = session.stream.seen, session.parts[number]
+    index = torch.arange(int(part.tree.counts(1)[0]))
+    nothing = torch.zeros_like(index)
+    openable = tree.openable(nothing, nothing + 1, index + tree.bases[number] // K)
+    found = [part.origin(int(block) * K) for block in index[~openable]]
+    return {(own.file.split("/")[-1], own.state) for own in found}
+
+
+def test_of_a_file_in_two_parts_the_newest_counts_and_a_pinned_one_before_it_and_both_are_told(
+    own, tmp_path, typed, capsys
+):
+    source, control = tmp_path / "source", Controller(load_models(own[1], "cpu"), Settings(budget=500))
+    source.mkdir()
+    for name in ("a", "b"):
+        (source / f"{name}.txt").write_text(lines(name, 12))
+    assert ingest.main([str(source), str(tmp_path / "early"), *own]) == 0
+    time.sleep(0.01)  # times are in milliseconds
+    assert ingest.main([str(source / "a.txt"), str(tmp_path / "late"), *own]) == 0
+    parts = [Wanted(name, tmp_path / name, 0.2) for name in ("early", "late")]
+    session = Session(control, parts=parts)
+    session.append("Which line? " * 8)
+    assert conflicts(session.parts) == [(str(source / "a.txt"), "late", ("early",))]
+    assert closed(session, "early") == {("a.txt", "")} and closed(session, "late") == set()
+    session.pin("early")
+    assert conflicts(session.parts)[0].winner == "early" and not violations(session.context)
+    assert closed(session, "early") == set() and closed(session, "late") == {("a.txt", "")}
+    shown = {run.part for run in opened(session)}
+    assert "early" in shown
+    typed("/parts\n/quit\n")
+    given = [word for part in parts for word in ("--part", f"{part.name}={part.path}:0.15")]
+    assert chat.main([*given, *own]) == 0
+    assert "a.txt is in late and in early: that of late counts, the others stay closed" in capsys.readouterr().out
+
+
+def test_each_source_tree_becomes_a_part_where_a_change_replaces_its_own_blocks(own, tmp_path, capsys):
+    for name in ("src", "docs"):
+        (tmp_path / name).mkdir()
+        for file in ("a", "b"):
+            (tmp_path / name / f"{file}.txt").write_text(lines(f"{name} {file}", 8))
+    asked = ["--parts", str(tmp_path / "src"), str(tmp_path / "docs"), str(tmp_path / "memory"), *own]
+    assert ingest.main(asked) == 0
+    assert "src: 2 documents" in (told := capsys.readouterr().out) and "docs: 2 documents" in told
+    session = Session(
+        Controller(load_models(own[1], "cpu"), Settings(budget=500)),
+        parts=[Wanted(name, tmp_path / "memory" / name) for name in ("src", "docs")],
+    )
+    session.append("What is there? " * 8)
+    tokens = int(session.parts[0].tree.lengths[0])
+    (tmp_path / "src" / "a.txt").write_text(lines("changed", 8))
+    (tmp_path / "docs" / "b.txt").unlink()
+    assert ingest.main(asked) == 0
+    assert "(1 replaced)" in (told := capsys.readouterr().out) and "(1 removed)" in told
+    session.append("And now? " * 8)
+    files = {origin.file for part in session.parts for token in range(0, int(part.tree.lengths[0]), K)
+             if (origin := part.origin(token))}  # fmt: skip
+    assert files == {str(tmp_path / name) for name in ("src/a.txt", "src/b.txt", "docs/a.txt")}
+    assert "changed 1 says 1" in session.parts[0].text(0, 40) and tokens
+    assert ingest.main(["--parts", str(tmp_path / "src"), str(tmp_path / "src"), str(tmp_path / "memory"), *own]) == 2
+    assert "a part src is there already" in capsys.readouterr().err

@@ -234,3 +234,17 @@ def test_a_part_of_which_something_was_taken_away_shows_what_is_left(make, tmp_p
     assert context.starts()[0, gists].tolist() == [*range(64, 128, K)]
     with pytest.raises(ValueError, match="was taken away"):
         context.expand(int(gists[0]))
+
+
+def test_what_another_part_has_newer_stays_closed(make):
+    part = Part("old", make(203, 1), 0, overruled=((10, 60), (100, 116)))
+    lod, index = torch.tensor([1, 1, 1, 1, 2, 2, 1]), torch.tensor([2, 3, 14, 15, 1, 6, 25])
+    assert part.within(lod, index).tolist() == [False, True, True, False, True, False, True]
+    composite = Composite(make(130, 3), [part], 700)
+    context = WorkingContext.recency(composite, 700, debug=True)
+    gists = (context.lod[0] == 1).nonzero().squeeze(1)
+    assert context.index[0, gists].tolist() == [*range(3, 15), *range(25, 29)] and (context.lod[0] <= 1).all()
+    with pytest.raises(ValueError, match="was taken away"):
+        context.expand(int(gists[0]))
+    context.collapse(2, 1)
+    assert not composite.openable(*(torch.tensor([n]) for n in (0, 2, 1))).any()

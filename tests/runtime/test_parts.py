@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from megactx.memory import Composite, MegaContextTree
+from megactx.memory import Composite, MegaContextTree, curation
 from megactx.memory.invariants import violations
 from megactx.runtime import Session, Wanted
 
@@ -248,3 +248,26 @@ def test_what_earns_its_entries_in_parts_is_read_within_their_shares_beside_the_
     session = Session(controller(earn=True, **ROOM), [check], parts)
     assert session.append(ids(200), score=True).isfinite().all()
     assert max(seen) > 0
+
+
+def test_a_part_that_is_curated_under_a_running_session_shows_what_is_left(controller, saved, ids, monkeypatch):
+    monkeypatch.setattr(curation, "RECENT", 0)
+    place = saved("library", 300, 3)
+    session = Session(controller("recency", **ROOM), parts=[wanted("library", place, 0.45)])
+    session.append(ids(100))
+    session.stream.logits()
+    raw = [index for lod, index in entries(session.context, 0) if lod == 0]
+    assert len(raw) > 2 * K
+    actions = [{"start": 64, "stop": 300, "action": "compact", "floor": 1, "reason": "test", "bytes": 0}]
+    curation.Curated(place).apply({"format": 1, "tokens": 300, "actions": actions})
+    for token in ids(3 * K, seed=2):
+        session.stream.push(token[None])
+    assert session.stream.logits().isfinite().all() and not violations(session.stream.context)
+    seen = session.stream.seen
+    assert seen.compacted == (300 - 64) // K
+    assert not [index for lod, index in entries(session.context, 0) if lod == 0 and index >= 64]
+    inside = torch.tensor([64 // K - 1, 64 // K, 300 // K - 1])
+    nothing = torch.zeros_like(inside)
+    assert seen.openable(nothing, nothing + 1, inside).tolist() == [True, False, False]
+    with pytest.raises(ValueError, match="part library: of tokens 64 to 71 some were taken away"):
+        session.parts[0].text(64, 72)

@@ -51,14 +51,15 @@ class Part:
     Args:
         folder: of the tree.
         models: base LM and GistNet.
+        root: folder that the documents' names are relative to; ``None``: they are no paths.
 
     Raises:
         ValueError: another process holds it, it is damaged, or it is of other models.
     """
 
-    def __init__(self, folder: str | Path, models: Models):
+    def __init__(self, folder: str | Path, models: Models, root: Path | None = None):
         folder = Path(folder)
-        self.folder, self.models = folder, models
+        self.folder, self.models, self.root = folder, models, root
         self.table, self._next = folder.with_name(f"{folder.name}.json"), folder.with_name(f"{folder.name}.next.json")
         busy = f"{folder} is followed by process {{holder}} already"
         self._lock = Lock(folder.with_name(f"{folder.name}.lock"), busy)
@@ -161,7 +162,8 @@ class Part:
         return Document(name, mark, len(ids), lines, time.time()), ids
 
     def _save(self, tree: MegaContextTree, documents: list[Document], gone: dict[str, float]) -> None:
-        content = {"format": FORMAT, "tree": _digest(tree), "gone": gone}
+        root = None if self.root is None else str(self.root.absolute())
+        content = {"format": FORMAT, "tree": _digest(tree), "gone": gone, "root": root}
         content["documents"] = [asdict(document) for document in documents]
         # Whether a kill has come before or behind the tree's own rename, one of the two tables is of the tree there.
         files.write(self._next, json.dumps(content) + "\n")
