@@ -248,3 +248,16 @@ def test_what_another_part_has_newer_stays_closed(make):
         context.expand(int(gists[0]))
     context.collapse(2, 1)
     assert not composite.openable(*(torch.tensor([n]) for n in (0, 2, 1))).any()
+
+
+def test_what_is_open_is_read_on_where_another_tree_took_its_place_on_the_disk(make, tmp_path):
+    tree, own = make(40_000, 1), make(130, 3)
+    tree.save(tmp_path / "part")
+    part = MegaContextTree.load(tmp_path / "part", own.encoder, own.base, read_only=True)
+    make(500, 2).save(tmp_path / "part")  # whole, beside the old database, which is then removed
+    context = WorkingContext.recency(Composite(own, [Part("part", part, 0)], 400), 400, debug=True)
+    read = context.to_tensor()[0]  # the first look ahead is asked for here, by the file's name
+    (lod, index), _ = context.tree.segments(context)
+    for at, (level, node) in enumerate(zip(lod.tolist(), index.tolist(), strict=True)):
+        assert torch.equal(read[at], tree.gists(level)[0, node] if level else tree.base(tree.tokens[0, node].long()))
+    part.cache.close()
