@@ -43,7 +43,7 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
     if hasattr(source, "write_list") and not distributed.rank():  # what the text was, where nobody else can tell
         source.write_list(folder / "files.sha256")
     stage.prepare(datamodule)
-    trainer = _trainer(cfg, config, folder, device, fingerprint)
+    trainer, step = _trainer(cfg, config, folder, device, fingerprint), 0
     if checkpoint is None and config["stage"].get("init"):
         print(stage.start_from(config["stage"]["init"]), flush=True)
     if checkpoint is not None:
@@ -55,10 +55,11 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
         print(f"Going on from {checkpoint}, step {saved['global_step']}", flush=True)
         for line in [*([changed] if changed else []), *differences(saved.get("config", config), config)]:
             print(f"  changed: {line}", flush=True)
-        for logger in trainer.loggers:
-            if hasattr(logger, "rewind"):  # what was logged behind the checkpoint will be logged again
-                logger.rewind(saved["global_step"])
+        step = saved["global_step"]
         del saved
+    for logger in trainer.loggers:
+        if hasattr(logger, "rewind"):  # what was logged behind the checkpoint, or by a run that failed without one
+            logger.rewind(step)
     try:
         trainer.fit(stage, datamodule, ckpt_path=checkpoint, weights_only=True)
     except BaseException:
