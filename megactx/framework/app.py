@@ -112,7 +112,7 @@ def _done_before(cfg: DictConfig, folder: Path) -> float | None:
     except Exception as error:  # a stage that does not compose any more, a record that cannot be read
         changes = [verdict(error)[1]]
     if changes:
-        message = f"{folder} was done with other settings: {'; '.join(changes)}. Remove it to run the job again"
+        message = f"{folder} was done otherwise: {'; '.join(changes)}. Remove it to run the job again"
         _say(message)
         jobs.note(folder, "refused", MISTAKE, message)
         return None
@@ -187,6 +187,11 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
             return None, find_curriculum(cfg, folder, fixed)
         if here.mode == RunMode.MULTIRUN:
             distributed.refuse_sweep(device.count * hosts)
+            if cfg.resume not in ("never", "auto"):
+                raise ValueError(
+                    f"resume={cfg.resume} is not allowed with -m: jobs of a sweep go on by themselves; stage.init=..."
+                    " takes weights of another run"
+                )
             return last_of(cfg, folder), folder
         return find(cfg, folder, named)
 

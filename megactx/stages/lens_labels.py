@@ -83,8 +83,8 @@ def _claim(stage, datamodule, folder: Path) -> None:
         write(path, json.dumps(now, indent=1), IN_RUN)
     elif changes := differences(json.loads(path.read_text(encoding="utf-8")), now):
         raise ValueError(
-            f"stage.folder={folder}: the windows in it were measured otherwise: {'; '.join(changes)}. Remove it, or take"
-            " another folder"
+            f"stage.folder={folder}: the windows in it were measured otherwise: {'; '.join(changes)}. Remove it, or"
+            " take another folder"
         )
 
 
