@@ -388,6 +388,8 @@ class BaseLM(nn.Module):
             mine = self.logits(self(self.embed(ids), None))
         except TypeError as error:
             raise ValueError(f"base: {name} does not take inputs_embeds ({error})") from error
+        except (ValueError, AttributeError, IndexError) as error:  # of its own code
+            raise ValueError(f"base: {name} cannot be read by its embeddings ({error})") from error
         theirs = self.model(input_ids=ids, use_cache=False).logits
         try:
             packed = self.logits(self(self.embed(ids), torch.arange(ids.shape[1], device=ids.device)[None], CAUSAL))
