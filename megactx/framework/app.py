@@ -144,7 +144,7 @@ def _run_job(cfg: DictConfig, here, folder: Path, multirun: bool) -> float | Non
         state = "failed"
     finally:
         finish_loggers(_code)
-        if not multirun:
+        if not multirun and folder != Path.cwd():
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only where nothing was written: Hydra makes it before the config is checked
     if multirun:
@@ -165,6 +165,8 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
     quiet_bars()
     refuse_idle(list(here.overrides.task), here.runtime.choices)
     OmegaConf.set_struct(cfg, False)
+    if not str(cfg.get("folder", "")).strip():  # the run would lie about in the folder that one works in
+        raise ValueError("folder=: it is empty; set it, or leave it out")
     cfg.folder = short(folder)
     known, shared = reference(here.runtime.choices, cfg), None
     validate(cfg, known)

@@ -150,6 +150,13 @@ def test_a_users_mistake_in_building_ends_with_code_2_one_message_and_a_tracebac
     assert "ValueError" in (tmp_path / "a" / "error.txt").read_text()
 
 
+def test_a_folder_without_a_name_is_refused_and_the_one_that_one_works_in_stays(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["experiment=base_lm", "folder="]) == 2
+    assert "folder=: it is empty" in capsys.readouterr().err
+    assert tmp_path.is_dir() and not [*tmp_path.iterdir()]
+
+
 def test_a_refused_config_leaves_no_folder_behind(tiny_run, tmp_path, capsys):
     assert run([*tiny_run, f"folder={tmp_path / 'a'}", "+lrr=1", "+gistnet.haed=mlp"]) == 2
     said = capsys.readouterr().err
