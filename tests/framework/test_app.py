@@ -215,19 +215,21 @@ def test_a_reader_that_leaves_early_is_no_error(asked):
     assert process.returncode == 0 and not said
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.slow
-def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tiny_run, tmp_path):
+def test_ctrl_c_and_sigterm_save_say_how_to_go_on_and_exit_130(tiny_run, tmp_path, number):
     command = [sys.executable, str(REPOSITORY / "train.py"), *tiny_run, "preset.steps=100000", "folder=a"]
+    command += ["callbacks.checkpoint.every_n_train_steps=3"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + 90
         while not (tmp_path / "a" / "checkpoints" / "last.ckpt").exists() and process.poll() is None:
             assert time.monotonic() < until
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "resume=auto" in said and "Traceback" not in said
-    assert load(tmp_path / "a")["global_step"] > 0
+    assert f"interrupted at step {load(tmp_path / 'a')['global_step']}" in said
 
 
 @pytest.mark.slow
