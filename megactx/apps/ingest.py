@@ -105,15 +105,19 @@ def pieces(path: Path, skip: int = 0) -> Iterator[tuple[int, str]]:
     Raises:
         ValueError: the file is not text.
     """
-    place = 0
+    place, left, waiting = skip, skip, ""  # rows go together: each piece that is taken up costs a look at the window
     for number, row in enumerate(Files(str(path)).load()):
         text = (BETWEEN if number else "") + encodable(row["text"])
         if "\0" in text:
             raise ValueError(f"{path}: binary, not text (a NUL byte at character {text.index(chr(0))})")
-        for part in parts_of(text, PIECE):
-            if place >= skip:
+        waiting, left = waiting + text[left:], max(0, left - len(text))
+        if len(waiting) > PIECE:
+            *whole, waiting = parts_of(waiting, PIECE)
+            for part in whole:
                 yield place, part
-            place += len(part)
+                place += len(part)
+    if waiting:
+        yield place, waiting
 
 
 class SaveClock:
