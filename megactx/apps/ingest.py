@@ -171,16 +171,21 @@ def pieces(path: Path, skip: int = 0) -> Iterator[tuple[int, int, str]]:
     Raises:
         ValueError: the file is not text.
     """
-    place, line = 0, 1
+    place, line, left, waiting = skip, 1, skip, ""  # rows go together: each piece costs a look at the window
     for number, row in enumerate(Files(str(path)).load()):
         text = (BETWEEN if number else "") + encodable(row["text"])
         if "\0" in text:
             raise ValueError(f"{path}: binary, not text (a NUL byte at character {text.index(chr(0))})")
-        for part in parts_of(text, PIECE):
-            if place >= skip:
+        line += text[:left].count("\n")
+        waiting, left = waiting + text[left:], max(0, left - len(text))
+        if len(waiting) > PIECE:
+            *whole, waiting = parts_of(waiting, PIECE)
+            for part in whole:
                 yield place, line, part
-            place += len(part)
-            line += part.count("\n")
+                place += len(part)
+                line += part.count("\n")
+    if waiting:
+        yield place, line, waiting
 
 
 class SaveClock:

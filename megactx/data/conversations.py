@@ -8,14 +8,17 @@ That is the layout of smoltalk and of most sets for chat. A source has ``fingerp
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from megactx.framework.config.types import Count
 
 from .documents import Part
-from .files import ROW_FORMATS, Files, ending
+from .files import ROW_FORMATS, Files, ending, some
 from .hub import Hub
+
+log = logging.getLogger(__name__)
 
 LAYOUT = 'a list of turns, each with "role" and "content" as text'
 
@@ -51,9 +54,12 @@ class ConversationFiles(Conversations, Files):
             raise ValueError("conversations.path is not set: give a file, a folder or a glob of jsonl or parquet")
         with _renamed():
             super().__init__(path, text_column=column)
+            left = [path for path in self.paths if ending(path) not in ROW_FORMATS]
             self.paths = [path for path in self.paths if ending(path) in ROW_FORMATS]
         if not self.paths:
             raise ValueError(f"conversations.path={path}: there is no {', '.join(ROW_FORMATS)} file")
+        if left:
+            log.warning("conversations.path=%s: files without rows are left out: %s", path, some(left))
 
     def fingerprint(self) -> str:
         with _renamed():

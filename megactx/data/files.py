@@ -180,6 +180,8 @@ class Files:
         try:
             with ParquetFile(path) as file:
                 names = file.schema_arrow.names
+                if twice := next((n for n in (self.text_column, "domain", "source") if names.count(n) > 1), None):
+                    raise ValueError(f"data.path={path}: it has the column {twice} {names.count(twice)} times")
                 if self.text_column not in names:
                     raise ValueError(f"data.text_column={self.text_column}: {path} has no such column, it has {names}")
                 about = file.metadata
@@ -290,7 +292,7 @@ def ending(path: Path) -> str:
 
 def _find(path: str) -> list[Path]:
     """All files of a path that hold text; what is left out is said."""
-    here = Path(path).expanduser()
+    here = Path(path) if os.path.lexists(path) else Path(os.path.expanduser(path))  # "~x" may be a name
     if here.is_dir():
         found = _known(path, _walk(path, here))
         what = f"the folder holds none of {', '.join(sorted({*DOMAIN_OF, *ROW_FORMATS}))}"
@@ -302,7 +304,7 @@ def _find(path: str) -> list[Path]:
         what = "no such file, and no file matches it as a glob"
         # With ** every folder on the way is matched, and what is in it too.
         if "**" not in path and (folders := [str(p) for p in matched if p.is_dir()]):
-            log.warning("data.path=%s: it matches folders, which are left out: %s", path, _some(sorted(folders)))
+            log.warning("data.path=%s: it matches folders, which are left out: %s", path, some(sorted(folders)))
     if not found:
         raise ValueError(f"data.path={path}: {what}")
     full = [file for file in found if file.stat().st_size > 0]
@@ -334,15 +336,16 @@ def _known(path: str, found: list[Path]) -> list[Path]:
     known = [p for p in found if ending(p) in DOMAIN_OF or ending(p) in ROW_FORMATS]
     left = Counter(ending(p) or p.name for p in set(found) - set(known))
     if known and left:
-        endings = _some([f"{ending} ({count})" for ending, count in sorted(left.items())])
+        endings = some([f"{ending} ({count})" for ending, count in sorted(left.items())])
         log.warning(
             "data.path=%s: files that are no known text are left out: %s; name them to read them", path, endings
         )
     gone = [str(p) for p in known if not p.is_file()]
     if gone:
-        raise ValueError(f"data.path={path}: no file to read, or a link that leads nowhere: {_some(gone)}")
+        raise ValueError(f"data.path={path}: no file to read, or a link that leads nowhere: {some(gone)}")
     return known
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+def some(names: list) -> str:
+    """The first ten names, and how many more there are."""
+    return ", ".join(map(str, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

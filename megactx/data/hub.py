@@ -13,12 +13,13 @@ from megactx.framework.errors import FULL, RunFailed
 from megactx.framework.files import checksum
 
 from .documents import Part, as_dataset
-from .files import NARRATIVE, check_domain
+from .files import NARRATIVE, check_domain, some
 
 log = logging.getLogger(__name__)
 
 DROP, JOIN = "drop", "join"
 RULES = 2  # of what a row gives; part of every fingerprint
+ABOUT = {"README.md", ".gitattributes", ".git", ".cache", "dataset_infos.json"}  # about a data set, not of it
 PATTERN = re.compile(r"[\[\]*?]|::")
 
 
@@ -83,6 +84,7 @@ class Hub:
         if odd := next((path for path in local if PATTERN.search(str(path.resolve()))), None):
             raise ValueError(f"{where}: [ ] * ? and :: in {odd} are taken for a pattern; rename it, or use data=files")
         # A local folder is always read as it is: the copy that the library keeps may be older than the files.
+        self._say_left_out(where, local)
         for document in self._documents(self._checked(where, self.streaming or bool(local)), where):
             count += 1
             yield document
@@ -117,6 +119,23 @@ class Hub:
             return
         chosen = {"columns": [self.text_column]} if hasattr(builder.config, "columns") else {}
         yield from load_dataset(self.name, self.subset, split=self.split, streaming=streaming, **chosen)
+
+    def _say_left_out(self, where: str, local: list[Path]) -> None:
+        """The library reads files of one ending, and where one is named after a split only such: it says nothing."""
+        from datasets import load_dataset_builder
+
+        if not local:
+            return
+        try:
+            chosen = load_dataset_builder(self.name, self.subset).config.data_files or {}
+        except Exception:  # it is told where the rows are read
+            return
+        read = {
+            Path(str(file).partition("::")[2] or str(file)).resolve() for files in chosen.values() for file in files
+        }
+        left = [path for path in local if path.resolve() not in read and not ABOUT & {path.name, *path.parts}]
+        if left:
+            log.warning("%s: files that are of no split are left out: %s; data=files reads them", where, some(left))
 
     def _local(self) -> list[Path]:
         folder = Path(self.name).expanduser()
@@ -163,9 +182,17 @@ def _json_rows(file: str, streaming: bool) -> Iterator[dict]:
         first = None
     if not isinstance(first, dict):
         yield from load_dataset("json", **where)
-    elif first:
+        return
+    if first:
         yield first
-        yield from map(json.loads, lines)
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}: row {number} (from 0) cannot be read as json: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}: row {number} (from 0) is no object")
+        yield row
 
 
 def _without(error: BaseException | None) -> list[str]:

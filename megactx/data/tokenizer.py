@@ -196,6 +196,9 @@ def _without_prefix(tokenizer):
     if json.dumps(state) == before:
         return None
     state |= {"truncation": None, "padding": None}
+    for token in state["added_tokens"]:  # what they are looked for as: a prefix is a part of it
+        if token["normalized"] and backend.normalizer is not None:
+            token["content"] = backend.normalizer.normalize_str(token["content"])
     return Tokenizer.from_str(json.dumps(state))
 
 

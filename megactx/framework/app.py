@@ -112,7 +112,7 @@ def _done_before(cfg: DictConfig, folder: Path) -> float | None:
     except Exception as error:  # a stage that does not compose any more, a record that cannot be read
         changes = [verdict(error)[1]]
     if changes:
-        message = f"{folder} was done with other settings: {'; '.join(changes)}. Remove it to run the job again"
+        message = f"{folder} was done otherwise: {'; '.join(changes)}. Remove it to run the job again"
         _say(message)
         jobs.note(folder, "refused", MISTAKE, message)
         return None
@@ -144,7 +144,7 @@ def _run_job(cfg: DictConfig, here, folder: Path, multirun: bool) -> float | Non
         state = "failed"
     finally:
         finish_loggers(_code)
-        if not multirun:
+        if not multirun and folder != Path.cwd():
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only where nothing was written: Hydra makes it before the config is checked
     if multirun:
@@ -165,6 +165,8 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
     quiet_bars()
     refuse_idle(list(here.overrides.task), here.runtime.choices)
     OmegaConf.set_struct(cfg, False)
+    if not str(cfg.get("folder", "")).strip():  # the run would lie about in the folder that one works in
+        raise ValueError("folder=: it is empty; set it, or leave it out")
     cfg.folder = short(folder)
     known, shared = reference(here.runtime.choices, cfg), None
     validate(cfg, known)
@@ -187,6 +189,11 @@ def _train(cfg: DictConfig, here, folder: Path, kept: list[Path]) -> float | Non
             return None, find_curriculum(cfg, folder, fixed)
         if here.mode == RunMode.MULTIRUN:
             distributed.refuse_sweep(device.count * hosts)
+            if cfg.resume not in ("never", "auto"):
+                raise ValueError(
+                    f"resume={cfg.resume} is not allowed with -m: jobs of a sweep go on by themselves; stage.init=..."
+                    " takes weights of another run"
+                )
             return last_of(cfg, folder), folder
         return find(cfg, folder, named)
 

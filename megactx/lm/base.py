@@ -391,7 +391,10 @@ class BaseLM(nn.Module):
         theirs = self.model(input_ids=ids, use_cache=False).logits
         try:
             packed = self.logits(self(self.embed(ids), torch.arange(ids.shape[1], device=ids.device)[None], CAUSAL))
-        except TypeError:  # it does not accept the keyword arguments that its attention should get
+        except (
+            TypeError,
+            ValueError,
+        ):  # it does not accept the keyword arguments that its attention should get, or the mask
             self._require_interface(False)
         self.model.train(training)
         # In bf16 two ways to attend differ by rounding, more than this in single logits.

@@ -21,8 +21,14 @@ FUNCTION = (
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"),
     *("partial_rotary_factor", "final_logit_softcapping", "logits_scaling", "embedding_multiplier"),
     *("residual_multiplier", "attention_multiplier", "attn_logit_softcapping", "query_pre_attn_scalar"),
+    *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "use_parallel_residual", "do_layer_norm_before"),
+    *("norm_epsilon", "clip_qkv", "no_rope_layers", "num_experts_per_tok", "norm_topk_prob"),
 )
-ROTATION = ("rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+ROTATION = (
+    *("rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
+    *("partial_rotary_factor", "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim"),
+    *("truncate", "alpha"),
+)
 
 
 def of_embeddings(base: BaseLM) -> str:

@@ -63,6 +63,8 @@ class AlternatingStage(JointStage):
         ValueError: a setting that is not allowed; the message names it.
     """
 
+    gistnet_learns = True
+
     def __init__(self, cycles: Count, steps: dict[str, Whole], windows: WindowsPerCycle, **settings):
         schedule = Schedule(dict(steps), cycles)
         own = "lora" if steps["lora"] else "frozen"

@@ -60,6 +60,7 @@ class LensStage(FrozenBaseStage):
     takes = {"base": "base.name", "gistnet": "stage.gistnet"}
     gives = {"lens": ""}
     one_process = True
+    gistnet_learns = False
 
     def __init__(
         self,

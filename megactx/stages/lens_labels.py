@@ -1,5 +1,6 @@
 """Windows with measured values, made as a lens stage needs them: files in the run folder, each written once."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,17 @@ from megactx.focus.edit_labels import measure_values
 from megactx.focus.label_files import save
 from megactx.focus.sampling import KINDS, draw, measured_share
 from megactx.framework.bar import bar
+from megactx.framework.files import IN_RUN, write
+from megactx.framework.run.resume import differences
+from megactx.lm.identity import of_net
 from megactx.memory import MegaContextTree
 
 from .work import Work
 
 HELD = "held"
+MADE = "made.json"  # of what the windows in a folder were made
+OF_STAGE = ("horizon", "budgets", "allocator", "lensnet", "gistnet", "init")
+OF_DATA = ("seed", "min_tokens", "max_tokens", "weights", "planted")
 
 
 def sizes_ahead(stage, data: dict) -> tuple[int, float, float]:
@@ -45,17 +52,40 @@ def ensure(stage, datamodule, folder: Path, what: int | str, count: int) -> list
 
     Args:
         stage: a ``LensStage``; the sizes of what is measured are added to its list ``measured``, and its
-            ``window_files`` keeps the files of each round.
+            ``window_files`` keeps the files of each round. ``gistnet_learns`` says that its gists are a matter of the
+            step.
         what: the number of the round, or ``HELD``.
         count: windows.
+
+    Raises:
+        ValueError: windows of other settings, texts or models are there.
     """
     own = folder_of(folder, what)
     if (own, count) not in stage.window_files:
+        _claim(stage, datamodule, folder)
         paths = [own / f"{index:05d}.safetensors" for index in range(count)]
         if missing := [index for index, path in enumerate(paths) if not path.exists()]:
             _measure(stage, datamodule, what, count, missing, paths)
         stage.window_files[own, count] = paths
     return stage.window_files[own, count]
+
+
+def _claim(stage, datamodule, folder: Path) -> None:
+    """Windows are what they were made of: those of a run that failed, or of another one, are taken for no others."""
+    h, path = stage.hparams, folder / MADE
+    now = {name: h[name] for name in OF_STAGE if name in h} | {name: getattr(datamodule, name) for name in OF_DATA}
+    now |= {"edits": h.windows["edits"], "texts": datamodule.source.fingerprint()}
+    now["base LM"] = [stage.base_record[name] for name in ("embeddings", "weights")]
+    if not stage.gistnet_learns:
+        now["weights of the GistNet"] = of_net(stage.gistnet)
+    now = json.loads(json.dumps(now))
+    if not path.exists():
+        write(path, json.dumps(now, indent=1), IN_RUN)
+    elif changes := differences(json.loads(path.read_text(encoding="utf-8")), now):
+        raise ValueError(
+            f"stage.folder={folder}: the windows in it were measured otherwise: {'; '.join(changes)}. Remove it, or"
+            " take another folder"
+        )
 
 
 def _measure(stage, datamodule, what: int | str, count: int, missing: list[int], paths: list[Path]) -> None:

@@ -24,8 +24,10 @@ from pathlib import Path
 from megactx.framework import app, files
 from megactx.framework.bar import quiet_libraries
 from megactx.framework.command_line import run
+from megactx.framework.config.search_path import compose
 from megactx.framework.errors import DONE, INTERRUPTED
 from megactx.framework.lock import Lock
+from megactx.framework.run.fit import other_content
 from megactx.parts.find import KEYS
 
 from .export import export, refuse_other
@@ -121,6 +123,8 @@ class Retrofit:
                 raise ValueError(
                     f"{self.work / step} was made with other settings: {gone} is now {new}. Remove it first"
                 )
+            if (self.work / step / "done").exists() and (changes := other_content(compose(command), self.work / step)):
+                raise ValueError(f"{self.work / step} was made of other things: {'; '.join(changes)}. Remove it first")
         files.write(place, json.dumps(self.commands, indent=1) + "\n")
 
     def _train(self, step: str, number: int) -> int:

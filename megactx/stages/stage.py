@@ -98,6 +98,15 @@ class Stage(lightning.LightningModule):
             ValueError: it has not; it names the setting.
         """
 
+    @staticmethod
+    def base_of(settings) -> dict | None:
+        """The record of the base LM that settings of this stage name; ``None``: its checkpoints hold no record.
+
+        Raises:
+            ValueError: it cannot be loaded.
+        """
+        return None
+
     def start_from(self, path: str) -> str:
         """Take the weights of another run; -> what was taken.
 
@@ -176,6 +185,10 @@ class FrozenBaseStage(Stage):
         """Load the frozen base LM: ``name`` and ``dtype``."""
         self.base = BaseLM.from_pretrained(**base).freeze()
         self.base_record = record_of(self.base, base["name"])  # as it is before it learns
+
+    @staticmethod
+    def base_of(settings) -> dict | None:
+        return record_of(BaseLM.from_pretrained(**settings["base"]), settings["base"]["name"])
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

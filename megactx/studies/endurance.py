@@ -239,6 +239,9 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     with session_of(out / "session", controller, observers_of(args, controller)) as session:
         if wrong := [f"{k}={v}, not {how[k]}" for k, v in session.about.get(HOW, how).items() if v != how[k]]:
             raise ValueError(f"--out={out}: it holds a study with other settings: {'; '.join(wrong)}")
+        count = min(session.length - 1, len(ids))  # the first one is BOS
+        if not torch.equal(session.ids(1, 1 + count), ids[:count]):
+            raise ValueError(f"--out={out}: it holds a study of other text; name another folder")
         session.about[HOW] = how
         rows = carry(session, ids, args.every)
         device = session.stream.device.type

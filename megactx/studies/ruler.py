@@ -8,6 +8,7 @@ with those missing.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -28,6 +29,7 @@ from megactx.evaluation.table import Report, Sheet, Table, cell
 from megactx.framework.bar import bar
 from megactx.framework.files import replacing
 from megactx.gist.parts import find, names
+from megactx.lm.identity import of_embeddings, of_net, of_weights
 from megactx.parts.models import load_models
 
 from .study import Options, command, usable
@@ -118,11 +120,14 @@ def answer(base, row: dict, ids: list[int], kept: list[int], plain: bool) -> str
 class Cell:
     """Task, length and policy: a row for each case, in a file that every case is added to.
 
+    Args:
+        made: what the settings name, as it is now: models, texts. A file of earlier days does not say.
+
     Raises:
         ValueError: the file holds another study.
     """
 
-    def __init__(self, args: argparse.Namespace, task: str, length: int, name: str):
+    def __init__(self, args: argparse.Namespace, task: str, length: int, name: str, made: dict):
         self.name, self.path = name, args.out / "cells" / f"{task}-{length}-{name}.json"
         self.about = {key: str(value) if key == "keys" else value for key, value in vars(args).items() if key in ABOUT}
         self.rows = []
@@ -132,11 +137,14 @@ class Cell:
             wrong = [
                 said for said, key in zip(wrong, self.about, strict=True) if found["about"].get(key) != self.about[key]
             ]
+            then = found["about"].get("made", made)
+            wrong += [f"the {what} have changed" for what in made if then.get(what) != made[what]]
             if wrong:
                 raise ValueError(
                     f"--out={args.out} holds cells of other settings: {'; '.join(wrong)}; name another folder"
                 )
             self.rows = found["rows"]
+        self.about["made"] = made
 
     def has(self, number: int, answers: int) -> bool:
         """Whether a case is there, with its answer where that is asked for."""
@@ -202,7 +210,6 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     for folder in ("cells", "cases"):
         usable(args.out / folder)
     groups = [(task, length) for task in args.tasks for length in sorted(args.lengths)]
-    cells = {group: [Cell(args, *group, name) for name in kinds] for group in groups}
     models = load_models(args.model)
     base = models.base
     policies = {
@@ -210,6 +217,17 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         for name, kind in kinds.items()
     }
     prose = essay(args.path) if {*PROSE} & {*args.tasks} else []
+    made = {"weights of the base LM": [of_embeddings(base), of_weights(base)]}
+    if models.gistnet is not None:
+        made["weights of the GistNet"] = of_net(models.gistnet)
+    text = hashlib.sha256("\0".join(prose).encode()).hexdigest()[:16]
+    cells = {
+        group: [
+            Cell(args, *group, name, made | ({"words of the text": text} if group[0] in PROSE else {}))
+            for name in kinds
+        ]
+        for group in groups
+    }
     steps = [(g, n, c) for g in groups for n in range(args.cases) for c in cells[g] if not c.has(n, args.answers)]
     table, told, cases = Table(), [], None
     for group, number, own in bar("cases")(steps):

@@ -188,6 +188,21 @@ def test_files_of_every_kind_become_one_history_and_are_not_read_twice(own, tmp_
         assert session.text() == text + "a new file\n\n" and session.length > length
 
 
+def test_rows_of_a_file_are_taken_up_together_and_from_any_cut_on_in_the_same_pieces(tmp_path, monkeypatch):
+    rows = [f"row {i}\n{'word ' * (i % 7)}" for i in range(60)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    assert [*ingest.pieces(path)] == [(0, 1, ingest.BETWEEN.join(rows))]  # one look at the window, not sixty
+    monkeypatch.setattr(ingest, "PIECE", 100)
+    found = [*ingest.pieces(path)]
+    whole = ingest.BETWEEN.join(rows)
+    assert "".join(text for *_, text in found) == whole and len(found) > 10
+    assert all(len(text) <= 100 for *_, text in found)
+    for number, (first, line, _) in enumerate(found):
+        assert [*ingest.pieces(path, first)] == found[number:] and line == 1 + whole[:first].count("\n")
+    assert "".join(text for *_, text in ingest.pieces(path, 33)) == ingest.BETWEEN.join(rows)[33:]  # of earlier days
+
+
 def test_a_stopped_ingestion_goes_on_where_it_was(own, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ingest, "PIECE", 2000)
     monkeypatch.setattr(ingest, "SAVE_EVERY", 0.0)

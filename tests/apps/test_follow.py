@@ -103,6 +103,22 @@ def test_a_document_that_changes_is_exchanged_and_the_others_are_not_encoded_aga
     check_fresh(part)
 
 
+@pytest.mark.parametrize("source", [Folder, Mbox])
+def test_a_change_of_the_same_size_and_time_is_read_and_a_touch_is_not(follow, notes, tmp_path, source):
+    path = notes / "a.md" if source is Folder else tmp_path / "box"
+    text = "From a@b Thu Jan  1 00:00:00 2026\nMessage-ID: <1>\n\nThe old words.\n"
+    path.write_text(text)
+    os.utime(path, ns=(10**18, 10**18))
+    found = follow(all=source(notes if source is Folder else path))
+    part = found.followed["all"].part
+    assert found.look("all") and "The old words" in told(part)
+    path.write_text(text.replace("old", "new"))
+    os.utime(path, ns=(10**18, 10**18))
+    assert found.look("all") and "The new words" in told(part) and "The old words" not in told(part)
+    os.utime(path)
+    assert not found.look("all")
+
+
 def test_a_document_that_is_deleted_is_gone_and_known_to_have_been_there(follow, notes):
     found = follow(notes=Folder(notes))
     found.look("notes")

@@ -319,6 +319,20 @@ def test_a_message_about_a_row_names_its_file_and_the_row_in_it(tmp_path, rows, 
         Files(str(tmp_path)).load()
 
 
+def test_a_file_whose_name_begins_with_a_tilde_is_that_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("~notes.txt", "~root"):
+        (tmp_path / name).write_text(name)
+        assert texts(name) == [name]
+
+
+def test_a_column_that_is_there_twice_is_refused_by_name(tmp_path):
+    table = pa.table([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet: it has the column text 2 times"):
+        Files(str(tmp_path / "a.parquet")).load()
+
+
 def test_no_file_is_left_out_for_its_name(tmp_path):
     names = ["THE COMMUNIST MANIFESTO.txt", "MANIFEST.md", ".hidden.txt", "b.TXT"]
     for name in names:

@@ -155,6 +155,26 @@ def test_the_features_that_a_hub_says_it_has_do_not_stop_the_choice_of_a_column(
     assert Hub(str(tmp_path / "hub")).load()["text"] == ["one", "two"]
 
 
+@pytest.mark.parametrize(
+    "read, left", [("train.jsonl", "more.jsonl"), ("a.jsonl", "b.txt"), ("a.jsonl", ".hidden.jsonl")]
+)
+def test_files_that_a_hub_layout_leaves_out_are_said(tmp_path, caplog, read, left):
+    (tmp_path / read).write_text('{"text": "one"}\n')
+    (tmp_path / left).write_text('{"text": "two"}\n')
+    (tmp_path / "README.md").write_text("about")
+    assert Hub(str(tmp_path)).load()["text"] == ["one"]
+    assert f"files that are of no split are left out: {tmp_path / left};" in caplog.text
+    assert "README.md" not in caplog.text.partition("left out")[2]
+
+
+@pytest.mark.parametrize("line, said", [("{", "cannot be read as json"), ("[1]", "is no object")])
+def test_a_message_about_a_row_of_a_hub_names_its_file_and_the_row_in_it(tmp_path, line, said):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=rf"b.jsonl: row 1 \(from 0\) {said}"):
+        Hub(str(tmp_path)).load()
+
+
 def test_a_null_among_the_rows_of_a_hub_is_left_out_and_said(tmp_path, caplog):
     rows = [{"text": "one"}, {"text": None}, {"text": "three"}]
     Dataset.from_list(rows).to_parquet(tmp_path / "hub" / "train.parquet")

@@ -87,11 +87,12 @@ def test_a_long_conversation_ends_at_an_answer_and_no_turn_is_cut_within_the_tem
     assert turns(TALK, int(answers.argmax())) is None, "no room for an answer"
 
 
-def test_conversations_come_from_files_and_a_bad_row_is_told_by_its_place(tmp_path, chat_tokenizer):
+def test_conversations_come_from_files_and_a_bad_row_is_told_by_its_place(tmp_path, chat_tokenizer, caplog):
     rows = [json.dumps({"messages": TALK, "other": 1})] * 2
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     (tmp_path / "b.txt").write_text("no conversation")
     source = ConversationFiles(str(tmp_path))
+    assert f"files without rows are left out: {tmp_path / 'b.txt'}" in caplog.text
     assert [row["messages"] for row in source.documents()] == [TALK, TALK] == list(source.load()["messages"])
     source.load().to_parquet(tmp_path / "c.parquet")
     again = ConversationFiles(str(tmp_path / "c.parquet"))

@@ -150,6 +150,13 @@ def test_a_users_mistake_in_building_ends_with_code_2_one_message_and_a_tracebac
     assert "ValueError" in (tmp_path / "a" / "error.txt").read_text()
 
 
+def test_a_folder_without_a_name_is_refused_and_the_one_that_one_works_in_stays(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["experiment=base_lm", "folder="]) == 2
+    assert "folder=: it is empty" in capsys.readouterr().err
+    assert tmp_path.is_dir() and not [*tmp_path.iterdir()]
+
+
 def test_a_refused_config_leaves_no_folder_behind(tiny_run, tmp_path, capsys):
     assert run([*tiny_run, f"folder={tmp_path / 'a'}", "+lrr=1", "+gistnet.haed=mlp"]) == 2
     said = capsys.readouterr().err
@@ -208,19 +215,21 @@ def test_a_reader_that_leaves_early_is_no_error(asked):
     assert process.returncode == 0 and not said
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.slow
-def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tiny_run, tmp_path):
+def test_ctrl_c_and_sigterm_save_say_how_to_go_on_and_exit_130(tiny_run, tmp_path, number):
     command = [sys.executable, str(REPOSITORY / "train.py"), *tiny_run, "preset.steps=100000", "folder=a"]
+    command += ["callbacks.checkpoint.every_n_train_steps=3"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + 90
         while not (tmp_path / "a" / "checkpoints" / "last.ckpt").exists() and process.poll() is None:
             assert time.monotonic() < until
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "resume=auto" in said and "Traceback" not in said
-    assert load(tmp_path / "a")["global_step"] > 0
+    assert f"interrupted at step {load(tmp_path / 'a')['global_step']}" in said
 
 
 @pytest.mark.slow

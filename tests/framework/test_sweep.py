@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,11 +189,50 @@ def test_a_job_that_is_done_is_refused_where_an_edited_experiment_would_give_ano
     assert sweep_with(2, 0.01) == 0 and outcomes() == "done before"
     capsys.readouterr()
     assert sweep_with(2, 0.02) == 2 and outcomes() == "refused"
-    assert "was done with other settings: stage.muon_lr: 0.01 -> 0.02" in capsys.readouterr().err
+    assert "was done otherwise: stage.muon_lr: 0.01 -> 0.02" in capsys.readouterr().err
     monkeypatch.setattr(jobs, "_now", None)
     rest = [override.replace("preset.steps=2", "preset.steps=3") for override in rest]
     assert sweep_with(3, 0.01) == 2
     assert "preset.steps: 2 -> 3" in capsys.readouterr().err  # results of two steps are none of three
+
+
+@pytest.mark.slow
+def test_a_job_that_is_done_is_refused_where_its_texts_or_its_base_are_other_ones_now(
+    gist_sweep, tmp_path, monkeypatch, capsys
+):
+    from safetensors.torch import load_file, save_file
+
+    from megactx.assets import resolve
+
+    monkeypatch.chdir(tmp_path)
+    (path,) = [o.partition("=")[2] for o in gist_sweep if o.startswith("data.path=")]
+    shutil.copytree(path, "texts")
+    shutil.copytree(resolve("asset:tiny-base"), "own")
+    rest = [o for o in gist_sweep if not o.startswith("data.path=")]
+    command = ["-m", *rest, "data.path=texts", "base=hf", "base.name=own", "seed=0"]
+    assert run(command) == 0 and run(command) == 0
+    one = sorted(Path("texts").iterdir())[0]
+    state, text = one.stat(), one.read_text()
+    one.write_text(text.replace("e", "a"))  # of the same size
+    os.utime(one, ns=(state.st_atime_ns, state.st_mtime_ns))
+    capsys.readouterr()
+    assert run(command) == 2
+    assert "was done otherwise: the texts of data.source: fingerprint" in capsys.readouterr().err
+    one.write_text(text)
+    weights = load_file("own/model.safetensors")
+    changed = {name: value * 1.05 if "mlp" in name else value for name, value in weights.items()}
+    save_file(changed, "own/model.safetensors", metadata={"format": "pt"})
+    assert run(command) == 2
+    assert "own has other weights now. Remove it" in capsys.readouterr().err
+    shutil.rmtree("texts")
+    shutil.rmtree("own")  # what is gone contradicts nothing
+    assert run(command) == 0
+
+
+def test_a_checkpoint_for_all_jobs_of_a_sweep_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["-m", "experiment=base_lm", "seed=0,1", "resume=last.ckpt"]) == 2
+    assert "resume=last.ckpt is not allowed with -m" in capsys.readouterr().err
 
 
 def test_a_second_process_waits_for_the_one_that_is_at_a_job(tmp_path):

@@ -71,9 +71,10 @@ def test_a_compressor_of_keys_and_values_is_refused_where_the_family_makes_them_
         AvgPool(4).compress(base, prefill(base, IDS, with_states=True), torch.tensor([[4]]))
 
 
-def test_a_family_without_the_attention_interface_is_refused_when_it_is_loaded():
+@pytest.mark.parametrize("alibi", [False, True])
+def test_a_family_without_the_attention_interface_is_refused_when_it_is_loaded(alibi):
     with pytest.raises(ValueError, match="base: falcon does not use transformers' attention interface"):
-        BaseLM.from_config(FALCON)
+        BaseLM.from_config(FALCON | {"alibi": alibi})
 
 
 @pytest.mark.parametrize(

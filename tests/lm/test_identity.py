@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_base import SMALL
 
 from megactx.gist import GistNet
 from megactx.lm import BaseLM, adapters
@@ -41,6 +42,53 @@ def test_a_setting_that_makes_another_function_of_the_same_weights_is_another_ba
     one, other = load(base_folder), load(base_folder)
     setattr(other.config, setting, {"rms_norm_eps": 0.1, "num_attention_heads": 4, "hidden_act": "gelu"}[setting])
     assert of_weights(one) != of_weights(other)
+
+
+LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32)
+GPT2 = dict(model_type="gpt2", vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=128)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2)
+# A family, and two values of a setting under which its weights are two functions.
+FUNCTIONS = {
+    "rotated share": ("gpt_neox", {}, {"rope_parameters": [{"partial_rotary_factor": p} for p in (0.25, 0.5)]}),
+    "parallel residual": ("gpt_neox", {}, {"use_parallel_residual": [True, False]}),
+    "scaled attention": ("gpt2", GPT2, {"scale_attn_weights": [True, False]}),
+    "scaled by layer": ("gpt2", GPT2, {"scale_attn_by_inverse_layer_idx": [False, True]}),
+    "length of training": (
+        "llama",
+        {},
+        {"rope_parameters": [LLAMA3 | {"original_max_position_embeddings": n} for n in (32, 64)]},
+    ),
+    "scale of yarn": ("llama", {}, {"rope_parameters": [YARN, YARN | {"attention_factor": 2.0}]}),
+    "epsilon": ("starcoder2", {"sliding_window": None}, {"norm_epsilon": [1e-5, 0.1]}),
+    "clipping": ("olmo", {}, {"clip_qkv": [None, 0.5]}),
+    "experts": ("olmoe", EXPERTS, {"num_experts_per_tok": [2, 4]}),
+    "weights of experts": ("olmoe", EXPERTS, {"norm_topk_prob": [False, True]}),
+    "layers without rotation": (
+        "smollm3",
+        {},
+        {"no_rope_layers": [[1, 1, 1, 0], [1, 0, 1, 0]]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@torch.no_grad()
+def test_whatever_makes_two_functions_of_the_same_weights_makes_two_bases(name):
+    kind, more, changed = FUNCTIONS[name]
+    ((setting, values),) = changed.items()
+    ids, found, logits = torch.arange(3, 83)[None], [], []
+    for value in values:
+        torch.manual_seed(0)
+        sizes = {} if kind == "gpt2" else SMALL
+        base = BaseLM.from_config(sizes | more | {"model_type": kind, setting: value}).freeze()
+        for parameter in base.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape) * 0.2)
+        found.append(of_weights(base))
+        logits.append(base.logits(base(base.embed(ids), None)))
+    assert (logits[0] - logits[1]).abs().max() > 1e-2, "they are one function"
+    assert found[0] != found[1]
 
 
 def test_adapters_on_any_layer_make_another_base_while_they_are_on(base_folder):

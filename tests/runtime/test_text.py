@@ -1,5 +1,6 @@
 """Pieces of text: whole characters, up to a stop string, harmless to a terminal."""
 
+import copy
 import random
 
 import pytest
@@ -97,6 +98,17 @@ def test_pieces_that_are_appended_gain_no_space(byte_tokenizers, kind):
             tokenizer, tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
         )
     assert encoder("<|end|>", begins=False) != [3] == encoder("<|end|>", begins=False, plain=False)
+
+
+def test_pieces_around_words_that_somebody_has_added_gain_no_space(byte_tokenizers):
+    tokenizer, rng = copy.deepcopy(byte_tokenizers["prepend"]), random.Random(4)
+    tokenizer.add_tokens(["<tool>", "  "])
+    encoder = TextEncoder(tokenizer)
+    for _ in range(300):
+        parts = ["".join(rng.choice(["a", " ", "  ", "<tool>", "b", "\n"]) for _ in range(6)) for _ in range(3)]
+        ids = [i for n, part in enumerate(parts) for i in encoder(part, begins=n == 0)]
+        whole = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
+        assert decode(tokenizer, ids) == decode(tokenizer, whole), parts
 
 
 @pytest.mark.parametrize("stop", ["<|end|>", "x<|end|>", "<|end|></s>"])

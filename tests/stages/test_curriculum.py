@@ -1,6 +1,7 @@
 """Three stages from one command, each from the best of the one before, and exactly so after a stop."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +69,28 @@ def test_a_curriculum_that_stopped_in_a_stage_goes_on_to_the_same_weights(curric
         one, other = (last(tmp_path / side / "run" / name)["state_dict"] for side in ("whole", "stopped"))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+@pytest.mark.slow
+def test_a_curriculum_whose_texts_were_changed_behind_a_stage_that_is_done_is_not_gone_on_with(
+    curriculum, texts, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(texts, tmp_path / "texts")
+    command = [o for o in curriculum if not o.startswith("data.path=")]
+    command += [f"data.path={tmp_path / 'texts'}", f"folder={tmp_path / 'run'}"]
+    with monkeypatch.context() as patch:  # killed between two stages
+        patch.setattr("megactx.framework.run.curriculum.close_folder", lambda folder: stop(folder))
+        assert run(command) == 3
+    one = sorted((tmp_path / "texts").glob("*.py"))[0]
+    one.write_text(one.read_text().replace("e", "a"))
+    capsys.readouterr()
+    assert run([*command, "resume=auto"]) == 2
+    assert "gist_stage1 was done with other content: the texts of data.source" in capsys.readouterr().err
+
+
+def stop(folder):
+    (folder / "done").touch()
+    raise RuntimeError("the power is gone")
 
 
 def test_a_stage_is_not_started_alone_while_its_curriculum_trains_it(curriculum, tmp_path, monkeypatch, capsys):

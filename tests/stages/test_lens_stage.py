@@ -1,5 +1,6 @@
 """The lens stage in miniature: what it trains, keeps, resumes and reports."""
 
+import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ from hydra.utils import instantiate
 
 from megactx.focus import FocusAllocator
 from megactx.framework.app import run
+from megactx.framework.callbacks.checkpoints import AtomicCheckpointIO
 from megactx.framework.config.search_path import compose
+from megactx.framework.errors import RunFailed
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
 from megactx.parts.write import save_gistnet
@@ -87,6 +90,7 @@ def test_the_report_has_every_policy_at_every_budget_and_the_planted_facts(whole
 
 def test_a_step_looks_at_no_window_file_but_those_that_it_reads(tmp_path, monkeypatch):
     """4,096 looks a step would be 78 ms of it."""
+    monkeypatch.setattr(lens_labels, "_claim", lambda *a: None)
     stage, count = SimpleNamespace(window_files={}), 8
     (tmp_path / "round_00").mkdir()
     for index in range(count):
@@ -96,6 +100,32 @@ def test_a_step_looks_at_no_window_file_but_those_that_it_reads(tmp_path, monkey
     monkeypatch.setattr(Path, "exists", lambda *a, **k: pytest.fail("a step looked for a file"))
     again = lens_labels.ensure(stage, None, tmp_path, 0, count)
     assert again == first == [tmp_path / "round_00" / f"{index:05d}.safetensors" for index in range(count)]
+
+
+@pytest.mark.slow
+def test_windows_of_a_run_that_failed_are_not_taken_for_those_of_other_settings(
+    settings, texts, tmp_path, monkeypatch, capsys
+):
+    run_folder = tmp_path / "run"
+    settings = [*settings, f"folder={run_folder}", "stage.windows.rounds=1"]
+
+    def fail(*args):
+        raise RunFailed("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AtomicCheckpointIO, "save_checkpoint", fail)
+        assert run(settings) == 3
+    assert (run_folder / "error.txt").exists() and (run_folder / "windows" / "round_00" / "00003.safetensors").exists()
+    assert len(validations(run_folder)) == 1
+    assert run([*settings, "stage.budgets=[0.8, 0.9]"]) == 2
+    assert "were measured otherwise: budgets: [0.6, 0.7] -> [0.8, 0.9]. Remove it" in capsys.readouterr().err
+    assert run(settings) == 0  # the same settings take the windows that are there
+    assert validations(run_folder) == ["1", "3"]  # of the run that failed there is no row
+
+
+def validations(folder) -> list[str]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [row["step"] for row in csv.DictReader(file) if row["val/loss"]]
 
 
 @pytest.mark.parametrize("moment", ["measuring", "training"])

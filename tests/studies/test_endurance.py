@@ -105,3 +105,13 @@ def test_a_folder_of_another_study_is_refused(command, capsys):
     assert main([*command, "--tokens", "300"]) == 0
     assert main([*command, "--tokens", "300", "--seed", "1"]) == 2
     assert "it holds a study with other settings: seed=0, not 1" in capsys.readouterr().err
+
+
+def test_a_study_does_not_go_on_with_other_text_under_the_same_name(command, texts, tmp_path, capsys):
+    shutil.copytree(texts, tmp_path / "own")
+    command[command.index(str(texts))] = str(tmp_path / "own")
+    assert main([*command, "--tokens", "300"]) == 0
+    for path in (tmp_path / "own").iterdir():
+        path.write_text(path.read_text().replace("e", "a"))
+    assert main([*command, "--tokens", "600"]) == 2
+    assert "it holds a study of other text" in capsys.readouterr().err

@@ -87,6 +87,30 @@ def test_a_stopped_study_goes_on_with_the_cells_that_are_missing(tmp_path, capsy
     assert "--out" in told and "other settings: seed=0, not 5; name another folder" in told and "{" not in told
 
 
+def test_cells_of_other_text_or_weights_under_the_same_name_are_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("One says so. Another one does not. " * 400)
+    sizes = ["--lengths", "400", "--cases", "1", "--budget", "128", "--out", str(tmp_path / "out")]
+    command = [
+        *sizes,
+        "--policies",
+        "newest",
+        "--tasks",
+        ruler.PROSE[0],
+        "--path",
+        str(tmp_path / "a.txt"),
+        "--answers",
+        "0",
+    ]
+    assert main(command) == 0 and main(command) == 0
+    (tmp_path / "a.txt").write_text("One says no. Another one does too. " * 400)
+    assert main(command) == 2
+    assert "other settings: the words of the text have changed" in capsys.readouterr().err
+    (tmp_path / "a.txt").write_text("One says so. Another one does not. " * 400)
+    monkeypatch.setattr("megactx.studies.ruler.of_weights", lambda base: "others")
+    assert main(command) == 2
+    assert "the weights of the base LM have changed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--tasks", "--policies"])
 def test_what_is_not_known_is_told_by_its_option(option, tmp_path, capsys):
     assert main([option, "nothing", "--out", str(tmp_path)]) == 2

@@ -14,7 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from megactx.data.files import Files
-from megactx.framework.files import matches
+from megactx.framework.files import checksum, matches
 from megactx.runtime.text import encodable
 
 LARGEST = 2**26  # bytes of a file
@@ -33,15 +33,26 @@ class Folder:
     def __init__(self, path: Path):
         self.path = path
         self.watched = path if path.is_dir() else path.parent
+        self._marks: dict[Path, tuple[str, str]] = {}  # path -> state of the file, mark
 
     def marks(self) -> dict[str, str]:
         """Raises: OSError: the folder is gone."""
-        if self.path.is_file():
-            return {self.path.name: _mark(self.path)}
-        found = {}
-        for path in sorted(self._files()):
-            found[str(path.relative_to(self.path))] = _mark(path)
-        return found
+        single = self.path.is_file()
+        files = [self.path] if single else sorted(self._files())
+        self._marks = {path: self._mark(path) for path in files}
+        return {
+            path.name if single else str(path.relative_to(self.path)): mark for path, (_, mark) in self._marks.items()
+        }
+
+    def _mark(self, path: Path) -> tuple[str, str]:
+        """Of the content, as long as nothing says that it is another one: neither size nor time of change does."""
+        state = _state(path)
+        if (known := self._marks.get(path)) is not None and known[0] == state:
+            return known
+        try:
+            return state, checksum(path)
+        except OSError:  # it cannot be read now
+            return state, state
 
     def text(self, name: str) -> str:
         """Raises: ValueError: it is not text; OSError: it cannot be read now."""
@@ -75,7 +86,7 @@ class Mbox:
 
     def marks(self) -> dict[str, str]:
         """Raises: OSError: the file is gone."""
-        if (seen := _mark(self.path)) != self._seen:
+        if (seen := _state(self.path)) != self._seen:
             self._texts, self._seen = self._read(), seen
         return {name: _digest(text) for name, text in self._texts.items()}
 
@@ -123,9 +134,9 @@ class Feed:
 KINDS: dict[str, Callable] = {"folder": Folder, "mbox": Mbox, "feed": Feed}
 
 
-def _mark(path: Path) -> str:
-    state = path.stat()
-    return f"{state.st_size} {state.st_mtime_ns} {state.st_ino}"
+def _state(path: Path) -> str:
+    found = path.stat()
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
 
 
 def _digest(text: str) -> str:

@@ -1,5 +1,6 @@
-"""What stops a run: a loss that is no number, and Ctrl-C."""
+"""What stops a run: a loss that is no number, Ctrl-C, and SIGTERM, with which systems end a process."""
 
+import contextlib
 import logging
 import signal
 from pathlib import Path
@@ -39,22 +40,24 @@ class StopOnBadLoss(Callback):
 
 
 class StopOnInterrupt(Callback):
-    """Ctrl-C ends a run after the step that is under way, with a checkpoint from which it goes on exactly.
+    """Ctrl-C or SIGTERM ends a run after the step that is under way, with a checkpoint from which it goes on exactly.
 
-    Where that step's validation is due or under way, it is finished first. A second Ctrl-C stops at once. It stands
-    behind the callbacks whose conclusions the checkpoint must hold.
+    Where that step's validation is due or under way, it is finished first. A second one stops at once. It stands behind
+    the callbacks whose conclusions the checkpoint must hold.
     """
 
     def __init__(self, folder: Path):
         self.path = Path(folder) / "checkpoints" / "last.ckpt"
         self.asked = self.saved = False
-        self._before = None
+        self._before: dict = {}
+        # A launcher that has a handler of its own does with SIGTERM what its queue wants.
+        default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        self._signals = (signal.SIGINT, signal.SIGTERM) if default else (signal.SIGINT,)
 
     def on_train_start(self, trainer, pl_module) -> None:  # by then Lightning has noted the handlers that it restores
-        try:
-            self._before = signal.signal(signal.SIGINT, self._ask)
-        except ValueError:  # not in the main thread: then there is no Ctrl-C either
-            self._before = None
+        with contextlib.suppress(ValueError):  # not in the main thread: then there are no signals either
+            for number in self._signals:
+                self._before[number] = signal.signal(number, self._ask)
 
     def _ask(self, number, frame) -> None:
         self.asked = True
@@ -62,9 +65,8 @@ class StopOnInterrupt(Callback):
         self._restore()
 
     def _restore(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+        while self._before:
+            signal.signal(*self._before.popitem())
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         between = (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches

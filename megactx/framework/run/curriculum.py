@@ -16,7 +16,7 @@ from ..config.search_path import compose, reference
 from ..config.validate import locate, validate
 from ..errors import DONE, MISTAKE, composition_message, verdict
 from . import distributed
-from .fit import build_and_run, check_data, finish_loggers
+from .fit import build_and_run, check_data, finish_loggers, other_content
 from .pace import settle
 from .resume import begun_with, best, differing, last_of, newest, plain, refuse_other
 from .runfolder import close_folder, held, open_folder, short, show, write
@@ -144,7 +144,9 @@ def run_in_turn(
                 finish_loggers(DONE)
                 close_folder(own)
         else:
-            refuse_other(stage, own)  # its experiment may have been edited since
+            refuse_other(stage, own)  # its experiment may have been edited since, and what it was made of
+            if changes := other_content(stage, own):
+                raise ValueError(f"{own} was done with other content: {'; '.join(changes)}. Remove it to run it again")
         given |= gives(stage, own)
     if not distributed.rank():
         locate(stage.stage["_target_"]).conclude(folder, list(stages))
@@ -170,9 +172,9 @@ def timed(own: Path):
 
 
 def changed(cfg: DictConfig, overrides: list[str], folder: Path) -> list[str]:
-    """``key: then -> now`` of each setting in which a run that is done differs from ``cfg``; of a curriculum, in any
-    of its stages."""
-    changes = differing(cfg, folder, finished=True)
+    """What makes the result of a run that is done another one than that of ``cfg``: ``key: then -> now`` of each
+    setting that differs, and texts or a base LM that were changed; of a curriculum, in any of its stages."""
+    changes = differing(cfg, folder, finished=True) + other_content(cfg, folder)
     for name in cfg.curriculum:
         (stage, _), own = stage_config(name, overrides, folder), folder / name
         if (own / "config.yaml").exists():
@@ -180,7 +182,8 @@ def changed(cfg: DictConfig, overrides: list[str], folder: Path) -> list[str]:
             for key in locate(stage.stage["_target_"]).takes.values():  # they follow from the stages before
                 if (value := OmegaConf.select(before, key)) is not None:
                     OmegaConf.update(stage, key, value)
-            changes += [f"{name}: {line}" for line in differing(stage, own, finished=True)]
+            lines = differing(stage, own, finished=True) + other_content(stage, own)
+            changes += [f"{name}: {line}" for line in lines]
     return changes
 
 

@@ -3,9 +3,11 @@
 torch and lightning are imported inside the functions, so that nothing waits for them that does not train.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from . import distributed
@@ -43,7 +45,7 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
     if hasattr(source, "write_list") and not distributed.rank():  # what the text was, where nobody else can tell
         source.write_list(folder / "files.sha256")
     stage.prepare(datamodule)
-    trainer = _trainer(cfg, config, folder, device, fingerprint)
+    trainer, step = _trainer(cfg, config, folder, device, fingerprint), 0
     if checkpoint is None and config["stage"].get("init"):
         print(stage.start_from(config["stage"]["init"]), flush=True)
     if checkpoint is not None:
@@ -55,10 +57,11 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
         print(f"Going on from {checkpoint}, step {saved['global_step']}", flush=True)
         for line in [*([changed] if changed else []), *differences(saved.get("config", config), config)]:
             print(f"  changed: {line}", flush=True)
-        for logger in trainer.loggers:
-            if hasattr(logger, "rewind"):  # what was logged behind the checkpoint will be logged again
-                logger.rewind(saved["global_step"])
+        step = saved["global_step"]
         del saved
+    for logger in trainer.loggers:
+        if hasattr(logger, "rewind"):  # what was logged behind the checkpoint, or by a run that failed without one
+            logger.rewind(step)
     try:
         trainer.fit(stage, datamodule, ckpt_path=checkpoint, weights_only=True)
     except BaseException:
@@ -98,6 +101,31 @@ def check_data(cfg: DictConfig, whole: bool = True) -> None:
     stage.prepare(datamodule)
     datamodule.setup("fit")
     stage.check_data(datamodule)
+
+
+def other_content(cfg: DictConfig, run: Path) -> list[str]:
+    """What a finished run was made of that is another thing now under the same name: its texts, its base LM.
+
+    Texts and models that are gone contradict nothing.
+    """
+    from hydra.utils import instantiate
+
+    from ..config.validate import locate
+    from .resume import LAST, read
+
+    if not (run / LAST).exists() or cfg.get("datamodule") is None:
+        return []
+    saved, found = read(run / LAST), []
+    with contextlib.suppress(InstantiationException, ValueError):
+        source = getattr(instantiate(cfg.datamodule, _convert_="all"), "source", None)
+        now = source.fingerprint() if hasattr(source, "fingerprint") else None
+        if saved.get("source") not in (None, now):
+            found.append(f"the texts of data.source: fingerprint {saved['source']} -> {now}")
+    with contextlib.suppress(ValueError):
+        then, now = saved.get("base"), locate(cfg.stage["_target_"]).base_of(cfg.stage)
+        if then and now and any(then.get(what, now[what]) != now[what] for what in ("embeddings", "weights")):
+            found.append(f"the base LM: {then['name']} has other weights now")
+    return found
 
 
 def _lowest(trainer) -> float | None:
