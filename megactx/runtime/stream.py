@@ -133,6 +133,13 @@ class Stream:
         return None
 
     @torch.no_grad()
+    def go_on(self, other: MegaContextTree, first: int, stop: int) -> None:
+        """Append tokens up to ``stop`` whose gists another tree has, see ``MegaContextTree.go_on``. Nothing is read."""
+        self._flush(read=False)
+        self.tree.go_on(other, first, stop)
+        self.context = self.hidden = None
+
+    @torch.no_grad()
     def window(self) -> WorkingContext | None:
         """The working context up to the end of the tree, put together where that was left for later; ``None``: the
         tree is empty yet."""
