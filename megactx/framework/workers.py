@@ -9,9 +9,11 @@ version of megactx, and see the same files under the same names. A worker that i
 one does again. What ``work`` is given and what it returns is sent; what is large belongs on the shared disk.
 """
 
+import importlib
 import os
 import re
 import socket
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -68,7 +70,7 @@ def workers(engine: str) -> Iterator[Each]:
         settings = {"max_retries": TRIES - 1, "num_cpus": 1, "num_gpus": 1 if cards else 0}
 
         def each(work: Callable, shards: Collection, what: str) -> Iterator:
-            results = _results(ray, ray.remote(**settings)(work), shards, what, AHEAD * max(1, cores))
+            results = _results(ray, ray.remote(**settings)(_importable(work)), shards, what, AHEAD * max(1, cores))
             return iter(bar(what)(Counted(results, len(shards))))
 
         yield each
@@ -94,6 +96,14 @@ class Counted:
 
     def __iter__(self) -> Iterator:
         return iter(self.items)
+
+
+def _importable(work: Callable) -> Callable:
+    """The function itself; of a module that runs as a command, the one that workers find under the module's name."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if work.__module__ != "__main__" or spec is None:
+        return work
+    return getattr(importlib.import_module(spec.name), work.__name__)
 
 
 def _connect(ray) -> None:

@@ -1,10 +1,14 @@
-"""Work for the workers of Ray whose worker is killed, as by a host that runs out of memory: on the first try of a shard.
+"""Work for workers of Ray of whom one is killed, as where memory runs out: at the first try of a shard.
 
 A line for each try is left in a file beside the session's folder.
 """
 
+import functools
 import os
 import signal
+import time
+
+from megactx.framework.workers import workers
 
 SHARD = 2  # number of the range that it happens to
 
@@ -26,8 +30,28 @@ def square(shard: int) -> int:
     return shard**2
 
 
+def host(shard: int) -> str:
+    """The address of the host that does it; slow enough that a second worker is started for the others."""
+    import ray
+
+    time.sleep(0.5)
+    return ray.util.get_node_ip_address()
+
+
 def never(shard: int) -> int:
     """Shard 1 takes every worker with it."""
     if shard == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return shard
+
+
+CACHED = functools.cache(hex)  # which cannot be sent
+
+
+def named(shard: int) -> str:
+    return CACHED(shard)
+
+
+if __name__ == "__main__":
+    with workers("ray") as each:
+        print(*each(named, range(3), "numbers"))
