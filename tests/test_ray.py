@@ -15,6 +15,7 @@ from megactx.apps import corpus, ingest
 from megactx.framework.errors import RunFailed
 from megactx.framework.workers import workers
 from megactx.runtime import Controller, Session, Settings, load_models
+from megactx.stages import prefills
 from megactx.studies import ruler
 
 pytestmark = pytest.mark.slow
@@ -111,3 +112,14 @@ def test_questions_over_two_hosts_leave_the_files_of_one_process(joined, tmp_pat
         for folder in (tmp_path / "one", tmp_path / "two")
     )
     assert len(one) >= 6 and one == two
+
+
+def test_prefills_over_two_hosts_have_the_bits_of_one_process(joined, gist_settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prefills, "SHARD", 4_096)
+    found = []
+    for engine in ("process", "ray"):
+        monkeypatch.setenv("MEGACTX_CACHE", str(tmp_path / engine))
+        assert prefills.main(["--engine", engine, *gist_settings, "stage.prefills.gigabytes=1"]) == 0
+        folder = tmp_path / engine / "prefills"
+        found.append({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")})
+    assert len(found[0]) > 50 and found[0] == found[1]
