@@ -7,13 +7,15 @@ width W, of which G have keys and values of their own; two bytes per number in b
     cache      2 L G W B T                the documents' keys and values, kept by the teacher pass
     attention  2 L A W B (groups T + NCH) keys and values that the branches see, kept for backward, and the mask. They
                                           are repeated to all heads: with a mask, SDPA has no kernel that shares keys
-                                          and values between heads.
+                                          and values between heads. On a CPU 2 L G W B (T + NCH): the cached ones only
+                                          where they are not in fp32
     rows       L B N C H (12 D + 6 F)     bytes of the other states that backward reads: fp32 inputs of two norms, query
                                           and output of attention, three states of the MLP
     history    the same for history mode and recall, where they are on. Per net and document: N segments of R + S - 1
                rows and one stream of T / K carriers, or N cases of a window each
     nets       16 per parameter           fp32 weights, gradients, two moments of AdamW
     head       5 chunks of fp32 logits
+    scores     8 A B Q (T + H)            on a CPU: of the Q rows of a group, twice, in memory that all layers share
 
 The base is frozen, so no linear layer keeps its input for backward. Documents shorter than T take less.
 """
@@ -37,7 +39,7 @@ def memory_estimate(
     device: str = "cuda",
     history: dict | None = None,
 ) -> dict[str, float]:
-    """About how many bytes a training step takes, by part: base, cache, attention, rows, nets, head, history.
+    """About how many bytes a training step takes, by part: base, cache, attention, rows, nets, head, scores, history.
 
     Args:
         base: the base LM in the dtype that it runs in; the meta device will do.
@@ -56,16 +58,26 @@ def memory_estimate(
     rows = spans * len(nets) * horizon  # of one document
     groups = -(-spans * len(nets) // max(1, ROWS_PER_GROUP.get(device, 256) // horizon))
     chunk = min(batch * rows // len(nets) * base.vocab_size, CHUNK_ELEMENTS.get(device, 2**21))
-    per_row = 2 * 4 * base.width + size * (2 * heads * width + 3 * inner)
+    per_row = 2 * 4 * base.width + size * (heads * width + 3 * inner) + (4 if device == "cpu" else size) * heads * width
+
+    def attention(columns: int, groups: int, rows: int) -> int:
+        """Bytes of one document's packed pass."""
+        if device != "cpu":
+            repeated = 2 * layers * heads * width * (groups * columns + rows) * size
+            return repeated + rows * (columns + rows // groups) * size
+        copied = 0 if size == 4 else 4 * columns
+        return 2 * layers * shared * width * (copied + size * rows)
+
     parts = {
         "base": sum(p.numel() * p.element_size() for p in base.parameters()),
         "cache": 2 * layers * shared * width * batch * tokens * size,
-        "attention": 2 * layers * heads * width * batch * (groups * tokens + rows) * size
-        + batch * rows * (tokens + rows // groups) * size,
+        "attention": batch * attention(tokens, groups, rows),
         "rows": layers * batch * rows * per_row,
         "nets": 16 * sum(p.numel() for net in nets for p in net.parameters()),
         "head": 5 * 4 * chunk,
     }
+    if device == "cpu":
+        parts["scores"] = 8 * heads * batch * min(rows, max(horizon, ROWS_PER_GROUP["cpu"])) * (tokens + horizon)
     if history is None:
         return parts
     block = next(net.block_size for net in nets)
@@ -76,7 +88,7 @@ def memory_estimate(
         long = recency + segment - 1
         groups = -(-n // max(1, ROWS_PER_GROUP.get(device, 256) // long))
         columns = block + old  # of the stream
-        kept += wide * (columns + groups * columns + n * long) + size * n * long * (columns + long * n // groups)
+        kept += wide * columns + attention(columns, groups, n * long)
         kept += layers * per_row * (columns + n * long) + 2 * layers * shared * width * columns * size
     if history.get("recall"):
         window = 3 * block + recency + old - 2

@@ -394,5 +394,7 @@ class BaseLM(nn.Module):
         except TypeError:  # it does not accept the keyword arguments that its attention should get
             self._require_interface(False)
         self.model.train(training)
-        if not all(torch.allclose(logits, theirs, rtol=1e-2, atol=1e-3) for logits in (mine, packed)):
+        # In bf16 two ways to attend differ by rounding, more than this in single logits.
+        far = max((logits - theirs).float().norm() / theirs.float().norm() for logits in (mine, packed))
+        if not far < (5e-2 if theirs.dtype in (torch.bfloat16, torch.float16) else 1e-3):
             raise ValueError(f"base: {name} scales its embeddings or logits in a way that is not supported")

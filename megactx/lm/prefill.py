@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from .base import BaseLM
 from .kv_hooks import recorded
+from .masks import CAUSAL
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def prefill(base: BaseLM, ids: Tensor, with_states: bool = False) -> Prefill:
     """Run the frozen base LM over documents ids [B, T]; padding on the right is harmless under causal attention."""
     cache = DynamicCache()
     with recorded(base.model.get_decoder()) if with_states else nullcontext(()) as states:
-        hidden = base(base.embed(ids), None, cache=cache)
+        hidden = base(base.embed(ids), torch.arange(ids.shape[1], device=ids.device).expand_as(ids), CAUSAL, cache)
     return Prefill(ids, hidden, tuple((layer.keys, layer.values) for layer in cache.layers), tuple(states))
 
 

@@ -39,6 +39,7 @@ class PageCache:
         damaged: pages that could not be read, and what was said of each.
         counts: ``hit``, ``ahead`` (read by the worker in time), ``miss``, ``evicted``, ``asked`` (of the worker).
         seconds: of the newest reads that something waited for.
+        used: where it is a list, every use of a page is put there, in order.
     """
 
     def __init__(self, file: PageFile, levels: list, budget: int = MEMORY, check=None):
@@ -49,6 +50,7 @@ class PageCache:
         self.damaged: dict[Key, str] = {}
         self.counts = dict.fromkeys(("hit", "ahead", "miss", "evicted", "asked"), 0)
         self.seconds: deque[float] = deque(maxlen=TIMES)
+        self.used: list[Key] | None = None
         self.coming: dict[Key, Future] = {}
         self.asked: set[Key] = set()  # what the worker has brought, and nobody has used yet
         self.worker: ThreadPoolExecutor | None = None
@@ -57,6 +59,8 @@ class PageCache:
     def touch(self, lod: int, part: str, number: int) -> None:
         """A page that is in memory was used."""
         key = (lod, part, number)
+        if self.used is not None:
+            self.used.append(key)
         if key in self.held:
             self.held.move_to_end(key)
         if key in self.asked:
@@ -72,6 +76,8 @@ class PageCache:
             ValueError: it is damaged or missing; the message names it. All others stay as they are.
         """
         began, key = time.perf_counter(), (pages.lod, part, number)
+        if self.used is not None:
+            self.used.append(key)
         self._check_epoch()
         future = self.coming.pop(key, None)
         try:

@@ -212,7 +212,8 @@ def test_scoring_in_chunks_equals_scoring_at_once(monkeypatch):
         monkeypatch.setattr("megactx.lm.chunked_head.CHUNK_ELEMENTS", {"cpu": elements})
         loss, numbers = score(base, students, teacher, targets)
         (gradient,) = torch.autograd.grad((loss * torch.arange(50)).sum(), students)
-        results.append((loss.detach(), gradient, numbers["agree"]))
+        agree = score_exactly(base, students, teacher, targets)["agree"]
+        results.append((loss.detach(), gradient, numbers["nll"], agree))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -242,10 +243,10 @@ def test_two_best_tokens_that_are_equal_are_no_agreement_with_the_second():
     second = best + 1 if best < 96 else best - 1
     teacher = hidden[0].clone()
     head[max(best, second)] = head[min(best, second)]  # now they tie, and the first of them is the answer
-    _, numbers = score(base, hidden, teacher, torch.zeros(1, dtype=torch.long))
+    numbers = score_exactly(base, hidden, teacher, torch.zeros(1, dtype=torch.long))
     assert numbers["agree"].all()
     head[max(best, second)] *= 1.01 if float((head[best] * teacher).sum()) > 0 else 0.99
-    _, clear = score(base, torch.zeros(1, 1, WIDTH), teacher, torch.zeros(1, dtype=torch.long))
+    clear = score_exactly(base, torch.zeros(1, 1, WIDTH), teacher, torch.zeros(1, dtype=torch.long))
     assert not clear["agree"].any()  # all logits of the student are equal: every token was its best before
 
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 from cases import PRECISIONS, RUNS, machine, session, trained, world
 
+from megactx.framework.run.device import cpu_bf16_units
+
 HERE = Path(__file__).parent
 # On another kind of machine sums have another order. Both are relative, and absolute below 1: of losses, and of what
 # divides by small differences or follows gradients. bf16 rounds differently there from the first step on.
@@ -24,7 +26,11 @@ LOSSES, ELSEWHERE = 1e-6, 1e-3
 def places(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the order of a sum depends on them
-    yield world(tmp_path_factory.mktemp("golden"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEGACTX_CPU_BF16", "none")  # Newton-Schulz works in bf16 where the CPU has units
+        cpu_bf16_units.cache_clear()
+        yield world(tmp_path_factory.mktemp("golden"))
+    cpu_bf16_units.cache_clear()
     torch.set_num_threads(threads)
 
 
