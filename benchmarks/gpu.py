@@ -193,7 +193,7 @@ With `--miniature` every part runs on a CPU too; those figures say nothing.
 `python -m pytest tests/gpu -m ""`. All of it passes on a CPU, and none of it has run on CUDA yet:
 
 - The packed pass and its gradient are those of a loop of plain passes, in fp32 and bf16.
-- Keys and values are read alike in one group and in several; scores in chunks and their gradient are those of all at once.
+- Keys and values are read alike in one group and in several; scores in chunks and their gradient are those of all.
 - A step of the demo in bf16-mixed moves every net, and not the base.
 - A step asks the device for numbers as often with many blocks as with few; on CUDA at most once, by the profiler.
 - The decoder of the packed pass is one graph for `torch.compile`, without a break.
