@@ -105,7 +105,7 @@ def _take_up(session: Session, name: str, text: str, **then) -> None:
     """Append a piece of a file and note it. Ctrl-C may come between the two, so what will be noted is said first."""
     ids = session.encode(text)
     about_to_take(session, name, session.length + len(ids), then)
-    session.append(ids)
+    session.append(ids, follow=False)
     settle(session)
 
 

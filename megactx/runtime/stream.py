@@ -99,13 +99,17 @@ class Stream:
             self._flush(read=True)
 
     @torch.no_grad()
-    def append(self, tokens: Tensor, lengths: Tensor | None = None, score: bool = False) -> Tensor | None:
+    def append(
+        self, tokens: Tensor, lengths: Tensor | None = None, score: bool = False, follow: bool = True
+    ) -> Tensor | None:
         """Append known tokens. Without ``score`` they are not read before that is needed.
 
         Args:
             tokens: [B, T] ids.
             lengths: how many of each row are meant, [B]; ``None``: all.
             score: read them as if they were decoded, block by block with a refocus each.
+            follow: the window follows them, where they are no more than it has room for; else it is put together anew
+                when it is needed.
 
         Returns:
             With ``score`` their NLL [B, T] in nats; NaN where there is none: the first token of a history, and what is
@@ -125,7 +129,7 @@ class Stream:
         if score:
             return self._scored(tokens.long(), lengths)
         self._flush(read=False)
-        if int(lengths.max()) > self.settings.budget:  # nothing of the old window would be left
+        if not follow or int(lengths.max()) > self.settings.budget:  # nothing of the old window would be left
             self.tree.append(tokens, lengths)
             self.context = self.hidden = None
         elif int(lengths.max()) > 0:

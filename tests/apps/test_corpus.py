@@ -61,13 +61,13 @@ def shards(monkeypatch):
     monkeypatch.setattr(ingest, "PIECE", 700)
 
 
-def opened(folder: Path, own: list[str], budget: int = 400) -> Session:
-    return Session.load(folder, Controller(load_models(own[1], "cpu"), Settings(budget=budget)))
+def opened(folder: Path, own: list[str]) -> Session:
+    return Session.load(folder, Controller(load_models(own[1], "cpu"), Settings(budget=400)))
 
 
 def check_same(one: Path, other: Path, own: list[str]) -> None:
-    """Ids, gists of all levels, what made them, what is known of the files, and what comes next with a new window."""
-    with opened(one, own, 320) as mine, opened(other, own, 320) as theirs:
+    """Ids, gists of all levels, what made them, what is known of the files, and what comes next."""
+    with opened(one, own) as mine, opened(other, own) as theirs:
         assert {name: known["sha256"] for name, known in mine.about["ingested"].items()} == {
             name: known["sha256"] for name, known in theirs.about["ingested"].items()
         }
