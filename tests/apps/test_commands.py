@@ -208,11 +208,11 @@ def test_a_stopped_ingestion_goes_on_where_it_was(own, tmp_path, monkeypatch, ca
     (tmp_path / "long.txt").write_text("".join(f"line {n} of a long text\n" for n in range(900)))
     append, calls = Session.append, []
 
-    def stopped(self, content, score=False):
+    def stopped(self, content, **how):
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return append(self, content, score)
+        return append(self, content, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(Session, "append", stopped)
@@ -232,8 +232,8 @@ def test_a_ctrl_c_between_a_piece_and_the_note_of_it_reads_no_piece_twice(own, t
     (tmp_path / "one.txt").write_text("".join(f"line {n} of a text\n" for n in range(25)))
     append, calls = Session.append, []
 
-    def stopped(self, *content):
-        append(self, *content)
+    def stopped(self, content, **how):
+        append(self, content, **how)
         calls.append(1)
         if len(calls) == call:
             raise KeyboardInterrupt

@@ -14,11 +14,11 @@ import secrets
 import sys
 
 from megactx.framework.command_line import run
+from megactx.framework.extra import extra
 from megactx.runtime import Refocused
 from megactx.runtime.text import encodable
 
 from ..command_line import HOST, add_talk, opened, prompt_file_of, sampling_of
-from ..extra import extra
 from .export import STRIPS, writer
 from .player import MOST, Player
 
