@@ -180,8 +180,32 @@ def page(found: dict, about: str) -> str:
     for what, goal, said, judged in rows(found):
         verdict = {None: "", True: "", False: " (missed)"}[judged]
         lines.append(f"| {what} | {goal} | {said}{verdict} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + BESIDE
 
+
+# What the table does not say: written by hand.
+BESIDE = f"""
+On a card its parts may take {sum(part.seconds for part in PARTS.values())} s in all.
+With `--miniature` every part runs on a CPU too; those figures say nothing.
+
+## What tests check on a card
+
+`python -m pytest tests/gpu -m ""`. All of it passes on a CPU, and none of it has run on CUDA yet:
+
+- The packed pass and its gradient are those of a loop of plain passes, in fp32 and bf16.
+- Keys and values are read alike in one group and in several; scores in chunks and their gradient are those of all.
+- A step of the demo in bf16-mixed moves every net, and not the base.
+- A step asks the device for numbers as often with many blocks as with few; on CUDA at most once, by the profiler.
+- The decoder of the packed pass is one graph for `torch.compile`, without a break.
+- `flex_attention` under MegaAttention's rule is attention under the dense mask.
+- `trainer=fsdp` with two processes learns what one learns. One card has one process: NCCL takes no two on a card.
+
+## What is not there
+
+- What `torch.compile` of the packed pass gains: never measured.
+- CUDA graphs for decoding: not built.
+- Two hosts with cards, NCCL between them: never tried. Two hosts are tested on CPUs, with gloo: [hosts.md](hosts.md).
+"""
 
 NEVER = "No run of it has been on a card yet: none of these figures is known, and none is claimed."
 

@@ -17,7 +17,7 @@ EXPERIMENTS = sorted((REPOSITORY / "conf" / "experiment").glob("*.yaml"))
 COMMAND = re.compile(r"^[#$>\s`]*(?:\S*/)?python train\.py(.*?)`*$")
 
 
-MOVED = ("demo", "training", "memory", "sessions")
+MOVED = ("demo", "training", "hosts", "memory", "sessions")
 PAGES = [REPOSITORY / "README.md", *(REPOSITORY / "docs" / f"{name}.md" for name in MOVED)]
 
 

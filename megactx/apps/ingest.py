@@ -2,6 +2,7 @@
 
     python -m megactx.apps.ingest books/ notes.md 'logs/*.txt' OUT
     python -m megactx.apps.chat --session OUT
+    python -m megactx.apps.ingest --engine ray books/ /shared/OUT         on all cores, or all hosts of a cluster of Ray
 
 Files are read as ``data.files`` does: text, code, Markdown, csv, json, jsonl and parquet rows, gz too. What was read is
 written down in OUT with every save, so the same command goes on after it was stopped, and new files can be added later.
@@ -11,9 +12,10 @@ written down in OUT with every save, so the same command goes on after it was st
 
 import argparse
 import re
+import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich import progress
@@ -23,6 +25,7 @@ from megactx.framework.bar import quiet_libraries
 from megactx.framework.command_line import run
 from megactx.framework.errors import RunFailed
 from megactx.framework.files import checksum
+from megactx.framework.workers import PROCESS, add_engine, on_all_hosts, workers
 from megactx.runtime import Session, load_models
 from megactx.runtime.text import encodable, parts_of
 
@@ -48,12 +51,20 @@ def ingest(args: argparse.Namespace) -> None:
     paths = find(args.files)
     with opened(args, args.out) as session:
         began, before = time.monotonic(), session.length
+        parts = session.folder.with_name(f"{session.folder.name}.parts")
         try:
-            take(session, paths)
+            if args.engine == PROCESS:
+                take(session, paths)
+            else:
+                from . import corpus
+
+                with workers(args.engine) as each:
+                    corpus.take(session, paths, parts, on_all_hosts(args.model), each)
             note_gone(session, args.files)
         finally:
-            _settle(session)
+            settle(session)
             session.save()
+        shutil.rmtree(parts, ignore_errors=True)
         new, seconds = session.length - before, time.monotonic() - began
         tree = session.tree
         levels = ", ".join(f"{int(tree.counts(n)[0]):,} of level {n}" for n in range(1, tree.depth + 1)) or "none"
@@ -72,29 +83,33 @@ def find(names: list[str]) -> list[Path]:
 
 def take(session: Session, paths: list[Path]) -> None:
     """Read files that the session has not read yet; ``session.about['ingested']`` says which it has, and how far."""
-    _settle(session)
-    done = session.about.setdefault("ingested", {})
+    settle(session)
     clock = SaveClock(session, SAVE_EVERY)
     with _Shown(sum(path.stat().st_size for path in paths)) as shown:
-        for path in paths:
-            size, name, digest = path.stat().st_size, str(path.absolute()), checksum(path)
-            known = done.get(name)
-            older = []
-            if known is not None and known["sha256"] != digest:
-                shown.say(f"{path} has changed since it was read: it is read again, behind all that is there")
-                older, known = [*known.get("older", []), *known.get("spans", [])], None
-            if known is not None:
-                known.pop("gone", None)
-            if known is None:
-                known = done[name] = {"sha256": digest, "characters": 0, "whole": False, "spans": [], "older": older}
+        for path, known in unread(session, paths, shown.say):
+            size, name = path.stat().st_size, str(path.absolute())
             if not known["whole"]:
-                for first, line, text in pieces(path, known["characters"]):
-                    spans = [*done[name].get("spans", []), (session.length, line)]
-                    _take_up(session, name, text, characters=first + len(text), spans=spans)
+                for first, line, text in pieces(path, known["characters"], PIECE):
+                    _take_up(session, name, text, characters=first + len(text), line=line)
                     clock.save_when_due()
                     shown.inside(session.length)
                 _take_up(session, name, BETWEEN, whole=True)
             shown.advance(size, session.length)
+
+
+def unread(session: Session, paths: list[Path], say: Callable[[str], None]) -> Iterator[tuple[Path, dict]]:
+    """All files, each with its sha256 and what the session has of it: so many characters, or the whole."""
+    done = session.about.setdefault("ingested", {})
+    for path in paths:
+        name, digest = str(path.absolute()), checksum(path)
+        known, older = done.get(name), []
+        if known is not None and known["sha256"] != digest:
+            say(f"{path} has changed since it was read: it is read again, behind all that is there")
+            older, known = [*known.get("older", []), *known.get("spans", [])], None
+        if known is None:
+            known = done[name] = {"sha256": digest, "characters": 0, "whole": False, "spans": [], "older": older}
+        known.pop("gone", None)
+        yield path, known
 
 
 def note_gone(session: Session, names: list[str]) -> None:
@@ -144,29 +159,35 @@ def make_parts(args: argparse.Namespace) -> None:
 
 
 def _take_up(session: Session, name: str, text: str, **then) -> None:
-    """Append a piece of a file and note it. Ctrl-C may come between the two, so what will be noted is said first.
-
-    Of each piece it is noted which tokens it became, its first line, and when.
-    """
+    """Append a piece of a file and note it. Ctrl-C may come between the two, so what will be noted is said first."""
     ids = session.encode(text)
-    if "spans" in then:
-        *before, (first, line) = then["spans"]
-        then["spans"] = [*before, [first, first + len(ids), line, round(time.time(), 3)]]
-    session.about["taking"] = {"name": name, "tokens": session.length + len(ids), "then": then}
-    session.append(ids)
-    _settle(session)
+    about_to_take(session, name, session.length, session.length + len(ids), then)
+    session.append(ids, follow=False)
+    settle(session)
 
 
-def _settle(session: Session) -> None:
-    """Note the piece that was taken up last, if it was: a piece is there as a whole or not at all."""
+def about_to_take(session: Session, name: str, first: int, tokens: int, then: dict) -> None:
+    """Say what will be known of a file when the session has so many tokens; with ``line`` in it also that those from
+    ``first`` on are from that line of the file on."""
+    session.about["taking"] = {"name": name, "first": first, "tokens": tokens, "then": then}
+
+
+def settle(session: Session) -> None:
+    """Note the piece that was taken up last, if it was: a piece is there as a whole or not at all. Of a piece of text
+    it is noted which tokens it became, its first line, and when."""
     step = session.about.get("taking")
     if step is not None and session.length >= step["tokens"]:
-        session.about["ingested"][step["name"]] |= step["then"]
+        known, then = session.about["ingested"][step["name"]], dict(step["then"])
+        if (line := then.pop("line", None)) is not None:
+            span = [step["first"], step["tokens"], line, round(time.time(), 3)]
+            known["spans"] = [*known.get("spans", []), span]
+        known |= then
     session.about.pop("taking", None)
 
 
-def pieces(path: Path, skip: int = 0) -> Iterator[tuple[int, int, str]]:
-    """(first character, its line, text) of a file from ``skip`` on, cut behind a line where there is one.
+def pieces(path: Path, skip: int, size: int) -> Iterator[tuple[int, int, str]]:
+    """(first character, its line, text) of a file from ``skip`` on, of at most ``size`` characters, cut behind a line
+    where there is one.
 
     Raises:
         ValueError: the file is not text.
@@ -178,8 +199,8 @@ def pieces(path: Path, skip: int = 0) -> Iterator[tuple[int, int, str]]:
             raise ValueError(f"{path}: binary, not text (a NUL byte at character {text.index(chr(0))})")
         line += text[:left].count("\n")
         waiting, left = waiting + text[left:], max(0, left - len(text))
-        if len(waiting) > PIECE:
-            *whole, waiting = parts_of(waiting, PIECE)
+        if len(waiting) > size:
+            *whole, waiting = parts_of(waiting, size)
             for part in whole:
                 yield place, line, part
                 place += len(part)
@@ -242,6 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", help="session folder; one that is there is gone on with")
     made = "OUT is a folder of parts, one tree for each of FILES; a file that changes replaces its own blocks"
     parser.add_argument("--parts", action="store_true", help=made)
+    add_engine(parser.add_argument)
     add_models(parser)
     return run(ingest, parser, arguments)
 

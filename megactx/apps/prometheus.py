@@ -3,9 +3,9 @@
 The server is bound to 127.0.0.1, answers /metrics and nothing else, and says numbers only, never text of a history.
 """
 
+from megactx.framework.extra import extra
 from megactx.parts.models import Models
 
-from .extra import extra
 from .telemetry import Telemetry
 
 

@@ -8,10 +8,9 @@ its own no-op meter takes it all and keeps nothing. The commands set one up with
 
 from typing import TYPE_CHECKING
 
+from megactx.framework.extra import extra
 from megactx.runtime import Models, Refocused
 from megactx.runtime.metrics import COUNTER, GAUGE, METRICS, Measured, Metric, measured, rope_scales
-
-from .extra import extra
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import Meter

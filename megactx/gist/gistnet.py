@@ -152,7 +152,7 @@ class GistNet(Compressor):
 
     def sigma(self, lod: int) -> Tensor | None:
         """Standard deviation of a gist's position in tokens, a scalar; ``None`` where positions are points."""
-        return self.spread(torch.tensor(lod, device=self.gain.device))
+        return self.spread(torch.full((), lod, device=self.gain.device))
 
     def compress(self, base, prefill: Prefill, starts: Tensor, lod: int = 1) -> SoftTokens:
         """Gists of the blocks, or of the spans of K^level tokens, at starts [B, N] of the documents of ``prefill``.

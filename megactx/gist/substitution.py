@@ -71,7 +71,7 @@ def substituted(
         rows = torch.cat([rows, continuation], dim=3)  # [B, N, C, R, D], R = M + H - 1
     # Relative to the block's start. Tokens behind the block keep their places; a gist takes one place of its block's K.
     after = torch.arange(horizon - 1, device=starts.device) + block  # [H - 1]
-    first = torch.as_tensor(offsets, device=starts.device).view(c, m)
+    first = torch.as_tensor(offsets).to(starts.device, non_blocking=True).view(c, m)
     relative = torch.cat([first, after.expand(c, -1)], dim=1)  # [C, R]
     positions = starts[..., None, None] + relative  # [B, N, C, R]
     hidden = _branches(

@@ -28,6 +28,7 @@ NAME = "megactx_branches"
 # Rows of a group. Larger groups have more cached columns that some rows must not see (on a GPU also columns of the
 # other rows). Smaller ones read the cache more often and launch more kernels.
 ROWS_PER_GROUP = {"cpu": 256, "cuda": 4096}
+BY_PRODUCTS = ("cpu",)  # devices
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Branches:
     ):
         self.kv_cache, self.slots, self.layers = kv_cache, slots, 0
         device = cache_len.device
-        self.by_products = device.type == "cpu"
+        self.by_products = device.type in BY_PRODUCTS
         size = max(1, ROWS_PER_GROUP.get(device.type, 256) // rows)  # branches of a group
         if self.by_products:
             own = masks.branches(cache_len.new_zeros(1, 1), rows, 0, slots=slots is not None)[0, 0]

@@ -42,12 +42,20 @@ class PrefillCache:
             later is read again each time.
         dtype: of ``KEPT``: what numbers are rounded to.
         layers: whose inputs ``Prefill.states`` shall hold; the other entries are empty.
+        place: folder of all caches of prefills; ``None``: that of ``cache_folder``.
 
     Raises:
         ValueError: an unknown ``dtype``, or a layer that the base LM has not.
     """
 
-    def __init__(self, base: BaseLM, gigabytes: float, dtype: str = "float16", layers: Sequence[int] = ()):
+    def __init__(
+        self,
+        base: BaseLM,
+        gigabytes: float,
+        dtype: str = "float16",
+        layers: Sequence[int] = (),
+        place: Path | None = None,
+    ):
         if dtype not in KEPT:
             raise ValueError(f"stage.prefills.dtype={dtype} is not known, allowed are {', '.join(KEPT)}")
         self.count = base.config.get_text_config().num_hidden_layers
@@ -55,7 +63,7 @@ class PrefillCache:
             raise ValueError(f"gistnet.input_layer={wrong[0]} is not allowed: 0 to {self.count}")
         self.base, self.dtype, self.layers = base, getattr(torch, dtype), tuple(sorted(set(layers)))
         which = f"{of_embeddings(base)}{of_weights(base)}-{str(base.model.dtype).removeprefix('torch.')}-{dtype}"
-        self.folder = cache_folder() / "prefills" / f"{which}-{VERSION}"
+        self.folder = (place or cache_folder() / "prefills") / f"{which}-{VERSION}"
         self.room = int(gigabytes * 1e9) - sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
         self.full = False
 
@@ -97,12 +105,24 @@ class PrefillCache:
         )
         return Prefill(ids, together([row["hidden"] for row in rows], 0), cache, states if self.layers else ())
 
+    def has(self, ids: Tensor) -> bool:
+        """Whether all of a document ids [T], int64, is there."""
+        return all(file.exists() for file in self._files(ids))
+
+    @staticmethod
+    def name(ids: Tensor) -> str:
+        """Of a document ids [T], int64."""
+        return hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:32]
+
+    def _files(self, ids: Tensor) -> dict[Path, tuple[str, ...]]:
+        name = self.name(ids)
+        files = {self.folder / f"{name}.safetensors": ("hidden", "keys", "values")}
+        return files | {self.folder / f"{name}.{layer}.safetensors": (f"state{layer}",) for layer in self.layers}
+
     def _document(self, ids: Tensor) -> dict[str, Tensor]:
         """hidden [T, D], keys and values [L, G, T, W], and state<l> [T, D] of what is asked for."""
-        name = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:32]
-        files = {self.folder / f"{name}.safetensors": ("hidden", "keys", "values")}
-        files |= {self.folder / f"{name}.{layer}.safetensors": (f"state{layer}",) for layer in self.layers}
         found: dict[str, Tensor] = {}
+        files = self._files(ids)
         for file, names in files.items():
             found |= _read(file, names)
         if len(found) == sum(map(len, files.values())):

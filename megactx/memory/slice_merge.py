@@ -97,18 +97,41 @@ def merge(tree, other) -> None:
     k = tree.block_size
     if (tree.lengths % k).any():
         raise ValueError(f"merge: the first tree has lengths {tree.lengths.tolist()}, allowed are multiples of {k}")
-    for what in ("block_size", "width", "rows"):
-        mine, theirs = getattr(tree, what), getattr(other, what)
-        if mine != theirs:
-            raise ValueError(f"merge: the first tree has {what} {mine}, the second {theirs}")
-    if tree.base is not other.base and encoding.identity_of_base(tree.base) != encoding.identity_of_base(other.base):
-        raise ValueError("merge: the trees belong to different base LMs")
-    if tree.compacted or other.compacted:
-        raise ValueError("merge: something was taken away from one of the trees; restore it first")
-    if tree.hidden:
-        raise ValueError("merge: the encoder needs hidden states, and those depend on all that came before")
-    shift, numbers = tree.lengths.clone(), [tree.version_of(identity) for identity in other.identities()]
-    shifted = Shifted(other, shift, numbers)
+    _check_kinds(tree, other, "merge")
+    shift = tree.lengths.clone()
+    shifted = Shifted(other, shift, [tree.version_of(identity) for identity in other.identities()])
     parts = [(name, first + shift) for name, first in other.parts]
     build.extend(tree, other.tokens, other.lengths, shifted)
     tree.parts = tree.parts + parts
+
+
+def go_on(tree, other, first: int, stop: int) -> None:
+    """Append tokens that another tree has too; see ``MegaContextTree.go_on``."""
+    _check_kinds(tree, other, "go_on")
+    if tree.rows != 1:
+        raise ValueError(f"go_on: the trees have {tree.rows} rows, allowed is 1")
+    there, last = int(tree.lengths[0]), first + int(other.lengths[0])
+    if first % tree.block_size or not 0 <= first <= there <= stop <= last:
+        whole = f"first={first} is a multiple of {tree.block_size}, and first <= {there} <= stop <= {last}"
+        raise ValueError(f"go_on: stop={stop} is not allowed: {whole}")
+    known = tree.levels[0].span("token", first, there)
+    if not torch.equal(known, other.levels[0].span("token", 0, there - first).to(known.device)):
+        raise ValueError(f"go_on: tokens {first} to {there - 1} are others in the second tree")
+    shift = torch.tensor([first])
+    shifted = Shifted(other, shift, [tree.version_of(identity) for identity in other.identities()])
+    build.extend(
+        tree, other.levels[0].span("token", there - first, stop - first), torch.tensor([stop - there]), shifted
+    )
+
+
+def _check_kinds(tree, other, what: str) -> None:
+    for name in ("block_size", "width", "rows"):
+        mine, theirs = getattr(tree, name), getattr(other, name)
+        if mine != theirs:
+            raise ValueError(f"{what}: the first tree has {name} {mine}, the second {theirs}")
+    if tree.base is not other.base and encoding.identity_of_base(tree.base) != encoding.identity_of_base(other.base):
+        raise ValueError(f"{what}: the trees belong to different base LMs")
+    if tree.compacted or other.compacted:
+        raise ValueError(f"{what}: something was taken away from one of the trees; restore it first")
+    if tree.hidden:
+        raise ValueError(f"{what}: the encoder needs hidden states, and those depend on all that came before")

@@ -184,6 +184,20 @@ class MegaContextTree:
         self._check_writable()
         slice_merge.merge(self, other)
 
+    def go_on(self, other: "MegaContextTree", first: int, stop: int) -> None:
+        """Append the tokens up to ``stop``, and their nodes, of another tree that began at token ``first`` of this one.
+
+        What lies on this tree's grid and has its whole left context there is kept; the rest is encoded. The gists have
+        the bits that they would have without the other tree, where ``first`` is a multiple of
+        ``encoding.BATCH * block_size**lod`` for each level that the other tree has.
+
+        Raises:
+            ValueError: the trees are not of one kind, have several rows, or differ in the tokens that both have; or
+                ``stop`` is before the end of this tree or behind that of the other. Nothing was appended.
+        """
+        self._check_writable()
+        slice_merge.go_on(self, other, first, stop)
+
     def refresh(self, encoder: Encoder) -> int:
         """Use another GistNet from now on. Nodes that it has not made are encoded again, bottom up.
 

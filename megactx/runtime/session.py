@@ -131,11 +131,13 @@ class Session:
             raise ValueError(f"{self.stream.kind} shows no parts")
         return self.stream
 
-    def append(self, content: str | Tensor | list[int], score: bool = False) -> Tensor | None:
+    def append(self, content: str | Tensor | list[int], score: bool = False, follow: bool = True) -> Tensor | None:
         """Take up text or ids [N].
 
         Args:
             score: read them as if they were decoded, with a refocus every K tokens.
+            follow: the window follows; else it is put together anew when it is needed, which much text is read faster
+                with.
 
         Returns:
             With ``score`` their NLL [N] in nats.
@@ -148,7 +150,8 @@ class Session:
             raise ValueError(f"ids have shape {list(ids.shape)}, expected [N]")
         if len(ids) == 0:
             return torch.zeros(0) if score else None
-        found = self.stream.append(ids[None], score=score)
+        how = {} if isinstance(self.stream, PlainLM) else {"follow": follow}
+        found = self.stream.append(ids[None], score=score, **how)
         return found[0] if score else None
 
     def encode(self, text: str) -> Tensor:

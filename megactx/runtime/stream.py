@@ -107,13 +107,17 @@ class Stream:
             self._flush(read=True)
 
     @torch.no_grad()
-    def append(self, tokens: Tensor, lengths: Tensor | None = None, score: bool = False) -> Tensor | None:
+    def append(
+        self, tokens: Tensor, lengths: Tensor | None = None, score: bool = False, follow: bool = True
+    ) -> Tensor | None:
         """Append known tokens. Without ``score`` they are not read before that is needed.
 
         Args:
             tokens: [B, T] ids.
             lengths: how many of each row are meant, [B]; ``None``: all.
             score: read them as if they were decoded, block by block with a refocus each.
+            follow: the window follows them, where they are no more than it has room for; else it is put together anew
+                when it is needed.
 
         Returns:
             With ``score`` their NLL [B, T] in nats; NaN where there is none: the first token of a history, and what is
@@ -133,12 +137,19 @@ class Stream:
         if score:
             return self._scored(tokens.long(), lengths)
         self._flush(read=False)
-        if int(lengths.max()) > self.settings.budget:  # nothing of the old window would be left
+        if not follow or int(lengths.max()) > self.settings.budget:  # nothing of the old window would be left
             self.tree.append(tokens, lengths)
             self.context = self.hidden = None
         elif int(lengths.max()) > 0:
             self._grow(tokens, lengths, read=False)
         return None
+
+    @torch.no_grad()
+    def go_on(self, other: MegaContextTree, first: int, stop: int) -> None:
+        """Append tokens up to ``stop`` whose gists another tree has, see ``MegaContextTree.go_on``. Nothing is read."""
+        self._flush(read=False)
+        self.tree.go_on(other, first, stop)
+        self.context = self.hidden = None
 
     @torch.no_grad()
     def window(self) -> WorkingContext | None:

@@ -170,8 +170,11 @@ class GistStage(FrozenBaseStage):
         self.work = self._work()  # now: a strategy may shard the base later
         settings = self.hparams.prefills or {}
         if settings.get("gigabytes"):
-            layers = [net.input_layer for net in self.nets.values() if net.needs_hidden]
-            self.kept = PrefillCache(self.base, **settings, layers=layers)
+            self.kept = PrefillCache(self.base, **settings, layers=self.kept_layers)
+
+    @property
+    def kept_layers(self) -> list[int]:
+        return [net.input_layer for net in self.nets.values() if net.needs_hidden]
 
     def _work(self) -> Work:
         return Work.of_gists(self.base, self.nets, self.losses, self.hparams.horizon)

@@ -59,6 +59,7 @@ class PredictionStage(GistReaderStage):
     monitor = "val/loss"
     takes = {"base": "base.name", "gistnet": "stage.gistnet"}
     reports_best = True
+    kept_layers = ()
     shorter = "preset.steps=N, data.max_tokens=N and fewer texts make it short"
 
     def __init__(

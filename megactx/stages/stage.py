@@ -1,6 +1,7 @@
 """What a stage is: all that the framework asks of one, declared, with what most stages answer."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, NotRequired, TypedDict
 
@@ -174,10 +175,12 @@ class Stage(lightning.LightningModule):
 class FrozenBaseStage(Stage):
     """A stage with a base LM that is frozen, or of which adapters learn: it is in no checkpoint as a whole.
 
-    ``train_base``: what of the base LM learns, ``frozen``, ``lora`` or ``full``.
+    ``train_base``: what of the base LM learns, ``frozen``, ``lora`` or ``full``. ``kept_layers``: of the prefills of
+    training documents that it may keep, see ``PrefillCache``; ``None``: it keeps none.
     """
 
     train_base = "frozen"
+    kept_layers: Sequence[int] | None = None
     base: BaseLM
     half = False  # trained in bf16
 

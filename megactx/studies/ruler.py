@@ -4,15 +4,17 @@
 
 Each policy keeps ``--budget`` tokens of the context; question and answer prefix stand behind them. ``full`` keeps all.
 Decoding is greedy. Every cell (task, length, policy) has a file that each case is added to: the same command goes on
-with those missing.
+with those missing. With ``--engine ray`` the cases are asked on all cores, or hosts, to the same answers.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,8 +28,8 @@ from megactx.evaluation.bootstrap import wilson
 from megactx.evaluation.pictures import legend, line, panel, picture, powers
 from megactx.evaluation.rivals import BLOCK, SINK, Asked
 from megactx.evaluation.table import Report, Sheet, Table, cell
-from megactx.framework.bar import bar
 from megactx.framework.files import replacing
+from megactx.framework.workers import add_engine, on_all_hosts, workers
 from megactx.gist.parts import find, names
 from megactx.lm.identity import of_embeddings, of_net, of_weights
 from megactx.parts.models import load_models
@@ -56,8 +58,10 @@ def options(given: Options) -> None:
     given.add("--plain", action="store_true", help="no chat template, where the base has one")
     given.path("prose of niah_single_2 and qa1; without it the embedded text")
     given.add("--out", type=Path, default=Path("ruler"), help="folder of the tables")
+    add_engine(given.parser.add_argument)
 
 
+@functools.cache
 def essay(path: str | None) -> list[str]:
     """Sentences of the prose."""
     rows = (Files(path) if path else Embedded()).load()
@@ -157,38 +161,60 @@ class Cell:
 
 
 ABOUT = ("model", "budget", "seed", "plain", "path", "keys")
+PLACES = ("model", "path", "keys")
 
 
-class Cases:
-    """Cases of a task and length, each made once for all policies, and kept for others that answer the same ones."""
+@dataclass(frozen=True)
+class Case:
+    """A case that some policies are asked about. ``model``, ``path`` and ``keys`` mean the same on all hosts."""
 
-    def __init__(self, base, args: argparse.Namespace, task: str, length: int, prose: list[str]):
-        self.base, self.args, self.task, self.length, self.prose = base, args, task, length, prose
-        self.number, self.case = None, None
-
-    def __getitem__(self, number: int) -> tuple[dict, list[int], Asked]:
-        if self.number != number:
-            row = case(self.task, self.length, self.base.tokenizer, self.args.seed + number, self.prose)
-            path = self.args.out / "cases" / f"{self.task}-{self.length}.jsonl"
-            if not number or path.exists():
-                with path.open("a" if number else "w") as file:
-                    file.write(json.dumps(row) + "\n")
-            self.number, self.case = number, (row, *asked_of(row, self.base.tokenizer))
-        return self.case
+    task: str
+    length: int
+    number: int
+    policies: tuple[str, ...]
+    answers: int
+    budget: int
+    seed: int
+    plain: bool
+    model: str
+    path: str | None
+    keys: str | None
 
 
-def measured(base, args, cases: Cases, number: int, policy) -> dict:
-    """What a policy keeps of a case, and where it is asked for what the base says to that."""
-    row, ids, asked = cases[number]
-    kept = policy.keep(asked, args.budget)
-    there = {*kept}
-    needed = [n for block in asked.needed for n in range(block * BLOCK, min((block + 1) * BLOCK, len(ids)))]
-    about = {"entries": len(kept), "held": there.issuperset(needed) if needed else None}
-    about |= {"answer": row["answer"], "said": None, "score": None}
-    if number < args.answers:
-        said = answer(base, row, ids, kept, args.plain)
-        about |= {"said": said, "score": score(cases.task, said, row["answer"])}
-    return about
+models = functools.cache(load_models)  # of a process, which has many cases
+
+
+@functools.cache
+def policy(name: str, model: str, keys: str | None):
+    kind = find(rivals, name, "--policies")
+    return kind(models(model), keys and Path(keys)) if getattr(kind, "needs_models", False) else kind()
+
+
+def measured(about: Case) -> tuple[dict, list[dict]]:
+    """The case itself, and of each policy what it keeps, and where it is asked for what the base says to that."""
+    base, prose = models(about.model).base, essay(about.path) if about.task in PROSE else []
+    row = case(about.task, about.length, base.tokenizer, about.seed + about.number, prose)
+    ids, told = asked_of(row, base.tokenizer)
+    needed = [n for block in told.needed for n in range(block * BLOCK, min((block + 1) * BLOCK, len(ids)))]
+    found = []
+    for name in about.policies:
+        kept = policy(name, about.model, about.keys).keep(told, about.budget)
+        there = {*kept}
+        one = {"entries": len(kept), "held": there.issuperset(needed) if needed else None}
+        one |= {"answer": row["answer"], "said": None, "score": None}
+        if about.number < about.answers:
+            said = answer(base, row, ids, kept, about.plain)
+            one |= {"said": said, "score": score(about.task, said, row["answer"])}
+        found.append(one)
+    return row, found
+
+
+def keep_case(out: Path, about: Case, row: dict) -> None:
+    """For others that answer the same ones."""
+    path = out / "cases" / f"{about.task}-{about.length}.jsonl"
+    if not about.number or path.exists():
+        with path.open("a" if about.number else "w") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
@@ -210,33 +236,39 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     for folder in ("cells", "cases"):
         usable(args.out / folder)
     groups = [(task, length) for task in args.tasks for length in sorted(args.lengths)]
-    models = load_models(args.model)
-    base = models.base
-    policies = {
-        name: kind(models, args.keys) if getattr(kind, "needs_models", False) else kind()
-        for name, kind in kinds.items()
-    }
-    prose = essay(args.path) if {*PROSE} & {*args.tasks} else []
-    made = {"weights of the base LM": [of_embeddings(base), of_weights(base)]}
-    if models.gistnet is not None:
-        made["weights of the GistNet"] = of_net(models.gistnet)
-    text = hashlib.sha256("\0".join(prose).encode()).hexdigest()[:16]
+    places = {name: on_all_hosts(value and str(value)) for name, value in vars(args).items() if name in PLACES}
+    same = {name: getattr(args, name) for name in ("answers", "budget", "seed", "plain")} | places
+    for kept in (models, essay, policy):
+        kept.cache_clear()  # of an earlier study in this process
+    for name in kinds:
+        policy(name, places["model"], places["keys"])  # what is missing is said before anything is measured
+    read, prose = models(places["model"]), essay(places["path"]) if {*PROSE} & {*args.tasks} else []
+    made = {"weights of the base LM": [of_embeddings(read.base), of_weights(read.base)]}
+    if read.gistnet is not None:
+        made["weights of the GistNet"] = of_net(read.gistnet)
+    words = {"words of the text": hashlib.sha256("\0".join(prose).encode()).hexdigest()[:16]}
     cells = {
-        group: [
-            Cell(args, *group, name, made | ({"words of the text": text} if group[0] in PROSE else {}))
-            for name in kinds
-        ]
+        group: [Cell(args, *group, name, made | (words if group[0] in PROSE else {})) for name in kinds]
         for group in groups
     }
-    steps = [(g, n, c) for g in groups for n in range(args.cases) for c in cells[g] if not c.has(n, args.answers)]
-    table, told, cases = Table(), [], None
-    for group, number, own in bar("cases")(steps):
-        if told[-1:] != [group]:
-            if told:
-                yield args.out / "ruler", report(tabled(table, cells, told[-1], args), args)
-            told.append(group)
-            cases = Cases(base, args, *group, prose)
-        own.add(number, measured(base, args, cases, number, policies[own.name]))
+    missing = [
+        Case(*group, number, tuple(names), **same)
+        for group in groups
+        for number in range(args.cases)
+        if (names := [own.name for own in cells[group] if not own.has(number, args.answers)])
+    ]
+    table, told = Table(), []
+    with workers(args.engine) as each:
+        for about, (row, found) in zip(missing, each(measured, missing, "cases"), strict=True):
+            group = about.task, about.length
+            if told[-1:] != [group]:
+                if told:
+                    yield args.out / "ruler", report(tabled(table, cells, told[-1], args), args)
+                told.append(group)
+            keep_case(args.out, about, row)
+            for own in cells[group]:
+                if own.name in about.policies:
+                    own.add(about.number, found[about.policies.index(own.name)])
     table = Table()
     for group in groups:
         tabled(table, cells, group, args)

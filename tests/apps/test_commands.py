@@ -188,19 +188,18 @@ def test_files_of_every_kind_become_one_history_and_are_not_read_twice(own, tmp_
         assert session.text() == text + "a new file\n\n" and session.length > length
 
 
-def test_rows_of_a_file_are_taken_up_together_and_from_any_cut_on_in_the_same_pieces(tmp_path, monkeypatch):
+def test_rows_of_a_file_are_taken_up_together_and_from_any_cut_on_in_the_same_pieces(tmp_path):
     rows = [f"row {i}\n{'word ' * (i % 7)}" for i in range(60)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    assert [*ingest.pieces(path)] == [(0, 1, ingest.BETWEEN.join(rows))]  # one look at the window, not sixty
-    monkeypatch.setattr(ingest, "PIECE", 100)
-    found = [*ingest.pieces(path)]
     whole = ingest.BETWEEN.join(rows)
+    assert [*ingest.pieces(path, 0, ingest.PIECE)] == [(0, 1, whole)]  # one look at the window, not sixty
+    found = [*ingest.pieces(path, 0, 100)]
     assert "".join(text for *_, text in found) == whole and len(found) > 10
     assert all(len(text) <= 100 for *_, text in found)
     for number, (first, line, _) in enumerate(found):
-        assert [*ingest.pieces(path, first)] == found[number:] and line == 1 + whole[:first].count("\n")
-    assert "".join(text for *_, text in ingest.pieces(path, 33)) == ingest.BETWEEN.join(rows)[33:]  # of earlier days
+        assert [*ingest.pieces(path, first, 100)] == found[number:] and line == 1 + whole[:first].count("\n")
+    assert "".join(text for *_, text in ingest.pieces(path, 33, 100)) == whole[33:]  # of earlier days
 
 
 def test_a_stopped_ingestion_goes_on_where_it_was(own, tmp_path, monkeypatch, capsys):
@@ -209,11 +208,11 @@ def test_a_stopped_ingestion_goes_on_where_it_was(own, tmp_path, monkeypatch, ca
     (tmp_path / "long.txt").write_text("".join(f"line {n} of a long text\n" for n in range(900)))
     append, calls = Session.append, []
 
-    def stopped(self, content, score=False):
+    def stopped(self, content, **how):
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return append(self, content, score)
+        return append(self, content, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(Session, "append", stopped)
@@ -233,8 +232,8 @@ def test_a_ctrl_c_between_a_piece_and_the_note_of_it_reads_no_piece_twice(own, t
     (tmp_path / "one.txt").write_text("".join(f"line {n} of a text\n" for n in range(25)))
     append, calls = Session.append, []
 
-    def stopped(self, *content):
-        append(self, *content)
+    def stopped(self, content, **how):
+        append(self, content, **how)
         calls.append(1)
         if len(calls) == call:
             raise KeyboardInterrupt

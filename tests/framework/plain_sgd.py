@@ -1,8 +1,10 @@
 """``python plain_sgd.py OVERRIDE...``: train.py with plain SGD; what it saw is in ``seen.pt`` of the run folder.
 
-``gradients``: of the GistNet, per step, before clipping. ``dnll``: of the batches of the first process.
+``gradients``: of the GistNet, per step, before clipping. ``dnll``: of the batches of the first process. And a name of
+each batch, process by process, is in ``batches-RANK.txt``.
 """
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from megactx.framework import app
 from megactx.gist.losses.block import Block
 from megactx.stages.gist import GistStage
 
-seen = {"gradients": [], "dnll": []}
+seen, batches = {"gradients": [], "dnll": []}, []
 per_net = Block.per_net
 
 
@@ -27,12 +29,15 @@ def on_before_optimizer_step(self, optimizer):
 def kept(self, context):
     losses, dnll = per_net(self, context)
     seen["dnll"].append(dnll[0].detach())
+    batches.append(hashlib.sha256(context.batch["ids"].numpy().tobytes()).hexdigest()[:16])
     return losses, dnll
 
 
 def on_fit_end(self):
+    folder = Path(self.trainer.default_root_dir)
+    (folder / f"batches-{self.trainer.global_rank}.txt").write_text("\n".join(batches))
     if self.trainer.is_global_zero:
-        torch.save(seen, Path(self.trainer.default_root_dir) / "seen.pt")
+        torch.save(seen, folder / "seen.pt")
 
 
 for hook in (configure_optimizers, on_before_optimizer_step, on_fit_end):

@@ -43,19 +43,34 @@ def hosts():
             ip("netns", "del", name)
 
 
-class Started:
-    """torchrun on both hosts, on one program."""
+def torchrun(number: int) -> tuple[list, dict]:
+    """How torchrun is started on a host."""
+    place = ["--node-rank", str(number), "--master-addr", "10.91.7.1", "--master-port", "29517"]
+    return [TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", *place], {}
 
-    def __init__(self, hosts, logs: Path, program: Path, *arguments: str):
+
+def srun(number: int) -> tuple[list, dict]:
+    """What srun starts on a host: the program itself, and where it is in the environment."""
+    told = {"JOB_ID": "4711", "JOB_NAME": "train", "NNODES": "2", "NTASKS": "2", "NTASKS_PER_NODE": "1"}
+    told |= {"NODELIST": "10.91.7.[1-2]", "JOB_NODELIST": "10.91.7.[1-2]"}
+    told |= {"NODEID": str(number), "PROCID": str(number), "LOCALID": "0"}
+    return [sys.executable], {f"SLURM_{name}": value for name, value in told.items()}
+
+
+class Started:
+    """One program on both hosts, each with a cache of its own."""
+
+    def __init__(self, hosts, logs: Path, program: Path, *arguments: str, by=torchrun):
         self.hosts, self.logs, self.running = hosts, [logs / f"host{n}.log" for n in range(2)], []
         for number, (host, log) in enumerate(zip(hosts, self.logs, strict=True)):
-            environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": f"cable{number}"}
-            command = ["ip", "netns", "exec", host, TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1"]
-            command += ["--node-rank", str(number), "--master-addr", "10.91.7.1", "--master-port", "29517"]
+            start, told = by(number)
+            environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "GLOO_SOCKET_IFNAME": f"cable{number}", **told}
             environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+            environment |= {"MEGACTX_CACHE": str(logs / f"cache{number}")}
+            command = ["ip", "netns", "exec", host, *start, program, *arguments]
             with log.open("w") as file:
                 shared = {"env": environment, "stdout": file, "stderr": subprocess.STDOUT}
-                self.running.append(subprocess.Popen(list(map(str, [*command, program, *arguments])), **shared))
+                self.running.append(subprocess.Popen(list(map(str, command)), **shared))
 
     def done(self) -> list[int]:
         """Exit codes; whatever hangs is ended after ten minutes."""
@@ -81,16 +96,31 @@ def kill(host: str) -> None:
 def settings(gist_settings):
     kept = [setting for setting in gist_settings if setting != "trainer=cpu"]
     preset = [f"preset.{setting}" for setting in ("batch=1", "steps=3", "validate_every=1", "validation_documents=5")]
-    return [*kept, *preset, "horizon.tokens=16", "stage.evaluate.blocks=8"]
+    short = ["horizon.tokens=16", "stage.evaluate.blocks=8", "stage.evaluate.controls=false", "stage.evaluate.copies=0"]
+    return [*kept, *preset, *short, "stage.prefills.gigabytes=1"]
+
+
+@pytest.fixture(scope="module")
+def alone(settings, tmp_path_factory):
+    """A run of one process with its cache."""
+    folder = tmp_path_factory.mktemp("one")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MEGACTX_CACHE": str(folder / "cache")}
+    command = [sys.executable, SGD, *settings, "trainer=cpu", "preset.accumulate=2", f"folder={folder / 'run'}"]
+    ended = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+def prefills(cache: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (cache / "prefills").rglob("*.safetensors")}
 
 
 @pytest.mark.slow
-def test_two_hosts_have_the_gradients_and_the_validation_of_one_process(hosts, settings, tmp_path):
-    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    alone = [sys.executable, SGD, *settings, "trainer=cpu", "preset.accumulate=2", f"folder={one}"]
-    assert subprocess.run(list(map(str, alone)), env=environment, capture_output=True).returncode == 0
-    started = Started(hosts, tmp_path, SGD, *settings, *TWO, "preset.accumulate=1", f"folder={two}")
+@pytest.mark.parametrize(("trainer", "by"), [("ddp", torchrun), ("fsdp", srun)], ids=["ddp-torchrun", "fsdp-srun"])
+def test_two_hosts_have_the_gradients_and_the_validation_of_one_process(hosts, settings, alone, tmp_path, trainer, by):
+    one, two = alone / "run", tmp_path / "two" / "run"
+    given = [*settings, *TWO, f"trainer={trainer}", "preset.accumulate=1", f"folder={two}"]
+    started = Started(hosts, tmp_path, SGD, *given, by=by)
     assert started.done() == [0, 0], started.said(0)
     mine, theirs = (torch.load(folder / "seen.pt", weights_only=True) for folder in (two, one))
     for found, wanted in zip(mine["gradients"], theirs["gradients"], strict=True):
@@ -102,9 +132,18 @@ def test_two_hosts_have_the_gradients_and_the_validation_of_one_process(hosts, s
         assert found == pytest.approx(wanted, rel=1e-6, abs=1e-9)
     assert started.said(0).count("Everything is in") == 1 and "Everything is in" not in started.said(1)
     assert [path.name for path in two.parent.iterdir()] == ["run"], "the other host made no folder of its own"
+    # The hosts take the batches of one process in turn, and each keeps the prefills of its own.
+    (all_of_them,), both = ([*map(served, sorted(folder.glob("batches-*.txt")))] for folder in (one, two))
+    assert both == [all_of_them[0::2], all_of_them[1::2]] and len({*all_of_them}) == len(all_of_them) == 6
+    kept = [prefills(tmp_path / f"cache{number}") for number in range(2)]
+    assert all(kept) and kept[0] | kept[1] == prefills(alone / "cache")
 
 
-@pytest.mark.long
+def served(path: Path) -> list[str]:
+    return path.read_text().split()
+
+
+@pytest.mark.slow  # though it takes longer than others: it is what hosts are for
 def test_where_a_host_is_killed_the_other_says_so_and_both_go_on_to_the_same_weights(hosts, settings, tmp_path):
     train = [REPOSITORY / "train.py", *settings, *TWO, "gistnet.dropout=0.2", "preset.steps=8", "preset.accumulate=1"]
     straight, broken = tmp_path / "a" / "run", tmp_path / "b" / "run"

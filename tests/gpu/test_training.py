@@ -39,12 +39,13 @@ def test_a_step_of_the_demo_in_bf16_mixed_moves_every_net_and_not_the_base(devic
 
 @pytest.mark.long
 def test_two_devices_that_share_the_base_learn_what_one_learns(device, gist_settings, tmp_path):
-    if device == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA cards")
+    # NCCL takes no two processes on one card: there it is one process, whose layers are cut into one part.
+    count = 2 if device == "cpu" else min(2, torch.cuda.device_count())
     kept = [s for s in gist_settings if s != "trainer=cpu"]
     kept += ["preset.batch=1", "preset.steps=3", "preset.validate_every=3", "stage.evaluate.controls=false"]
     kept += ["stage.evaluate.copies=0", "trainer.log_every_n_steps=1", f"trainer.accelerator={device}"]
-    ways = {"one": ["preset.accumulate=2"], "two": ["trainer=fsdp", "trainer.devices=2", "preset.accumulate=1"]}
+    ways = {"one": ["preset.accumulate=2"], "two": ["trainer=fsdp", f"trainer.devices={count}"]}
+    ways["two"] += [f"preset.accumulate={2 // count}"]
     found = {}
     for name, way in ways.items():
         command = [sys.executable, "train.py", *kept, *way, f"folder={tmp_path / name}"]

@@ -219,6 +219,37 @@ def test_merge_refuses_what_does_not_fit_and_changes_nothing(encoder, table):
     assert tree.lengths.tolist() == [30] and other.lengths.tolist() == [8] and len(other.parts) == 1
 
 
+@pytest.mark.parametrize("left", [0, 3, 9])
+def test_a_tree_goes_on_with_parts_to_the_bits_of_a_tree_of_all_of_it(encoder, table, left):
+    """The encoder's gists show a block's place in its batch, and the blocks of a part keep theirs."""
+    net, tokens, size = encoder(4, places=True, left_context=left), ids(1, 1_000), 16 * 4**2
+    tree = MegaContextTree.from_tokens(tokens[:, :301], net, table)
+    for first in (size, 2 * size, 3 * size):
+        part = MegaContextTree.from_tokens(tokens[:, first : first + size], net, table, max_level=2)
+        before = net.blocks
+        for stop in (first + 100, min(first + size, 1_000)):
+            tree.go_on(part, first, max(stop, int(tree.lengths)))
+        assert net.blocks - before <= 16 * (4 + 4 * (left > 0))  # batches of levels 3 and 4, and at the border
+    assert_same(tree, MegaContextTree.from_tokens(tokens, net, table))
+    assert len(tree.parts) == 1
+
+
+def test_a_tree_refuses_to_go_on_with_what_does_not_fit_and_is_left_as_it_was(encoder, table):
+    tree = MegaContextTree.from_tokens(ids(1, 40), encoder(4), table)
+    other = MegaContextTree.from_tokens(ids(1, 60)[:, 16:], encoder(4), table)
+    for first, stop, message in ((16, 61, "stop=61 is not allowed"), (16, 39, "stop=39"), (15, 50, "multiple of 4")):
+        with pytest.raises(ValueError, match=message):
+            tree.go_on(other, first, stop)
+    with pytest.raises(ValueError, match="tokens 20 to 39 are others in the second tree"):
+        tree.go_on(other, 20, 50)
+    two = MegaContextTree.from_tokens(ids(2, 40), encoder(4), table)
+    with pytest.raises(ValueError, match="2 rows, allowed is 1"):
+        two.go_on(two, 0, 40)
+    assert tree.lengths.tolist() == [40]
+    tree.go_on(other, 16, 60)
+    assert_same(tree, MegaContextTree.from_tokens(ids(1, 60), encoder(4), table))
+
+
 def test_refresh_encodes_only_what_another_gistnet_made_bottom_up(encoder, table):
     old, new = encoder(4), encoder(4, factor=2.0)
     tokens = ids(1, 64)

@@ -373,3 +373,14 @@ def test_recency_without_a_gistnet_refuses_what_it_cannot_do(models, plain, ids,
         Session(own).save(tmp_path / "session")
     with pytest.raises(ValueError, match="megacontext=recency drops old text instead"):
         Controller(Models(models.base), Settings())
+
+
+def test_text_that_the_window_does_not_follow_makes_no_window_before_it_is_needed(models, controller, ids):
+    events, text = [], ids(1, 300)
+    pieces, whole = controller().stream(observers=[events.append]), controller().stream()
+    for piece in text.split(50, dim=1):
+        pieces.append(piece, follow=False)
+    assert not events and pieces.context is None
+    whole.append(text)
+    assert torch.equal(pieces.tree.tokens, whole.tree.tokens) and torch.equal(pieces.tree.gists(2), whole.tree.gists(2))
+    assert torch.equal(pieces.logits(), whole.logits()) and len(events) > 0

@@ -29,9 +29,9 @@ from pathlib import Path
 from megactx.framework.bar import quiet_libraries
 from megactx.framework.command_line import run
 from megactx.framework.errors import FAILED
+from megactx.framework.extra import extra
 from megactx.runtime import load_models
 
-from ..extra import extra
 from .follower import Follower
 from .sources import KINDS
 

@@ -24,9 +24,9 @@ import tempfile
 from pathlib import Path
 
 from megactx.framework.command_line import run
+from megactx.framework.extra import extra
 
 from ..command_line import HOST, MODEL
-from ..extra import extra
 
 PORT, RECEIVER = 8768, 8769
 TOKEN = "MEGACTX_MARKET_TOKEN"

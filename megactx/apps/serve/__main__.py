@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from megactx.framework.command_line import run
+from megactx.framework.extra import extra
 
 from ..command_line import HOST, add_models, add_sampling, controller_of, observers_of, sampling_of
-from ..extra import extra
 from . import keys
 
 PORT, OPEN, QUEUE = 8766, 16, 64

@@ -14,11 +14,11 @@ import secrets
 import sys
 
 from megactx.framework.command_line import run
+from megactx.framework.extra import extra
 from megactx.runtime import Refocused
 from megactx.runtime.text import encodable
 
 from ..command_line import HOST, add_talk, controller_of, observers_of, prompt_file_of, sampling_of, talk_of
-from ..extra import extra
 from .export import STRIPS, writer
 from .player import MOST, Player
 

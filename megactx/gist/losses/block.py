@@ -28,7 +28,7 @@ class Block(Loss):
         seam_weight: of the first ``SEAM`` offsets of the horizon, see ``offset_weights``.
 
     Raises:
-        ValueError: an unknown objective, a weight outside 0 to 1; when called, a block that is not eligible.
+        ValueError: an unknown objective, a weight outside 0 to 1; when called on a CPU, a block that is not eligible.
     """
 
     needs = ("block_starts",)
@@ -46,7 +46,8 @@ class Block(Loss):
         """-> (loss per net [C] with gradient, dNLL per net [C] in nats)."""
         batch, prefill, horizon = context.batch, context.prefill, context.horizon
         starts, tokens = batch[self.starts], context.block**self.lod
-        check_blocks(starts, batch["lengths"], tokens, horizon)
+        if not starts.is_cuda:  # the host would wait for a card in every step; ``SpanBatches`` draws no others
+            check_blocks(starts, batch["lengths"], tokens, horizon)
         carriers = context.carriers(starts, self.lod)
         hidden = read_carriers(context.base, prefill, starts, carriers, tokens, horizon)  # [C, B, N, H, D]
         loss, numbers = score(
