@@ -192,13 +192,15 @@ def test_rows_of_a_file_are_taken_up_together_and_from_any_cut_on_in_the_same_pi
     rows = [f"row {i}\n{'word ' * (i % 7)}" for i in range(60)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    assert [*ingest.pieces(path, 0, ingest.PIECE)] == [(0, ingest.BETWEEN.join(rows))]  # one look at the window, not sixty
+    # One look at the window, not sixty.
+    assert [*ingest.pieces(path, 0, ingest.PIECE)] == [(0, ingest.BETWEEN.join(rows))]
     found = [*ingest.pieces(path, 0, 100)]
     assert "".join(text for _, text in found) == ingest.BETWEEN.join(rows) and len(found) > 10
     assert all(len(text) <= 100 for _, text in found)
     for number, (first, _) in enumerate(found):
         assert [*ingest.pieces(path, first, 100)] == found[number:]
-    assert "".join(text for _, text in ingest.pieces(path, 33, 100)) == ingest.BETWEEN.join(rows)[33:]  # of earlier days
+    of_earlier_days = ingest.pieces(path, 33, 100)
+    assert "".join(text for _, text in of_earlier_days) == ingest.BETWEEN.join(rows)[33:]
 
 
 def test_a_stopped_ingestion_goes_on_where_it_was(own, tmp_path, monkeypatch, capsys):
