@@ -20,7 +20,7 @@ from megactx.runtime import Refocused
 from megactx.runtime.text import encodable, from_bytes, printable
 
 from .chat_commands import HELP, obey
-from .command_line import add_talk, controller_of, observers_of, sampling_of, session_of
+from .command_line import add_talk, controller_of, observers_of, sampling_of, talk_of
 from .framing import framing_of
 
 
@@ -39,7 +39,7 @@ class Chat:
         self.console = Console(soft_wrap=True)
         self.last: Refocused | None = None
         self.observers = [self.seen, *observers_of(args, self.controller)]
-        self.session = session_of(args.session, self.controller, self.observers)
+        self.session = talk_of(args, self.controller, self.observers)
 
     def seen(self, event: Refocused) -> None:
         """An observer of the session."""

@@ -1,16 +1,23 @@
 """What a line that begins with a slash does in a chat."""
 
+from datetime import datetime
 from pathlib import Path
 
 from rich.table import Table
 
+from megactx.memory import Composite
 from megactx.memory.prediction import expected
-from megactx.runtime import Session
+from megactx.runtime import Session, Wanted
+from megactx.runtime.part_files import conflicts
+from megactx.runtime.sources import opened
 from megactx.runtime.text import printable
 
 from .strip import strip
 
-HELP = "/focus  /tree  /expects  /history [TOKENS]  /save [FOLDER]  /load FOLDER  /help  /quit"
+HELP = (
+    "/focus  /tree  /expects  /history [TOKENS]  /parts  /use NAME=PATH[:SHARE]  /drop NAME  /pin NAME  /sources"
+    "  /save [FOLDER]  /load FOLDER  /help  /quit"
+)
 TOP = 8  # entries of a table
 
 
@@ -52,12 +59,12 @@ def focus(chat, _: str) -> None:
     table = Table("score", "level", "tokens", "text")
     scored, score = event.scored[0], event.scores.score[0].cpu()
     for column in score.abs().argsort(descending=True)[:TOP].tolist():
-        start, width = int(scored.start[column]), int(scored.width[column])
-        text = printable(session.text(start, start + min(width, 32)))
+        address, width = int(scored.start[column]), int(scored.width[column])
+        text = printable(session.text_at(address, min(width, 32)))
+        part, start = session.place(address)
+        where = f"{start:,} .. {start + width:,}" + (f" of {part.name}" if part else "")
         shown = " ".join(text.split())[:70].replace("[", r"\[")
-        table.add_row(
-            f"{float(score[column]):+.2f}", str(int(scored.lod[column])), f"{start:,} .. {start + width:,}", shown
-        )
+        table.add_row(f"{float(score[column]):+.2f}", str(int(scored.lod[column])), where, shown)
     chat.console.print(table)
 
 
@@ -66,7 +73,13 @@ def tree(chat, _: str) -> None:
     if chat.session.context is None:
         chat.say("no tree yet: it takes 32 tokens, and megacontext=none has none")
         return
-    chat.console.print(strip(chat.session.context, columns=72))
+    context = chat.session.context
+    if not isinstance(context.tree, Composite):
+        chat.console.print(strip(context, columns=72))
+        return
+    for name, own in context.tree.alone(context):
+        chat.say(name or "(history)")
+        chat.console.print(strip(own, columns=72))
 
 
 def expects(chat, _: str) -> None:
@@ -118,11 +131,76 @@ def load(chat, folder: str) -> None:
     chat.say(f"loaded {folder} ({session.length:,} tokens)")
 
 
+def parts(chat, _: str) -> None:
+    """Other trees in the window, and how much of the budget they have."""
+    session = chat.session
+    if not session.parts:
+        chat.say("no parts: /use NAME=PATH[:SHARE] shows one")
+        return
+    seen, sizes = session.stream.seen, _sizes(session)
+    caps = dict(zip((part.name for part in seen.parts), seen.caps, strict=True)) if seen is not session.tree else {}
+    for part in session.parts:
+        entries = f"{sizes.get(part.name, 0):,} of {caps.get(part.name, 0):,} entries"
+        words = [entries, f"version {part.version}", "pinned" * bool(part.wanted.pinned), "closed" * part.closed]
+        told = ", ".join(word for word in (*words, part.note) if word)
+        chat.say(f"{part.name}  {part.wanted.path}  {int(part.tree.lengths[0]):,} tokens, {told}")
+    for file, winner, others in conflicts(session.parts):
+        chat.say(f"{file} is in {winner} and in {', '.join(others)}: that of {winner} counts, the others stay closed")
+
+
+def use(chat, rest: str) -> None:
+    """Show another tree beside the history, or another version or share of one."""
+    wanted = Wanted.parse(rest)
+    chat.session.use(wanted)
+    part = next(part for part in chat.session.parts if part.name == wanted.name)
+    chat.say(f"{part.name}: {int(part.tree.lengths[0]):,} tokens, version {part.version}")
+
+
+def drop(chat, name: str) -> None:
+    """Show it no more."""
+    chat.session.drop(name)
+    chat.say(f"{name} is no part any more")
+
+
+def pin(chat, name: str) -> None:
+    """Show no newer version of it."""
+    chat.session.pin(name)
+    chat.say(f"{name} stays as it is now")
+
+
+def sources(chat, _: str) -> None:
+    """What is read in full, and from which part and file it is."""
+    found = opened(chat.session)
+    if not found:
+        chat.say("no block is read in full yet: it takes 32 tokens, and megacontext=none has none")
+        return
+    for run in found:
+        where = "no file is noted"
+        if run.origin is not None:
+            at = datetime.fromtimestamp(run.origin.time).strftime("%Y-%m-%d %H:%M") if run.origin.time else ""
+            where = f"{run.origin}  {at}".rstrip()
+        chat.say(f"{run.part or '(history)'}  {where}  tokens {run.start:,} to {run.stop - 1:,}")
+
+
+def _sizes(session: Session) -> dict[str, int]:
+    """Entries of each part in the window."""
+    context, seen = session.context, session.stream.seen
+    if context is None or seen is session.tree:
+        return {}
+    each = [len(lod) for lod, _ in seen.segments(context)[:-1]]
+    return {part.name: size for part, size in zip(seen.parts, each, strict=True)}
+
+
 COMMANDS = {
     "/focus": focus,
     "/tree": tree,
     "/expects": expects,
     "/history": history,
+    "/parts": parts,
+    "/use": use,
+    "/drop": drop,
+    "/pin": pin,
+    "/sources": sources,
     "/save": save,
     "/load": load,
     "/help": lambda chat, _: chat.say(HELP),

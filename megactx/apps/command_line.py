@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from megactx.framework.bar import quiet_libraries
-from megactx.runtime import Controller, Observer, Sampling, Session, Settings, load_models
+from megactx.runtime import Controller, Observer, Sampling, Session, Settings, Wanted, load_models
 from megactx.runtime.session_files import is_session
 from megactx.runtime.settings import KINDS, POSITIONS
 from megactx.runtime.text import from_bytes
@@ -37,8 +37,19 @@ def add_talk(parser: argparse.ArgumentParser, tokens: int) -> None:
     """What continues a text has: ``--session``, how many tokens and which, ``--model`` and the rest."""
     kept = "go on with this session, and save it; made if it is not there"
     parser.add_argument("--session", metavar="FOLDER", help=kept)
+    add_parts(parser)
     add_sampling(parser, tokens)
     add_models(parser)
+
+
+def add_parts(parser: argparse.ArgumentParser) -> None:
+    """Other trees in the window."""
+    shown = "another session, followed source or tree that the window shows; several are allowed"
+    parser.add_argument("--part", action="append", default=[], metavar="NAME=PATH[:SHARE]", help=shown)
+    made = "a prompt as gists, of apps.preset: its name or folder"
+    parser.add_argument("--preset", action="append", default=[], metavar="NAME", help=made)
+    parser.add_argument("--drop", action="append", default=[], metavar="NAME", help="a part that the session had")
+    parser.add_argument("--pin", action="append", default=[], metavar="NAME", help="show no newer version of a part")
 
 
 def add_sampling(parser: argparse.ArgumentParser, tokens: int) -> None:
@@ -124,12 +135,39 @@ def opened(args: argparse.Namespace, folder: str | Path | None) -> Session:
     return session_of(folder, controller, observers_of(args, controller))
 
 
-def session_of(folder: str | Path | None, controller: Controller, observers=()) -> Session:
-    """The session of a folder, or a new one; it is saved there when ``save`` is called."""
-    if folder is None:
-        return Session(controller, observers)
-    if is_session(Path(folder).expanduser()):
-        return Session.load(folder, controller, observers)
-    session = Session(controller, observers)
-    session.save(folder)  # now, so that a folder that cannot be used is refused before anything is done
+def talk_of(args: argparse.Namespace, controller: Controller, observers=()) -> Session:
+    """The session that ``add_talk`` describes, with its parts.
+
+    Raises:
+        ValueError: a part that cannot be shown, or is not there.
+    """
+    from . import preset
+
+    parts, session = [Wanted.parse(text) for text in args.part], None
+    parts += [preset.wanted(name) for name in args.preset]
+    try:
+        session = session_of(args.session, controller, observers, parts, args.drop)
+        for name in args.pin:
+            session.pin(name)
+    except BaseException:
+        if session is not None:
+            session.close()
+        raise
+    return session
+
+
+def session_of(folder: str | Path | None, controller: Controller, observers=(), parts=(), without=()) -> Session:
+    """The session of a folder, or a new one; it is saved there when ``save`` is called.
+
+    Args:
+        parts: that its window shows besides those that it had.
+        without: names of parts that it had.
+    """
+    if folder is not None and is_session(Path(folder).expanduser()):
+        return Session.load(folder, controller, observers, parts, without)
+    if without:
+        raise ValueError(f"--drop={[*without][0]}: a new session has no parts")
+    session = Session(controller, observers, parts)
+    if folder is not None:
+        session.save(folder)  # now, so that a folder that cannot be used is refused before anything is done
     return session

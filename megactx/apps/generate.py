@@ -20,7 +20,7 @@ from megactx.runtime.session import end_ids
 from megactx.runtime.session_files import is_session
 from megactx.runtime.text import LONGEST, Answer, StopStrings, encodable, from_bytes, parts_of, printable
 
-from .command_line import add_talk, controller_of, observers_of, prompt_file_of, sampling_of, session_of
+from .command_line import add_talk, controller_of, observers_of, prompt_file_of, sampling_of, talk_of
 
 PIECE = 2**16  # characters of a prompt that are read at a time
 
@@ -41,7 +41,7 @@ def generate(args: argparse.Namespace) -> None:
         ):
             print(printable(f"{prompt}{answer}"), end="\n\n")
         return
-    with session_of(args.session, controller, observers) as session:
+    with talk_of(args, controller, observers) as session:
         try:
             _read(session, prompts[0])
             for piece in session.generate(args.tokens, sampling, args.stop):
@@ -94,6 +94,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         return [text]
     if len(args.prompt) > 1 and args.session:
         raise ValueError("a session has one history: give one prompt with --session")
+    if len(args.prompt) > 1 and (args.part or args.preset):
+        raise ValueError("parts stand beside one history: give one prompt with --part or --preset")
     if args.prompt:
         return [encodable(prompt) for prompt in args.prompt]
     text = "" if sys.stdin.isatty() else from_bytes(sys.stdin.buffer.read(), "stdin")

@@ -6,9 +6,12 @@
 
 Files are read as ``data.files`` does: text, code, Markdown, csv, json, jsonl and parquet rows, gz too. What was read is
 written down in OUT with every save, so the same command goes on after it was stopped, and new files can be added later.
+
+    python -m megactx.apps.ingest --parts src/ docs/ MEMORY      MEMORY/src and MEMORY/docs, for --part of a chat
 """
 
 import argparse
+import re
 import shutil
 import sys
 import time
@@ -18,13 +21,17 @@ from pathlib import Path
 from rich import progress
 
 from megactx.data.files import Files
+from megactx.framework.bar import quiet_libraries
 from megactx.framework.command_line import run
+from megactx.framework.errors import RunFailed
 from megactx.framework.files import checksum
 from megactx.framework.workers import PROCESS, add_engine, on_all_hosts, workers
-from megactx.runtime import Session
+from megactx.runtime import Session, load_models
 from megactx.runtime.text import encodable, parts_of
 
 from .command_line import add_models, opened
+from .follow.follower import Follower
+from .follow.sources import Folder
 
 PIECE = 2**18  # characters that are tokenised at a time
 SAVE_EVERY = 60.0  # seconds, and never more than a tenth of the time
@@ -39,6 +46,8 @@ def ingest(args: argparse.Namespace) -> None:
     """
     if args.megacontext == "none":
         raise ValueError("--megacontext=none keeps no tree, there is nothing to build")
+    if args.parts:
+        return make_parts(args)
     paths = find(args.files)
     with opened(args, args.out) as session:
         began, before = time.monotonic(), session.length
@@ -51,6 +60,7 @@ def ingest(args: argparse.Namespace) -> None:
 
                 with workers(args.engine) as each:
                     corpus.take(session, paths, parts, on_all_hosts(args.model), each)
+            note_gone(session, args.files)
         finally:
             settle(session)
             session.save()
@@ -79,8 +89,8 @@ def take(session: Session, paths: list[Path]) -> None:
         for path, known in unread(session, paths, shown.say):
             size, name = path.stat().st_size, str(path.absolute())
             if not known["whole"]:
-                for first, text in pieces(path, known["characters"], PIECE):
-                    _take_up(session, name, text, characters=first + len(text))
+                for first, line, text in pieces(path, known["characters"], PIECE):
+                    _take_up(session, name, text, line, characters=first + len(text))
                     clock.save_when_due()
                     shown.inside(session.length)
                 _take_up(session, name, BETWEEN, whole=True)
@@ -92,21 +102,80 @@ def unread(session: Session, paths: list[Path], say: Callable[[str], None]) -> I
     done = session.about.setdefault("ingested", {})
     for path in paths:
         name, digest = str(path.absolute()), checksum(path)
-        known = done.get(name)
+        known, older = done.get(name), []
         if known is not None and known["sha256"] != digest:
             say(f"{path} has changed since it was read: it is read again, behind all that is there")
-            known = None
+            older, known = [*known.get("older", []), *known.get("spans", [])], None
         if known is None:
-            known = done[name] = {"sha256": digest, "characters": 0, "whole": False}
+            known = done[name] = {"sha256": digest, "characters": 0, "whole": False, "spans": [], "older": older}
+        known.pop("gone", None)
         yield path, known
 
 
-def _take_up(session: Session, name: str, text: str, **then) -> None:
-    """Append a piece of a file and note it. Ctrl-C may come between the two, so what will be noted is said first."""
+def note_gone(session: Session, names: list[str]) -> None:
+    """Note files of folders that are no more: their blocks stay in the history, and closed where it is a part."""
+    folders = [Path(name).expanduser().absolute() for name in names if Path(name).expanduser().is_dir()]
+    for name, known in session.about.get("ingested", {}).items():
+        path = Path(name)
+        if "gone" not in known and not path.exists() and any(path.is_relative_to(folder) for folder in folders):
+            known["gone"] = round(time.time(), 3)
+            print(f"{path} is no more: its blocks are noted as deleted")
+
+
+def make_parts(args: argparse.Namespace) -> None:
+    """A part for each source tree, in the folder OUT: brought up to date, which replaces what has changed and leaves
+    out what is gone.
+
+    Raises:
+        ValueError: two sources of one name, no GistNet, or a part of other models.
+        RunFailed: a source could not be read.
+    """
+    sources = {}
+    for text in args.files:
+        path = Path(text).expanduser().absolute()
+        name = re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem if path.is_file() else path.name).strip("_-")
+        if not path.exists():
+            raise ValueError(f"FILES={text}: there is no such file or folder")
+        if not name or name in sources:
+            raise ValueError(f"FILES={text}: a part {name or '(no name)'} is there already; rename a folder")
+        sources[name] = Folder(path)
+    quiet_libraries()
+    models = load_models(args.model)
+    if models.gistnet is None:
+        raise ValueError(f"model: there is no GistNet in {models.name or 'these models'}, which trees are made with")
+    follower = Follower(Path(args.out).expanduser(), models, sources)
+    try:
+        for name in sources:
+            follower.look(name)
+        state = follower.state()
+    finally:
+        follower.close()
+    for name, told in state.items():
+        dead = f", {told['dead']} left out" if told["dead"] else ""
+        what = ", ".join(f"{told[kind]} {kind}" for kind in ("added", "replaced", "removed") if told[kind])
+        print(f"{name}: {told['documents']:,} documents, {told['tokens']:,} tokens{dead} ({what or 'as it was'})")
+    if wrong := [f"{name}: {told['error']}" for name, told in state.items() if told["error"]]:
+        raise RunFailed("; ".join(wrong))
+
+
+def _take_up(session: Session, name: str, text: str, line: int | None = None, **then) -> None:
+    """Append a piece of a file and note it. Ctrl-C may come between the two, so what will be noted is said first.
+
+    Of each piece it is noted which tokens it became, its first line, and when.
+    """
     ids = session.encode(text)
-    about_to_take(session, name, session.length + len(ids), then)
+    stop = session.length + len(ids)
+    if line is not None:
+        then["spans"] = spans_with(session, name, session.length, stop, line)
+    about_to_take(session, name, stop, then)
     session.append(ids, follow=False)
     settle(session)
+
+
+def spans_with(session: Session, name: str, start: int, stop: int, line: int) -> list[list]:
+    """What is known of a file's pieces, and one more: tokens start .. stop - 1, from that line on, read now."""
+    known = session.about["ingested"][name].get("spans", [])
+    return [*known, [start, stop, line, round(time.time(), 3)]]
 
 
 def about_to_take(session: Session, name: str, tokens: int, then: dict) -> None:
@@ -122,26 +191,29 @@ def settle(session: Session) -> None:
     session.about.pop("taking", None)
 
 
-def pieces(path: Path, skip: int, size: int) -> Iterator[tuple[int, str]]:
-    """(first character, text) of a file from ``skip`` on, of at most ``size`` characters, cut behind a line where there
-    is one.
+def pieces(path: Path, skip: int, size: int) -> Iterator[tuple[int, int, str]]:
+    """(first character, its line, text) of a file from ``skip`` on, of at most ``size`` characters, cut behind a line
+    where there is one.
 
     Raises:
         ValueError: the file is not text.
     """
     place, left, waiting = skip, skip, ""  # rows go together: each piece that is taken up costs a look at the window
+    line = 1
     for number, row in enumerate(Files(str(path)).load()):
         text = (BETWEEN if number else "") + encodable(row["text"])
         if "\0" in text:
             raise ValueError(f"{path}: binary, not text (a NUL byte at character {text.index(chr(0))})")
+        line += text[:left].count("\n")
         waiting, left = waiting + text[left:], max(0, left - len(text))
         if len(waiting) > size:
             *whole, waiting = parts_of(waiting, size)
             for part in whole:
-                yield place, part
+                yield place, line, part
                 place += len(part)
+                line += part.count("\n")
     if waiting:
-        yield place, waiting
+        yield place, line, waiting
 
 
 class SaveClock:
@@ -197,6 +269,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", metavar="FILES", help="files, folders or globs")
     parser.add_argument("out", metavar="OUT", help="session folder; one that is there is gone on with")
     add_engine(parser.add_argument)
+    made = "OUT is a folder of parts, one tree for each of FILES; a file that changes replaces its own blocks"
+    parser.add_argument("--parts", action="store_true", help=made)
     add_models(parser)
     return run(ingest, parser, arguments)
 

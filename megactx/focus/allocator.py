@@ -122,7 +122,7 @@ class FocusAllocator:
         expands = scores.shape[1] - 1 - _queue(wanted.flip(1), (scores + noise[0]).flip(1))
         collapses = _queue(spared, noise[1] - means)
 
-        most = self.max_edits or max(4, context.budget // 512)
+        most = self.max_edits or max(4, int(torch.as_tensor(context.budget).sum()) // 512)
         room = (context.budget - context.lengths) // (k - 1)  # of so many expands
         # Where detail costs something nothing goes but for something better: see "why it comes to rest" above.
         lone = most if price is None else torch.where(price > 0, 0, most)
@@ -174,6 +174,13 @@ class FocusAllocator:
         self._node, order = _name(state["row"], state["lod"], state["index"]).sort()
         self._age = state["age"][order]
 
+    def forget(self, start: int, stop: int, block_size: int) -> None:
+        """Remember nothing of gists of tokens start .. stop - 1: others stand there now."""
+        _, lod, index = _unname(self._node)
+        first = index * block_size**lod
+        kept = (first < start) | (first >= stop)
+        self._node, self._age = self._node[kept], self._age.to(kept.device)[kept]
+
     def _noise(self, scores: Tensor) -> Tensor:
         """What is added to the scores [B, W] of expands and of collapses, [2, B, W]."""
         if not self.temperature:
@@ -187,11 +194,10 @@ class FocusAllocator:
 
     def _rested(self, context: WorkingContext, legal: Moves, expand: bool) -> Tensor:
         """Whether each entry's gist, or the parent of the siblings that begin there, may change again: bool [B, W]."""
-        row = torch.arange(len(context.lod), device=context.lod.device)[:, None]
         lod, index = context.lod, context.index
         if not expand:
             lod, index = lod + 1, index // context.tree.block_size
-        return self._age_of(_name(row, lod, index), context) > self.cooldown
+        return self._age_of(_name(context.number, lod, index), context) > self.cooldown
 
     def _age_of(self, node: Tensor, context: WorkingContext) -> Tensor:
         """How many refocuses ago each of the nodes [...] was changed, [...]; 1 is the last refocus."""

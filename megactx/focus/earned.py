@@ -17,7 +17,7 @@ B rows, W entries, K of a block, C chunks.
 import torch
 from torch import Tensor
 
-from megactx.memory import MegaContextTree, Selection, WorkingContext
+from megactx.memory import Composite, MegaContextTree, Selection, WorkingContext
 
 from .edits import Moves
 from .keys import search
@@ -44,24 +44,28 @@ def earned(
         protected: newest tokens that no set takes the place of.
         found: of each row, blocks that are read in any case, the best first.
     """
-    tree, k = context.tree, context.tree.block_size
-    ends = context.ends().cpu()  # [B]
-    begin = torch.minimum((ends - (budget - k)).clamp(min=k), ends)  # of the newest tokens
+    tree, k, sink = context.tree, context.tree.block_size, context.tree.sink
+    closed = _closed(context)  # presets are read in any case
+    budget -= len(closed)
+    ends = context.stops().cpu()  # [B], addresses like all that follow
+    begin = torch.minimum((ends - (budget - k)).clamp(min=sink + k), ends)  # of the newest tokens
     chunks = ((ends - begin - protected) // k).clamp(min=0)  # that may be paid with
     opened = [
-        [block for block in own if 0 < block and (block + 1) * k <= start][:most]
+        [block for block in own if block != sink // k and (block + 1) * k <= start][:most]
         for own, start, most in zip(found or [[]] * len(ends), begin.tolist(), chunks.tolist(), strict=True)
     ]
+    if isinstance(tree, Composite):
+        opened = [_first_of_each(tree, opened[0])]
     begin, paid = begin + k * torch.tensor([len(own) for own in opened]), torch.tensor([len(own) for own in opened])
     chunks, count = chunks - paid, torch.zeros_like(begin)
     if scores is not None:
         starts, spans = context.starts(), context.widths() * k
         first = begin.to(starts.device)[:, None]
-        candidate = legal.leads & (starts >= k) & (starts + spans <= first - k * paid.to(first.device)[:, None])
+        candidate = legal.leads & (starts != sink) & (starts + spans <= first - k * paid.to(first.device)[:, None])
         for row, own in enumerate(opened):  # what is read already, and what stands above it
             for block in own:
                 candidate[row] &= (starts[row] + spans[row] <= block * k) | (starts[row] >= (block + 1) * k)
-        worth = torch.where(candidate, scores.v_keep, -torch.inf)
+        worth = _within_shares(context, torch.where(candidate, scores.v_keep, -torch.inf), opened[0])
         best, column = worth.sort(dim=1, descending=True, stable=True)  # among equals the oldest
         chunk = _chunks(context, scores, legal, first, int(chunks.max()))
         there = torch.arange(chunk.shape[1], device=chunk.device) < chunks.to(chunk.device)[:, None]
@@ -72,14 +76,15 @@ def earned(
     for row, (end, start, sets) in enumerate(zip(ends.tolist(), begin.tolist(), count.tolist(), strict=True)):
         old = [(0, block * k) for block in opened[row]]
         old += [(int(context.lod[row, at]), int(context.index[row, at])) for at in (column[row, :sets] if sets else [])]
-        parts = [_tokens(0, min(k, end))]
-        for level, index in sorted(old, key=lambda node: node[1] * k ** node[0]):
-            parts.append((torch.full((k,), level), torch.arange(index, index + k)))
-        parts.append(_tokens(start + sets * k, end))
-        rows.append([torch.cat(part) for part in zip(*parts, strict=True)])
+        pieces = [(index * k**level, (torch.full((k,), level), torch.arange(index, index + k))) for level, index in old]
+        pieces += [(index * k**level, (torch.tensor([level]), torch.tensor([index]))) for level, index in closed]
+        pieces.append((sink, _tokens(sink, min(sink + k, end))))
+        pieces.append((start + sets * k, _tokens(start + sets * k, end)))
+        pieces = [piece for _, piece in sorted(pieces, key=lambda piece: piece[0])]
+        rows.append([torch.cat(piece) for piece in zip(*pieces, strict=True)])
     lengths = torch.tensor([len(lod) for lod, _ in rows])
     lod, index = (torch.nn.utils.rnn.pad_sequence([row[n] for row in rows], batch_first=True) for n in (0, 1))
-    return Selection(tree, lod, index, lengths, budget), (count + paid) * k
+    return Selection(tree, lod, index, lengths, budget + len(closed)), (count + paid) * k
 
 
 def found_by_keys(tree: MegaContextTree, question: Tensor, most: int) -> list[list[int]]:
@@ -90,14 +95,62 @@ def found_by_keys(tree: MegaContextTree, question: Tensor, most: int) -> list[li
     Args:
         question: ids [B, Q].
     """
-    like, out = search(tree, question), []
-    if tree.compacted:  # what was taken away cannot be read
-        like = like.masked_fill(tree.levels[1].whole("floor") > 0, -torch.inf)
+    found = [_search(own, question) for own in getattr(tree, "trees", [tree])]
+    first = [base // tree.block_size for base in getattr(tree, "bases", [0])]  # block 0 of each tree
+    like, out = torch.cat(found, dim=1), []
+    block = torch.cat([torch.arange(part.shape[1]) + at for part, at in zip(found, first, strict=True)])
+    there = range(len(block) + 1)
+    if isinstance(tree, Composite):  # what may not be opened is not found either
+        level = torch.ones_like(block)
+        closed = ~tree.openable(torch.zeros_like(block), level.to(tree.device), block.to(tree.device))
+        like, there = like.masked_fill(closed, -torch.inf), {*block[~closed.cpu()].tolist()}
     for row in like:
         best = row.argsort(descending=True, stable=True)[:most]
-        best = best[row[best] > tree.keys.null].tolist()
-        out.append([*dict.fromkeys(near for block in best for near in (block, block + 1))][:most])
+        best = block[best[row[best] > tree.keys.null].cpu()].tolist()
+        near = dict.fromkeys(block for own in best for block in (own, own + 1) if block in there)
+        out.append([*near][:most])
     return out
+
+
+def _search(tree: MegaContextTree, question: Tensor) -> Tensor:
+    """``search``, without what was taken away: it cannot be read."""
+    like = search(tree, question)
+    return like.masked_fill(tree.levels[1].whole("floor") > 0, -torch.inf) if tree.compacted else like
+
+
+def _closed(context: WorkingContext) -> list[tuple[int, int]]:
+    """Nodes of a window that are of closed parts."""
+    if not isinstance(tree := context.tree, Composite):
+        return []
+    number = tree.part_of(context.starts()[0, : int(context.counts[0])])
+    there = [part.closed for part in tree.parts] + [False]
+    here = torch.tensor(there, device=number.device)[number].nonzero().squeeze(1)
+    return [*zip(context.lod[0, here].tolist(), context.index[0, here].tolist(), strict=True)]
+
+
+def _first_of_each(tree: Composite, blocks: list[int]) -> list[int]:
+    """The same blocks without those for which their part's share has no room."""
+    room, out = [*(cap // tree.block_size for cap in tree.caps), len(blocks)], []
+    numbers = tree.part_of(torch.tensor(blocks, dtype=torch.long, device=tree.device) * tree.block_size).tolist()
+    for block, number in zip(blocks, numbers, strict=True):
+        room[number] -= 1
+        if room[number] >= 0:
+            out.append(block)
+    return out
+
+
+def _within_shares(context: WorkingContext, worth: Tensor, opened: list[int]) -> Tensor:
+    """The same without sets, [B, W], for which their part's share has no room."""
+    if not isinstance(tree := context.tree, Composite):
+        return worth
+    k, number = tree.block_size, tree.part_of(context.starts()[0])
+    read = torch.tensor(opened, dtype=torch.long, device=number.device) * k
+    for place, cap in enumerate(tree.caps):
+        room = max(0, cap // k - int((tree.part_of(read) == place).sum()))
+        here = (number == place) & worth[0].isfinite()
+        best = torch.where(here, worth[0], -torch.inf).argsort(descending=True, stable=True)
+        worth[0, best[room : int(here.sum())]] = -torch.inf
+    return worth
 
 
 def _tokens(start: int, end: int) -> tuple[Tensor, Tensor]:

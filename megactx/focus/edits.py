@@ -95,13 +95,13 @@ def moves(context: WorkingContext, protected: int = PROTECTED) -> Moves:
     lod, index, mask, k = context.lod, context.index, context.mask, context.tree.block_size
     b, w = lod.shape
     column = torch.arange(w, device=lod.device)
-    # Entries leave no gap. So if the first and the last of K siblings stand K - 1 columns apart, the others stand
-    # between.
+    # Entries leave no gap within a tree. So if the first and the last of K siblings stand K - 1 columns apart, the
+    # others stand between.
     last = (column + k - 1).clamp(max=w - 1).expand(b, w)
     whole = mask & (column + k <= w) & mask.gather(1, last) & (index % k == 0)
     whole &= (lod.gather(1, last) == lod) & (index.gather(1, last) == index + k - 1)
     end = (index + k) * context.widths()
-    whole &= end <= (context.ends() - protected)[:, None]
+    whole &= end <= (context.stops() - protected)[:, None]
     row, lead = whole.nonzero().unbind(1)
     legal = context.tree.usable(row, lod[row, lead] + 1, index[row, lead] // k)
     row, lead = row[legal], lead[legal]

@@ -23,8 +23,9 @@ from megactx.framework.config.types import Count, declared
 from megactx.gist.backbone import Block
 from megactx.gist.parts import find
 from megactx.lm.gaussian_rope import LODS, PositionSpread
-from megactx.memory import WorkingContext
+from megactx.memory import Composite, WorkingContext
 
+from .by_part import priced
 from .edits import Moves, moves
 from .mean_embeddings import window_mean_embeddings
 from .price import price, signed_scores
@@ -45,7 +46,7 @@ class Scores:
 
     v_down: Tensor  # [B, W] nats, 0 where illegal
     v_keep: Tensor  # [B, W] nats, one number per set of siblings; 0 where illegal
-    price: Tensor  # [B] nats: what detail costs there at the moment
+    price: Tensor  # [B] nats: what detail costs there at the moment; with parts that of the session, then of each
     score: Tensor  # [B, W], from -1 (collapse) to 1 (expand), 0 where nothing is legal
 
 
@@ -120,6 +121,7 @@ class LensNet(nn.Module):
         mask: Tensor,
         mean_embeddings: Tensor | None = None,
         wanted: Tensor | None = None,
+        borders: Tensor | None = None,
     ) -> Tensor:
         """Values of every entry, legal or not.
 
@@ -130,6 +132,7 @@ class LensNet(nn.Module):
             mask: which entries are none of the padding, bool [B, W].
             mean_embeddings: of ``window_mean_embeddings``, [B, W, D]; read where the net was built for it.
             wanted: columns whose values are read, bool [W]; ``None``: all. The last block works for no others.
+            borders: which entries begin another part, of ``WorkingContext.borders``.
 
         Returns:
             [B, W, 2], v_down and v_keep in nats; 0 in the padding and where nobody wants any.
@@ -139,7 +142,7 @@ class LensNet(nn.Module):
         x = F.rms_norm(torch.where(mask[..., None], embeddings, 0.0).float(), (self.width,))
         features = torch.stack([wide, far], dim=-1)
         if self.content is not None:
-            special, like = _alike(mean_embeddings, lods, mask, self.block_size)
+            special, like = _alike(mean_embeddings, lods, mask, self.block_size, borders)
             features = torch.cat([features, like], dim=-1)
             x = x + self.content(special * self.width**0.5)
         x = x + self.lod(lods.clamp(max=LODS)) + self.place(features)
@@ -165,11 +168,13 @@ class LensNet(nn.Module):
         distance = context.ends()[:, None] - context.positions()
         if mean_embeddings is None and self.content is not None:
             mean_embeddings = window_mean_embeddings(context)
-        return self(context.to_tensor(), context.lods(), distance, context.mask, mean_embeddings, wanted)
+        entries, borders = context.to_tensor(), context.borders()
+        return self(entries, context.lods(), distance, context.mask, mean_embeddings, wanted, borders)
 
     def likeness(self, context: WorkingContext) -> Tensor:
         """The most that each entry's block, or its left neighbour, is like any question: [B, W], see ``_alike``."""
-        return _alike(window_mean_embeddings(context), context.lods(), context.mask, self.block_size)[1].amax(-1)
+        contents = window_mean_embeddings(context)
+        return _alike(contents, context.lods(), context.mask, self.block_size, context.borders())[1].amax(-1)
 
     def score(
         self,
@@ -188,6 +193,8 @@ class LensNet(nn.Module):
         legal = moves(context) if legal is None else legal
         wanted = (legal.expand | (legal.first >= 0)).any(0)  # no more of them are in Scores
         v_down, v_keep = masked(self.read(context, mean_embeddings, wanted), legal)
+        if isinstance(context.tree, Composite):
+            return Scores(v_down, v_keep, *priced(context, legal, v_down, v_keep, self.tau, margin))
         now = price(v_down, v_keep, legal, context.budget - context.lengths, self.block_size, margin)
         return Scores(v_down, v_keep, now, signed_scores(v_down, v_keep, legal, now, self.tau))
 
@@ -208,17 +215,21 @@ class LensNet(nn.Module):
         self.tau.clamp_(min=1e-4)
 
 
-def _blockwise(mean_embeddings: Tensor, lods: Tensor, mask: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def _blockwise(
+    mean_embeddings: Tensor, lods: Tensor, mask: Tensor, block_size: int, borders: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """-> content [B, W, D] in which raw tokens have the mean of their block, and the column at which each entry's block
     begins, [B, W].
 
     A run of raw tokens begins on the grid of blocks, so every K-th token of it begins a block. Only the last block of a
-    run may be partial.
+    run may be partial. A run ends where a part does.
     """
     b, w = lods.shape
     column = torch.arange(w, device=lods.device).expand(b, w)
     raw = lods == 0
     begin = torch.where(raw, -1, column).cummax(1).values + 1  # of the run
+    if borders is not None:
+        begin = torch.maximum(begin, torch.where(borders, column, 0).cummax(1).values)
     begin = torch.where(raw, column - (column - begin) % block_size, column)
     mean_embeddings = torch.where(mask[..., None], mean_embeddings, 0.0).float()
     total = torch.zeros_like(mean_embeddings).scatter_add_(
@@ -229,14 +240,16 @@ def _blockwise(mean_embeddings: Tensor, lods: Tensor, mask: Tensor, block_size: 
     return mean.gather(1, begin[..., None].expand_as(mean)), begin
 
 
-def _alike(mean_embeddings: Tensor, lods: Tensor, mask: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def _alike(
+    mean_embeddings: Tensor, lods: Tensor, mask: Tensor, block_size: int, borders: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """-> how each entry's block differs from the window's mean, [B, W, D] of length 1; and how like the questions it
     and the block to its left are, [B, W, 2 x questions].
 
     Likeness is the cosine with the mean of the newest entries, in standard deviations from what is usual in this
     window. Every block counts once, raw or not.
     """
-    blocks, begin = _blockwise(mean_embeddings, lods, mask, block_size)
+    blocks, begin = _blockwise(mean_embeddings, lods, mask, block_size, borders)
     weight = mask / torch.where(lods == 0, block_size, 1)
     weight = (weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[..., None]
     mean = (blocks * weight).sum(1, keepdim=True)

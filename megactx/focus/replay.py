@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megactx.memory import WorkingContext
+from megactx.memory import Composite, WorkingContext
 
 from .allocator import FocusAllocator
 from .edits import Edits
@@ -24,13 +24,20 @@ class View:
     lod: Tensor  # [W]
     index: Tensor  # [W]
     block_size: int  # K
+    # Of a window of several trees, in their order: (name, address of the first token, tokens); "" is the history.
+    parts: tuple[tuple[str, int, int], ...] = ()
 
     @classmethod
     def of(cls, context: WorkingContext, row: int) -> "View":
         """A copy of a row."""
         count = int(context.counts[row])
         lod, index = (values[row, :count].cpu().clone() for values in (context.lod, context.index))
-        return cls(lod, index, context.tree.block_size)
+        tree, parts = context.tree, ()
+        if isinstance(tree, Composite):
+            names = [tree.name_of(number) or "" for number in range(len(tree.trees))]
+            tokens = [int((tree.block_size**own).sum()) for own, _ in tree.segments(context)]
+            parts = tuple(zip(names, tree.bases, tokens, strict=True))
+        return cls(lod, index, tree.block_size, parts)
 
     @property
     def width(self) -> Tensor:
@@ -39,7 +46,7 @@ class View:
 
     @property
     def start(self) -> Tensor:
-        """First token of each entry, [W]."""
+        """First token of each entry, [W]: its address, where there are parts."""
         return self.index * self.width
 
     @property

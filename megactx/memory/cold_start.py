@@ -12,6 +12,8 @@ from bisect import bisect_left
 import torch
 from torch import Tensor
 
+from .composite import Composite
+
 RAW, FINE = 256, 2_048  # tokens at LOD0, tokens before them at LOD1 (method 8)
 
 
@@ -21,12 +23,14 @@ def entries(tree, budget: int) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: not even the coarsest levels fit.
     """
+    if isinstance(tree, Composite):
+        return tree.entries(budget)
     k, rows = tree.block_size, []
     for length in tree.lengths.tolist():
         runs = _Plan(length, k, tree.depth, budget).runs()
         row = [(torch.full((end - first,), n), torch.arange(first, end)) for n, first, end in runs if end > first]
         row = [torch.cat(part) for part in zip(*row, strict=True)] if row else [torch.zeros(0).long()] * 2
-        rows.append(_above_floors(tree, len(rows), *row) if tree.compacted else row)
+        rows.append(above_floors(tree, len(rows), *row) if tree.compacted else row)
     lengths = torch.tensor([len(lod) for lod, _ in rows])
     out = torch.zeros(2, len(rows), int(lengths.max()), dtype=torch.long)
     for b, (lod, index) in enumerate(rows):
@@ -34,7 +38,7 @@ def entries(tree, budget: int) -> tuple[Tensor, Tensor, Tensor]:
     return out[0].to(tree.device), out[1].to(tree.device), lengths
 
 
-def _above_floors(tree, row: int, lod: Tensor, index: Tensor) -> list[Tensor]:
+def above_floors(tree, row: int, lod: Tensor, index: Tensor) -> list[Tensor]:
     """The same with what is still there in the place of what was taken away. A floor's span begins and ends with
     entries of the plan, for its borders lie on the grid of the coarser level."""
     floor = tree.floors(torch.full_like(lod, row), lod, index).to(lod.device)

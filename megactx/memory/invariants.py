@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .composite import Composite
+
 
 def violations(context) -> list[str]:
     """The invariants that do not hold, in words; each names the first row that breaks it. Empty where all is well."""
@@ -29,14 +31,33 @@ def violations(context) -> list[str]:
     width = torch.tensor([k**n for n in levels], device=device)[lod] * mask
     start, end = index * width, width.cumsum(1)
     whole = width.sum(1)
-    claim((start == end - width) | ~mask, "contiguity", "has an entry that does not begin where the last one ends")
+    # Parts of a composite lie apart: there tokens are counted through, and what lies apart is not one block.
+    claim(
+        (tree.rank(start) == end - width) | ~mask,
+        "contiguity",
+        "has an entry that does not begin where the last one ends",
+    )
     claim(whole.cpu() <= tree.lengths, "contiguity", "stands for more tokens than there are")
     claim((start % torch.where(lod > 0, k, 1) == 0) | ~mask, "block alignment", "has a gist off the grid of blocks")
     claim((context.widths() == width) | ~mask, "level fits width", "has an entry whose width is not K^lod")
     sits = torch.tensor([tree.encoder.offset_in(k**n) if n else 0 for n in levels], device=device)
     positions = context.positions()
-    claim((positions == start + sits[lod]) | ~mask, "positions", "has an entry that does not sit where it should")
+    claim(
+        (positions == tree.rank(start) + sits[lod]) | ~mask,
+        "positions",
+        "has an entry that does not sit where it should",
+    )
     claim((positions[:, 1:] > positions[:, :-1]) | ~mask[:, 1:], "monotonic", "has positions that do not ascend")
+
+    if isinstance(tree, Composite):
+        limits = zip(tree.parts, tree.caps, strict=True)
+        over = [
+            part.name for (part, cap), own in zip(limits, tree.segments(context), strict=False) if len(own[0]) > cap
+        ]
+        claim(torch.tensor([not over]), "share", f"has more entries of {', '.join(over)} than its share")
+        if not wrong:
+            wrong += [what for own in _alone(context) for what in violations(own)]
+        return wrong
 
     # Of each node within the window there is the node itself, or all of its K children, or what stands for those.
     for level in range(1, tree.depth + 1):
@@ -47,3 +68,23 @@ def violations(context) -> list[str]:
         inside = torch.arange(1, nodes + 1, device=device) * k**level <= whole[:, None]
         claim(~inside | (held == 0) | (held == k**level), "swaps", f"has a share of the children of level {level}")
     return wrong
+
+
+def _alone(context):
+    """The window of each tree of a composite, as if it were alone."""
+    for name, own in context.tree.alone(context):
+        own.tree = own.tree if name is None else _Part(own.tree)
+        yield own
+
+
+class _Part:
+    """A tree whose block 0 is a block like any other."""
+
+    def __init__(self, tree):
+        self._tree = tree
+
+    def __getattr__(self, name):
+        return getattr(self._tree, name)
+
+    def usable(self, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
+        return self._tree.usable(row, lod, index, sink=False)

@@ -125,7 +125,11 @@ class PageCache:
             if not there or key in self.coming or key in self.damaged or self._in_memory(key):
                 continue
             if self.worker is None:
-                self.worker, self.second = ThreadPoolExecutor(1, "megactx-pages"), self.file.again()
+                try:
+                    self.second = self.file.again()
+                except ValueError:  # a newer version took its place, and this one is read on by who has it open
+                    return
+                self.worker = ThreadPoolExecutor(1, "megactx-pages")
             self.counts["asked"] += 1
             self.coming[key] = self.worker.submit(read, self.second, self.levels[lod], part, number, self.check)
 

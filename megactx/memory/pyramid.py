@@ -11,6 +11,7 @@ from torch import Tensor
 from megactx.lm import BaseLM
 from megactx.lm.mega_attention import LEVELS, MegaMask, in_order
 
+from .composite import Composite
 from .working_context import WorkingContext
 
 ATTENTION = ("plain", "mega", "window")
@@ -35,9 +36,11 @@ class Pyramid:
         """All summaries of the history that the working context stands for, levels 1 to 3, between its entries.
 
         Raises:
-            ValueError: a size that is not allowed, as of ``MegaMask``.
+            ValueError: a size that is not allowed, as of ``MegaMask``; a window of several trees.
         """
         tree, ends = context.tree, context.ends()
+        if isinstance(tree, Composite):
+            raise ValueError("attention.kind=mega is not allowed with parts: its summaries are of one tree")
         lods, indices, there = [context.lods()], [context.index], [context.mask]
         for level in range(1, min(LEVELS, tree.depth) + 1):
             counts = ends // tree.block_size**level

@@ -30,5 +30,5 @@ class Selection(WorkingContext):
             raise ValueError("selection: an entry begins before the one to its left has ended")
 
     def ends(self) -> Tensor:
-        """The token behind the last entry of each row, [B]."""
-        return torch.where(self.mask, self.starts() + self.widths(), 0).amax(1)
+        """The token behind the last entry of each row, [B], counted through from the first of all."""
+        return torch.where(self.mask, self.tree.rank(self.starts() + self.widths() - 1) + 1, 0).amax(1)

@@ -67,6 +67,7 @@ class MegaContextTree:
         self.compacted = 0  # blocks of which something was taken away
         self.home = None  # the file that the tree lives in and its state there, see ``storage``
         self.cache = None  # what of a stored tree is in memory, see ``page_cache``
+        self.read_only = False  # a part of somebody else's window: nothing in it is changed, not even a count
         self.parts = [(name, torch.zeros(rows, dtype=torch.long))]  # (name, first token [B]) of each merged tree
 
     @classmethod
@@ -108,6 +109,28 @@ class MegaContextTree:
         """Bytes of all tokens, gists and facts about them."""
         return sum(level.bytes(column) for level in self.levels for column in level.columns)
 
+    @property
+    def front(self) -> int:
+        """Tokens at the beginning of a window that keep their positions when it is rebased: the sink."""
+        return self.block_size
+
+    @property
+    def sink(self) -> int:
+        """Address of the sink: block 0, which stays raw."""
+        return 0
+
+    def rank(self, address: Tensor) -> Tensor:
+        """How many tokens a window of all has before an address: of one tree the address itself; see ``composite``."""
+        return address
+
+    def address(self, rank: Tensor) -> Tensor:
+        """Where the token stands that has so many before it."""
+        return rank
+
+    def part_of(self, address: Tensor) -> Tensor | None:
+        """The number of the part that each address lies in; ``None``: there are no parts."""
+        return None
+
     def append(self, tokens: Tensor, lengths: Tensor | None = None, gists: Tensor | None = None) -> None:
         """Take up tokens. Every block that they complete gets its gist, at every level. A partial tail stays LOD0.
 
@@ -122,6 +145,7 @@ class MegaContextTree:
             ValueError: shapes, ids that the base cannot embed, or gists that are not as many as the complete blocks.
                 Nothing was taken up.
         """
+        self._check_writable()
         _expect(tokens, "tokens", f"[{self.rows}, T]", tokens.ndim == 2 and len(tokens) == self.rows)
         b, t = tokens.shape
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
@@ -157,6 +181,7 @@ class MegaContextTree:
             ValueError: a row of this tree does not end on the grid of blocks, or the trees are not of one kind.
                 Nothing was merged.
         """
+        self._check_writable()
         slice_merge.merge(self, other)
 
     def go_on(self, other: "MegaContextTree", first: int, stop: int) -> None:
@@ -181,6 +206,7 @@ class MegaContextTree:
         Raises:
             ValueError: its block size or width are others, or it needs hidden states.
         """
+        self._check_writable()
         for what in ("block_size", "width"):
             if getattr(encoder, what) != getattr(self, what):
                 raise ValueError(f"gistnet.{what}={getattr(encoder, what)}, the tree's is {getattr(self, what)}")
@@ -218,7 +244,8 @@ class MegaContextTree:
         for n in range(1, self.depth + 1):
             here = (lod == n).nonzero().squeeze(1)
             out.index_copy_(0, here, self.levels[n].read("gist", row[here], index[here]).to(out.dtype))
-            self.levels[n].add("access", row[here], index[here])
+            if not self.read_only:
+                self.levels[n].add("access", row[here], index[here])
         return out
 
     def protect(self, lod: int, index: Tensor) -> None:
@@ -227,6 +254,7 @@ class MegaContextTree:
         Raises:
             ValueError: there are no gists of that level, or a node is not in the tree.
         """
+        self._check_writable()
         self._level(lod)
         self._check_nodes(index, lod)
         b, m = index.shape
@@ -237,15 +265,19 @@ class MegaContextTree:
             self.levels[n].write(row, index, protected=torch.ones_like(index, dtype=torch.bool))
             index = index // self.block_size
 
-    def usable(self, row: Tensor, lod: Tensor, index: Tensor) -> Tensor:
+    def usable(self, row: Tensor, lod: Tensor, index: Tensor, sink: bool = True) -> Tensor:
         """Whether nodes, row, lod and index [M] each, may stand in a working context, [M].
 
         Such a node is in the tree, is not protected, and does not hold block 0, which stays raw: the attention sink.
+
+        Args:
+            sink: whether block 0 is one; that of a part of a ``Composite`` is a block like any other.
         """
         counts = torch.stack([level.lengths for level in self.levels]).to(self.device)  # [levels, B]
         known = (lod >= 0) & (lod <= self.depth)
         known &= (index >= 0) & (index < counts[lod.clamp(0, self.depth), row])
-        known &= (lod == 0) | (index > 0)
+        if sink:
+            known &= (lod == 0) | (index > 0)
         for n in range(1, self.depth + 1):
             here = ((lod == n) & known).nonzero().squeeze(1)
             known[here] = ~self.levels[n].read("protected", row[here], index[here])
@@ -281,13 +313,14 @@ class MegaContextTree:
     def note_opened(self, row: Tensor, lod: Tensor, index: Tensor) -> None:
         """A window has opened gists, row, lod and index [M]; blocks count it."""
         here = lod == 1
-        if here.any():
+        if here.any() and not self.read_only:
             self.levels[1].add("opened", row[here], index[here])
 
     def save(self, folder: str | Path) -> None:
         """Write the tree into a folder, in place of a tree that may be there; see ``storage``."""
         from .storage import save
 
+        self._check_writable()
         save(self, Path(folder))
 
     def export(self, folder: str | Path) -> None:
@@ -298,7 +331,15 @@ class MegaContextTree:
 
     @classmethod
     def load(
-        cls, folder: str | Path, encoder: Encoder, base, refresh=False, device="cpu", keys=None, memory=MEMORY
+        cls,
+        folder: str | Path,
+        encoder: Encoder,
+        base,
+        refresh=False,
+        device="cpu",
+        keys=None,
+        memory=MEMORY,
+        read_only=False,
     ) -> "MegaContextTree":
         """Open a saved tree: its pages are read when they are needed. ``storage`` says what is refused.
 
@@ -307,10 +348,13 @@ class MegaContextTree:
             keys: of the constructor. Where the tree was saved with none, or with those of another net, they are made;
                 keys that nobody asks for are not read.
             memory: bytes of pages that stay in memory.
+            read_only: it is somebody else's: windows may show it, nothing in it changes, and it cannot be saved.
         """
         from .storage import load
 
-        return load(Path(folder), encoder, base, refresh, device, keys, memory)
+        tree = load(Path(folder), encoder, base, refresh, device, keys, memory)
+        tree.read_only = read_only
+        return tree
 
     def identities(self) -> list[str]:
         """``versions``, with the identity of the GistNet in use filled in."""
@@ -341,6 +385,10 @@ class MegaContextTree:
         if low < 0 or high >= (rows or 2**31):
             wrong = low if low < 0 else high
             raise ValueError(f"tokens: id {wrong} is not allowed, the base LM embeds 0 to {(rows or 2**31) - 1}")
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise ValueError("this tree was opened to be read only; its own folder is changed by who keeps it")
 
     def _level(self, lod: int) -> Pages:
         if not 1 <= lod <= self.depth:

@@ -68,6 +68,11 @@ class WorkingContext:
         return self.counts.to(self.lod.device)
 
     @property
+    def number(self) -> Tensor:
+        """By which number each row is remembered, [B, 1]."""
+        return torch.arange(len(self.lod), device=self.lod.device)[:, None]
+
+    @property
     def mask(self) -> Tensor:
         """Which columns hold an entry and no padding, bool [B, W]."""
         return torch.arange(self.lod.shape[1], device=self.lod.device) < self.lengths[:, None]
@@ -81,12 +86,22 @@ class WorkingContext:
         return self._powers()[self.lod]
 
     def starts(self) -> Tensor:
-        """First token of each entry, [B, W]; 0 in the padding."""
+        """First token of each entry, its address in the tree, [B, W]; 0 in the padding."""
         return self.index * self.widths()
 
     def ends(self) -> Tensor:
         """Tokens that each row stands for, [B]."""
         return torch.where(self.mask, self.widths(), 0).sum(1)
+
+    def stops(self) -> Tensor:
+        """Address behind the last token of each row, [B]."""
+        return self.tree.address(self.ends())
+
+    def borders(self) -> Tensor | None:
+        """Which entries begin another part of a ``Composite`` than the one before, bool [B, W]; ``None``: there is one
+        tree."""
+        number = self.tree.part_of(self.starts())
+        return None if number is None else torch.nn.functional.pad(number.diff() != 0, (1, 0), value=True)
 
     def positions(self, limit: int | None = None) -> Tensor:
         """The position at which the base LM reads each entry: a token's own, a gist's where its GistNet places it.
@@ -104,7 +119,7 @@ class WorkingContext:
             ValueError: a row has more entries than ``limit``.
         """
         offsets = [self.tree.encoder.offset_in(self.tree.block_size**n) for n in range(1, self.tree.depth + 1)]
-        absolute = self.starts() + torch.tensor([0, *offsets], device=self.lod.device)[self.lod]
+        absolute = self.tree.rank(self.starts()) + torch.tensor([0, *offsets], device=self.lod.device)[self.lod]
         absolute = torch.where(self.mask, absolute, 0)
         if limit is None:
             return absolute
@@ -140,7 +155,8 @@ class WorkingContext:
         column = torch.arange(int(counts.max()), device=self.lod.device).expand(len(counts), -1)
         grow = (0, column.shape[1] - self.lod.shape[1])
         new = (column >= first) & (column < end)
-        index = torch.where(new, ends.to(column.device)[:, None] + column - first, _pad(self.index, grow))
+        behind = self.tree.address(ends.to(column.device)[:, None] + column - first)
+        index = torch.where(new, behind, _pad(self.index, grow))
         self._set(_pad(self.lod, grow), index, counts)
 
     def expand(self, entry: int | Tensor, row: int | Tensor = 0) -> None:
@@ -257,7 +273,7 @@ class WorkingContext:
 
     def _rebased(self, absolute: Tensor, limit: int) -> Tensor:
         """absolute [B, W] -> positions below ``limit``, see ``positions``."""
-        k, w = self.tree.block_size, absolute.shape[1]
+        k, w = self.tree.front, absolute.shape[1]
         if ((self.ends() > limit) & (self.lengths > limit)).any():
             raise ValueError(f"positions: {int(self.counts.max())} entries do not fit limit={limit} positions")
         column = torch.arange(w, device=absolute.device)

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from megactx.focus import Edits, FocusAllocator, LensNet, moves
+from megactx.focus.by_part import PartRows, of_window
 from megactx.focus.earned import earned, found_by_keys
 from megactx.focus.edits import Moves
 from megactx.focus.lensnet import Scores
-from megactx.memory import MegaContextTree, WorkingContext
+from megactx.memory import Composite, MegaContextTree, WorkingContext
 
 from .mean_embedding_cache import MeanEmbeddingCache
 from .settings import Settings
@@ -43,7 +44,11 @@ class Reserving(FocusAllocator):
         self.reserve = reserve
 
     def propose(self, context: WorkingContext, scores: Tensor, price: Tensor | None = None) -> Edits:
-        return super().propose(lowered(context, self.reserve), scores, price)
+        lower = lowered(context, self.reserve)
+        if not isinstance(context.tree, Composite):
+            return super().propose(lower, scores, price)
+        rows = PartRows(lower)  # each part spends its own share
+        return of_window(super().propose(rows, rows.of(scores), price))
 
 
 class Focus:
@@ -87,16 +92,19 @@ class Focus:
             The collapses that were made, ``None`` where no row needed room; and the rows, bool [B], that must be
             started anew instead: without LensNet those that are full.
         """
-        k = context.tree.block_size
-        full = context.counts + new > self.budget
+        k, parts = context.tree.block_size, parts_in(context)
+        budget = self.budget - (context.tree.spent - parts if parts else 0)  # of what is not kept for the parts
+        full = context.counts + new > budget
         if self.lensnet is None or not full.any():
             return None, full
-        target = torch.where(full, self.budget - new.clamp(min=self.reserve), context.counts)
+        target = torch.where(full, budget - new.clamp(min=self.reserve), context.counts)
         made, stuck = [], torch.zeros_like(full)
         while (over := (context.counts - target).clamp(min=0) * ~stuck).any():
             legal = moves(context, self.allocator.protected)
-            worth = torch.where(legal.leads, self.score(context, legal).v_keep, torch.inf)
-            there = legal.leads.sum(1).cpu()
+            leads = legal.leads
+            leads[:, :parts] = False  # only the history has new tokens
+            worth = torch.where(leads, self.score(context, legal).v_keep, torch.inf)
+            there = leads.sum(1).cpu()
             stuck |= (over > 0) & (there == 0)
             count = torch.minimum(-(-over // (k - 1)), there).to(worth.device)
             cheapest = worth.argsort(dim=1, stable=True)  # among equals the oldest
@@ -109,7 +117,10 @@ class Focus:
         return joined(made), stuck
 
     def anew(self, context: WorkingContext, rows: Tensor) -> WorkingContext:
-        """The window with rows, bool [B], put together anew from the whole tree by recency."""
+        """The window with rows, bool [B], put together anew from the whole tree by recency; parts stay as they are."""
+        if isinstance(tree := context.tree, Composite):
+            own = tree.own_entries(self.budget - self.reserve - tree.spent)
+            return WorkingContext(tree, *tree.joined([*tree.segments(context)[:-1], own]), self.budget)
         fresh = WorkingContext.recency(context.tree, self.budget - self.reserve)
         if not rows.all():
             counts = torch.where(rows, fresh.counts, context.counts)
@@ -140,7 +151,10 @@ class Focus:
 
     def needed(self, context: WorkingContext) -> bool:
         """Whether there is anything to decide: not while all of every history is raw and there is room for more."""
-        return bool((context.lod > 0).any() or (context.counts > self.budget - self.reserve).any())
+        room = self.budget - self.reserve
+        if parts := parts_in(context):
+            room -= context.tree.spent - parts
+        return bool((context.lod > 0).any() or (context.counts > room).any())
 
     def refocus(self, context: WorkingContext) -> tuple[Scores | None, Edits | None]:
         """One refocus of a window, in place; ``(None, None)`` without LensNet, or where nothing is to decide."""
@@ -178,6 +192,13 @@ def lowered(context: WorkingContext, reserve: int) -> WorkingContext:
     other = copy.copy(context)
     other.budget = context.budget - reserve
     return other
+
+
+def parts_in(context: WorkingContext) -> int:
+    """Entries of a window that are of parts: its first ones; 0 where there are no parts."""
+    if not isinstance(context.tree, Composite):
+        return 0
+    return int((context.starts()[0, : int(context.counts[0])] < context.tree.sink).sum())
 
 
 def joined(parts: list[Edits]) -> Edits:

@@ -19,6 +19,10 @@ class MeanEmbeddingCache:
         self.nodes: Tensor | None = None  # [M], ascending names
         self.values: Tensor | None = None  # [M, D]
 
+    def forget(self) -> None:
+        """Another text stands where one stood."""
+        self.nodes = self.values = None
+
     @torch.no_grad()
     def __call__(self, context: WorkingContext) -> Tensor:
         """The mean embedding of the tokens of each entry, [B, W, D] in fp32; 0 in the padding."""

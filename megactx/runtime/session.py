@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from megactx.data.tokenizer import TextEncoder, bos_id
-from megactx.memory import MegaContextTree, WorkingContext
+from megactx.memory import Composite, MegaContextTree, WorkingContext
 
 from . import session_files
 from .controller import Controller, decode
 from .events import Observer
+from .part_files import OpenPart, Wanted
 from .plain_lm import PlainLM
 from .sampling import Sampling
 from .stream import Stream
@@ -46,16 +47,18 @@ class Session:
     Args:
         controller: models and settings.
         observers: each is called with a ``Refocused`` after every refocus; see ``events``.
+        parts: other trees that its window shows beside the history, see ``part_files``.
 
     Attributes:
         about: plain JSON that is saved with the session and comes back with it.
 
     Raises:
-        ValueError: the base LM has no tokenizer, or that has neither BOS nor EOS.
+        ValueError: the base LM has no tokenizer, or that has neither BOS nor EOS; a part that cannot be shown.
     """
 
-    def __init__(self, controller: Controller, observers: Iterable[Observer] = ()):
+    def __init__(self, controller: Controller, observers: Iterable[Observer] = (), parts: Iterable[Wanted] = ()):
         self._begin(controller, controller.stream(observers=observers), {})
+        self.use(*parts)
         first = torch.tensor([[bos_id(self.tokenizer)]])
         if isinstance(self.stream, PlainLM):
             self.stream.append(first)
@@ -90,6 +93,43 @@ class Session:
     def observers(self) -> list[Observer]:
         """May be changed at any time."""
         return self.stream.observers
+
+    @property
+    def parts(self) -> list[OpenPart]:
+        """Other trees that the window shows, in their order."""
+        return [*getattr(self.stream, "parts", {}).values()]
+
+    def use(self, *parts: Wanted) -> None:
+        """Show parts beside those that are shown; one of the same name takes the place of the one before.
+
+        Raises:
+            ValueError: a part that cannot be opened or does not fit, or a session without a window. All is as it was.
+        """
+        if parts and isinstance(self.stream, PlainLM):
+            raise ValueError(f"{self.stream.kind} has no working context that could show parts; focus and recency have")
+        if parts:
+            self.stream.use(parts)
+
+    def drop(self, name: str) -> None:
+        """Show a part no more.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        self._shown().drop(name)
+
+    def pin(self, name: str) -> None:
+        """Show no newer version of a part than the one that is shown.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        self._shown().pin(name)
+
+    def _shown(self) -> Stream:
+        if isinstance(self.stream, PlainLM):
+            raise ValueError(f"{self.stream.kind} shows no parts")
+        return self.stream
 
     def append(self, content: str | Tensor | list[int], score: bool = False, follow: bool = True) -> Tensor | None:
         """Take up text or ids [N].
@@ -145,6 +185,26 @@ class Session:
         before = self.ids(max(0, start - LONGEST), start).tolist()
         return text_of(self.tokenizer, self.ids(start, stop).tolist(), before)
 
+    def place(self, address: int) -> tuple[OpenPart | None, int]:
+        """The part that an address of the window lies in, ``None`` for the history itself, and the token there."""
+        seen = self.context.tree if self.context is not None else None
+        if not isinstance(seen, Composite):
+            return None, address
+        number = int(seen.part_of(torch.tensor(address, device=seen.device)))
+        name = seen.name_of(number)
+        return next((part for part in self.parts if part.name == name), None), address - seen.bases[number]
+
+    def text_at(self, address: int, tokens: int) -> str:
+        """So many tokens from an address of the window on, as text; ``text`` has the history's own.
+
+        Raises:
+            ValueError: some of them were taken away.
+        """
+        part, start = self.place(address)
+        if part is None:
+            return self.text(start, start + tokens)
+        return part.text(start, min(start + tokens, int(part.tree.lengths[0])))
+
     def ids(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Tokens start .. stop - 1 of the history, [N] on the CPU.
 
@@ -198,12 +258,23 @@ class Session:
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path, controller: Controller, observers: Iterable[Observer] = ()) -> "Session":
-        """Go on with a saved session; under other settings its window is put together anew.
+    def load(
+        cls,
+        folder: str | Path,
+        controller: Controller,
+        observers: Iterable[Observer] = (),
+        parts: Iterable[Wanted] = (),
+        without: Iterable[str] = (),
+    ) -> "Session":
+        """Go on with a saved session; under other settings, or with other parts, its window is put together anew.
+
+        Args:
+            parts: to be shown besides those that were saved with it, or in place of those of the same name.
+            without: names of saved parts that are left out.
 
         Raises:
             ValueError: no session, a damaged one, one that is in use by another process, or of another tokenizer, base
-                LM or GistNet; ``megacontext=none``, or no GistNet.
+                LM or GistNet; ``megacontext=none``, or no GistNet; a part that is not there.
         """
         folder = Path(folder).expanduser().absolute()
         if controller.plain:
@@ -212,7 +283,8 @@ class Session:
             raise ValueError(f"{folder}: there is no session, {session_files.MANIFEST} is missing")
         lock = session_files.lock(folder)
         try:
-            stream, about, _ = session_files.load(folder, controller.models, controller.settings, observers)
+            models, settings = controller.models, controller.settings
+            stream, about, _ = session_files.load(folder, models, settings, observers, [*parts], [*without])
         except BaseException:
             lock.release()
             raise

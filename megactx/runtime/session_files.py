@@ -1,6 +1,6 @@
 """A session on disk: one small file names the folder that holds its tree and its state.
 
-    FOLDER/session.json          which data folder counts, tokens, settings, tokenizer
+    FOLDER/session.json          which data folder counts, tokens, settings, tokenizer, parts
     FOLDER/tree/                 see ``memory.storage``
     FOLDER/data-1f0c.../state.safetensors
     FOLDER/lock                  held by the process that has the session open
@@ -8,7 +8,8 @@
 A save brings the tree up to date, writes a new data folder, and then replaces ``session.json`` by one rename. So a kill
 at any moment leaves the session as it was saved last, or as it is saved now: a tree only grows, and what it has behind
 the tokens that ``session.json`` counts is forgotten by the next load. Data folders that nobody names any more are
-removed by the next save or load. Sessions of format 1 have their tree in the data folder.
+removed by the next save or load. Sessions of format 1 have their tree in the data folder; those with parts have format
+3, for programs of before know no parts.
 """
 
 import json
@@ -27,11 +28,12 @@ from megactx.framework.files import PART, clear, replacing, sync, writing
 from megactx.framework.lock import Lock
 from megactx.memory import WorkingContext, storage
 
+from .part_files import SESSION, TREE, Wanted
 from .settings import Settings
 from .stream import Stream
 
-FORMAT = 2
-MANIFEST, STATE, LOCK, TREE = "session.json", "state.safetensors", "lock", "tree"
+FORMAT, WITH_PARTS = 2, 3
+MANIFEST, STATE, LOCK = SESSION, "state.safetensors", "lock"
 DATA = re.compile(r"data-[0-9a-f]{16}")
 OURS = re.compile(rf"data-[0-9a-f]{{16}}|{re.escape(PART)}.*")
 REMEDY = "save into another folder, which --session, OUT or /save name"
@@ -109,6 +111,9 @@ def _name(stream: Stream, folder: Path, data: Path, about: dict) -> None:
         "settings": stream.settings.as_dict(),
         "about": about,
     }
+    if stream.parts:
+        parts = [part.wanted.as_dict() | {"version": part.version, "slot": slot} for slot, part in stream.parts.items()]
+        content |= {"format": WITH_PARTS, "parts": parts}
     with replacing(folder / MANIFEST, REMEDY) as part:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -121,17 +126,24 @@ def _remove_all_but(folder: Path, data: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def load(folder: Path, models, settings: Settings, observers=()) -> tuple[Stream, dict, bool]:
+def load(
+    folder: Path, models, settings: Settings, observers=(), parts: list[Wanted] = (), without: list[str] = ()
+) -> tuple[Stream, dict, bool]:
     """Read a session; the caller holds the lock.
+
+    Args:
+        parts: to be read besides those that were saved with it, or in place of those of the same name.
+        without: names of saved parts that are left out.
 
     Returns:
         The stream; what was saved as ``about``; whether its window came back, which it does under equal settings only.
 
     Raises:
-        ValueError: no session, a damaged one, or one of another tokenizer, base LM or GistNet.
+        ValueError: no session, a damaged one, or one of another tokenizer, base LM or GistNet; a part is not there.
     """
     manifest = _manifest(folder)
     try:
+        known, slots = _parts(manifest, parts, without)
         data, about = folder / manifest["data"], manifest["about"]
         if manifest["tokenizer"] not in (tokenizer_hash(models.base.tokenizer), vocabulary_hash(models.base.tokenizer)):
             made = manifest.get("model") or manifest["tokenizer"]
@@ -148,8 +160,11 @@ def load(folder: Path, models, settings: Settings, observers=()) -> tuple[Stream
         if tree.rows != 1:
             raise ValueError(f"{folder}: its tree has {tree.rows} rows, a session has 1")
         stream = Stream(models, settings, tree=tree, observers=observers)
+        if known:
+            _open_parts(stream, folder, known, slots)
         # Settings that are younger than the session are at their defaults.
         same = Settings().as_dict() | manifest["settings"] == json.loads(json.dumps(settings.as_dict()))
+        same &= _same_parts(stream, manifest.get("parts", []))
         _restore(stream, state, same)
         if int(stream.lengths[0]) != manifest["tokens"]:
             raise ValueError(f"{folder}: {int(stream.lengths[0])} tokens are there, {manifest['tokens']} were saved")
@@ -157,6 +172,32 @@ def load(folder: Path, models, settings: Settings, observers=()) -> tuple[Stream
         raise ValueError(f"{folder}: the session is damaged ({type(error).__name__}: {error})") from error
     _remove_all_but(folder, data)
     return stream, about, same
+
+
+def _parts(manifest: dict, parts: list[Wanted], without: list[str]) -> tuple[list[Wanted], dict[str, int]]:
+    """The parts that a session is opened with, and the slots of those that it had."""
+    names = ("name", "path", "share", "pinned")
+    saved = manifest.get("parts", [])
+    known = {part["name"]: Wanted(**{n: Path(part[n]) if n == "path" else part[n] for n in names}) for part in saved}
+    for name in without:
+        if name not in known:
+            raise ValueError(f"part {name}: the session has none of this name, there is {', '.join(known) or 'none'}")
+        del known[name]
+    known |= {part.name: part for part in parts}
+    return [*known.values()], {part["name"]: part["slot"] for part in saved}
+
+
+def _open_parts(stream: Stream, folder: Path, known: list[Wanted], slots: dict[str, int]) -> None:
+    try:
+        stream.use(known, slots)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}; --drop NAME opens the session without a part") from error
+
+
+def _same_parts(stream: Stream, saved: list[dict]) -> bool:
+    """Whether the parts are as they were, so that the window may come back."""
+    there = [(part.name, part.wanted.share, part.version, slot) for slot, part in stream.parts.items()]
+    return sorted(there) == sorted((p["name"], p["share"], p["version"], p["slot"]) for p in saved)
 
 
 def is_session(folder: Path) -> bool:
@@ -193,12 +234,12 @@ def _restore(stream: Stream, state: dict[str, Tensor], same: bool) -> None:
     if "lod" in state:
         entries = [state[name].long()[None] for name in WINDOW]
         if (
-            stream.tree.compacted
-            and not stream.tree.usable(torch.zeros_like(entries[0][0]), *(e[0] for e in entries)).all()
+            stream.seen.compacted
+            and not stream.seen.usable(torch.zeros_like(entries[0][0]), *(e[0] for e in entries)).all()
         ):
             return  # what the window shows was taken away meanwhile: it is put together anew
         budget = stream.settings.budget
-        stream.restore(WorkingContext(stream.tree, *entries, torch.tensor([entries[0].shape[1]]), budget))
+        stream.restore(WorkingContext(stream.seen, *entries, torch.tensor([entries[0].shape[1]]), budget))
 
 
 def _manifest(folder: Path) -> dict:
@@ -212,6 +253,8 @@ def _manifest(folder: Path) -> dict:
         raise ValueError(f"{folder}: {MANIFEST} is damaged ({type(error).__name__}: {error})") from error
     if type(version) is not int or not isinstance(data, str) or not DATA.fullmatch(data):
         raise ValueError(f"{folder}: {MANIFEST} is damaged (format {version!r}, data {data!r})")
-    if version > FORMAT:
-        raise ValueError(f"{folder}: format {version} was written by a newer program, this one reads up to {FORMAT}")
+    if version > WITH_PARTS:
+        raise ValueError(
+            f"{folder}: format {version} was written by a newer program, this one reads up to {WITH_PARTS}"
+        )
     return manifest

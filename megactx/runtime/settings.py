@@ -90,6 +90,31 @@ class Settings:
                 " the range that the base was trained on in a long history"
             )
 
+    def least(self, block_size: int) -> int:
+        """Entries of the budget that a history needs beside parts."""
+        return core(block_size, self.protected) + self.reserve(block_size)
+
+    def check_parts(self, block_size: int, spent: int) -> None:
+        """Refuse parts beside which a long history does not fit, or whose positions would move when they do.
+
+        Args:
+            block_size: K.
+            spent: entries of all parts at most.
+
+        Raises:
+            ValueError: names the setting and what is allowed.
+        """
+        if self.positions == "absolute":
+            raise ValueError(
+                "positions=absolute is not allowed with parts: what stands behind a part moves when it changes; allowed"
+                " is rebased"
+            )
+        if self.budget - spent < (least := self.least(block_size)):
+            raise ValueError(
+                f"budget={self.budget} is not allowed: the parts take {spent} entries of it, and the session needs"
+                f" {least}; lower their shares, or raise the budget"
+            )
+
     def as_dict(self) -> dict:
         """For a file."""
         return asdict(self)
@@ -121,8 +146,13 @@ def _too_few(block_size: int, limit: int, protected: int) -> str:
 
 
 def least_budget(block_size: int, protected: int = PROTECTED) -> int:
-    """Entries that a window must have: the sink, at both ends up to K - 1 nodes of each level, and the newest text."""
+    """Entries that a window must have: ``core``, and its reserve."""
+    return -(-core(block_size, protected) * RESERVE // (RESERVE - 1))
+
+
+def core(block_size: int, protected: int = PROTECTED) -> int:
+    """Entries that a history takes: the sink, at both ends up to K - 1 nodes of each level, and the newest text."""
     k, levels = block_size, 0
     while k**levels < HISTORY:
         levels += 1
-    return -(-(2 * k + 2 * (k - 1) * levels + protected) * RESERVE // (RESERVE - 1))
+    return 2 * k + 2 * (k - 1) * levels + protected

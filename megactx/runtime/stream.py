@@ -2,6 +2,8 @@
 
     decode 32 -> append -> gist -> room -> score -> allocate -> read what changed -> decode
 
+Beside it a window may show *parts*: other trees, which are read where they lie and may be exchanged at any refocus.
+
 A history is what the tree holds plus up to K - 1 *waiting* tokens that were read behind the window. ``hidden`` is what
 the base gives for the newest token; a read that is not needed is not made.
 
@@ -16,12 +18,15 @@ from torch import Tensor
 
 from megactx.focus.keys import QUESTION
 from megactx.lm.chunked_head import nll
-from megactx.memory import MegaContextTree, Selection, WorkingContext
+from megactx.memory import Composite, MegaContextTree, Selection, WorkingContext
+from megactx.memory.composite import SLOTS, Part, cover
+from megactx.memory.composite import slots as slots_of
 from megactx.parts.models import Models
 
 from .events import Observer, Refocused, views
 from .focusing import Focus
 from .incremental_prefill import IncrementalPrefill
+from .part_files import OpenPart, Wanted, overruled
 from .position_rebase import PositionRebase
 from .settings import Settings
 
@@ -51,6 +56,8 @@ class Stream:
         if tree is None:
             tree = MegaContextTree(models.gistnet, models.base, rows, device=self.device, keys=keys)
         self.tree = tree
+        self.parts: dict[int, OpenPart] = {}  # by slot
+        self.seen: MegaContextTree | Composite = self.tree  # what windows are of
         self.block, self.rows = self.tree.block_size, self.tree.rows
         self.context: WorkingContext | None = None
         self.focus = Focus(settings, self.block, models.lensnet)
@@ -61,6 +68,7 @@ class Stream:
         self.counts = torch.zeros(self.rows, dtype=torch.long)  # of waiting tokens
         self.hidden: Tensor | None = None  # [B, D]; None: to be read
         self.refocuses = 0
+        self.shown: WorkingContext | None = None  # what of the window was read last
         self.earned: Tensor | None = None  # [B], entries above the newest tokens at the last reading, see ``Focus``
         self._following: Tensor | None = None  # [B], position of the first token behind the window
         self._decoded = 0.0  # seconds, of the waiting tokens
@@ -147,7 +155,7 @@ class Stream:
     def window(self) -> WorkingContext | None:
         """The working context up to the end of the tree, put together where that was left for later; ``None``: the
         tree is empty yet."""
-        if int(self.tree.lengths.max()) == 0:
+        if int(self.seen.lengths.max()) == 0:
             return None
         if self.context is None or (self._ahead() > 0).any():
             self._catch_up({}, read=False)
@@ -167,8 +175,122 @@ class Stream:
         """Go on with a window, and read it anew; ``None``: one is put together when it is needed."""
         self.context, self.hidden = context, None
         self._before = views(context) if self.observers else ()
-        self._ends = self.tree.lengths if context is None else context.ends().cpu()
+        self._ends = self.tree.lengths if context is None else self._own_ends(context)
         self.prefill.forget()
+
+    def use(self, wanted: Iterable[Wanted], slots: dict[str, int] | None = None) -> None:
+        """Show parts beside what is shown already; one of the same name takes the place of the one before. All or none.
+
+        Args:
+            slots: of names, where they are to stand; else behind those that are there.
+
+        Raises:
+            ValueError: a part cannot be opened, or does not fit; the window stays as it was.
+        """
+        found, opened, slots = dict(self.parts), [], slots or {}
+        try:
+            for one in wanted:
+                opened.append(part := OpenPart(one, self.models, bool(self.settings.keys)))
+                same = [slot for slot, other in found.items() if other.name == part.name]
+                wish = [slots[part.name]] if slots.get(part.name) in range(SLOTS) else []
+                free = [slot for slot in (*wish, *range(len(found), SLOTS), *range(SLOTS)) if slot not in found]
+                if not same and not free:
+                    raise ValueError(f"part {part.name}: there are {SLOTS} parts, no more are allowed")
+                found[(same or free)[0]] = part
+            self._compose(found)
+        except BaseException:
+            for part in opened:
+                part.close()
+            raise
+
+    def drop(self, name: str) -> None:
+        """Show a part no more.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        slot = self._slot_of(name)
+        self._compose({own: part for own, part in self.parts.items() if own != slot})
+
+    def pin(self, name: str) -> None:
+        """Show no newer version of a part than the one that is shown.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        slot = self._slot_of(name)
+        self._compose(self.parts | {slot: self.parts[slot].pin()})  # it wins over newer ones now
+
+    def look(self) -> None:
+        """Show newer versions of parts, where there are any; it costs microseconds where there are none."""
+        found = {slot: part.newer() for slot, part in self.parts.items()}
+        if any(found[slot] is not part for slot, part in self.parts.items()):
+            try:
+                self._compose(found)
+            except ValueError as error:  # it has grown out of its share, say: what was shown is shown on
+                for slot, part in self.parts.items():
+                    if found[slot] is not part:
+                        part.note = str(error)
+                        found[slot].close()
+
+    def _slot_of(self, name: str) -> int:
+        for slot, part in self.parts.items():
+            if part.name == name:
+                return slot
+        there = ", ".join(part.name for part in self.parts.values()) or "none"
+        raise ValueError(f"part {name}: there is no part of this name, there is {there}")
+
+    def _compose(self, found: dict[int, OpenPart]) -> None:
+        """Show these parts from now on. What stays keeps its entries, what is new is shown as coarse as it must be."""
+        found, old = dict(sorted(found.items())), self.parts
+        ruled = overruled(found.values())
+        shown = [
+            Part(part.name, part.tree, slot, part.wanted.share, part.closed, ruled[part.name])
+            for slot, part in found.items()
+            if int(part.tree.lengths[0]) > 0  # a part may be empty yet
+        ]
+        least = self.settings.least(self.block)
+        seen = Composite(self.tree, shown, self.settings.budget, least) if shown else self.tree
+        if shown:
+            self.settings.check_parts(self.block, seen.spent)
+        same = {slot for slot, part in found.items() if slot in old and old[slot].version == part.version}
+        same = {slot for slot in same if old[slot].folder == found[slot].folder}
+        before = {part.slot: part.overruled for part in getattr(self.seen, "parts", ()) if isinstance(part, Part)}
+        same = {slot for slot in same if before.get(slot) == ruled[found[slot].name]}
+        if self.context is not None:
+            self.context = self._carried(seen, same)
+        self.parts, self.seen, self.hidden, self.shown = found, seen, None, None
+        for slot in {*old, *found} - same:
+            width = slots_of(self.block)[0]
+            self.focus.allocator.forget(slot * width, (slot + 1) * width, self.block)
+        self.focus.mean_embeddings.forget()
+        self.rebase.moved = []
+        self._before = views(self.context) if self.observers else ()
+        kept = [part.tree for part in found.values()]
+        for part in old.values():
+            if not any(part.tree is tree for tree in kept):
+                part.close()
+
+    def _carried(self, seen: MegaContextTree | Composite, same: set[int]) -> WorkingContext:
+        """The window over other parts."""
+        context, before = self.context, {}
+        own = (context.lod[0, : int(context.counts[0])], context.index[0, : int(context.counts[0])])
+        if isinstance(self.seen, Composite):
+            *others, own = self.seen.segments(context)
+            before = {part.slot: each for part, each in zip(self.seen.parts, others, strict=True)}
+        if not isinstance(seen, Composite):
+            return WorkingContext(seen, own[0][None], own[1][None], torch.tensor([len(own[0])]), context.budget)
+        segments = []
+        for part, cap in zip(seen.parts, seen.caps, strict=True):
+            each = before.get(part.slot) if part.slot in same else None
+            segments.append(cover(part, cap) if each is None or len(each[0]) > cap else each)
+        if len(own[0]) > context.budget - seen.spent:
+            own = seen.own_entries(context.budget - self.focus.reserve - seen.spent)
+        return WorkingContext(seen, *seen.joined([*segments, own]), context.budget)
+
+    def _own_ends(self, context: WorkingContext) -> Tensor:
+        """Tokens of each history that a window stands for, [B], without those of parts."""
+        return context.ends().cpu() - (self.seen.lengths - self.tree.lengths)
 
     def _check_begun(self, new: Tensor) -> None:
         if (self.lengths + new == 0).any():
@@ -244,10 +366,11 @@ class Stream:
 
     def _ahead(self) -> Tensor:
         """Tokens of the tree that the window has not yet, [B]."""
-        return self.tree.lengths - (0 if self.context is None else self.context.ends().cpu())
+        return self.seen.lengths - (0 if self.context is None else self.context.ends().cpu())
 
     def _catch_up(self, seconds: dict, read: bool) -> None:
         """Bring the window up to the end of the tree, a reserve at a time. A stop on the way is gone on from."""
+        self.look()
         while (ahead := self._ahead()).any() or seconds:
             new = ahead if self.context is None else ahead.clamp(max=self.focus.reserve)
             self._take(seconds, new, read and bool((ahead == new).all()))
@@ -259,7 +382,7 @@ class Stream:
         room, started = None, torch.ones(self.rows, dtype=torch.bool)
         due = self.context is None or self._edits_due(new)
         if self.context is None:
-            context = self.focus.start(self.tree)
+            context = self.focus.start(self.seen)
         else:
             context = self.context.copy()
             room, started = self.focus.room(context, new)
@@ -277,7 +400,7 @@ class Stream:
             began = self._now()
             self._read()
             seconds["read"] = self._now() - began
-        before, self._ends = self._ends, (ends := self.context.ends().cpu())
+        before, self._ends = self._ends, (ends := self._own_ends(self.context))
         if self.observers:
             event = Refocused(
                 number=self.refocuses,
@@ -305,13 +428,14 @@ class Stream:
     def _edits_due(self, new: Tensor) -> bool:
         """Whether new [B] tokens complete the last of ``edit_every`` blocks of any row. It follows from the history
         alone, so a session that is resumed goes on as if it had never stopped."""
-        ends, size = self.context.ends().cpu(), self.settings.edit_every * self.block
+        ends, size = self._own_ends(self.context), self.settings.edit_every * self.block
         return bool(((ends + new) // size > ends // size).any())
 
     def _read(self) -> None:
         """Read the window, as far as it has changed, and what waits behind it."""
         if self.window() is not None:
             shown, self.earned = self.focus.shown(self.context, self.newest(QUESTION))
+            self.shown = shown
             place = self.rebase.close if isinstance(shown, Selection) else self.rebase.place
             positions, self._following = place(shown)
             spread = self.models.gistnet.spread(shown.lods())

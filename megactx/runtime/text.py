@@ -115,6 +115,11 @@ def text_of(tokenizer, ids: Sequence[int], before: Sequence[int] = ()) -> str:
     return decode(tokenizer, ids)
 
 
+def filling(tokenizer) -> int:
+    """The id of a line's end: what stands behind a text so that it is whole blocks."""
+    return tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+
+
 def special_tokens(tokenizer) -> dict[int, str]:
     """The special tokens of a tokenizer, id -> string."""
     named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))

@@ -17,12 +17,11 @@ def test_every_option_that_the_page_names_is_one():
     import argparse
 
     from megactx.apps.chat_commands import COMMANDS
-    from megactx.apps.command_line import add_models, add_sampling
+    from megactx.apps.command_line import add_talk
 
     parser = argparse.ArgumentParser()
-    add_models(parser)
-    add_sampling(parser, 1)
+    add_talk(parser, 1)
     known = {name for action in parser._actions for name in action.option_strings}
-    named = {*re.findall(r"--[a-z][a-z-]+", PAGE)} - {"--session", "--file", "--stop"}
+    named = {*re.findall(r"--[a-z][a-z-]+", PAGE)} - {"--file", "--stop"}
     assert named <= known
     assert all(f"`{command}`" in PAGE for command in COMMANDS if command != "/help")

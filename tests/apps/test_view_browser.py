@@ -5,14 +5,17 @@ import time
 
 import numpy
 import pytest
+import torch
 from browser import Browser, chromium
 from PIL import Image
 
 from megactx.apps.serving import Server
 from megactx.apps.view.__main__ import main
 from megactx.apps.view.app import build
+from megactx.apps.view.export import page
 from megactx.apps.view.player import Player
-from megactx.runtime import Sampling, Session
+from megactx.memory import MegaContextTree
+from megactx.runtime import Controller, Sampling, Session, Settings, Wanted
 
 pytestmark = [
     pytest.mark.slow,
@@ -151,3 +154,43 @@ def test_a_saved_replay_needs_no_server_and_no_network(browser, exported, tmp_pa
     browser.until("!document.querySelector('#tip').hidden")
     assert browser.value("document.querySelector('#tip-text').textContent").startswith("<")
     assert browser.value("document.title") == "megactx view" and browser.errors == []
+
+
+def test_each_part_has_a_lane_and_its_entries_tell_their_part(browser, models, tmp_path):
+    ids = torch.randint(2, 512, (1, 700), generator=torch.Generator().manual_seed(0))
+    for name, count in (("library", 700), ("person", 90)):
+        MegaContextTree.from_tokens(ids[:, :count], models.gistnet, models.base).save(tmp_path / name)
+    made = Controller(models, Settings(budget=240, allocator={"protected": 8}))
+    parts = [Wanted("library", tmp_path / "library", 0.3), Wanted("person", tmp_path / "person", 0.1)]
+    player = Player(Session(made, parts=parts), Sampling()).start()
+    server = Server(0)
+    try:
+        server.start(build(player, server.host, "secret", f"megactx-{server.port}"), ending=player.feed.close)
+        player.say(TEXT, 60)
+        player.wait()
+        browser.open(f"{server.address}/?token=secret")
+        browser.until("document.querySelector('#legend').children.length > 1")
+        browser.until("document.querySelector('#figures').textContent.includes('790 tokens of 2')")
+        told = set()
+        for selector, x, y in (
+            ("#timeline", 0.5, 0.37),
+            ("#timeline", 0.5, 0.68),
+            ("#timeline", 0.5, 0.87),
+            ("#window", 0.02, 0.02),
+        ):
+            browser.point(selector, x, y)
+            browser.until("!document.querySelector('#tip').hidden")
+            told.add(browser.value("document.querySelector('#tip-name').textContent").partition(" of ")[2] or "history")
+            browser.point("h1", 0.1, 0.5)
+            browser.until("document.querySelector('#tip').hidden")
+        png = browser.screenshot(tmp_path / "parts.png")
+        assert any(name.endswith("library") for name in told) and any(name.endswith("person") for name in told)
+        assert any("library" not in name and "person" not in name for name in told), told
+        assert {(0, 158, 115), (0, 114, 178)} <= colours(png) and browser.errors == []
+        (tmp_path / "replay.html").write_text(player.ask(lambda: page(player)).result())
+        browser.open((tmp_path / "replay.html").as_uri())
+        browser.until("document.querySelector('#figures').textContent.includes('790 tokens of 2')")
+        assert browser.errors == []
+    finally:
+        server.close()
+        player.close()

@@ -12,6 +12,7 @@ from megactx.framework.errors import verdict
 from megactx.parts.models import Models
 
 from .part import Part
+from .sources import Folder
 
 FIRST, MOST, TRIES = 1.0, 300.0, 5  # seconds before it is tried again, at most so many, and how often
 BATCH = 2**21  # characters that are taken up at a time: what a kill loses
@@ -67,7 +68,7 @@ class Follower:
         memory.mkdir(parents=True, exist_ok=True)
         try:
             for name, source in sources.items():
-                self.followed[name] = Followed(name, source, Part(memory / name, models))
+                self.followed[name] = Followed(name, source, Part(memory / name, models, _root(source)))
         except BaseException:
             self.close()
             raise
@@ -167,6 +168,11 @@ class Follower:
                 files.write(path, text)
             except Exception as error:  # a full disk has been told of already
                 print(f"megactx: {verdict(error)[1]}", file=sys.stderr, flush=True)
+
+
+def _root(source: object) -> Path | None:
+    """The folder of a source whose documents are files."""
+    return source.watched if isinstance(source, Folder) else None
 
 
 def _batches(followed: Followed, marks: dict[str, str], names: list[str], failed):

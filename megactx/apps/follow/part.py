@@ -20,6 +20,7 @@ from megactx.framework import files
 from megactx.framework.lock import Lock
 from megactx.memory import MegaContextTree
 from megactx.parts.models import Models
+from megactx.runtime.text import filling
 
 FORMAT = 1
 BETWEEN = "\n\n"  # documents
@@ -50,14 +51,15 @@ class Part:
     Args:
         folder: of the tree.
         models: base LM and GistNet.
+        root: folder that the documents' names are relative to; ``None``: they are no paths.
 
     Raises:
         ValueError: another process holds it, it is damaged, or it is of other models.
     """
 
-    def __init__(self, folder: str | Path, models: Models):
+    def __init__(self, folder: str | Path, models: Models, root: Path | None = None):
         folder = Path(folder)
-        self.folder, self.models = folder, models
+        self.folder, self.models, self.root = folder, models, root
         self.table, self._next = folder.with_name(f"{folder.name}.json"), folder.with_name(f"{folder.name}.next.json")
         busy = f"{folder} is followed by process {{holder}} already"
         self._lock = Lock(folder.with_name(f"{folder.name}.lock"), busy)
@@ -69,7 +71,7 @@ class Part:
         except BaseException:
             self.close()
             raise
-        self.end = _filling(models.base.tokenizer)
+        self.end = filling(models.base.tokenizer)
 
     def close(self) -> None:
         """Give it free."""
@@ -160,7 +162,8 @@ class Part:
         return Document(name, mark, len(ids), lines, time.time()), ids
 
     def _save(self, tree: MegaContextTree, documents: list[Document], gone: dict[str, float]) -> None:
-        content = {"format": FORMAT, "tree": _digest(tree), "gone": gone}
+        root = None if self.root is None else str(self.root.absolute())
+        content = {"format": FORMAT, "tree": _digest(tree), "gone": gone, "root": root}
         content["documents"] = [asdict(document) for document in documents]
         # Whether a kill has come before or behind the tree's own rename, one of the two tables is of the tree there.
         files.write(self._next, json.dumps(content) + "\n")
@@ -204,8 +207,3 @@ def _table(path: Path) -> dict:
 
 def _digest(tree: MegaContextTree) -> str:
     return hashlib.sha256(tree.tokens.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
-
-
-def _filling(tokenizer) -> int:
-    """The id of a line's end."""
-    return tokenizer("\n", add_special_tokens=False)["input_ids"][-1]

@@ -18,7 +18,7 @@ from megactx.framework.extra import extra
 from megactx.runtime import Refocused
 from megactx.runtime.text import encodable
 
-from ..command_line import HOST, add_talk, opened, prompt_file_of, sampling_of
+from ..command_line import HOST, add_talk, controller_of, observers_of, prompt_file_of, sampling_of, talk_of
 from .export import STRIPS, writer
 from .player import MOST, Player
 
@@ -45,7 +45,8 @@ def view(args: argparse.Namespace) -> None:
             from .app import build
         server = Server(args.port, args.host)
     try:
-        with opened(args, args.session) as session:
+        controller = controller_of(args, tree=True)
+        with talk_of(args, controller, observers_of(args, controller)) as session:
             player = Player(session, sampling).start()
             try:
                 if write:

@@ -74,6 +74,8 @@ def writer(path: str) -> Callable[[Player, list[Step]], None]:
             return write_file(target, player.ask(lambda: page(player)).result(), ELSEWHERE)
         if not steps:
             raise ValueError(f"--export={path}: LensNet scored no window, so there is nothing to draw; .html shows it")
+        if any(step.before.parts for step in steps):
+            raise ValueError(f"--export={path}: a picture shows one tree; .html shows parts")
         (plot_replay if kind == ".png" else animate_replay)(target, Replay(steps=steps[-STRIPS:]))
 
     return write

@@ -1,7 +1,9 @@
 """A refocus as plain JSON, for the page; the same live and in a file. Texts are without what could hide in them.
 
 A window is runs of entries of one LOD, [[lod, count], ...] from token 0 on: entries stand one behind the other, so
-where each begins follows. A node is [lod, index].
+where each begins follows. A node is [lod, index]. With parts there are ``lanes``, [[name, first, tokens], ...] in the
+order of the window: tokens of a part are numbered from ``first`` on, so that a node is of one part; the history's lane
+is the last, and has no name.
 """
 
 import math
@@ -40,7 +42,8 @@ def frame(event: Refocused, row: int = 0) -> dict:
 
 def standing(number: int, tokens: int, view: View, budget: int) -> dict:
     """A window as it stands, of which no refocus is known."""
-    return {"number": number, "tokens": tokens, "budget": budget, "window": _runs(view), "edits": [], "room": []}
+    found = {"number": number, "tokens": tokens, "budget": budget, "window": _runs(view), "edits": [], "room": []}
+    return found | ({"lanes": [list(lane) for lane in view.parts]} if view.parts else {})
 
 
 def about(session: Session) -> dict:
@@ -62,13 +65,16 @@ def text(session: Session, lod: int, index: int) -> dict:
         ValueError: there is no such node.
     """
     width = session.stream.block**lod if 0 <= lod <= 12 else 0
-    start = index * width
-    if width < 1 or not 0 <= start < session.length:
+    address = index * width
+    part, start = session.place(address) if 0 <= address < 2**48 else (None, -1)
+    length = session.length if part is None else int(part.tree.lengths[0])
+    if width < 1 or not 0 <= start < length:
         raise ValueError(f"node (lod {lod}, index {index}) is not in this history")
-    stop, (first, last) = min(start + width, session.length), SHOWN
-    if stop - start <= first + last:
-        return {"text": printable(session.text(start, stop)), "rest": ""}
-    return {"text": printable(session.text(start, start + first)), "rest": printable(session.text(stop - last, stop))}
+    count, (first, last) = min(width, length - start), SHOWN
+    if count <= first + last:
+        return {"text": printable(session.text_at(address, count)), "rest": ""}
+    begins, ends = session.text_at(address, first), session.text_at(address + count - last, last)
+    return {"text": printable(begins), "rest": printable(ends)}
 
 
 def _runs(view: View) -> list[list[int]]:

@@ -8,19 +8,30 @@ const $ = (id) => document.getElementById(id);
 const number = new Intl.NumberFormat("en-US");
 const whole = (value) => number.format(Math.round(value));
 
-// [[lod, count], ...] -> entries that stand one behind the other from token 0 on.
-function entriesOf(runs, block) {
+// The trees of a frame: [name, first token, tokens]; without parts there is the history alone.
+function lanesOf(frame) {
+  return (frame.lanes || [["", 0, frame.tokens]]).map(([name, first, tokens]) => ({ name, first, tokens }));
+}
+
+function laneAt(lanes, token) {
+  return lanes.findLast((lane) => lane.first <= token) || lanes[0];
+}
+
+// [[lod, count], ...] -> entries that stand one behind the other, each lane from its first token on.
+function entriesOf(runs, block, lanes) {
   const total = runs.reduce((sum, [, count]) => sum + count, 0);
-  const lod = new Uint8Array(total), start = new Float64Array(total + 1);
-  let entry = 0;
+  const lod = new Uint8Array(total), start = new Float64Array(total), stop = new Float64Array(total);
+  let entry = 0, lane = 0, at = lanes[0].first;
   for (const [level, count] of runs) {
     const width = block ** level;
     for (let i = 0; i < count; i++, entry++) {
+      if (lane + 1 < lanes.length && at >= lanes[lane].first + lanes[lane].tokens) at = lanes[++lane].first;
       lod[entry] = level;
-      start[entry + 1] = start[entry] + width;
+      start[entry] = at;
+      stop[entry] = at += width;
     }
   }
-  return { count: total, lod, start, tokens: start[total] };
+  return { count: total, lod, start, stop };
 }
 
 function nodeOf(entries, entry, block) {
@@ -43,16 +54,21 @@ function nameOf(lod, block) {
   return lod === 0 ? "token" : `gist of ${whole(block ** lod)}`;
 }
 
-function placeOf(node) {
-  return node.width === 1 ? `token ${whole(node.start)}` : `tokens ${whole(node.start)} to ${whole(node.start + node.width - 1)}`;
+function placeOf(node, lanes) {
+  const lane = laneAt(lanes, node.start), start = node.start - lane.first, of = lane.name ? ` of ${lane.name}` : "";
+  return (node.width === 1 ? `token ${whole(start)}` : `tokens ${whole(start)} to ${whole(start + node.width - 1)}`) + of;
 }
 
 // A raw token is read with the block around it; a word alone says little.
 const texts = new Map();
-async function textOf(node, about, embedded) {
+async function textOf(node, about, embedded, lanes) {
   const asked = node.lod === 0 ? { lod: 1, index: Math.floor(node.start / about.block) } : node;
   const key = `${asked.lod}/${asked.index}`;
-  if (embedded) return embeddedText(asked, about.block, embedded);
+  if (embedded) {
+    const lane = laneAt(lanes, node.start);
+    if (lane.name) return { text: "(a replay holds the text of the history, not of parts)", rest: "" };
+    return embeddedText({ ...asked, index: asked.index - lane.first / about.block ** asked.lod }, about.block, embedded);
+  }
   if (!texts.has(key)) {
     if (texts.size >= TEXTS) texts.delete(texts.keys().next().value);
     const answer = await fetch(`/text?lod=${asked.lod}&index=${asked.index}`);

@@ -28,72 +28,95 @@ function triangle(pen, x, y, up) {
   pen.fill();
 }
 
-// Levels of the tree, the coarsest on top, then what the model sees, then the edits of this refocus.
+// Levels of the history's tree, the coarsest on top, then what the model sees of it, then the edits of this refocus; below
+// it a lane for each part.
 const timeline = {
   draw(frame, about, hover) {
-    const block = about.block, entries = entriesOf(frame.window, block), levels = [];
+    const block = about.block, lanes = lanesOf(frame), own = lanes[lanes.length - 1], levels = [];
+    const entries = entriesOf(frame.window, block, lanes), edits = [...frame.edits, ...frame.room];
     for (let lod = 1; block ** lod <= frame.tokens; lod++) levels.unshift(lod);
-    const row = 15, tall = 34, top = levels.length * row, height = top + tall + 38;
-    const { pen, width } = canvasOf("timeline", height);
-    const total = Math.max(frame.tokens, 1), x = (token) => LABEL + ((width - LABEL) * token) / total;
+    const row = 15, tall = 34, low = 20, top = levels.length * row, base = top + tall + 38;
+    const { pen, width } = canvasOf("timeline", base + (lanes.length - 1) * (low + 18));
+    const xOf = (lane, total) => (token) => LABEL + ((width - LABEL) * (token - lane.first)) / Math.max(total, 1);
+    const total = Math.max(frame.tokens, 1), x = xOf(own, total);
     levels.forEach((lod, place) => {
-      const span = block ** lod, count = Math.floor(frame.tokens / span);
+      const span = block ** lod, count = Math.floor(frame.tokens / span), wide = x(own.first + span) - LABEL;
       pen.fillStyle = css("--soft");
       pen.fillText(`LOD${lod}`, 0, place * row + row / 2);
       pen.fillStyle = colourOf(about, lod);
       pen.globalAlpha = 0.38;
-      const seam = (x(span) - x(0)) > 4 ? 1 : 0; // gists are told apart where they are wide enough
-      if (seam) for (let i = 0; i < count; i++) pen.fillRect(x(i * span), place * row + 3, x(span) - x(0) - seam, row - 5);
-      else pen.fillRect(x(0), place * row + 3, x(count * span) - x(0), row - 5);
+      const seam = wide > 4 ? 1 : 0; // gists are told apart where they are wide enough
+      if (seam) for (let i = 0; i < count; i++) pen.fillRect(LABEL + i * wide, place * row + 3, wide - seam, row - 5);
+      else pen.fillRect(LABEL, place * row + 3, count * wide, row - 5);
       pen.globalAlpha = 1;
     });
     pen.fillStyle = css("--soft");
     pen.fillText("sees", 0, top + tall / 2);
-    this.strip(pen, entries, about, x, top, tall);
-    pen.fillStyle = css("--ink");
-    for (const [expand, lod, index] of [...frame.edits, ...frame.room]) {
-      triangle(pen, x((index + 0.5) * block ** lod), top + tall + 9, expand);
-    }
-    if (hover) {
-      pen.strokeStyle = css("--ink");
-      pen.lineWidth = 2;
-      pen.strokeRect(x(hover.start) - 1, 1, Math.max(3, x(hover.start + hover.width) - x(hover.start) + 1), top + tall);
+    const strips = lanes.slice(0, -1).map((lane, place) => ({ lane, x: xOf(lane, lane.tokens), top: base + place * (low + 18), tall: low }));
+    strips.push({ lane: own, x, top, tall });
+    for (const strip of strips) {
+      pen.fillStyle = css("--soft");
+      pen.textAlign = "left";
+      if (strip.lane.name) pen.fillText(strip.lane.name, 0, strip.top + low / 2, LABEL - 6);
+      this.strip(pen, entries, about, strip);
+      pen.fillStyle = css("--ink");
+      for (const [expand, lod, index] of edits) {
+        const centre = (index + 0.5) * block ** lod;
+        if (laneAt(lanes, centre) === strip.lane) triangle(pen, strip.x(centre), strip.top + strip.tall + 9, expand);
+      }
+      if (hover && laneAt(lanes, hover.start) === strip.lane) {
+        const from = strip.lane === own ? 1 : strip.top, wide = strip.x(hover.start + hover.width) - strip.x(hover.start);
+        pen.strokeStyle = css("--ink");
+        pen.lineWidth = 2;
+        pen.strokeRect(strip.x(hover.start) - 1, from, Math.max(3, wide + 1), strip.top + strip.tall - from);
+      }
     }
     pen.fillStyle = css("--soft");
     const steps = width < 500 ? 2 : 4;
     for (let i = 0; i <= steps; i++) {
       pen.textAlign = i === 0 ? "left" : i === steps ? "right" : "center";
-      pen.fillText(whole((total * i) / steps), x((total * i) / steps), height - 8);
+      pen.fillText(whole((total * i) / steps), LABEL + ((width - LABEL) * i) / steps, base - 8);
     }
-    this.known = { entries, total, width, top, bottom: top + tall, block, levels, row };
+    this.known = { entries, total, width, strips, top, block, levels, row, own };
   },
-  strip(pen, entries, about, x, top, tall) {
+  strip(pen, entries, about, { lane, x, top, tall }) {
     // Joined runs of one level, with a seam where entries are wide enough to be seen.
-    for (let entry = 0; entry < entries.count; ) {
+    const end = lane.first + lane.tokens;
+    let first = entries.count ? entryAt(entries, lane.first) : 0;
+    if (entries.start[first] < lane.first) first++; // the lane is empty
+    for (let entry = first; entry < entries.count && entries.start[entry] < end; ) {
       const lod = entries.lod[entry];
       let last = entry;
-      while (last + 1 < entries.count && entries.lod[last + 1] === lod) last++;
-      const one = x(entries.start[entry + 1]) - x(entries.start[entry]);
+      while (last + 1 < entries.count && entries.lod[last + 1] === lod && entries.start[last + 1] < end) last++;
+      const one = x(entries.stop[entry]) - x(entries.start[entry]);
       pen.fillStyle = colourOf(about, lod);
       if (one > 4) for (let e = entry; e <= last; e++) pen.fillRect(x(entries.start[e]), top, one - 1, tall);
-      else pen.fillRect(x(entries.start[entry]), top, x(entries.start[last + 1]) - x(entries.start[entry]), tall);
+      else pen.fillRect(x(entries.start[entry]), top, x(entries.stop[last]) - x(entries.start[entry]), tall);
       entry = last + 1;
     }
   },
   at(px, py) {
     const k = this.known;
-    if (!k || px < LABEL || py > k.bottom || k.entries.count === 0) return null;
-    const token = Math.min(k.total - 1, Math.floor(((px - LABEL) / (k.width - LABEL)) * k.total));
-    if (py >= k.top) return token < k.entries.tokens ? nodeOf(k.entries, entryAt(k.entries, token), k.block) : null;
+    if (!k || px < LABEL || k.entries.count === 0) return null;
+    const share = (px - LABEL) / (k.width - LABEL), strip = k.strips.find((s) => py >= s.top && py <= s.top + s.tall);
+    if (strip) {
+      const tokens = strip.lane === k.own ? k.total : strip.lane.tokens;
+      const token = Math.min(tokens - 1, Math.floor(share * tokens));
+      if (token >= strip.lane.tokens) return null;
+      return nodeOf(k.entries, entryAt(k.entries, strip.lane.first + token), k.block);
+    }
+    if (py >= k.top) return null;
+    const token = Math.min(k.total - 1, Math.floor(share * k.total));
     const lod = k.levels[Math.floor(py / k.row)], span = k.block ** lod, index = Math.floor(token / span);
-    return (index + 1) * span <= k.total ? { lod, index, start: index * span, width: span } : null;
+    if ((index + 1) * span > k.total) return null;
+    return { lod, index: index + k.own.first / span, start: k.own.first + index * span, width: span };
   },
 };
 
 // The working context as cells in rows, like text.
 const grid = {
   draw(frame, about, hover) {
-    const entries = entriesOf(frame.window, about.block), wide = $("window").clientWidth;
+    const entries = entriesOf(frame.window, about.block, lanesOf(frame)), wide = $("window").clientWidth;
     const cell = entries.count > 3000 ? 5 : entries.count > 900 ? 7 : entries.count > 300 ? 10 : 14, tall = Math.round(cell * 1.7);
     const columns = Math.max(1, Math.floor(wide / cell)), rows = Math.max(1, Math.ceil(entries.count / columns));
     const { pen } = canvasOf("window", rows * (tall + 1) + 2);
@@ -123,7 +146,7 @@ const grid = {
 const scores = {
   draw(frame, about, hover) {
     const { pen, width, height } = canvasOf("scores", 150), middle = 70, reach = 52;
-    const entries = entriesOf(frame.scored, about.block);
+    const entries = entriesOf(frame.scored, about.block, lanesOf(frame));
     const x = (entry) => LABEL + ((width - LABEL) * entry) / Math.max(1, entries.count);
     const thick = Math.max(1, (width - LABEL) / Math.max(1, entries.count) - (entries.count < 200 ? 1 : 0));
     frame.scores.forEach((score, entry) => {

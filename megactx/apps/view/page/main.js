@@ -41,12 +41,14 @@ function show() {
 
 function figures(frame) {
   const entries = frame.window.reduce((sum, [, count]) => sum + count, 0), ms = frame.ms || {};
+  const parts = lanesOf(frame).slice(0, -1), tokens = parts.reduce((sum, lane) => sum + lane.tokens, frame.tokens);
   const spent = ["gist", "room", "score", "allocate", "read"].reduce((sum, name) => sum + (ms[name] || 0), 0);
   const share = (value) => (value === null || value === undefined ? "–" : `${Math.round(100 * value)} %`);
   const rows = [
     ["History", whole(frame.tokens), "tokens"],
+    ...(parts.length ? [["Parts", whole(tokens - frame.tokens), `tokens of ${parts.length}`]] : []),
     ["Window", whole(entries), `of ${whole(frame.budget)}`],
-    ["Compression", (frame.tokens / Math.max(1, entries)).toFixed(1), "tokens per entry"],
+    ["Compression", (tokens / Math.max(1, entries)).toFixed(1), "tokens per entry"],
     ["Swap rate", frame.swap === undefined || frame.swap === null ? "–" : frame.swap.toFixed(2), "healthy 0.05–0.20"],
     ["KV reuse", share(frame.reuse), "of keys and values"],
     ["Refocus", frame.ms ? whole(spent) : "–", "ms"],
@@ -85,7 +87,7 @@ function edits(frame) {
   fill($("edits"), all, ([expand, lod, index, room]) => {
     const item = document.createElement("li"), node = { lod, index, width: about.block ** lod, start: index * about.block ** lod };
     item.tabIndex = 0;
-    item.append(element("b", expand ? "▲ expand" : room ? "▼ room" : "▼ collapse"), element("span", `${nameOf(lod, about.block)} tokens from ${whole(node.start)} on`));
+    item.append(element("b", expand ? "▲ expand" : room ? "▼ room" : "▼ collapse"), element("span", `${nameOf(lod, about.block)} tokens, ${placeOf(node, lanesOf(frame))}`));
     const point = () => {
       const box = item.getBoundingClientRect();
       tell(node, box.left, box.bottom);
@@ -128,11 +130,11 @@ function fill(parent, rows, make) {
 }
 
 async function tell(node, x, y) {
-  const mine = ++steps, tip = $("tip");
+  const mine = ++steps, tip = $("tip"), lanes = lanesOf(frames.shown);
   hover = node;
   redraw();
   const score = node.score === undefined ? "" : ` · score ${node.score.toFixed(2)}`;
-  $("tip-name").textContent = `${nameOf(node.lod, about.block)}${node.lod ? " tokens" : ""} · ${placeOf(node)}${score}`;
+  $("tip-name").textContent = `${nameOf(node.lod, about.block)}${node.lod ? " tokens" : ""} · ${placeOf(node, lanes)}${score}`;
   const put = () => {
     tip.hidden = false;
     tip.style.left = `${Math.max(4, Math.min(x + 12, innerWidth - tip.offsetWidth - 8))}px`;
@@ -140,7 +142,7 @@ async function tell(node, x, y) {
   };
   let found;
   try {
-    found = await textOf(node, about, embedded);
+    found = await textOf(node, about, embedded, lanes);
   } catch (error) {
     found = { text: `(${error.message})`, rest: "" };
   }
