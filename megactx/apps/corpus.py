@@ -94,15 +94,17 @@ def take(session: Session, paths: list[Path], folder: Path, model: str | None, e
     for text in each(tokenise, texts, "files"):
         ids.append(np.load(text / "ids.npy", mmap_mode="r"))
         for name, then, tokens in json.loads((text / "pieces.json").read_text(encoding="utf-8")):
-            steps.append((name, then, whole + tokens))
+            steps.append((name, then, whole, whole + tokens))
             whole += tokens
     clock, own, whole = ingest.SaveClock(session, ingest.SAVE_EVERY), session.controller.models, session.length
     try:
         for first, last, path in each(make_gists, _ranges(session, ids, folder, model), "gists"):
             part = MegaContextTree.load(path, own.gistnet, own.base, device=session.tree.device)
             while session.length < last:
-                name, then, stop = steps[0]
-                ingest.about_to_take(session, name, whole, stop, then)
+                name, then, start, stop = steps[0]
+                if "line" in then:
+                    then["spans"] = ingest.spans_with(session, name, start, stop, then.pop("line"))
+                ingest.about_to_take(session, name, stop, then)
                 session.stream.go_on(part, first, min(stop, last))
                 if session.length == stop:
                     ingest.settle(session)
@@ -110,7 +112,7 @@ def take(session: Session, paths: list[Path], folder: Path, model: str | None, e
                     whole = stop
                     clock.save_when_due()
     finally:
-        if whole < session.length < (steps[0][2] if steps else 0):
+        if whole < session.length < (steps[0][3] if steps else 0):
             storage.shorten(session.tree, whole)  # a piece is there as a whole or not at all
         ingest.settle(session)
 
@@ -127,8 +129,7 @@ def tokenise(text: Text) -> Path:
         ]
         if checksum(Path(name)) != digest:
             raise ValueError(f"{name} was changed while it was read; start again")
-        then = [*found, ({"whole": True}, ingest.BETWEEN)]
-        for known, part in then:
+        for known, part in [*found, ({"whole": True}, ingest.BETWEEN)]:
             ids.append(np.asarray(encoder(part, begins=begins), dtype=np.int32))
             pieces.append((name, known, len(ids[-1])))
             begins = False

@@ -90,7 +90,7 @@ def take(session: Session, paths: list[Path]) -> None:
             size, name = path.stat().st_size, str(path.absolute())
             if not known["whole"]:
                 for first, line, text in pieces(path, known["characters"], PIECE):
-                    _take_up(session, name, text, characters=first + len(text), line=line)
+                    _take_up(session, name, text, line, characters=first + len(text))
                     clock.save_when_due()
                     shown.inside(session.length)
                 _take_up(session, name, BETWEEN, whole=True)
@@ -158,30 +158,36 @@ def make_parts(args: argparse.Namespace) -> None:
         raise RunFailed("; ".join(wrong))
 
 
-def _take_up(session: Session, name: str, text: str, **then) -> None:
-    """Append a piece of a file and note it. Ctrl-C may come between the two, so what will be noted is said first."""
+def _take_up(session: Session, name: str, text: str, line: int | None = None, **then) -> None:
+    """Append a piece of a file and note it. Ctrl-C may come between the two, so what will be noted is said first.
+
+    Of each piece it is noted which tokens it became, its first line, and when.
+    """
     ids = session.encode(text)
-    about_to_take(session, name, session.length, session.length + len(ids), then)
+    stop = session.length + len(ids)
+    if line is not None:
+        then["spans"] = spans_with(session, name, session.length, stop, line)
+    about_to_take(session, name, stop, then)
     session.append(ids, follow=False)
     settle(session)
 
 
-def about_to_take(session: Session, name: str, first: int, tokens: int, then: dict) -> None:
-    """Say what will be known of a file when the session has so many tokens; with ``line`` in it also that those from
-    ``first`` on are from that line of the file on."""
-    session.about["taking"] = {"name": name, "first": first, "tokens": tokens, "then": then}
+def spans_with(session: Session, name: str, start: int, stop: int, line: int) -> list[list]:
+    """What is known of a file's pieces, and one more: tokens start .. stop - 1, from that line on, read now."""
+    known = session.about["ingested"][name].get("spans", [])
+    return [*known, [start, stop, line, round(time.time(), 3)]]
+
+
+def about_to_take(session: Session, name: str, tokens: int, then: dict) -> None:
+    """Say what will be known of a file when the session has so many tokens."""
+    session.about["taking"] = {"name": name, "tokens": tokens, "then": then}
 
 
 def settle(session: Session) -> None:
-    """Note the piece that was taken up last, if it was: a piece is there as a whole or not at all. Of a piece of text
-    it is noted which tokens it became, its first line, and when."""
+    """Note the piece that was taken up last, if it was: a piece is there as a whole or not at all."""
     step = session.about.get("taking")
     if step is not None and session.length >= step["tokens"]:
-        known, then = session.about["ingested"][step["name"]], dict(step["then"])
-        if (line := then.pop("line", None)) is not None:
-            span = [step["first"], step["tokens"], line, round(time.time(), 3)]
-            known["spans"] = [*known.get("spans", []), span]
-        known |= then
+        session.about["ingested"][step["name"]] |= step["then"]
     session.about.pop("taking", None)
 
 
@@ -192,7 +198,8 @@ def pieces(path: Path, skip: int, size: int) -> Iterator[tuple[int, int, str]]:
     Raises:
         ValueError: the file is not text.
     """
-    place, line, left, waiting = skip, 1, skip, ""  # rows go together: each piece costs a look at the window
+    place, left, waiting = skip, skip, ""  # rows go together: each piece that is taken up costs a look at the window
+    line = 1
     for number, row in enumerate(Files(str(path)).load()):
         text = (BETWEEN if number else "") + encodable(row["text"])
         if "\0" in text:
@@ -261,9 +268,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megactx.apps.ingest", description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="+", metavar="FILES", help="files, folders or globs")
     parser.add_argument("out", metavar="OUT", help="session folder; one that is there is gone on with")
+    add_engine(parser.add_argument)
     made = "OUT is a folder of parts, one tree for each of FILES; a file that changes replaces its own blocks"
     parser.add_argument("--parts", action="store_true", help=made)
-    add_engine(parser.add_argument)
     add_models(parser)
     return run(ingest, parser, arguments)
 

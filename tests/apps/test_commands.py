@@ -192,14 +192,16 @@ def test_rows_of_a_file_are_taken_up_together_and_from_any_cut_on_in_the_same_pi
     rows = [f"row {i}\n{'word ' * (i % 7)}" for i in range(60)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    whole = ingest.BETWEEN.join(rows)
-    assert [*ingest.pieces(path, 0, ingest.PIECE)] == [(0, 1, whole)]  # one look at the window, not sixty
+    # One look at the window, not sixty.
+    assert [*ingest.pieces(path, 0, ingest.PIECE)] == [(0, 1, ingest.BETWEEN.join(rows))]
     found = [*ingest.pieces(path, 0, 100)]
-    assert "".join(text for *_, text in found) == whole and len(found) > 10
+    assert "".join(text for *_, text in found) == ingest.BETWEEN.join(rows) and len(found) > 10
     assert all(len(text) <= 100 for *_, text in found)
-    for number, (first, line, _) in enumerate(found):
-        assert [*ingest.pieces(path, first, 100)] == found[number:] and line == 1 + whole[:first].count("\n")
-    assert "".join(text for *_, text in ingest.pieces(path, 33, 100)) == whole[33:]  # of earlier days
+    assert all(line == 1 + ingest.BETWEEN.join(rows)[:first].count("\n") for first, line, _ in found)
+    for number, (first, *_) in enumerate(found):
+        assert [*ingest.pieces(path, first, 100)] == found[number:]
+    of_earlier_days = ingest.pieces(path, 33, 100)
+    assert "".join(text for *_, text in of_earlier_days) == ingest.BETWEEN.join(rows)[33:]
 
 
 def test_a_stopped_ingestion_goes_on_where_it_was(own, tmp_path, monkeypatch, capsys):

@@ -72,6 +72,14 @@ def check_same(one: Path, other: Path, own: list[str]) -> None:
             name: known["sha256"] for name, known in theirs.about["ingested"].items()
         }
         assert all(known["whole"] for known in theirs.about["ingested"].values()) and "taking" not in theirs.about
+        places = [
+            [
+                (known["spans"][0][0], known["spans"][0][2], known["spans"][-1][1])
+                for known in own.about["ingested"].values()
+            ]
+            for own in (mine, theirs)
+        ]
+        assert places[0] == places[1] != []  # the same tokens of each file, whatever pieces it was read in
         assert torch.equal(mine.ids(), theirs.ids()) and mine.length > 1_500
         assert mine.tree.depth == theirs.tree.depth > 4 and mine.tree.versions == theirs.tree.versions
         for lod in range(1, mine.tree.depth + 1):

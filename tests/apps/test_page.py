@@ -18,9 +18,11 @@ def test_every_option_that_the_page_names_is_one():
 
     from megactx.apps.chat_commands import COMMANDS
     from megactx.apps.command_line import add_talk
+    from megactx.framework.workers import add_engine
 
     parser = argparse.ArgumentParser()
     add_talk(parser, 1)
+    add_engine(parser.add_argument)
     known = {name for action in parser._actions for name in action.option_strings}
     named = {*re.findall(r"--[a-z][a-z-]+", PAGE)} - {"--file", "--stop"}
     assert named <= known
