@@ -1,4 +1,4 @@
-"""What a run prints as the next command can be pasted: it has the run's base, data and preset, quoted for the shell."""
+"""What a run prints as the next command can be pasted: it has what the run had, quoted for the shell."""
 
 import shlex
 
@@ -20,7 +20,7 @@ def left(folder, overrides: list[str], choices: dict, **more) -> None:
     OmegaConf.save(OmegaConf.create(plain(cfg)), folder / "config.yaml")
 
 
-def test_the_next_command_keeps_base_data_and_preset_of_the_run(tmp_path):
+def test_the_next_command_keeps_base_data_preset_and_seed_of_the_run(tmp_path):
     path = tmp_path / "my texts, 'old' ones"
     overrides = ["experiment=demo", "base=hf", "base.name=my/model", "data=files", setting("data.path", path)]
     overrides += [
@@ -37,7 +37,12 @@ def test_the_next_command_keeps_base_data_and_preset_of_the_run(tmp_path):
     assert cfg.base.name == "my/model" and cfg.base.dtype == "bfloat16" and cfg.data.path == str(path)
     assert cfg.preset.steps == 40 and cfg.preset.warmup == 30 and cfg.gistnet.num_heads == 4
     assert dict(cfg.data.weights) == {"narrative": 1, "code": 0, "structured": 0}
-    assert cfg.stage.init == str(tmp_path) and cfg.seed == 0 and cfg.horizon.tokens == 64
+    assert cfg.stage.init == str(tmp_path) and cfg.seed == 3 and cfg.horizon.tokens == 64
+
+
+def test_what_comes_behind_a_run_in_miniature_is_one_too(tmp_path):
+    left(tmp_path, ["experiment=demo", "debug=limit"], {"preset": "demo", "stage": "gist", "debug": "limit"})
+    assert "debug=limit" in shlex.split(next_command(tmp_path, "gist_stage2", {"stage.init": tmp_path}))
 
 
 def test_what_goes_on_from_the_weights_has_the_losses_of_the_run(tmp_path):

@@ -11,7 +11,7 @@ from ..errors import flatten
 from .runfolder import HIDDEN
 
 # What a run is about, whatever comes next; and the net, for what goes on from its weights.
-ABOUT = ("base", "data", "preset", "trainer")
+ABOUT = ("base", "data", "preset", "trainer", "seed", "debug")
 NET = ("gistnet", "pooling", "depth", "gaussian_rope", "compressor", "loss")
 PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_/.][\w./:@%+-]*", re.IGNORECASE)
 STAGES_OWN = ("data.weights", "data.min_tokens", "data.max_tokens", "data.source")  # the next stage has its own
@@ -55,7 +55,7 @@ def next_command(
         key = override.lstrip("+").partition("=")[0]
         group = key.partition(".")[0]
         known = HIDDEN not in override and "=" in override and group in keep
-        if known and key not in changes and (key != group or group in ("block_size", "loss")):
+        if known and key not in changes and (key != group or group in ("block_size", "loss", "seed")):
             kept[key] = override  # the last one counts
     for key, value in _set_elsewhere(folder, [*first, *kept.values()], keep).items():
         kept.setdefault(key, setting(key, value))
