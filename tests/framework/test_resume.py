@@ -36,7 +36,7 @@ def config(folder, *overrides):
 
 def leave_a_run(folder, *overrides):
     (folder / "checkpoints").mkdir(parents=True)
-    torch.save({"source": None}, folder / "checkpoints" / "last.ckpt")
+    torch.save({"state_dict": {}, "hyper_parameters": {}}, folder / "checkpoints" / "last.ckpt")
     OmegaConf.save(OmegaConf.create(plain(config(folder, *overrides))), folder / "config.yaml")
     return folder
 
