@@ -32,6 +32,9 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", f"{REPOSITORY}:{Path(dying.__file__).parent}")
+        # Whatever temp_dir says, Ray notes its address in $RAY_TMPDIR/ray, and does not make that folder.
+        patch.setenv("RAY_TMPDIR", str(place))
+        (place / "ray").mkdir()
         from ray.cluster_utils import Cluster
 
         made = Cluster(
@@ -83,6 +86,12 @@ def opened(folder: Path, own: list[str]) -> Session:
     return Session.load(folder, Controller(load_models(own[1], "cpu"), Settings(budget=400)))
 
 
+def known(session: Session) -> dict:
+    """What is known of the files, but for when they were read."""
+    files = session.about["ingested"].items()
+    return {name: about | {"spans": [span[:3] for span in about["spans"]]} for name, about in files}
+
+
 def test_files_over_two_hosts_are_the_session_of_one_process_and_a_killed_worker_costs_its_shard_only(
     joined, own, texts, tmp_path, monkeypatch
 ):
@@ -92,7 +101,8 @@ def test_files_over_two_hosts_are_the_session_of_one_process_and_a_killed_worker
     assert ingest.main([*files, str(tmp_path / "one"), *own]) == 0
     assert ingest.main([*files, str(tmp_path / "two"), "--engine", "ray", *own]) == 0
     with opened(tmp_path / "one", own) as one, opened(tmp_path / "two", own) as two:
-        assert torch.equal(one.ids(), two.ids()) and one.length > 15_000 and one.about == two.about
+        assert torch.equal(one.ids(), two.ids()) and one.length > 15_000
+        assert known(one) == known(two) and one.about.keys() == two.about.keys()
         assert one.tree.depth == two.tree.depth > 5
         for lod in range(1, one.tree.depth + 1):
             assert torch.equal(one.tree.gists(lod), two.tree.gists(lod)), lod
