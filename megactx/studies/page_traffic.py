@@ -5,7 +5,7 @@
 
 The session goes on with the text. What it uses of its stored tree is written down, page by page: each page once per
 refocus. SESSION itself is not changed. Then libcachesim (``megactx[caches]``) replays that list against caches of
-several sizes. ``Belady`` and ``BeladySize`` know what comes; with pages of different sizes neither is a strict bound.
+several sizes. ``Belady`` knows what comes; with pages of different sizes it is no strict bound.
 
     hit rate   share of uses that found their page in memory; the first use of a page never does
     floor      what no cache can reach: the share of uses that are not the first of their page
@@ -29,7 +29,7 @@ from megactx.runtime import Session
 from .endurance import text_of
 from .study import Options, command, usable
 
-POLICIES = ("FIFO", "LRU", "Clock", "Sieve", "S3FIFO", "ARC", "LFU", "Belady", "BeladySize")
+POLICIES = ("FIFO", "LRU", "Clock", "Sieve", "S3FIFO", "ARC", "LFU", "Belady")
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)  # of all bytes that were used
 NEVER = 2**62  # when a page is used next that is not used again
 
