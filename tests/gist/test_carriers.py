@@ -8,6 +8,7 @@ from megactx.gist.carrier import KVSlots
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.gisting import Gisting
 from megactx.gist.carriers.gistpool import GistPool
+from megactx.gist.carriers.random_gist import RandomGist
 from megactx.gist.substitution import slotted
 from megactx.lm import masks
 from megactx.lm.kv_hooks import keys_values, recorded
@@ -206,3 +207,13 @@ def test_a_horizon_of_one_token_cannot_be_scored(make_base):
     ids, starts, prefill = documents(base)
     with pytest.raises(ValueError, match="horizon.tokens=1"):
         slotted(base, prefill, starts, AvgPool(K).compress(base, prefill, starts).layers, K, 1)
+
+
+def test_noise_in_place_of_a_gist_is_that_of_its_document_whatever_stands_before_it_in_the_batch(make_base):
+    base, noise = make_base(), RandomGist(0.5, block_size=4)
+    ids, starts = torch.randint(3, 60, (3, 40)), torch.tensor([[4, 12], [8, 20], [4, 16]])
+    together = noise.compress(base, prefill(base, ids), starts).vectors
+    for row in range(3):
+        alone = noise.compress(base, prefill(base, ids[row : row + 1]), starts[row : row + 1]).vectors
+        torch.testing.assert_close(together[row : row + 1], alone)
+    assert not torch.equal(together[0], together[1])
