@@ -18,7 +18,7 @@ from .files import NARRATIVE, check_domain, some
 log = logging.getLogger(__name__)
 
 DROP, JOIN = "drop", "join"
-RULES = 2  # of what a row gives; part of every fingerprint
+RULES = 3  # of what a row gives; part of every fingerprint
 ABOUT = {"README.md", ".gitattributes", ".git", ".cache", "dataset_infos.json"}  # about a data set, not of it
 PATTERN = re.compile(r"[\[\]*?]|::")
 
@@ -107,7 +107,7 @@ class Hub:
         """Rows with the column that is asked for; others may have other types in each file.
 
         The library lets a column be chosen in parquet alone. Of json it gives all, with one type for all rows; so each
-        line is read by itself.
+        line is read by itself. In csv it guesses types: 007 would be a number, NA nothing, so the text is taken as it is.
         """
         from datasets import load_dataset, load_dataset_builder
 
@@ -118,6 +118,8 @@ class Hub:
                 yield from _json_rows(file, streaming)
             return
         chosen = {"columns": [self.text_column]} if hasattr(builder.config, "columns") else {}
+        if hasattr(builder.config, "converters"):  # csv, tsv
+            chosen = {"converters": {self.text_column: _cell}, "na_filter": False}
         yield from load_dataset(self.name, self.subset, split=self.split, streaming=streaming, **chosen)
 
     def _say_left_out(self, where: str, local: list[Path]) -> None:
@@ -170,6 +172,10 @@ class Hub:
             )
 
 
+def _cell(text: str) -> str | None:
+    return text or None
+
+
 def _json_rows(file: str, streaming: bool) -> Iterator[dict]:
     """Objects line by line; a file that is one array or object is read as a whole."""
     from datasets import load_dataset
@@ -180,8 +186,9 @@ def _json_rows(file: str, streaming: bool) -> Iterator[dict]:
         first = json.loads(next(lines, "{}"))
     except ValueError:
         first = None
-    if not isinstance(first, dict):
-        yield from load_dataset("json", **where)
+    if not isinstance(first, dict):  # read by the library, text like 007 or 2020-01-01 would be a number or a date
+        for text in load_dataset("text", sample_by="document", **where):
+            yield from _objects(file, text["text"])
         return
     if first:
         yield first
@@ -193,6 +200,19 @@ def _json_rows(file: str, streaming: bool) -> Iterator[dict]:
         if not isinstance(row, dict):
             raise ValueError(f"{file}: row {number} (from 0) is no object")
         yield row
+
+
+def _objects(file: str, text: str) -> list[dict]:
+    """The rows of a file that is one array of objects, or one object."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read as json: {error}") from error
+    rows = found if isinstance(found, list) else [found]
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}: row {number} (from 0) is no object")
+    return rows
 
 
 def _without(error: BaseException | None) -> list[str]:

@@ -140,6 +140,42 @@ def test_columns_of_a_hub_that_nobody_asked_for_may_have_any_types(tmp_path, kin
         Hub(str(tmp_path / "hub"), streaming=streaming, text_column="nothing").load()
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize(
+    "name, content, texts",
+    [
+        ("a.csv", "text,id\n7,1\n8,2\n", ["7", "8"]),
+        ("a.csv", "text,id\n007,1\n1.50,2\n", ["007", "1.50"]),
+        ("a.csv", "text,id\nNA,1\nnull,2\nword,3\n", ["NA", "null", "word"]),
+        ("a.csv", "text\n" + "7\n" * 10_001 + "word\n", ["7"] * 10_001 + ["word"]),  # two pieces
+        ("a.tsv", "text\tid\n7\t1\n", ["7"]),
+        ("a.json", '[{"text": "2020-01-01"},\n{"text": "007"}]', ["2020-01-01", "007"]),
+        ("a.json", '{"text": "2020-01-01",\n"id": 1}', ["2020-01-01"]),
+    ],
+    ids=["numbers", "zeros", "words for nothing", "pieces", "tsv", "dates", "one object"],
+)
+def test_text_of_a_hub_that_looks_like_a_number_a_date_or_nothing_is_text(tmp_path, name, content, texts, streaming):
+    (tmp_path / name).write_text(content)
+    source = Hub(str(tmp_path), streaming=streaming, max_documents=20_000)
+    assert source.load()["text"][:] == texts
+    assert [row["text"] for row in source._rows(streaming)] == texts
+
+
+def test_an_empty_cell_of_a_hub_is_left_out_and_said(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text("text,id\none,1\n,2\n")
+    assert Hub(str(tmp_path)).load()["text"] == ["one"]
+    assert "1 rows have no text and are left out, the first is row 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content, said", [('[{"text": "one"},\n3]', r"row 1 \(from 0\) is no object"), ("[\n{", "cannot be read as json")]
+)
+def test_a_message_about_an_array_of_a_hub_names_its_file(tmp_path, content, said):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=f"a.json:? {said}"):
+        Hub(str(tmp_path)).load()
+
+
 def test_one_file_of_a_hub_may_change_the_type_of_a_column_in_the_middle(tmp_path):
     (tmp_path / "hub").mkdir()
     lines = [{"text": "word " * 20_000, "id": i if i < 150 else f"x{i}"} for i in range(160)]  # beyond 10 MB
