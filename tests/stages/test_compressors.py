@@ -48,6 +48,34 @@ def test_every_compressor_by_keys_and_values_has_a_loss_whose_gradient_reaches_a
     assert inside == {id(p) for p in stage.nets.parameters()}, "what is trained is in the optimizer, and nothing else"
 
 
+def test_a_gistpool_is_trained_in_the_ladder_as_it_is_alone(pool_run):
+    stages = {
+        "gistpool": built([*pool_run, *SHORT, "compressor=gistpool"])[0],
+        "ladder": built(["experiment=ladder", *[o for o in pool_run if not o.startswith("experiment=")], *SHORT])[0],
+    }
+    after = {}
+    for name, stage in stages.items():
+        net = stage.main if name == "gistpool" else stage.nets["gistpool"]
+        optimizer = stage.configure_optimizers()["optimizer"]
+        own = {id(p): key for key, p in net.named_parameters()}
+        found = {own[id(p)]: group for group in optimizer.param_groups for p in group["params"] if id(p) in own}
+        settings = {key: {k: v for k, v in group.items() if k != "params"} for key, group in found.items()}
+        assert all(group["weight_decay"] == 0.01 for group in optimizer.param_groups), "of all that learns"
+        for seed, parameter in enumerate(net.parameters()):  # the same weights and gradients, three steps
+            torch.manual_seed(seed)
+            parameter.data.copy_(torch.randn_like(parameter))
+            parameter.grad = torch.randn_like(parameter)
+        for group in optimizer.param_groups:
+            group["lr"] = group.get("initial_lr", group["lr"])  # the peak: the warm-up begins near 0
+        for _ in range(3):
+            optimizer.step()
+        after[name] = settings, {key: p.detach().clone() for key, p in net.named_parameters()}
+    assert after["gistpool"][0] == after["ladder"][0]
+    alone, beside = after["gistpool"][1], after["ladder"][1]
+    assert alone.keys() == beside.keys() and all(torch.equal(alone[key], beside[key]) for key in alone)
+    assert stages["ladder"].configure_optimizers()["optimizer"].parts[0].param_groups, "Muon is on beside it"
+
+
 def test_history_mode_has_its_share_of_the_loss_and_reaches_the_gistnet(gist_run):
     parts = {}
     for weight in (0.0, 0.5, 1.0):
