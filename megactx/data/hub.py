@@ -107,7 +107,7 @@ class Hub:
         """Rows with the column that is asked for; others may have other types in each file.
 
         The library lets a column be chosen in parquet alone. Of json it gives all, with one type for all rows; so each
-        line is read by itself. In csv it guesses types: 007 would be a number, NA nothing, so the text is taken as it is.
+        line is read by itself. In csv it guesses types, 007 is a number and NA nothing: the text is taken as it is.
         """
         from datasets import load_dataset, load_dataset_builder
 

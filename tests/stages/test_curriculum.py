@@ -141,6 +141,19 @@ def test_a_mistake_in_a_later_stage_is_told_before_the_first_one_runs(curriculum
     assert not (tmp_path / "a" / "gist_stage1").exists()
 
 
+def test_a_run_of_two_stages_is_refused_before_it_trains_where_the_second_has_no_document_of_a_domain(
+    curriculum, tmp_path, capsys, texts
+):
+    (tmp_path / "texts").mkdir()
+    for path in texts.glob("*.md"):
+        shutil.copy(path, tmp_path / "texts")
+    own = [o for o in curriculum if not o.startswith("data.weights")]
+    own += ["curriculum=[gist_stage1,gist_stage2]", f"data.path={tmp_path / 'texts'}", f"folder={tmp_path / 'a'}"]
+    assert run(own) == 2
+    assert "curriculum, stage gist_stage2: data.weights.code=0.6: there is no doc" in capsys.readouterr().err
+    assert not (tmp_path / "a" / "gist_stage1").exists()
+
+
 def test_the_data_of_all_stages_is_checked_before_the_first_one_trains(gist_settings, tmp_path):
     overrides = [o for o in gist_settings if not o.startswith("experiment=")]
     names = ("gist_stage1", "gist_stage2")

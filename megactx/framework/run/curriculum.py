@@ -153,8 +153,9 @@ def run_in_turn(
 
 
 def _is_there(cfg: DictConfig, folder: Path) -> bool:
-    """Whether all is there that a stage takes of others of its curriculum."""
-    paths = [OmegaConf.select(cfg, key) for key in locate(cfg.stage["_target_"]).takes.values()]
+    """Whether all is there that a stage and its data are built from; weights to start from are read later."""
+    keys = set(locate(cfg.stage["_target_"]).takes.values()) - {"stage.init"}
+    paths = [OmegaConf.select(cfg, key) for key in keys]
     own = [Path(path) for path in paths if path and Path(path).absolute().is_relative_to(folder.absolute())]
     return all(path.exists() for path in own)
 
