@@ -66,6 +66,17 @@ def test_every_parameter_of_lensnet_is_trained_and_kept_and_nothing_else_changes
     assert stage.lens.training and not stage.gistnet.training and not stage.base.training
 
 
+def test_a_step_on_a_card_whose_peak_is_known_has_an_mfu(settings, tmp_path, monkeypatch):
+    from megactx.framework.callbacks.throughput import Throughput
+
+    monkeypatch.setattr(Throughput, "setup", lambda self, trainer, pl_module, stage: setattr(self, "peak", 1e12))
+    monkeypatch.setattr(LensStage, "finish", lambda *_: None)
+    assert run([*settings, f"folder={tmp_path / 'a'}", "logger=csv"]) == 0
+    with (tmp_path / "a" / "metrics.csv").open() as file:
+        shares = [float(row["speed/mfu"]) for row in csv.DictReader(file) if row.get("speed/mfu")]
+    assert shares and min(shares) > 0
+
+
 def test_a_checkpoint_loads_by_its_path_alone(whole):
     loaded = LensStage.load_from_checkpoint(whole / "checkpoints" / "last.ckpt", weights_only=True)
     for name, value in weights(whole).items():
