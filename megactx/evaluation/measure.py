@@ -67,7 +67,7 @@ def measure(
     with_states = any(net.needs_hidden for net in nets.values())
     parts, others = [], None
     with in_eval_mode(*nets.values()):
-        if with_controls and leader.makes_vectors:
+        if with_controls and leader.makes_one_vector:
             others = _other_documents(base, leader, batches, lod, seed)
         for index, batch in enumerate(progress(batches)):
             ids, starts = batch["ids"].to(device), batch["block_starts"].to(device)

@@ -73,7 +73,8 @@ def _expanded(base: BaseLM, prefill, old: Tensor, carriers: SoftTokens | KVSlots
                 parts.append(torch.cat([own[:, :, :block], slots[:, :, :first], tokens, slots[:, :, last:]], dim=2))
             layers.append(tuple(parts))
         return layers
-    vectors, positions = carriers.vectors, old + carriers.offset
+    vectors, positions = carriers.in_a_row(old)
+    first, last = first * carriers.slots, last * carriers.slots
     tokens = base.embed(prefill.ids.gather(1, raw)).to(vectors.dtype)
     rows = torch.cat([vectors[:, :first], tokens, vectors[:, last:]], dim=1)
     places = torch.cat([positions[:, :first], raw, positions[:, last:]], dim=1)

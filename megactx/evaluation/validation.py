@@ -87,7 +87,7 @@ class ValidationMetrics(nn.Module):
         """
         scores = measure(base, {"gistnet": net}, [batch], self.substitution.horizon, with_controls=False)
         self.substitution.update(scores)
-        if net.makes_vectors:
+        if net.makes_one_vector:
             self.space.update(base, net, batch)
         if self.level2 is not None:
             scores = measure_level(base, {"gistnet": net}, [batch], self.substitution.horizon, with_controls=False)

@@ -31,12 +31,24 @@ class SoftTokens:
     def bytes_per_block(self) -> int:
         return BYTES * self.vectors.shape[2:].numel()
 
+    def in_a_row(self, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """All vectors of blocks at starts [B, N], one behind the other: vectors [B, N M, D], positions [B, N M]."""
+        vectors = self.vectors if self.vectors.ndim == 4 else self.vectors[:, :, None]
+        offsets = torch.as_tensor(self.offset, device=starts.device).view(-1)
+        return vectors.flatten(1, 2), (starts[..., None] + offsets).flatten(1)
+
+    @property
+    def slots(self) -> int:
+        """M."""
+        return 1 if self.vectors.ndim == 3 else self.vectors.shape[2]
+
 
 @dataclass(frozen=True)
 class KVSlots:
     """Keys (rotated already) and values of one column per block. They have no output row, so h = 0 has no score."""
 
     layers: Sequence[tuple[Tensor, Tensor]]  # per layer, each [B, G, N, W]
+    slots = 1  # columns of a block
     first = 1  # the first offset of the horizon that has a score
 
     def bytes_per_block(self) -> int:
@@ -57,6 +69,7 @@ class Compressor(nn.Module):
     setting = "compressor"  # where a user sets it
     needs_hidden = False  # reads the base LM's own states of the block
     makes_vectors = True  # ``SoftTokens``; else ``KVSlots``
+    slots = 1  # M, vectors of a block
     makes_levels = False  # ``compress`` takes a ``lod``, and makes gists of gists too
 
     def __init__(self, block_size: int = 32, position: str = "centre"):
@@ -67,6 +80,11 @@ class Compressor(nn.Module):
             allowed = ", ".join(POSITIONS)
             raise ValueError(f"{self.setting}.position={position} is not known, allowed are {allowed}")
         self.block_size, self.position = block_size, position
+
+    @property
+    def makes_one_vector(self) -> bool:
+        """Whether a block is a point of the base LM's input space: what has a distance, a level above, a tree."""
+        return self.makes_vectors and self.slots == 1
 
     @property
     def levels(self) -> int:

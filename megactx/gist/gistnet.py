@@ -32,7 +32,8 @@ class Seen(NamedTuple):
 class GistNet(Compressor):
     """One vector for the K embeddings of a block, or for K gists: the last token plus a learned correction (method 2).
 
-    The gist is ``skip + head(pool(backbone(block)))``, at the scale of the base LM's token embeddings.
+    The gist is ``skip + head(pool(backbone(block)))``, at the scale of the base LM's token embeddings. With several
+    ``slots`` the backbone reads the block as one, and each slot is such a gist of its share of the block's states.
 
     Args:
         width: D of the base LM.
@@ -57,6 +58,7 @@ class GistNet(Compressor):
         levels: sets of weights. With 1, tokens and gists of every level share one set. With 2, gists of gists have a
             set of their own, and so on; levels beyond the last share the last set.
         rank: r of LoRA with ``type=base``.
+        slots: M, vectors of a block; divides K. More than one make no gists of gists, so no tree and no session.
         gain: how far a fresh correction moves a gist for what the head says, and with ``skip=none`` the scale of a
             fresh gist; each channel's gain is learned from there.
         base: the base LM, which ``type=base`` alone needs.
@@ -66,7 +68,6 @@ class GistNet(Compressor):
     """
 
     setting = "gistnet"
-    makes_levels = True
 
     def __init__(
         self,
@@ -88,12 +89,22 @@ class GistNet(Compressor):
         levels: Count = 1,
         rank: Count = 16,
         gain: Positive = 1.0,
+        slots: Count = 1,
         base=None,
     ):
         super().__init__(block_size, position)
         if type == "mean" and (context or input != "embedding"):
             raise ValueError(f"gistnet.type=mean has no backbone: gistnet.context={context}, gistnet.input={input}")
+        if slots > 1:
+            if block_size % slots:
+                raise ValueError(f"gistnet.slots={slots} does not divide block_size={block_size}")
+            for name, value in (("levels", levels), ("gaussian_rope", gaussian_rope), ("pooling", pooling)):
+                if value not in (1, "plain", "mean", "query"):
+                    allowed = {"levels": "1", "gaussian_rope": "plain", "pooling": "mean, query"}[name]
+                    raise ValueError(f"{name}={value} is not allowed with gistnet.slots={slots}: {allowed}")
         self.width, self.skip, self.embedding_rms = width, skip, embedding_rms
+        if slots > 1:  # not a setting of its own otherwise: trees know their encoder by its settings
+            self.slots = slots
         self.left_context, self.needs_hidden, self.input_layer = context, input == "hidden", input_layer
         self.spread = PositionSpread(gaussian_rope, block_size)
         if type == "transformer":
@@ -131,6 +142,10 @@ class GistNet(Compressor):
         return 1 + len(self.above)
 
     @property
+    def makes_levels(self) -> bool:
+        return self.slots == 1
+
+    @property
     def reads_layers(self) -> bool:
         """Whether its gists depend on the layers of the base LM, and not on the embeddings alone."""
         return self.needs_hidden or isinstance(self.backbone, BaseBackbone)
@@ -160,6 +175,12 @@ class GistNet(Compressor):
         Raises:
             ValueError: ``input_layer`` is not one of the base LM's.
         """
+        if self.slots > 1:
+            embedded = base.embed(blocks(prefill.ids, starts, self.block_size)).flatten(0, 1)
+            gists = self.encode_block(embedded, self.seen(base, prefill, starts))
+            share = self.block_size // self.slots
+            offsets = range(self.offset_in(share), self.block_size, share)
+            return SoftTokens(gists.view(*starts.shape, self.slots, -1), offsets)
         k, left = self.block_size, self.left_context // self.block_size if lod > 1 else 0
         if lod > 2 and left:
             raise ValueError(f"gistnet.context={self.left_context} is not supported above LOD 2, wanted {lod}")
@@ -195,13 +216,18 @@ class GistNet(Compressor):
         return Seen(states, None if bool(mask.all()) else mask.flatten(0, 1), self.needs_hidden)
 
     def encode_block(self, embeddings: Tensor, seen: Seen | None = None) -> Tensor:
-        """embeddings [B, K, D] -> gists [B, D], in fp32. The backbone reads ``seen`` instead, where it is given.
+        """embeddings [B, K, D] -> gists [B, D], [B, M, D] with ``slots``, in fp32.
+
+        The backbone reads ``seen`` instead, where it is given.
 
         Raises:
             ValueError: K or D are not those that the net was built for.
         """
         x = self._scaled(embeddings)
-        pooled = self.pooling(x if self.backbone is None else self.backbone(*self._entering(x, seen)))
+        states = x if self.backbone is None else self.backbone(*self._entering(x, seen))
+        if self.slots > 1:
+            states, x = (part.unflatten(1, (self.slots, -1)).flatten(0, 1) for part in (states, x))
+        pooled = self.pooling(states)
         if self.skip == "none":
             # Normalised, so that a fresh gist has exactly the scale of a token; the gain is learned.
             gist = F.rms_norm(self.head(pooled).float(), (self.width,)) * self.gain
@@ -212,7 +238,8 @@ class GistNet(Compressor):
             kept = x[:, -1] if self.skip == "last" else mean
             seen = torch.cat([pooled.to(kept.dtype), x[:, -1], mean], dim=-1)
             gist = kept + (self.head(seen) + self.shortcut(seen)).float() * self.gain
-        return gist * self.embedding_rms
+        gist = gist * self.embedding_rms
+        return gist if self.slots == 1 else gist.unflatten(0, (-1, self.slots))
 
     encode_span = encode_block  # the design's name
 

@@ -49,14 +49,18 @@ def old_blocks(starts: Tensor, block: int, recency: int) -> Tensor:
 
 
 def stream(base: BaseLM, prefill: Prefill, old: Tensor, carriers: SoftTokens | KVSlots, block: int):
-    """Keys and values per layer of the sink and of the carriers of the blocks at old [B, M]: K + M columns."""
+    """Keys and values per layer of the sink and of the carriers of the blocks at old [B, M]: K + M columns.
+
+    K + M x slots where a block has several vectors.
+    """
     if isinstance(carriers, KVSlots):
         return [
             tuple(torch.cat([sink[:, :, :block], slots], dim=2) for sink, slots in zip(cached, layer, strict=True))
             for cached, layer in zip(prefill.cache, carriers.layers, strict=True)
         ]
-    sigma = None if carriers.sigma is None else carriers.sigma.expand(old.shape)
-    return read_stream(base, prefill, carriers.vectors, old + carriers.offset, sigma, block)
+    vectors, positions = carriers.in_a_row(old)
+    sigma = None if carriers.sigma is None else carriers.sigma.expand(positions.shape)
+    return read_stream(base, prefill, vectors, positions, sigma, block)
 
 
 def read_stream(base: BaseLM, prefill: Prefill, vectors: Tensor, positions: Tensor, sigma: Tensor | None, block: int):
@@ -105,7 +109,8 @@ def with_carriers(
 ) -> Tensor:
     """The sink, carriers of all blocks of ``old_blocks``, ``recency`` raw tokens: hidden [B, N, S, D]."""
     kv_cache = stream(base, prefill, old_blocks(starts, block, recency), carriers, block)
-    columns = block + (starts - recency) // block - 1  # the sink, and a carrier for each of its old blocks
+    # The sink, and the carriers of all of its old blocks.
+    columns = block + carriers.slots * ((starts - recency) // block - 1)
     return continued(base, prefill, starts, kv_cache, columns, recency, segment)
 
 

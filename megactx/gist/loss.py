@@ -105,10 +105,10 @@ class Loss:
         if not self.weight or not (self.all_vectors or self.main_vectors):
             return
         for name, net in list(nets.items())[: None if self.all_vectors else 1]:
-            if not net.makes_vectors:
+            if not net.makes_one_vector:
+                makes = "several vectors of a block" if net.makes_vectors else "keys and values, not vectors"
                 raise ValueError(
-                    f"{self.setting}.weight={self.weight} is not allowed with {name}, which makes keys and values, not"
-                    " vectors: set it to 0"
+                    f"{self.setting}.weight={self.weight} is not allowed with {name}, which makes {makes}: set it to 0"
                 )
 
     def check_data(self, datamodule, nets: dict[str, Compressor]) -> None:

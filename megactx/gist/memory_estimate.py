@@ -55,7 +55,7 @@ def memory_estimate(
     shared = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or base.width // heads
     inner = getattr(config, "intermediate_size", None) or 4 * base.width
-    rows = spans * len(nets) * horizon  # of one document
+    rows = spans * sum(horizon + getattr(net, "slots", 1) - 1 for net in nets)  # of one document
     groups = -(-spans * len(nets) // max(1, ROWS_PER_GROUP.get(device, 256) // horizon))
     chunk = min(batch * rows // len(nets) * base.vocab_size, CHUNK_ELEMENTS.get(device, 2**21))
     per_row = 2 * 4 * base.width + size * (heads * width + 3 * inner) + (4 if device == "cpu" else size) * heads * width

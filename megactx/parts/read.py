@@ -23,20 +23,30 @@ from .find import GISTNET, KEYS, LENSNET, WEIGHTS, find, read_best, refuse_other
 IN_CHECKPOINTS = ("nets.gistnet.", "gistnet.")  # of a gist stage, and of those that start from a GistNet
 
 
-def gistnet_of(path: str | Path, base: BaseLM, setting: str = "gistnet", record: dict | None = None) -> GistNet:
+def gistnet_of(
+    path: str | Path, base: BaseLM, setting: str = "gistnet", record: dict | None = None, slots: bool = False
+) -> GistNet:
     """A GistNet in eval mode, fp32.
 
     Args:
         path: see ``megactx.parts``.
         setting: what has named it, for messages.
         record: ``record_of`` the base LM, where it is known.
+        slots: it may make several vectors of a block, of which there is no tree.
 
     Raises:
-        ValueError: there is none, it is of another compressor, or of another base.
+        ValueError: there is none, it is of another compressor, or of another base, or makes several vectors.
     """
     place = find(path, "gistnet", setting)
-    if (place / GISTNET).exists():
-        return load_gistnet(place, base)
+    net = load_gistnet(place, base) if (place / GISTNET).exists() else _of_run(path, place, base, setting, record)
+    if net.slots > 1 and not slots:
+        raise ValueError(
+            f"{setting}={path}: its gistnet.slots={net.slots} is not allowed here: a block of a tree has 1"
+        )
+    return net
+
+
+def _of_run(path: str | Path, place: Path, base: BaseLM, setting: str, record: dict | None) -> GistNet:
     checkpoint = read_best(place, setting)
     refuse_other_base(checkpoint, record or record_of(base, "of this run"), f"{setting}={path}: ")
     if not (weights := under(checkpoint, *IN_CHECKPOINTS)):

@@ -94,7 +94,7 @@ def _write_run(args: argparse.Namespace) -> None:
     checkpoint = read_best(place, "RUN")
     base = BaseLM.from_pretrained(checkpoint["hyper_parameters"]["base"]["name"], "float32").freeze()
     record = record_of(base, checkpoint["hyper_parameters"]["base"]["name"])
-    net = gistnet_of(args.run, base, "RUN", record)
+    net = gistnet_of(args.run, base, "RUN", record, slots=True)
     made_by = f"step {checkpoint['global_step']} of {Path(args.run).resolve().name}"
     save_gistnet(net, gistnet_settings(args.run, "RUN"), base, args.out, made_by)
     print(f"{args.out}: GistNet for {record['name']}, {made_by}")

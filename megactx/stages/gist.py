@@ -115,7 +115,7 @@ class GistStage(FrozenBaseStage):
         self.losses = build_losses(losses, dict(self.nets))
         self.kept: PrefillCache | None = None
         self.with_states = any(net.needs_hidden for net in self.nets.values())
-        if not self.main.makes_vectors:
+        if not self.main.makes_one_vector:
             refuse_without_vectors(self.hparams)
 
     @property

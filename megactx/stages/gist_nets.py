@@ -63,7 +63,7 @@ def reads_with_base(net: Compressor) -> bool:
 
 
 def refuse_without_vectors(settings) -> None:
-    """A report that needs vectors, for a compressor that makes keys and values.
+    """A report that needs a vector of each block, for a compressor that makes keys and values, or several vectors.
 
     Raises:
         ValueError: naming the setting.
@@ -71,5 +71,5 @@ def refuse_without_vectors(settings) -> None:
     if steps := settings.evaluate["reconstruction"]:
         raise ValueError(
             f"stage.evaluate.reconstruction={steps} is not allowed with compressor={settings.compressor['name']}, which"
-            " makes keys and values, not vectors: 0"
+            " makes keys and values, or several vectors of a block: 0"
         )

@@ -59,7 +59,7 @@ def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, wei
             )
         if evaluate["history"]:
             extra["history"] = _history(stage, every, evaluate["history"], settings)
-        geometry = _geometry(stage, batches) if stage.main.makes_vectors else {}
+        geometry = _geometry(stage, batches) if stage.main.makes_one_vector else {}
     if decoder:
         geometry |= reconstruction(stage.base, stage.main, decoder, batches)
     scores.save(folder / "scores")
@@ -68,7 +68,7 @@ def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, wei
             extra[name].save(folder / f"scores_{name}")
     numbers = summarise(scores, next(iter(stage.nets)), targets=stage.hparams.targets, geometry=geometry, **extra)
     numbers["flops_per_block"] = {name: net.flops_per_block(stage.base) for name, net in stage.nets.items()}
-    numbers["notes"] += _not_measured(numbers)
+    numbers["notes"] += _not_measured(numbers, stage.main)
     if without := [name for name, net in stage.nets.items() if not net.makes_vectors]:
         numbers["notes"].append(
             f"{', '.join(without)}: keys and values have no output row, so at h = 0 they count as dropped; against"
@@ -86,13 +86,14 @@ def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, wei
     print(f"In short, on {what} after {steps}: {in_short(numbers)}")
 
 
-def _not_measured(numbers: dict) -> list[str]:
+def _not_measured(numbers: dict, main) -> list[str]:
     """What a reader may look for in vain, and the setting that brings it."""
     notes = []
     if not numbers["copies"]:
         notes.append("copy recovery was not measured: evaluate.copies is 0, or no document has 3 K + distance tokens.")
     if not numbers["level2"]:
         why = "evaluate.level2 is 0, or no document has 2 K^2 + H tokens, 2,048 + H where K = 32."
+        why = why if main.slots == 1 else f"gistnet.slots is {main.slots}, and several vectors have no gist of gists."
         notes.append(f"hierarchical consistency (dNLL of a gist of gists) was not measured: {why}")
     return notes
 

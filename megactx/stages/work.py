@@ -36,6 +36,7 @@ class Work:
     horizon: int = 0  # H
     nets: int = 0  # of all nets for one block, forward
     block: int = 0  # K
+    slots: float = 1.0  # vectors of a block, mean over the nets
     losses: tuple[Loss, ...] = ()  # those with a weight
 
     @classmethod
@@ -56,7 +57,8 @@ class Work:
             flops = sum(net.flops_per_block(base) for net in nets.values())
         own, block = cls.of_base(base), next(iter(nets.values())).block_size
         learned = tuple(loss for loss in losses if loss.weight)
-        return cls(own.body, own.head, own.attention, len(nets), horizon, flops, block, learned)
+        slots = sum(net.slots for net in nets.values()) / len(nets)
+        return cls(own.body, own.head, own.attention, len(nets), horizon, flops, block, slots, learned)
 
     @torch.no_grad()
     def __call__(self, batch: dict) -> Tensor | float:

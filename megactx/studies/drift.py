@@ -46,6 +46,7 @@ class Stored(Compressor):
     def __init__(self, net: Compressor, was: "Reader", as_keys: bool = False):
         super().__init__(net.block_size, net.position)
         self.net, self.was, self.as_keys, self.makes_vectors = net, was, as_keys, net.makes_vectors and not as_keys
+        self.slots = net.slots
 
     def compress(self, base: BaseLM, prefill: Prefill, starts: Tensor) -> SoftTokens | KVSlots:
         before = self.was.read(prefill.ids)
@@ -110,7 +111,7 @@ def measure_drift(
     for change in [None, *changes]:
         carriers, forms = dict(nets), []
         for name, net in old.items():
-            for as_keys in (False, True) if net.makes_vectors else (False,):
+            for as_keys in (False, True) if net.makes_one_vector else (False,):
                 form = "vectors" if net.makes_vectors and not as_keys else "keys and values"
                 carriers[f"{name}, {form}"] = Stored(net, was, as_keys)
                 forms.append((name, form))

@@ -54,7 +54,7 @@ def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     models = load_models(asked.model)
     base, net = models.base, models.gistnet
     if asked.gistnet:
-        net = gistnet_of(asked.gistnet, base, "--gistnet").to(base.model.device)
+        net = gistnet_of(asked.gistnet, base, "--gistnet", slots=True).to(base.model.device)
     if net is None:
         raise ValueError(f"MODEL={asked.model}: there is no GistNet for it, give one: --gistnet PATH")
     block = net.block_size

@@ -121,12 +121,13 @@ def greedy(base: BaseLM, prompt: Prompt, ids: Tensor, tokens: int) -> Tensor:
 def _vectors(base: BaseLM, prefill: Prefill, old: Tensor, carriers: SoftTokens, block: int, raw: Tensor) -> Prompt:
     ids, (b, t) = prefill.ids, prefill.ids.shape
     sink = torch.arange(block, device=ids.device).expand(b, -1)
-    rows = [base.embed(ids[:, :block]), carriers.vectors.to(prefill.hidden.dtype), base.embed(ids[:, raw[0]])]
-    positions = torch.cat([sink, old + carriers.offset, raw], dim=1)
+    vectors, places = carriers.in_a_row(old)
+    rows = [base.embed(ids[:, :block]), vectors.to(prefill.hidden.dtype), base.embed(ids[:, raw[0]])]
+    positions = torch.cat([sink, places, raw], dim=1)
     sigma = None
     if carriers.sigma is not None:
         sigma = torch.zeros_like(positions, dtype=carriers.sigma.dtype)
-        sigma[:, block : block + old.shape[1]] = carriers.sigma
+        sigma[:, block : block + places.shape[1]] = carriers.sigma
     stored = ID_BYTES * (block + raw.shape[1]) + old.shape[1] * carriers.bytes_per_block()
     return Prompt(t, stored, (), torch.cat(rows, dim=1), positions, sigma)
 

@@ -14,6 +14,8 @@ from megactx.lm.prefill import prefill
 K, H, LENGTH = 4, 4, 64
 GISTNETS = {f"gistnet {name}": {"pooling": name} for name in names(poolings)}
 GISTNETS |= {"gistnet of hidden states": {"input": "hidden"}, "gistnet with context": {"context": 2 * K}}
+SLOTS = "gistnet of two vectors"
+GISTNETS |= {SLOTS: {"slots": 2}}
 CARRIERS = [*names(carriers), *GISTNETS]
 # Two steps of Adam move each channel by its gradient's sign, which bf16 turns where the gradient is near 0.
 BF16, FITTED = 0.02, 0.1  # relative errors; measured are 0.008 and 0.02
@@ -65,9 +67,12 @@ def assert_shapes(net: Compressor, base, carrier: SoftTokens | KVSlots):
     config = base.config
     assert isinstance(carrier, SoftTokens if net.makes_vectors else KVSlots)
     if net.makes_vectors:
-        assert carrier.vectors.shape == (2, 3, base.width) and carrier.first == 0
-        assert carrier.offset == net.offset and 0 <= net.offset < net.block_size
-        assert carrier.bytes_per_block() == 2 * base.width
+        shape = (2, 3, base.width) if net.slots == 1 else (2, 3, net.slots, base.width)
+        assert carrier.vectors.shape == shape and carrier.first == 0
+        offsets = [carrier.offset] if net.slots == 1 else list(carrier.offset)
+        assert len(offsets) == net.slots and offsets[-1] == net.offset
+        assert 0 <= min(offsets) <= net.offset < net.block_size
+        assert carrier.bytes_per_block() == 2 * base.width * net.slots
     else:
         heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
         assert len(carrier.layers) == config.num_hidden_layers and carrier.first == 1
@@ -85,6 +90,10 @@ def test_there_is_one_carrier_per_block_of_the_shape_that_it_says(name, base):
 
 @pytest.mark.parametrize("name", CARRIERS)
 def test_a_block_of_one_token_is_compressed(name, base):
+    if name == SLOTS:
+        with pytest.raises(ValueError, match="gistnet.slots=2 does not divide block_size=1"):
+            made(name, base, block=1)
+        return
     net = made(name, base, block=1)
     assert_shapes(net, base, compressed(net, base, documents()))
 

@@ -150,6 +150,9 @@ def test_a_gist_of_a_level_is_the_gist_of_the_gists_below():
         ({"type": "rnn"}, "gistnet.type=rnn"),
         ({"layers": 0}, "gistnet.layers=0"),
         ({"dropout": 1.0}, "gistnet.dropout=1.0"),
+        ({"slots": 3}, f"gistnet.slots=3 does not divide block_size={K}"),
+        ({"slots": 2, "levels": 2}, "levels=2 is not allowed with gistnet.slots=2: 1"),
+        ({"slots": 2, "pooling": "cls"}, "pooling=cls is not allowed with gistnet.slots=2: mean, query"),
     ],
 )
 def test_a_setting_that_is_not_allowed_is_named(settings, message):
@@ -240,3 +243,24 @@ def test_gists_of_gists_can_have_weights_of_their_own():
 
 def test_a_block_is_encoded_under_the_name_of_the_design_too():
     assert GistNet.encode_span is GistNet.encode_block
+
+
+@pytest.mark.parametrize("pooling", ["mean", "query"])
+def test_slots_of_a_net_without_a_backbone_are_gists_of_smaller_blocks(pooling):
+    settings = {"type": "mean"} if pooling == "mean" else {"num_heads": 2, "pooling": pooling}
+    torch.manual_seed(0)
+    net, small = (GistNet(16, 0.02, block_size=k, slots=m, **settings) for k, m in ((8, 4), (2, 1)))
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    small.load_state_dict(net.state_dict())
+    x = torch.randn(3, 8, 16) * 0.02
+    gists = net.encode_block(x)
+    assert gists.shape == (3, 4, 16)
+    apart = small.encode_block(x.view(12, 2, 16)).view(3, 4, 16)
+    if pooling == "mean":
+        torch.testing.assert_close(gists, apart)
+    else:  # the backbone reads the whole block, so each slot knows the others' tokens
+        assert not torch.allclose(gists, apart)
+        moved = x.clone()
+        moved[:, 7] += 0.02
+        assert ((net.encode_block(moved) - gists).abs().amax(dim=(0, 2)) > 0).all()

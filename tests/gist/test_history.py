@@ -141,3 +141,20 @@ def test_more_raw_tokens_than_the_window_are_the_same_pass_with_a_longer_window(
     columns = torch.full_like(starts, K)
     torch.testing.assert_close(longer, continued(base, prefill, starts, prefill.cache, columns, R + 8, S))
     assert (longer - with_nothing(base, prefill, starts, K, S, R)).abs().max() > 1e-3
+
+
+def test_blocks_of_several_vectors_are_read_as_a_fresh_prefill_reads_them(setting):
+    base, ids, starts, prefill = setting("llama")
+    net = GistNet(WIDTH, base.embedding_rms(), block_size=K, slots=4)
+    for p in net.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    hidden = with_carriers(base, prefill, starts, net.compress(base, prefill, old_blocks(starts, K, R)), K, S, R)
+    for b in range(2):
+        for n, start in enumerate(starts[b].tolist()):
+            old = torch.arange(K, start - R, K)
+            vectors = net.encode_block(torch.stack([base.embed(ids[b : b + 1])[0, s : s + K] for s in old.tolist()]))
+            places = (old[:, None] + torch.tensor([1, 3, 5, 7])).flatten()
+            raw = torch.arange(start - R, start + S - 1)
+            rows = [base.embed(ids[b, :K]), vectors.flatten(0, 1), base.embed(ids[b, raw])]
+            wanted = fresh(base, rows, [torch.arange(K), places, raw], S)
+            torch.testing.assert_close(hidden[b, n], wanted, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 """Other compressors through the same stage, history mode in the loss, and both in the report."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch.utils.data import default_convert
 
 from megactx.framework.app import run
 from megactx.framework.config.search_path import compose
+from megactx.lm import BaseLM
+from megactx.parts.read import gistnet_of
 from megactx.stages.gist import GistStage
 
 SHORT = ["block_size=8", "stage.evaluate.copies=0"]
@@ -192,3 +195,19 @@ def test_a_run_of_gistpool_goes_on_to_the_same_weights(pool_run, tmp_path, monke
 def test_what_does_not_go_together_is_refused_in_one_message(pool_run, capsys, overrides, named):
     assert run([*pool_run, *SHORT, *overrides]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_a_gistnet_of_several_vectors_is_trained_and_measured_and_no_tree_takes_it(gist_run, base_folder, capsys):
+    folder = next(o for o in gist_run if o.startswith("folder=")).partition("=")[2]
+    given = [*gist_run, *SHORT, *HISTORY, "gistnet.slots=2", "stage.evaluate.history=4", "stage.evaluate.level2=4"]
+    assert run(given) == 0
+    made = json.loads((Path(folder) / "report.json").read_text())
+    assert made["history"] and not made["level2"]
+    assert "gistnet.slots is 2" in " ".join(made["notes"])
+    base = BaseLM.from_pretrained(str(base_folder), "float32").freeze()
+    assert gistnet_of(folder, base, "--gistnet", slots=True).slots == 2
+    with pytest.raises(ValueError, match="gistnet.slots=2 is not allowed here"):
+        gistnet_of(folder, base, "stage.gistnet")
+    capsys.readouterr()
+    assert run([*given, f"folder={folder}2", "loss.recall.weight=0.5"]) == 2
+    assert "loss.recall.weight=0.5 is not allowed with gistnet, which makes several vectors" in capsys.readouterr().err

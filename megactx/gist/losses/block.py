@@ -67,10 +67,10 @@ class Block(Loss):
 
     def flops(self, batch: dict, work) -> Tensor:
         starts = batch[self.starts].double()
-        rows = starts.numel() * work.horizon
+        each = work.horizon + work.slots - 1  # of several vectors only the last one predicts a token
         # A branch at start s: its rows see s columns, and each other.
-        columns = work.horizon * (starts + (work.horizon + 1) / 2).sum()
-        return work.passed(rows, columns) + work.scored(rows)
+        columns = each * (starts + (each + 1) / 2).sum()
+        return work.passed(starts.numel() * each, columns) + work.scored(starts.numel() * work.horizon)
 
     def encoded(self, batch: dict, block: int) -> dict[str, int]:
         # A span of K^2 tokens is K blocks, and one gist of their gists.

@@ -59,6 +59,7 @@ class History(Loss):
     def flops(self, batch: dict, work) -> Tensor:
         starts = batch["segments"].double()
         old = old_counts(starts, work.block, self.recency)
+        old = work.slots * old
         stream = work.block + old.max()  # the sink and the carriers, for every document as many
         rows = torch.full_like(starts, self.recency + self.segment - 1)
         columns = (rows * (work.block + old) + rows * (rows + 1) / 2).sum()
