@@ -34,8 +34,8 @@ def read_carriers(
             before = rows_at(prefill.hidden, starts - 1, 1)
             out[index] = torch.cat([before, slotted(base, prefill, starts, carrier.layers, tokens, horizon)], dim=2)
         else:
-            together.setdefault(carrier.vectors.ndim, []).append(index)
-    for indices in together.values():  # one vector per block, then several
+            together.setdefault(carrier.slots, []).append(index)
+    for indices in together.values():  # of as many vectors per block
         same = [carriers[index] for index in indices]
         hidden = substituted(
             base,

@@ -7,6 +7,7 @@ from megactx.gist import GistNet
 from megactx.gist.carrier import SoftTokens
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.history import check_segments, continued, old_blocks, with_carriers, with_nothing
+from megactx.gist.reading import read_carriers
 from megactx.lm import masks
 from megactx.lm.prefill import blocks, prefill
 
@@ -158,3 +159,15 @@ def test_blocks_of_several_vectors_are_read_as_a_fresh_prefill_reads_them(settin
             rows = [base.embed(ids[b, :K]), vectors.flatten(0, 1), base.embed(ids[b, raw])]
             wanted = fresh(base, rows, [torch.arange(K), places, raw], S)
             torch.testing.assert_close(hidden[b, n], wanted, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_carriers_of_one_two_and_four_vectors_are_read_side_by_side_as_alone(setting):
+    base, _, starts, prefill = setting("llama")
+    nets = [GistNet(WIDTH, base.embedding_rms(), block_size=K, slots=slots) for slots in (4, 1, 2)]
+    each = [net.compress(base, prefill, starts) for net in nets]
+    together = read_carriers(base, prefill, starts, each, K, 8)
+    for found, carrier in zip(together, each, strict=True):
+        torch.testing.assert_close(
+            found, read_carriers(base, prefill, starts, [carrier], K, 8)[0], rtol=1e-4, atol=1e-5
+        )
