@@ -15,6 +15,7 @@ Second table, per refocus: W entries of a tree of 16 W tokens, batch 1.
     allocator  what is legal, price, scores, and the choice of edits
     edits      making them
     decode     32 tokens one by one by the base LM, over a cache of the W entries
+    graph      the same by a session's reader at fixed shapes, on a card as one CUDA graph
     prefill    reading the W entries anew: the most that edits can cost in recomputed keys and values
 
 With ``--shapes smollm3`` the base has the shapes of SmolLM3-3B and random weights; both depend on shapes only, as they
@@ -47,6 +48,7 @@ from megactx.framework.command_line import run
 from megactx.framework.run.device import choose
 from megactx.lm import BaseLM, masks
 from megactx.memory import MegaContextTree, WorkingContext
+from megactx.runtime.incremental_prefill import IncrementalPrefill
 
 BLOCK, HORIZON, NEW = 32, 32, 32
 TOKENS_PER_ENTRY = 16  # of the trees of the second table
@@ -159,12 +161,14 @@ def refocusing(base: BaseLM, lens: LensNet, entries: int, repeats: int) -> dict:
     decoding(base, context, watch, repeats)
     parts = zip(*(watch.seconds[name] for name in ("refocus", "lensnet", "edits")), strict=True)
     watch.seconds["allocator"] = [whole - lensnet - edits for whole, lensnet, edits in parts]
-    milliseconds = {name: watch.median(name) for name in ("lensnet", "allocator", "edits", "refocus", "decode")}
+    names = ("lensnet", "allocator", "edits", "refocus", "decode", "graph")
+    milliseconds = {name: watch.median(name) for name in names}
     return {
         "window": entries,
         "entries": int(context.counts[0]),
         "edits": mean(made[1:]),
         "ms": milliseconds | {"prefill": 1e3 * min(watch.seconds["prefill"])},
+        "graph_times_faster": milliseconds["decode"] / milliseconds["graph"],
         "share_of_decoding": {name: ms / milliseconds["decode"] for name, ms in milliseconds.items()},
         "seconds": watch.seconds,
     }
@@ -186,6 +190,15 @@ def decoding(base: BaseLM, context: WorkingContext, watch: Stopwatch, repeats: i
                 position = torch.full((1, 1), end + step, device=device)
                 token = base.logits(base(base.embed(token), position, sees, cache)).argmax(-1)
         cache.crop(-NEW)
+    reader = IncrementalPrefill(base, graphs=True)
+    reader.read(embeddings, context.positions(), context.lengths)
+    for _ in range(repeats + 1):
+        token = base.logits(reader.hidden).argmax(-1, keepdim=True)
+        with watch("graph"):
+            for step in range(NEW):
+                hidden = reader.step(token, torch.full((1, 1), end + step, device=device))
+                token = base.logits(hidden).argmax(-1)
+        reader.read(embeddings, context.positions(), context.lengths)
 
 
 def base_of(arguments, device: str, bf16: bool) -> BaseLM:
@@ -250,7 +263,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         ],
     )
     second = [refocusing(base, lens, entries, arguments.repeats) for entries in arguments.windows]
-    names = ("lensnet", "allocator", "edits", "refocus", "decode", "prefill")
+    names = ("lensnet", "allocator", "edits", "refocus", "decode", "graph", "prefill")
     sheet(
         f"a refocus against decoding {NEW} tokens, ms",
         ("W", "entries", "edits made", *names, "refocus / decode", "LensNet / decode"),

@@ -1,6 +1,6 @@
 """Packed substitution against the honest ways to compute the same numbers, side by side in one run.
 
-    python benchmarks/substitution.py [--tokens 4096] [--horizons 32 64 128] [--base asset:tiny-base]
+    python benchmarks/substitution.py [--tokens 4096] [--horizons 32 64 128] [--base asset:tiny-base] [--compile]
 
 Per horizon, over all eligible blocks of one document: NLL and KL of the H tokens behind a block that a gist replaces,
 forward only.
@@ -12,7 +12,9 @@ forward only.
 
 The loops are timed on evenly spaced blocks, enough of them to run for some seconds, and scaled to all blocks. Every
 opponent runs the head only on the H scored rows, in the same precision, under inference_mode, with plain causal
-attention where its positions allow it. All four give the same numbers; the largest difference is printed.
+attention where its positions allow it. All four give the same numbers; the largest difference is printed. It runs on
+a card where there is one. ``--compile`` times packed once more with the decoder compiled by ``torch.compile``, the
+compilation itself apart.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +39,13 @@ from megactx.lm.prefill import blocks, prefill, rows_at
 
 BLOCK, OFFSET = 32, 31
 ENOUGH = 4.0  # seconds of a loop that are timed
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def packed(base, ids, starts, gists, horizon):
@@ -70,7 +80,7 @@ class Loops:
         x = torch.cat(
             [self.embedded[:, :s], gist[None, None].to(self.embedded.dtype), self.embedded[:, s + BLOCK : end]], 1
         )
-        positions = torch.cat([torch.arange(s), torch.arange(s + OFFSET, end)])[None]
+        positions = torch.cat([torch.arange(s), torch.arange(s + OFFSET, end)])[None].to(x.device)
         # With an empty cache and no mask the model takes its fast causal kernel, and the jump in positions is not read
         # as a border between packed sequences (it would be without the cache): the loop's best case.
         decoder = self.base.model.get_decoder()
@@ -88,26 +98,41 @@ class Loops:
             past.update(keys[:, :, :s], values[:, :, :s], layer)
         end = s + BLOCK + self.horizon - 1
         rows = torch.cat([gist[None, None].to(self.embedded.dtype), self.embedded[:, s + BLOCK : end]], 1)
-        mask = masks.causal(s + self.horizon)[:, :, s:]
-        return self._score(self.base(rows, torch.arange(s + OFFSET, end)[None], mask, past)[0], s)
+        mask = masks.causal(s + self.horizon, rows.device)[:, :, s:]
+        positions = torch.arange(s + OFFSET, end, device=rows.device)[None]
+        return self._score(self.base(rows, positions, mask, past)[0], s)
 
 
 @torch.inference_mode()
-def bench(base, tokens, horizon, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, base.vocab_size, (1, tokens), generator=generator)
-    starts = torch.arange(BLOCK, tokens - BLOCK - horizon + 1, BLOCK)[None]
-    gists = (torch.randn(1, starts.shape[1], base.width, generator=generator) * base.embedding_rms()).to(
-        base.model.dtype
-    )
-    packed(base, ids, starts, gists, horizon)  # warm-up
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        nll, _ = packed(base, ids, starts, gists, horizon)
-        times.append(time.perf_counter() - began)
+def bench(base, tokens, horizon, seed=0, compiled: str | None = None):
+    """``compiled``: a backend of ``torch.compile``."""
+    generator, model = torch.Generator().manual_seed(seed), base.model
+    ids = torch.randint(2, base.vocab_size, (1, tokens), generator=generator).to(model.device)
+    starts = torch.arange(BLOCK, tokens - BLOCK - horizon + 1, BLOCK, device=model.device)[None]
+    gists = torch.randn(1, starts.shape[1], base.width, generator=generator).to(model.device)
+    gists = (gists * base.embedding_rms()).to(model.dtype)
+
+    def timed() -> tuple[float, torch.Tensor]:
+        packed(base, ids, starts, gists, horizon)  # warm-up
+        times = []
+        for _ in range(3):
+            began = clock(model.device)
+            nll, _ = packed(base, ids, starts, gists, horizon)
+            times.append(clock(model.device) - began)
+        return sorted(times)[1], nll
+
     n = starts.shape[1]
-    out = {"tokens": tokens, "horizon": horizon, "blocks": n, "spans_per_second": {"packed": n / sorted(times)[1]}}
+    seconds, nll = timed()
+    out = {"tokens": tokens, "horizon": horizon, "blocks": n, "spans_per_second": {"packed": n / seconds}}
+    if compiled:
+        decoder = model.get_decoder()
+        with patch.object(decoder, "forward", torch.compile(decoder.forward, backend=compiled)):
+            began = clock(model.device)
+            packed(base, ids, starts, gists, horizon)
+            out["compiling_seconds"] = clock(model.device) - began
+            again, same = timed()
+        out["compiled_times_faster"] = seconds / again
+        out["compiled_nll_difference"] = (same - nll).abs().max().item()
     loops = Loops(base, ids, horizon)
     difference = 0.0
     for name in ("full", "cut", "prefix"):
@@ -117,9 +142,9 @@ def bench(base, tokens, horizon, seed=0):
         count, spent = 8, 0.0
         while True:
             chosen = torch.linspace(0, n - 1, min(count, n)).round().long().tolist()
-            began = time.perf_counter()
+            began = clock(model.device)
             results = [call(int(starts[0, i]), gists[0, i])[0] for i in chosen]
-            spent = time.perf_counter() - began
+            spent = clock(model.device) - began
             if spent >= ENOUGH or count >= n:
                 break
             count *= 2
@@ -134,10 +159,10 @@ def bench(base, tokens, horizon, seed=0):
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    base = BaseLM.from_pretrained(arguments.base, arguments.dtype).freeze()
-    table = Table(
-        title=f"spans per second, T = {arguments.tokens}, {arguments.dtype}, {torch.get_num_threads()} threads"
-    )
+    device = "cpu" if arguments.cpu or not torch.cuda.is_available() else "cuda"
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    base = BaseLM.from_pretrained(arguments.base, arguments.dtype).freeze().to(device)
+    table = Table(title=f"spans per second, T = {arguments.tokens}, {arguments.dtype}, {where}")
     headings = [
         "H",
         "blocks",
@@ -155,7 +180,8 @@ def benchmark(arguments: argparse.Namespace) -> None:
         table.add_column(heading, justify="right")
     rows = []
     for horizon in arguments.horizons:
-        row = bench(base, arguments.tokens, horizon)
+        backend = ("aot_eager" if device == "cpu" else "inductor") if arguments.compile else None
+        row = bench(base, arguments.tokens, horizon, compiled=backend)
         rows.append(row)
         speed, ratio = row["spans_per_second"], row["ratio"]
         table.add_row(
@@ -168,7 +194,13 @@ def benchmark(arguments: argparse.Namespace) -> None:
         )
     Console(width=120).print(table)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"base": arguments.base, "dtype": arguments.dtype, "rows": rows}, indent=1))
+    if arguments.compile:
+        print(
+            "The packed pass with its decoder compiled, times faster: "
+            + ", ".join(f"H = {row['horizon']} {row['compiled_times_faster']:.2f}" for row in rows)
+        )
+    about = {"base": arguments.base, "dtype": arguments.dtype, "device": where}
+    arguments.out.write_text(json.dumps(about | {"rows": rows}, indent=1))
     print(f"Written to {arguments.out}")
 
 
@@ -178,6 +210,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--horizons", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--base", default="asset:tiny-base")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--compile", action="store_true", help="packed with the decoder compiled, too")
+    parser.add_argument("--cpu", action="store_true", help="where there is a card, too")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out/substitution.json"))
     return run(benchmark, parser, arguments)
 

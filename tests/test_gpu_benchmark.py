@@ -26,13 +26,14 @@ def test_the_page_says_of_every_figure_that_no_card_has_measured_it(gpu):
 
 
 def test_a_figure_is_judged_by_its_goal_and_one_without_a_value_is_not(gpu):
-    packed = {"rows": [{"ratio": {"full": 59.0}}]}
+    packed = {"rows": [{"ratio": {"full": 59.0}, "compiled_times_faster": 1.26}]}
     step = {"spans_per_second": 7.0, "mfu": None, "peak": 105.0, "expected": 100.0}
     encode = {"matmul": [{"share": 0.3, "dtype": "float32"}, {"share": 0.61, "dtype": "bfloat16"}]}
     found = {"packed": packed, "step 3B": step, "encode": encode}
     table = {what: (said, judged) for what, _, said, judged in gpu.rows(found)}
     assert table["GistNet's encode, % of its own matrix products in bf16"] == ("61", True)
     assert table["packed pass over a loop of full forwards, T = 4,096, H = 32"] == ("59.0", False)
+    assert table["the packed pass with its decoder compiled (torch.compile), times faster"] == ("1.26", None)
     assert table["memory of it, % away from the estimate"] == ("5", True)
     assert table["blocks a second in training, shapes of SmolLM3-3B, T = 16,384"] == ("7.0", None)
     assert [said for what, _, said, _ in gpu.rows({"step 3B": step}) if what == "MFU of it, %"][1] == "-"

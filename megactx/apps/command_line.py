@@ -29,6 +29,9 @@ def add_models(parser: argparse.ArgumentParser, budget: int = 2048) -> None:
     )
     parser.add_argument("--keys", type=int, default=0, help="with --earn: old blocks found by their keys (default 0)")
     parser.add_argument(
+        "--graphs", action="store_true", help="decode by a CUDA graph on a card (never tried on one yet)"
+    )
+    parser.add_argument(
         "--metrics", type=int, metavar="PORT", help="give Prometheus numbers at 127.0.0.1:PORT/metrics (default: none)"
     )
 
@@ -79,7 +82,7 @@ def controller_of(args: argparse.Namespace, tree: bool = False) -> Controller:
     Raises:
         ValueError: models and settings do not fit, or make no tree.
     """
-    names = ("budget", "megacontext", "positions", "earn", "keys")
+    names = ("budget", "megacontext", "positions", "earn", "keys", "graphs")
     settings = Settings(**{name: getattr(args, name) for name in names})
     quiet_libraries()
     controller = Controller(load_models(args.model), settings)

@@ -6,6 +6,8 @@ is cut off leaves its room behind for what comes next. So memory stays that of t
 B rows, S columns, M columns that are kept.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -25,19 +27,25 @@ class Layer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         first, new = self.get_seq_length(), (key_states, value_states)
         end = first + key_states.shape[2]
-        if not self.buffers or self.buffers[0].shape[2] < end:
-            room = -(-end // STEP) * STEP
-            grown = [part.new_empty(*part.shape[:2], room, part.shape[3]) for part in new]
-            for buffer, old in zip(grown, self.buffers, strict=False):
-                buffer[:, :, :first] = old[:, :, :first]
-            self.buffers = grown
+        self.reserve(end, new)
         for buffer, part in zip(self.buffers, new, strict=True):
             buffer[:, :, first:end] = part
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
 
+    def reserve(self, end: int, like: Sequence[Tensor] | None = None) -> None:
+        """Make room for ``end`` columns; ``like``: keys and values, where there are none yet."""
+        if self.buffers and self.buffers[0].shape[2] >= end:
+            return
+        first, room = self.get_seq_length(), -(-end // STEP) * STEP
+        # Zeros: what reads a whole buffer under a mask would make NaN of a NaN in a column that nobody sees.
+        grown = [part.new_zeros(*part.shape[:2], room, part.shape[3]) for part in like or self.buffers]
+        for buffer, old in zip(grown, self.buffers, strict=False):
+            buffer[:, :, :first] = old[:, :, :first]
+        self.buffers = grown
+
     def keep(self, count: int) -> None:
-        """Drop all columns behind the first ``count``."""
+        """Keep the first ``count`` columns of the buffers."""
         self.keys, self.values = (buffer[:, :, :count] for buffer in self.buffers)
 
     def select(self, columns: Tensor) -> None:

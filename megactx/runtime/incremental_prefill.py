@@ -14,6 +14,7 @@ from megactx.lm import BaseLM, masks
 from megactx.lm.adapters import stamp_of
 
 from .cache import KeyCache
+from .decode_graph import DecodeGraph
 
 
 class IncrementalPrefill:
@@ -21,17 +22,19 @@ class IncrementalPrefill:
 
     Args:
         base: frozen.
+        graphs: single new tokens are read at fixed shapes, on a card as one CUDA graph, see ``decode_graph``.
 
     ``reused`` [B] and ``lengths`` [B] tell of the last reading how many entries were kept, of how many.
     """
 
-    def __init__(self, base: BaseLM):
-        self.base = base
+    def __init__(self, base: BaseLM, graphs: bool = False):
+        self.base, self.graphs = base, graphs
         self.forget()
 
     def forget(self) -> None:
         """Nothing was read: the next reading computes all."""
         self.cache = KeyCache()
+        self.graph: DecodeGraph | None = None  # over that cache, with these adapters
         self.stamp = stamp_of(self.base)  # of the adapters that keys and values were computed with
         self.columns: list[tuple[Tensor, ...]] = []  # (embeddings, positions, sigma, there), [B, n, ..] each
         self.whole = True  # all columns are there in all rows
@@ -118,6 +121,11 @@ class IncrementalPrefill:
         """Read columns ``start`` and on; of the last ``last`` of them, where all are there, the states are wanted."""
         embeddings, positions, _, mask = new = tuple(part[:, start:] for part in new)
         self.whole &= bool(mask.all())
+        if self.whole and self.graphs and embeddings.shape[1] == 1 and sigma is None and self.columns:
+            self.graph = self.graph or DecodeGraph(self.base, self.cache)
+            hidden = self.graph.step(embeddings, positions)
+            self.columns.append(new)
+            return hidden
         if self.whole:
             hidden = self.base(embeddings, positions, masks.BEHIND, self.cache, sigma, last)
             self.columns.append(new)

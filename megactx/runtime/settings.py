@@ -29,6 +29,8 @@ class Settings:
             read besides, however coarse the window is there; with ``earn`` alone. 0: none.
         edit_every: blocks of new tokens between two refocuses by LensNet. Above 1 the edits of so many blocks are made
             at once, so that what stands behind them is read again once.
+        graphs: read single new tokens at fixed shapes, on a card as one CUDA graph: a token is one launch. Off by
+            default: it has not met a card yet.
 
     Raises:
         ValueError: a setting that is not known.
@@ -42,6 +44,7 @@ class Settings:
     earn: bool = False
     keys: Whole = 0
     edit_every: Count = 1
+    graphs: bool = False
 
     def __post_init__(self):
         if self.keys and not self.earn:

@@ -63,7 +63,7 @@ class Stream:
         self.focus = Focus(settings, self.block, models.lensnet)
         limit = settings.limit or self.base.max_positions
         self.rebase = PositionRebase(settings.positions, limit, settings.budget, self.block)
-        self.prefill = IncrementalPrefill(self.base)
+        self.prefill = IncrementalPrefill(self.base, settings.graphs)
         self.waiting = torch.zeros(self.rows, self.block, dtype=torch.long, device=self.device)
         self.counts = torch.zeros(self.rows, dtype=torch.long)  # of waiting tokens
         self.hidden: Tensor | None = None  # [B, D]; None: to be read

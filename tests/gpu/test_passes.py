@@ -13,6 +13,7 @@ from megactx.gist.reading import read_carriers
 from megactx.lm import packed_attention
 from megactx.lm.mega_attention import MegaMask, in_order
 from megactx.lm.prefill import prefill
+from megactx.runtime.incremental_prefill import IncrementalPrefill
 
 K, H = 8, 6
 # What makes the host wait for a card, as the profiler names it; and what asks a tensor for a number, a CPU's too.
@@ -91,6 +92,25 @@ def test_the_decoder_of_the_packed_pass_is_one_graph_for_the_compiler(device, mo
     torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-3)
     assert device == "cuda" or len(graphs) == 1
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_tokens_at_fixed_shapes_are_those_of_passes_that_grow_and_ask_the_device_for_nothing(device):
+    base = small("llama").to(device)
+    ids = torch.randint(3, 97, (2, 130), device=device, generator=torch.Generator(device).manual_seed(1))
+    rows, lengths = base.embed(ids[:, :40]), torch.full((2,), 40, device=device)
+    places = torch.arange(130, device=device).expand(2, -1)
+    plain, graph = IncrementalPrefill(base), IncrementalPrefill(base, graphs=True)
+    for window in (rows, rows.flip(1)):
+        for reader in (plain, graph):
+            reader.read(window, places[:, :40], lengths)
+        for at in range(40, 130):  # the buffers grow, and what was recorded is recorded anew
+            one = slice(at, at + 1)
+            wanted, found = (reader.step(ids[:, one], places[:, one]) for reader in (plain, graph))
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    with Asked() as asked:
+        graph.graph._pass(graph.graph.layers())
+    assert asked.count == 0
 
 
 def test_flex_attention_gives_what_attention_under_the_dense_mask_gives(device):

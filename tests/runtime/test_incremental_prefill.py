@@ -185,3 +185,28 @@ def test_memory_does_not_grow_with_what_was_read_and_cut_off():
             prefill.step(new[:, n : n + 1], behind[:, None] + n)
         sizes.add(prefill.cache.bytes())
     assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_tokens_at_fixed_shapes_are_those_of_passes_that_grow(kind):
+    base = small_base(kind)
+    context = window(tree_of(base))
+    plain, graph = IncrementalPrefill(base), IncrementalPrefill(base, graphs=True)
+    # Rows of one length: else a row has columns that are not there, and the usual way is taken.
+    rows, lengths, places = context.to_tensor()[:, :40], torch.full_like(context.lengths, 40), torch.arange(40)
+    places = places.expand(len(lengths), -1)
+    generator = torch.Generator().manual_seed(0)
+    for again in range(2):  # the second window is another one: its buffers, and the graph, are used again
+        rows = rows.roll(again, dims=1)
+        for prefill in (plain, graph):
+            prefill.read(rows, places, lengths)
+        for index in range(50):  # beyond the 64 columns that the buffers begin with
+            ids = torch.randint(97, (len(lengths), 1), generator=generator)
+            wanted, found = (p.step(ids, torch.full_like(ids, 40 + index)) for p in (plain, graph))
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        assert graph.graph is not None and plain.graph is None
+        for own, other in zip(graph.cache.layers, plain.cache.layers, strict=True):
+            torch.testing.assert_close(own.keys, other.keys, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(own.values, other.values, rtol=1e-4, atol=1e-4)
+    (two,) = {p.step(ids.expand(-1, 2), torch.full_like(ids, 90).expand(-1, 2)).shape[1] for p in (plain, graph)}
+    assert two == 2, "several tokens at once are read as ever, behind those that were read one by one"

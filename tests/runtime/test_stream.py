@@ -384,3 +384,18 @@ def test_text_that_the_window_does_not_follow_makes_no_window_before_it_is_neede
     whole.append(text)
     assert torch.equal(pieces.tree.tokens, whole.tree.tokens) and torch.equal(pieces.tree.gists(2), whole.tree.gists(2))
     assert torch.equal(pieces.logits(), whole.logits()) and len(events) > 0
+
+
+def test_decoding_at_fixed_shapes_gives_the_same_tokens_windows_and_states(controller, ids):
+    prompt = ids(1, 300)
+    plain, graph = (controller(graphs=graphs) for graphs in (False, True))
+    assert torch.equal(plain.generate(prompt, 70)[0], graph.generate(prompt, 70)[0])
+    streams = [own.stream() for own in (plain, graph)]
+    for stream in streams:
+        stream.append(prompt)
+    for token in ids(1, 3 * K + 1, seed=2)[0]:
+        for stream in streams:
+            stream.push(token[None])
+        torch.testing.assert_close(streams[1].logits(), streams[0].logits(), rtol=1e-4, atol=1e-4)
+    assert streams[1].prefill.graph is not None and streams[0].prefill.graph is None
+    assert torch.equal(streams[0].context.lod, streams[1].context.lod)
