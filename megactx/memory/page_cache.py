@@ -3,6 +3,9 @@
     disk -- fetch --> memory, at most ``budget`` bytes: least recently used out first, never the window's, never changed
       \\-- one worker reads ahead what the window may open next --/
 
+The pages of a published tree come from a server, and stay on this disk: remote -> disk -> memory. So every use of a
+page was served by one *tier*; ``metrics`` says what each of them did.
+
 B rows, N entries of a page.
 """
 
@@ -10,6 +13,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from math import prod
 
@@ -26,11 +30,26 @@ TIMES = 4096  # of the newest reads, for the metrics
 Key = tuple[int, str, int]  # level, part, number of the page
 
 
+@dataclass
+class Tier:
+    """A place that pages are in.
+
+    Attributes:
+        uses: of pages that were found here, and not nearer.
+        evicted: pages that left for want of room.
+        seconds: how long the newest reads from here took.
+    """
+
+    uses: int = 0
+    evicted: int = 0
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
+
+
 class PageCache:
     """Pages of the levels of one tree.
 
     Args:
-        file: where the pages are.
+        file: where the pages are: a ``PageFile`` or ``PublishedPages``.
         levels: the tree's, see ``Pages``.
         budget: bytes of pages in memory, at most. The window's pages and those that are not saved yet may exceed it.
         check: called with each page of tokens that is read, [B, N].
@@ -39,6 +58,7 @@ class PageCache:
         damaged: pages that could not be read, and what was said of each.
         counts: ``hit``, ``ahead`` (read by the worker in time), ``miss``, ``evicted``, ``asked`` (of the worker).
         seconds: of the newest reads that something waited for.
+        tiers: ``memory``, ``disk`` and, of a published tree, ``remote``; what each of them did.
         used: where it is a list, every use of a page is put there, in order.
     """
 
@@ -50,6 +70,7 @@ class PageCache:
         self.damaged: dict[Key, str] = {}
         self.counts = dict.fromkeys(("hit", "ahead", "miss", "evicted", "asked"), 0)
         self.seconds: deque[float] = deque(maxlen=TIMES)
+        self.tiers = {name: Tier() for name in dict.fromkeys(("memory", "disk", file.tier))}
         self.used: list[Key] | None = None
         self.coming: dict[Key, Future] = {}
         self.asked: set[Key] = set()  # what the worker has brought, and nobody has used yet
@@ -68,6 +89,7 @@ class PageCache:
             self.counts["ahead"] += 1
         else:
             self.counts["hit"] += 1
+        self.tiers["memory"].uses += 1
 
     def fetch(self, pages, part: str, number: int) -> None:
         """Bring a part of a page into memory.
@@ -82,21 +104,30 @@ class PageCache:
         future = self.coming.pop(key, None)
         try:
             if future is None or future.cancel():
-                columns = read(self.file, pages, part, number, self.check)
+                tier, columns = self._read(self.file, pages, part, number)
                 self.counts["miss"] += 1
             else:
-                columns = future.result()
+                tier, columns = future.result()
                 self.counts["ahead"] += 1
         except ValueError as error:
             first, end = number * pages.size, number * pages.size + pages.used(number)
             what = "tokens" if pages.lod == 0 else f"gists of level {pages.lod}"
             self.damaged[key] = (
-                f"{self.file.path.parent}: page {number} of level {pages.lod} ({part} of {what} {first} to {end - 1}):"
+                f"{self.file.where}: page {number} of level {pages.lod} ({part} of {what} {first} to {end - 1}):"
                 f" {error}. The other pages can be read"
             )
             raise ValueError(self.damaged[key]) from error
         self.seconds.append(time.perf_counter() - began)
+        self.tiers[tier].uses += 1
         self._hold(pages, key, columns)
+
+    def _read(self, file, pages, part: str, number: int) -> tuple[str, dict[str, Tensor]]:
+        """The tier that had a part of a page, and its columns."""
+        began = time.perf_counter()
+        tier, value = file.found(pages.lod, part, number)
+        columns = unpacked(value, pages, part, number, self.check)
+        self.tiers[tier].seconds.append(time.perf_counter() - began)
+        return tier, columns
 
     def look(self, lod: Tensor, index: Tensor, block: int) -> None:
         """A window shows nodes, lod and index [M]: their pages stay in memory, those of their children are fetched
@@ -111,6 +142,8 @@ class PageCache:
                 first = here * block
                 numbers = torch.cat([first // below.size, (first + block - 1) // below.size]).unique().flip(0)
                 children.append([(n - 1, part, number) for number in numbers.tolist() for part in ("body", "facts")])
+        if self.file.readers > 1:  # what the window shows comes at once, not one after the other
+            self.ahead(key for key in sorted(self.pinned) if key[0] or key[1] == "body")
         # In turn from all levels, the newest first: the queue has an end.
         self.ahead(key for step in zip_longest(*children) for key in step if key and (key[0] or key[1] == "body"))
 
@@ -129,15 +162,15 @@ class PageCache:
                     self.second = self.file.again()
                 except ValueError:  # a newer version took its place, and this one is read on by who has it open
                     return
-                self.worker = ThreadPoolExecutor(1, "megactx-pages")
+                self.worker = ThreadPoolExecutor(self.file.readers, "megactx-pages")
             self.counts["asked"] += 1
-            self.coming[key] = self.worker.submit(read, self.second, self.levels[lod], part, number, self.check)
+            self.coming[key] = self.worker.submit(self._read, self.second, self.levels[lod], part, number)
 
     def _check_epoch(self) -> None:
         """Others may append while this reads. What they take away would be missed."""
         if (now := self.file.changes()) != self.seen:
             if _epoch(self.file) != self.epoch:
-                raise ValueError(f"{self.file.path.parent} was curated meanwhile; open it again")
+                raise ValueError(f"{self.file.where} was curated meanwhile; open it again")
             self.seen = now
 
     def adopt(self) -> None:
@@ -175,7 +208,7 @@ class PageCache:
             future = self.coming.pop(key)
             if future.exception() is None and key[2] < len(self.levels[key[0]].pages) and not self._in_memory(key):
                 self.asked.add(key)
-                self._hold(self.levels[key[0]], key, future.result())
+                self._hold(self.levels[key[0]], key, future.result()[1])
 
     def _hold(self, pages, key: Key, columns: dict[str, Tensor]) -> None:
         pages.give(key[2], columns)
@@ -197,6 +230,32 @@ class PageCache:
             self.bytes -= self.held.pop(key)
             self.asked.discard(key)
             self.counts["evicted"] += 1
+            self.tiers["memory"].evicted += 1
+
+    def metrics(self) -> dict[str, dict[str, float | None]]:
+        """By tier, the nearest first.
+
+        Returns:
+            ``uses`` of pages that it served; ``hit_rate``, of the uses that no nearer tier served; ``p50`` and ``p99``
+            of its newest reads, s; ``bytes`` that it holds; ``evicted`` pages. ``None``: nothing was read from it.
+            Under ``ahead``: ``queue``, pages that are asked for and not there yet; ``precision``, the share of pages
+            asked for ahead that were used.
+        """
+        kept = getattr(self.file, "kept", None)
+        held = {"memory": self.bytes, self.file.tier: self.file.size()}
+        if kept is not None:
+            held["disk"], self.tiers["disk"].evicted = kept.bytes(), kept.evicted
+        left, out = sum(tier.uses for tier in self.tiers.values()), {}
+        for name, tier in self.tiers.items():
+            times = torch.tensor(tier.seconds or [torch.nan])
+            p50, p99 = (float(times.quantile(share)) if tier.seconds else None for share in (0.5, 0.99))
+            rate = tier.uses / left if left else None
+            left -= tier.uses
+            out[name] = {"uses": tier.uses, "hit_rate": rate, "p50": p50, "p99": p99}
+            out[name] |= {"bytes": held.get(name, 0), "evicted": tier.evicted}
+        asked = self.counts["asked"]
+        out["ahead"] = {"queue": len(self.coming), "precision": self.counts["ahead"] / asked if asked else None}
+        return out
 
     def _in_memory(self, key: Key) -> bool:
         lod, part, number = key
@@ -213,13 +272,13 @@ def _epoch(file: PageFile) -> int:
     return (file.about("tree") or {}).get("epoch", 0)
 
 
-def read(file: PageFile, pages, part: str, number: int, check=None) -> dict[str, Tensor]:
-    """The columns of a part of a page, from the disk.
+def unpacked(value: bytes, pages, part: str, number: int, check=None) -> dict[str, Tensor]:
+    """The columns of a part of a page, of its bytes.
 
     Raises:
-        ValueError: the page is damaged, or too short.
+        ValueError: the page is too short, or has what ``check`` refuses.
     """
-    value = bytearray(file.get(pages.lod, part, number))
+    value = bytearray(value)
     columns = _ordered(pages, part)
     each = pages.rows * sum(prod(shape) * dtype.itemsize for shape, dtype in columns.values())
     there, rest = divmod(len(value), each)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megactx.focus.keys import QUESTION
+from megactx.framework.errors import RunFailed
 from megactx.lm.chunked_head import nll
 from megactx.memory import Composite, MegaContextTree, Selection, WorkingContext
 from megactx.memory.composite import SLOTS, Part, cover
@@ -441,7 +442,7 @@ class Stream:
             spread = self.models.gistnet.spread(shown.lods())
             try:
                 entries = shown.to_tensor()
-            except ValueError:  # a damaged page, which is named once: the next window does not open it
+            except (ValueError, RunFailed):  # a damaged page, named once, is not opened again; or a server is away
                 self.context = None
                 raise
             self.prefill.read(entries, positions, shown.lengths, spread)
