@@ -7,6 +7,7 @@ waits for the disk, and a database that is damaged is made anew.
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,10 @@ WAIT = 5.0  # seconds for another process that writes
 TABLE = """
 CREATE TABLE IF NOT EXISTS page (
     tree TEXT, id INTEGER, size INTEGER, used INTEGER, value BLOB, PRIMARY KEY (tree, id)
-) WITHOUT ROWID
+)
 """
-INDEX = "CREATE INDEX IF NOT EXISTS oldest ON page (used, size)"
+OLDEST = "CREATE INDEX IF NOT EXISTS oldest ON page (used, size)"
+BYTES = "CREATE INDEX IF NOT EXISTS bytes ON page (tree, size)"
 
 
 class DiskCache:
@@ -29,11 +31,11 @@ class DiskCache:
         budget: bytes of pages, at most.
 
     Attributes:
-        evicted: pages that left for want of room.
+        evicted: pages of each tree that left for want of room.
     """
 
     def __init__(self, path: Path, budget: int = DISK):
-        self.path, self.budget, self.evicted, self.lock = path, budget, 0, threading.Lock()
+        self.path, self.budget, self.evicted, self.lock = path, budget, Counter(), threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._open()
@@ -42,7 +44,14 @@ class DiskCache:
 
     def _open(self) -> None:
         self.db = sqlite3.connect(self.path, isolation_level=None, timeout=WAIT, check_same_thread=False)
-        for line in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=OFF", "PRAGMA trusted_schema=OFF", TABLE, INDEX):
+        for line in (
+            "PRAGMA journal_mode=WAL",
+            "PRAGMA synchronous=OFF",
+            "PRAGMA trusted_schema=OFF",
+            TABLE,
+            OLDEST,
+            BYTES,
+        ):
             self.db.execute(line)
 
     def _anew(self) -> None:
@@ -91,21 +100,18 @@ class DiskCache:
         with self._using():
             self.db.execute("DELETE FROM page WHERE tree=? AND id=?", (tree, page))
 
-    def bytes(self) -> int:
-        """Of all pages that are here."""
-        size = 0
+    def bytes(self, tree: str) -> int:
+        """Of the pages of a tree that are here."""
+        size, query = 0, "SELECT COALESCE(SUM(size), 0) FROM page INDEXED BY bytes WHERE tree=?"
         with self._using():
-            size = self._bytes()
+            size = self.db.execute(query, (tree,)).fetchone()[0]
         return size
 
     def close(self) -> None:
         self.db.close()
 
-    def _bytes(self) -> int:
-        return self.db.execute("SELECT COALESCE(SUM(size), 0) FROM page INDEXED BY oldest").fetchone()[0]
-
     def _make_room(self) -> None:
-        over = self._bytes() - self.budget
+        over = self.db.execute("SELECT COALESCE(SUM(size), 0) FROM page INDEXED BY oldest").fetchone()[0] - self.budget
         oldest = self.db.execute("SELECT tree, id, size FROM page INDEXED BY oldest ORDER BY used")
         leaving = []
         while over > 0:
@@ -114,4 +120,4 @@ class DiskCache:
             over -= size
         oldest.close()
         self.db.executemany("DELETE FROM page WHERE tree=? AND id=?", leaving)
-        self.evicted += len(leaving)
+        self.evicted.update(tree for tree, _ in leaving)

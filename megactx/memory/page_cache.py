@@ -9,6 +9,7 @@ page was served by one *tier*; ``metrics`` says what each of them did.
 B rows, N entries of a page.
 """
 
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,12 +39,30 @@ class Tier:
     Attributes:
         uses: of pages that were found here, and not nearer.
         evicted: pages that left for want of room.
-        seconds: how long the newest reads from here took.
+        reads: from here.
+        seconds: how long the newest of them took.
+        bytes: that are here, as ``news`` found it.
     """
 
     uses: int = 0
     evicted: int = 0
+    reads: int = 0
+    bytes: int = 0
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
+
+
+class News(NamedTuple):
+    """What happened in a while.
+
+    Attributes:
+        tiers: what each of them did; ``seconds`` has every read, the newest first, ``TIMES`` at most.
+        queue: pages that were asked for ahead and are not there yet.
+        precision: see ``PageCache``.
+    """
+
+    tiers: dict[str, Tier]
+    queue: int
+    precision: float | None
 
 
 class PageCache:
@@ -71,6 +91,7 @@ class PageCache:
         self.counts = dict.fromkeys(("hit", "ahead", "miss", "evicted", "asked"), 0)
         self.seconds: deque[float] = deque(maxlen=TIMES)
         self.tiers = {name: Tier() for name in dict.fromkeys(("memory", "disk", file.tier))}
+        self.lock, self.told = threading.Lock(), {name: Tier() for name in self.tiers}
         self.used: list[Key] | None = None
         self.coming: dict[Key, Future] = {}
         self.asked: set[Key] = set()  # what the worker has brought, and nobody has used yet
@@ -126,7 +147,9 @@ class PageCache:
         began = time.perf_counter()
         tier, value = file.found(pages.lod, part, number)
         columns = unpacked(value, pages, part, number, self.check)
-        self.tiers[tier].seconds.append(time.perf_counter() - began)
+        with self.lock:
+            self.tiers[tier].reads += 1
+            self.tiers[tier].seconds.append(time.perf_counter() - began)
         return tier, columns
 
     def look(self, lod: Tensor, index: Tensor, block: int) -> None:
@@ -241,10 +264,7 @@ class PageCache:
             Under ``ahead``: ``queue``, pages that are asked for and not there yet; ``precision``, the share of pages
             asked for ahead that were used.
         """
-        kept = getattr(self.file, "kept", None)
-        held = {"memory": self.bytes, self.file.tier: self.file.size()}
-        if kept is not None:
-            held["disk"], self.tiers["disk"].evicted = kept.bytes(), kept.evicted
+        self._measure()
         left, out = sum(tier.uses for tier in self.tiers.values()), {}
         for name, tier in self.tiers.items():
             times = torch.tensor(tier.seconds or [torch.nan])
@@ -252,10 +272,35 @@ class PageCache:
             rate = tier.uses / left if left else None
             left -= tier.uses
             out[name] = {"uses": tier.uses, "hit_rate": rate, "p50": p50, "p99": p99}
-            out[name] |= {"bytes": held.get(name, 0), "evicted": tier.evicted}
-        asked = self.counts["asked"]
-        out["ahead"] = {"queue": len(self.coming), "precision": self.counts["ahead"] / asked if asked else None}
+            out[name] |= {"bytes": tier.bytes, "evicted": tier.evicted}
+        out["ahead"] = {"queue": len(self.coming), "precision": self.precision}
         return out
+
+    @property
+    def precision(self) -> float | None:
+        """Share of the pages asked for ahead that were used; ``None``: none was asked for."""
+        return self.counts["ahead"] / self.counts["asked"] if self.counts["asked"] else None
+
+    def news(self) -> News:
+        """What happened since this was last asked; bytes as they are now."""
+        self._measure()
+        out = {}
+        with self.lock:
+            for name, tier in self.tiers.items():
+                told, reads = self.told[name], tier.reads - self.told[name].reads
+                newest = deque(islice(reversed(tier.seconds), reads))
+                out[name] = Tier(tier.uses - told.uses, tier.evicted - told.evicted, reads, tier.bytes, newest)
+                self.told[name] = Tier(tier.uses, tier.evicted, tier.reads)
+        return News(out, len(self.coming), self.precision)
+
+    def _measure(self) -> None:
+        """How many bytes each tier has of this tree, and what left the disk."""
+        self.tiers["memory"].bytes, self.tiers[self.file.tier].bytes = self.bytes, self.file.size()
+        if (kept := getattr(self.file, "kept", None)) is not None:
+            self.tiers["disk"].bytes, self.tiers["disk"].evicted = (
+                kept.bytes(self.file.data),
+                kept.evicted[self.file.data],
+            )
 
     def _in_memory(self, key: Key) -> bool:
         lod, part, number = key

@@ -421,10 +421,15 @@ class Stream:
                 reused=self.prefill.reused if read else None,
                 read=self.prefill.lengths if read else None,
                 earned=self.earned if read else None,
+                pages=tuple(tree.cache.news() for tree in self._trees() if tree.cache is not None),
             )
             self._before = event.after
             for observer in self.observers:
                 observer(event)
+
+    def _trees(self) -> list[MegaContextTree]:
+        """Those of the window: of the parts, and its own."""
+        return self.seen.trees if isinstance(self.seen, Composite) else [self.tree]
 
     def _edits_due(self, new: Tensor) -> bool:
         """Whether new [B] tokens complete the last of ``edit_every`` blocks of any row. It follows from the history

@@ -105,7 +105,12 @@ def test_the_cache_on_the_disk_stays_in_its_budget_and_the_oldest_page_leaves(sa
         cache.put("tree", [(page, bytes(100))])
     assert cache.get("tree", 1) == bytes(100)
     cache.put("tree", [(3, bytes(100))])
-    assert cache.get("tree", 2) is None and cache.get("tree", 1) is not None and cache.bytes() == 200
+    assert (
+        cache.get("tree", 2) is None
+        and cache.get("tree", 1) is not None
+        and cache.bytes("tree") == 200
+        and cache.evicted["tree"] == 1
+    )
 
 
 def test_without_a_cache_on_the_disk_every_page_is_one_request(opened, server):
