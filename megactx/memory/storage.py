@@ -76,6 +76,7 @@ def load(
     memory: int = MEMORY,
     length=None,
     disk: int = DISK,
+    device_memory: int | None = None,
 ):
     """Open a tree; see ``MegaContextTree.load``.
 
@@ -107,7 +108,7 @@ def load(
                     raise ValueError(f"{file.path.name} is damaged: it does not say what tree it holds")
                 tree, identity = described(about, encoder, base, refresh, device, keys)
                 tree.home, tree.read_only = (file, about["commit"]) if own else None, not own
-                _attach(tree, file, about, memory)
+                _attach(tree, file, about, memory, device_memory)
             if length is not None:
                 shorten(tree, length)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -208,9 +209,9 @@ def database(folder: Path, name) -> Path:
     return path
 
 
-def _attach(tree, file: PageFile, about: dict, memory: int) -> None:
+def _attach(tree, file: PageFile, about: dict, memory: int, device_memory: int | None) -> None:
     """The pages of a tree come from ``file`` from now on."""
-    tree.cache = PageCache(file, tree.levels, memory, tree.check_ids)
+    tree.cache = PageCache(file, tree.levels, memory, tree.check_ids, device_memory)
     pages = sum(-(-int(level.lengths.max()) // level.size) for level in tree.levels)
     if isinstance(file, PublishedPages) and pages > len(file.rows):  # who made it may be a stranger
         raise ValueError(f"its lengths need {pages:,} pages, {len(file.rows):,} are there")

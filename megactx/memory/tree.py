@@ -344,6 +344,7 @@ class MegaContextTree:
         memory=MEMORY,
         read_only=False,
         disk=DISK,
+        device_memory=None,
     ) -> "MegaContextTree":
         """Open a saved tree: its pages are read when they are needed. ``storage`` says what is refused.
 
@@ -355,10 +356,14 @@ class MegaContextTree:
             memory: bytes of pages that stay in memory.
             read_only: it is somebody else's: windows may show it, nothing in it changes, and it cannot be saved.
             disk: bytes of pages from URLs that are kept on this disk, of all trees together.
+            device_memory: bytes of pages that stay on the tree's device, where that is none of memory's; ``None``:
+                256 MB, and on the CPU no such tier.
         """
         from .storage import load
 
-        tree = load(place_of(folder), encoder, base, refresh, device, keys, memory, disk=disk)
+        tree = load(
+            place_of(folder), encoder, base, refresh, device, keys, memory, disk=disk, device_memory=device_memory
+        )
         tree.read_only |= read_only
         return tree
 
