@@ -3,22 +3,30 @@
     disk -- fetch --> memory, at most ``budget`` bytes: least recently used out first, never the window's, never changed
       \\-- one worker reads ahead what the window may open next --/
 
+The pages of a published tree come from a server, and stay on this disk: remote -> disk -> memory. Where the tree is on
+a device, such as a card, pages that are used are copied there, at most ``device`` bytes: what is said above of the
+window and of changes then holds for the device, and memory is one tier more. So every use of a page was served by one
+*tier*; ``metrics`` says what each of them did.
+
 B rows, N entries of a page.
 """
 
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .page_file import PageFile
 
-MEMORY = 2**28  # bytes of pages in memory, if nobody says otherwise
+MEMORY, DEVICE = 2**28, 2**28  # bytes of pages in memory, and on a device, if nobody says otherwise
 QUEUE = 256  # pages that are asked for ahead, at most
 LOOKED = 64  # pages that are looked at for one that may leave
 TIMES = 4096  # of the newest reads, for the metrics
@@ -26,30 +34,98 @@ TIMES = 4096  # of the newest reads, for the metrics
 Key = tuple[int, str, int]  # level, part, number of the page
 
 
+@dataclass
+class Tier:
+    """A place that pages are in.
+
+    Attributes:
+        uses: of pages that were found here, and not nearer.
+        evicted: pages that left for want of room.
+        reads: from here.
+        seconds: how long the newest of them took.
+        bytes: that are here, as ``news`` found it.
+    """
+
+    uses: int = 0
+    evicted: int = 0
+    reads: int = 0
+    bytes: int = 0
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
+
+
+class Shelf:
+    """Pages in memory that stand ready for a device: at most ``budget`` bytes, least recently used out first."""
+
+    def __init__(self, budget: int):
+        self.budget, self.bytes, self.evicted = budget, 0, 0
+        self.pages: OrderedDict[Key, dict[str, Tensor]] = OrderedDict()
+
+    def get(self, key: Key) -> dict[str, Tensor] | None:
+        """The columns of a part of a page; ``None``: it is not here."""
+        if key in self.pages:
+            self.pages.move_to_end(key)
+        return self.pages.get(key)
+
+    def put(self, key: Key, columns: dict[str, Tensor]) -> None:
+        self.drop(key)
+        self.pages[key] = columns
+        self.bytes += sum(column.nbytes for column in columns.values())
+        while self.bytes > self.budget:
+            self.drop(next(iter(self.pages)))
+            self.evicted += 1
+
+    def drop(self, key: Key) -> None:
+        self.bytes -= sum(column.nbytes for column in self.pages.pop(key, {}).values())
+
+
+class News(NamedTuple):
+    """What happened in a while.
+
+    Attributes:
+        tiers: what each of them did; ``seconds`` has every read, the newest first, ``TIMES`` at most.
+        queue: pages that were asked for ahead and are not there yet.
+        precision: see ``PageCache``.
+    """
+
+    tiers: dict[str, Tier]
+    queue: int
+    precision: float | None
+
+
 class PageCache:
     """Pages of the levels of one tree.
 
     Args:
-        file: where the pages are.
+        file: where the pages are: a ``PageFile`` or ``PublishedPages``.
         levels: the tree's, see ``Pages``.
         budget: bytes of pages in memory, at most. The window's pages and those that are not saved yet may exceed it.
         check: called with each page of tokens that is read, [B, N].
+        device: bytes of pages on the levels' device, at most, beside those in memory. ``None``: ``DEVICE``, and nothing
+            where that device is the CPU.
 
     Attributes:
         damaged: pages that could not be read, and what was said of each.
         counts: ``hit``, ``ahead`` (read by the worker in time), ``miss``, ``evicted``, ``asked`` (of the worker).
         seconds: of the newest reads that something waited for.
+        tiers: ``device`` where there is one, ``memory``, ``disk`` and, of a published tree, ``remote``; what each did.
         used: where it is a list, every use of a page is put there, in order.
     """
 
-    def __init__(self, file: PageFile, levels: list, budget: int = MEMORY, check=None):
-        self.file, self.levels, self.budget, self.check = file, levels, budget, check
+    def __init__(self, file: PageFile, levels: list, budget: int = MEMORY, check=None, device: int | None = None):
+        self.file, self.levels, self.check = file, levels, check
+        if device is None and levels[0].device.type != "cpu":
+            device = DEVICE
+        # The levels' own pages are in the nearest tier; ``shelf`` has those in memory where that is another one.
+        self.nearest, self.budget = ("memory", budget) if device is None else ("device", device)
+        self.shelf = None if device is None else Shelf(budget)
         self.held: OrderedDict[Key, int] = OrderedDict()  # bytes of each page that may leave, oldest use first
         self.bytes = 0
         self.pinned: set[Key] = set()
         self.damaged: dict[Key, str] = {}
         self.counts = dict.fromkeys(("hit", "ahead", "miss", "evicted", "asked"), 0)
         self.seconds: deque[float] = deque(maxlen=TIMES)
+        self.tiers = {name: Tier() for name in dict.fromkeys((self.nearest, "memory", "disk", file.tier))}
+        self.lock, self.told = threading.Lock(), {name: Tier() for name in self.tiers}
         self.used: list[Key] | None = None
         self.coming: dict[Key, Future] = {}
         self.asked: set[Key] = set()  # what the worker has brought, and nobody has used yet
@@ -63,11 +139,13 @@ class PageCache:
             self.used.append(key)
         if key in self.held:
             self.held.move_to_end(key)
-        if key in self.asked:
-            self.asked.discard(key)
-            self.counts["ahead"] += 1
-        else:
-            self.counts["hit"] += 1
+        self._count(key, self.nearest)
+
+    def _count(self, key: Key, tier: str) -> None:
+        """A page was used that was in memory, or nearer."""
+        self.counts["ahead" if key in self.asked else "hit"] += 1
+        self.asked.discard(key)
+        self.tiers[tier].uses += 1
 
     def fetch(self, pages, part: str, number: int) -> None:
         """Bring a part of a page into memory.
@@ -79,24 +157,43 @@ class PageCache:
         if self.used is not None:
             self.used.append(key)
         self._check_epoch()
+        if self.shelf is not None and (columns := self.shelf.get(key)) is not None:
+            self._give(pages, key, columns)
+            self._count(key, "memory")
+            self._time("memory", began)
+            return
         future = self.coming.pop(key, None)
         try:
             if future is None or future.cancel():
-                columns = read(self.file, pages, part, number, self.check)
+                tier, columns = self._read(self.file, pages, part, number)
                 self.counts["miss"] += 1
             else:
-                columns = future.result()
+                tier, columns = future.result()
                 self.counts["ahead"] += 1
         except ValueError as error:
             first, end = number * pages.size, number * pages.size + pages.used(number)
             what = "tokens" if pages.lod == 0 else f"gists of level {pages.lod}"
             self.damaged[key] = (
-                f"{self.file.path.parent}: page {number} of level {pages.lod} ({part} of {what} {first} to {end - 1}):"
+                f"{self.file.where}: page {number} of level {pages.lod} ({part} of {what} {first} to {end - 1}):"
                 f" {error}. The other pages can be read"
             )
             raise ValueError(self.damaged[key]) from error
         self.seconds.append(time.perf_counter() - began)
+        self.tiers[tier].uses += 1
         self._hold(pages, key, columns)
+
+    def _read(self, file, pages, part: str, number: int) -> tuple[str, dict[str, Tensor]]:
+        """The tier that had a part of a page, and its columns."""
+        began = time.perf_counter()
+        tier, value = file.found(pages.lod, part, number)
+        columns = unpacked(value, pages, part, number, self.check)
+        self._time(tier, began)
+        return tier, columns
+
+    def _time(self, tier: str, began: float) -> None:
+        with self.lock:
+            self.tiers[tier].reads += 1
+            self.tiers[tier].seconds.append(time.perf_counter() - began)
 
     def look(self, lod: Tensor, index: Tensor, block: int) -> None:
         """A window shows nodes, lod and index [M]: their pages stay in memory, those of their children are fetched
@@ -111,6 +208,8 @@ class PageCache:
                 first = here * block
                 numbers = torch.cat([first // below.size, (first + block - 1) // below.size]).unique().flip(0)
                 children.append([(n - 1, part, number) for number in numbers.tolist() for part in ("body", "facts")])
+        if self.file.readers > 1:  # what the window shows comes at once, not one after the other
+            self.ahead(key for key in sorted(self.pinned) if key[0] or key[1] == "body")
         # In turn from all levels, the newest first: the queue has an end.
         self.ahead(key for step in zip_longest(*children) for key in step if key and (key[0] or key[1] == "body"))
 
@@ -129,15 +228,15 @@ class PageCache:
                     self.second = self.file.again()
                 except ValueError:  # a newer version took its place, and this one is read on by who has it open
                     return
-                self.worker = ThreadPoolExecutor(1, "megactx-pages")
+                self.worker = ThreadPoolExecutor(self.file.readers, "megactx-pages")
             self.counts["asked"] += 1
-            self.coming[key] = self.worker.submit(read, self.second, self.levels[lod], part, number, self.check)
+            self.coming[key] = self.worker.submit(self._read, self.second, self.levels[lod], part, number)
 
     def _check_epoch(self) -> None:
         """Others may append while this reads. What they take away would be missed."""
         if (now := self.file.changes()) != self.seen:
             if _epoch(self.file) != self.epoch:
-                raise ValueError(f"{self.file.path.parent} was curated meanwhile; open it again")
+                raise ValueError(f"{self.file.where} was curated meanwhile; open it again")
             self.seen = now
 
     def adopt(self) -> None:
@@ -145,7 +244,9 @@ class PageCache:
         for pages in self.levels:
             for part, number in pages.dirty:
                 key = (pages.lod, part, number)
-                if self._in_memory(key):
+                if self.shelf is not None:
+                    self.shelf.drop(key)  # that was before the change
+                if self._is_near(key):
                     size = self._size(key)
                     self.bytes += size - self.held.get(key, 0)
                     self.held[key] = size
@@ -156,6 +257,9 @@ class PageCache:
         """Pages of a level from ``first`` on are no more."""
         for key in [key for key in self.held if key[0] == lod and key[2] >= first]:
             self.bytes -= self.held.pop(key)
+        for key in [] if self.shelf is None else [*self.shelf.pages]:
+            if key[0] == lod and key[2] >= first:
+                self.shelf.drop(key)
 
     def close(self) -> None:
         """Wait for the worker, and read nothing more ahead."""
@@ -175,10 +279,21 @@ class PageCache:
             future = self.coming.pop(key)
             if future.exception() is None and key[2] < len(self.levels[key[0]].pages) and not self._in_memory(key):
                 self.asked.add(key)
-                self._hold(self.levels[key[0]], key, future.result())
+                columns = future.result()[1]
+                if self.shelf is not None:  # it goes to the device when it is used
+                    self.shelf.put(key, columns)
+                else:
+                    self._hold(self.levels[key[0]], key, columns)
 
     def _hold(self, pages, key: Key, columns: dict[str, Tensor]) -> None:
-        pages.give(key[2], columns)
+        """A page came from below, to be used."""
+        if self.shelf is not None:
+            self.shelf.put(key, columns)
+        self._give(pages, key, columns)
+
+    def _give(self, pages, key: Key, columns: dict[str, Tensor]) -> None:
+        copied = self.shelf is not None
+        pages.give(key[2], {name: column.to(pages.device, copy=copied) for name, column in columns.items()})
         self.held[key] = size = self._size(key)
         self.bytes += size
         self._make_room(key)
@@ -197,8 +312,62 @@ class PageCache:
             self.bytes -= self.held.pop(key)
             self.asked.discard(key)
             self.counts["evicted"] += 1
+            self.tiers[self.nearest].evicted += 1
+
+    def metrics(self) -> dict[str, dict[str, float | None]]:
+        """By tier, the nearest first.
+
+        Returns:
+            ``uses`` of pages that it served; ``hit_rate``, of the uses that no nearer tier served; ``p50`` and ``p99``
+            of its newest reads, s; ``bytes`` that it holds; ``evicted`` pages. ``None``: nothing was read from it.
+            Under ``ahead``: ``queue``, pages that are asked for and not there yet; ``precision``, the share of pages
+            asked for ahead that were used.
+        """
+        self._measure()
+        left, out = sum(tier.uses for tier in self.tiers.values()), {}
+        for name, tier in self.tiers.items():
+            times = torch.tensor(tier.seconds or [torch.nan])
+            p50, p99 = (float(times.quantile(share)) if tier.seconds else None for share in (0.5, 0.99))
+            rate = tier.uses / left if left else None
+            left -= tier.uses
+            out[name] = {"uses": tier.uses, "hit_rate": rate, "p50": p50, "p99": p99}
+            out[name] |= {"bytes": tier.bytes, "evicted": tier.evicted}
+        out["ahead"] = {"queue": len(self.coming), "precision": self.precision}
+        return out
+
+    @property
+    def precision(self) -> float | None:
+        """Share of the pages asked for ahead that were used; ``None``: none was asked for."""
+        return self.counts["ahead"] / self.counts["asked"] if self.counts["asked"] else None
+
+    def news(self) -> News:
+        """What happened since this was last asked; bytes as they are now."""
+        self._measure()
+        out = {}
+        with self.lock:
+            for name, tier in self.tiers.items():
+                told, reads = self.told[name], tier.reads - self.told[name].reads
+                newest = deque(islice(reversed(tier.seconds), reads))
+                out[name] = Tier(tier.uses - told.uses, tier.evicted - told.evicted, reads, tier.bytes, newest)
+                self.told[name] = Tier(tier.uses, tier.evicted, tier.reads)
+        return News(out, len(self.coming), self.precision)
+
+    def _measure(self) -> None:
+        """How many bytes each tier has of this tree, and what left the disk."""
+        self.tiers[self.nearest].bytes, self.tiers[self.file.tier].bytes = self.bytes, self.file.size()
+        if self.shelf is not None:
+            self.tiers["memory"].bytes, self.tiers["memory"].evicted = self.shelf.bytes, self.shelf.evicted
+        if (kept := getattr(self.file, "kept", None)) is not None:
+            self.tiers["disk"].bytes, self.tiers["disk"].evicted = (
+                kept.bytes(self.file.data),
+                kept.evicted[self.file.data],
+            )
 
     def _in_memory(self, key: Key) -> bool:
+        """Or nearer."""
+        return self._is_near(key) or self.shelf is not None and key in self.shelf.pages
+
+    def _is_near(self, key: Key) -> bool:
         lod, part, number = key
         return self.levels[lod].parts()[part][0] in self.levels[lod].pages[number]
 
@@ -213,13 +382,13 @@ def _epoch(file: PageFile) -> int:
     return (file.about("tree") or {}).get("epoch", 0)
 
 
-def read(file: PageFile, pages, part: str, number: int, check=None) -> dict[str, Tensor]:
-    """The columns of a part of a page, from the disk.
+def unpacked(value: bytes, pages, part: str, number: int, check=None) -> dict[str, Tensor]:
+    """The columns of a part of a page, of its bytes, in memory.
 
     Raises:
-        ValueError: the page is damaged, or too short.
+        ValueError: the page is too short, or has what ``check`` refuses.
     """
-    value = bytearray(file.get(pages.lod, part, number))
+    value = bytearray(value)
     columns = _ordered(pages, part)
     each = pages.rows * sum(prod(shape) * dtype.itemsize for shape, dtype in columns.values())
     there, rest = divmod(len(value), each)
@@ -229,7 +398,7 @@ def read(file: PageFile, pages, part: str, number: int, check=None) -> dict[str,
     for name, (shape, dtype) in columns.items():
         count = pages.rows * there * prod(shape)
         flat = torch.frombuffer(value, dtype=dtype, count=count, offset=at)
-        out[name] = flat.view(pages.rows, there, *shape).to(pages.device)
+        out[name] = flat.view(pages.rows, there, *shape)
         at += count * dtype.itemsize
     if check is not None and "token" in out:
         check(out["token"])

@@ -40,8 +40,10 @@ class PageFile:
         ValueError: it is no database of pages.
     """
 
+    tier, readers = "disk", 1  # where pages come from; threads that read ahead, of which each needs a connection
+
     def __init__(self, path: Path, new: bool = False):
-        self.path = path
+        self.path, self.where = path, str(path.parent)
         self.db = self._connected("rwc" if new else "rw")
         if new:  # nobody knows of it before it is whole and on the disk
             self.db.execute("PRAGMA page_size=4096")
@@ -94,6 +96,15 @@ class PageFile:
                 self.db.execute("ROLLBACK")
             raise
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """What the block reads is of one moment, whoever writes meanwhile."""
+        self.db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self.db.execute("COMMIT")
+
     def about(self, name: str):
         """A JSON value that is kept beside the pages; ``None``: there is none of that name."""
         found = self.db.execute("SELECT value FROM about WHERE name=?", (name,)).fetchone()
@@ -112,7 +123,7 @@ class PageFile:
         Raises:
             ValueError: it is not there, or not what was written.
         """
-        own = _id(lod, part, number)
+        own = page_id(lod, part, number)
         try:
             found = self.db.execute("SELECT value, checksum, zipped FROM page WHERE id=?", (own,)).fetchone()
         except sqlite3.DatabaseError as error:
@@ -120,9 +131,19 @@ class PageFile:
         if found is None:
             raise ValueError("it is missing")
         value, checksum, zipped = found
-        if not isinstance(value, bytes) or _checksum(own, value) != checksum:
-            raise ValueError("it is damaged: its checksum is another one")
-        return _unzipped(value) if zipped else value
+        return checked(own, value, checksum, zipped)
+
+    def found(self, lod: int, part: str, number: int) -> tuple[str, bytes]:
+        """``get``, and the tier that had the page."""
+        return self.tier, self.get(lod, part, number)
+
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return self.path.stat().st_size
+
+    def rows(self) -> Iterator[tuple[int, bytes, bytes, int]]:
+        """(id, value, checksum, zipped) of all pages as they lie there, in the order of their ids."""
+        yield from self.db.execute("SELECT id, value, checksum, zipped FROM page ORDER BY id")
 
     def sizes(self) -> dict[str, int]:
         """Bytes of tokens, gists, facts and keys as they lie there, and of the archive."""
@@ -136,12 +157,12 @@ class PageFile:
 
     def numbers(self, lod: int, part: str, first: int = 0) -> list[int]:
         """Numbers of the pages that are there, from ``first`` on."""
-        low, high = _id(lod, part, first), _id(lod, part, 0) + 2**48
+        low, high = page_id(lod, part, first), page_id(lod, part, 0) + 2**48
         return [i & (2**48 - 1) for (i,) in self.db.execute("SELECT id FROM page WHERE id>=? AND id<?", (low, high))]
 
     def remove(self, lod: int, part: str, first: int = 0) -> None:
         """Remove pages from ``first`` on."""
-        low, high = _id(lod, part, first), _id(lod, part, 0) + 2**48
+        low, high = page_id(lod, part, first), page_id(lod, part, 0) + 2**48
         self.db.execute("DELETE FROM page WHERE id>=? AND id<?", (low, high))
 
     def changes(self) -> int:
@@ -154,7 +175,7 @@ class PageFile:
 
 def _rows(pages, zipped: bool) -> Iterator[tuple]:
     for *name, value in pages:
-        own, smaller = _id(*name), zlib.compress(value, 1) if zipped else value
+        own, smaller = page_id(*name), zlib.compress(value, 1) if zipped else value
         short = len(smaller) < 0.9 * len(value)
         value = smaller if short else value
         yield own, value, _checksum(own, value), int(short)
@@ -171,8 +192,20 @@ def _unzipped(value: bytes) -> bytes:
     return whole
 
 
-def _id(lod: int, part: str, number: int) -> int:
+def page_id(lod: int, part: str, number: int) -> int:
+    """A page's name: its level, part and number."""
     return (lod << 56) + (PARTS.index(part) << 48) + number
+
+
+def checked(own: int, value, checksum: bytes, zipped) -> bytes:
+    """A page as it was written.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    if not isinstance(value, bytes) or _checksum(own, value) != checksum:
+        raise ValueError("it is damaged: its checksum is another one")
+    return _unzipped(value) if zipped else value
 
 
 def _checksum(own: int, value: bytes) -> bytes:

@@ -8,7 +8,8 @@ pages that have changed, in one transaction: a kill, or a full disk, leaves the 
 A tree that did not come from this folder is written whole, into a database beside the old one, which then takes its
 place by one rename. Others may read meanwhile: nodes that are there do not change, new ones come behind them.
 
-A folder of shards, as earlier versions wrote it and ``interchange.export`` writes it, is read too.
+A folder of shards, as earlier versions wrote it and ``interchange.export`` writes it, is read too; so is a published
+tree, in a folder or at a URL, see ``published``.
 """
 
 import fcntl
@@ -17,17 +18,19 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
 from megactx.framework.files import PART, replacing, writing
 
-from . import build, encoding, interchange
-from .description import describe, described, key_size
+from . import build, encoding, interchange, published
+from .description import describe, described, key_size, tokens
+from .disk_cache import DISK
 from .page_cache import MEMORY, PageCache, packed
 from .page_file import PageFile
+from .published import PublishedPages
 
 FORMAT = 2
 MANIFEST = interchange.MANIFEST
@@ -54,6 +57,8 @@ def save(tree, folder: Path, remedy: str = "save the tree in another place") -> 
         there = None
         if (folder / MANIFEST).exists():
             there = read_manifest(folder)  # never in place of what is not a tree
+            if there["format"] == published.FORMAT:
+                raise ValueError(f"{folder} holds a published tree, which is read only; choose another folder")
         elif any(not OURS.fullmatch(path.name) for path in folder.iterdir()):
             raise ValueError(f"{folder} holds other files and no saved tree; choose an empty folder")
         with _locked(folder, fcntl.LOCK_EX):
@@ -62,21 +67,32 @@ def save(tree, folder: Path, remedy: str = "save the tree in another place") -> 
 
 
 def load(
-    folder: Path, encoder, base, refresh: bool = False, device="cpu", keys=None, memory: int = MEMORY, length=None
+    folder: Path | str,
+    encoder,
+    base,
+    refresh: bool = False,
+    device="cpu",
+    keys=None,
+    memory: int = MEMORY,
+    length=None,
+    disk: int = DISK,
+    device_memory: int | None = None,
 ):
     """Open a tree; see ``MegaContextTree.load``.
 
     Args:
+        folder: a string is the URL of a published tree.
         length: tokens that count, of a tree of one row; ``None``: all. What was saved behind them is forgotten.
 
     Raises:
         ValueError: there is no tree; it is damaged, or has file names that lead elsewhere; a newer program made it; or
             it is for another base LM, width, block size or (without ``refresh``) GistNet. The message says which.
     """
-    if not folder.is_dir():
+    here = isinstance(folder, Path)
+    if here and not folder.is_dir():
         raise ValueError(f"{folder}: there is no saved tree")
-    with _locked(folder, fcntl.LOCK_SH):
-        manifest = read_manifest(folder)
+    with _locked(folder, fcntl.LOCK_SH) if here else nullcontext():
+        manifest = read_manifest(folder) if here else {"format": published.FORMAT}
         try:
             if manifest["format"] == interchange.FORMAT:
                 about, file = manifest, None
@@ -85,13 +101,14 @@ def load(
                 for page in tree.levels[0].pages:
                     tree.check_ids(page["token"])
             else:
-                file = PageFile(database(folder, manifest["data"]))
+                own = manifest["format"] == FORMAT
+                file = PageFile(database(folder, manifest["data"])) if own else PublishedPages(folder, disk)
                 about = file.about("tree")
-                tree, identity = described(about, encoder, base, refresh, device, keys)
                 if about is None:
                     raise ValueError(f"{file.path.name} is damaged: it does not say what tree it holds")
-                tree.home = (file, about["commit"])
-                _attach(tree, file, about, memory)
+                tree, identity = described(about, encoder, base, refresh, device, keys)
+                tree.home, tree.read_only = (file, about["commit"]) if own else None, not own
+                _attach(tree, file, about, memory, device_memory)
             if length is not None:
                 shorten(tree, length)
         except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -103,6 +120,8 @@ def load(
     if keys is not None and tree.depth and (about.get("keys") or {}).get("made_by") != encoding.identity(keys):
         if tree.compacted:
             raise ValueError(f"{folder}: no keys can be made of what was taken away; restore it first")
+        if manifest["format"] == published.FORMAT:
+            raise ValueError(f"{folder}: it was published without keys of this net; publish a tree that has them")
         build.make_keys(tree, *build.run(torch.zeros_like(tree.lengths), tree.counts(1)))
     return tree
 
@@ -138,14 +157,33 @@ def read_manifest(folder: Path) -> dict:
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if type(version) is not int or version < 1:
         raise ValueError(f"{folder}: {MANIFEST} is damaged (format is {version!r})")
-    if version > FORMAT:
-        raise ValueError(f"{folder}: format {version} was written by a newer program, this one reads up to {FORMAT}")
+    if version > published.FORMAT:
+        raise ValueError(
+            f"{folder}: format {version} was written by a newer program, this one reads up to {published.FORMAT}"
+        )
     return manifest
 
 
+def tokens_of(folder: Path) -> int:
+    """Tokens of a saved tree of one row, or of the longest of several, without its models.
+
+    Raises:
+        ValueError: there is none, or it has the format of an earlier version.
+    """
+    manifest = read_manifest(folder)
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{folder}: it has the format of an earlier version, or is published; open and save it once")
+    file = PageFile(database(folder, manifest["data"]))
+    about = file.about("tree") or {}
+    file.close()
+    return max(tokens(about.get("lengths")).tolist(), default=0)
+
+
 def damaged(folder: Path) -> list[str]:
-    """Read all pages of a saved tree, and name those that are damaged or missing."""
-    file = PageFile(database(folder, read_manifest(folder)["data"]))
+    """Read all pages of a saved or published tree, and name those that are damaged or missing."""
+    manifest = read_manifest(folder)
+    file = PublishedPages(folder) if manifest["format"] == published.FORMAT else None
+    file = file or PageFile(database(folder, manifest["data"]))
     about, wrong = file.about("tree"), []
     for lod, size in enumerate(about["page_sizes"]):
         pages = -(-(max(about["lengths"]) // about["block_size"] ** lod) // size)
@@ -171,9 +209,12 @@ def database(folder: Path, name) -> Path:
     return path
 
 
-def _attach(tree, file: PageFile, about: dict, memory: int) -> None:
+def _attach(tree, file: PageFile, about: dict, memory: int, device_memory: int | None) -> None:
     """The pages of a tree come from ``file`` from now on."""
-    tree.cache = PageCache(file, tree.levels, memory, tree.check_ids)
+    tree.cache = PageCache(file, tree.levels, memory, tree.check_ids, device_memory)
+    pages = sum(-(-int(level.lengths.max()) // level.size) for level in tree.levels)
+    if isinstance(file, PublishedPages) and pages > len(file.rows):  # who made it may be a stranger
+        raise ValueError(f"its lengths need {pages:,} pages, {len(file.rows):,} are there")
     for lod, level in enumerate(tree.levels):
         level.source, level.lod, level.room = tree.cache, lod, int(level.lengths.max())
         level.pages = [{} for _ in range(-(-level.room // level.size))]

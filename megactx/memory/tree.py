@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from . import build, encoding, slice_merge
+from .disk_cache import DISK
 from .encoding import Encoder
 from .page_cache import MEMORY
 from .pages import Pages
+from .published import place_of
 
 TOKENS, NODES = 8_192, 64  # entries of a page: what is read and written at once
 
@@ -341,20 +343,28 @@ class MegaContextTree:
         keys=None,
         memory=MEMORY,
         read_only=False,
+        disk=DISK,
+        device_memory=None,
     ) -> "MegaContextTree":
         """Open a saved tree: its pages are read when they are needed. ``storage`` says what is refused.
 
         Args:
+            folder: of the tree; or a URL (http, https, s3) where one was published, which is read only.
             refresh: accept another GistNet than the one that made the tree, and encode its nodes again.
             keys: of the constructor. Where the tree was saved with none, or with those of another net, they are made;
                 keys that nobody asks for are not read.
             memory: bytes of pages that stay in memory.
             read_only: it is somebody else's: windows may show it, nothing in it changes, and it cannot be saved.
+            disk: bytes of pages from URLs that are kept on this disk, of all trees together.
+            device_memory: bytes of pages that stay on the tree's device, where that is none of memory's; ``None``:
+                256 MB, and on the CPU no such tier.
         """
         from .storage import load
 
-        tree = load(Path(folder), encoder, base, refresh, device, keys, memory)
-        tree.read_only = read_only
+        tree = load(
+            place_of(folder), encoder, base, refresh, device, keys, memory, disk=disk, device_memory=device_memory
+        )
+        tree.read_only |= read_only
         return tree
 
     def identities(self) -> list[str]:

@@ -15,6 +15,7 @@ from megactx.focus.allocator import Refocus
 from megactx.focus.lensnet import Scores
 from megactx.focus.replay import Step, View
 from megactx.memory import WorkingContext
+from megactx.memory.page_cache import News
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Refocused:
     reused: Tensor | None  # [B] entries whose keys and values were kept; None: nothing was read yet
     read: Tensor | None  # [B] entries of the windows that were read
     earned: Tensor | None = None  # [B] of them not the sink or the newest tokens; None: all of the window is read
+    pages: tuple[News, ...] = ()  # of each tree of the window that is on disk, or elsewhere
 
     @property
     def utilisation(self) -> list[float]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from megactx.memory.page_cache import News
 from megactx.parts.models import Models
 
 from .events import Refocused
@@ -48,6 +49,16 @@ METRICS = {
     "megactx.decode.duration": Metric(HISTOGRAM, "s", "Time per decoded token, refocuses left out"),
     "megactx.refocus.duration": Metric(HISTOGRAM, "s", "Time of a refocus by part", "part"),
     "megactx.refocus.overhead": Metric(GAUGE, "1", "Room, scores and edits over the time of decoding, last refocus"),
+    "megactx.pages.uses": Metric(
+        COUNTER, "{use}", "Uses of pages of stored trees by the tier that had the page", "tier"
+    ),
+    "megactx.pages.read.duration": Metric(HISTOGRAM, "s", "Time to bring a page into memory by tier", "tier"),
+    "megactx.pages.size": Metric(GAUGE, "By", "Bytes that a tier holds, all trees of the window", "tier"),
+    "megactx.pages.evicted": Metric(COUNTER, "{page}", "Pages that left a tier for want of room", "tier"),
+    "megactx.pages.queue": Metric(GAUGE, "{page}", "Pages that were asked for ahead and are not there yet"),
+    "megactx.pages.precision": Metric(
+        GAUGE, "1", "Share of the pages asked for ahead that were used, least of the trees"
+    ),
     "megactx.kv.entries": Metric(COUNTER, "{entry}", "Keys and values of a window: kept, or computed anew", "state"),
 }
 
@@ -88,10 +99,29 @@ def measured(event: Refocused) -> Iterator[Measured]:
     for part in PARTS:
         if part in seconds:
             yield Measured("megactx.refocus.duration", seconds[part], part)
+    if event.pages:
+        yield from _paged(event.pages)
     if event.reused is not None:
         kept, read = int(event.reused.sum()), int(event.read.sum())
         yield Measured("megactx.kv.entries", kept, "kept")
         yield Measured("megactx.kv.entries", read - kept, "computed")
+
+
+def _paged(trees: tuple[News, ...]) -> Iterator[Measured]:
+    """What there is of stored trees only."""
+    sizes, precisions = {}, [tree.precision for tree in trees if tree.precision is not None]
+    for tree in trees:
+        for name, tier in tree.tiers.items():
+            yield Measured("megactx.pages.uses", tier.uses, name)
+            yield Measured("megactx.pages.evicted", tier.evicted, name)
+            sizes.setdefault(name, []).append(tier.bytes)
+            for seconds in tier.seconds:
+                yield Measured("megactx.pages.read.duration", seconds, name)
+    for name, each in sizes.items():
+        yield Measured("megactx.pages.size", sum(each), name)
+    yield Measured("megactx.pages.queue", sum(tree.queue for tree in trees))
+    if precisions:
+        yield Measured("megactx.pages.precision", min(precisions))
 
 
 def _focused(event: Refocused) -> Iterator[Measured]:

@@ -1,15 +1,16 @@
 """Parts of a session's window: where they lie, which version of them is read, and what every token of them is from.
 
-    NAME=PATH[:SHARE]     a session's folder, a part of ``apps.follow``, a preset, or a tree
+    NAME=PATH[:SHARE]     a session's folder, a part of ``apps.follow``, a preset, a tree, or the URL of a published one
 
 A part is opened where it lies, to be read only: nothing is copied, no lock is held, and only the pages that a window
 touches are read. Its *version* names the database and how often it was saved. ``newer`` looks at the folder, which
-costs microseconds, so a session does it at every refocus.
+costs microseconds, so a session does it at every refocus; a server is asked every ``EVERY`` seconds.
 """
 
 import json
 import math
 import re
+import time
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,7 +20,9 @@ from typing import NamedTuple
 
 import torch
 
+from megactx.framework.errors import RunFailed
 from megactx.memory import MegaContextTree, storage
+from megactx.memory.published import PublishedPages, place_of
 from megactx.parts.models import Models
 
 from .text import LONGEST, text_of
@@ -27,6 +30,8 @@ from .text import LONGEST, text_of
 SESSION, TREE, PRESET = "session.json", "tree", "preset.json"
 OLDER, GONE = "as it was before", "deleted"  # of a file that was read again behind what is there, or is no more
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+SHARE = re.compile(r"[0-9]*\.?[0-9]+")
+EVERY = 30.0  # seconds between two questions to a server whether something new was published
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Wanted:
 
     Args:
         name: of up to 64 letters, digits, - and _.
-        path: its folder.
+        path: its folder; a string is a URL.
         share: of the budget; ``None``: an equal part of what the others leave of half.
         pinned: the only version that is read; ``None``: the newest.
 
@@ -44,7 +49,7 @@ class Wanted:
     """
 
     name: str
-    path: Path
+    path: Path | str
     share: float | None = None
     pinned: str | None = None
 
@@ -60,11 +65,12 @@ class Wanted:
         name, equals, path = text.partition("=")
         front, colon, last = path.rpartition(":")
         share = None
-        if colon and re.fullmatch(r"[0-9]*\.?[0-9]+", last):
+        if colon and SHARE.fullmatch(last) and not re.fullmatch(r"\w+://[^/]*", front):  # of a URL that is a port
             path, share = front, float(last)
         if not equals or not path:
             raise ValueError(f"part={text!r} is not allowed: NAME=PATH or NAME=PATH:SHARE")
-        return cls(name, Path(path).expanduser().absolute(), share)
+        place = place_of(path)
+        return cls(name, place.expanduser().absolute() if isinstance(place, Path) else place, share)
 
     def as_dict(self) -> dict:
         """For a file."""
@@ -103,7 +109,7 @@ class OpenPart:
 
     def __init__(self, wanted: Wanted, models: Models, keys: bool = False):
         self.wanted, self.models, self.keys, self.note = wanted, models, keys, ""
-        self.folder = _folder(wanted.path)
+        self.folder = folder_of(wanted.path)
         try:
             seen = self._look()
             device = models.base.model.device
@@ -117,6 +123,7 @@ class OpenPart:
             )
         except (ValueError, OSError) as error:
             raise ValueError(f"part {wanted.name}: {error}") from error
+        self._asked = time.monotonic()
         if self.tree.rows != 1:
             raise ValueError(f"part {wanted.name}: {wanted.path} has {self.tree.rows} rows, a part has 1")
         self.version = _version(self.folder, self.tree)
@@ -126,9 +133,10 @@ class OpenPart:
                 f"part {wanted.name}: {wanted.path} has version {self.version} now, and {wanted.pinned} is pinned;"
                 " drop the part or name it again"
             )
-        self._seen = (*seen[:2], self._look()[2])
-        self.closed = (wanted.path / PRESET).is_file()
-        self.origins = _origins(self.wanted.path, self.folder, self.tree)
+        self._seen = (*seen[:2], *self._look()[2:])
+        notes = self._notes()
+        self.closed = notes["closed"]
+        self.origins = Origins(notes["spans"], self.tree.block_size)
 
     @property
     def name(self) -> str:
@@ -139,13 +147,17 @@ class OpenPart:
         opened is told by ``note``, and this version is read on."""
         if self.wanted.pinned is not None:
             return self
+        if isinstance(self.folder, str):
+            if time.monotonic() - self._asked < EVERY:
+                return self
+            self._asked = time.monotonic()
         try:
             seen = self._look()
             if seen == self._seen:
                 return self
             self._seen = seen  # what cannot be opened is tried again when it changes
             found = OpenPart(self.wanted, self.models, self.keys)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RunFailed) as error:
             self.note = str(error)
             return self
         self.note = ""
@@ -188,12 +200,28 @@ class OpenPart:
             self.tree.cache.file.close()
 
     def _look(self) -> tuple:
-        """What changes when somebody saves there."""
+        """What changes when somebody saves there, or publishes."""
+        tree = getattr(self, "tree", None)
+        if isinstance(self.folder, str):
+            return () if tree is None else (None, None, tree.cache.file.manifest()["data"])
         manifest = (self.folder / storage.MANIFEST).stat()
         state = [manifest.st_mtime_ns, manifest.st_ino]
-        tree = getattr(self, "tree", None)
         # Of a database that is open a counter says whether others have written; a new one has a new manifest.
         return (*state, tree.cache.file.changes() if tree is not None and tree.cache is not None else None)
+
+    def _notes(self) -> dict:
+        """What is said of it beside its pages; a part without its notes is a part still."""
+        file = getattr(self.tree.cache, "file", None)
+        if not isinstance(file, PublishedPages):
+            return noted(self.wanted.path, int(self.tree.lengths[0]))
+        try:
+            found, stop = file.notes(), int(self.tree.lengths[0])
+            spans = [Span.of(row) for row in found.get("spans", [])]  # who published it may be a stranger
+            if all(0 <= span.first < span.stop <= stop for span in spans):
+                return {"closed": bool(found.get("closed")), "spans": spans}
+        except (ValueError, TypeError, AttributeError, RunFailed):
+            pass
+        return {"closed": False, "spans": []}
 
 
 class Span(NamedTuple):
@@ -205,6 +233,17 @@ class Span(NamedTuple):
     time: float
     lines: list[int] | int  # in which each block begins, or of the first token
     state: str = ""
+
+    @classmethod
+    def of(cls, row: list) -> "Span":
+        """What was read from a file.
+
+        Raises:
+            TypeError, ValueError: it is damaged.
+        """
+        first, stop, file, when, lines, state = row
+        lines = [int(line) for line in lines] if isinstance(lines, list) else int(lines)
+        return cls(int(first), int(stop), str(file), float(when), lines, str(state))
 
 
 class Origins:
@@ -324,39 +363,48 @@ def overruled(parts: Iterable[OpenPart]) -> dict[str, tuple[tuple[int, int], ...
     return out
 
 
-def _folder(path: Path) -> Path:
+def folder_of(path: Path | str) -> Path | str:
     """Where the tree of a part lies."""
+    if isinstance(path, str):
+        return path
     return path / TREE if (path / SESSION).is_file() or (path / PRESET).is_file() else path
 
 
-def _version(folder: Path, tree: MegaContextTree) -> str:
+def _version(folder: Path | str, tree: MegaContextTree) -> str:
+    if tree.cache is not None and isinstance(tree.cache.file, PublishedPages):
+        return tree.cache.file.data
     if tree.home is None:  # shards, as earlier versions wrote them
         return str(storage.read_manifest(folder).get("data", "shards"))
     file, commit = tree.home
     return f"{file.path.stem.removeprefix('pages-')}-{commit}"
 
 
-def _origins(path: Path, folder: Path, tree: MegaContextTree) -> Origins:
-    """What is noted beside a part: by a session, a preset, or ``apps.follow``."""
-    block, tokens = tree.block_size, int(tree.lengths[0])
+def noted(path: Path, tokens: int) -> dict:
+    """What is noted beside a part by a session, a preset, or ``apps.follow``, as plain JSON: ``closed``, whether its
+    gists stay closed, and ``spans`` of its tokens."""
+    return {"closed": (path / PRESET).is_file(), "spans": _spans(path, tokens)}
+
+
+def _spans(path: Path, tokens: int) -> list[Span]:
+    folder = folder_of(path)
     try:
         if (path / SESSION).is_file():
             about = json.loads((path / SESSION).read_text(encoding="utf-8"))["about"]
-            return Origins([span for span in ingested(about) if span.stop <= tokens], block)
+            return [span for span in ingested(about) if span.stop <= tokens]
         if (path / PRESET).is_file():
             about = json.loads((path / PRESET).read_text(encoding="utf-8"))
-            return Origins([Span(0, tokens, str(about["file"]), float(about["time"]), 1)], block)
+            return [Span(0, tokens, str(about["file"]), float(about["time"]), 1)]
         for name in (f"{folder.name}.json", f"{folder.name}.next.json"):  # between a tree's save and its table's
             if not (table := folder.with_name(name)).is_file():
                 continue
-            noted, spans, first = json.loads(table.read_text(encoding="utf-8")), [], 0
-            for document in noted["documents"]:
+            said, spans, first = json.loads(table.read_text(encoding="utf-8")), [], 0
+            for document in said["documents"]:
                 stop, file = first + document["tokens"], document["name"]
-                file = str(Path(noted["root"]) / file) if noted.get("root") else file
+                file = str(Path(said["root"]) / file) if said.get("root") else file
                 spans.append(Span(first, stop, file, document["at"], document["lines"]))
                 first = stop
             if spans and first == tokens:
-                return Origins(spans, block)
+                return spans
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # a part without its notes is a part still
-    return Origins([], block)
+    return []

@@ -27,6 +27,7 @@ from megactx.data.tokenizer import tokenizer_hash, vocabulary_hash
 from megactx.framework.files import PART, clear, replacing, sync, writing
 from megactx.framework.lock import Lock
 from megactx.memory import WorkingContext, storage
+from megactx.memory.published import place_of
 
 from .part_files import SESSION, TREE, Wanted
 from .settings import Settings
@@ -179,7 +180,9 @@ def _parts(manifest: dict, parts: list[Wanted], without: list[str]) -> tuple[lis
     """The parts that a session is opened with, and the slots of those that it had."""
     names = ("name", "path", "share", "pinned")
     saved = manifest.get("parts", [])
-    known = {part["name"]: Wanted(**{n: Path(part[n]) if n == "path" else part[n] for n in names}) for part in saved}
+    known = {
+        part["name"]: Wanted(**{n: place_of(part[n]) if n == "path" else part[n] for n in names}) for part in saved
+    }
     for name in without:
         if name not in known:
             raise ValueError(f"part {name}: the session has none of this name, there is {', '.join(known) or 'none'}")

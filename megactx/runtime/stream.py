@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megactx.focus.keys import QUESTION
+from megactx.framework.errors import RunFailed
 from megactx.lm.chunked_head import nll
 from megactx.memory import Composite, MegaContextTree, Selection, WorkingContext
 from megactx.memory.composite import SLOTS, Part, cover
@@ -420,10 +421,15 @@ class Stream:
                 reused=self.prefill.reused if read else None,
                 read=self.prefill.lengths if read else None,
                 earned=self.earned if read else None,
+                pages=tuple(tree.cache.news() for tree in self._trees() if tree.cache is not None),
             )
             self._before = event.after
             for observer in self.observers:
                 observer(event)
+
+    def _trees(self) -> list[MegaContextTree]:
+        """Those of the window: of the parts, and its own."""
+        return self.seen.trees if isinstance(self.seen, Composite) else [self.tree]
 
     def _edits_due(self, new: Tensor) -> bool:
         """Whether new [B] tokens complete the last of ``edit_every`` blocks of any row. It follows from the history
@@ -441,7 +447,7 @@ class Stream:
             spread = self.models.gistnet.spread(shown.lods())
             try:
                 entries = shown.to_tensor()
-            except ValueError:  # a damaged page, which is named once: the next window does not open it
+            except (ValueError, RunFailed):  # a damaged page, named once, is not opened again; or a server is away
                 self.context = None
                 raise
             self.prefill.read(entries, positions, shown.lengths, spread)

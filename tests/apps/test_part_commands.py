@@ -7,8 +7,9 @@ import time
 
 import pytest
 import torch
+from range_server import serving
 
-from megactx.apps import chat, generate, ingest
+from megactx.apps import chat, generate, ingest, publish
 from megactx.apps.follow.follower import Follower
 from megactx.apps.follow.sources import Folder
 from megactx.memory.invariants import violations
@@ -268,3 +269,26 @@ def test_each_source_tree_becomes_a_part_where_a_change_replaces_its_own_blocks(
     assert "changed 1 says 1" in session.parts[0].text(0, 40) and tokens
     assert ingest.main(["--parts", str(tmp_path / "src"), str(tmp_path / "src"), str(tmp_path / "memory"), *own]) == 2
     assert "a part src is there already" in capsys.readouterr().err
+
+
+def test_a_published_part_shows_in_a_talk_with_its_files(own, three, typed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MEGACTX_CACHE", str(tmp_path / "cache"))
+    for name in ("project", "person"):
+        assert publish.main([str(three[name]), str(tmp_path / "www" / name)]) == 0
+    assert publish.main([str(three["library"]), str(tmp_path / "www" / "library"), "--bare"]) == 0
+    assert "MB of pages lie in" in capsys.readouterr().out
+    with serving(tmp_path / "www") as server:
+        given = [word for name in three for word in ("--part", f"{name}={server.url}/{name}:0.12")]
+        typed("hello\n/parts\n/sources\n/quit\n")
+        assert chat.main([*given, "--session", str(tmp_path / "talk"), "--tokens", "6", *own]) == 0
+        told = capsys.readouterr().out
+        assert f"{server.url}/project" in told and "util.txt:" in told and "mail.txt:" in told
+        assert "guide.txt" not in told
+        typed("/parts\n/quit\n")
+        assert chat.main(["--session", str(tmp_path / "talk"), *own]) == 0
+        assert f"{server.url}/library" in capsys.readouterr().out
+        assert generate.main(["x", "--part", f"a={server.url}/none", *own]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "part a: " in said and "there is no published tree" in said
+    assert publish.main([str(tmp_path), str(tmp_path / "www" / "project")]) == 2
+    assert "there is no saved tree" in capsys.readouterr().err

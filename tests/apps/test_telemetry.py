@@ -44,19 +44,22 @@ def told(controller):
 
 
 @pytest.fixture(scope="module")
-def scraped(learned):
-    """What Prometheus gets of such a session: (events, text)."""
+def scraped(learned, tmp_path_factory):
+    """What Prometheus gets of such a session that was saved and goes on: (events, text)."""
     from megactx.runtime import Controller, Settings
 
-    prometheus, events = Prometheus(0, learned), []
-    session = Session(
-        Controller(learned, Settings(budget=96, allocator={"protected": 8})), [prometheus.telemetry, events.append]
-    )
+    prometheus, events, folder = Prometheus(0, learned), [], tmp_path_factory.mktemp("saved") / "session"
+    controller = Controller(learned, Settings(budget=96, allocator={"protected": 8}))
+    with Session(controller) as session:
+        session.append(TEXT)
+        session.save(folder)
+    session = Session.load(folder, controller, [prometheus.telemetry, events.append])
     session.append(TEXT, score=True)
     with urllib.request.urlopen(prometheus.address, timeout=20) as answer:
         assert answer.headers["Content-Type"].startswith("text/plain")
         text = answer.read().decode()
     yield events, text
+    session.close()
     prometheus.close()
 
 
@@ -134,6 +137,13 @@ def test_prometheus_fetches_every_metric_with_its_labels(scraped):
     assert found["megactx_window_utilisation"] == pytest.approx(events[-1].utilisation[0])
     assert found["megactx_swap_rate"] == pytest.approx(float(events[-1].telemetry.swap_rate[0]))
     assert found['megactx_rope_scale{lod="1"}'] == 1
+    tiers = [(name, event.pages[0].tiers[name]) for event in events for name in ("memory", "disk")]
+    for name in ("memory", "disk"):
+        uses = sum(tier.uses for own, tier in tiers if own == name)
+        assert found[f'megactx_pages_uses_total{{tier="{name}"}}'] == uses > 0
+    reads = sum(tier.reads for own, tier in tiers if own == "disk")
+    assert found['megactx_pages_read_duration_seconds_count{tier="disk"}'] == reads > 0
+    assert found['megactx_pages_size_bytes{tier="memory"}'] == tiers[-2][1].bytes > 0
     for part in ("gist", "score", "allocate", "read"):
         count = found[f'megactx_refocus_duration_seconds_count{{part="{part}"}}']
         assert count == sum(part in event.seconds for event in events)

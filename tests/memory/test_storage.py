@@ -225,7 +225,7 @@ DAMAGE = {
     "the manifest is cut": (named('{"format"'), "is damaged"),
     "the manifest is no object": (named("[]"), "is damaged"),
     "the manifest is gone": (lambda folder: (folder / storage.MANIFEST).unlink(), "no saved tree"),
-    "a newer format": (named('{"format": 3}'), "written by a newer program"),
+    "a newer format": (named('{"format": 4}'), "written by a newer program"),
     "another width": (change(width=8), "its width is 8, the GistNet's is 4"),
     "another block size": (change(block_size=32), "its block_size is 32, the GistNet's is 4"),
     "another base": (change(model="0123456789abcdef"), "another base LM"),

@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 import torch
+from range_server import serving
 
-from megactx.memory import Composite, MegaContextTree, curation
+from megactx.memory import Composite, MegaContextTree, curation, published
 from megactx.memory.invariants import violations
-from megactx.runtime import Session, Wanted
+from megactx.memory.publishing import publish
+from megactx.runtime import Session, Wanted, part_files
 
 K, BUDGET, LIMIT = 4, 240, 512
 ROOM = dict(budget=BUDGET)
@@ -271,3 +273,79 @@ def test_a_part_that_is_curated_under_a_running_session_shows_what_is_left(contr
     assert seen.openable(nothing, nothing + 1, inside).tolist() == [True, False, False]
     with pytest.raises(ValueError, match="part library: of tokens 64 to 71 some were taken away"):
         session.parts[0].text(64, 72)
+
+
+@pytest.fixture
+def published_part(saved, tmp_path, monkeypatch):
+    """A server, and the URL of a published tree of 300 tokens."""
+    monkeypatch.setenv("MEGACTX_CACHE", str(tmp_path / "cache"))
+    published.kept.cache_clear()
+    publish(saved("library", 300, 3), tmp_path / "www" / "library")
+    with serving(tmp_path / "www") as server:
+        yield server, f"{server.url}/library"
+    published.kept.cache_clear()
+
+
+def test_a_part_at_a_url_is_read_as_the_part_itself(models, controller, published_part, ids, tmp_path):
+    server, url = published_part
+    told = []
+    for place in (tmp_path / "library", Wanted.parse(f"library={url}").path):
+        session = Session(controller("focus", **ROOM), parts=[wanted("library", place, 0.4)])
+        told.append([session.append(ids(100), score=True), *entries(session.context, 0)])
+        session.stream.logits()
+    assert torch.equal(told[0][0], told[1][0]) and told[0][1:] == told[1][1:]
+    assert any(name.startswith("pages") for name, _ in server.asked)
+
+
+def test_a_session_is_saved_with_a_part_at_a_url_and_sees_what_is_published_next(
+    controller, published_part, ids, tmp_path, saved, monkeypatch
+):
+    server, url = published_part
+    with Session(controller("recency", **ROOM), parts=[wanted("library", url, 0.4)]) as session:
+        session.append(ids(60))
+        session.save(tmp_path / "talk")
+    with Session.load(tmp_path / "talk", controller("recency", **ROOM)) as session:
+        (part,) = session.parts
+        assert part.wanted.path == url and int(part.tree.lengths[0]) == 300
+        publish(saved("library", 340, 4), tmp_path / "www" / "library")
+        session.append(ids(K, seed=1))
+        assert session.parts[0] is part  # the server is not asked at every refocus
+        monkeypatch.setattr(part_files, "EVERY", 0.0)
+        session.append(ids(K, seed=2))
+        assert int(session.parts[0].tree.lengths[0]) == 340 and not violations(session.context)
+        server.status = {"manifest.json": 500}
+        session.append(ids(K, seed=3))
+        assert "did not come over" in session.parts[0].note
+
+
+def test_a_server_that_goes_away_is_told_and_the_session_goes_on_when_it_is_back(controller, published_part, ids):
+    server, url = published_part
+    session = Session(controller("recency", **ROOM), parts=[wanted("library", url, 0.4)])
+    session.append(ids(20))
+    session.stream.logits()
+    tree = session.parts[0].tree
+    tree.cache.file.kept, server.dies = None, 0  # neither on this disk nor there
+    for level in tree.levels:  # nor in memory
+        for page in level.pages:
+            page.clear()
+    with pytest.raises(published.Unreachable, match=f"{url}: pages-.* did not come over"):
+        session.append(ids(K, seed=1))
+        session.stream.logits()
+    server.dies = None
+    session.append(ids(K, seed=2))
+    assert session.stream.logits().isfinite().all() and not violations(session.context)
+    assert session.length == 1 + 20 + 2 * K
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "share"),
+    [
+        ("a=http://host:8000", "http://host:8000", None),
+        ("a=http://host:8000/tree:0.2", "http://host:8000/tree", 0.2),
+        ("a=s3://bucket/tree/", "s3://bucket/tree", None),
+        ("a=https://host/tree:.5", "https://host/tree", 0.5),
+    ],
+)
+def test_a_part_may_be_a_url_with_a_port_and_a_share(text, path, share):
+    found = Wanted.parse(text)
+    assert (found.path, found.share) == (path, share)
