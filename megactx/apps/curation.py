@@ -1,6 +1,7 @@
 """Keep a saved session clean: what nobody reads goes into an archive, and comes back when it is wanted.
 
     python -m megactx.apps.curation report SESSION                     bytes, and what each policy would take away
+    python -m megactx.apps.curation measure SESSION --blocks 500       what collapsing blocks costs, of a sample of them
     python -m megactx.apps.curation plan SESSION PLAN.json             write down what would be done; nothing changes
     python -m megactx.apps.curation apply SESSION PLAN.json            do it
     python -m megactx.apps.curation restore SESSION [START-STOP]       bring back all, or a span of tokens
@@ -19,12 +20,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
+from megactx.evaluation import curation as evaluation
+from megactx.framework.bar import bar, quiet_libraries
 from megactx.framework.command_line import run
 from megactx.framework.files import write
 from megactx.memory.curation import DEFAULT, Curated, names, read_plan
-from megactx.runtime import session_files
+from megactx.memory.encoding import identity
+from megactx.runtime import load_models, session_files
 
-ACTIONS = ("report", "plan", "apply", "restore", "purge", "log")
+from .command_line import MODEL
+
+ACTIONS = ("report", "measure", "plan", "apply", "restore", "purge", "log")
 
 
 def curate(args: argparse.Namespace) -> None:
@@ -40,12 +48,15 @@ def curate(args: argparse.Namespace) -> None:
             for what, size in tree.file.sizes().items():
                 print(f"{what:10s} {size / 1e6:12.3f} MB")
             print(f"{int((tree.floor > 0).sum()):,} of {len(tree.floor):,} blocks were compacted")
+            tell_signals(tree)
             for name, mine in tree.chosen(
                 {name: {} for name in names() if name not in ("keep", "budget")} | named
             ).items():
                 print(
                     f"{name:10s} would compact {int(mine.sum()):,} blocks, {int(mine.sum()) * tree.freed / 1e6:.3f} MB"
                 )
+        elif args.action == "measure":
+            measure(tree, args)
         elif args.action == "plan":
             plan = tree.plan(named)
             write(_given(args), json.dumps(plan, indent=1) + "\n")
@@ -60,6 +71,45 @@ def curate(args: argparse.Namespace) -> None:
         else:
             for when, action, start, stop, reason in tree.log():
                 print(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(when))} {action} {start}-{stop} {reason}")
+
+
+def tell_signals(tree: Curated) -> None:
+    """Of how many blocks it is known what they are worth, and the mean of it."""
+    opened = int((tree.opened > 0).sum())
+    print(f"{opened:,} blocks were opened, {int(tree.opened.sum()):,} times; {int(tree.access.sum()):,} reads as gists")
+    told = {
+        "worth": "LensNet's word on their tokens",
+        "dnll": "measured dNLL of collapsing",
+        "nll": "measured NLL of their own tokens",
+    }
+    for name, what in told.items():
+        values = getattr(tree, name)
+        if len(known := values[~values.isnan()]):
+            low, high = known.quantile(torch.tensor([0.1, 0.9])).tolist()
+            print(
+                f"{what}: {len(known):,} blocks, mean {float(known.mean()):.4f} nats per token,"
+                f" 10 % below {low:.4f}, 10 % above {high:.4f}"
+            )
+
+
+def measure(tree: Curated, args: argparse.Namespace) -> None:
+    """Measure a sample of blocks; what was measured before is not measured again.
+
+    Raises:
+        ValueError: a number that is not allowed, no whole block, or models that did not make the tree.
+    """
+    if args.blocks < 1:
+        raise ValueError(f"--blocks={args.blocks} is not allowed: at least 1")
+    if len(tree.levels) == 1:
+        raise ValueError(f"{args.session}: the tree has no whole block")
+    quiet_libraries()
+    models, made_by = load_models(args.model), tree.about["versions"][tree.about["version"]]
+    if models.gistnet is None or identity(models.gistnet) != made_by:
+        raise ValueError(f"{args.session}: another GistNet made it ({made_by}); name its models with --model")
+    numbers = evaluation.sample(tree, args.blocks, args.seed)
+    evaluation.measure(tree, models.base, models.gistnet, numbers, bar("batches of blocks"))
+    print(f"{len(numbers):,} blocks were measured")
+    tell_signals(tree)
 
 
 @contextmanager
@@ -132,6 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--floor", type=int, default=1, help="1 keeps a gist for 32 tokens, 2 one for 1,024 (default 1)"
     )
+    parser.add_argument("--blocks", type=int, default=500, help="of measure: the sample (default 500)")
+    parser.add_argument("--seed", type=int, default=0, help="of measure: which blocks (default 0)")
+    parser.add_argument("--model", help=f"of measure: {MODEL}")
     parser.add_argument("--days", type=float, default=90, help="of purge (default 90)")
     return run(curate, parser, arguments)
 

@@ -30,7 +30,7 @@ from . import policies, storage
 from .description import key_size, tokens
 from .page_cache import PageCache, packed
 from .page_file import PageFile
-from .pages import Pages
+from .pages import SIGNAL_COLUMNS, SIGNALS, Pages
 from .tree import columns_of
 
 FORMAT = 1  # of a plan
@@ -44,7 +44,9 @@ class Curated:
     """A saved tree of one row without its models.
 
     Attributes of its blocks, [N] each: ``opened``, ``access``, ``time``, ``floor``, ``protected``, and ``may``: whether
-    it may be touched at all. ``freed`` is what compacting one block to its floor frees, in bytes.
+    it may be touched at all. In nats per token, NaN where nobody knows: ``worth``, what LensNet says on the mean that
+    its tokens are worth above its gist; ``dnll``, what collapsing it was measured to cost; ``nll``, how much its own
+    tokens surprise the base LM. ``freed`` is what compacting one block to its floor frees, in bytes.
 
     Args:
         folder: of the tree.
@@ -68,7 +70,8 @@ class Curated:
             self.tokens = int(lengths[0])
             dtype, self.levels = getattr(torch, about["dtype"] or "float32"), []
             for lod, size in enumerate(about["page_sizes"]):
-                pages = Pages(columns_of(lod, about["width"], dtype, key_size(about)), 1, size, "cpu")
+                signals = bool(about.get("signals"))
+                pages = Pages(columns_of(lod, about["width"], dtype, key_size(about), signals), 1, size, "cpu")
                 pages.lod, pages.lengths = lod, lengths // self.size**lod
                 pages.room = int(pages.lengths[0])
                 pages.pages = [{} for _ in range(-(-pages.room // size))]
@@ -87,7 +90,12 @@ class Curated:
         blocks = self.levels[1]
         for name in ("opened", "access", "time", "floor", "protected"):
             setattr(self, name, blocks.whole(name)[0])
-        number = torch.arange(len(self.opened))
+        number, none = torch.arange(len(self.opened)), torch.full((len(self.opened),), torch.nan)
+        self.worth, self.dnll, self.nll = none, none.clone(), none.clone()
+        if SIGNALS in blocks.parts():
+            self.worth = blocks.whole("worth")[0] / blocks.whole("scored")[0]  # 0 / 0 is NaN
+            measured = blocks.whole("measured")[0]
+            self.dnll, self.nll = (torch.where(measured, blocks.whole(name)[0], none) for name in ("dnll", "nll"))
         self.may = (number > 0) & ~self.protected & (self.floor == 0)
         self.may &= (number + 1) * self.size <= self.tokens - RECENT
         gist = prod(blocks.columns["gist"][0]) * blocks.columns["gist"][1].itemsize + 12
@@ -133,6 +141,17 @@ class Curated:
         actions.sort(key=lambda action: action["start"])
         return {"format": FORMAT, "tokens": self.tokens, "actions": actions}
 
+    def note_measured(self, numbers: Tensor, dnll: Tensor, nll: Tensor) -> None:
+        """Keep what collapsing blocks, numbers [M], was measured to cost, and their own NLL, [M] each; whole or not."""
+        blocks = self.levels[1]
+        blocks.columns = blocks.columns | SIGNAL_COLUMNS
+        with writing(self.folder, REMEDY), self.file.step():
+            zero = torch.zeros_like(numbers)
+            blocks.write(zero, numbers, dnll=dnll, nll=nll, measured=torch.ones_like(numbers, dtype=torch.bool))
+            self.about["signals"] = True
+            self._written()
+        self.dnll[numbers], self.nll[numbers] = dnll.float(), nll.float()
+
     def apply(self, plan: dict) -> int:
         """Do what a plan says, all of it or nothing; what has been protected or opened since stays. -> bytes."""
         if plan.get("format") != FORMAT or plan.get("tokens", 0) > self.tokens:
@@ -146,7 +165,7 @@ class Curated:
                     raise ValueError(f"the plan has an action that cannot be done: {action}")
                 for first, end in self._runs(start, stop, wide):
                     freed += self._compact(first, end, floor, action["reason"])
-            self._written()
+            self._written(taken=True)
         return freed
 
     def restore(self, start: int, stop: int) -> int:
@@ -165,7 +184,7 @@ class Curated:
                 self.file.db.execute("DELETE FROM archive WHERE start = ?", (first,))
                 self._log("restore", first, end, "")
                 count += 1
-            self._written()
+            self._written(taken=True)
         return count
 
     def purge(self, days: float) -> int:
@@ -238,12 +257,13 @@ class Curated:
         row = (int(time.time()), action, start, stop, reason)
         self.file.db.execute("INSERT INTO log (time, action, start, stop, reason) VALUES (?, ?, ?, ?, ?)", row)
 
-    def _written(self) -> None:
+    def _written(self, taken: bool = False) -> None:
+        """Write the pages that have changed. ``taken``: who reads the tree must know, for something is gone or back."""
         for level in self.levels:
             pages = ((level.lod, part, n, packed(level, part, n)) for part, n in sorted(level.dirty))
             self.file.put(pages, zipped=True)
             level.dirty = set()
-        self.about["commit"], self.about["epoch"] = self.about["commit"] + 1, self.about.get("epoch", 0) + 1
+        self.about["commit"], self.about["epoch"] = self.about["commit"] + 1, self.about.get("epoch", 0) + taken
         self.about["compacted"] = int((self.floor > 0).sum())
         self.file.say("tree", self.about)
 

@@ -27,7 +27,8 @@ from megactx.framework.files import PART, replacing, writing
 from . import build, encoding, interchange
 from .description import describe, described, key_size
 from .page_cache import MEMORY, PageCache, packed
-from .page_file import PageFile
+from .page_file import PARTS, PageFile
+from .pages import SIGNALS
 
 FORMAT = 2
 MANIFEST = interchange.MANIFEST
@@ -149,8 +150,10 @@ def damaged(folder: Path) -> list[str]:
     about, wrong = file.about("tree"), []
     for lod, size in enumerate(about["page_sizes"]):
         pages = -(-(max(about["lengths"]) // about["block_size"] ** lod) // size)
-        parts = ("body", "facts", "key")[: 1 if lod == 0 else 3 if lod == 1 and about.get("keys") else 2]
-        for part, number in ((part, number) for part in parts for number in range(pages)):
+        wanted = [(part, number) for part in PARTS[: 1 if lod == 0 else 2] for number in range(pages)]
+        wanted += [("key", number) for number in range(pages) if lod == 1 and about.get("keys")]
+        wanted += [(SIGNALS, number) for number in file.numbers(lod, SIGNALS)]
+        for part, number in wanted:
             try:
                 file.get(lod, part, number)
             except ValueError as error:
@@ -204,7 +207,7 @@ def _save_changes(tree) -> bool:
         file.put(_changed(tree), zipped=bool(tree.compacted))
         for lod in range(len(about["page_sizes"])):
             there = len(tree.levels[lod].pages) if lod <= tree.depth else 0
-            for part in ("body", "facts", "key") if lod else ("body",):
+            for part in PARTS if lod else PARTS[:1]:
                 file.remove(lod, part, there if part != "key" or tree.keys is not None else 0)
         file.say("tree", describe(tree) | {"commit": commit + 1, "epoch": about.get("epoch", 0)})
     tree.home = (file, commit + 1)
