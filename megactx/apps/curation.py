@@ -8,8 +8,9 @@
     python -m megactx.apps.curation purge SESSION --days 90            what was archived so long ago goes for good
     python -m megactx.apps.curation log SESSION                        all that was ever done
 
-``--policy NAME:setting=value,...`` (several) chooses the policies: unread, duplicate, age, budget; ``keep`` says what
-stays. SESSION is the folder of a session, which must not be in use, or of a tree.
+``--config NAME,setting=value,...`` is an option of the config group ``curation``: default, budget, unread,
+low_information, off. ``--policy NAME:setting=value,...`` (several) takes the place of its policies. SESSION is the
+folder of a session, which must not be in use, or of a tree.
 """
 
 import argparse
@@ -26,12 +27,14 @@ from megactx.evaluation import curation as evaluation
 from megactx.framework.bar import bar, quiet_libraries
 from megactx.framework.command_line import run
 from megactx.framework.files import write
-from megactx.memory.curation import DEFAULT, Curated, names, read_plan
+from megactx.memory.curation import Curated, names, read_plan
+from megactx.memory.curation_settings import CurationSettings
 from megactx.memory.encoding import identity
 from megactx.runtime import load_models, session_files
 
 from .command_line import MODEL
 
+CONFIG = "option of the config group curation, NAME or NAME,setting=value,... (default: default)"
 ACTIONS = ("report", "measure", "plan", "apply", "restore", "purge", "log")
 
 
@@ -41,9 +44,10 @@ def curate(args: argparse.Namespace) -> None:
     Raises:
         ValueError: no tree, one in use, no plan, or a policy that is not known.
     """
-    named = policies_of(args.policy)
+    settings = settings_of(args.config)
+    named = policies_of(args.policy) if args.policy else settings.named
     with held(Path(args.session).expanduser()) as folder:
-        tree = Curated(folder, args.floor)
+        tree = Curated(folder, settings.floor if args.floor is None else args.floor)
         if args.action == "report":
             for what, size in tree.file.sizes().items():
                 print(f"{what:10s} {size / 1e6:12.3f} MB")
@@ -67,7 +71,10 @@ def curate(args: argparse.Namespace) -> None:
         elif args.action == "restore":
             print(f"{tree.restore(*_span(args.what, tree.tokens))} spans were restored")
         elif args.action == "purge":
-            print(f"{tree.purge(args.days)} spans are gone for good")
+            days = settings.retention if args.days is None else args.days
+            if days is None:
+                raise ValueError("purge: name --days, for this config keeps the archive for ever")
+            print(f"{tree.purge(days)} spans are gone for good")
         else:
             for when, action, start, stop, reason in tree.log():
                 print(f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(when))} {action} {start}-{stop} {reason}")
@@ -122,6 +129,17 @@ def held(folder: Path) -> Iterator[Path]:
         yield folder / session_files.TREE
 
 
+def settings_of(text: str) -> CurationSettings:
+    """``NAME,setting=value,...`` -> that option of the config group ``curation``, with these settings.
+
+    Raises:
+        ValueError: there is no such option or setting, or a value is not allowed.
+    """
+    from megactx.framework.config.search_path import option  # Hydra, which takes its time
+
+    return CurationSettings(**option("curation", text))
+
+
 def policies_of(given: list[str]) -> dict[str, dict]:
     """``NAME:setting=value,...`` -> settings by name.
 
@@ -129,7 +147,7 @@ def policies_of(given: list[str]) -> dict[str, dict]:
         ValueError: a policy that is not known, or a setting without a value.
     """
     out = {}
-    for text in given or DEFAULT:
+    for text in given:
         name, _, settings = text.partition(":")
         if name not in names():
             raise ValueError(f"--policy {name} is not known, there are {', '.join(names())}")
@@ -172,20 +190,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "what", nargs="?", metavar="PLAN|START-STOP", help="of plan and apply: a file; of restore: a span"
     )
+    parser.add_argument("--config", default="default", metavar="NAME,...", help=CONFIG)
     parser.add_argument(
         "--policy",
         action="append",
         default=[],
         metavar="NAME:setting=value,...",
-        help="default: unread and duplicate",
+        help="in place of those of the config",
     )
     parser.add_argument(
-        "--floor", type=int, default=1, help="1 keeps a gist for 32 tokens, 2 one for 1,024 (default 1)"
+        "--floor", type=int, help="1 keeps a gist for 32 tokens, 2 one for 1,024 (default: that of the config)"
     )
     parser.add_argument("--blocks", type=int, default=500, help="of measure: the sample (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="of measure: which blocks (default 0)")
     parser.add_argument("--model", help=f"of measure: {MODEL}")
-    parser.add_argument("--days", type=float, default=90, help="of purge (default 90)")
+    parser.add_argument("--days", type=float, help="of purge (default: the config's retention)")
     return run(curate, parser, arguments)
 
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,14 +103,20 @@ class Curated:
         self.freed = 4 * self.size + sum(int(gist / self.size ** (lod - 1)) for lod in range(1, self.level))
         self.bytes = sum(self.file.sizes()[what] for what in ("tokens", "gists"))
 
+    def kept(self) -> Iterator[tuple[Tensor, np.ndarray]]:
+        """Blocks that have their tokens, the oldest first, a page at a time: numbers [n], and tokens [n, K]."""
+        level, end = self.levels[0], self.tokens // self.size * self.size
+        for first in range(0, end, level.size):
+            page = level.span("token", first, min(first + level.size, end))[0].view(-1, self.size)
+            numbers = torch.arange(len(page)) + first // self.size
+            there = self.floor[numbers] == 0
+            yield numbers[there], page[there].cpu().numpy()
+
     def contents(self) -> Iterator[tuple[int, bytes]]:
         """Of each block that has its tokens its number, and a hash of them; the oldest first."""
-        level = self.levels[0]
-        for first in range(0, self.tokens // self.size * self.size, level.size):
-            page = level.span("token", first, min(first + level.size, self.tokens // self.size * self.size))[0]
-            for number, block in enumerate(page.view(-1, self.size).numpy(), start=first // self.size):
-                if self.floor[number] == 0:
-                    yield number, hashlib.blake2b(block.tobytes(), digest_size=16).digest()
+        for numbers, page in self.kept():
+            for number, block in zip(numbers.tolist(), page, strict=True):
+                yield number, hashlib.blake2b(block.tobytes(), digest_size=16).digest()
 
     def chosen(self, named: dict[str, dict]) -> dict[str, Tensor]:
         """Of each policy the blocks that it would take away and that may be, bool [N].

@@ -1,9 +1,12 @@
 """Curation as a person uses it."""
 
+import json
+
 import pytest
 import torch
 
 from megactx.apps import curation
+from megactx.memory import curation as memory
 from megactx.memory.curation import Curated
 from megactx.runtime import Controller, Session, Settings, load_models
 
@@ -36,3 +39,52 @@ def test_what_cannot_be_measured_is_one_message(talk, exported, capsys):
     assert curation.main(["measure", str(talk)]) == 2
     assert "another GistNet made it" in capsys.readouterr().err
     assert torch.equal(Curated(talk / "tree").dnll.isnan(), torch.ones(100, dtype=torch.bool))
+
+
+def planned(talk, tmp_path, *how):
+    assert curation.main(["plan", str(talk), str(tmp_path / "plan.json"), *how]) == 0
+    return json.loads((tmp_path / "plan.json").read_text())["actions"]
+
+
+def test_a_config_chooses_policies_and_settings_and_what_is_named_has_the_last_word(talk, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "RECENT", 100)
+    assert planned(talk, tmp_path) == []  # nothing is so old
+    assert planned(talk, tmp_path, "--config", "off,policies={unread:{behind:0}}")  # as any setting
+    assert planned(talk, tmp_path, "--config", "off") == []
+    one = planned(talk, tmp_path, "--config", "default,policies.unread.behind=200")
+    assert one and {action["floor"] for action in one} == {1} and max(action["stop"] for action in one) <= 200
+    two = planned(talk, tmp_path, "--config", "unread,policies.unread.behind=100")
+    assert {action["floor"] for action in two} == {2}
+    assert {
+        action["floor"]
+        for action in planned(talk, tmp_path, "--config", "unread", "--floor", "1", "--policy", "unread:behind=0")
+    } == {1}
+    said = planned(talk, tmp_path, "--config", "budget,policies.budget.megabytes=0.0001")
+    assert {action["reason"] for action in said} == {"budget"}
+    little = planned(talk, tmp_path, "--config", "low_information")
+    assert "entropy" in {action["reason"] for action in little}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("defualt", "curation=defualt: no such option. Did you mean"),
+        ("default,flor=2", "curation.flor"),
+        ("default,policies.forget={}", "curation.policies.forget"),
+        ("default,floor=0", "floor=0 is not allowed"),
+        ("default,every=often", "every=often"),
+    ],
+)
+def test_a_config_that_is_wrong_is_one_message(talk, capsys, config, said):
+    assert curation.main(["report", str(talk), "--config", config]) == 2
+    told = capsys.readouterr().err
+    assert said in told and "Traceback" not in told and told.count("\n") == 1
+
+
+def test_every_option_of_the_group_is_a_setting_that_can_be_used():
+    from megactx.framework.config.config_docs import groups
+
+    names = [option.name for option in groups()["curation"]]
+    assert {"default", "budget", "unread", "off"} <= {*names}
+    for name in names:
+        assert curation.settings_of(name).named.keys() <= {*memory.names()}
