@@ -204,15 +204,33 @@ def _save_changes(tree) -> bool:
         about = file.about("tree")
         if about is None or about["commit"] != commit:
             return False
-        file.put(_changed(tree), zipped=bool(tree.compacted))
-        for lod in range(len(about["page_sizes"])):
-            there = len(tree.levels[lod].pages) if lod <= tree.depth else 0
-            for part in PARTS if lod else PARTS[:1]:
-                file.remove(lod, part, there if part != "key" or tree.keys is not None else 0)
-        file.say("tree", describe(tree) | {"commit": commit + 1, "epoch": about.get("epoch", 0)})
+        put_changes(tree, describe(tree) | {"epoch": about.get("epoch", 0)})
+    written(tree)
+    return True
+
+
+def put_changes(tree, about: dict) -> None:
+    """Within a transaction: the pages that have changed since, and what is said of the tree."""
+    file, commit = tree.home
+    file.put(_changed(tree), zipped=bool(about["compacted"]))
+    for lod in range(len(file.about("tree")["page_sizes"])):
+        there = len(tree.levels[lod].pages) if lod <= tree.depth else 0
+        for part in PARTS if lod else PARTS[:1]:
+            file.remove(lod, part, there if part != "key" or tree.keys is not None else 0)
+    file.say("tree", about | {"commit": commit + 1, "epoch": about.get("epoch", 0)})
+
+
+def written(tree) -> None:
+    """The transaction was made."""
+    file, commit = tree.home
     tree.home = (file, commit + 1)
     _settle(tree)
-    return True
+
+
+def grown(tree) -> dict:
+    """What changes of a tree's description while it grows; the rest takes a look at all weights."""
+    about = {"lengths": tree.lengths.tolist(), "page_sizes": [level.size for level in tree.levels]}
+    return about | {"parts": [[name, first.tolist()] for name, first in tree.parts], "signals": tree.signals}
 
 
 def _changed(tree) -> Iterator[tuple[int, str, int, bytes]]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megactx.apps import curation
+from megactx.memory import archive
 from megactx.memory import curation as memory
 from megactx.memory.curation import Curated
 from megactx.runtime import Controller, Session, Settings, load_models
@@ -47,7 +48,7 @@ def planned(talk, tmp_path, *how):
 
 
 def test_a_config_chooses_policies_and_settings_and_what_is_named_has_the_last_word(talk, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "RECENT", 100)
+    monkeypatch.setattr(archive, "RECENT", 100)
     assert planned(talk, tmp_path) == []  # nothing is so old
     assert planned(talk, tmp_path, "--config", "off,policies={unread:{behind:0}}")  # as any setting
     assert planned(talk, tmp_path, "--config", "off") == []

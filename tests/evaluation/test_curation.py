@@ -80,9 +80,9 @@ def test_a_sample_goes_on_where_it_was_stopped_and_a_larger_one_holds_it(models,
 
 
 def test_blocks_whose_neighbours_were_taken_away_are_not_measured(models, folder, monkeypatch):
-    from megactx.memory import curation
+    from megactx.memory import archive
 
-    monkeypatch.setattr(curation, "RECENT", 0)
+    monkeypatch.setattr(archive, "RECENT", 0)
     tree = Curated(folder)
     tree.apply(
         {

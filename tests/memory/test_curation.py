@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megactx.focus import moves
-from megactx.memory import MegaContextTree, WorkingContext, curation, storage
+from megactx.memory import MegaContextTree, WorkingContext, archive, storage
 from megactx.memory import tree as tree_module
 from megactx.memory.curation import Curated
 
@@ -20,8 +20,8 @@ K = 4
 def small(monkeypatch):
     monkeypatch.setattr(tree_module, "TOKENS", 64)
     monkeypatch.setattr(tree_module, "NODES", 16)
-    monkeypatch.setattr(curation, "RECENT", 200)
-    monkeypatch.setattr(curation, "RUN", 32)
+    monkeypatch.setattr(archive, "RECENT", 200)
+    monkeypatch.setattr(archive, "RUN", 32)
 
 
 def ids(count: int, seed: int = 0) -> torch.Tensor:
