@@ -10,7 +10,8 @@
 
 ``--config NAME,setting=value,...`` is an option of the config group ``curation``: default, budget, unread,
 low_information, off. ``--policy NAME:setting=value,...`` (several) takes the place of its policies. SESSION is the
-folder of a session, which must not be in use, or of a tree.
+folder of a session, or of a tree. Of a session that is in use a report, a plan and the log are read as it was saved
+last; a plan is applied by the process that has it, at its next refocuses; nothing else is done.
 """
 
 import argparse
@@ -28,13 +29,14 @@ from megactx.framework.bar import bar, quiet_libraries
 from megactx.framework.command_line import run
 from megactx.framework.files import write
 from megactx.memory.curation import Curated, names, read_plan
-from megactx.memory.curation_settings import CurationSettings
 from megactx.memory.encoding import identity
 from megactx.runtime import load_models, session_files
+from megactx.runtime.curation import HANDED
 
-from .command_line import MODEL
+from .command_line import MODEL, curation_of
 
 CONFIG = "option of the config group curation, NAME or NAME,setting=value,... (default: default)"
+READING = ("report", "plan", "log")  # of a session that is in use too
 ACTIONS = ("report", "measure", "plan", "apply", "restore", "purge", "log")
 
 
@@ -44,9 +46,12 @@ def curate(args: argparse.Namespace) -> None:
     Raises:
         ValueError: no tree, one in use, no plan, or a policy that is not known.
     """
-    settings = settings_of(args.config)
+    settings = curation_of(args.config)
     named = policies_of(args.policy) if args.policy else settings.named
-    with held(Path(args.session).expanduser()) as folder:
+    place = Path(args.session).expanduser()
+    if args.action == "apply" and handed(place, args):
+        return
+    with held(place, alone=args.action not in READING) as folder:
         tree = Curated(folder, settings.floor if args.floor is None else args.floor)
         if args.action == "report":
             for what, size in tree.file.sizes().items():
@@ -119,25 +124,33 @@ def measure(tree: Curated, args: argparse.Namespace) -> None:
     tell_signals(tree)
 
 
+def handed(folder: Path, args: argparse.Namespace) -> bool:
+    """Leave the plan to the process that has a session in use, if any."""
+    if not session_files.is_session(folder):
+        return False
+    plan = read_plan(_given(args))
+    try:
+        session_files.lock(folder).release()
+    except ValueError as error:
+        if not isinstance(error.__cause__, BlockingIOError):
+            raise
+        write(folder / HANDED, json.dumps(plan) + "\n")
+        print("The session is in use: who has it does this at its next refocuses")
+        return True
+    return False
+
+
 @contextmanager
-def held(folder: Path) -> Iterator[Path]:
-    """The folder of a session's tree, which nobody else has open; or that of a tree."""
+def held(folder: Path, alone: bool = True) -> Iterator[Path]:
+    """The folder of a session's tree, with ``alone`` one which nobody else has open; or that of a tree."""
     if not session_files.is_session(folder):
         yield folder
         return
+    if not alone:
+        yield folder / session_files.TREE
+        return
     with session_files.lock(folder):
         yield folder / session_files.TREE
-
-
-def settings_of(text: str) -> CurationSettings:
-    """``NAME,setting=value,...`` -> that option of the config group ``curation``, with these settings.
-
-    Raises:
-        ValueError: there is no such option or setting, or a value is not allowed.
-    """
-    from megactx.framework.config.search_path import option  # Hydra, which takes its time
-
-    return CurationSettings(**option("curation", text))
 
 
 def policies_of(given: list[str]) -> dict[str, dict]:

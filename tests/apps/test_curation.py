@@ -1,11 +1,13 @@
 """Curation as a person uses it."""
 
+import io
 import json
 
 import pytest
 import torch
 
-from megactx.apps import curation
+from megactx.apps import chat, curation
+from megactx.apps.command_line import curation_of
 from megactx.memory import archive
 from megactx.memory import curation as memory
 from megactx.memory.curation import Curated
@@ -88,4 +90,32 @@ def test_every_option_of_the_group_is_a_setting_that_can_be_used():
     names = [option.name for option in groups()["curation"]]
     assert {"default", "budget", "unread", "off"} <= {*names}
     for name in names:
-        assert curation.settings_of(name).named.keys() <= {*memory.names()}
+        assert curation_of(name).named.keys() <= {*memory.names()}
+
+
+def test_a_session_in_use_is_planned_and_takes_up_the_plan_itself(talk, exported, ids, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(archive, "RECENT", 100)
+    plan = str(tmp_path / "plan.json")
+    with Session.load(talk, Controller(load_models(str(exported)), Settings(**SMALL))) as session:
+        assert curation.main(["plan", str(talk), plan, "--policy", "unread:behind=100"]) == 0
+        assert curation.main(["report", str(talk)]) == 0 and curation.main(["log", str(talk)]) == 0
+        assert curation.main(["restore", str(talk)]) == 2 and "is in use by process" in capsys.readouterr().err
+        assert curation.main(["apply", str(talk), plan]) == 0 and "at its next refocuses" in capsys.readouterr().out
+        session.append(ids(60, seed=1), score=True)
+        assert session.tree.compacted > 5
+        session.save()
+    assert curation.main(["log", str(talk)]) == 0 and "compact" in capsys.readouterr().out
+    assert curation.main(["restore", str(talk)]) == 0
+
+
+def test_a_chat_is_curated_and_restored(talk, exported, monkeypatch, capsys):
+    monkeypatch.setattr(archive, "RECENT", 100)
+    how = "default,policies.unread.behind=100,every=1"
+    said = f"/curate {how}\n/restore\n/curate off\nHello\n/quit\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(said.encode())))
+    asked = ["--model", str(exported), "--session", str(talk), "--budget", "400", "--tokens", "8", "--curation", how]
+    assert chat.main(asked) == 0
+    told = capsys.readouterr().out
+    assert "MB went into the archive" in told and "spans were restored" in told and "0.000 MB went" in told
+    kept = Curated(talk / "tree")
+    assert not (kept.floor > 0).any() and {entry[1] for entry in kept.log()} == {"compact", "restore"}

@@ -232,3 +232,26 @@ def test_an_apply_or_restore_that_is_killed_is_done_or_not_done(folder, encoder,
         assert any(state) and not storage.damaged(place)
         seen.add(state.index(True))
     assert seen == {0, 1}
+
+
+@pytest.mark.parametrize("floor", [1, 2])
+def test_an_open_tree_is_archived_with_what_is_not_saved_of_it_and_what_became_protected_or_is_shown_stays(
+    folder, encoder, table, floor
+):
+    plan = Curated(folder, floor).plan(UNREAD)
+    tree = MegaContextTree.load(folder, encoder(K), table)
+    tree.append(ids(40, seed=1))
+    tree.protect(1, torch.tensor([[50]]))
+    before = everything(tree)
+    live = archive.LiveArchive(tree, 2000, lambda asked: torch.tensor([70]))
+    assert live.apply(plan) > 0
+    floors = tree.levels[1].whole("floor")[0]
+    assert not floors[[0, 20, 40, 50, 70]].any() and tree.compacted == int((floors > 0).sum()) > 180
+    again = MegaContextTree.load(folder, encoder(K), table)
+    assert all(map(torch.equal, everything(again), everything(tree))) and again.lengths == tree.lengths
+    tree.append(ids(40, seed=2))
+    tree.save(folder)  # its home is still there
+    assert live.restore(0, 2000) > 0 and tree.compacted == 0
+    for one, other in zip(everything(tree), before, strict=True):
+        assert torch.equal(one[:, : other.shape[1]], other)
+    assert not storage.damaged(folder)
