@@ -7,8 +7,8 @@ Facts are planted in the old part of a history. Sessions go on with it, and wind
 question asks for. Then each config of the group ``curation`` is applied to a copy, and so are two controls: random
 spans of as many bytes as the first config takes, and all that is old, whatever was opened.
 
-A question is answered where its fact, opened as far as the tree still has it, lowers the NLL of the answer by 0.5 nats
-per token.
+A question is answered where its fact, read in full beside the newest text as keys that find it would have it read,
+lowers the NLL of the answer by 0.5 nats per token. What is gone cannot be read, so it lowers nothing.
 
 N tokens of the history, K of a block, A of an answer.
 """
@@ -31,6 +31,8 @@ from megactx.evaluation import curation as evaluation
 from megactx.evaluation.bootstrap import mean_interval, wilson
 from megactx.evaluation.planted import USABLE
 from megactx.evaluation.table import Report, Table, pivot
+from megactx.focus import moves
+from megactx.focus.earned import earned
 from megactx.framework.bar import bar
 from megactx.memory import MegaContextTree, WorkingContext, storage
 from megactx.memory.archive import RECENT
@@ -46,8 +48,8 @@ LEGEND = (
     "MB: what tokens and gists take, and the archive. dNLL: of the text that follows the history, nats per token,"
     " above before. opened, others: planted questions answered before that are answered after, of those whose fact a"
     " window had opened and of the rest. kept: of the blocks that the last sessions opened, how many are there still."
-    " protected, restored: 1 where every protected block is there, and where restore brings all back bit for bit. Brackets: 95 %,"
-    " bootstrap over pieces of 64 tokens, or Wilson."
+    " protected, restored: 1 where every protected block is there, and where restore brings all back bit for bit."
+    " Brackets: 95 %, bootstrap over pieces of 64 tokens, or Wilson."
 )
 
 
@@ -126,8 +128,6 @@ class History:
             stream.append(session[None], score=True)
         now = tree.levels[1].whole("opened")[0]
         self.last = (now[: len(before)] > before).nonzero()[:, 0]  # what the last session opened
-        for case in self.cases:
-            case["found"] = bool((now[case["needed"]] > 0).all())
         for case in self.cases[::2]:
             opened(tree, args.budget - 256, case["needed"])
         tree.save(folder)
@@ -243,21 +243,32 @@ class History:
         return MegaContextTree.load(folder, self.models.gistnet, self.models.base)
 
     def _asked(self, tree: MegaContextTree, needed: list[int], ids: Tensor) -> Tensor:
-        """NLL of ids [T] behind a window that shows blocks as fine as they are there, [T]."""
+        """NLL of ids [T] behind the newest text and, where they are there, blocks in full, as keys that find them would
+        have them read, [T]."""
         stream, there = self.recency.stream(tree=tree), int(tree.lengths[0])
-        stream.restore(opened(tree, self.args.budget - 256, needed, self.args.budget))
-        found = stream.append(ids[None], score=True)[0]
+        context = WorkingContext.recency(tree, self.args.budget - 256)
+        context.budget = self.args.budget
+        stream.restore(context)
+        blocks = torch.tensor(needed, dtype=torch.long)
+        found = blocks[tree.openable(torch.zeros_like(blocks), torch.ones_like(blocks), blocks)].tolist()
+        protected = self.recency.settings.protected
+
+        def shown(context: WorkingContext, newest: Tensor):
+            return earned(context, self.args.budget, moves(context, protected), None, 0.0, protected, [found])
+
+        stream.focus.shown = shown
+        nll = stream.append(ids[None], score=True)[0]
         storage.shorten(tree, there)  # the next question does not see this answer
-        return found
+        return nll
 
 
 SLOT = max(BLOCKS.values()) + 1  # blocks of one fact, apart from the next
 
 
-def opened(tree: MegaContextTree, budget: int, needed: list[int], most: int | None = None) -> WorkingContext:
-    """The newest text within ``budget`` entries, and blocks opened as far as the tree has them."""
+def opened(tree: MegaContextTree, budget: int, needed: list[int]) -> None:
+    """A window of the newest text within ``budget`` entries opens the way down to blocks, as far as the tree has it."""
     context = WorkingContext.recency(tree, budget)
-    context.budget = most or budget + 256
+    context.budget = budget + 256
     for block in needed:
         while True:
             start, stop = context.starts()[0], context.starts()[0] + context.widths()[0]
@@ -267,7 +278,6 @@ def opened(tree: MegaContextTree, budget: int, needed: list[int], most: int | No
             if int(lod) == 0 or not bool(tree.openable(torch.zeros_like(lod), lod, index)):
                 break
             context.expand(column)
-    return context
 
 
 def bodies(tree: Curated) -> list[Tensor]:
