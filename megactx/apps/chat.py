@@ -63,6 +63,7 @@ class Chat:
         except KeyboardInterrupt:
             print(" (stopped)", end="")
         print(flush=True)
+        self.session.tidy()
 
     def say(self, line: str) -> None:
         """A line of the program's own."""

@@ -12,11 +12,12 @@ from megactx.runtime.part_files import conflicts
 from megactx.runtime.sources import opened
 from megactx.runtime.text import printable
 
+from .command_line import curation_of
 from .strip import strip
 
 HELP = (
     "/focus  /tree  /expects  /history [TOKENS]  /parts  /use NAME=PATH[:SHARE]  /drop NAME  /pin NAME  /sources"
-    "  /save [FOLDER]  /load FOLDER  /help  /quit"
+    "  /curate [NAME,...]  /restore  /save [FOLDER]  /load FOLDER  /help  /quit"
 )
 TOP = 8  # entries of a table
 
@@ -107,6 +108,21 @@ def history(chat, rest: str) -> None:
         raise ValueError(f"/history {rest}: a number of tokens is wanted")
     count = int(rest or 200)
     chat.say(chat.session.text(max(0, chat.session.length - count)))
+
+
+def curate(chat, rest: str) -> None:
+    """Archive now what nobody reads, and go on so; without a name as ``--curation`` says."""
+    session = chat.session
+    if rest or session.curation is None:
+        session.curate(curation_of(rest or "default"))
+    freed = session.curate_now()
+    chat.say(f"{freed / 1e6:.3f} MB went into the archive; /restore brings them back")
+
+
+def restore(chat, _: str) -> None:
+    """Bring back all that was archived, and archive nothing more in this talk."""
+    chat.session.curate(None)
+    chat.say(f"{chat.session.restore():,} spans were restored")
 
 
 def save(chat, folder: str) -> None:
@@ -201,6 +217,8 @@ COMMANDS = {
     "/drop": drop,
     "/pin": pin,
     "/sources": sources,
+    "/curate": curate,
+    "/restore": restore,
     "/save": save,
     "/load": load,
     "/help": lambda chat, _: chat.say(HELP),

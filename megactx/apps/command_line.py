@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from megactx.framework.bar import quiet_libraries
+from megactx.memory.curation_settings import CurationSettings
 from megactx.runtime import Controller, Observer, Sampling, Session, Settings, Wanted, load_models
 from megactx.runtime.session_files import is_session
 from megactx.runtime.settings import KINDS, POSITIONS
@@ -40,6 +41,8 @@ def add_talk(parser: argparse.ArgumentParser, tokens: int) -> None:
     """What continues a text has: ``--session``, how many tokens and which, ``--model`` and the rest."""
     kept = "go on with this session, and save it; made if it is not there"
     parser.add_argument("--session", metavar="FOLDER", help=kept)
+    clean = "archive what nobody reads while it goes on: an option of the config group curation (default: never)"
+    parser.add_argument("--curation", metavar="NAME,...", help=clean)
     add_parts(parser)
     add_sampling(parser, tokens)
     add_models(parser)
@@ -138,6 +141,17 @@ def opened(args: argparse.Namespace, folder: str | Path | None) -> Session:
     return session_of(folder, controller, observers_of(args, controller))
 
 
+def curation_of(text: str) -> CurationSettings:
+    """``NAME,setting=value,...`` -> that option of the config group ``curation``, with these settings.
+
+    Raises:
+        ValueError: there is no such option or setting, or a value is not allowed.
+    """
+    from megactx.framework.config.search_path import option  # Hydra, which takes its time
+
+    return CurationSettings(**option("curation", text))
+
+
 def talk_of(args: argparse.Namespace, controller: Controller, observers=()) -> Session:
     """The session that ``add_talk`` describes, with its parts.
 
@@ -152,6 +166,8 @@ def talk_of(args: argparse.Namespace, controller: Controller, observers=()) -> S
         session = session_of(args.session, controller, observers, parts, args.drop)
         for name in args.pin:
             session.pin(name)
+        if args.curation is not None:
+            session.curate(curation_of(args.curation))
     except BaseException:
         if session is not None:
             session.close()

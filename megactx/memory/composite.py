@@ -183,6 +183,12 @@ class Composite:
         for number, here, local in self._split(lod, index):
             self.trees[number].note_opened(torch.zeros_like(local), lod[here], local)
 
+    def note_worth(self, row: Tensor, index: Tensor, worth: Tensor) -> None:
+        """LensNet has said what the tokens of blocks, index [M], are worth above their gists, nats [M]; those of the
+        session's own tree keep it."""
+        for number, here, local in self._split(torch.ones_like(index), index):
+            self.trees[number].note_worth(torch.zeros_like(local), local, worth[here])
+
     def gather(self, lod: int | Tensor, index: Tensor) -> Tensor:
         """Nodes (lod, index), [1, M] or one lod for all -> the vectors that the base LM reads for them, [1, M, D]."""
         index = index.to(self.device)

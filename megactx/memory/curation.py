@@ -2,9 +2,7 @@
 
 Every block has a *floor*: the finest level that is kept of it, 0 for its tokens, n for its gist of level n. To
 *compact* a span is to raise its floor: its tokens, and its gists below the floor, go into the archive, and a window can
-no longer open it. *Restore* brings them back bit for bit; *purge* makes what is in the archive go for good. Each is one
-transaction of the tree's database: killed at any moment it is done or not done. A span that was compacted is restored
-before it gets another floor.
+no longer open it. A span that was compacted is restored before it gets another floor, see ``archive``.
 
 Protected blocks, the first block and the newest tokens are never touched. No model is needed.
 
@@ -15,36 +13,32 @@ import hashlib
 import importlib
 import json
 import pkgutil
-import time
-import zlib
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megactx.framework.files import writing
-
-from . import policies, storage
+from . import archive, policies, storage
+from .archive import FORMAT, Archive
 from .description import key_size, tokens
-from .page_cache import PageCache, packed
+from .page_cache import PageCache
 from .page_file import PageFile
-from .pages import Pages
+from .pages import SIGNAL_COLUMNS, SIGNALS, Pages
 from .tree import columns_of
 
-FORMAT = 1  # of a plan
-RECENT = 16_384  # newest tokens that are never touched: windows hold them raw
-RUN = 8_192  # tokens that are archived together, at most
 DEFAULT = ("unread", "duplicate")
-REMEDY = "make room"
 
 
-class Curated:
+class Curated(Archive):
     """A saved tree of one row without its models.
 
     Attributes of its blocks, [N] each: ``opened``, ``access``, ``time``, ``floor``, ``protected``, and ``may``: whether
-    it may be touched at all. ``freed`` is what compacting one block to its floor frees, in bytes.
+    it may be touched at all. In nats per token, NaN where nobody knows: ``worth``, what LensNet says on the mean that
+    its tokens are worth above its gist; ``dnll``, what collapsing it was measured to cost; ``nll``, how much its own
+    tokens surprise the base LM. ``freed`` is what compacting one block to its floor frees, in bytes.
 
     Args:
         folder: of the tree.
@@ -58,17 +52,17 @@ class Curated:
         manifest = storage.read_manifest(folder)
         if manifest["format"] != storage.FORMAT:
             raise ValueError(f"{folder}: it has the format of an earlier version; open and save it once")
-        self.folder, self.level = folder, level
-        self.file = PageFile(storage.database(folder, manifest["data"]))
+        self.level, file = level, PageFile(storage.database(folder, manifest["data"]))
         try:
-            self.about = about = self.file.about("tree")
-            lengths, self.size = tokens(about["lengths"]), about["block_size"]
+            about = file.about("tree")
+            lengths = tokens(about["lengths"])
             if len(lengths) != 1:
                 raise ValueError(f"its {len(lengths)} rows are not curated, only one is")
-            self.tokens = int(lengths[0])
-            dtype, self.levels = getattr(torch, about["dtype"] or "float32"), []
+            super().__init__(folder, file, [], about["block_size"], int(lengths[0]), about)
+            dtype = getattr(torch, about["dtype"] or "float32")
             for lod, size in enumerate(about["page_sizes"]):
-                pages = Pages(columns_of(lod, about["width"], dtype, key_size(about)), 1, size, "cpu")
+                signals = bool(about.get("signals"))
+                pages = Pages(columns_of(lod, about["width"], dtype, key_size(about), signals), 1, size, "cpu")
                 pages.lod, pages.lengths = lod, lengths // self.size**lod
                 pages.room = int(pages.lengths[0])
                 pages.pages = [{} for _ in range(-(-pages.room // size))]
@@ -87,21 +81,32 @@ class Curated:
         blocks = self.levels[1]
         for name in ("opened", "access", "time", "floor", "protected"):
             setattr(self, name, blocks.whole(name)[0])
-        number = torch.arange(len(self.opened))
+        number, none = torch.arange(len(self.opened)), torch.full((len(self.opened),), torch.nan)
+        self.worth, self.dnll, self.nll = none, none.clone(), none.clone()
+        if SIGNALS in blocks.parts():
+            self.worth = blocks.whole("worth")[0] / blocks.whole("scored")[0]  # 0 / 0 is NaN
+            measured = blocks.whole("measured")[0]
+            self.dnll, self.nll = (torch.where(measured, blocks.whole(name)[0], none) for name in ("dnll", "nll"))
         self.may = (number > 0) & ~self.protected & (self.floor == 0)
-        self.may &= (number + 1) * self.size <= self.tokens - RECENT
+        self.may &= (number + 1) * self.size <= self.tokens - archive.RECENT
         gist = prod(blocks.columns["gist"][0]) * blocks.columns["gist"][1].itemsize + 12
         self.freed = 4 * self.size + sum(int(gist / self.size ** (lod - 1)) for lod in range(1, self.level))
         self.bytes = sum(self.file.sizes()[what] for what in ("tokens", "gists"))
 
+    def kept(self) -> Iterator[tuple[Tensor, np.ndarray]]:
+        """Blocks that have their tokens, the oldest first, a page at a time: numbers [n], and tokens [n, K]."""
+        level, end = self.levels[0], self.tokens // self.size * self.size
+        for first in range(0, end, level.size):
+            page = level.span("token", first, min(first + level.size, end))[0].view(-1, self.size)
+            numbers = torch.arange(len(page)) + first // self.size
+            there = self.floor[numbers] == 0
+            yield numbers[there], page[there].cpu().numpy()
+
     def contents(self) -> Iterator[tuple[int, bytes]]:
         """Of each block that has its tokens its number, and a hash of them; the oldest first."""
-        level = self.levels[0]
-        for first in range(0, self.tokens // self.size * self.size, level.size):
-            page = level.span("token", first, min(first + level.size, self.tokens // self.size * self.size))[0]
-            for number, block in enumerate(page.view(-1, self.size).numpy(), start=first // self.size):
-                if self.floor[number] == 0:
-                    yield number, hashlib.blake2b(block.tobytes(), digest_size=16).digest()
+        for numbers, page in self.kept():
+            for number, block in zip(numbers.tolist(), page, strict=True):
+                yield number, hashlib.blake2b(block.tobytes(), digest_size=16).digest()
 
     def chosen(self, named: dict[str, dict]) -> dict[str, Tensor]:
         """Of each policy the blocks that it would take away and that may be, bool [N].
@@ -133,119 +138,16 @@ class Curated:
         actions.sort(key=lambda action: action["start"])
         return {"format": FORMAT, "tokens": self.tokens, "actions": actions}
 
-    def apply(self, plan: dict) -> int:
-        """Do what a plan says, all of it or nothing; what has been protected or opened since stays. -> bytes."""
-        if plan.get("format") != FORMAT or plan.get("tokens", 0) > self.tokens:
-            raise ValueError("the plan is not one of this tree, or of another version")
-        freed = 0
-        with writing(self.folder, REMEDY), self.file.step():
-            for action in plan["actions"]:
-                start, stop, floor = (int(action[name]) for name in ("start", "stop", "floor"))
-                wide = self.size**floor
-                if action["action"] != "compact" or start % wide or stop % wide or not 0 <= start < stop <= self.tokens:
-                    raise ValueError(f"the plan has an action that cannot be done: {action}")
-                for first, end in self._runs(start, stop, wide):
-                    freed += self._compact(first, end, floor, action["reason"])
-            self._written()
-        return freed
-
-    def restore(self, start: int, stop: int) -> int:
-        """Bring back what the archive has of tokens start .. stop - 1; -> spans.
-
-        Raises:
-            ValueError: the archive is damaged there. Nothing was restored.
-        """
-        query = "SELECT start, stop, floor, value, checksum FROM archive WHERE start < ? AND stop > ? ORDER BY start"
-        count = 0
-        with writing(self.folder, REMEDY), self.file.step():
-            for first, end, floor, value, checksum in self.file.db.execute(query, (stop, start)).fetchall():
-                if hashlib.blake2b(value).digest() != checksum:
-                    raise ValueError(f"{self.folder}: the archive of tokens {first} to {end - 1} is damaged")
-                self._put_back(first, end, floor, zlib.decompress(value))
-                self.file.db.execute("DELETE FROM archive WHERE start = ?", (first,))
-                self._log("restore", first, end, "")
-                count += 1
-            self._written()
-        return count
-
-    def purge(self, days: float) -> int:
-        """What has been in the archive for so many days goes for good; -> spans."""
-        before = int(time.time() - days * 86_400)
-        with writing(self.folder, REMEDY), self.file.step():
-            gone = self.file.db.execute("SELECT start, stop FROM archive WHERE time <= ?", (before,)).fetchall()
-            self.file.db.execute("DELETE FROM archive WHERE time <= ?", (before,))
-            for start, stop in gone:
-                self._log("purge", start, stop, f"{days:g} days")
-        return len(gone)
-
-    def log(self) -> list[tuple]:
-        """(time, action, start, stop, reason) of all that was done, the oldest first."""
-        return self.file.db.execute("SELECT time, action, start, stop, reason FROM log ORDER BY id").fetchall()
-
-    def _runs(self, start: int, stop: int, wide: int) -> Iterator[tuple[int, int]]:
-        """Spans of start .. stop - 1 that may still be compacted, in whole nodes of ``wide`` tokens. None is longer
-        than ``RUN`` tokens or one node, for each is restored as a whole."""
-        may = (self.may & (self.opened == 0))[start // self.size : stop // self.size].view(-1, wide // self.size).all(1)
-        first = None
-        for node, free in enumerate([*may.tolist(), False]):
-            if first is not None and (not free or (node - first) * wide >= RUN):
-                yield start + first * wide, start + node * wide
-                first = None
-            if free and first is None:
-                first = node
-
-    def _compact(self, start: int, stop: int, floor: int, reason: str) -> int:
-        parts = []
-        for level, name, first, end in self._below(start, stop, floor):
-            part = level.span(name, first, end).contiguous()
-            parts.append(part.view(-1).view(torch.uint8).numpy().tobytes())
-            self._write(level, name, first, torch.zeros_like(part))
-        value = zlib.compress(b"".join(parts), 6)
-        row = (start, stop, floor, int(time.time()), value, hashlib.blake2b(value).digest())
-        self.file.db.execute("INSERT INTO archive VALUES (?, ?, ?, ?, ?, ?)", row)
-        self._floor(start, stop, floor)
-        self._log("compact", start, stop, reason)
-        return sum(map(len, parts))
-
-    def _put_back(self, start: int, stop: int, floor: int, value: bytes) -> None:
-        at = 0
-        for level, name, first, end in self._below(start, stop, floor):
-            shape, dtype = level.columns[name]
-            count = (end - first) * prod(shape)
-            flat = torch.frombuffer(bytearray(value[at : at + count * dtype.itemsize]), dtype=dtype)
-            self._write(level, name, first, flat.view(1, end - first, *shape))
-            at += count * dtype.itemsize
-        self._floor(start, stop, 0)
-
-    def _below(self, start: int, stop: int, floor: int) -> Iterator[tuple[Pages, str, int, int]]:
-        """(level, column, first entry, end) of what lies below a floor."""
-        for lod in range(floor):
-            level, wide = self.levels[lod], self.size**lod
-            for name in level.parts()["body"]:
-                yield level, name, start // wide, stop // wide
-
-    def _write(self, level: Pages, name: str, first: int, values: Tensor) -> None:
-        index = torch.arange(first, first + values.shape[1])
-        level.write(torch.zeros_like(index), index, **{name: values[0]})
-
-    def _floor(self, start: int, stop: int, floor: int) -> None:
-        blocks = slice(start // self.size, stop // self.size)
-        self.floor[blocks] = floor
-        self.may[blocks] = floor == 0
-        self._write(self.levels[1], "floor", blocks.start, self.floor[None, blocks])
-
-    def _log(self, action: str, start: int, stop: int, reason: str) -> None:
-        row = (int(time.time()), action, start, stop, reason)
-        self.file.db.execute("INSERT INTO log (time, action, start, stop, reason) VALUES (?, ?, ?, ?, ?)", row)
-
-    def _written(self) -> None:
-        for level in self.levels:
-            pages = ((level.lod, part, n, packed(level, part, n)) for part, n in sorted(level.dirty))
-            self.file.put(pages, zipped=True)
-            level.dirty = set()
-        self.about["commit"], self.about["epoch"] = self.about["commit"] + 1, self.about.get("epoch", 0) + 1
-        self.about["compacted"] = int((self.floor > 0).sum())
-        self.file.say("tree", self.about)
+    def note_measured(self, numbers: Tensor, dnll: Tensor, nll: Tensor) -> None:
+        """Keep what collapsing blocks, numbers [M], was measured to cost, and their own NLL, [M] each; whole or not."""
+        blocks = self.levels[1]
+        blocks.columns = blocks.columns | SIGNAL_COLUMNS
+        with self._step():
+            zero = torch.zeros_like(numbers)
+            blocks.write(zero, numbers, dnll=dnll, nll=nll, measured=torch.ones_like(numbers, dtype=torch.bool))
+            self.about["signals"] = True
+            self._write_changes()
+        self.dnll[numbers], self.nll[numbers] = dnll.float(), nll.float()
 
 
 def names() -> list[str]:

@@ -8,20 +8,24 @@ from . import encoding
 def describe(tree) -> dict:
     """Plain JSON: shapes, and what base LM and GistNet the tree needs."""
     keys = {} if tree.keys is None else {"keys": {"size": tree.keys.size, "made_by": encoding.identity(tree.keys)}}
-    return keys | {
-        "block_size": tree.block_size,
-        "width": tree.width,
-        "dtype": None if tree.dtype is None else str(tree.dtype).removeprefix("torch."),
-        "max_level": tree.max_level,
-        "lengths": tree.lengths.tolist(),
-        "page_sizes": [level.size for level in tree.levels],
-        "model": encoding.identity_of_base(tree.base),
-        "layers": encoding.identity_of_layers(tree.base, tree.encoder),
-        "versions": tree.identities(),
-        "version": tree.version,
-        "parts": [[name, first.tolist()] for name, first in tree.parts],
-        "compacted": tree.compacted,
-    }
+    return (
+        keys
+        | {
+            "block_size": tree.block_size,
+            "width": tree.width,
+            "dtype": None if tree.dtype is None else str(tree.dtype).removeprefix("torch."),
+            "max_level": tree.max_level,
+            "lengths": tree.lengths.tolist(),
+            "page_sizes": [level.size for level in tree.levels],
+            "model": encoding.identity_of_base(tree.base),
+            "layers": encoding.identity_of_layers(tree.base, tree.encoder),
+            "versions": tree.identities(),
+            "version": tree.version,
+            "parts": [[name, first.tolist()] for name, first in tree.parts],
+            "compacted": tree.compacted,
+        }
+        | ({"signals": True} if tree.signals else {})
+    )
 
 
 def described(about: dict, encoder, base, refresh: bool, device, keys):
@@ -66,6 +70,8 @@ def described(about: dict, encoder, base, refresh: bool, device, keys):
         level.size, level.lengths = size, counts.clone()
         lod, counts = lod + 1, counts // tree.block_size
         if not counts.any() or (tree.max_level is not None and lod > tree.max_level):
+            if about.get("signals") and tree.depth:
+                tree.take_signals()
             return tree, identity
 
 

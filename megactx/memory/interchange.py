@@ -17,10 +17,11 @@ import torch
 from megactx.framework.files import checksum, replacing
 
 from .description import describe, key_size
+from .pages import SIGNAL_COLUMNS
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-YOUNGER = ("floor", "opened")  # columns that the format does not have; they are 0
+YOUNGER = ("floor", "opened", *SIGNAL_COLUMNS)  # columns that the format does not have; they are 0
 SHARD = 2**20  # bytes. A shard holds whole pages, at least one. If one of them changes, the shard is written again.
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64", "bool": "BOOL"}
 

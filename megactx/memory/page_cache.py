@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .page_file import PageFile
+from .page_file import Missing, PageFile
+from .pages import SIGNALS
 
 MEMORY, DEVICE = 2**28, 2**28  # bytes of pages in memory, and on a device, if nobody says otherwise
 QUEUE = 256  # pages that are asked for ahead, at most
@@ -185,7 +186,12 @@ class PageCache:
     def _read(self, file, pages, part: str, number: int) -> tuple[str, dict[str, Tensor]]:
         """The tier that had a part of a page, and its columns."""
         began = time.perf_counter()
-        tier, value = file.found(pages.lod, part, number)
+        try:
+            tier, value = file.found(pages.lod, part, number)
+        except Missing:
+            if part != SIGNALS:
+                raise
+            tier, value = file.tier, bytes(_each(pages, part) * pages.used(number))  # of before there were any
         columns = unpacked(value, pages, part, number, self.check)
         self._time(tier, began)
         return tier, columns
@@ -382,6 +388,11 @@ def _epoch(file: PageFile) -> int:
     return (file.about("tree") or {}).get("epoch", 0)
 
 
+def _each(pages, part: str) -> int:
+    """Bytes of an entry of a part, all rows."""
+    return pages.rows * sum(prod(shape) * dtype.itemsize for shape, dtype in _ordered(pages, part).values())
+
+
 def unpacked(value: bytes, pages, part: str, number: int, check=None) -> dict[str, Tensor]:
     """The columns of a part of a page, of its bytes, in memory.
 
@@ -389,8 +400,7 @@ def unpacked(value: bytes, pages, part: str, number: int, check=None) -> dict[st
         ValueError: the page is too short, or has what ``check`` refuses.
     """
     value = bytearray(value)
-    columns = _ordered(pages, part)
-    each = pages.rows * sum(prod(shape) * dtype.itemsize for shape, dtype in columns.values())
+    columns, each = _ordered(pages, part), _each(pages, part)
     there, rest = divmod(len(value), each)
     if rest or not pages.used(number) <= there <= pages.size:
         raise ValueError(f"it has {len(value)} bytes, {pages.used(number)} entries of {each} bytes are needed")

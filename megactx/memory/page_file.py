@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PARTS = ("body", "facts", "key")
+PARTS = ("body", "facts", "key", "signals")
 CHECK = 16  # bytes of a checksum
 LARGEST = 2**28  # bytes of a page that was zipped: who made the file may be a stranger
 TABLES = {
@@ -27,6 +27,10 @@ TABLES = {
     "log": "id INTEGER PRIMARY KEY, time INTEGER, action TEXT, start INTEGER, stop INTEGER, reason TEXT",
 }
 WAIT = 30.0  # seconds for another process that writes
+
+
+class Missing(ValueError):
+    """A page is not there."""
 
 
 class PageFile:
@@ -129,7 +133,7 @@ class PageFile:
         except sqlite3.DatabaseError as error:
             raise ValueError(f"it is damaged ({error})") from error
         if found is None:
-            raise ValueError("it is missing")
+            raise Missing("it is missing")
         value, checksum, zipped = found
         return checked(own, value, checksum, zipped)
 
@@ -146,12 +150,12 @@ class PageFile:
         yield from self.db.execute("SELECT id, value, checksum, zipped FROM page ORDER BY id")
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of tokens, gists, facts and keys as they lie there, and of the archive."""
-        found = dict.fromkeys(("tokens", "gists", "facts", "keys"), 0)
+        """Bytes of tokens, gists, facts, keys and signals as they lie there, and of the archive."""
+        found = dict.fromkeys(("tokens", "gists", "facts", "keys", "signals"), 0)
         query = "SELECT id >> 48, SUM(LENGTH(value)) FROM page GROUP BY id >> 48"
         for place, size in self.db.execute(query):
             lod, part = place >> 8, PARTS[place & 255]
-            found["tokens" if lod == 0 else {"body": "gists", "facts": "facts", "key": "keys"}[part]] += size
+            found["tokens" if lod == 0 else {"body": "gists", "key": "keys"}.get(part, part)] += size
         found["archive"] = self.db.execute("SELECT COALESCE(SUM(LENGTH(value)), 0) FROM archive").fetchone()[0]
         return found
 

@@ -19,6 +19,12 @@ SMALLEST = 8  # entries of the first allocation of a page
 # What is written when a node is made; what every reading changes; keys, which few sessions read.
 PARTS = {"token": "body", "gist": "body", "version": "body", "time": "body"}
 PARTS |= {"access": "facts", "protected": "facts", "floor": "facts", "opened": "facts", "key": "key"}
+SIGNALS = "signals"  # a part that a level may get later: 0 in pages of before
+# Of each block: what LensNet says that its tokens are worth above its gist, summed, and how often it said so; what
+# collapsing it was measured to cost, its own NLL, and whether both were measured. All in nats per token.
+SIGNAL_COLUMNS = {"worth": ((), torch.float32), "scored": ((), torch.int32), "dnll": ((), torch.float32)}
+SIGNAL_COLUMNS |= {"nll": ((), torch.float32), "measured": ((), torch.bool)}
+PARTS |= dict.fromkeys(SIGNAL_COLUMNS, SIGNALS)
 
 
 class Pages:
@@ -70,6 +76,10 @@ class Pages:
                 self.source.touch(self.lod, PARTS[name], number)
             else:
                 self.source.fetch(self, PARTS[name], number)
+        elif name not in page:
+            shape, dtype = self.columns[name]
+            room = min(self.size, self.room - number * self.size)
+            page[name] = torch.zeros(self.rows, room, *shape, dtype=dtype, device=self.device)
         return page[name]
 
     def _change(self, number: int, names) -> None:
@@ -99,13 +109,14 @@ class Pages:
                 at = row[here] * page.shape[1] + index[here] - number * self.size
                 page.view(-1, *page.shape[2:]).index_copy_(0, at, value[here].to(page.dtype))
 
-    def add(self, column: str, row: Tensor, index: Tensor) -> None:
-        """Add 1 to the entries at row [M], index [M]; an entry that is named twice gets 2."""
+    def add(self, column: str, row: Tensor, index: Tensor, amount: Tensor | None = None) -> None:
+        """Add ``amount`` [M], or 1, to the entries at row [M], index [M]; an entry that is named twice gets both."""
         for number, here in self._by_page(index):
             page = self.column(number, column)
             self._change(number, [column])
             at = row[here] * page.shape[1] + index[here] - number * self.size
-            page.view(-1).index_add_(0, at, torch.ones_like(at, dtype=page.dtype))
+            more = torch.ones_like(at, dtype=page.dtype) if amount is None else amount[here].to(page.dtype)
+            page.view(-1).index_add_(0, at, more)
 
     def _by_page(self, index: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The pages of entries index [M]: the number of each page, and which of M it holds."""

@@ -26,7 +26,7 @@ from megactx.framework.errors import RunFailed
 from megactx.framework.extra import extra
 
 from .disk_cache import DISK, DiskCache
-from .page_file import LARGEST, checked, page_id
+from .page_file import LARGEST, Missing, checked, page_id
 
 FORMAT = 3  # of a manifest; 1 and 2 are those of ``storage``
 MANIFEST, TABLE, NOTES, PAGES = "manifest.json", "table-{}.bin", "notes-{}.json", "pages-{}-{:03d}.bin"
@@ -162,7 +162,7 @@ class PublishedPages:
         own = page_id(lod, part, number)
         place = int(np.searchsorted(self.ids, np.uint64(own)))
         if place == len(self.ids) or int(self.ids[place]) != own:
-            raise ValueError("it is missing")
+            raise Missing("it is missing")
         row = self.rows[place]
         if self.kept is not None and (value := self.kept.get(self.data, own)) is not None:
             try:
@@ -170,6 +170,12 @@ class PublishedPages:
             except ValueError:
                 self.kept.drop(self.data, own)
         return self.tier, self._fetch(place)
+
+    def numbers(self, lod: int, part: str) -> list[int]:
+        """Which pages of a part there are."""
+        first = page_id(lod, part, 0)
+        start, stop = np.searchsorted(self.ids, np.array([first, first + (1 << 48)], np.uint64))
+        return [int(own) - first for own in self.ids[start:stop]]
 
     def get(self, lod: int, part: str, number: int) -> bytes:
         """The bytes of a page; see ``found``."""

@@ -29,7 +29,8 @@ from . import build, encoding, interchange, published
 from .description import describe, described, key_size, tokens
 from .disk_cache import DISK
 from .page_cache import MEMORY, PageCache, packed
-from .page_file import PageFile
+from .page_file import PARTS, PageFile
+from .pages import SIGNALS
 from .published import PublishedPages
 
 FORMAT = 2
@@ -187,8 +188,10 @@ def damaged(folder: Path) -> list[str]:
     about, wrong = file.about("tree"), []
     for lod, size in enumerate(about["page_sizes"]):
         pages = -(-(max(about["lengths"]) // about["block_size"] ** lod) // size)
-        parts = ("body", "facts", "key")[: 1 if lod == 0 else 3 if lod == 1 and about.get("keys") else 2]
-        for part, number in ((part, number) for part in parts for number in range(pages)):
+        wanted = [(part, number) for part in PARTS[: 1 if lod == 0 else 2] for number in range(pages)]
+        wanted += [("key", number) for number in range(pages) if lod == 1 and about.get("keys")]
+        wanted += [(SIGNALS, number) for number in file.numbers(lod, SIGNALS)]
+        for part, number in wanted:
             try:
                 file.get(lod, part, number)
             except ValueError as error:
@@ -242,15 +245,33 @@ def _save_changes(tree) -> bool:
         about = file.about("tree")
         if about is None or about["commit"] != commit:
             return False
-        file.put(_changed(tree), zipped=bool(tree.compacted))
-        for lod in range(len(about["page_sizes"])):
-            there = len(tree.levels[lod].pages) if lod <= tree.depth else 0
-            for part in ("body", "facts", "key") if lod else ("body",):
-                file.remove(lod, part, there if part != "key" or tree.keys is not None else 0)
-        file.say("tree", describe(tree) | {"commit": commit + 1, "epoch": about.get("epoch", 0)})
+        put_changes(tree, describe(tree) | {"epoch": about.get("epoch", 0)})
+    written(tree)
+    return True
+
+
+def put_changes(tree, about: dict) -> None:
+    """Within a transaction: the pages that have changed since, and what is said of the tree."""
+    file, commit = tree.home
+    file.put(_changed(tree), zipped=bool(about["compacted"]))
+    for lod in range(len(file.about("tree")["page_sizes"])):
+        there = len(tree.levels[lod].pages) if lod <= tree.depth else 0
+        for part in PARTS if lod else PARTS[:1]:
+            file.remove(lod, part, there if part != "key" or tree.keys is not None else 0)
+    file.say("tree", about | {"commit": commit + 1, "epoch": about.get("epoch", 0)})
+
+
+def written(tree) -> None:
+    """The transaction was made."""
+    file, commit = tree.home
     tree.home = (file, commit + 1)
     _settle(tree)
-    return True
+
+
+def grown(tree) -> dict:
+    """What changes of a tree's description while it grows; the rest takes a look at all weights."""
+    about = {"lengths": tree.lengths.tolist(), "page_sizes": [level.size for level in tree.levels]}
+    return about | {"parts": [[name, first.tolist()] for name, first in tree.parts], "signals": tree.signals}
 
 
 def _changed(tree) -> Iterator[tuple[int, str, int, bytes]]:

@@ -21,7 +21,7 @@ from . import build, encoding, slice_merge
 from .disk_cache import DISK
 from .encoding import Encoder
 from .page_cache import MEMORY
-from .pages import Pages
+from .pages import SIGNAL_COLUMNS, Pages
 from .published import place_of
 
 TOKENS, NODES = 8_192, 64  # entries of a page: what is read and written at once
@@ -319,6 +319,23 @@ class MegaContextTree:
         if here.any() and not self.read_only:
             self.levels[1].add("opened", row[here], index[here])
 
+    def note_worth(self, row: Tensor, index: Tensor, worth: Tensor) -> None:
+        """LensNet has said what the tokens of blocks, row and index [M], are worth above their gists, nats [M]."""
+        if len(index) and not self.read_only:
+            self.take_signals()
+            self.levels[1].add("worth", row, index, worth)
+            self.levels[1].add("scored", row, index)
+
+    @property
+    def signals(self) -> bool:
+        """Whether anything is known of what blocks are worth."""
+        return self.depth > 0 and "worth" in self.levels[1].columns
+
+    def take_signals(self) -> None:
+        """Keep from now on what blocks are worth; where nothing is known it is 0."""
+        if not self.signals:
+            self.levels[1].columns = self.levels[1].columns | SIGNAL_COLUMNS
+
     def save(self, folder: str | Path) -> None:
         """Write the tree into a folder, in place of a tree that may be there; see ``storage``."""
         from .storage import save
@@ -421,7 +438,7 @@ class MegaContextTree:
             raise ValueError(f"node (lod {int(lod[r, m])}, index {int(index[r, m])}) of row {r} is not in the tree")
 
 
-def columns_of(lod: int, width: int, dtype, key_size: int | None = None) -> dict[str, tuple]:
+def columns_of(lod: int, width: int, dtype, key_size: int | None = None, signals: bool = False) -> dict[str, tuple]:
     """What is kept of each node of a level, see ``Pages``."""
     if lod == 0:
         return {"token": ((), torch.int32)}
@@ -429,6 +446,8 @@ def columns_of(lod: int, width: int, dtype, key_size: int | None = None) -> dict
     columns |= {"time": ((), torch.long), "protected": ((), torch.bool)}  # time: seconds since 1970
     if lod == 1:
         columns |= {"floor": ((), torch.uint8), "opened": ((), torch.int32)}
+    if lod == 1 and signals:
+        columns |= SIGNAL_COLUMNS
     if lod == 1 and key_size is not None:
         columns["key"] = ((key_size,), torch.float16)
     return columns

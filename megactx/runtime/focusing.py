@@ -162,7 +162,9 @@ class Focus:
         if self.lensnet is None or not self.needed(context):
             return None, None
         began = time.perf_counter()
-        scores = self.score(context, moves(context, self.allocator.protected))
+        legal = moves(context, self.allocator.protected)
+        scores = self.score(context, legal)
+        note_worth(context, legal, scores)
         bool(scores.price[0] > 0)  # a GPU is done before the clock is read
         scored = time.perf_counter()
         edits = self.allocator.refocus(context, scores.score, scores.price)
@@ -185,6 +187,18 @@ class Focus:
         margin = 0.0 if scores is None else self.allocator.margin(self.lensnet.tau)
         found = found_by_keys(context.tree, newest, self.keys) if self.keys else None
         return earned(context, self.budget, legal, scores, margin, self.allocator.protected, found)
+
+
+def note_worth(context: WorkingContext, legal: Moves, scores: Scores) -> None:
+    """The tree keeps what LensNet says of blocks: of one that stands as a gist what its tokens would win, of one that
+    is open what its gist would lose."""
+    k = context.tree.block_size
+    for where, worth, width in (
+        (legal.expand & (context.lod == 1), scores.v_down, 1),
+        (legal.leads & (context.lod == 0), scores.v_keep, k),
+    ):
+        row, column = where.nonzero().unbind(1)
+        context.tree.note_worth(row, context.index[row, column] // width, worth[row, column])
 
 
 def lowered(context: WorkingContext, reserve: int) -> WorkingContext:

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from megactx.data.tokenizer import TextEncoder, bos_id
 from megactx.memory import Composite, MegaContextTree, WorkingContext
+from megactx.memory.curation_settings import CurationSettings
 
 from . import session_files
 from .controller import Controller, decode
+from .curation import Keeper
 from .events import Observer
 from .part_files import OpenPart, Wanted
 from .plain_lm import PlainLM
@@ -73,6 +75,7 @@ class Session:
         self.encoder = TextEncoder(self.tokenizer)
         self.folder: Path | None = None
         self._lock: session_files.Lock | None = None
+        self.curation: CurationSettings | None = None
 
     @property
     def length(self) -> int:
@@ -253,9 +256,49 @@ class Session:
                 raise
             self.close()
             self.folder, self._lock = folder, lock
+            self.stream.keeper = Keeper(self.stream, folder, self.curation)
         else:
             session_files.save(self.stream, folder, self.about)
+        self.stream.keeper.saved = int(self.stream.tree.lengths[0])
         return folder
+
+    def curate(self, settings: CurationSettings | None) -> None:
+        """Keep this session clean while it goes on, by these settings; ``None``: no more. ``tidy`` begins it."""
+        self.curation = settings
+        if (keeper := getattr(self.stream, "keeper", None)) is not None:
+            keeper.settings = settings
+
+    def tidy(self) -> None:
+        """Between two turns: where so much was taken up that it is time, save the session and begin to make a plan. The
+        next refocuses do what it says. A session without a folder is not curated."""
+        if self.folder is not None and self.stream.keeper.due:
+            self.save()
+            self.stream.keeper.plan()
+
+    def curate_now(self) -> int:
+        """Save the session, make a plan and do it; -> bytes that went into the archive.
+
+        Raises:
+            ValueError: the session has no folder, or it is not said how it is curated.
+            RunFailed: the disk is full.
+        """
+        if self.curation is None or self.folder is None:
+            raise ValueError("curate: the session needs a folder, which a save gives it, and settings")
+        self.save()
+        before = self.stream.keeper.freed
+        self.stream.keeper.plan()
+        self.stream.keeper.finish()
+        return self.stream.keeper.freed - before
+
+    def restore(self, start: int = 0, stop: int | None = None) -> int:
+        """Bring back what was taken away of tokens start .. stop - 1; -> spans.
+
+        Raises:
+            ValueError: the session has no folder, or the archive is damaged there. Nothing was restored.
+        """
+        if self.folder is None:
+            raise ValueError("restore: a session that was never saved has no archive")
+        return self.stream.keeper.restore(start, self.length if stop is None else stop)
 
     @classmethod
     def load(
@@ -291,10 +334,14 @@ class Session:
         session = cls.__new__(cls)
         session._begin(controller, stream, about)
         session.folder, session._lock = folder, lock
+        stream.keeper = Keeper(stream, folder)
         return session
 
     def close(self) -> None:
         """Give the folder free; the session itself can go on."""
+        if self._lock is not None:
+            self.stream.keeper.close()
+            self.stream.keeper = None
         if self._lock is not None:
             self._lock.release()
         self.folder = self._lock = None

@@ -3,6 +3,7 @@
     FOLDER/session.json          which data folder counts, tokens, settings, tokenizer, parts
     FOLDER/tree/                 see ``memory.storage``
     FOLDER/data-1f0c.../state.safetensors
+    FOLDER/curation.json         what another process wants to be taken away, see ``curation``; often not there
     FOLDER/lock                  held by the process that has the session open
 
 A save brings the tree up to date, writes a new data folder, and then replaces ``session.json`` by one rename. So a kill
@@ -29,6 +30,7 @@ from megactx.framework.lock import Lock
 from megactx.memory import WorkingContext, storage
 from megactx.memory.published import place_of
 
+from .curation import HANDED
 from .part_files import SESSION, TREE, Wanted
 from .settings import Settings
 from .stream import Stream
@@ -36,7 +38,7 @@ from .stream import Stream
 FORMAT, WITH_PARTS = 2, 3
 MANIFEST, STATE, LOCK = SESSION, "state.safetensors", "lock"
 DATA = re.compile(r"data-[0-9a-f]{16}")
-OURS = re.compile(rf"data-[0-9a-f]{{16}}|{re.escape(PART)}.*")
+OURS = re.compile(rf"data-[0-9a-f]{{16}}|{re.escape(HANDED)}|{re.escape(PART)}.*")
 REMEDY = "save into another folder, which --session, OUT or /save name"
 WINDOW = ("lod", "index")  # absent where no window was put together yet
 

@@ -69,6 +69,7 @@ class Stream:
         self.counts = torch.zeros(self.rows, dtype=torch.long)  # of waiting tokens
         self.hidden: Tensor | None = None  # [B, D]; None: to be read
         self.refocuses = 0
+        self.keeper = None  # who takes away what nobody reads, see ``curation``
         self.shown: WorkingContext | None = None  # what of the window was read last
         self.earned: Tensor | None = None  # [B], entries above the newest tokens at the last reading, see ``Focus``
         self._following: Tensor | None = None  # [B], position of the first token behind the window
@@ -372,6 +373,8 @@ class Stream:
     def _catch_up(self, seconds: dict, read: bool) -> None:
         """Bring the window up to the end of the tree, a reserve at a time. A stop on the way is gone on from."""
         self.look()
+        if self.keeper is not None:
+            self.keeper.step()
         while (ahead := self._ahead()).any() or seconds:
             new = ahead if self.context is None else ahead.clamp(max=self.focus.reserve)
             self._take(seconds, new, read and bool((ahead == new).all()))

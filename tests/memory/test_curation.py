@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megactx.focus import moves
-from megactx.memory import MegaContextTree, WorkingContext, curation, storage
+from megactx.memory import MegaContextTree, WorkingContext, archive, storage
 from megactx.memory import tree as tree_module
 from megactx.memory.curation import Curated
 
@@ -20,8 +20,8 @@ K = 4
 def small(monkeypatch):
     monkeypatch.setattr(tree_module, "TOKENS", 64)
     monkeypatch.setattr(tree_module, "NODES", 16)
-    monkeypatch.setattr(curation, "RECENT", 200)
-    monkeypatch.setattr(curation, "RUN", 32)
+    monkeypatch.setattr(archive, "RECENT", 200)
+    monkeypatch.setattr(archive, "RUN", 32)
 
 
 def ids(count: int, seed: int = 0) -> torch.Tensor:
@@ -87,10 +87,39 @@ def test_policies_choose_what_they_say_and_keep_has_the_last_word(folder):
     assert chosen(age={"days": 1})["age"] == []
     few = chosen(budget={"megabytes": (blocks.bytes - 10 * blocks.freed) / 1e6})["budget"]
     assert few == [*range(1, 11)]
-    with pytest.raises(ValueError, match="policy=forget is not known, there are age, budget"):
+    with pytest.raises(ValueError, match="policy=forget is not known, there are age, budget, dnll"):
         chosen(forget={})
     with pytest.raises(ValueError, match="policy=age: .*weeks"):
         chosen(age={"weeks": 3})
+
+
+def test_entropy_takes_what_says_least_and_what_was_measured_counts_where_it_is_known(folder, encoder, table):
+    tree = MegaContextTree.load(folder, encoder(K), table)
+    one = torch.arange(1, tree.tokens.shape[1]) // K == 60  # block 60 says one word, the most common one
+    tree.levels[0].pages[3]["token"][0, 240 - 3 * 64 : 244 - 3 * 64] = int(tree.tokens[0].mode().values)
+    tree.levels[0].dirty.add(("body", 3))
+    tree.save(folder)
+    assert int(one.sum()) == K
+    blocks = Curated(folder)
+    counts = torch.bincount(blocks.levels[0].whole("token")[0].long()).double()
+    told = -(counts / counts.sum()).log()[blocks.levels[0].whole("token")[0].long()].view(-1, K).mean(1)
+    chosen = blocks.chosen({"entropy": {"share": 0.1}})["entropy"]
+    assert 60 in chosen.nonzero()[:, 0] and int(chosen.sum()) == int(0.1 * int(blocks.may.sum()))
+    assert told[chosen].max() <= told[blocks.may & ~chosen].min() + 1e-6
+    assert not blocks.chosen({"entropy": {"by": "nll"}})["entropy"].any()  # nothing was measured
+    numbers = torch.tensor([50, 51, 52, 53])
+    blocks.note_measured(numbers, torch.tensor([0.3, 0.0, -0.1, 0.2]), torch.tensor([4.0, 1.0, 2.0, 3.0]))
+    again = Curated(folder)
+
+    def found(**named):
+        return {name: mine.nonzero()[:, 0].tolist() for name, mine in again.chosen(named).items()}
+
+    assert found(entropy={"by": "nll", "share": 0.5})["entropy"] == [51, 52]
+    assert found(dnll={})["dnll"] == [51, 52] and found(dnll={"nats": 0.2})["dnll"] == [51, 52, 53]
+    left = found(unread={"behind": 0}, keep={"dnll": 0.25})["unread"]
+    assert 50 not in left and {51, 52, 53} <= {*left}
+    with pytest.raises(ValueError, match="share=2, by=words is not allowed"):
+        again.chosen({"entropy": {"share": 2, "by": "words"}})
 
 
 def test_a_window_shows_the_floor_and_opens_nothing_below_it(folder, encoder, table):
@@ -203,3 +232,26 @@ def test_an_apply_or_restore_that_is_killed_is_done_or_not_done(folder, encoder,
         assert any(state) and not storage.damaged(place)
         seen.add(state.index(True))
     assert seen == {0, 1}
+
+
+@pytest.mark.parametrize("floor", [1, 2])
+def test_an_open_tree_is_archived_with_what_is_not_saved_of_it_and_what_became_protected_or_is_shown_stays(
+    folder, encoder, table, floor
+):
+    plan = Curated(folder, floor).plan(UNREAD)
+    tree = MegaContextTree.load(folder, encoder(K), table)
+    tree.append(ids(40, seed=1))
+    tree.protect(1, torch.tensor([[50]]))
+    before = everything(tree)
+    live = archive.LiveArchive(tree, 2000, lambda asked: torch.tensor([70]))
+    assert live.apply(plan) > 0
+    floors = tree.levels[1].whole("floor")[0]
+    assert not floors[[0, 20, 40, 50, 70]].any() and tree.compacted == int((floors > 0).sum()) > 180
+    again = MegaContextTree.load(folder, encoder(K), table)
+    assert all(map(torch.equal, everything(again), everything(tree))) and again.lengths == tree.lengths
+    tree.append(ids(40, seed=2))
+    tree.save(folder)  # its home is still there
+    assert live.restore(0, 2000) > 0 and tree.compacted == 0
+    for one, other in zip(everything(tree), before, strict=True):
+        assert torch.equal(one[:, : other.shape[1]], other)
+    assert not storage.damaged(folder)

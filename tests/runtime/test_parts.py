@@ -7,7 +7,7 @@ import pytest
 import torch
 from range_server import serving
 
-from megactx.memory import Composite, MegaContextTree, curation, published
+from megactx.memory import Composite, MegaContextTree, archive, curation, published
 from megactx.memory.invariants import violations
 from megactx.memory.publishing import publish
 from megactx.runtime import Session, Wanted, part_files
@@ -253,7 +253,7 @@ def test_what_earns_its_entries_in_parts_is_read_within_their_shares_beside_the_
 
 
 def test_a_part_that_is_curated_under_a_running_session_shows_what_is_left(controller, saved, ids, monkeypatch):
-    monkeypatch.setattr(curation, "RECENT", 0)
+    monkeypatch.setattr(archive, "RECENT", 0)
     place = saved("library", 300, 3)
     session = Session(controller("recency", **ROOM), parts=[wanted("library", place, 0.45)])
     session.append(ids(100))

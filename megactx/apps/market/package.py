@@ -29,6 +29,7 @@ from megactx.framework.files import checksum, replacing
 from megactx.memory import storage
 from megactx.memory.curation import Curated
 from megactx.memory.page_file import PARTS, TABLES, PageFile
+from megactx.memory.pages import SIGNALS
 
 FORMAT = 1
 CARD, SIGNATURE = "package.json", "package.sig"
@@ -139,14 +140,17 @@ def public_of(key: Ed25519PrivateKey) -> str:
 
 
 def tree_files(tree: Curated, folder: Path) -> list[File]:
-    """Copy a tree, without its archive and log, into a folder as it will be in the package."""
+    """Copy a tree, without its archive, log and signals, into a folder as it will be in the package."""
     path = folder / f"pages-{os.urandom(8).hex()}.db"
     file = PageFile(path, new=True)
     tree.file.db.execute("BEGIN")  # one state, whoever writes meanwhile
     try:
-        about = {name: value for name, value in tree.file.about("tree").items() if name not in ("commit", "epoch")}
+        about = {
+            name: value for name, value in tree.file.about("tree").items() if name not in ("commit", "epoch", "signals")
+        }
         with file.step():
-            file.db.executemany("INSERT INTO page VALUES (?, ?, ?, ?)", tree.file.db.execute("SELECT * FROM page"))
+            pages = tree.file.db.execute("SELECT * FROM page WHERE (id >> 48) & 255 < ?", (PARTS.index(SIGNALS),))
+            file.db.executemany("INSERT INTO page VALUES (?, ?, ?, ?)", pages)
             file.say("tree", about | {"commit": 0, "epoch": 0})
     finally:
         tree.file.db.execute("COMMIT")

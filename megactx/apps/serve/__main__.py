@@ -16,7 +16,7 @@ from pathlib import Path
 from megactx.framework.command_line import run
 from megactx.framework.extra import extra
 
-from ..command_line import HOST, add_models, add_sampling, controller_of, observers_of, sampling_of
+from ..command_line import HOST, add_models, add_sampling, controller_of, curation_of, observers_of, sampling_of
 from . import keys
 
 PORT, OPEN, QUEUE = 8766, 16, 64
@@ -50,7 +50,9 @@ def serve(args: argparse.Namespace) -> None:
     with Server(args.port, args.host) as server:
         controller = controller_of(args, tree=True)
         observers = observers_of(args, controller)
-        engine = Engine(Path(args.memories).expanduser(), controller, args.open, args.queue, observers).start()
+        clean = None if args.curation is None else curation_of(args.curation)
+        folder = Path(args.memories).expanduser()
+        engine = Engine(folder, controller, args.open, args.queue, observers, clean).start()
         try:
             app = build(engine, known, model_name(args.model), args.tokens, sampling, server.host)
             print(f"{server.address}/v1   model {model_name(args.model)}   (Ctrl-C ends)", flush=True)
@@ -85,6 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
         told = f"of a key that the key file sets no other number for (default {usual:,})"
         parser.add_argument(f"--{what}-a-minute", type=int, default=usual, metavar="N", help=told)
     add_sampling(parser, tokens=200)
+    clean = "archive what nobody reads of a memory: an option of the config group curation (default: never)"
+    parser.add_argument("--curation", metavar="NAME,...", help=clean)
     add_models(parser)
     return run(serve, parser, arguments)
 

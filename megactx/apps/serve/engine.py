@@ -56,11 +56,12 @@ class Engine:
         folder: of the memories, one folder each.
         open: memories in memory at a time, at most.
         queue: turns that wait, at most.
+        curation: how memories are kept clean; ``None``: they are not.
     """
 
-    def __init__(self, folder: Path, controller: Controller, open: int, queue: int, observers=()):
+    def __init__(self, folder: Path, controller: Controller, open: int, queue: int, observers=(), curation=None):
         self.folder, self.controller, self.open, self.queue = folder, controller, open, queue
-        self.observers = list(observers)
+        self.observers, self.curation = list(observers), curation
         self.framing = framing_of(controller.models.base.tokenizer)
         self.finished = 0
         self._memories: OrderedDict[str, Memory] = OrderedDict()  # the one that was used last is the last
@@ -188,5 +189,5 @@ class Engine:
                 break
             if other not in busy:  # every finished turn is saved
                 self._memories.pop(other).close()
-        self._memories[name] = Memory(self.folder / name, self.controller, self.framing, self.observers)
+        self._memories[name] = Memory(self.folder / name, self.controller, self.framing, self.observers, self.curation)
         return self._memories[name]

@@ -74,13 +74,15 @@ class Memory:
     Args:
         folder: made where it is not there.
         framing: of the model's turns, see ``framing_of``.
+        curation: how it is kept clean, see ``Session.curate``.
 
     Raises:
         ValueError: the folder holds something else, is damaged, or is in use by another process.
     """
 
-    def __init__(self, folder: Path, controller: Controller, framing, observers=()):
+    def __init__(self, folder: Path, controller: Controller, framing, observers=(), curation=None):
         self.session: Session = session_of(folder, controller, observers)
+        self.session.curate(curation)
         self.framing = framing
         self.piece = min(PIECE, controller.settings.budget // 2)
         self.block = controller.models.gistnet.block_size
@@ -106,6 +108,7 @@ class Memory:
             RunFailed: the disk is full.
         """
         self.session.save()
+        self.session.tidy()
 
     def close(self) -> None:
         """Give the folder free. What was not saved is gone."""

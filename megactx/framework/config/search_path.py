@@ -10,6 +10,7 @@ import warnings
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from .config_docs import listing, root
 
@@ -55,6 +56,24 @@ def compose(overrides=(), with_hydra: bool = False) -> DictConfig:
         return hydra.compose(**asked)
     with hydra.initialize_config_dir(str(root("configs")), version_base=VERSION_BASE):
         return hydra.compose(**asked)
+
+
+def option(group: str, text: str) -> dict:
+    """An option of a group that is no part of a training run, for commands: ``NAME,setting=value,...`` -> its settings.
+
+    Raises:
+        ValueError: there is no such option or setting, or a value cannot be read.
+    """
+    from hydra.errors import HydraException
+
+    from ..errors import composition_message
+
+    name, *given = text.split(",")
+    overrides = [f"+{group}={name}", *(f"{group}.{pair}" for pair in given)]
+    try:
+        return OmegaConf.to_container(compose(overrides)[group], resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(composition_message(error, overrides)) from error
 
 
 def reference(choices, cfg: DictConfig) -> DictConfig:

@@ -1,20 +1,25 @@
-"""Blocks that stay: those that a window has opened, and spans that a person names."""
+"""Blocks that stay: those that a window has opened, spans that a person names, and what is known to be worth much."""
 
 import torch
 from torch import Tensor
 
 
-def choose(blocks, opened: int = 1, spans: str = "") -> Tensor:
+def choose(blocks, opened: int = 1, spans: str = "", dnll: float | None = None, worth: float | None = None) -> Tensor:
     """bool [N].
 
     Args:
         opened: a block that was opened so often stays.
         spans: tokens ``START-STOP``, several joined by ``+``.
+        dnll: a block whose collapse was measured to cost more nats stays; ``None``: that does not count.
+        worth: a block whose tokens are worth more nats in LensNet's mean word stays; ``None``: that does not count.
 
     Raises:
         ValueError: a span that is none.
     """
     out = blocks.opened >= opened
+    for least, known in ((dnll, blocks.dnll), (worth, blocks.worth)):
+        if least is not None:
+            out = out | (known > least)
     for span in filter(None, str(spans).split("+")):
         start, dash, stop = span.partition("-")
         if not (dash and start.isdigit() and stop.isdigit() and int(start) < int(stop)):
