@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,12 @@ def start(tmp_path):
         assert process.wait(20) == 0
         process.stdout.close()
     assert "Traceback" not in "".join(path.read_text() for path in tmp_path.glob("*.err"))
+
+
+@pytest.fixture
+def at(database):
+    """Options that say where the tables are."""
+    return [] if database is None else ["--database", database]
 
 
 @pytest.fixture
@@ -180,14 +187,14 @@ class Person:
 @pytest.mark.slow
 @pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
 def test_the_whole_road_from_an_author_to_a_reader_and_back_works_in_a_browser_without_scripts(
-    start, command, browsers, tree, exported, models, tmp_path
+    start, command, browsers, tree, exported, models, tmp_path, at
 ):
     secret = tmp_path / "secret"
     secret.write_text("s" * 40)
     with socket.create_server(("127.0.0.1", 0)) as free:
         pay_port = free.getsockname()[1]
     market = start(
-        "serve", "data", "--port", 0, "--billing", f"http://127.0.0.1:{pay_port}/", "--billing-secret", secret
+        "serve", "data", "--port", 0, "--billing", f"http://127.0.0.1:{pay_port}/", "--billing-secret", secret, *at
     )
     hooks = Hooks(pay_port, secret, market.address, tmp_path)
     made = ["--name", "boats", "--licence", "CC-BY-4.0", "--description", "Where the boats lie", "--model", exported]
@@ -240,7 +247,7 @@ def test_the_whole_road_from_an_author_to_a_reader_and_back_works_in_a_browser_w
     assert "ben" not in anna.value("document.querySelector('#statistics').innerText")
 
     mod = Person(browsers("mod"), market.address).enter("mod")
-    assert command("moderator", "data", "mod")[0] == 0
+    assert command("moderator", "data", "mod", *at)[0] == 0
     assert "too much of quays" in mod.go("/moderation").text()
     mod.fill("#moderate", press="[value='take down']", name="boats", reason="reported")
     assert "boats: reported" in mod.text() and "Take down" not in mod.value(
@@ -381,13 +388,13 @@ def nonsense(draw):
 
 
 @pytest.mark.slow
-def test_malformed_requests_by_the_hundred_are_answered_as_mistakes(start, tmp_path):
+def test_malformed_requests_by_the_hundred_are_answered_as_mistakes(start, tmp_path, at, database):
     secret = tmp_path / "secret"
     secret.write_text("s" * 40)
-    market = start("serve", "data", "--port", 0, "--billing", "http://127.0.0.1:9/", "--billing-secret", secret)
-    store = Store(tmp_path / "data")
-    store.sign_up("anna", PASSWORD)
-    token = store.new_token(store.of_session(store.log_in("anna", PASSWORD)), "", ["read", "publish", "buy"])
+    market = start("serve", "data", "--port", 0, "--billing", "http://127.0.0.1:9/", "--billing-secret", secret, *at)
+    with closing(Store(tmp_path / "data", database)) as store:
+        store.sign_up("anna", PASSWORD)
+        token = store.new_token(store.of_session(store.log_in("anna", PASSWORD)), "", ["read", "publish", "buy"])
     draw, statuses = random.Random(0), []
     for number in range(360):
         method, path, body, headers = nonsense(draw)
@@ -401,13 +408,13 @@ def test_malformed_requests_by_the_hundred_are_answered_as_mistakes(start, tmp_p
 
 
 @pytest.mark.long
-def test_what_a_fuzzer_asks_of_the_schema_gives_no_error_of_the_server(start, tmp_path):
+def test_what_a_fuzzer_asks_of_the_schema_gives_no_error_of_the_server(start, tmp_path, at, database):
     import schemathesis
     from hypothesis import HealthCheck, Phase, given, settings
     from schemathesis.checks import not_a_server_error
 
-    market = start("serve", "data", "--port", 0)
-    store = Store(tmp_path / "data")
+    market = start("serve", "data", "--port", 0, *at)
+    store = Store(tmp_path / "data", database)
     statuses = []
     right, wrong = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
     quiet = settings(
@@ -433,4 +440,5 @@ def test_what_a_fuzzer_asks_of_the_schema_gives_no_error_of_the_server(start, tm
             except Exception as error:
                 if type(error).__name__ not in ("SkipTest", "Unsatisfiable"):  # nothing of it can be wrong
                     raise
+    store.close()
     assert len(statuses) > 100 and {200, 400, 404} <= {*statuses}

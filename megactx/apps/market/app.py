@@ -251,7 +251,7 @@ def build(
     shown = pages.add(app, store, sender, buckets, address, secure=public is not None)
 
     def refuse(request: Request, error: Refused):
-        headers = {"retry-after": str(max(1, math.ceil(error.after)))} if error.status == 429 else {}
+        headers = {"retry-after": str(max(1, math.ceil(error.after)))} if error.status in (429, 503) else {}
         if request.url.path.startswith("/api/") or request.url.path == "/health":
             return JSONResponse({"error": error.message}, error.status, headers)
         return shown(request, error, headers)

@@ -14,7 +14,7 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, Request
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.datastructures import UploadFile
-from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
 from megactx.runtime.text import encodable
 
@@ -71,6 +71,8 @@ def add(app: FastAPI, store: Store, sender, buckets, address: Callable[[Request]
     def refused(request: Request, error: Refused, headers) -> Response:
         if error.status == 401:
             return RedirectResponse("/login", 303)
+        if error.status == 503:  # a page asks the database who looks at it
+            return PlainTextResponse(error.message, 503, headers)
         return page(request, "error.html", error.status, headers, error=error)
 
     def visitor(request: Request):
