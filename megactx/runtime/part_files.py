@@ -22,9 +22,10 @@ import torch
 from megactx.memory import MegaContextTree, storage
 from megactx.parts.models import Models
 
-from .text import LONGEST, text_of
+from .text import LONGEST, printable, text_of
 
 SESSION, TREE, PRESET = "session.json", "tree", "preset.json"
+PACKAGE = "package.json"  # of what ``apps.market`` has got
 OLDER, GONE = "as it was before", "deleted"  # of a file that was read again behind what is there, or is no more
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -95,6 +96,7 @@ class OpenPart:
         tree: read only.
         version: of what is read.
         closed: its gists stay closed: it is a preset.
+        licence: of a package, as its author has signed it; empty where none is noted.
         note: why a newer version is not read; empty where there is none.
 
     Raises:
@@ -128,6 +130,7 @@ class OpenPart:
             )
         self._seen = (*seen[:2], self._look()[2])
         self.closed = (wanted.path / PRESET).is_file()
+        self.licence = _one_line(_card(wanted.path).get("licence", ""))
         self.origins = _origins(self.wanted.path, self.folder, self.tree)
 
     @property
@@ -337,7 +340,7 @@ def _version(folder: Path, tree: MegaContextTree) -> str:
 
 
 def _origins(path: Path, folder: Path, tree: MegaContextTree) -> Origins:
-    """What is noted beside a part: by a session, a preset, or ``apps.follow``."""
+    """What is noted beside a part: by a session, a preset, a package, or ``apps.follow``."""
     block, tokens = tree.block_size, int(tree.lengths[0])
     try:
         if (path / SESSION).is_file():
@@ -346,6 +349,9 @@ def _origins(path: Path, folder: Path, tree: MegaContextTree) -> Origins:
         if (path / PRESET).is_file():
             about = json.loads((path / PRESET).read_text(encoding="utf-8"))
             return Origins([Span(0, tokens, str(about["file"]), float(about["time"]), 1)], block)
+        if card := _card(path):
+            ends = [(source["start"], source["start"] + source["tokens"], source["name"]) for source in card["sources"]]
+            return Origins([Span(a, b, _one_line(name), 0.0, 1) for a, b, name in ends if a < b <= tokens], block)
         for name in (f"{folder.name}.json", f"{folder.name}.next.json"):  # between a tree's save and its table's
             if not (table := folder.with_name(name)).is_file():
                 continue
@@ -360,3 +366,17 @@ def _origins(path: Path, folder: Path, tree: MegaContextTree) -> Origins:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # a part without its notes is a part still
     return Origins([], block)
+
+
+def _card(path: Path) -> dict:
+    """Of a package, as it was checked when it was installed; empty of any other folder."""
+    try:
+        found = json.loads((path / PACKAGE).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _one_line(text: str) -> str:
+    """Of a stranger: it stays within its line."""
+    return " ".join(printable(str(text)).split())

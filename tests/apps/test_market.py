@@ -31,6 +31,8 @@ from megactx.apps.serving import Server
 from megactx.framework.errors import RunFailed
 from megactx.memory import MegaContextTree, storage
 from megactx.memory.page_file import PageFile
+from megactx.runtime import Wanted
+from megactx.runtime.part_files import OpenPart
 
 FAST = dict(time_cost=1, memory_cost=1024, parallelism=1)
 PASSWORD = "correct horse"
@@ -163,6 +165,24 @@ def test_an_installed_package_opens_as_the_tree_that_was_packed(packed, models, 
     assert key == packed.key() and installed(place) == (card, key)
     shown = [models.base.tokenizer.decode(own.tokens[0, s.start : s.start + 4].tolist()) for s in card.samples]
     assert [s.text for s in card.samples] == shown and len({s.start for s in card.samples}) == package.SAMPLES
+
+
+def test_an_installed_package_is_a_part_of_a_session_with_its_licence_and_its_sources(packed, models, tmp_path):
+    place = tmp_path / "here"
+    place.mkdir()
+    card, _ = unpack(packed({"boats": TEXT["boats"], "bi\n\x1b[2Jrds": TEXT["birds"]}), place)
+    part = OpenPart(Wanted("shop", place), models)
+    birds = card.sources[1].start
+    assert part.licence == "CC-BY-4.0"
+    assert (
+        str(part.origin(0)) == "boats:1" and part.origin(birds).file == "bi rds"
+    )  # a stranger's name stays in its line
+    assert part.origin(birds - 1).file == "boats" and part.origin(card.tokens - 1).line > 1
+    part.close()
+    (place / package.CARD).write_text("{}")  # changed by hand: a part still
+    part = OpenPart(Wanted("shop", place), models)
+    assert part.licence == "" and part.origin(0) is None
+    part.close()
 
 
 def test_what_curation_took_away_does_not_leave_the_house(tree_of, models, tmp_path):
@@ -943,7 +963,7 @@ def test_the_command_publishes_finds_shows_and_gets(market, tree_of, exported, t
         (["backup", "HERE", "THERE"], 2, "there is no market"),
         (["serve", "DATA", "--billing", "http://x"], 2, "belong together"),
         (["serve", "DATA", "--public", "x"], 2, "--public=x is not allowed"),
-        (["serve", "DATA", "--database", "postgresql://market@127.0.0.1:9/x"], 2, "--database: it cannot be opened"),
+        (["serve", "ELSE", "--database", "postgresql://market@127.0.0.1:9/x"], 2, "--database: it cannot be opened"),
     ],
 )
 def test_a_mistake_is_told_in_a_sentence(arguments, code, told, market, exported, tmp_path, monkeypatch, capsys):

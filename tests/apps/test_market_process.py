@@ -1,6 +1,7 @@
 """The market as processes: the whole road in a real browser, and malformed requests by the hundred."""
 
 import http.client
+import io
 import json
 import os
 import random
@@ -18,10 +19,12 @@ import pytest
 import torch
 from browser import Browser, chromium
 
+from megactx.apps import chat
 from megactx.apps.market import billing
 from megactx.apps.market.__main__ import TOKEN, main
 from megactx.apps.market.store import Store
 from megactx.memory import MegaContextTree
+from megactx.runtime import load_models
 
 REPOSITORY = Path(__file__).parents[2]
 PASSWORD = "correct horse"
@@ -74,10 +77,30 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def tree(models, tmp_path):
+def talked(exported, monkeypatch, capsys):
+    """Options, and what is typed -> what a chat says."""
+
+    def talk(*options, told):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{told}/quit\n".encode())))
+        capsys.readouterr()
+        given = ["--model", str(exported), "--budget", "400", "--tokens", "8", *options]
+        assert chat.main(given) == 0
+        return capsys.readouterr().out
+
+    return talk
+
+
+@pytest.fixture
+def own_models(exported):
+    """As a command loads them."""
+    return load_models(exported, "cpu")
+
+
+@pytest.fixture
+def tree(own_models, tmp_path):
     text = "The boat is called Wren. It lies at Heddon Quay.\n" * 60
-    ids = torch.tensor([models.base.tokenizer.encode(text, add_special_tokens=False)])
-    made = MegaContextTree.from_tokens(ids, models.gistnet, models.base, name="boats.md")
+    ids = torch.tensor([own_models.base.tokenizer.encode(text, add_special_tokens=False)])
+    made = MegaContextTree.from_tokens(ids, own_models.gistnet, own_models.base, name="boats.md")
     made.save(tmp_path / "tree")
     return tmp_path / "tree"
 
@@ -187,7 +210,7 @@ class Person:
 @pytest.mark.slow
 @pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
 def test_the_whole_road_from_an_author_to_a_reader_and_back_works_in_a_browser_without_scripts(
-    start, command, browsers, tree, exported, models, tmp_path, at
+    start, command, browsers, tree, exported, own_models, tmp_path, at, talked
 ):
     secret = tmp_path / "secret"
     secret.write_text("s" * 40)
@@ -234,9 +257,12 @@ def test_the_whole_road_from_an_author_to_a_reader_and_back_works_in_a_browser_w
     assert code == 0, told
     ranges = [int(r) for head in proxy.asked for r in re.findall(r"Range: bytes=(\d+)-", head)]
     assert len(ranges) == 3 and ranges[0] == 0 < ranges[1] < ranges[2]
-    opened, own = (MegaContextTree.load(f, models.gistnet, models.base) for f in (tmp_path / "here", tree))
+    opened, own = (MegaContextTree.load(f, own_models.gistnet, own_models.base) for f in (tmp_path / "here", tree))
     assert torch.equal(opened.tokens, own.tokens) and torch.equal(opened.gists(2), own.gists(2))
     assert command("opened", "here", "--at", market.address, token=token) == (0, "counted\n")
+    said = talked("--part", f"shop={tmp_path / 'here'}:0.3", told="Where does the boat lie?\n/parts\n/sources\n")
+    assert re.search(r"^shop  \S*/here  .* entries, version .*, licence CC-BY-4.0$", said, re.MULTILINE), said
+    assert re.search(r"^shop  boats.md:\d+  tokens \d", said, re.MULTILINE), said  # read in full
 
     ben.go("/packages/boats").fill("#report", reason="It says too much of quays.")
     anna.go("/packages/boats")
