@@ -16,6 +16,8 @@ from small_sessions import (  # noqa: F401  fixtures
     models,
 )
 
+pytest.register_assert_rewrite("markets")  # a plugin that tests import from
+
 
 @pytest.fixture(scope="session")
 def cluster():

@@ -45,6 +45,7 @@ def serve(args: argparse.Namespace) -> None:
     from ..serving import Server
     from .app import build
     from .billing import Sender, secret_of
+    from .metrics import Metrics
     from .store import Store
 
     if (args.billing is None) != (args.billing_secret is None):
@@ -55,13 +56,20 @@ def serve(args: argparse.Namespace) -> None:
         raise ValueError(f"--billing={args.billing} is not allowed: https://... or http://...")
     secret = secret_of(_path(args.billing_secret)) if args.billing_secret else None
     store = Store(_path(args.data), args.database)
+    metrics = Metrics(store)
     signal.signal(signal.SIGTERM, _ends)
     with Server(args.port, args.host) as server:
+        watched = metrics.serve(args.metrics) if args.metrics is not None else None
         sender = Sender(store, args.billing, secret).start() if secret else None
         try:
             print(f"{server.address}   (Ctrl-C ends)", flush=True)
-            server.run(build(store, server.host, sender, public=args.public), connections=CONNECTIONS)
+            if watched is not None:
+                print(f"metrics: {watched.address}/metrics", file=sys.stderr, flush=True)
+            app = build(store, server.host, sender, public=args.public, metrics=metrics)
+            server.run(app, connections=CONNECTIONS)
         finally:
+            if watched is not None:
+                watched.close()
             if sender is not None:
                 sender.close()
             store.close()
@@ -293,6 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     own.add_argument("--public", metavar="URL", help="https://NAME under which a proxy on this machine shows it")
     own.add_argument("--billing", metavar="URL", help="where purchases are told (default: nothing is sold)")
     own.add_argument("--billing-secret", metavar="FILE", help="of both sides, at least 32 characters")
+    own.add_argument("--metrics", type=int, metavar="PORT", help="for Prometheus, at 127.0.0.1; 0: any free one")
     pay = add(receiver, "file")
     pay.add_argument("--port", type=int, default=RECEIVER, help=f"0: any free one (default {RECEIVER})")
     pay.add_argument("--at", default=AT, metavar="URL", help=f"the market (default {AT})")

@@ -274,6 +274,7 @@ def sent(store: Store, account, name: str, number: int, request: Request) -> Fil
     """The file of a version, or the range of it that is asked for; counted when it is begun."""
     path, sha256 = store.file(account, name, number)
     if request.headers.get("range", "bytes=0-").replace(" ", "").startswith("bytes=0-"):
+        request.app.state.metrics.downloads.inc()
         store.use(account, name, number, "download")
     headers = {"etag": f'"{sha256}"'}
     return FileResponse(path, 200, headers, "application/x-tar", filename=f"{name}-{number}.tar")
