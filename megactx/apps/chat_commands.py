@@ -158,6 +158,7 @@ def parts(chat, _: str) -> None:
     for part in session.parts:
         entries = f"{sizes.get(part.name, 0):,} of {caps.get(part.name, 0):,} entries"
         words = [entries, f"version {part.version}", "pinned" * bool(part.wanted.pinned), "closed" * part.closed]
+        words.append(f"licence {part.licence}" if part.licence else "")
         told = ", ".join(word for word in (*words, part.note) if word)
         chat.say(f"{part.name}  {part.wanted.path}  {int(part.tree.lengths[0]):,} tokens, {told}")
     for file, winner, others in conflicts(session.parts):
@@ -169,7 +170,8 @@ def use(chat, rest: str) -> None:
     wanted = Wanted.parse(rest)
     chat.session.use(wanted)
     part = next(part for part in chat.session.parts if part.name == wanted.name)
-    chat.say(f"{part.name}: {int(part.tree.lengths[0]):,} tokens, version {part.version}")
+    licence = f", licence {part.licence}" if part.licence else ""
+    chat.say(f"{part.name}: {int(part.tree.lengths[0]):,} tokens, version {part.version}{licence}")
 
 
 def drop(chat, name: str) -> None:

@@ -25,9 +25,10 @@ from megactx.memory import MegaContextTree, storage
 from megactx.memory.published import PublishedPages, place_of
 from megactx.parts.models import Models
 
-from .text import LONGEST, text_of
+from .text import LONGEST, printable, text_of
 
 SESSION, TREE, PRESET = "session.json", "tree", "preset.json"
+PACKAGE = "package.json"  # of what ``apps.market`` has got
 OLDER, GONE = "as it was before", "deleted"  # of a file that was read again behind what is there, or is no more
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 SHARE = re.compile(r"[0-9]*\.?[0-9]+")
@@ -101,6 +102,7 @@ class OpenPart:
         tree: read only.
         version: of what is read.
         closed: its gists stay closed: it is a preset.
+        licence: of a package, as its author has signed it; empty where none is noted.
         note: why a newer version is not read; empty where there is none.
 
     Raises:
@@ -135,7 +137,7 @@ class OpenPart:
             )
         self._seen = (*seen[:2], *self._look()[2:])
         notes = self._notes()
-        self.closed = notes["closed"]
+        self.closed, self.licence = notes["closed"], notes["licence"]
         self.origins = Origins(notes["spans"], self.tree.block_size)
 
     @property
@@ -218,10 +220,11 @@ class OpenPart:
             found, stop = file.notes(), int(self.tree.lengths[0])
             spans = [Span.of(row) for row in found.get("spans", [])]  # who published it may be a stranger
             if all(0 <= span.first < span.stop <= stop for span in spans):
-                return {"closed": bool(found.get("closed")), "spans": spans}
+                licence = _one_line(found.get("licence", ""))
+                return {"closed": bool(found.get("closed")), "licence": licence, "spans": spans}
         except (ValueError, TypeError, AttributeError, RunFailed):
             pass
-        return {"closed": False, "spans": []}
+        return {"closed": False, "licence": "", "spans": []}
 
 
 class Span(NamedTuple):
@@ -380,9 +383,10 @@ def _version(folder: Path | str, tree: MegaContextTree) -> str:
 
 
 def noted(path: Path, tokens: int) -> dict:
-    """What is noted beside a part by a session, a preset, or ``apps.follow``, as plain JSON: ``closed``, whether its
-    gists stay closed, and ``spans`` of its tokens."""
-    return {"closed": (path / PRESET).is_file(), "spans": _spans(path, tokens)}
+    """What is noted beside a part by a session, a preset, a package, or ``apps.follow``, as plain JSON: ``closed``,
+    whether its gists stay closed, ``licence``, empty where none is known, and ``spans`` of its tokens."""
+    licence = _one_line(_card(path).get("licence", ""))
+    return {"closed": (path / PRESET).is_file(), "licence": licence, "spans": _spans(path, tokens)}
 
 
 def _spans(path: Path, tokens: int) -> list[Span]:
@@ -394,6 +398,9 @@ def _spans(path: Path, tokens: int) -> list[Span]:
         if (path / PRESET).is_file():
             about = json.loads((path / PRESET).read_text(encoding="utf-8"))
             return [Span(0, tokens, str(about["file"]), float(about["time"]), 1)]
+        if card := _card(path):
+            ends = [(source["start"], source["start"] + source["tokens"], source["name"]) for source in card["sources"]]
+            return [Span(a, b, _one_line(name), 0.0, 1) for a, b, name in ends if a < b <= tokens]
         for name in (f"{folder.name}.json", f"{folder.name}.next.json"):  # between a tree's save and its table's
             if not (table := folder.with_name(name)).is_file():
                 continue
@@ -408,3 +415,17 @@ def _spans(path: Path, tokens: int) -> list[Span]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # a part without its notes is a part still
     return []
+
+
+def _card(path: Path) -> dict:
+    """Of a package, as it was checked when it was installed; empty of any other folder."""
+    try:
+        found = json.loads((path / PACKAGE).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _one_line(text: str) -> str:
+    """Of a stranger: it stays within its line."""
+    return " ".join(printable(str(text)).split())

@@ -23,9 +23,11 @@ from megactx.apps.follow.part import Part
 from megactx.apps.follow.sources import Feed, Folder, Mbox
 from megactx.framework.errors import RunFailed
 from megactx.memory import MegaContextTree
-from megactx.runtime import load_models
+from megactx.memory.invariants import violations
+from megactx.runtime import Controller, Session, Settings, Wanted, load_models
 
 REPOSITORY = Path(__file__).parents[2]
+PAGES = "".join(path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md")))
 
 
 @pytest.fixture
@@ -427,6 +429,51 @@ def test_a_file_that_is_saved_is_in_the_tree_without_being_asked_for(notes, tmp_
     tree = MegaContextTree.load(tmp_path / "memory" / "notes", own.gistnet, own.base)
     text = own.base.tokenizer.decode(tree.tokens[0].tolist())
     assert "A file of now." in text and "of a.md" not in text
+
+
+@pytest.mark.slow
+def test_what_is_saved_replaced_and_deleted_is_seen_by_a_session_at_its_next_refocus(notes, tmp_path):
+    """With the embedded models, and a process of its own that follows: the goal is 5 s for 100 kB on two idle cores."""
+    path = config(tmp_path, f"port = 0\n{USUAL}")
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command_line = [sys.executable, "-m", "megactx.apps.follow", path]
+    process = subprocess.Popen(command_line, stdout=subprocess.PIPE, text=True, env=env)
+    try:
+        assert "/health" in process.stdout.readline() and "notes: 3 documents" in process.stdout.readline()
+        controller = Controller(load_models(), Settings(budget=1024))
+        session = Session(controller, parts=[Wanted("notes", tmp_path / "memory" / "notes", 0.4)])
+        session.append("What do the notes say? " * 20)
+        seconds = {}
+        for what, text in (("saved", "wren"), ("replaced", "heron"), ("deleted", None)):
+            began = time.monotonic()
+            if text is None:
+                (notes / "d.md").unlink()
+            else:
+                write(notes / "d.md", f"The {text}.\n{PAGES}"[:100_000])
+            while not seen(session, text):
+                assert time.monotonic() < began + 60, what
+                time.sleep(0.25)
+                session.append(torch.full((controller.models.gistnet.block_size,), 5))  # one block, one refocus
+            seconds[what] = time.monotonic() - began
+            assert not violations(session.context)
+        print({what: round(value, 2) for what, value in seconds.items()})
+        assert len(PAGES) > 100_000 and max(seconds.values()) < 20  # other work may run beside a test
+        table = json.loads((tmp_path / "memory" / "notes.json").read_text())
+        assert "d.md" in table["gone"] and len(table["documents"]) == 3  # noted as gone, and no second copy of it
+        session.close()
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
+        process.stdout.close()
+
+
+def seen(session, text):
+    """Whether the window's part is of the file as it is now: one document of 100 kB with a word, or none."""
+    (part,) = session.parts
+    spans = [span for span in part.origins.spans if span.file.endswith("/d.md")]
+    if text is None:
+        return not spans
+    return len(spans) == 1 and text in part.text(spans[0].first, spans[0].first + 32)
 
 
 def test_what_the_page_shows_works(notes, tmp_path, exported, monkeypatch, capsys):

@@ -1,20 +1,24 @@
 """Packages and the market: whole, signed and checked; seen and got by those who may; nothing lost by a broken line."""
 
-import http.client
+import contextlib
 import io
 import json
 import re
 import sqlite3
+import subprocess
 import tarfile
 import time
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import postgres
+import psycopg
 import pytest
 import torch
+from markets import ABOUT, LIMITS, PASSWORD, TEXT, asked
 
 from megactx.apps.market import __main__ as command
-from megactx.apps.market import app as market_app
 from megactx.apps.market import billing, client, package, pages
 from megactx.apps.market import pack as pack_module
 from megactx.apps.market import store as store_module
@@ -26,92 +30,10 @@ from megactx.apps.serving import Server
 from megactx.framework.errors import RunFailed
 from megactx.memory import MegaContextTree, storage
 from megactx.memory.page_file import PageFile
+from megactx.runtime import Wanted
+from megactx.runtime.part_files import OpenPart
 
-FAST = dict(time_cost=1, memory_cost=1024, parallelism=1)
-PASSWORD = "correct horse"
-TEXT = {"boats": "The boat is called Wren. It lies at Heddon Quay.\n", "birds": "A wren is a small brown bird.\n"}
-ABOUT = dict(name="boats", version=1, licence="CC-BY-4.0", description="Boats & <b>birds</b>", provenance="own notes")
-LIMITS = dict.fromkeys(market_app.LIMITS, 100_000)
-
-
-@pytest.fixture(scope="session")
-def tree_of(models):
-    """(folder, texts by source) -> a saved tree with a part of each."""
-
-    def make(folder, texts=TEXT):
-        tree = None
-        for name, text in texts.items():
-            ids = torch.tensor([models.base.tokenizer.encode(text * 8, add_special_tokens=False)])
-            ids = ids[:, : ids.shape[1] // 4 * 4]
-            part = MegaContextTree.from_tokens(ids, models.gistnet, models.base, name=name)
-            if tree is None:
-                tree = part
-            else:
-                tree.merge(part)
-        tree.save(folder)
-        return tree
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def packed(tree_of, models, tmp_path_factory):
-    """Settings of the card -> the file of a package; each is made once."""
-    folder, made = tmp_path_factory.mktemp("packed"), {}
-
-    def make(texts=None, key="own", **about):
-        texts = texts or TEXT
-        name = json.dumps([texts, key, about])
-        if name not in made:
-            place = folder / str(len(made))
-            tree_of(place / "tree", texts)
-            made[name] = place / "package.tar"
-            signer = key_of(folder / f"{key}.pem")
-            pack_module.pack(place / "tree", made[name], models.base.tokenizer, signer, ABOUT | about)
-        return made[name]
-
-    make.key = lambda name="own": public_of(key_of(folder / f"{name}.pem"))
-    return make
-
-
-@pytest.fixture
-def store(tmp_path, monkeypatch):
-    hasher = store_module.PasswordHasher
-    monkeypatch.setattr(store_module, "PasswordHasher", lambda: hasher(**FAST))
-    return Store(tmp_path / "data")
-
-
-@pytest.fixture
-def market(store):
-    """A market that answers; ``member(name)`` signs somebody up, ``client(name, *scopes)`` is theirs."""
-    with Server(0) as server:
-        server.start(build(store, server.host, limits=LIMITS))
-
-        def member(name):
-            session = None
-            try:
-                store.sign_up(name, PASSWORD)
-            except Refused:
-                pass
-            session = store.log_in(name, PASSWORD)
-            return store.of_session(session)
-
-        def of(name, *scopes):
-            if name is None:
-                return Client(server.address)
-            token = store.new_token(member(name), "test", list(scopes or store_module.SCOPES))
-            return Client(server.address, token)
-
-        yield SimpleNamespace(address=server.address, port=server.port, store=store, member=member, client=of)
-
-
-def asked(market, method, path, body=None, headers=None):
-    connection = http.client.HTTPConnection("127.0.0.1", market.port, timeout=30)
-    connection.request(method, path, body, headers or {})
-    answer = connection.getresponse()
-    found = SimpleNamespace(status=answer.status, headers=answer.headers, text=answer.read().decode("utf-8", "replace"))
-    connection.close()
-    return found
+pytest_plugins = ["markets"]
 
 
 class Visitor:
@@ -156,6 +78,24 @@ def test_an_installed_package_opens_as_the_tree_that_was_packed(packed, models, 
     assert key == packed.key() and installed(place) == (card, key)
     shown = [models.base.tokenizer.decode(own.tokens[0, s.start : s.start + 4].tolist()) for s in card.samples]
     assert [s.text for s in card.samples] == shown and len({s.start for s in card.samples}) == package.SAMPLES
+
+
+def test_an_installed_package_is_a_part_of_a_session_with_its_licence_and_its_sources(packed, models, tmp_path):
+    place = tmp_path / "here"
+    place.mkdir()
+    card, _ = unpack(packed({"boats": TEXT["boats"], "bi\n\x1b[2Jrds": TEXT["birds"]}), place)
+    part = OpenPart(Wanted("shop", place), models)
+    birds = card.sources[1].start
+    assert part.licence == "CC-BY-4.0"
+    assert (
+        str(part.origin(0)) == "boats:1" and part.origin(birds).file == "bi rds"
+    )  # a stranger's name stays in its line
+    assert part.origin(birds - 1).file == "boats" and part.origin(card.tokens - 1).line > 1
+    part.close()
+    (place / package.CARD).write_text("{}")  # changed by hand: a part still
+    part = OpenPart(Wanted("shop", place), models)
+    assert part.licence == "" and part.origin(0) is None
+    part.close()
 
 
 def test_what_curation_took_away_does_not_leave_the_house(tree_of, models, tmp_path):
@@ -545,9 +485,11 @@ def test_a_token_may_what_its_scopes_say_and_nothing_once_it_is_revoked(market, 
 def test_secrets_are_kept_as_hashes(market):
     session = market.store.log_in(market.member("anna")["name"], PASSWORD)
     token = market.store.new_token(market.member("anna"), "x", ["read"])
-    content = b"".join(p.read_bytes() for p in market.store.folder.glob("market.db*"))
-    assert b"$argon2id$" in content
-    assert PASSWORD.encode() not in content and token.encode() not in content and session.encode() not in content
+    with market.store.look() as db:
+        tables = re.findall(r"CREATE TABLE (\w+)", store_module.TABLES)
+        content = str([[*row] for table in tables for row in db.execute(f"SELECT * FROM {table}")])
+    assert "$argon2id$" in content and len(tables) > 10
+    assert PASSWORD not in content and token not in content and session not in content
     assert market.store.folder.stat().st_mode & 0o777 == 0o700
 
 
@@ -793,29 +735,110 @@ def test_a_password_that_is_wrong_or_of_nobody_is_answered_alike(market):
 # Operation and command
 
 
-def test_a_backup_that_is_put_back_serves_all_of_it(market, packed, tmp_path):
+def restored(folder, database, request):
+    """A market that stands on a copy."""
+    if database is None:
+        return Store(folder)
+    new = request.getfixturevalue("cluster").new()
+    restore = [postgres.binaries() / "pg_restore", "--no-owner", f"--dbname={new}", folder / "market.dump"]
+    subprocess.run(restore, check=True)
+    return Store(folder, new)
+
+
+def test_a_backup_that_is_put_back_serves_all_of_it(market, packed, tmp_path, database, request):
     anna = market.client("anna")
     anna.publish(packed(), "free", 0)
     market.store.backup(tmp_path / "copy")
     anna.publish(packed(version=2), "free", 0)
-    with Server(0) as server:
-        server.start(build(Store(tmp_path / "copy"), server.host, limits=LIMITS))
+    with Server(0) as server, contextlib.closing(restored(tmp_path / "copy", database, request)) as found:
+        server.start(build(found, server.host, limits=LIMITS))
         again = Client(server.address, anna.token)
         assert again.get("boats", tmp_path / "here").version == 1
     with pytest.raises(ValueError, match="not an empty folder"):
         market.store.backup(tmp_path / "copy")
 
 
-def test_a_folder_of_another_program_or_a_newer_one_is_no_market(tmp_path, store):
+def test_a_folder_of_another_program_or_a_newer_one_is_no_market(tmp_path, store, database):
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "file").touch()
     with pytest.raises(ValueError, match="something else"):
-        Store(tmp_path / "else")
-    db = sqlite3.connect(store.path)
-    db.execute("PRAGMA user_version=9")
-    db.close()
+        Store(tmp_path / "else", database)
+    with contextlib.closing(sqlite3.connect(store.path)) if database is None else store.step() as db:
+        db.execute("PRAGMA user_version=9" if database is None else "UPDATE about SET format=9")
     with pytest.raises(ValueError, match="newer program"):
+        Store(store.folder, database)
+
+
+@pytest.mark.slow
+def test_tables_in_postgresql_belong_to_one_folder_and_to_nothing_else(tmp_path, cluster, store, database):
+    if database is None:
+        with pytest.raises(ValueError, match="leave --database away"):
+            Store(store.folder, cluster.new())
+        return
+    with pytest.raises(ValueError, match="name it with --database"):
         Store(store.folder)
+    with pytest.raises(ValueError, match="belongs to another folder"):
+        Store(tmp_path / "other", database)
+    assert not (tmp_path / "other" / "database").exists()
+    (store.folder / "packages" / ("0" * 64)).touch()
+    with pytest.raises(ValueError, match="it is empty and the folder is not"):
+        Store(store.folder, cluster.new())
+    with pytest.raises(ValueError, match="its encoding is SQL_ASCII"):
+        Store(tmp_path / "third", cluster.new("--encoding=SQL_ASCII", "--locale=C", "--template=template0"))
+    taken = cluster.new()
+    with psycopg.connect(taken) as db:
+        db.execute("CREATE TABLE about (x INTEGER)")
+    with pytest.raises(ValueError, match="holds something else"):
+        Store(tmp_path / "fourth", taken)
+    with pytest.raises(ValueError, match=r"--database: it cannot be opened \(.*nothing"):
+        Store(tmp_path / "fresh", f"postgresql://market@/nothing?host={cluster.folder}")
+    assert not (tmp_path / "fresh").exists()
+
+
+@pytest.mark.slow
+def test_a_postgresql_that_is_gone_is_told_and_one_that_is_back_answers(market, database, cluster, monkeypatch):
+    if database is None:
+        pytest.skip("SQLite is no server")
+    market.member("anna")
+    cluster.stop()
+    try:
+        market.store.database.pool.timeout = 0.5
+        found = asked(market, "GET", "/api/packages")
+        assert found.status == 503 and "does not answer" in found.text and found.headers["retry-after"] == "5"
+        assert asked(market, "GET", "/").status == 503
+    finally:
+        cluster.start()
+    market.store.database.pool.timeout = 20
+    assert asked(market, "GET", "/api/packages").status == 200
+    assert market.member("anna")["name"] == "anna"
+
+
+def test_steps_of_many_threads_wait_for_each_other(store):
+    account = store.of_session((store.sign_up("anna", PASSWORD), store.log_in("anna", PASSWORD))[1])
+    with ThreadPoolExecutor(8) as pool:
+        marks = [*pool.map(lambda _: store.fresh("mark", 300), range(16))]
+        uploads = [*pool.map(lambda _: begun(store, account), range(8))]
+    assert marks.count(True) == 1
+    assert sum(upload is not None for upload in uploads) == store_module.UPLOADS  # each counted those before it
+
+
+def begun(store, account):
+    try:
+        return store.begin_upload(account, 10, "0" * 64)
+    except Refused:
+        return None
+
+
+@pytest.mark.parametrize("asked_for", ["a\0b", "100%", "a_b", "a!b", "%"])
+def test_signs_that_a_database_reads_otherwise_are_searched_as_they_are(asked_for, market, packed):
+    anna = market.client("anna")
+    anna.publish(packed(description="a!b and a_b at 100% of a\0b"), "free", 0)
+    anna.publish(packed(name="birds", description="axb at 100 parts"), "free", 0)
+    found = asked(market, "GET", f"/api/packages?{urllib.parse.urlencode({'q': asked_for})}")
+    if "\0" in asked_for:
+        assert found.status in (200, 400)
+    else:
+        assert [p["name"] for p in json.loads(found.text)["packages"]] == ["boats"]
 
 
 def test_the_command_publishes_finds_shows_and_gets(market, tree_of, exported, tmp_path, monkeypatch, capsys):
@@ -853,6 +876,7 @@ def test_the_command_publishes_finds_shows_and_gets(market, tree_of, exported, t
         (["backup", "HERE", "THERE"], 2, "there is no market"),
         (["serve", "DATA", "--billing", "http://x"], 2, "belong together"),
         (["serve", "DATA", "--public", "x"], 2, "--public=x is not allowed"),
+        (["serve", "ELSE", "--database", "postgresql://market@127.0.0.1:9/x"], 2, "--database: it cannot be opened"),
     ],
 )
 def test_a_mistake_is_told_in_a_sentence(arguments, code, told, market, exported, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The market as processes: the whole road in a real browser, and malformed requests by the hundred."""
 
 import http.client
+import io
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +19,12 @@ import pytest
 import torch
 from browser import Browser, chromium
 
+from megactx.apps import chat
 from megactx.apps.market import billing
 from megactx.apps.market.__main__ import TOKEN, main
 from megactx.apps.market.store import Store
 from megactx.memory import MegaContextTree
+from megactx.runtime import load_models
 
 REPOSITORY = Path(__file__).parents[2]
 PASSWORD = "correct horse"
@@ -53,6 +57,12 @@ def start(tmp_path):
 
 
 @pytest.fixture
+def at(database):
+    """Options that say where the tables are."""
+    return [] if database is None else ["--database", database]
+
+
+@pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
     """arguments -> (exit code, output) of the command, in this process: loading torch takes most of one's time."""
     monkeypatch.chdir(tmp_path)
@@ -67,10 +77,30 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def tree(models, tmp_path):
+def talked(exported, monkeypatch, capsys):
+    """Options, and what is typed -> what a chat says."""
+
+    def talk(*options, told):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{told}/quit\n".encode())))
+        capsys.readouterr()
+        given = ["--model", str(exported), "--budget", "400", "--tokens", "8", *options]
+        assert chat.main(given) == 0
+        return capsys.readouterr().out
+
+    return talk
+
+
+@pytest.fixture
+def own_models(exported):
+    """As a command loads them."""
+    return load_models(exported, "cpu")
+
+
+@pytest.fixture
+def tree(own_models, tmp_path):
     text = "The boat is called Wren. It lies at Heddon Quay.\n" * 60
-    ids = torch.tensor([models.base.tokenizer.encode(text, add_special_tokens=False)])
-    made = MegaContextTree.from_tokens(ids, models.gistnet, models.base, name="boats.md")
+    ids = torch.tensor([own_models.base.tokenizer.encode(text, add_special_tokens=False)])
+    made = MegaContextTree.from_tokens(ids, own_models.gistnet, own_models.base, name="boats.md")
     made.save(tmp_path / "tree")
     return tmp_path / "tree"
 
@@ -180,14 +210,14 @@ class Person:
 @pytest.mark.slow
 @pytest.mark.skipif(chromium() is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
 def test_the_whole_road_from_an_author_to_a_reader_and_back_works_in_a_browser_without_scripts(
-    start, command, browsers, tree, exported, models, tmp_path
+    start, command, browsers, tree, exported, own_models, tmp_path, at, talked
 ):
     secret = tmp_path / "secret"
     secret.write_text("s" * 40)
     with socket.create_server(("127.0.0.1", 0)) as free:
         pay_port = free.getsockname()[1]
     market = start(
-        "serve", "data", "--port", 0, "--billing", f"http://127.0.0.1:{pay_port}/", "--billing-secret", secret
+        "serve", "data", "--port", 0, "--billing", f"http://127.0.0.1:{pay_port}/", "--billing-secret", secret, *at
     )
     hooks = Hooks(pay_port, secret, market.address, tmp_path)
     made = ["--name", "boats", "--licence", "CC-BY-4.0", "--description", "Where the boats lie", "--model", exported]
@@ -227,9 +257,12 @@ def test_the_whole_road_from_an_author_to_a_reader_and_back_works_in_a_browser_w
     assert code == 0, told
     ranges = [int(r) for head in proxy.asked for r in re.findall(r"Range: bytes=(\d+)-", head)]
     assert len(ranges) == 3 and ranges[0] == 0 < ranges[1] < ranges[2]
-    opened, own = (MegaContextTree.load(f, models.gistnet, models.base) for f in (tmp_path / "here", tree))
+    opened, own = (MegaContextTree.load(f, own_models.gistnet, own_models.base) for f in (tmp_path / "here", tree))
     assert torch.equal(opened.tokens, own.tokens) and torch.equal(opened.gists(2), own.gists(2))
     assert command("opened", "here", "--at", market.address, token=token) == (0, "counted\n")
+    said = talked("--part", f"shop={tmp_path / 'here'}:0.3", told="Where does the boat lie?\n/parts\n/sources\n")
+    assert re.search(r"^shop  \S*/here  .* entries, version .*, licence CC-BY-4.0$", said, re.MULTILINE), said
+    assert re.search(r"^shop  boats.md:\d+  tokens \d", said, re.MULTILINE), said  # read in full
 
     ben.go("/packages/boats").fill("#report", reason="It says too much of quays.")
     anna.go("/packages/boats")
@@ -240,7 +273,7 @@ def test_the_whole_road_from_an_author_to_a_reader_and_back_works_in_a_browser_w
     assert "ben" not in anna.value("document.querySelector('#statistics').innerText")
 
     mod = Person(browsers("mod"), market.address).enter("mod")
-    assert command("moderator", "data", "mod")[0] == 0
+    assert command("moderator", "data", "mod", *at)[0] == 0
     assert "too much of quays" in mod.go("/moderation").text()
     mod.fill("#moderate", press="[value='take down']", name="boats", reason="reported")
     assert "boats: reported" in mod.text() and "Take down" not in mod.value(
@@ -381,13 +414,13 @@ def nonsense(draw):
 
 
 @pytest.mark.slow
-def test_malformed_requests_by_the_hundred_are_answered_as_mistakes(start, tmp_path):
+def test_malformed_requests_by_the_hundred_are_answered_as_mistakes(start, tmp_path, at, database):
     secret = tmp_path / "secret"
     secret.write_text("s" * 40)
-    market = start("serve", "data", "--port", 0, "--billing", "http://127.0.0.1:9/", "--billing-secret", secret)
-    store = Store(tmp_path / "data")
-    store.sign_up("anna", PASSWORD)
-    token = store.new_token(store.of_session(store.log_in("anna", PASSWORD)), "", ["read", "publish", "buy"])
+    market = start("serve", "data", "--port", 0, "--billing", "http://127.0.0.1:9/", "--billing-secret", secret, *at)
+    with closing(Store(tmp_path / "data", database)) as store:
+        store.sign_up("anna", PASSWORD)
+        token = store.new_token(store.of_session(store.log_in("anna", PASSWORD)), "", ["read", "publish", "buy"])
     draw, statuses = random.Random(0), []
     for number in range(360):
         method, path, body, headers = nonsense(draw)
@@ -401,13 +434,13 @@ def test_malformed_requests_by_the_hundred_are_answered_as_mistakes(start, tmp_p
 
 
 @pytest.mark.long
-def test_what_a_fuzzer_asks_of_the_schema_gives_no_error_of_the_server(start, tmp_path):
+def test_what_a_fuzzer_asks_of_the_schema_gives_no_error_of_the_server(start, tmp_path, at, database):
     import schemathesis
     from hypothesis import HealthCheck, Phase, given, settings
     from schemathesis.checks import not_a_server_error
 
-    market = start("serve", "data", "--port", 0)
-    store = Store(tmp_path / "data")
+    market = start("serve", "data", "--port", 0, *at)
+    store = Store(tmp_path / "data", database)
     statuses = []
     right, wrong = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
     quiet = settings(
@@ -433,4 +466,5 @@ def test_what_a_fuzzer_asks_of_the_schema_gives_no_error_of_the_server(start, tm
             except Exception as error:
                 if type(error).__name__ not in ("SkipTest", "Unsatisfiable"):  # nothing of it can be wrong
                     raise
+    store.close()
     assert len(statuses) > 100 and {200, 400, 404} <= {*statuses}

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import random
 import threading
 import time
 
@@ -378,6 +379,45 @@ def test_a_malformed_request_is_refused_in_openais_form(service, name, capfd):
     error = json.loads(found)["error"]
     assert error["message"] and error["type"] == "invalid_request_error" and set(error) >= {"param", "code"}
     assert "Traceback" not in capfd.readouterr().err
+
+
+WRONG = ["", "\ud800", "../anna", "a" * 5000, -1, 0, 1.5, 1e308, 10**30, True, None, [], {}, [[]], {"a": {}}, ["\0"]]
+BROKEN_BODIES = [body for body in MALFORMED.values() if isinstance(body, bytes) and len(body) < 10_000]
+
+
+def broken(draw):
+    """A request with a field or two that are not what they should be, or none that anybody could read."""
+    headers = {"Authorization": draw.choice(["", "Bearer ", "Bearer \xff", "Basic YTpi", "Bearer mega-anna"])}
+    headers |= draw.choice([{}, {"Content-Type": "text/plain"}, {"X-Memory": "anna"}, {"Cookie": "megactx=anna"}])
+    if draw.random() < 0.8:
+        del headers["Authorization"]  # bert's own
+    path = draw.choice(["/v1/chat/completions"] * 8 + ["/v1/models/../anna", "/v1/models/%2e%2e%2fanna", "/v1/anna"])
+    if draw.random() < 0.2:
+        return path, draw.choice(BROKEN_BODIES), headers
+    body = message(user="anna", metadata={"memory": "anna"})
+    for name in draw.sample(["model", "messages", "max_tokens", "temperature", "top_p", "seed", "stop", "stream"], 2):
+        body[name] = draw.choice(WRONG)
+    if draw.random() < 0.5:
+        said = {"role": draw.choice(["user", *WRONG]), "content": draw.choice(["hi", *WRONG])}
+        body["messages"] = [draw.choice([said, *WRONG])]
+    return path, json.dumps(body), headers
+
+
+def test_requests_that_are_broken_by_the_hundred_give_no_error_of_the_server_and_nobody_elses_memory(serve, capfd):
+    service, draw, statuses = serve(), random.Random(0), []
+    say(service.client("anna"), "secret zebra " * 9, max_tokens=1)
+    for _ in range(300):
+        path, body, headers = broken(draw)
+        usual = {"Authorization": f"Bearer {service.keys['bert']}"}
+        status, found = raw(service, body, path, **usual | headers)
+        statuses.append(status)
+        assert status < 500 and b"Traceback" not in found and b"zebra" not in found, (path, body, headers, found)
+    assert statuses.count(200) < 30 and {400, 401, 404} <= {*statuses}
+    assert say(service.client("bert"), "hello", max_tokens=2).usage.completion_tokens == 2
+    service.close()
+    assert "Traceback" not in capfd.readouterr().err
+    assert "zebra" in remembered(service, "anna") and "zebra" not in remembered(service, "bert")
+    assert {path.name for path in service.folder.iterdir() if path.is_dir()} == {"anna", "bert"}
 
 
 def test_the_rest_of_http_is_refused_in_openais_form(service):

@@ -1,6 +1,7 @@
 """Share trees: a catalogue with accounts, versions and rights, and the command that publishes to it and gets from it.
 
     python -m megactx.apps.market serve DATA                            a catalogue at 127.0.0.1:8768; DATA keeps it
+    python -m megactx.apps.market serve DATA --database postgresql://USER@HOST/NAME     with its tables in PostgreSQL
     python -m megactx.apps.market pack TREE FILE --model OUT --name boats --licence CC-BY-4.0
     python -m megactx.apps.market publish TREE --model OUT --name boats --licence CC-BY-4.0 --access free
     python -m megactx.apps.market search boats
@@ -21,6 +22,7 @@ import re
 import signal
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 from megactx.framework.command_line import run
@@ -43,6 +45,7 @@ def serve(args: argparse.Namespace) -> None:
     from ..serving import Server
     from .app import build
     from .billing import Sender, secret_of
+    from .metrics import Metrics
     from .store import Store
 
     if (args.billing is None) != (args.billing_secret is None):
@@ -52,16 +55,24 @@ def serve(args: argparse.Namespace) -> None:
     if args.billing is not None and not re.match(r"https?://", args.billing):
         raise ValueError(f"--billing={args.billing} is not allowed: https://... or http://...")
     secret = secret_of(_path(args.billing_secret)) if args.billing_secret else None
-    store = Store(_path(args.data))
+    store = Store(_path(args.data), args.database)
+    metrics = Metrics(store)
     signal.signal(signal.SIGTERM, _ends)
     with Server(args.port, args.host) as server:
+        watched = metrics.serve(args.metrics) if args.metrics is not None else None
         sender = Sender(store, args.billing, secret).start() if secret else None
         try:
             print(f"{server.address}   (Ctrl-C ends)", flush=True)
-            server.run(build(store, server.host, sender, public=args.public), connections=CONNECTIONS)
+            if watched is not None:
+                print(f"metrics: {watched.address}/metrics", file=sys.stderr, flush=True)
+            app = build(store, server.host, sender, public=args.public, metrics=metrics)
+            server.run(app, connections=CONNECTIONS)
         finally:
+            if watched is not None:
+                watched.close()
             if sender is not None:
                 sender.close()
+            store.close()
 
 
 def receiver(args: argparse.Namespace) -> None:
@@ -154,12 +165,14 @@ def opened(args: argparse.Namespace) -> None:
 
 def moderator(args: argparse.Namespace) -> None:
     """Make an account a moderator's."""
-    _store(args).make_moderator(args.name)
+    with closing(_store(args)) as store:
+        store.make_moderator(args.name)
 
 
 def backup(args: argparse.Namespace) -> None:
     """Copy all."""
-    _store(args).backup(_path(args.copy))
+    with closing(_store(args)) as store:
+        store.backup(_path(args.copy))
 
 
 def _pack(args: argparse.Namespace, path: Path, version: int) -> None:
@@ -188,11 +201,11 @@ def _pack(args: argparse.Namespace, path: Path, version: int) -> None:
 
 
 def _store(args: argparse.Namespace):
-    from .store import Store
+    from .store import Store, known
 
-    if not (_path(args.data) / "market.db").exists():
+    if not known(_path(args.data)):
         raise ValueError(f"{args.data}: there is no market")
-    return Store(_path(args.data))
+    return Store(_path(args.data), args.database)
 
 
 def _published(args: argparse.Namespace, client, path: Path, cents: int) -> None:
@@ -288,6 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     own.add_argument("--public", metavar="URL", help="https://NAME under which a proxy on this machine shows it")
     own.add_argument("--billing", metavar="URL", help="where purchases are told (default: nothing is sold)")
     own.add_argument("--billing-secret", metavar="FILE", help="of both sides, at least 32 characters")
+    own.add_argument("--metrics", type=int, metavar="PORT", help="for Prometheus, at 127.0.0.1; 0: any free one")
     pay = add(receiver, "file")
     pay.add_argument("--port", type=int, default=RECEIVER, help=f"0: any free one (default {RECEIVER})")
     pay.add_argument("--at", default=AT, metavar="URL", help=f"the market (default {AT})")
@@ -319,8 +333,8 @@ def main(arguments: list[str] | None = None) -> int:
     for asks in (makes[1], finds, gets, shows, add(buy, "name"), add(opened, "folder")):
         asks.add_argument("--at", default=AT, metavar="URL", help=f"the market (default {AT})")
         asks.add_argument("--token-file", metavar="FILE", help=f"(default: the environment variable {TOKEN})")
-    add(moderator, "data", "name")
-    add(backup, "data", "copy")
+    for keeps in (own, add(moderator, "data", "name"), add(backup, "data", "copy")):
+        keeps.add_argument("--database", metavar="URL", help="postgresql://... (default: SQLite's in DATA)")
     return run(lambda args: _with_packages(args.command)(args), parser, arguments)
 
 

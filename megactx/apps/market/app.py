@@ -18,6 +18,7 @@ from megactx.runtime.text import encodable
 from .. import guard
 from ..serve.keys import Bucket
 from . import billing, package, pages
+from .metrics import Metrics
 from .store import DEAREST, LARGEST, Refused, Store
 
 LIMITS = {"request": 600, "log in": 10, "sign up": 10}  # a minute, of an account or address
@@ -121,16 +122,19 @@ def build(
     sender: billing.Sender | None = None,
     limits: dict[str, int] = LIMITS,
     public: str | None = None,
-) -> guard.Guard:
+    metrics: Metrics | None = None,
+):
     """The application, behind its guard.
 
     Args:
         sender: of hooks; ``None``: nothing can be bought.
         limits: see ``LIMITS``.
         public: https://NAME under which a proxy on this machine shows the market.
+        metrics: that count what is asked; ``None``: nobody looks at them.
     """
     app = FastAPI(title="megactx market", docs_url=None, redoc_url=None)
     buckets, bearer = Limits(dict(limits)), HTTPBearer(auto_error=False)
+    app.state.metrics = metrics = metrics or Metrics(store)
 
     def address(request: Request) -> str:
         told = request.headers.get("x-forwarded-for", "").rpartition(",")[2].strip() if public else ""
@@ -251,7 +255,7 @@ def build(
     shown = pages.add(app, store, sender, buckets, address, secure=public is not None)
 
     def refuse(request: Request, error: Refused):
-        headers = {"retry-after": str(max(1, math.ceil(error.after)))} if error.status == 429 else {}
+        headers = {"retry-after": str(max(1, math.ceil(error.after)))} if error.status in (429, 503) else {}
         if request.url.path.startswith("/api/") or request.url.path == "/health":
             return JSONResponse({"error": error.message}, error.status, headers)
         return shown(request, error, headers)
@@ -263,7 +267,7 @@ def build(
     app.add_exception_handler(
         HTTPException, lambda request, error: refuse(request, Refused(error.status_code, str(error.detail)))
     )
-    return guard.Guard(app, host, refuse=_refuse, headers=HEADERS, public=public)
+    return metrics.watching(guard.Guard(app, host, refuse=_refuse, headers=HEADERS, public=public))
 
 
 def _takes(kind: str, schema: dict) -> dict:

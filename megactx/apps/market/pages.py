@@ -14,7 +14,7 @@ from typing import Annotated
 from fastapi import Depends, FastAPI, Request
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.datastructures import UploadFile
-from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
 from megactx.runtime.text import encodable
 
@@ -71,6 +71,8 @@ def add(app: FastAPI, store: Store, sender, buckets, address: Callable[[Request]
     def refused(request: Request, error: Refused, headers) -> Response:
         if error.status == 401:
             return RedirectResponse("/login", 303)
+        if error.status == 503:  # a page asks the database who looks at it
+            return PlainTextResponse(error.message, 503, headers)
         return page(request, "error.html", error.status, headers, error=error)
 
     def visitor(request: Request):
@@ -272,6 +274,7 @@ def sent(store: Store, account, name: str, number: int, request: Request) -> Fil
     """The file of a version, or the range of it that is asked for; counted when it is begun."""
     path, sha256 = store.file(account, name, number)
     if request.headers.get("range", "bytes=0-").replace(" ", "").startswith("bytes=0-"):
+        request.app.state.metrics.downloads.inc()
         store.use(account, name, number, "download")
     headers = {"etag": f'"{sha256}"'}
     return FileResponse(path, 200, headers, "application/x-tar", filename=f"{name}-{number}.tar")

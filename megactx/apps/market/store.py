@@ -1,6 +1,7 @@
-"""What the market knows, in one SQLite database, with the packages as files beside it.
+"""What the market knows, in one database, with the packages as files beside it.
 
     DATA/market.db            accounts, tokens, packages, purchases, hooks that wait, reports, audit log
+    DATA/database             instead of it: the mark of the tables in PostgreSQL that belong to this folder
     DATA/packages/SHA256      packages as they were uploaded
     DATA/uploads/ID           what is on its way
     DATA/secret               of the forms; made at the first start
@@ -14,12 +15,10 @@ import os
 import re
 import secrets
 import shutil
-import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from argon2 import PasswordHasher
@@ -28,8 +27,8 @@ from argon2.exceptions import Argon2Error, InvalidHashError
 from megactx.framework.files import checksum, replacing
 
 from . import package
+from .database import PostgreSQL, Refused, Row, SQLite
 
-FORMAT = 1
 TABLES = """
 CREATE TABLE account (id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, password TEXT NOT NULL,
     moderator INTEGER NOT NULL DEFAULT 0, shares INTEGER NOT NULL DEFAULT 0, created INTEGER NOT NULL);
@@ -71,79 +70,58 @@ DEAREST = 10**7  # cents
 HASHING = threading.Semaphore(2)  # argon2 takes 64 MiB each time
 
 
-class Refused(Exception):
-    """What was asked is answered with an error."""
-
-    def __init__(self, status: int, message: str, after: float = 0.0):
-        self.status, self.message, self.after = status, message, after
-
-
 class Store:
-    """The market's folder; each step is a transaction of a connection of its own.
+    """The market's folder; each step is a transaction.
+
+    Args:
+        database: ``None``: SQLite's in the folder; else the address of PostgreSQL's.
 
     Raises:
-        ValueError: the folder holds something else, or was written by a newer program.
+        ValueError: the folder or the database holds something else, or was written by a newer program.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, database: str | None = None):
         self.folder, self.hasher = folder, PasswordHasher()
-        if (
-            folder.exists()
-            and not folder.is_dir()
-            or folder.is_dir()
-            and not self.path.exists()
-            and [*folder.iterdir()]
-        ):
+        if folder.exists() and not folder.is_dir() or folder.is_dir() and not known(folder) and [*folder.iterdir()]:
             raise ValueError(f"{folder} holds something else and no market; choose an empty folder")
+        if (database is not None) != (folder / "database").exists() and known(folder):
+            told = "name it with --database" if database is None else "leave --database away"
+            raise ValueError(f"{folder} has its tables elsewhere; {told}")
+        server = PostgreSQL(database) if database is not None else None  # before anything is written
         for place in ("packages", "uploads"):
             (folder / place).mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
         if not (folder / "secret").exists():
-            with replacing(folder / "secret") as part:
-                part.write_text(secrets.token_hex(32))
+            _write(folder / "secret", secrets.token_hex(32))
         self.secret = (folder / "secret").read_text().encode()
-        with self._connected() as db:
-            db.execute("PRAGMA journal_mode=WAL")
-            there = db.execute("PRAGMA user_version").fetchone()[0]
-            if there > FORMAT:
-                raise ValueError(f"{folder} was written by a newer program (format {there})")
-            if there == 0:
-                db.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version={FORMAT}; COMMIT;")
+        if server is None:
+            self.database = SQLite(self.path, TABLES)
+        else:
+            self.database = server
+            self._pair(server)
+        self.step, self.look = self.database.step, self.database.look
         self.absent = self.hasher.hash(secrets.token_hex(16))  # compared where there is no such account
+
+    def _pair(self, server: PostgreSQL) -> None:
+        """The folder and the tables know each other by a mark that both have."""
+        path = self.folder / "database"
+        if new := not path.exists():
+            _write(path, secrets.token_hex(16))
+        try:
+            server.prepare(TABLES, path.read_text(), fresh=not [*(self.folder / "packages").iterdir()])
+        except BaseException:
+            server.close()
+            if new:
+                path.unlink()
+            raise
 
     @property
     def path(self) -> Path:
         return self.folder / "market.db"
 
-    @contextmanager
-    def _connected(self) -> Iterator[sqlite3.Connection]:
-        db = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
-        try:
-            db.row_factory = sqlite3.Row
-            db.execute("PRAGMA foreign_keys=ON")
-            yield db
-        finally:
-            db.close()
-
-    @contextmanager
-    def step(self) -> Iterator[sqlite3.Connection]:
-        """What the block changes is done as a whole or not at all."""
-        with self._connected() as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def look(self) -> Iterator[sqlite3.Connection]:
-        """Read one state."""
-        with self._connected() as db:
-            db.execute("BEGIN")
-            yield db
+    def close(self) -> None:
+        """Give connections back."""
+        self.database.close()
 
     def backup(self, target: Path) -> None:
         """A copy of all, while the market serves. Packages never change, so they are copied behind the database."""
@@ -152,11 +130,10 @@ class Store:
         with replacing(target) as part:
             part.mkdir(parents=True)
             part.chmod(0o700)
-            with self._connected() as db:
-                copy = sqlite3.connect(part / "market.db")
-                db.backup(copy)
-                copy.close()
-            shutil.copy(self.folder / "secret", part / "secret")
+            self.database.copy(part)
+            for name in ("secret", "database"):
+                if (self.folder / name).exists():
+                    shutil.copy(self.folder / name, part / name)
             shutil.copytree(self.folder / "packages", part / "packages")
 
     # Accounts
@@ -202,13 +179,13 @@ class Store:
         with self.step() as db:
             db.execute("DELETE FROM session WHERE hash=?", (_hashed(session),))
 
-    def of_session(self, session: str) -> sqlite3.Row | None:
+    def of_session(self, session: str) -> Row | None:
         """The account."""
         query = "SELECT account.* FROM account JOIN session ON session.account = account.id WHERE hash=? AND ends>?"
         with self.look() as db:
             return db.execute(query, (_hashed(session), int(time.time()))).fetchone()
 
-    def of_token(self, token: str) -> tuple[sqlite3.Row, set[str]] | None:
+    def of_token(self, token: str) -> tuple[Row, set[str]] | None:
         """The account, and what the token may."""
         query = "SELECT account.*, scopes FROM account JOIN token ON token.account = account.id WHERE hash=?"
         with self.look() as db:
@@ -244,7 +221,7 @@ class Store:
             raise Refused(400, "A public key has 64 hex digits.")
         with self.step() as db:
             if keep:
-                db.execute("INSERT OR IGNORE INTO signer VALUES (?, ?)", (account["id"], key))
+                db.execute("INSERT INTO signer VALUES (?, ?) ON CONFLICT DO NOTHING", (account["id"], key))
             else:
                 db.execute("DELETE FROM signer WHERE account=? AND key=?", (account["id"], key))
             note(db, account["name"], "add key" if keep else "remove key", key)
@@ -283,7 +260,7 @@ class Store:
             db.execute("INSERT INTO upload VALUES (?, ?, ?, ?, ?)", values)
         return upload
 
-    def upload(self, account, upload: str) -> tuple[sqlite3.Row, Path, int]:
+    def upload(self, account, upload: str) -> tuple[Row, Path, int]:
         """Of an account's own: its row, its file, bytes that are there."""
         with self.look() as db:
             row = db.execute("SELECT * FROM upload WHERE id=? AND account=?", (upload, account["id"])).fetchone()
@@ -364,9 +341,8 @@ class Store:
         if card.version <= newest:
             raise Refused(409, f"Version {newest} is there; the next is {newest + 1}.")
         words = " ".join([card.name, card.description, card.licence, *(s.name for s in card.sources[:1000])]).casefold()
-        db.execute(
-            "UPDATE package SET access=?, price=?, words=? WHERE id=?", (access, price, words[:100_000], found["id"])
-        )
+        words = words.replace("\0", " ")[:100_000]
+        db.execute("UPDATE package SET access=?, price=?, words=? WHERE id=?", (access, price, words, found["id"]))
         values = (found["id"], card.version, card.model_dump_json(), key, upload["sha256"], upload["bytes"], now)
         db.execute("INSERT INTO version VALUES (?, ?, ?, ?, ?, ?, ?)", values)
         note(db, account["name"], "publish", f"{card.name} {card.version} {access}")
@@ -375,21 +351,23 @@ class Store:
 
     def search(self, account, words: str, model: str = "", page: int = 1) -> tuple[list[dict], int]:
         """Packages that the account may see and that have all words; -> those of a page, and how many there are."""
-        asked = [word for word in words.casefold().split()[:10]]
-        where = " AND ".join(["(package.down='' AND (access!='private' OR owner=:me OR reader.account IS NOT NULL))",
-            *(f"instr(words, :w{n})" for n in range(len(asked)))])  # fmt: skip
+        asked, me = words.casefold().split()[:10], _id(account)
+        where = ["package.down='' AND (access!='private' OR owner=? OR reader.account IS NOT NULL)"]
+        where += ["words LIKE ? ESCAPE '!'"] * len(asked)
+        given = [me, me, *("%" + re.sub("([!%_])", r"!\1", word) + "%" for word in asked)]
         if model:
-            where += " AND :model IN (json_extract(card, '$.model.embeddings'), json_extract(card, '$.model.gistnet'))"
+            where.append(f"? IN ({self.database.embeddings}, {self.database.gistnet})")
+            given.append(model)
         query = f"""FROM package JOIN account ON account.id = owner
             JOIN version ON version.package = package.id
                 AND number = (SELECT MAX(number) FROM version WHERE package = package.id)
-            LEFT JOIN reader ON reader.package = package.id AND reader.account = :me WHERE {where}"""
-        given = {f"w{n}": word for n, word in enumerate(asked)} | {"me": _id(account), "model": model}
+            LEFT JOIN reader ON reader.package = package.id AND reader.account = ? WHERE {" AND ".join(where)}"""
         with self.look() as db:
             count = db.execute(f"SELECT COUNT(*) {query}", given).fetchone()[0]
             select = "SELECT package.name, account.name AS author, access, price, number, card, version.bytes"
-            first = {"first": (page - 1) * PAGE, "most": PAGE}
-            rows = db.execute(f"{select} {query} ORDER BY package.name LIMIT :most OFFSET :first", given | first)
+            rows = db.execute(
+                f"{select} {query} ORDER BY package.name LIMIT ? OFFSET ?", [*given, PAGE, (page - 1) * PAGE]
+            )
             return [_listed(row) for row in rows], count
 
     def package(self, account, name: str) -> dict:
@@ -438,7 +416,8 @@ class Store:
                 raise Refused(404, "There is no such version.")
             day = time.strftime("%Y-%m-%d", time.gmtime())
             db.execute(
-                "INSERT INTO used VALUES (?, ?, ?, ?, 1) ON CONFLICT DO UPDATE SET count = count + 1",
+                "INSERT INTO used VALUES (?, ?, ?, ?, 1) ON CONFLICT (package, version, what, day)"
+                " DO UPDATE SET count = used.count + 1",
                 (row["id"], number, what, day),
             )
         return True
@@ -467,7 +446,7 @@ class Store:
             if found is None:
                 raise Refused(404, "There is no such account.")
             change = (
-                "INSERT OR IGNORE INTO reader VALUES (?, ?)"
+                "INSERT INTO reader VALUES (?, ?) ON CONFLICT DO NOTHING"
                 if may
                 else "DELETE FROM reader WHERE package=? AND account=?"
             )
@@ -510,9 +489,10 @@ class Store:
         """Whether a signature comes for the first time within a window of seconds; it is then remembered."""
         with self.step() as db:
             db.execute("DELETE FROM seen WHERE at < ?", (int(time.time()) - 2 * window,))
-            return db.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (mark, int(time.time()))).rowcount == 1
+            values = (mark, int(time.time()))
+            return db.execute("INSERT INTO seen VALUES (?, ?) ON CONFLICT DO NOTHING", values).rowcount == 1
 
-    def hooks_due(self) -> list[sqlite3.Row]:
+    def hooks_due(self) -> list[Row]:
         with self.look() as db:
             query = "SELECT * FROM hook WHERE state='waits' AND due <= ? ORDER BY due LIMIT 20"
             return db.execute(query, (int(time.time()),)).fetchall()
@@ -568,7 +548,12 @@ class Store:
             note(db, account["name"], action, f"{name} {reason.strip()[:500]}".strip())
 
 
-def seen(db, account, name: str) -> tuple[sqlite3.Row, set[str]]:
+def known(folder: Path) -> bool:
+    """Whether a folder is a market's."""
+    return (folder / "market.db").exists() or (folder / "database").exists()
+
+
+def seen(db, account, name: str) -> tuple[Row, set[str]]:
     """A package, and what an account (``None``: anybody) may: own, get. The one place that decides.
 
     Raises:
@@ -608,7 +593,7 @@ def note(db, account: str, action: str, what: str = "") -> None:
     db.execute("INSERT INTO audit (at, account, action, what) VALUES (?, ?, ?, ?)", values)
 
 
-def _own(db, account, name: str) -> sqlite3.Row:
+def _own(db, account, name: str) -> Row:
     row, may = seen(db, account, name)
     if "own" not in may:
         raise Refused(403, "Only its author may do that.")
@@ -637,6 +622,11 @@ def _listed(row) -> dict:
     card = json.loads(row["card"])
     told = {name: row[name] for name in ("name", "author", "access", "price", "bytes")} | {"version": row["number"]}
     return told | {name: card[name] for name in ("licence", "description", "tokens", "model")}
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as part:
+        part.write_text(text)
 
 
 def _hashed(secret: str) -> str:
