@@ -267,7 +267,7 @@ def test_a_zipped_page_that_would_fill_the_memory_is_refused(tmp_path, monkeypat
     with pytest.raises(ValueError, match="larger than 1,000 bytes"):
         file.get(0, "body", 1)
     value = zlib.compress(b"0" * 900)[:-6]
-    own = page_file._id(0, "body", 2)
+    own = page_file.page_id(0, "body", 2)
     file.db.execute("INSERT INTO page VALUES (?, ?, ?, 1)", (own, value, page_file._checksum(own, value)))
     with pytest.raises(ValueError, match="damaged"):
         file.get(0, "body", 2)

@@ -158,7 +158,7 @@ DAMAGE = {
     "the manifest is no object": (lambda folder: (folder / interchange.MANIFEST).write_text("[]"), "is damaged"),
     "the manifest is gone": (lambda folder: (folder / interchange.MANIFEST).unlink(), "no saved tree"),
     "the manifest is binary": (lambda folder: (folder / interchange.MANIFEST).write_bytes(b"\xff\xfe"), "is damaged"),
-    "a newer format": (change(format=3), "written by a newer program"),
+    "a newer format": (change(format=4), "written by a newer program"),
     "another width": (change(width=8), "its width is 8, the GistNet's is 4"),
     "another block size": (change(block_size=32), "its block_size is 32, the GistNet's is 4"),
     "another base": (change(model="0123456789abcdef"), "another base LM"),
