@@ -143,11 +143,79 @@ def lens() -> dict[str, float]:
     return found
 
 
+def step() -> dict[str, float]:
+    """A step of experiment=demo with its control, on a CPU that has AVX2 and no bf16 units: see ``AS``."""
+    import tempfile
+
+    from megactx.framework.app import run
+    from megactx.stages.gist import GistStage
+
+    began, usual = [], GistStage.training_step
+
+    def noted(self, *given, **more):
+        began.append(time.process_time())
+        return usual(self, *given, **more)
+
+    GistStage.training_step = noted
+    short = [f"preset.steps={STEPS}", "preset.warmup=1", f"preset.validate_every={STEPS}", "logger=none"]
+    short += ["preset.validation_documents=1", "preset.plateau_window=1000", "trainer=cpu", "trainer.precision=32-true"]
+    short += [f"stage.evaluate.{name}" for name in ("blocks=4", "copies=0", "level2=0")]
+    if "minutes:" in Path("configs/preset/demo.yaml").read_text():
+        short.append("preset.minutes=null")
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        said, sys.stdout = sys.stdout, nowhere
+        try:
+            code = run(["experiment=demo", *short, f"folder={folder}/run"])
+        finally:
+            sys.stdout = said
+    assert code == 0, f"experiment=demo ended with {code}"
+    each = [after - before for before, after in zip(began, began[1:], strict=False)]
+    return {"a step of the demo, AVX2, fp32": median(each[2:])}  # the first ones wait for memory
+
+
+def packed() -> dict[str, float]:
+    """A block of the packed pass, and of the loop over the teacher's cached prefix that each build has, T = 4,096."""
+    sys.path.insert(0, str(Path.cwd() / "benchmarks"))
+    from substitution import bench
+
+    from megactx.lm import BaseLM
+
+    base, found = BaseLM.from_pretrained("asset:tiny-base", "float32").freeze(), {}
+    for horizon in (32, 128):
+        speed = bench(base, 4096, horizon)["spans_per_second"]
+        found |= {f"{name}, H = {horizon}": 1 / speed[own] for name, own in (("packed", "packed"), ("loop", "prefix"))}
+    return found
+
+
+def help_page() -> dict[str, float]:
+    """The answer of the command line, a process with its start."""
+
+    def asked(*given: str) -> None:
+        subprocess.run([sys.executable, "train.py", *given], capture_output=True, check=True)
+
+    found = {}
+    for given in (["--help"], ["--cfg", "job"]):
+        asked(*given)
+        before = os.times()
+        asked(*given)
+        after = os.times()
+        spent = after.children_user + after.children_system - before.children_user - before.children_system
+        found[f"train.py {' '.join(given)}"] = spent
+    return found
+
+
+STEPS = 7
 # name -> what a process measures for it: seconds by name.
 ROWS = {"label": label, "session": session, "batched": batched, "lens": lens}
+ROWS |= {"step": step, "packed": packed, "help": help_page}
+# name -> variables under which it runs: a plain CPU, where this one has more.
+PLAIN = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+AS = {"step": PLAIN | {"MEGACTX_CPU_BF16": "none"}}
 # name -> two figures of the same build, of which one is a share or a multiple of the other
 SHARES = {
     "plain re-run / label": ("plain re-run", "label"),
+    "loop / packed, H = 32": ("loop, H = 32", "packed, H = 32"),
+    "loop / packed, H = 128": ("loop, H = 128", "packed, H = 128"),
     "LensNet and allocator / 32 tokens, W = 512": ("LensNet and allocator, W = 512", "32 tokens, W = 512"),
     "LensNet and allocator / 32 tokens, W = 2,048": ("LensNet and allocator, W = 2,048", "32 tokens, W = 2,048"),
 }
@@ -156,6 +224,7 @@ SHARES = {
 def measured(tree: Path, row: str) -> dict[str, float]:
     """One row on one build, in a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment |= AS.get(row, {})
     command = [sys.executable, str(Path(__file__).resolve()), str(tree), "--row", row]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
