@@ -24,7 +24,7 @@ from megactx.parts.models import Models
 
 from .text import LONGEST, text_of
 
-SESSION, TREE, PRESET = "session.json", "tree", "preset.json"
+SESSION, TREE, PRESET, PACKAGE = "session.json", "tree", "preset.json", "package.json"
 OLDER, GONE = "as it was before", "deleted"  # of a file that was read again behind what is there, or is no more
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -95,6 +95,7 @@ class OpenPart:
         tree: read only.
         version: of what is read.
         closed: its gists stay closed: it is a preset.
+        licence: of its text, as its folder says; empty where it says none.
         note: why a newer version is not read; empty where there is none.
 
     Raises:
@@ -129,6 +130,7 @@ class OpenPart:
         self._seen = (*seen[:2], self._look()[2])
         self.closed = (wanted.path / PRESET).is_file()
         self.origins = _origins(self.wanted.path, self.folder, self.tree)
+        self.licence = _licence(self.wanted.path)
 
     @property
     def name(self) -> str:
@@ -334,6 +336,19 @@ def _version(folder: Path, tree: MegaContextTree) -> str:
         return str(storage.read_manifest(folder).get("data", "shards"))
     file, commit = tree.home
     return f"{file.path.stem.removeprefix('pages-')}-{commit}"
+
+
+def _licence(path: Path) -> str:
+    """What a session, a preset, a package or the table of a followed source says of its text."""
+    for name in (path / SESSION, path / PRESET, path / PACKAGE, path.with_name(f"{path.name}.json")):
+        try:
+            said = json.loads(name.read_text(encoding="utf-8"))
+            said = said["about"] if name.name == SESSION else said
+            if isinstance(licence := said.get("licence"), str) and licence.strip():
+                return " ".join(licence.split())[:200]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass  # a part without its notes is a part still
+    return ""
 
 
 def _origins(path: Path, folder: Path, tree: MegaContextTree) -> Origins:
