@@ -158,7 +158,7 @@ def parts(chat, _: str) -> None:
     for part in session.parts:
         entries = f"{sizes.get(part.name, 0):,} of {caps.get(part.name, 0):,} entries"
         words = [entries, f"version {part.version}", "pinned" * bool(part.wanted.pinned), "closed" * part.closed]
-        words.append(f"licence {part.licence}" if part.licence else "")
+        words.append(f"licence {part.licence}" if part.licence else "no licence is noted")
         told = ", ".join(word for word in (*words, part.note) if word)
         chat.say(f"{part.name}  {part.wanted.path}  {int(part.tree.lengths[0]):,} tokens, {told}")
     for file, winner, others in conflicts(session.parts):
@@ -197,7 +197,8 @@ def sources(chat, _: str) -> None:
         if run.origin is not None:
             at = datetime.fromtimestamp(run.origin.time).strftime("%Y-%m-%d %H:%M") if run.origin.time else ""
             where = f"{run.origin}  {at}".rstrip()
-        chat.say(f"{run.part or '(history)'}  {where}  tokens {run.start:,} to {run.stop - 1:,}")
+        licence = f"  {run.licence}" if run.licence else ""
+        chat.say(f"{run.part or '(history)'}  {where}  tokens {run.start:,} to {run.stop - 1:,}{licence}")
 
 
 def _sizes(session: Session) -> dict[str, int]:

@@ -46,6 +46,8 @@ def ingest(args: argparse.Namespace) -> None:
     """
     if args.megacontext == "none":
         raise ValueError("--megacontext=none keeps no tree, there is nothing to build")
+    if args.parts and args.licence is not None:
+        raise ValueError("--licence is noted with one session; --parts makes folders of apps.follow, which note none")
     if args.parts:
         return make_parts(args)
     paths = find(args.files)
@@ -61,9 +63,13 @@ def ingest(args: argparse.Namespace) -> None:
                 with workers(args.engine) as each:
                     corpus.take(session, paths, parts, on_all_hosts(args.model), each)
             note_gone(session, args.files)
+            if args.licence is not None:
+                session.about["licence"] = args.licence
         finally:
             settle(session)
             session.save()
+        if spans := archive_gone(session):
+            print(f"{spans:,} tokens of deleted files went into the archive")
         shutil.rmtree(parts, ignore_errors=True)
         new, seconds = session.length - before, time.monotonic() - began
         tree = session.tree
@@ -108,7 +114,9 @@ def unread(session: Session, paths: list[Path], say: Callable[[str], None]) -> I
             older, known = [*known.get("older", []), *known.get("spans", [])], None
         if known is None:
             known = done[name] = {"sha256": digest, "characters": 0, "whole": False, "spans": [], "older": older}
-        known.pop("gone", None)
+        if known.pop("gone", None) is not None:  # it is there again
+            for first, stop, *_ in [*known["spans"], *known.get("older", [])]:
+                session.restore(first, stop)
         yield path, known
 
 
@@ -120,6 +128,22 @@ def note_gone(session: Session, names: list[str]) -> None:
         if "gone" not in known and not path.exists() and any(path.is_relative_to(folder) for folder in folders):
             known["gone"] = round(time.time(), 3)
             print(f"{path} is no more: its blocks are noted as deleted")
+
+
+def archive_gone(session: Session) -> int:
+    """Blocks of deleted files go into the archive, where ``apps.curation restore`` finds them until they are purged;
+    -> tokens. Blocks that lie in two files, and the newest ones of a session, stay."""
+    k, before = session.stream.block, session.tree.compacted
+    actions = [
+        {"start": -(-first // k) * k, "stop": stop // k * k, "action": "compact", "floor": 1, "bytes": 0}
+        | {"reason": f"deleted: {name}", "opened": True}
+        for name, known in session.about.get("ingested", {}).items()
+        if "gone" in known
+        for first, stop, *_ in [*known.get("spans", []), *known.get("older", [])]
+    ]
+    actions = [action for action in actions if action["start"] < action["stop"]]
+    session.stream.keeper.do(actions)
+    return (session.tree.compacted - before) * k
 
 
 def make_parts(args: argparse.Namespace) -> None:
@@ -270,6 +294,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", help="session folder; one that is there is gone on with")
     add_engine(parser.add_argument)
     made = "OUT is a folder of parts, one tree for each of FILES; a file that changes replaces its own blocks"
+    parser.add_argument(
+        "--licence", help="of the texts, noted in OUT and shown where it is a part (default: as it was)"
+    )
     parser.add_argument("--parts", action="store_true", help=made)
     add_models(parser)
     return run(ingest, parser, arguments)

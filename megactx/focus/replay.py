@@ -24,8 +24,9 @@ class View:
     lod: Tensor  # [W]
     index: Tensor  # [W]
     block_size: int  # K
-    # Of a window of several trees, in their order: (name, address of the first token, tokens); "" is the history.
-    parts: tuple[tuple[str, int, int], ...] = ()
+    # Of a window of several trees, in their order: (name, address of the first token, tokens, licence); the name
+    # of the history is "".
+    parts: tuple[tuple[str, int, int, str], ...] = ()
 
     @classmethod
     def of(cls, context: WorkingContext, row: int) -> "View":
@@ -36,7 +37,8 @@ class View:
         if isinstance(tree, Composite):
             names = [tree.name_of(number) or "" for number in range(len(tree.trees))]
             tokens = [int((tree.block_size**own).sum()) for own, _ in tree.segments(context)]
-            parts = tuple(zip(names, tree.bases, tokens, strict=True))
+            licences = [*(part.licence for part in tree.parts), ""]
+            parts = tuple(zip(names, tree.bases, tokens, licences, strict=True))
         return cls(lod, index, tree.block_size, parts)
 
     @property

@@ -57,11 +57,12 @@ class Archive:
             about,
         )
 
-    def _free(self, first: int, end: int, floor: int) -> Tensor:
-        """Whether blocks first .. end - 1 may get a floor, [n]: not the first one, protected or new ones, those that a
-        window has opened, and those that have one."""
+    def _free(self, first: int, end: int, floor: int, opened: bool) -> Tensor:
+        """Whether blocks first .. end - 1 may get a floor, [n]: not the first one, protected or new ones, those that
+        have one, and without ``opened`` those that a window has opened."""
         blocks, number = self.levels[1], torch.arange(first, end)
-        there = [blocks.span(name, first, end)[0].cpu() > 0 for name in ("protected", "floor", "opened")]
+        names = ("protected", "floor", "opened")[: 2 if opened else 3]
+        there = [blocks.span(name, first, end)[0].cpu() > 0 for name in names]
         return (number > 0) & ((number + 1) * self.size <= self.tokens - RECENT) & ~torch.stack(there).any(0)
 
     def apply(self, plan: dict) -> int:
@@ -75,7 +76,7 @@ class Archive:
                 wide = self.size**floor
                 if action["action"] != "compact" or start % wide or stop % wide or not 0 <= start < stop <= self.tokens:
                     raise ValueError(f"the plan has an action that cannot be done: {action}")
-                for first, end in self._runs(start, stop, floor):
+                for first, end in self._runs(start, stop, floor, action.get("opened") is True):
                     freed += self._compact(first, end, floor, action["reason"])
             self._write_changes(taken=True)
         return freed
@@ -113,12 +114,12 @@ class Archive:
         """(time, action, start, stop, reason) of all that was done, the oldest first."""
         return self.file.db.execute("SELECT time, action, start, stop, reason FROM log ORDER BY id").fetchall()
 
-    def _runs(self, start: int, stop: int, floor: int) -> Iterator[tuple[int, int]]:
+    def _runs(self, start: int, stop: int, floor: int, opened: bool) -> Iterator[tuple[int, int]]:
         """Spans of start .. stop - 1 that may still get a floor, in whole nodes of that level. None is longer than
         ``RUN`` tokens or one node, for each is restored as a whole."""
         wide = self.size**floor
         first, end = start // self.size, stop // self.size
-        may = self._free(first, end, floor).view(-1, wide // self.size).all(1)
+        may = self._free(first, end, floor, opened).view(-1, wide // self.size).all(1)
         first = None
         for node, free in enumerate([*may.tolist(), False]):
             if first is not None and (not free or (node - first) * wide >= RUN):
@@ -201,8 +202,8 @@ class LiveArchive(Archive):
         self.tree, self.shown = tree, shown
         self._undo: list[tuple[Pages, str, int, Tensor]] = []
 
-    def _free(self, first: int, end: int, floor: int) -> Tensor:
-        return super()._free(first, end, floor) & ~torch.isin(torch.arange(first, end), self.shown(floor).cpu())
+    def _free(self, first: int, end: int, floor: int, opened: bool) -> Tensor:
+        return super()._free(first, end, floor, opened) & ~torch.isin(torch.arange(first, end), self.shown(floor).cpu())
 
     def _write(self, level: Pages, name: str, first: int, values: Tensor) -> None:
         self._undo.append((level, name, first, level.span(name, first, first + values.shape[1]).clone()))

@@ -44,6 +44,7 @@ class Part:
         closed: its gists stay as they are, as those of a preset do.
         overruled: spans (first token, end), ascending and apart: another part has them newer, or they are gone. Gists
             within them stay closed.
+        licence: of its text, for who looks at a window; empty where none is known.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Part:
     share: float | None = None
     closed: bool = False
     overruled: tuple[tuple[int, int], ...] = ()
+    licence: str = ""
 
     def within(self, lod: Tensor, index: Tensor) -> Tensor:
         """Whether all that nodes, lod and index [M], stand for is overruled, [M]."""

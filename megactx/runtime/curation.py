@@ -81,6 +81,15 @@ class Keeper:
         if self.planning is not None:
             self.planning.exception()  # wait
         self._take_up()
+        self.do([])
+
+    def do(self, actions: list[dict]) -> None:
+        """Do actions of a plan now.
+
+        Raises:
+            ValueError, RunFailed: as of ``Archive.apply``.
+        """
+        self.actions.extend(actions)
         while self.actions:
             self._do()
 

@@ -27,8 +27,7 @@ from megactx.parts.models import Models
 
 from .text import LONGEST, printable, text_of
 
-SESSION, TREE, PRESET = "session.json", "tree", "preset.json"
-PACKAGE = "package.json"  # of what ``apps.market`` has got
+SESSION, TREE, PRESET, PACKAGE = "session.json", "tree", "preset.json", "package.json"
 OLDER, GONE = "as it was before", "deleted"  # of a file that was read again behind what is there, or is no more
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 SHARE = re.compile(r"[0-9]*\.?[0-9]+")
@@ -102,7 +101,7 @@ class OpenPart:
         tree: read only.
         version: of what is read.
         closed: its gists stay closed: it is a preset.
-        licence: of a package, as its author has signed it; empty where none is noted.
+        licence: of its text, as its folder says; empty where it says none.
         note: why a newer version is not read; empty where there is none.
 
     Raises:
@@ -385,8 +384,20 @@ def _version(folder: Path | str, tree: MegaContextTree) -> str:
 def noted(path: Path, tokens: int) -> dict:
     """What is noted beside a part by a session, a preset, a package, or ``apps.follow``, as plain JSON: ``closed``,
     whether its gists stay closed, ``licence``, empty where none is known, and ``spans`` of its tokens."""
-    licence = _one_line(_card(path).get("licence", ""))
-    return {"closed": (path / PRESET).is_file(), "licence": licence, "spans": _spans(path, tokens)}
+    return {"closed": (path / PRESET).is_file(), "licence": _licence(path), "spans": _spans(path, tokens)}
+
+
+def _licence(path: Path) -> str:
+    """What a session, a preset, a package or the table of a followed source says of its text."""
+    for name in (path / SESSION, path / PRESET, path / PACKAGE, path.with_name(f"{path.name}.json")):
+        try:
+            said = json.loads(name.read_text(encoding="utf-8"))
+            said = said["about"] if name.name == SESSION else said
+            if isinstance(licence := said.get("licence"), str) and licence.strip():
+                return _one_line(licence)[:200]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass  # a part without its notes is a part still
+    return ""
 
 
 def _spans(path: Path, tokens: int) -> list[Span]:

@@ -6,7 +6,7 @@ library    guide.md        from 120     4,096 to 4,159
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megactx.memory import Composite
 
@@ -22,12 +22,14 @@ class Opened:
         part: its name; ``None``: the session's own history.
         start, stop: tokens start .. stop - 1 of the part.
         origin: of the first token; ``None``: nobody has noted it.
+        licence: of the part, or of what the history took up; empty where none is noted.
     """
 
     part: str | None
     start: int
     stop: int
     origin: Origin | None
+    licence: str = ""
 
 
 def opened(session: Session) -> list[Opened]:
@@ -41,14 +43,21 @@ def opened(session: Session) -> list[Opened]:
         return []
     shown, seen = getattr(stream, "shown", None) or stream.context, stream.seen
     parts = {part.name: part for part in session.parts}
+    own = str(session.about.get("licence", ""))
     if not isinstance(seen, Composite):
         count = int(shown.counts[0])
-        return [*_runs(None, shown.lod[0, :count], shown.index[0, :count], stream.block, _own(session))]
+        return _licensed(_runs(None, shown.lod[0, :count], shown.index[0, :count], stream.block, _own(session)), own)
     out = []
     for number, (lod, index) in enumerate(seen.segments(shown)):
         name = seen.name_of(number)
-        out += _runs(name, lod, index, stream.block, _own(session) if name is None else parts[name].origin)
+        origin = _own(session) if name is None else parts[name].origin
+        licence = own if name is None else parts[name].licence
+        out += _licensed(_runs(name, lod, index, stream.block, origin), licence)
     return out
+
+
+def _licensed(runs: Iterator[Opened], licence: str) -> list[Opened]:
+    return [replace(run, licence=licence) for run in runs]
 
 
 def origin(session: Session, part: str | None, token: int) -> Origin | None:

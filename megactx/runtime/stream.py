@@ -247,7 +247,7 @@ class Stream:
         found, old = dict(sorted(found.items())), self.parts
         ruled = overruled(found.values())
         shown = [
-            Part(part.name, part.tree, slot, part.wanted.share, part.closed, ruled[part.name])
+            Part(part.name, part.tree, slot, part.wanted.share, part.closed, ruled[part.name], part.licence)
             for slot, part in found.items()
             if int(part.tree.lengths[0]) > 0  # a part may be empty yet
         ]

@@ -9,9 +9,13 @@ import pytest
 import torch
 from range_server import serving
 
-from megactx.apps import chat, generate, ingest, publish
+from megactx.apps import chat, curation, generate, ingest, publish
 from megactx.apps.follow.follower import Follower
 from megactx.apps.follow.sources import Folder
+from megactx.apps.view.frames import standing
+from megactx.focus.replay import View
+from megactx.memory import archive
+from megactx.memory.curation import Curated
 from megactx.memory.invariants import violations
 from megactx.runtime import Controller, Session, Settings, Wanted, load_models
 from megactx.runtime.part_files import conflicts
@@ -292,3 +296,51 @@ def test_a_published_part_shows_in_a_talk_with_its_files(own, three, typed, tmp_
         assert said.count("\n") == 1 and "part a: " in said and "there is no published tree" in said
     assert publish.main([str(tmp_path), str(tmp_path / "www" / "project")]) == 2
     assert "there is no saved tree" in capsys.readouterr().err
+
+
+def test_a_licence_is_told_with_the_part_its_blocks_and_the_page(own, tmp_path, typed, capsys):
+    (tmp_path / "a.txt").write_text(lines("a", 30))
+    library = tmp_path / "library"
+    assert ingest.main([str(tmp_path / "a.txt"), str(library), "--licence", "CC-BY-4.0", *own]) == 0
+    (tmp_path / "b.txt").write_text(lines("b", 30))
+    assert ingest.main([str(tmp_path / "b.txt"), str(tmp_path / "bare"), *own]) == 0
+    made = Controller(load_models(own[1], "cpu"), Settings(budget=500))
+    session = Session(made, parts=[Wanted("library", library, 0.25), Wanted("bare", tmp_path / "bare", 0.2)])
+    session.append("Which line? " * 8)
+    told = {run.part: run.licence for run in opened(session)}
+    assert told["library"] == "CC-BY-4.0" and told[None] == "" and told.get("bare", "") == ""
+    lanes = standing(0, session.length, View.of(session.context, 0), 500)["lanes"]
+    assert [(lane[0], lane[3]) for lane in lanes] == [("library", "CC-BY-4.0"), ("bare", ""), ("", "")]
+    typed("hello\n/parts\n/sources\n/quit\n")
+    shown = ["--part", f"library={library}:0.25", "--part", f"bare={tmp_path / 'bare'}:0.2"]
+    assert chat.main([*own[:2], "--budget", "500", "--tokens", "4", *shown]) == 0
+    said = capsys.readouterr().out
+    assert "licence CC-BY-4.0" in said and "no licence is noted" in said and "  CC-BY-4.0\n" in said
+    assert ingest.main(["--parts", str(tmp_path / "a.txt"), str(tmp_path / "m"), "--licence", "MIT", *own]) == 2
+
+
+def test_a_deleted_file_is_archived_and_one_that_is_back_is_restored(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(archive, "RECENT", 0)
+    texts, out = tmp_path / "texts", tmp_path / "out"
+    texts.mkdir()
+    for name in ("a", "b", "c"):
+        (texts / f"{name}.txt").write_text(lines(name, 30))
+    assert ingest.main([str(texts), str(out), *own]) == 0
+    before = Curated(out / "tree").levels[0].whole("token")
+    kept = (texts / "b.txt").read_text()
+    (texts / "b.txt").unlink()
+    assert ingest.main([str(texts), str(out), *own]) == 0
+    assert "tokens of deleted files went into the archive" in capsys.readouterr().out
+    tree = Curated(out / "tree")
+    noted = json.loads((out / "session.json").read_text())["about"]["ingested"]
+    ((first, stop, *_),) = noted[str(texts / "b.txt")]["spans"]
+    assert tree.floor.nonzero()[:, 0].tolist() == [*range(-(-first // K), stop // K)]
+    assert all(action == "compact" and "b.txt" in reason for _, action, _, _, reason in tree.log())
+    assert curation.main(["restore", str(out)]) == 0
+    assert torch.equal(Curated(out / "tree").levels[0].whole("token"), before)
+    assert ingest.main([str(texts), str(out), *own]) == 0  # it is deleted still
+    assert (Curated(out / "tree").floor > 0).any()
+    (texts / "b.txt").write_text(kept)
+    assert ingest.main([str(texts), str(out), *own]) == 0
+    assert torch.equal(Curated(out / "tree").levels[0].whole("token"), before)
+    assert curation.main(["purge", str(out), "--days", "0"]) == 0 and not (Curated(out / "tree").floor > 0).any()

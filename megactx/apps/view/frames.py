@@ -1,9 +1,9 @@
 """A refocus as plain JSON, for the page; the same live and in a file. Texts are without what could hide in them.
 
 A window is runs of entries of one LOD, [[lod, count], ...] from token 0 on: entries stand one behind the other, so
-where each begins follows. A node is [lod, index]. With parts there are ``lanes``, [[name, first, tokens], ...] in the
-order of the window: tokens of a part are numbered from ``first`` on, so that a node is of one part; the history's lane
-is the last, and has no name.
+where each begins follows. A node is [lod, index]. With parts there are ``lanes``, [[name, first, tokens,
+licence], ...] in the order of the window: tokens of a part are numbered from ``first`` on, so that a node is of one
+part; the history's lane is the last, and has no name.
 """
 
 import math

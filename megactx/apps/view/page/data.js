@@ -10,7 +10,7 @@ const whole = (value) => number.format(Math.round(value));
 
 // The trees of a frame: [name, first token, tokens]; without parts there is the history alone.
 function lanesOf(frame) {
-  return (frame.lanes || [["", 0, frame.tokens]]).map(([name, first, tokens]) => ({ name, first, tokens }));
+  return (frame.lanes || [["", 0, frame.tokens]]).map(([name, first, tokens, licence = ""]) => ({ name, first, tokens, licence }));
 }
 
 function laneAt(lanes, token) {
@@ -55,7 +55,8 @@ function nameOf(lod, block) {
 }
 
 function placeOf(node, lanes) {
-  const lane = laneAt(lanes, node.start), start = node.start - lane.first, of = lane.name ? ` of ${lane.name}` : "";
+  const lane = laneAt(lanes, node.start), start = node.start - lane.first, licence = lane.licence ? ` (${lane.licence})` : "";
+  const of = lane.name ? ` of ${lane.name}${licence}` : "";
   return (node.width === 1 ? `token ${whole(start)}` : `tokens ${whole(start)} to ${whole(start + node.width - 1)}`) + of;
 }
 
