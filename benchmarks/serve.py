@@ -1,10 +1,11 @@
 """What a server holds: many clients with a memory each, for a bounded time; nothing is lost, and memory stays flat.
 
-    python benchmarks/serve.py [--clients 50] [--seconds 60] [--model asset:tiny-base]
+    python benchmarks/serve.py [--clients 50] [--seconds 60] [--model asset:tiny-base] [--kill]
 
 Each client has a key of its own and says one thing after the other, through the ``openai`` client, every second one as
 a stream. A refusal (429) is asked again when the answer says. After the end every answer that a client has received is
-looked for in its memory on disk. Waiting is what the server counts, from a request to its first step.
+looked for in its memory on disk. With --kill the server is killed (SIGKILL) at half of the time and started again, and
+clients ask again what was cut. Waiting is what the server counts, from a request to its first step.
 """
 
 import argparse
@@ -33,9 +34,9 @@ BUDGET, TOKENS, SAMPLES = 512, 16, 12
 class Client(threading.Thread):
     """Says one thing after the other until the time is over."""
 
-    def __init__(self, name: str, key: str, address: str, ends: float):
+    def __init__(self, name: str, key: str, address: str, ends: float, gone: threading.Event):
         super().__init__(daemon=True)
-        self.name, self.ends = name, ends
+        self.name, self.ends, self.gone, self.cut = name, ends, gone, 0
         self.openai = OpenAI(base_url=address, api_key=key, max_retries=0, timeout=300)
         self.told: list[tuple[str, str]] = []  # question, answer
         self.seconds: list[float] = []
@@ -57,6 +58,10 @@ class Client(threading.Thread):
                 time.sleep(float(error.response.headers["retry-after"]))
                 continue
             except Exception as error:
+                if self.gone.is_set():  # the server was killed, and may not be back yet
+                    self.cut += 1
+                    time.sleep(0.5)
+                    continue
                 self.failures.append(f"{type(error).__name__}: {error}")
                 continue
             self.told.append((question, answer))
@@ -75,12 +80,21 @@ def benchmark(arguments: argparse.Namespace) -> None:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         address = server.stdout.readline().split()[0]
         ends = time.monotonic() + arguments.seconds
-        clients = [Client(name, known[name], address, ends) for name in names]
+        gone = threading.Event()
+        clients = [Client(name, known[name], address, ends, gone) for name in names]
         for client in clients:
             client.start()
         memory = []
-        for _ in range(SAMPLES):
+        for sample in range(SAMPLES):
             time.sleep(arguments.seconds / SAMPLES)
+            gone.clear()
+            if arguments.kill and sample == SAMPLES // 2:
+                gone.set()
+                server.kill()
+                server.wait()
+                command[command.index("--port") + 1] = address.rpartition(":")[2].partition("/")[0]
+                server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+                server.stdout.readline()
             memory.append(psutil.Process(server.pid).memory_info().rss / 2**20)
         for client in clients:
             client.join()
@@ -98,6 +112,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         "most_turns_of_a_client": max(len(client.told) for client in clients),
         "lost": lost,
         "failures": [failure for client in clients for failure in client.failures],
+        "cut": sum(client.cut for client in clients),
         "refused": sum(client.refused for client in clients),
         "exit": code,
         "seconds_of_a_turn": {p: seconds[len(seconds) * p // 100] for p in (50, 99)},
@@ -143,6 +158,7 @@ def main() -> int:
     parser.add_argument("--open", type=int, default=16, help="of the server")
     parser.add_argument("--queue", type=int, default=64, help="of the server")
     parser.add_argument("--model")
+    parser.add_argument("--kill", action="store_true", help="the server at half of the time, and start it again")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     return run(benchmark, parser, None)
 
