@@ -76,18 +76,23 @@ class Metrics:
         async def watched(scope, receive, send) -> None:
             if scope["type"] != "http":
                 return await app(scope, receive, send)
-            began, status = time.perf_counter(), []
+            began, counted = time.perf_counter(), []
+
+            def count(status: int) -> None:
+                counted.append(status)
+                self.requests.labels(f"{status // 100}xx").inc()
 
             async def told(message) -> None:
-                if message["type"] == "http.response.start":
-                    status.append(message["status"])
+                if message["type"] == "http.response.start":  # before it is sent: who has the answer is counted
+                    count(message["status"])
                     self.seconds.observe(time.perf_counter() - began)
                 await send(message)
 
             try:
                 await app(scope, receive, told)
             finally:
-                self.requests.labels(f"{(status or [500])[0] // 100}xx").inc()
+                if not counted:
+                    count(500)
 
         return watched
 
