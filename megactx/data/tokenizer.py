@@ -190,12 +190,10 @@ def _without_prefix(tokenizer):
     if backend is None:
         return None
     state = json.loads(backend.to_str())
-    before = json.dumps(state)
-    for what in ("normalizer", "pre_tokenizer"):
-        state[what] = _pruned(state[what])
-    if json.dumps(state) == before:
+    pruned = {what: _pruned(state[what]) for what in ("normalizer", "pre_tokenizer")}
+    if all(state[what] == part for what, part in pruned.items()):
         return None
-    state |= {"truncation": None, "padding": None}
+    state |= pruned | {"truncation": None, "padding": None}
     for token in state["added_tokens"]:  # what they are looked for as: a prefix is a part of it
         if token["normalized"] and backend.normalizer is not None:
             token["content"] = backend.normalizer.normalize_str(token["content"])

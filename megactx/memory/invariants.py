@@ -61,11 +61,13 @@ def violations(context) -> list[str]:
 
     # Of each node within the window there is the node itself, or all of its K children, or what stands for those.
     for level in range(1, tree.depth + 1):
-        nodes = int(whole.max()) // k**level + 1
-        node = torch.where(mask, start // k**level, nodes - 1).clamp(max=nodes - 1)
-        finer = (mask & (lod < level)).long() * width
-        held = torch.zeros(b, nodes, dtype=torch.long, device=device).scatter_add_(1, node, finer)
-        inside = torch.arange(1, nodes + 1, device=device) * k**level <= whole[:, None]
+        node = start // k**level
+        # Of the nodes that have an entry below them, and no others: a history has many more.
+        place, own = torch.stack([row[mask], node[mask]]).unique(dim=1, return_inverse=True)
+        finer = torch.where(lod < level, width, 0)[mask]
+        held = torch.zeros(place.shape[1], dtype=torch.long, device=device).index_add_(0, own, finer)
+        inside = (node + 1) * k**level <= whole[:, None]
+        held = torch.zeros_like(node).masked_scatter(mask, held[own])
         claim(~inside | (held == 0) | (held == k**level), "swaps", f"has a share of the children of level {level}")
     return wrong
 
