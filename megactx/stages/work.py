@@ -36,8 +36,8 @@ class Work:
     horizon: int = 0  # H
     nets: int = 0  # of all nets for one block, forward
     block: int = 0  # K
-    slots: float = 1.0  # vectors of a block, mean over the nets
     losses: tuple[Loss, ...] = ()  # those with a weight
+    slots: float = 1.0  # vectors of a block, mean over the nets
 
     @classmethod
     def of_base(cls, base: BaseLM) -> "Work":
@@ -58,7 +58,7 @@ class Work:
         own, block = cls.of_base(base), next(iter(nets.values())).block_size
         learned = tuple(loss for loss in losses if loss.weight)
         slots = sum(net.slots for net in nets.values()) / len(nets)
-        return cls(own.body, own.head, own.attention, len(nets), horizon, flops, block, slots, learned)
+        return cls(own.body, own.head, own.attention, len(nets), horizon, flops, block, learned, slots)
 
     @torch.no_grad()
     def __call__(self, batch: dict) -> Tensor | float:
