@@ -132,6 +132,7 @@ def test_a_whole_talk_that_is_sent_again_is_read_once(serve):
     assert [text.count(q) for q in talk[::2]] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_memory_is_curated_between_its_turns_and_nobody_elses(serve, monkeypatch):
     monkeypatch.setattr(archive, "RECENT", 64)
     long = " ".join(f"line {n} says {n * n}" for n in range(40))
