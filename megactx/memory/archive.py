@@ -12,6 +12,7 @@ K tokens of a block, n blocks of a span.
 """
 
 import hashlib
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -101,7 +102,13 @@ class Archive:
         return count
 
     def purge(self, days: float) -> int:
-        """What has been in the archive for so many days goes for good; -> spans."""
+        """What has been in the archive for so many days goes for good; -> spans.
+
+        Raises:
+            ValueError: days that are not allowed.
+        """
+        if not 0 <= days < math.inf:
+            raise ValueError(f"days={days:g} is not allowed: at least 0")
         before = int(time.time() - days * 86_400)
         with writing(self.folder, REMEDY), self.file.step():
             gone = self.file.db.execute("SELECT start, stop FROM archive WHERE time <= ?", (before,)).fetchall()
