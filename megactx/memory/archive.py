@@ -33,7 +33,7 @@ from .pages import Pages
 FORMAT = 1  # of a plan
 RECENT = 16_384  # newest tokens that are never touched: windows hold them raw
 RUN = 8_192  # tokens that are archived together, at most
-REMEDY = "make room"
+REMEDY = "copy the folder to another disk"
 
 
 class Archive:

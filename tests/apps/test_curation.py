@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 
 import pytest
 import torch
@@ -160,3 +161,15 @@ def test_a_plan_that_somebody_has_spoiled_is_refused_and_a_session_in_use_goes_o
         (talk / "curation.json").write_text((tmp_path / "plan.json").read_text())
         session.append(ids(8, seed=1), score=True)
         assert "it is no plan" in session.stream.keeper.note and session.tree.compacted == 0
+
+
+def test_on_a_full_disk_a_tree_is_not_called_damaged_and_nothing_is_changed(talk, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, before[1]))
+    try:
+        assert curation.main(["restore", str(talk)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told = capsys.readouterr().err
+    assert "the disk is full or fails: make room" in told and "damaged" not in told
+    assert curation.main(["restore", str(talk)]) == 0
