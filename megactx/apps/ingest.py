@@ -46,8 +46,6 @@ def ingest(args: argparse.Namespace) -> None:
     """
     if args.megacontext == "none":
         raise ValueError("--megacontext=none keeps no tree, there is nothing to build")
-    if args.parts and args.licence is not None:
-        raise ValueError("--licence is noted with one session; --parts makes folders of apps.follow, which note none")
     if args.parts:
         return make_parts(args)
     paths = find(args.files)
@@ -170,6 +168,8 @@ def make_parts(args: argparse.Namespace) -> None:
     follower = Follower(Path(args.out).expanduser(), models, sources)
     try:
         for name in sources:
+            if args.licence is not None:
+                follower.followed[name].part.note_licence(args.licence)
             follower.look(name)
         state = follower.state()
     finally:
@@ -295,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_engine(parser.add_argument)
     made = "OUT is a folder of parts, one tree for each of FILES; a file that changes replaces its own blocks"
     parser.add_argument(
-        "--licence", help="of the texts, noted in OUT and shown where it is a part (default: as it was)"
+        "--licence", help="of the texts, noted in OUT or its parts, and shown where it is a part (default: as it was)"
     )
     parser.add_argument("--parts", action="store_true", help=made)
     add_models(parser)

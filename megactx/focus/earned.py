@@ -33,8 +33,9 @@ def earned(
     margin: float | Tensor,
     protected: int,
     found: list[list[int]] | None = None,
-) -> tuple[Selection, Tensor]:
-    """What is read of a window, and how many of its entries were earned against the newest tokens, [B].
+) -> tuple[Selection, Tensor, list[list[int]]]:
+    """What is read of a window, how many of its entries were earned against the newest tokens, [B], and which blocks of
+    ``found`` are among them, those of each row.
 
     Args:
         budget: entries that are read, W; a multiple of nothing, but more than K.
@@ -84,7 +85,7 @@ def earned(
         rows.append([torch.cat(piece) for piece in zip(*pieces, strict=True)])
     lengths = torch.tensor([len(lod) for lod, _ in rows])
     lod, index = (torch.nn.utils.rnn.pad_sequence([row[n] for row in rows], batch_first=True) for n in (0, 1))
-    return Selection(tree, lod, index, lengths, budget + len(closed)), (count + paid) * k
+    return Selection(tree, lod, index, lengths, budget + len(closed)), (count + paid) * k, opened
 
 
 def found_by_keys(tree: MegaContextTree, question: Tensor, most: int) -> list[list[int]]:
@@ -107,8 +108,10 @@ def found_by_keys(tree: MegaContextTree, question: Tensor, most: int) -> list[li
     for row in like:
         best = row.argsort(descending=True, stable=True)[:most]
         best = block[best[row[best] > tree.keys.null].cpu()].tolist()
-        near = dict.fromkeys(block for own in best for block in (own, own + 1) if block in there)
-        out.append([*near][:most])
+        near = [*dict.fromkeys(block for own in best for block in (own, own + 1) if block in there)]
+        at = torch.tensor(near, dtype=torch.long, device=tree.device)
+        there_still = tree.openable(torch.zeros_like(at), torch.ones_like(at), at).tolist()  # the one behind, too
+        out.append([block for block, may in zip(near, there_still, strict=True) if may][:most])
     return out
 
 

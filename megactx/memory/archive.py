@@ -12,6 +12,7 @@ K tokens of a block, n blocks of a span.
 """
 
 import hashlib
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from .pages import Pages
 FORMAT = 1  # of a plan
 RECENT = 16_384  # newest tokens that are never touched: windows hold them raw
 RUN = 8_192  # tokens that are archived together, at most
-REMEDY = "make room"
+REMEDY = "copy the folder to another disk"
 
 
 class Archive:
@@ -101,7 +102,13 @@ class Archive:
         return count
 
     def purge(self, days: float) -> int:
-        """What has been in the archive for so many days goes for good; -> spans."""
+        """What has been in the archive for so many days goes for good; -> spans.
+
+        Raises:
+            ValueError: days that are not allowed.
+        """
+        if not 0 <= days < math.inf:
+            raise ValueError(f"days={days:g} is not allowed: at least 0")
         before = int(time.time() - days * 86_400)
         with writing(self.folder, REMEDY), self.file.step():
             gone = self.file.db.execute("SELECT start, stop FROM archive WHERE time <= ?", (before,)).fetchall()

@@ -11,6 +11,7 @@ N blocks, K tokens of a block.
 
 import hashlib
 import importlib
+import inspect
 import json
 import pkgutil
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from .pages import SIGNAL_COLUMNS, SIGNALS, Pages
 from .tree import columns_of
 
 DEFAULT = ("unread", "duplicate")
+DEEPEST = 32  # floor of an action of a plan: no tree has so many levels
 
 
 class Curated(Archive):
@@ -163,8 +165,14 @@ def read_plan(path: Path) -> dict:
     """
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(plan["actions"], list):
-            raise ValueError("its actions are no list")
+        if not isinstance(plan["actions"], list) or not isinstance(plan.get("tokens", 0), int):
+            raise ValueError("its actions are no list, or its tokens no number")
+        for action in plan["actions"]:
+            numbers = [action[name] for name in ("start", "stop", "floor")]
+            if not all(type(number) is int for number in numbers) or not 1 <= action["floor"] <= DEEPEST:
+                raise ValueError(f"an action has no start, stop or floor: {action}")
+            if not all(isinstance(action[name], str) for name in ("action", "reason")):
+                raise ValueError(f"an action has no reason: {action}")
         return plan
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: it is no plan ({error})") from error
@@ -174,7 +182,14 @@ def _policy(name: str, blocks: Curated, settings: dict) -> Tensor:
     if name not in names():
         raise ValueError(f"policy={name} is not known, there are {', '.join(names())}")
     choose = importlib.import_module(f"{policies.__name__}.{name}").choose
-    try:
-        return choose(blocks, **settings)
-    except TypeError as error:
-        raise ValueError(f"policy={name}: {error}") from error
+    _, *known = inspect.signature(choose).parameters.values()
+    kinds = {one.name: one.annotation for one in known}
+    for key, value in settings.items():
+        if key not in kinds:
+            raise ValueError(f"policy={name}: {key} is not known, there are {', '.join(kinds) or 'no settings'}")
+        if not isinstance(value, kinds[key]) and not (type(value) is int and isinstance(1.0, kinds[key])):
+            what = getattr(kinds[key], "__name__", str(kinds[key]))
+            raise ValueError(f"policy={name}: {key}={value} is not allowed, it is {what}")
+    if missing := [one.name for one in known if one.default is one.empty and one.name not in settings]:
+        raise ValueError(f"policy={name}: {missing[0]} has no value")
+    return choose(blocks, **settings)

@@ -70,7 +70,10 @@ class PageFile:
             if mode != "rwc":
                 db.execute("SELECT value FROM about LIMIT 1").fetchone()
         except sqlite3.Error as error:
-            raise ValueError(f"{self.path.name} is damaged, or cannot be read ({error})") from error
+            full = getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL)
+            # Readers of a database need a small file beside it, too.
+            what = "cannot be opened, the disk is full or fails: make room" if full else "is damaged, or cannot be read"
+            raise ValueError(f"{self.path.name} {what} ({error})") from error
         return db
 
     def again(self) -> "PageFile":

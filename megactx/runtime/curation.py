@@ -65,7 +65,8 @@ class Keeper:
         """Do the next part of what is planned; it costs microseconds where there is nothing. What cannot be done is
         told by ``note``, and the session goes on."""
         try:
-            self._take_up()
+            if self._take_up() and not self.actions:
+                self._purge()  # there is nothing to archive, and what is old goes all the same
             if self.actions:
                 self._do()
         except (ValueError, RunFailed) as error:
@@ -80,7 +81,8 @@ class Keeper:
         """
         if self.planning is not None:
             self.planning.exception()  # wait
-        self._take_up()
+        if self._take_up() and not self.actions:
+            self._purge()
         self.do([])
 
     def do(self, actions: list[dict]) -> None:
@@ -108,8 +110,9 @@ class Keeper:
         self.worker = self.planning = None
         self.actions.clear()
 
-    def _take_up(self) -> None:
-        if self.planning is not None and self.planning.done():
+    def _take_up(self) -> bool:
+        """Whether a plan of its own was made."""
+        if made_one := self.planning is not None and self.planning.done():
             planning, self.planning = self.planning, None
             self.note = ""
             self.actions.extend(planning.result())
@@ -117,12 +120,18 @@ class Keeper:
         try:
             at = path.stat().st_mtime_ns
         except OSError:
-            return
+            return made_one
         if at != self.handed:
             self.handed = at
             self.actions.extend(read_plan(path)["actions"])
             if not self.actions:
                 path.unlink(missing_ok=True)
+        return made_one
+
+    def _purge(self) -> None:
+        """What has been in the archive for longer than ``retention`` goes for good."""
+        if self.settings is not None and self.settings.retention is not None:
+            self._archive().purge(self.settings.retention)
 
     def _do(self) -> None:
         """The next spans, in one transaction."""
@@ -143,8 +152,7 @@ class Keeper:
         if not self.actions:
             if (path := self.folder / HANDED).exists() and path.stat().st_mtime_ns == self.handed:
                 path.unlink()
-            if self.settings is not None and self.settings.retention is not None:
-                archive.purge(self.settings.retention)
+            self._purge()
 
     def _archive(self) -> LiveArchive:
         return LiveArchive(self.stream.tree, self.saved, self._shown)

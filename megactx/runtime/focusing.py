@@ -67,6 +67,7 @@ class Focus:
         self.allocator = Reserving(self.reserve, **settings.allocator)
         self.mean_embeddings = MeanEmbeddingCache()
         self.seconds: dict[str, float] = {}  # of the last refocus
+        self.found: list[list[int]] = []  # of each row, blocks that keys brought at the last reading
 
     def start(self, tree: MegaContextTree) -> WorkingContext:
         """The cold start of a whole tree: recency, then refocused until LensNet rests; the reserve is free.
@@ -186,7 +187,8 @@ class Focus:
         scores = self.score(context, legal) if self.lensnet is not None and self.needed(context) else None
         margin = 0.0 if scores is None else self.allocator.margin(self.lensnet.tau)
         found = found_by_keys(context.tree, newest, self.keys) if self.keys else None
-        return earned(context, self.budget, legal, scores, margin, self.allocator.protected, found)
+        shown, count, self.found = earned(context, self.budget, legal, scores, margin, self.allocator.protected, found)
+        return shown, count
 
 
 def note_worth(context: WorkingContext, legal: Moves, scores: Scores) -> None:

@@ -72,6 +72,7 @@ class Stream:
         self.keeper = None  # who takes away what nobody reads, see ``curation``
         self.shown: WorkingContext | None = None  # what of the window was read last
         self.earned: Tensor | None = None  # [B], entries above the newest tokens at the last reading, see ``Focus``
+        self._found: list[list[int]] = []  # of each row, blocks that keys brought at the last reading
         self._following: Tensor | None = None  # [B], position of the first token behind the window
         self._decoded = 0.0  # seconds, of the waiting tokens
         self._before = ()  # windows as the last refocus left them, for observers
@@ -445,6 +446,7 @@ class Stream:
         if self.window() is not None:
             shown, self.earned = self.focus.shown(self.context, self.newest(QUESTION))
             self.shown = shown
+            self._note_found()
             place = self.rebase.close if isinstance(shown, Selection) else self.rebase.place
             positions, self._following = place(shown)
             spread = self.models.gistnet.spread(shown.lods())
@@ -462,6 +464,19 @@ class Stream:
             mask = place < self.counts.to(self.device)[:, None]
             self.prefill.step(self.waiting[:, :count], following + place.expand(self.rows, -1), mask)
         self.hidden = self.prefill.hidden
+
+    def _note_found(self) -> None:
+        """Blocks that keys brought, and had not at the reading before, count as opened."""
+        before, self._found = self._found, self.focus.found
+        fresh = [
+            (row, block)
+            for row, own in enumerate(self._found)
+            for block in own
+            if row >= len(before) or block not in before[row]
+        ]
+        if fresh:
+            row, block = torch.tensor(fresh, device=self.device).unbind(1)
+            self.context.tree.note_opened(row, torch.ones_like(block), block)
 
     def _now(self) -> float:
         if self.device.type == "cuda" and self.observers:

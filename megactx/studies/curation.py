@@ -254,7 +254,7 @@ class History:
         protected = self.recency.settings.protected
 
         def shown(context: WorkingContext, newest: Tensor):
-            return earned(context, self.args.budget, moves(context, protected), None, 0.0, protected, [found])
+            return earned(context, self.args.budget, moves(context, protected), None, 0.0, protected, [found])[:2]
 
         stream.focus.shown = shown
         nll = stream.append(ids[None], score=True)[0]

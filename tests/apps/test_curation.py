@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 
 import pytest
 import torch
@@ -119,3 +120,56 @@ def test_a_chat_is_curated_and_restored(talk, exported, monkeypatch, capsys):
     assert "MB went into the archive" in told and "spans were restored" in told and "0.000 MB went" in told
     kept = Curated(talk / "tree")
     assert not (kept.floor > 0).any() and {entry[1] for entry in kept.log()} == {"compact", "restore"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["purge", "--days", "-5"], "days=-5 is not allowed: at least 0"),
+        (["purge", "--days", "nan"], "days=nan is not allowed: at least 0"),
+        (["report", "--policy", "unread:behind=often"], "policy=unread: behind=often is not allowed, it is int"),
+        (["report", "--policy", "unread:behind=1.5"], "policy=unread: behind=1.5 is not allowed, it is int"),
+        (["report", "--policy", "unread:after=5"], "policy=unread: after is not known, there are behind"),
+        (["report", "--policy", "budget"], "policy=budget: megabytes has no value"),
+    ],
+)
+def test_a_number_that_is_wrong_is_one_message_that_names_it_and_changes_nothing(
+    talk, capsys, monkeypatch, arguments, said
+):
+    monkeypatch.setattr(archive, "RECENT", 100)
+    kept = Curated(talk / "tree")
+    kept.apply(kept.plan({"unread": {"behind": 100}}))
+    before = kept.log()
+    assert curation.main([arguments[0], str(talk), *arguments[1:]]) == 2
+    told = capsys.readouterr().err
+    assert said in told and told.count("\n") == 1 and Curated(talk / "tree").log() == before
+
+
+@pytest.mark.parametrize(
+    "actions", [[{}], [5], [{"floor": 10**9}], [{"floor": 0}], [{"start": "x"}], [{"reason": None}], [{"stop": 1.5}]]
+)
+def test_a_plan_that_somebody_has_spoiled_is_refused_and_a_session_in_use_goes_on(
+    talk, exported, ids, tmp_path, capsys, actions
+):
+    whole = {"start": 4, "stop": 8, "floor": 1, "action": "compact", "reason": "a test"}
+    actions = [whole | action if action else action for action in actions if action != 5] or actions
+    (tmp_path / "plan.json").write_text(json.dumps({"format": 1, "actions": actions}))
+    assert curation.main(["apply", str(talk), str(tmp_path / "plan.json")]) == 2
+    told = capsys.readouterr().err
+    assert "it is no plan" in told and told.count("\n") == 1
+    with Session.load(talk, Controller(load_models(str(exported)), Settings(**SMALL))) as session:
+        (talk / "curation.json").write_text((tmp_path / "plan.json").read_text())
+        session.append(ids(8, seed=1), score=True)
+        assert "it is no plan" in session.stream.keeper.note and session.tree.compacted == 0
+
+
+def test_on_a_full_disk_a_tree_is_not_called_damaged_and_nothing_is_changed(talk, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, before[1]))
+    try:
+        assert curation.main(["restore", str(talk)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told = capsys.readouterr().err
+    assert "the disk is full or fails: make room" in told and "damaged" not in told
+    assert curation.main(["restore", str(talk)]) == 0

@@ -316,7 +316,43 @@ def test_a_licence_is_told_with_the_part_its_blocks_and_the_page(own, tmp_path, 
     assert chat.main([*own[:2], "--budget", "500", "--tokens", "4", *shown]) == 0
     said = capsys.readouterr().out
     assert "licence CC-BY-4.0" in said and "no licence is noted" in said and "  CC-BY-4.0\n" in said
-    assert ingest.main(["--parts", str(tmp_path / "a.txt"), str(tmp_path / "m"), "--licence", "MIT", *own]) == 2
+
+
+def test_each_part_of_a_folder_of_parts_notes_the_licence_and_keeps_it(own, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(lines(name, 30))
+    (tmp_path / "empty").mkdir()
+    asked = ["--parts", *(str(tmp_path / name) for name in ("a", "b", "empty")), str(tmp_path / "m"), *own]
+    assert ingest.main(asked) == 0
+
+    def licences():
+        parts = [Wanted(name, tmp_path / "m" / name) for name in ("a", "b")]
+        session = Session(Controller(load_models(own[1], "cpu"), Settings(budget=500)), parts=parts)
+        return [part.licence for part in session.parts]
+
+    assert licences() == ["", ""]
+    assert ingest.main([*asked, "--licence", "MIT"]) == 0 and licences() == ["MIT", "MIT"]  # nothing else has changed
+    (tmp_path / "a" / "text.txt").unlink()
+    (tmp_path / "a" / "more.txt").write_text(lines("c", 30))
+    (tmp_path / "empty" / "text.txt").write_text(lines("d", 30))
+    assert ingest.main(asked) == 0 and licences() == ["MIT", "MIT"]
+    assert "licence" not in json.loads((tmp_path / "m" / "empty.json").read_text())
+    assert ingest.main([*asked[:2], str(tmp_path / "m"), *own, "--licence", ""]) == 0 and licences() == ["", "MIT"]
+
+
+def test_what_is_deleted_leaves_a_part_at_once_and_is_in_no_archive(own, tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "a" / f"{name}.txt").write_text(lines(name, 30))
+    asked = ["--parts", str(tmp_path / "a"), str(tmp_path / "m"), *own]
+    assert ingest.main(asked) == 0
+    before = Curated(tmp_path / "m" / "a").tokens
+    (tmp_path / "a" / "one.txt").unlink()
+    assert ingest.main(asked) == 0
+    tree = Curated(tmp_path / "m" / "a")
+    assert tree.tokens < before and tree.log() == [] and not tree.floor.any()
+    assert [*json.loads((tmp_path / "m" / "a.json").read_text())["gone"]] == ["one.txt"]
 
 
 def test_a_deleted_file_is_archived_and_one_that_is_back_is_restored(own, tmp_path, monkeypatch, capsys):

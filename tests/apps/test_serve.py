@@ -9,11 +9,15 @@ import time
 import pytest
 from openai import APIStatusError, AuthenticationError, BadRequestError, NotFoundError, OpenAI, RateLimitError
 
+from megactx.apps.command_line import curation_of
+from megactx.apps.serve import __main__ as command
 from megactx.apps.serve import keys
 from megactx.apps.serve.app import build
 from megactx.apps.serve.engine import Engine
 from megactx.apps.serve.memory import Message, new_messages
 from megactx.apps.serving import Server
+from megactx.memory import archive
+from megactx.memory.curation import Curated
 from megactx.runtime import Controller, Sampling, Session
 from megactx.runtime.settings import Settings
 
@@ -24,11 +28,13 @@ SMALL = Settings(budget=96, allocator={"protected": 8})
 class Service:
     """A running service; ``client(NAME)`` asks with that key."""
 
-    def __init__(self, folder, models, names=("anna", "bert"), open=4, queue=64, requests=10_000, tokens=10**9):
+    def __init__(
+        self, folder, models, names=("anna", "bert"), open=4, queue=64, requests=10_000, tokens=10**9, curation=None
+    ):
         self.folder, self.controller = folder, Controller(models, SMALL)
         self.keys = {name: keys.generated() for name in names}
         entries = {name: next(iter(keys.alone(key).values())) for name, key in self.keys.items()}
-        self.engine = Engine(folder, self.controller, open, queue).start()
+        self.engine = Engine(folder, self.controller, open, queue, curation=curation).start()
         self.server = Server(0)
         known = keys.Keys(entries, requests, tokens)
         app = build(self.engine, known, MODEL, 12, Sampling(), self.server.host)
@@ -124,6 +130,33 @@ def test_a_whole_talk_that_is_sent_again_is_read_once(serve):
     service.close()
     text = remembered(service, "anna")
     assert [text.count(q) for q in talk[::2]] == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_a_memory_is_curated_between_its_turns_and_nobody_elses(serve, monkeypatch):
+    monkeypatch.setattr(archive, "RECENT", 64)
+    long = " ".join(f"line {n} says {n * n}" for n in range(40))
+    service = serve(curation=curation_of("default,policies.unread.behind=64,every=64"))
+    say(service.client("bert"), long, max_tokens=4)  # it has its first turn, and none behind it
+    for n in range(2):
+        say(service.client("anna"), f"{n} {long}", max_tokens=12)
+    service.close()
+    anna, bert = (Curated(service.folder / name / "tree") for name in ("anna", "bert"))
+    assert (anna.floor > 0).sum() > 20 and {entry[1] for entry in anna.log()} == {"compact"}
+    assert not (bert.floor > 0).any() and bert.log() == []
+    with Session.load(service.folder / "anna", service.controller) as session:
+        assert session.restore() > 0 and session.text().count(long) == 2
+
+
+def test_the_command_gives_the_named_curation_to_its_memories(exported, tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(Server, "run", lambda self, app, ending, connections: seen.append(ending.__self__.curation))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    asked = [str(tmp_path), "--port", "0", "--model", str(exported), "--budget", "400"]
+    assert command.main([*asked, "--curation", "unread,every=5"]) == 0 and command.main(asked) == 0
+    assert seen == [curation_of("unread,every=5"), None]
+    assert command.main([*asked, "--curation", "unraed"]) == 2
+    assert "Did you mean" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

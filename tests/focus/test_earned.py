@@ -38,7 +38,7 @@ def test_what_is_read_is_never_worth_less_than_the_newest_tokens_by_the_estimate
     context = window(tree((300, 211)), seed)
     legal = moves(context, NEWEST)
     scores = scores_of(context, legal, seed)
-    shown, count = earned(context, BUDGET, legal, scores, MARGIN, NEWEST)
+    shown, count, _ = earned(context, BUDGET, legal, scores, MARGIN, NEWEST)
     assert isinstance(shown, Selection) and (shown.counts <= BUDGET).all()
     for row in range(2):
         end = int(context.ends()[row])
@@ -68,7 +68,7 @@ def test_with_nothing_to_gain_what_is_read_is_the_sink_and_the_newest_tokens():
     context = window(tree((300, 211)), 3)
     legal = moves(context, NEWEST)
     for scores in (None, scores_of(context, legal, 0, worth=0.0)):
-        shown, count = earned(context, BUDGET, legal, scores, MARGIN, NEWEST)
+        shown, count, _ = earned(context, BUDGET, legal, scores, MARGIN, NEWEST)
         assert count.tolist() == [0, 0] and (shown.lod == 0).all()
         for row in range(2):
             assert shown.index[row, : int(shown.counts[row])].tolist() == newest_of(context, row)
@@ -83,7 +83,7 @@ def test_an_old_block_that_is_worth_more_stands_in_the_place_of_the_oldest_of_th
     keep = torch.zeros(context.lod.shape)
     keep[0, old[0] : old[0] + K] = 1.0
     scores = Scores(torch.zeros_like(keep), keep, torch.zeros(1), keep)
-    shown, count = earned(context, BUDGET, legal, scores, MARGIN, NEWEST)
+    shown, count, _ = earned(context, BUDGET, legal, scores, MARGIN, NEWEST)
     block = int(context.index[0, old[0]])
     assert int(count) == K
     assert shown.index[0].tolist() == [*range(K), *range(block, block + K), *range(300 - BUDGET + 2 * K, 300)]
@@ -92,7 +92,7 @@ def test_an_old_block_that_is_worth_more_stands_in_the_place_of_the_oldest_of_th
 def test_a_text_that_fits_is_read_whole():
     context = window(tree((30,)), 0)
     legal = moves(context, NEWEST)
-    shown, _ = earned(context, BUDGET, legal, scores_of(context, legal, 0), MARGIN, NEWEST)
+    shown, _, _ = earned(context, BUDGET, legal, scores_of(context, legal, 0), MARGIN, NEWEST)
     assert shown.index[0].tolist() == [*range(30)]
 
 
@@ -106,7 +106,7 @@ def test_found_blocks_are_read_in_place_of_the_oldest_of_the_newest_tokens_and_n
     context = window(tree((300, 211)), seed)
     legal = moves(context, NEWEST)
     found = [[9, 3, 4, 70, 0], [20]]  # of row 0 block 70 is among the newest tokens, and block 0 is the sink
-    shown, count = earned(context, BUDGET, legal, scores_of(context, legal, seed), MARGIN, NEWEST, found)
+    shown, count, _ = earned(context, BUDGET, legal, scores_of(context, legal, seed), MARGIN, NEWEST, found)
     assert (count >= torch.tensor([3 * K, K])).all() and shown.counts.tolist() == [BUDGET] * 2
     for row, blocks in ((0, (9, 3, 4)), (1, (20,))):
         raw = {*shown.index[row][shown.lod[row] == 0].tolist()}

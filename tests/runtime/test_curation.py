@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import sqlite3
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,6 +158,36 @@ def test_curate_now_and_restore_leave_an_open_session_as_it_was(controller, ids,
     after = [level.whole(name) for level in session.tree.levels for name in level.columns]
     assert all(map(torch.equal, before, after))
     assert session.curate_now() > 0 and len(session.ids(0, 1)) == 1
+    session.close()
+
+
+def test_a_live_session_purges_what_it_archived_longer_ago_than_its_retention(
+    controller, ids, tmp_path, small, monkeypatch
+):
+    session = Session(controller("recency"))
+    session.append(ids(900))
+    session.save(tmp_path / "talk")
+    old = CurationSettings(policies={"unread": {"behind": 600}}, retention=10)
+    session.curate(old)
+    assert session.curate_now() > 0
+    first = session.tree.compacted
+    day = time.time() + 9 * 86_400
+    monkeypatch.setattr(archive.time, "time", lambda: day)
+    session.curate(replace(old, policies={"unread": {"behind": 300}}))
+    assert session.curate_now() > 0 and (both := session.tree.compacted) > first  # nothing is ten days old yet
+    assert {entry[1] for entry in stored(tmp_path / "talk").log()} == {"compact"}
+    day += 2 * 86_400
+    session.curate(replace(old, retention=None))
+    session.curate_now()
+    assert {entry[1] for entry in stored(tmp_path / "talk").log()} == {"compact"}
+    session.curate(replace(old, every=1))
+    session.append(ids(4, seed=1))
+    session.tidy()  # as between two turns: there is nothing to archive, and what is old goes all the same
+    session.stream.keeper.planning.exception()
+    session.append(ids(4, seed=2), score=True)
+    gone = [entry[2:4] for entry in stored(tmp_path / "talk").log() if entry[1] == "purge"]
+    assert sum(stop - start for start, stop in gone) == first * 4
+    assert session.restore() > 0 and session.tree.compacted == first and both > first  # the newer ones are back
     session.close()
 
 

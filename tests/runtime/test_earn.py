@@ -9,6 +9,8 @@ import torch
 
 from megactx.apps import command_line
 from megactx.focus.keys import KeyNet, best_below, search
+from megactx.memory import archive
+from megactx.memory.curation_settings import CurationSettings
 from megactx.runtime import Controller, Models, Session, Settings
 from megactx.studies.length_policies import dropping
 
@@ -117,6 +119,58 @@ def test_a_session_without_keys_is_gone_on_with_keys_and_back(keyed, ids, tmp_pa
         session.save()
     with Session.load(tmp_path / "talk", Controller(keyed, plain)) as session:
         assert session.length == 341 and "key" not in session.tree.levels[1].columns
+
+
+def asking(keyed, ids, keys=24):
+    """A session of 1,501 tokens."""
+    session = Session(Controller(keyed, Settings(**SMALL, megacontext="recency", earn=True, keys=keys)))
+    session.append(ids(1500))
+    return session
+
+
+def ask(session, block):
+    """The newest tokens are those of a block, again and again."""
+    session.append(session.ids(block * K, block * K + K).repeat(20), score=True)
+
+
+def test_a_block_that_keys_bring_counts_as_opened_and_a_live_plan_leaves_it(keyed, ids, tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "RECENT", 200)
+    session = asking(keyed, ids)
+    session.save(tmp_path / "talk")
+    assert not session.tree.levels[1].whole("opened").any()
+    ask(session, 100)
+    opened = session.tree.levels[1].whole("opened")[0].nonzero()[:, 0].tolist()
+    assert 100 in opened and len(opened) < 12 and max(opened) < 360  # none that is merely new
+    before = int(session.tree.levels[1].whole("opened")[0, 100])
+    session.stream.hidden = None
+    session.stream.logits()  # the same reading again
+    assert int(session.tree.levels[1].whole("opened")[0, 100]) == before
+    session.curate(CurationSettings(policies={"unread": {"behind": 0}}))
+    assert session.curate_now() > 0
+    floors = session.tree.levels[1].whole("floor")[0]
+    assert not floors[opened].any() and floors[1:300].sum() > 250
+    session.close()
+
+
+def test_without_keys_no_block_that_is_read_counts_more_than_before(keyed, ids):
+    session = asking(keyed, ids, keys=0)
+    ask(session, 100)
+    assert not session.tree.levels[1].whole("opened").any()
+
+
+def test_keys_do_not_bring_the_block_behind_one_that_they_find_where_it_was_taken_away(
+    keyed, ids, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(archive, "RECENT", 200)
+    session = asking(keyed, ids)
+    session.save(tmp_path / "talk")
+    action = {"start": 101 * K, "stop": 110 * K, "action": "compact", "floor": 1, "reason": "a test", "bytes": 0}
+    session.stream.keeper.do([action])
+    ask(session, 100)
+    shown = session.stream.shown
+    raw = {*shown.index[0][shown.lod[0] == 0].tolist()}
+    assert {*range(100 * K, 101 * K)} <= raw and not raw & {*range(101 * K, 110 * K)}
+    session.close()
 
 
 def test_keys_need_a_net_and_a_window_that_is_earned(models):

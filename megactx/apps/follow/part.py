@@ -64,6 +64,7 @@ class Part:
         busy = f"{folder} is followed by process {{holder}} already"
         self._lock = Lock(folder.with_name(f"{folder.name}.lock"), busy)
         self.documents: list[Document] = []
+        self.licence = ""  # of the texts; empty: none is noted
         self.gone: dict[str, float] = {}
         self.tree = self._empty()
         try:
@@ -109,6 +110,21 @@ class Part:
         left = {name: now for name in gone if name in self.marks}
         tombs = {name: at for name, at in (self.gone | left).items() if name not in new}
         self._save(tree if tree is not None else self._empty(), documents, dict([*tombs.items()][-GONE:]))
+
+    def note_licence(self, licence: str) -> None:
+        """Note the licence of the texts in the table; a part that is not there yet has it with its first document.
+
+        Raises:
+            RunFailed: the disk is full. What was there is there.
+            ValueError: it cannot be written.
+        """
+        before, self.licence = self.licence, licence
+        try:
+            if self.table.is_file() and licence != before:
+                files.write(self.table, self._content(self.tree, self.documents, self.gone))
+        except BaseException:
+            self.licence = before
+            raise
 
     def source_of(self, token: int) -> tuple[str, int]:
         """Where a token is from: the document's name, and the line in which its block begins.
@@ -162,14 +178,20 @@ class Part:
         return Document(name, mark, len(ids), lines, time.time()), ids
 
     def _save(self, tree: MegaContextTree, documents: list[Document], gone: dict[str, float]) -> None:
-        root = None if self.root is None else str(self.root.absolute())
-        content = {"format": FORMAT, "tree": _digest(tree), "gone": gone, "root": root}
-        content["documents"] = [asdict(document) for document in documents]
         # Whether a kill has come before or behind the tree's own rename, one of the two tables is of the tree there.
-        files.write(self._next, json.dumps(content) + "\n")
+        files.write(self._next, self._content(tree, documents, gone))
         tree.save(self.folder)
         self._next.replace(self.table)
         self.tree, self.documents, self.gone = tree, documents, gone
+
+    def _content(self, tree: MegaContextTree, documents: list[Document], gone: dict[str, float]) -> str:
+        """Of the table."""
+        root = None if self.root is None else str(self.root.absolute())
+        content = {"format": FORMAT, "tree": _digest(tree), "gone": gone, "root": root}
+        if self.licence:
+            content["licence"] = self.licence
+        content["documents"] = [asdict(document) for document in documents]
+        return json.dumps(content) + "\n"
 
     def _load(self) -> None:
         known = []
@@ -190,7 +212,7 @@ class Part:
         if path == self._next:
             self._next.replace(self.table)
         self._next.unlink(missing_ok=True)
-        self.tree, self.gone = tree, found["gone"]
+        self.tree, self.gone, self.licence = tree, found["gone"], str(found["licence"])
         self.documents = [Document(**document) for document in found["documents"]]
 
 
@@ -200,7 +222,7 @@ def _table(path: Path) -> dict:
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']}")
         [Document(**document) for document in found["documents"]]
-        return {name: found[name] for name in ("tree", "gone", "documents")}
+        return {name: found[name] for name in ("tree", "gone", "documents")} | {"licence": found.get("licence", "")}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: it is damaged ({error})") from error
 
