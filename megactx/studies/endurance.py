@@ -66,15 +66,17 @@ def text_of(tokenizer, path: str | None, tokens: int, seed: int) -> Tensor:
     raise ValueError(f"--tokens={tokens} is not allowed: the text has {count:,}; give more with --path")
 
 
-def formula(tokens: int, block: int, width: int, gist_bytes: int) -> int:
+def formula(tokens: int, block: int, width: int, gist_bytes: int, signals: bool = False) -> int:
     """Bytes of a tree: per token an id of 4, per gist its vector and 17 of what is known of it, per block 5 more.
 
     Args:
         width: of a gist.
         gist_bytes: of one number of it.
+        signals: LensNet has spoken of blocks, or what they are worth was measured: 17 bytes more for each.
     """
     nodes = tokens // block
     total = 4 * tokens + 5 * nodes  # floor 1, how often it was opened 4
+    total += 17 * nodes * signals  # worth 4, how often it was scored 4, dNLL 4, NLL 4, measured 1
     while nodes:
         total += nodes * (width * gist_bytes + 17)  # version 4, accesses 4, time 8, protected 1
         nodes //= block
@@ -127,7 +129,7 @@ def about(session: Session, events: list[Refocused], process: psutil.Process, nl
         "resident": process.memory_info().rss,
         "working": session.stream.prefill.bytes(),
         "tree": tree.bytes(),
-        "formula": formula(stored, tree.block_size, tree.width, tree.dtype.itemsize if tree.dtype else 0),
+        "formula": formula(stored, tree.block_size, tree.width, tree.dtype.itemsize if tree.dtype else 0, tree.signals),
     }
 
 
