@@ -49,7 +49,7 @@ def earned(
     closed = _closed(context)  # presets are read in any case
     budget -= len(closed)
     ends = context.stops().cpu()  # [B], addresses like all that follow
-    begin = torch.minimum((ends - (budget - k)).clamp(min=sink + k), ends)  # of the newest tokens
+    begin = newest_from(context, budget + len(closed))
     chunks = ((ends - begin - protected) // k).clamp(min=0)  # that may be paid with
     opened = [
         [block for block in own if block != sink // k and (block + 1) * k <= start][:most]
@@ -88,13 +88,22 @@ def earned(
     return Selection(tree, lod, index, lengths, budget + len(closed)), (count + paid) * k, opened
 
 
-def found_by_keys(tree: MegaContextTree, question: Tensor, most: int) -> list[list[int]]:
+def newest_from(context: WorkingContext, budget: int) -> Tensor:
+    """Where the newest tokens begin that are read if nothing is earned: addresses [B]."""
+    k, ends = context.tree.block_size, context.stops().cpu()
+    room = budget - len(_closed(context)) - k
+    return torch.minimum((ends - room).clamp(min=context.tree.sink + k), ends)
+
+
+def found_by_keys(tree: MegaContextTree, question: Tensor, most: int, before: Tensor | None = None) -> list[list[int]]:
     """Of each row the blocks that stand out for the newest tokens, at most so many, the best first.
 
     A fact often crosses a border, so each brings the block behind it, if there is room.
 
     Args:
         question: ids [B, Q].
+        before: addresses [B]; what ends behind them is read anyway. The newest blocks are most like the question, and
+            would take the places of all others.
     """
     found = [_search(own, question) for own in getattr(tree, "trees", [tree])]
     first = [base // tree.block_size for base in getattr(tree, "bases", [0])]  # block 0 of each tree
@@ -105,7 +114,9 @@ def found_by_keys(tree: MegaContextTree, question: Tensor, most: int) -> list[li
         level = torch.ones_like(block)
         closed = ~tree.openable(torch.zeros_like(block), level.to(tree.device), block.to(tree.device))
         like, there = like.masked_fill(closed, -torch.inf), {*block[~closed.cpu()].tolist()}
-    for row in like:
+    for number, row in enumerate(like):
+        if before is not None:
+            row = row.masked_fill(((block + 1) * tree.block_size > before[number]).to(row.device), -torch.inf)
         best = row.argsort(descending=True, stable=True)[:most]
         best = block[best[row[best] > tree.keys.null].cpu()].tolist()
         near = [*dict.fromkeys(block for own in best for block in (own, own + 1) if block in there)]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megactx.focus import Edits, FocusAllocator, LensNet, moves
 from megactx.focus.by_part import PartRows, of_window
-from megactx.focus.earned import earned, found_by_keys
+from megactx.focus.earned import earned, found_by_keys, newest_from
 from megactx.focus.edits import Moves
 from megactx.focus.lensnet import Scores
 from megactx.memory import Composite, MegaContextTree, WorkingContext
@@ -186,7 +186,9 @@ class Focus:
         legal = moves(context, self.allocator.protected)
         scores = self.score(context, legal) if self.lensnet is not None and self.needed(context) else None
         margin = 0.0 if scores is None else self.allocator.margin(self.lensnet.tau)
-        found = found_by_keys(context.tree, newest, self.keys) if self.keys else None
+        found = None
+        if self.keys:
+            found = found_by_keys(context.tree, newest, self.keys, newest_from(context, self.budget))
         shown, count, self.found = earned(context, self.budget, legal, scores, margin, self.allocator.protected, found)
         return shown, count
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megactx.apps import command_line
+from megactx.focus.earned import found_by_keys, newest_from
 from megactx.focus.keys import KeyNet, best_below, search
 from megactx.memory import archive
 from megactx.memory.curation_settings import CurationSettings
@@ -149,6 +150,21 @@ def test_a_block_that_keys_bring_counts_as_opened_and_a_live_plan_leaves_it(keye
     assert session.curate_now() > 0
     floors = session.tree.levels[1].whole("floor")[0]
     assert not floors[opened].any() and floors[1:300].sum() > 250
+    session.close()
+
+
+def test_blocks_that_are_read_anyway_take_no_place_of_those_that_keys_find(keyed, ids):
+    session = asking(keyed, ids, keys=2)
+    told = torch.cat([session.ids(100 * K, 101 * K), session.ids(200 * K, 200 * K + 1)])
+    session.append(told.repeat(16), score=True)  # its own blocks are as like it as block 100, or more
+    context, newest = session.context, session.stream.newest(64)
+    like = search(session.tree, newest)[0]
+    before = int(newest_from(context, BUDGET)) // K
+    assert like[before:].sort(descending=True).values[1] > like[100] > keyed.keys.null
+    assert found_by_keys(session.tree, newest, 2)[0][0] >= before
+    assert 100 in found_by_keys(session.tree, newest, 2, newest_from(context, BUDGET))[0]
+    shown = session.stream.shown
+    assert {*range(100 * K, 101 * K)} <= {*shown.index[0][shown.lod[0] == 0].tolist()}
     session.close()
 
 
