@@ -112,7 +112,7 @@ def test_the_carrier_of_the_page_learns_as_a_control_and_stands_in_the_table(add
 @pytest.mark.slow
 def test_the_loss_of_the_page_has_its_share_and_is_logged(added, gist_run, tmp_path):
     more = added("megactx/gist/losses/norm.py", "configs/loss/norm.yaml")
-    assert run([*more, *gist_run, "loss=[block,norm]", "loss.norm.weight=0.5"]) == 0
+    assert run([*more, *gist_run, "+loss=norm", "loss.norm.weight=0.5"]) == 0
     assert "train/norm/loss" in (tmp_path / "run" / "metrics.csv").read_text().partition("\n")[0]
 
 

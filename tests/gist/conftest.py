@@ -15,3 +15,15 @@ def make_base():
         return base
 
     return make
+
+
+@pytest.fixture(scope="session")
+def words():
+    """A tokenizer of five words, for bases that have none."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["a", "b", "c", "say", "it"])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner)

@@ -3,21 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from megactx.gist import GistNet
 from megactx.gist.loss import Context, build_losses
 from megactx.lm.prefill import prefill
 
 K, WIDTH, SETTINGS = 8, 64, {"reconstruction": {"weight": 1.0, "spans": 2, "request": "say it"}}
-
-
-def tokenizer():
-    vocabulary = {word: index for index, word in enumerate(["a", "b", "c", "say", "it"])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
 def context_of(base, **settings):
@@ -29,9 +20,9 @@ def context_of(base, **settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"position": "centre"}, {"gaussian_rope": "damped"}])
-def test_it_is_what_a_loop_over_blocks_gives(make_base, settings):
+def test_it_is_what_a_loop_over_blocks_gives(make_base, settings, words):
     base = make_base()
-    base.tokenizer = tokenizer()
+    base.tokenizer = words
     context = context_of(base, **settings)
     (loss,) = build_losses(SETTINGS, context.nets)
     value, numbers = loss(context)
@@ -55,9 +46,9 @@ def test_it_is_what_a_loop_over_blocks_gives(make_base, settings):
     assert set(numbers) == {"reconstruction/loss", "reconstruction/dnll"}
 
 
-def test_a_gist_learns_to_give_its_block_back_and_the_base_does_not_move(make_base):
+def test_a_gist_learns_to_give_its_block_back_and_the_base_does_not_move(make_base, words):
     base = make_base()
-    base.tokenizer = tokenizer()
+    base.tokenizer = words
     context = context_of(base)
     net = context.nets["gistnet"]
     before = {name: p.clone() for name, p in base.named_parameters()}

@@ -305,3 +305,8 @@ def test_texts_that_changed_since_a_stop_are_refused_by_auto_and_told_to_a_path(
     own[[o.startswith("folder=") for o in own].index(True)] = f"folder={tmp_path / 'other'}"
     assert run([*own, "preset.steps=2", f"resume={tmp_path / 'run'}"]) == 0
     assert "changed: the texts of data.source: fingerprint" in capsys.readouterr().out
+
+
+def test_an_option_at_a_place_of_the_users_own_is_composed_like_any_other(gist_run, capsys):
+    assert run([*gist_run, "+loss@loss.other=block"]) == 2
+    assert "loss.other" in capsys.readouterr().err

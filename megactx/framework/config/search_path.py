@@ -92,7 +92,9 @@ def reference(choices, cfg: DictConfig) -> DictConfig:
     groups = {g: c for g, c in choices.items() if not g.startswith("hydra/") and g != "experiment" and c is not None}
     known = GlobalHydra.instance().config_loader().get_group_options("loss")
     losses = ",".join(name for name in cfg.get("loss") or {} if name in known)
-    return compose([*(f"{group}={choice}" for group, choice in groups.items()), f"loss=[{losses}]"])
+    # An option put at a place of the user's own is in no defaults list.
+    chosen = (f"{'+' * ('@' in group)}{group}={choice}" for group, choice in groups.items())
+    return compose([*chosen, f"loss=[{losses}]"])
 
 
 def _run_name() -> str:
