@@ -309,4 +309,4 @@ def test_texts_that_changed_since_a_stop_are_refused_by_auto_and_told_to_a_path(
 
 def test_an_option_at_a_place_of_the_users_own_is_composed_like_any_other(gist_run, capsys):
     assert run([*gist_run, "+loss@loss.other=block"]) == 2
-    assert "loss.other" in capsys.readouterr().err
+    assert "loss=other is not known, allowed are block" in capsys.readouterr().err
