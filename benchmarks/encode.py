@@ -188,7 +188,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     verdict = "reached" if least >= TARGET else "NOT reached"
     print(f"Target, at least {TARGET:.0%} of matmul in {PRECISION} on {DEVICE}: {verdict}, {least:.0%} at the least")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    about = {"base": arguments.base, "device": DEVICE, "precision": PRECISION}
+    about = {"base": arguments.base, "accelerator": DEVICE, "precision": PRECISION}
     arguments.out.write_text(json.dumps(about | {"carriers": carriers, "matmul": rates}, indent=1))
     print(f"Written to {arguments.out}")
 

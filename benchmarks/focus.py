@@ -279,7 +279,8 @@ def benchmark(arguments: argparse.Namespace) -> None:
     )
     settings = {key: value for key, value in vars(arguments).items() if key != "out"}
     out.parent.mkdir(parents=True, exist_ok=True)
-    found = settings | {"device": chosen.why, "parameters": parameters, "labels": first, "refocusing": second}
+    found = settings | {"accelerator": chosen.accelerator, "device": chosen.why, "parameters": parameters}
+    found |= {"labels": first, "refocusing": second}
     out.write_text(json.dumps(found, indent=1))
     print(f"Written to {out}")
 

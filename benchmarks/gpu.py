@@ -170,6 +170,8 @@ def measure(part: Part, miniature: bool, folder: Path) -> dict | str:
         return (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
     found = json.loads(out.read_text())
     out.unlink()
+    if not miniature and found["accelerator"] != "cuda":
+        return f"measured on {found['accelerator']}, not on a card"
     return found
 
 

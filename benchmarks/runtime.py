@@ -230,7 +230,12 @@ def benchmark(args: argparse.Namespace) -> None:
     out = args.out or Path("benchmarks/out") / name
     out.parent.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(args).items() if key != "out"}
-    found = settings | {"device": chosen.why, "per_token": rows, "until_first": first if prompts else []}
+    found = settings | {
+        "accelerator": chosen.accelerator,
+        "device": chosen.why,
+        "per_token": rows,
+        "until_first": first if prompts else [],
+    }
     out.write_text(json.dumps(found | {"fits": fits, "crossover": crossed}, indent=1))
     print(f"Written to {out}")
 

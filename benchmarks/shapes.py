@@ -139,6 +139,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     row = bench(arguments, chosen.accelerator, chosen.precision == "bf16-mixed")
     middle = statistics.median(row["seconds"])
     row |= {
+        "accelerator": chosen.accelerator,
         "device": chosen.why,
         "step_seconds": middle,
         "tokens_per_second": arguments.batch * arguments.tokens / middle,

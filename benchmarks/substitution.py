@@ -199,7 +199,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
             "The packed pass with its decoder compiled, times faster: "
             + ", ".join(f"H = {row['horizon']} {row['compiled_times_faster']:.2f}" for row in rows)
         )
-    about = {"base": arguments.base, "dtype": arguments.dtype, "device": where}
+    about = {"base": arguments.base, "dtype": arguments.dtype, "accelerator": device, "device": where}
     arguments.out.write_text(json.dumps(about | {"rows": rows}, indent=1))
     print(f"Written to {arguments.out}")
 

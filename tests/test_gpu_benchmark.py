@@ -49,6 +49,12 @@ def test_a_part_that_fails_is_told_and_the_others_run(gpu, monkeypatch, capsys):
     assert "invalid choice" in told and "not done after 0 s" in told and not gpu.PAGE.exists()
 
 
+@pytest.mark.slow
+def test_a_part_that_ran_on_the_cpu_is_no_figure_of_a_card(gpu, tmp_path):
+    part = gpu.Part("substitution.py", ["--horizons", "32", "--tokens", "128", "--cpu"], [], 60)
+    assert gpu.measure(part, False, tmp_path) == "measured on cpu, not on a card"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
 def test_without_a_card_it_says_what_runs_instead(gpu, capsys):
     assert gpu.main([]) == 2

@@ -46,10 +46,9 @@ def earned(
         found: of each row, blocks that are read in any case, the best first.
     """
     tree, k, sink = context.tree, context.tree.block_size, context.tree.sink
+    ends, begin = context.stops().cpu(), newest_from(context, budget)  # [B], addresses like all that follow
     closed = _closed(context)  # presets are read in any case
     budget -= len(closed)
-    ends = context.stops().cpu()  # [B], addresses like all that follow
-    begin = newest_from(context, budget + len(closed))
     chunks = ((ends - begin - protected) // k).clamp(min=0)  # that may be paid with
     opened = [
         [block for block in own if block != sink // k and (block + 1) * k <= start][:most]

@@ -98,10 +98,11 @@ class GistNet(Compressor):
         if slots > 1:
             if block_size % slots:
                 raise ValueError(f"gistnet.slots={slots} does not divide block_size={block_size}")
-            for name, value in (("levels", levels), ("gaussian_rope", gaussian_rope), ("pooling", pooling)):
-                if value not in (1, "plain", "mean", "query"):
-                    allowed = {"levels": "1", "gaussian_rope": "plain", "pooling": "mean, query"}[name]
+            for name, value, allowed in (("levels", levels, 1), ("gaussian_rope", gaussian_rope, "plain")):
+                if value != allowed:
                     raise ValueError(f"{name}={value} is not allowed with gistnet.slots={slots}: {allowed}")
+            if find(poolings, pooling, "gistnet.pooling").needs_cls:  # one vector for all of the block
+                raise ValueError(f"pooling={pooling} is not allowed with gistnet.slots={slots}: it has one CLS vector")
         self.width, self.skip, self.embedding_rms = width, skip, embedding_rms
         if slots > 1:  # not a setting of its own otherwise: trees know their encoder by its settings
             self.slots = slots

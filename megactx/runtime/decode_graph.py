@@ -62,7 +62,8 @@ class DecodeGraph:
         self.positions.copy_(positions)
         self.column.fill_(first)
         fixed = self.layers()
-        buffers = tuple(buffer.data_ptr() for layer in fixed for buffer in layer.buffers)
+        # Room that was given back may be given out again: the same address alone does not make the same buffer.
+        buffers = tuple((buffer.data_ptr(), buffer.shape) for layer in fixed for buffer in layer.buffers)
         if self.column.is_cuda:
             if self.recorded != buffers:
                 self._record(fixed)
