@@ -117,6 +117,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         "exit": code,
         "seconds_of_a_turn": {p: seconds[len(seconds) * p // 100] for p in (50, 99)},
         "seconds_of_waiting": {p: health[f"wait_p{p}"] for p in (50, 99)},
+        "tokens_read_together": health["together"],
         "cpu_seconds": spent,
         "MiB": [round(m) for m in memory],
     }

@@ -7,6 +7,7 @@ Shapes: B batch, Q query rows, S visible columns (cache + Q), D width, V vocabul
 """
 
 import copy
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from megactx.data.gguf_base import loadable
 
-from . import masks, packed_attention, plain_causal, suffix_attention
+from . import each_cache, masks, packed_attention, plain_causal, suffix_attention
+from .each_cache import EachCache
 from .gaussian_rope import spread
 from .kv_hooks import layers_of
 from .masks import BEHIND, CAUSAL
@@ -215,6 +217,24 @@ class BaseLM(nn.Module):
             Final hidden states [1, M, D]; only the last ``last`` of each run mean something.
         """
         return self._suffix(embeddings, positions, None, sigma, Suffix(runs, kv_cache, last))
+
+    @torch.no_grad()
+    def forward_each(self, embeddings: Tensor, positions: Tensor, caches: Sequence) -> Tensor:
+        """One new token of each of N histories, in one pass.
+
+        Args:
+            embeddings: [N, 1, D].
+            positions: [N, 1].
+            caches: of each history, filled; they get a column more.
+
+        Returns:
+            Final hidden states [N, 1, D]. Rounding aside they are those of N passes.
+        """
+        each, some = EachCache(caches), masks.causal(1, embeddings.device)  # see _attention
+        with self._attention(each_cache.NAME):
+            hidden = self._decoded(embeddings, positions, some, None, None, each=each)
+        self._require_interface(each.layers > 0)
+        return hidden
 
     @torch.no_grad()
     def _suffix(self, embeddings: Tensor, positions: Tensor, cache, sigma: Tensor | None, suffix: Suffix) -> Tensor:

@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from . import masks
+from .each_cache import attend_grouped
 
 NAME = "megactx_suffix"
 _cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # the one that gives the sums too
@@ -67,10 +68,10 @@ def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, su
     -> [B, Q, A, W]; 0 where nobody reads it."""
     suffix.layers += 1
     groups = getattr(module, "num_key_value_groups", 1)
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     b, heads, q, _ = query.shape
     if suffix.runs is None and q == 1:
-        return F.scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2), None
+        return attend_grouped(query, key, value, scaling), None
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     final = module.layer_idx == suffix.final
     if suffix.runs is None:
         cached = key.shape[2] - q

@@ -7,6 +7,8 @@ computed. New tokens are read behind the window one by one, and are part of it a
 B rows, W entries of a window, S columns that were read, N new tokens, D width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -105,6 +107,31 @@ class IncrementalPrefill:
             self.forget()
             raise
         return hidden
+
+    @staticmethod
+    @torch.no_grad()
+    def step_each(readers: Sequence["IncrementalPrefill"], ids: Tensor, positions: Tensor) -> Tensor:
+        """Read one new token for each of N readers of one row, in one pass of the base that they share.
+
+        Args:
+            ids, positions: [N].
+
+        Returns:
+            Final hidden states [N, D]. Rounding aside they are those of N steps.
+        """
+        base = readers[0].base
+        embeddings, positions = base.embed(ids[:, None]), positions[:, None]
+        try:
+            hidden = base.forward_each(embeddings, positions, [reader.cache for reader in readers])
+        except BaseException:  # some layers of some readers may have the new column already
+            for reader in readers:
+                reader.forget()
+            raise
+        spread, mask = torch.zeros_like(positions, dtype=torch.float), torch.ones_like(positions, dtype=torch.bool)
+        for n, reader in enumerate(readers):
+            reader.columns.append(tuple(part[n : n + 1] for part in (embeddings, positions, spread, mask)))
+            reader.hidden = hidden[n]
+        return hidden[:, 0]
 
     def bytes(self) -> int:
         """Of keys, values and what they were computed from."""

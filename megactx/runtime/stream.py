@@ -67,6 +67,7 @@ class Stream:
         self.prefill = IncrementalPrefill(self.base, settings.graphs)
         self.waiting = torch.zeros(self.rows, self.block, dtype=torch.long, device=self.device)
         self.counts = torch.zeros(self.rows, dtype=torch.long)  # of waiting tokens
+        self.lazy = False  # a token that is pushed is read when somebody asks what follows it, see ``together``
         self.hidden: Tensor | None = None  # [B, D]; None: to be read
         self.refocuses = 0
         self.keeper = None  # who takes away what nobody reads, see ``curation``
@@ -77,6 +78,16 @@ class Stream:
         self._decoded = 0.0  # seconds, of the waiting tokens
         self._before = ()  # windows as the last refocus left them, for observers
         self._ends = self.tree.lengths  # [B], tokens that they stood for
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """What the base gives for the newest token of each row, [B, D]; ``None``: that is still to be read."""
+        return self._hidden
+
+    @hidden.setter
+    def hidden(self, hidden: Tensor | None) -> None:
+        # ``unread``: so many of the waiting tokens are all that is to be read; 0 where the window may have changed.
+        self._hidden, self.unread, self.told = hidden, 0, None
 
     @property
     def lengths(self) -> Tensor:
@@ -93,8 +104,8 @@ class Stream:
         self._check_begun(torch.zeros_like(self.counts))
         self._notice()
         if self.hidden is None:
-            self._read()
-        return self.base.logits(self.hidden).float()
+            self._take_up()
+        return self.base.logits(self.hidden).float() if self.told is None else self.told
 
     @torch.no_grad()
     def push(self, tokens: Tensor, active: Tensor | None = None) -> None:
@@ -105,7 +116,10 @@ class Stream:
             active: bool [B], which rows take theirs; ``None``: all.
         """
         self._settle()
-        self._follow(tokens[:, None], None if active is None else active[:, None])
+        if self.lazy and active is None and (self.hidden is not None or self.unread):
+            self._put_off(tokens)
+        else:
+            self._follow(tokens[:, None], None if active is None else active[:, None])
         if int(self.counts.max()) == self.block:
             self._flush(read=True)
 
@@ -304,7 +318,7 @@ class Stream:
         first, total = 0, tokens.shape[1]
         self._settle()
         if self.hidden is None and (self.lengths > 0).any():
-            self._read()
+            self._take_up()
         while first < total:
             piece = tokens[:, first : first + self.block - int(self.counts.max())]
             n = piece.shape[1]
@@ -327,7 +341,7 @@ class Stream:
         self._check_begun(torch.ones_like(self.counts) if mask is None else mask.any(1).cpu().long())
         self._notice()
         if self.hidden is None and (self.lengths > 0).any():
-            self._read()
+            self._take_up()
         start = self.counts.to(self.device)[:, None] + torch.arange(tokens.shape[1], device=self.device)
         following = 0 if self._following is None else self._following[:, None]
         self.hidden = None  # until the tokens are counted: what a stop leaves before that is read again
@@ -338,6 +352,38 @@ class Stream:
         self.counts, self.hidden = self.counts + mask.sum(1).cpu(), self.prefill.hidden
         self._decoded += self._now() - began
         return hidden
+
+    def _put_off(self, tokens: Tensor) -> None:
+        """Take one token for each row, [B]; it is read later."""
+        self._notice()
+        unread = self.unread + 1 if self.hidden is not None or self.unread else 0
+        self.waiting[torch.arange(self.rows), self.counts] = tokens
+        self.counts, self.hidden = self.counts + 1, None
+        self.unread = unread
+
+    def put_off(self) -> tuple[Tensor, Tensor] | None:
+        """Tokens [B, N] that were put off, if nothing else is to be read, and their positions [B, N]."""
+        self._notice()
+        if not self.unread:
+            return None
+        place = self.counts[:, None] - self.unread + torch.arange(self.unread)
+        following = 0 if self._following is None else self._following[:, None]
+        place = place.to(self.device)
+        return self.waiting.gather(1, place), following + place
+
+    def took_up(self, hidden: Tensor, told: Tensor | None = None, seconds: float = 0.0) -> None:
+        """What was put off has been read: final hidden states [B, D], and logits of what follows, [B, V] in fp32."""
+        self.hidden, self._decoded = hidden, self._decoded + seconds
+        self.told = told
+
+    def _take_up(self) -> None:
+        """Read what was put off, or all where more has changed."""
+        if (new := self.put_off()) is None:
+            self._read()
+            return
+        began, self.hidden = self._now(), None  # a stop before the end: all is read again
+        self.prefill.step(*new)
+        self.took_up(self.prefill.hidden, seconds=self._now() - began)
 
     def _notice(self) -> None:
         """What was read with other adapters than those that are on now is read again."""

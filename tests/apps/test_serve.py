@@ -479,7 +479,7 @@ def test_the_client_raises_its_own_errors(service):
 def test_whoever_watches_needs_no_key_and_sees_numbers(service):
     status, body = raw(service, None, "/health", "GET", Authorization="")
     assert status == 200 and set(json.loads(body)) == {
-        *("status", "waiting", "active", "open", "finished", "wait_p50", "wait_p99")
+        *("status", "waiting", "active", "open", "finished", "together", "wait_p50", "wait_p99")
     }
 
 
@@ -525,3 +525,24 @@ def test_what_is_left_of_a_minute_is_given_back_with_time(monkeypatch):
     now[0] = 1000.0
     bucket.wait()
     assert bucket.left == 60
+
+
+def test_answers_of_several_keys_are_read_together_and_are_what_each_gets_alone(serve, tmp_path):
+    names = ("anna", "bert", "carl")
+    asked = {name: [{"role": "user", "content": f"{name} says {name * 3}. And then?"}] for name in names}
+
+    def ask(service, name, found):
+        answer = service.client(name).chat.completions.create(model=MODEL, messages=asked[name], max_tokens=100)
+        found[name] = answer.choices[0].message.content
+
+    alone, together = serve(tmp_path / "alone", names=names), serve(tmp_path / "together", names=names)
+    one, many = {}, {}
+    for name in names:
+        ask(alone, name, one)
+    threads = [threading.Thread(target=ask, args=(together, name, many)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert one == many
+    assert alone.engine.state()["together"] == 0 < 100 < together.engine.state()["together"]

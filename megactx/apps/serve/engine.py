@@ -1,4 +1,6 @@
-"""The one thread that touches the model: turns of many keys, a block each in a round.
+"""The one thread that touches the model: turns of many keys, a token or a piece of a question each in a round.
+
+Tokens of answers are read in one pass of the model for all turns, see ``runtime.together``.
 
 A key has one memory, so it has one turn at a time. At most so many memories are open; of the others the disk has all.
 Who waits, waits in the order of asking, and not more than ``queue`` at a time.
@@ -15,6 +17,7 @@ from pathlib import Path
 
 from megactx.framework.errors import verdict
 from megactx.runtime import Controller
+from megactx.runtime.together import read_together
 
 from ..framing import framing_of
 from .memory import Answered, Asked, Memory
@@ -63,7 +66,7 @@ class Engine:
         self.folder, self.controller, self.open, self.queue = folder, controller, open, queue
         self.observers, self.curation = list(observers), curation
         self.framing = framing_of(controller.models.base.tokenizer)
-        self.finished = 0
+        self.finished = self.together = 0  # turns; tokens that were read together with others
         self._memories: OrderedDict[str, Memory] = OrderedDict()  # the one that was used last is the last
         self._waiting: deque[Turn] = deque()
         self._active: list[Turn] = []
@@ -98,7 +101,7 @@ class Engine:
             waits = sorted(self._waits)
             numbers = {"waiting": len(self._waiting), "active": len(self._active), "open": len(self._memories)}
         quantiles = {f"wait_p{p}": round(waits[len(waits) * p // 100], 3) if waits else 0.0 for p in (50, 99)}
-        return numbers | {"finished": self.finished} | quantiles
+        return numbers | {"finished": self.finished, "together": self.together} | quantiles
 
     def end(self) -> None:
         """Take no more; who waits is told so, and turns under way have ``GRACE`` seconds."""
@@ -128,8 +131,17 @@ class Engine:
                 if self._closed and not self._active:
                     return
                 active = [*self._active]
+            self._read(active)
             for turn in active:
                 self._step(turn)
+
+    def _read(self, turns: list[Turn]) -> None:
+        """Tokens of answers, together. Where that fails, each turn reads its own, and fails alone."""
+        memories = [self._memories[turn.name] for turn in turns if turn.name in self._memories]
+        try:
+            self.together += read_together(memory.session.stream for memory in memories)
+        except Exception as error:
+            print(f"megactx: reading together: {verdict(error)[1]}", file=sys.stderr, flush=True)
 
     def _admit(self) -> None:
         """Whoever may begin begins, in the order of asking."""
@@ -147,7 +159,7 @@ class Engine:
             self._active.append(turn)
 
     def _step(self, turn: Turn) -> None:
-        """A block of a turn. What fails is told, and leaves the memory as it was saved last."""
+        """A step of a turn. What fails is told, and leaves the memory as it was saved last."""
         try:
             next(turn.steps)
             return

@@ -85,7 +85,7 @@ class Memory:
         self.session.curate(curation)
         self.framing = framing
         self.piece = min(PIECE, controller.settings.budget // 2)
-        self.block = controller.models.gistnet.block_size
+        self.session.stream.lazy = True
 
     def turn(self, asked: Asked, done: Answered) -> Iterator[str | None]:
         """Take up what is new and answer: text as it is written, ``None`` where others may have their turn."""
@@ -135,8 +135,7 @@ class Memory:
                 if text:
                     said.append(text)
                     yield text
-                if self.session.length % self.block == 0:
-                    yield None
+                yield None  # the token that was told is read later, with those of others
         finally:  # also where it is cut: what was told is known again
             own["said"] = [*own["said"], Message("assistant", "".join(said)).digest][-KNOWN:]
 

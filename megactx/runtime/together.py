@@ -1,0 +1,44 @@
+"""The next token of many sessions in one pass of their base: its weights are read once for all of them.
+
+A lazy stream puts a pushed token off until somebody asks what follows it. Whoever has several such streams, as a server
+has, calls ``read_together`` before. What a session says is what it would say alone, but for rounding.
+"""
+
+import time
+from collections.abc import Iterable
+
+import torch
+
+from .incremental_prefill import IncrementalPrefill
+from .stream import Stream
+
+
+@torch.no_grad()
+def read_together(streams: Iterable[Stream]) -> int:
+    """Read for each stream the one token that it has put off, with the logits of what follows; -> how many there were.
+
+    Streams of several rows, with CUDA graphs, or with more to read than that token are left alone: they read by
+    themselves when they are asked.
+    """
+    ready, found = [], []
+    for stream in streams:
+        alone = stream.rows > 1 or stream.settings.graphs
+        if not alone and stream.unread == 1 and (new := stream.put_off()) is not None:
+            ready.append(stream)
+            found.append(torch.stack([part[0, 0] for part in new]))
+    if len(ready) < 2:
+        return 0
+    assert all(stream.base is ready[0].base for stream in ready), "streams share their base"
+    began = time.perf_counter()
+    ids, positions = torch.stack(found).unbind(1)
+    try:
+        hidden = IncrementalPrefill.step_each([stream.prefill for stream in ready], ids, positions)
+    except BaseException:
+        for stream in ready:
+            stream.hidden = None  # all is read again
+        raise
+    logits = ready[0].base.logits(hidden).float()
+    seconds = (time.perf_counter() - began) / len(ready)
+    for n, stream in enumerate(ready):
+        stream.took_up(hidden[n : n + 1], logits[n : n + 1], seconds)
+    return len(ready)
