@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -144,10 +145,12 @@ def lens() -> dict[str, float]:
 
 
 def step() -> dict[str, float]:
-    """A step of experiment=demo with its control, on a CPU that has AVX2 and no bf16 units: see ``AS``."""
+    """A step of experiment=demo with its control, on a CPU that has AVX2 and no bf16 units: see ``AS``; and one whose
+    control an earlier run has trained, where a build can keep it."""
     import tempfile
 
     from megactx.framework.app import run
+    from megactx.stages import gist
     from megactx.stages.gist import GistStage
 
     began, usual = [], GistStage.training_step
@@ -162,15 +165,34 @@ def step() -> dict[str, float]:
     short += [f"stage.evaluate.{name}" for name in ("blocks=4", "copies=0", "level2=0")]
     if "minutes:" in Path("configs/preset/demo.yaml").read_text():
         short.append("preset.minutes=null")
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
-        said, sys.stdout = sys.stdout, nowhere
-        try:
-            code = run(["experiment=demo", *short, f"folder={folder}/run"])
-        finally:
-            sys.stdout = said
-    assert code == 0, f"experiment=demo ended with {code}"
-    each = [after - before for before, after in zip(began, began[1:], strict=False)]
-    return {"a step of the demo, AVX2, fp32": median(each[2:])}  # the first ones wait for memory
+
+    def median_step(*more: str) -> float:
+        began.clear()
+        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+            said, sys.stdout = sys.stdout, nowhere
+            try:
+                code = run(["experiment=demo", *short, *more, f"folder={folder}/run"])
+            finally:
+                sys.stdout = said
+        assert code == 0, f"experiment=demo ended with {code}"
+        return median([after - before for before, after in zip(began, began[1:], strict=False)][2:])  # memory is there
+
+    whole = control = both = median_step()
+    if hasattr(gist, "KeptControls"):  # a build that keeps nothing does it all each time
+        with tempfile.TemporaryDirectory() as place:
+            gist.KeptControls = partial(gist.KeptControls, place=Path(place) / "controls")
+            gist.PrefillCache = partial(gist.PrefillCache, place=Path(place) / "prefills")
+            keep, prefills = "stage.keep_controls=true", "stage.prefills.gigabytes=1"
+            median_step(keep)
+            assert list(Path(place).rglob("*.safetensors")), "the control was not kept"
+            control = median_step(keep)
+            median_step(keep, prefills)  # which is another recipe: a teacher in 16 bit
+            both = median_step(keep, prefills)
+    return {
+        "a step of the demo, AVX2, fp32": whole,
+        "the same, its control kept": control,
+        "the same, its documents kept too": both,
+    }
 
 
 def packed() -> dict[str, float]:

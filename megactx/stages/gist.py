@@ -30,6 +30,7 @@ from megactx.lm.prefill_cache import KEPT, PrefillCache
 
 from .gist_nets import build_nets, groups_of, reads_with_base, refuse_without_vectors
 from .gist_report import report
+from .kept_controls import KeptControls
 from .stage import BaseSettings, FrozenBaseStage, portable
 from .taking import take_weights
 from .work import Work
@@ -78,6 +79,8 @@ class GistStage(FrozenBaseStage):
             ``path``: files to report on besides the held-out documents (``None``: only those).
         prefills: ``gigabytes`` of the cache that hold prefills of training documents at most, 0 for none, and their
             ``dtype``; ``None``: none.
+        keep_controls: controls that an earlier run has trained on the same blocks are taken from the cache and do not
+            learn again, and those of this run go there; see ``kept_controls``.
         init: checkpoint or run folder that ``start_from`` reads before a fresh run; ``None`` starts from nothing.
     """
 
@@ -104,6 +107,7 @@ class GistStage(FrozenBaseStage):
         init: str | None = None,
         compressor: dict | None = None,
         prefills: Prefills | None = None,
+        keep_controls: bool = False,
     ):
         super().__init__()
         base = base | {"name": portable(base["name"])}
@@ -111,10 +115,15 @@ class GistStage(FrozenBaseStage):
         self.check_settings()
         check_targets(targets, horizon)
         self.take_base(base)
-        self.nets = build_nets(self.base, compressor or {}, gistnet, controls)
+        self.nets = build_nets(self.base, compressor or {}, gistnet, controls, keep_controls)
         self.losses = build_losses(losses, dict(self.nets))
         self.kept: PrefillCache | None = None
-        self.with_states = any(net.needs_hidden for net in self.nets.values())
+        self.controls: KeptControls | None = None
+        self.taken: dict[str, list] = {}  # controls that an earlier run has trained -> what would learn of them
+        if keep_controls and init is not None:
+            raise ValueError(
+                "stage.keep_controls=true is not allowed with stage.init, for controls then start from another run"
+            )
         if not self.main.makes_one_vector:
             refuse_without_vectors(self.hparams)
 
@@ -126,6 +135,15 @@ class GistStage(FrozenBaseStage):
     @property
     def gistnet(self) -> GistNet:
         return self.nets["gistnet"]
+
+    @property
+    def learning(self) -> dict[str, Compressor]:
+        """The nets that are trained here."""
+        return {name: net for name, net in self.nets.items() if name not in self.taken}
+
+    @property
+    def with_states(self) -> bool:
+        return any(net.needs_hidden for net in self.learning.values())
 
     def session_parts(self):
         return self.main, None
@@ -167,17 +185,28 @@ class GistStage(FrozenBaseStage):
                 "gistnet.type=base is not allowed with trainer=fsdp, which cuts up the layers of the base LM that its"
                 " encoder reads with; take trainer=ddp"
             )
+        if self.hparams.keep_controls:
+            self.controls = KeptControls(self, self.trainer.datamodule, self.trainer)
+            self._take(self.controls.take())
         self.work = self._work()  # now: a strategy may shard the base later
         settings = self.hparams.prefills or {}
         if settings.get("gigabytes"):
             self.kept = PrefillCache(self.base, **settings, layers=self.kept_layers)
 
+    def _take(self, names: list[str]) -> None:
+        for parameters in self.taken.values():
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+        self.taken = {name: [p for p in self.nets[name].parameters() if p.requires_grad] for name in names}
+        for name in names:
+            self.nets[name].requires_grad_(False)
+
     @property
     def kept_layers(self) -> list[int]:
-        return [net.input_layer for net in self.nets.values() if net.needs_hidden]
+        return [net.input_layer for net in self.learning.values() if net.needs_hidden]
 
     def _work(self) -> Work:
-        return Work.of_gists(self.base, self.nets, self.losses, self.hparams.horizon)
+        return Work.of_gists(self.base, self.learning, self.losses, self.hparams.horizon)
 
     def flops(self, batch: dict) -> Tensor | float:
         return self.work(batch)
@@ -209,10 +238,12 @@ class GistStage(FrozenBaseStage):
     def on_fit_start(self) -> None:
         data = self.trainer.datamodule
         self.check_data(data)
+        for name in self.taken:
+            log.info("stage.controls.%s is not trained: an earlier run has, %s", name, self.controls.file(name))
         flops = ", ".join(f"{name} {net.flops_per_block(self.base) / 1e6:.1f}" for name, net in self.nets.items())
         log.info("MFLOP per block of %d tokens: %s", self.main.block_size, flops)
         shape = (data.batch, data.max_tokens, data.spans + data.level2_spans, self.hparams.horizon)
-        need = in_words(memory_estimate(self.base, self.nets.values(), *shape, self.device.type, data.history))
+        need = in_words(memory_estimate(self.base, self.learning.values(), *shape, self.device.type, data.history))
         if self.kept is not None:
             documents = data.training.pools.values()
             tokens = sum(length_of(document) for pool in documents for document in pool)
@@ -229,7 +260,7 @@ class GistStage(FrozenBaseStage):
             read = prefill(self.base, batch["ids"], self.with_states)
         else:
             read = self.kept(batch["ids"], batch["lengths"])
-        return Context(self.base, dict(self.nets), read, batch, self.hparams.horizon)
+        return Context(self.base, self.learning, read, batch, self.hparams.horizon)
 
     def training_step(self, batch: dict, batch_index: int) -> Tensor:
         context, total = self.context(batch), 0.0
@@ -258,21 +289,34 @@ class GistStage(FrozenBaseStage):
 
     @property
     def parts(self) -> dict:
-        return {name: list(net.parameters()) for name, net in self.nets.items()}
+        return {name: list(net.parameters()) for name, net in self.learning.items()}
 
     def groups(self) -> list[dict]:
         h = self.hparams
-        return groups_of(self.nets, h.lr, h.muon_lr, h.weight_decay, h.controls)
+        return groups_of(self.learning, h.lr, h.muon_lr, h.weight_decay, h.controls)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         super().on_save_checkpoint(checkpoint)
+        checkpoint["taken"] = list(self.taken)
         checkpoint["losses"] = {loss.name: state for loss in self.losses if (state := loss.state())}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
+        if self.hparams.keep_controls:  # who goes on has what it began with, whatever is kept by now
+            self._take(checkpoint["taken"])
+            self.work = self._work()
         for loss in self.losses:
             if loss.name in checkpoint.get("losses", {}):
                 loss.load_state(checkpoint["losses"][loss.name])
+
+    def on_train_end(self) -> None:
+        """Controls that have had all their steps are kept."""
+        if (
+            self.controls is not None
+            and self.trainer.is_global_zero
+            and self.trainer.global_step == self.hparams.max_steps
+        ):
+            self.controls.keep([name for name in self.learning if name in self.hparams.controls])
 
     @torch.inference_mode()
     def finish(self, folder: Path, datamodule) -> None:

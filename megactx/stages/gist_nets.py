@@ -1,5 +1,7 @@
 """What a gist stage trains, and its optimizer."""
 
+from contextlib import nullcontext
+
 from torch import nn
 
 from megactx.gist.backbone import Backbone
@@ -8,9 +10,15 @@ from megactx.gist.carrier import Compressor
 from megactx.gist.compressors import build
 from megactx.lm import BaseLM
 
+from .kept_controls import own_draws
 
-def build_nets(base: BaseLM, compressor: dict, settings_of_gistnet: dict, controls: dict) -> nn.ModuleDict:
+
+def build_nets(
+    base: BaseLM, compressor: dict, settings_of_gistnet: dict, controls: dict, own: bool = False
+) -> nn.ModuleDict:
     """The compressor that a stage is about, under its name and first, and the controls that learn beside it.
+
+    With ``own`` the first weights of a control do not depend on what was built before it, see ``kept_controls``.
 
     Raises:
         ValueError: a setting that is not allowed, or a control of other blocks.
@@ -25,7 +33,8 @@ def build_nets(base: BaseLM, compressor: dict, settings_of_gistnet: dict, contro
         if settings is None:
             continue
         settings = {key: value for key, value in settings.items() if key != "lr"}
-        nets[name] = build(base, settings, f"stage.controls.{name}")
+        with own_draws(name) if own else nullcontext():
+            nets[name] = build(base, settings, f"stage.controls.{name}")
         if nets[name].block_size != main.block_size:
             raise ValueError(
                 f"stage.controls.{name}.block_size={nets[name].block_size} differs from block_size={main.block_size}: "
