@@ -5,7 +5,7 @@
 
 Each row is one function of ``ROWS``, which a process of its own runs once per turn and build: old, new, old, new. It
 imports megactx from the folder of its build, and nothing but what both builds have, and prints CPU seconds of one
-thread by name. Ratios are of one turn, old over new, so that what else the machine does counts in both.
+thread by name, or GB. Ratios are of one turn, old over new, so that what else the machine does counts in both.
 """
 
 import argparse
@@ -144,39 +144,59 @@ def lens() -> dict[str, float]:
     return found
 
 
+def gist_run(*more: str) -> tuple[list[float], float, float]:
+    """A run of stage gist -> CPU seconds of its steps, of its report, and GB that the process had at most by the end of
+    training."""
+    import resource
+    import tempfile
+
+    from megactx.framework.app import run
+    from megactx.stages.gist import GistStage
+
+    began, marks, usual, finish = [], [], GistStage.training_step, GistStage.finish
+
+    def noted(self, *given, **named):
+        began.append(time.process_time())
+        return usual(self, *given, **named)
+
+    def finished(self, *given, **named):
+        marks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+        marks.append(timed(lambda: finish(self, *given, **named)))
+
+    GistStage.training_step, GistStage.finish = noted, finished
+    short = ["preset.warmup=1", "logger=none", "preset.validation_documents=1", "preset.plateau_window=1000"]
+    short += ["trainer=cpu", "trainer.precision=32-true", *more]
+    if "minutes:" in Path("configs/preset/demo.yaml").read_text():
+        short.append("preset.minutes=null")
+    try:
+        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+            said, sys.stdout = sys.stdout, nowhere
+            try:
+                code = run(["experiment=demo", *short, f"folder={folder}/run"])
+            finally:
+                sys.stdout = said
+    finally:
+        GistStage.training_step, GistStage.finish = usual, finish
+    assert code == 0, f"experiment=demo ended with {code}"
+    return [after - before for before, after in zip(began, began[1:], strict=False)], marks[1], marks[0]
+
+
+NO_REPORT = [f"stage.evaluate.{name}" for name in ("blocks=4", "copies=0", "level2=0")]
+
+
 def step() -> dict[str, float]:
     """A step of experiment=demo with its control, on a CPU that has AVX2 and no bf16 units: see ``AS``; and one whose
     control an earlier run has trained, where a build can keep it."""
     import tempfile
 
-    from megactx.framework.app import run
     from megactx.stages import gist
-    from megactx.stages.gist import GistStage
-
-    began, usual = [], GistStage.training_step
-
-    def noted(self, *given, **more):
-        began.append(time.process_time())
-        return usual(self, *given, **more)
-
-    GistStage.training_step = noted
-    short = [f"preset.steps={STEPS}", "preset.warmup=1", f"preset.validate_every={STEPS}", "logger=none"]
-    short += ["preset.validation_documents=1", "preset.plateau_window=1000", "trainer=cpu", "trainer.precision=32-true"]
-    short += [f"stage.evaluate.{name}" for name in ("blocks=4", "copies=0", "level2=0")]
-    if "minutes:" in Path("configs/preset/demo.yaml").read_text():
-        short.append("preset.minutes=null")
 
     def median_step(*more: str) -> float:
-        began.clear()
-        with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
-            said, sys.stdout = sys.stdout, nowhere
-            try:
-                code = run(["experiment=demo", *short, *more, f"folder={folder}/run"])
-            finally:
-                sys.stdout = said
-        assert code == 0, f"experiment=demo ended with {code}"
-        return median([after - before for before, after in zip(began, began[1:], strict=False)][2:])  # memory is there
+        steps, _, memory = gist_run(f"preset.steps={STEPS}", f"preset.validate_every={STEPS}", *NO_REPORT, *more)
+        peak.append(memory)
+        return median(steps[2:])  # the first ones wait for memory
 
+    peak: list[float] = []
     whole = control = both = median_step()
     if hasattr(gist, "KeptControls"):  # a build that keeps nothing does it all each time
         with tempfile.TemporaryDirectory() as place:
@@ -192,7 +212,29 @@ def step() -> dict[str, float]:
         "a step of the demo, AVX2, fp32": whole,
         "the same, its control kept": control,
         "the same, its documents kept too": both,
+        "peak memory of a step": peak[0],
     }
+
+
+def report() -> dict[str, float]:
+    """The report of experiment=demo, of fewer blocks, on a CPU as of ``step``; and what the process had at most."""
+    import resource
+
+    sizes = [f"stage.evaluate.{name}" for name in ("blocks=400", "copies=16", "level2=8")]
+    _, seconds, _ = gist_run("preset.steps=1", "preset.warmup=0", "preset.validate_every=1", *sizes)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {"report of 400 blocks": seconds, "peak memory of that": peak}
+
+
+def smollm2() -> dict[str, float]:
+    """A step of 32 blocks of 2 x 1,024 tokens on SmolLM2 with its control, in fp32, on the folder that `make smollm2`
+    has made."""
+    from megactx.data.documents import cache_folder
+
+    (folder,) = cache_folder().glob("gguf-*")
+    sizes = [f"preset.{name}" for name in ("steps=3", "validate_every=3", "min_tokens=1024", "max_tokens=1024")]
+    steps, _, _ = gist_run(f"base.name={folder}", *sizes, "gistnet.num_heads=8", *NO_REPORT)
+    return {"a step on SmolLM2, fp32": min(steps)}
 
 
 def packed() -> dict[str, float]:
@@ -229,10 +271,10 @@ def help_page() -> dict[str, float]:
 STEPS = 7
 # name -> what a process measures for it: seconds by name.
 ROWS = {"label": label, "session": session, "batched": batched, "lens": lens}
-ROWS |= {"step": step, "packed": packed, "help": help_page}
+ROWS |= {"step": step, "report": report, "packed": packed, "help": help_page, "smollm2": smollm2}
 # name -> variables under which it runs: a plain CPU, where this one has more.
 PLAIN = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-AS = {"step": PLAIN | {"MEGACTX_CPU_BF16": "none"}}
+AS = {row: PLAIN | {"MEGACTX_CPU_BF16": "none"} for row in ("step", "report", "smollm2")}
 # name -> two figures of the same build, of which one is a share or a multiple of the other
 SHARES = {
     "plain re-run / label": ("plain re-run", "label"),
@@ -288,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(found, indent=1))  # what is there, should it be stopped
             print(f"turn {turn + 1}, {row}", file=sys.stderr)
-    print(f"{'min / median / max of ' + str(args.turns):48}{'old, ms':>24}{'new, ms':>24}{'old / new':>22}")
+    print(f"{'min / median / max of ' + str(args.turns):48}{'old, ms or MB':>24}{'new, ms or MB':>24}{'old / new':>22}")
     for name, old in found["old"].items():
         new = found["new"][name]
         ratios = [a / b for a, b in zip(old, new, strict=True)]

@@ -47,7 +47,7 @@ def by_value(
         for node in range(1, len(merged)):
             if cost <= budget:
                 break
-            if not merged[node] and _may_merge(tree, row, raw, node):
+            if not merged[node] and _may_merge(raw, k, node):
                 merged[node] = True
                 cost = _cost(raw, merged, k, length)
         if cost > budget:
@@ -69,6 +69,38 @@ def by_value(
     return WorkingContext(tree, out[0].to(tree.device), out[1].to(tree.device), lengths, budget)
 
 
+def least_entries(tokens: int, block: int, recent: int = PROTECTED) -> int:
+    """Entries that ``by_value`` takes at least for a history of so many tokens."""
+    count = tokens // block
+    raw = torch.zeros(count, dtype=torch.bool)
+    raw[:1] = True
+    raw[max(0, tokens - recent) // block :] = True
+    merged = torch.tensor([_may_merge(raw, block, node) for node in range(count // block)])
+    return _cost(raw, merged, block, tokens)
+
+
+def check_shares(setting: str, shares: list[float], fewest: int, most: int, block: int) -> None:
+    """See that windows of some shares of their tokens have room, before anything is trained.
+
+    Args:
+        setting: its name.
+        shares: its value, entries of a window over its tokens.
+        fewest, most: tokens before a cursor.
+
+    Raises:
+        ValueError: a share is too small for a length in between; it says which length would do.
+    """
+    share = min(shares)
+    short = [tokens for tokens in range(fewest, most + 1) if int(share * tokens) < least_entries(tokens, block)]
+    if short:
+        tokens, least = short[-1], least_entries(short[-1], block)
+        instead = f"a datamodule.min_tokens of at least {tokens + 1}, or " if tokens < most else ""
+        raise ValueError(
+            f"{setting}={list(shares)}: {share} of {tokens} tokens are {int(share * tokens)} entries, but they take"
+            f" at least {least}, of which {PROTECTED} and the first {block} are tokens; take {instead}larger shares"
+        )
+
+
 def free_edits(tree: MegaContextTree, budget: int, recent: int = PROTECTED) -> Tensor:
     """How many blocks each row can open beyond what is always raw, [B]: what a policy has to decide on."""
     nothing = torch.full((tree.rows, int(tree.counts(1).max())), -torch.inf)
@@ -81,12 +113,11 @@ def _merged(tree, row: int, raw: Tensor, coarse: Tensor | None) -> Tensor:
     merged = torch.zeros(nodes, dtype=torch.bool)
     if coarse is not None:
         for node in coarse[:nodes].nonzero()[:, 0].tolist():
-            merged[node] = _may_merge(tree, row, raw, node)
+            merged[node] = _may_merge(raw, tree.block_size, node)
     return merged
 
 
-def _may_merge(tree, row: int, raw: Tensor, node: int) -> bool:
-    k = tree.block_size
+def _may_merge(raw: Tensor, k: int, node: int) -> bool:
     return node > 0 and not bool(raw[node * k : (node + 1) * k].any())
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megactx.evaluation.focus import focused
 from megactx.focus.allocator import FocusAllocator
 from megactx.focus.edit_labels import continuation_nll
+from megactx.focus.layout import check_shares
 from megactx.focus.lensnet import LensNet
 from megactx.focus.window_variants import same_rows
 from megactx.framework.config.types import ArgumentsOf, Count, NonNegative, PartOf, Whole
@@ -182,6 +183,8 @@ class JointStage(FrozenBaseStage):
 
     def prepare(self, datamodule) -> None:
         self.fit_data(datamodule, self.gistnet.block_size, self.hparams.horizon)
+        tokens = (datamodule.min_tokens, datamodule.max_tokens)
+        check_shares("stage.budgets", self.hparams.budgets, *tokens, self.gistnet.block_size)
 
     def session_parts(self):
         return self.gistnet, self.lens

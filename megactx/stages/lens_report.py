@@ -19,19 +19,32 @@ def report(stage, folder: Path, datamodule) -> None:
     """
     evaluate = stage.hparams.evaluate
     cases = datamodule.planted_cases(evaluate["planted"], datamodule.min_tokens) if evaluate["planted"] else []
-    documents = datamodule.held_documents(evaluate["documents"], evaluate["tokens"])
-    _report(stage, folder, documents, cases, "held-out documents")
+    _report(stage, folder, documents_of_report(datamodule, evaluate), cases, "held-out documents")
     if evaluate["path"]:
         other = folder / "other"
         other.mkdir(exist_ok=True)
         documents = datamodule.other(Files(evaluate["path"]), evaluate["documents"], evaluate["tokens"])
-        _report(stage, other, documents, [], evaluate["path"])
+        _report(stage, other, _some(documents, evaluate, evaluate["path"]), [], evaluate["path"])
+
+
+def documents_of_report(datamodule, evaluate: dict) -> list[dict]:
+    """Held-out documents that the end of a run measures; ``evaluate`` as of ``LensStage``.
+
+    Raises:
+        ValueError: there are none.
+    """
+    documents = datamodule.held_documents(evaluate["documents"], evaluate["tokens"])
+    return _some(documents, evaluate, "held-out documents")
+
+
+def _some(documents: list[dict], evaluate: dict, what: str) -> list[dict]:
+    if not documents:
+        raise ValueError(f"stage.evaluate.tokens={evaluate['tokens']}: none of {what} has so many tokens; take fewer")
+    return documents
 
 
 def _report(stage, folder: Path, documents: list[dict], cases: list[dict], what: str) -> None:
     evaluate = stage.hparams.evaluate
-    if not documents:
-        raise ValueError(f"stage.evaluate.tokens={evaluate['tokens']}: none of {what} has so many tokens; take fewer")
     parts = (stage.base, stage.gistnet, stage.lens, stage.hparams.allocator)
     shown = bar(f"measuring {what}")
     scores = measure_focus(*parts, documents, evaluate["budgets"], evaluate["oracle"], progress=shown)

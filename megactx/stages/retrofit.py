@@ -21,16 +21,23 @@ import sys
 import time
 from pathlib import Path
 
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
 from megactx.framework import app, files
 from megactx.framework.bar import quiet_libraries
 from megactx.framework.command_line import run
 from megactx.framework.config.search_path import compose
+from megactx.framework.config.validate import locate
 from megactx.framework.errors import DONE, INTERRUPTED
 from megactx.framework.lock import Lock
 from megactx.framework.run.fit import other_content
+from megactx.lm import BaseLM
 from megactx.parts.find import KEYS
 
 from .export import export, refuse_other
+from .prefills import composed
 
 STEPS = ("gist", "lens")
 TITLES = {"gist": "GistNet", "lens": "LensNet", "export": "export"}
@@ -102,6 +109,7 @@ class Retrofit:
         busy = f"{self.work} is in use by process {{holder}}: that one makes {self.out}"
         with Lock(self.work / "lock", busy):
             self._same()
+            self._check()
             for number, step in enumerate(STEPS, 1):
                 if not (self.work / step / "done").exists() and (code := self._train(step, number)) != DONE:
                     return code
@@ -126,6 +134,23 @@ class Retrofit:
             if (self.work / step / "done").exists() and (changes := other_content(compose(command), self.work / step)):
                 raise ValueError(f"{self.work / step} was made of other things: {'; '.join(changes)}. Remove it first")
         files.write(place, json.dumps(self.commands, indent=1) + "\n")
+
+    def _check(self) -> None:
+        """What a later step would refuse is refused now, and not after the training of those before it."""
+        for step in STEPS:
+            if (self.work / step / "done").exists():
+                continue
+            cfg, _ = composed(self.commands[step])
+            base = BaseLM.from_pretrained(cfg.base.name, cfg.base.dtype)
+            try:
+                datamodule = instantiate(cfg.datamodule, _convert_="all")
+                datamodule.limit_to(base.max_positions)
+                datamodule.setup("fit")
+                locate(cfg.stage["_target_"]).check_lengths(OmegaConf.to_container(cfg.stage, resolve=True), datamodule)
+            except InstantiationException as error:
+                raise ValueError(f"{TITLES[step]}: {error.__cause__ or error}") from error
+            except ValueError as error:
+                raise ValueError(f"{TITLES[step]}: {error}") from error
 
     def _train(self, step: str, number: int) -> int:
         log = self.work / f"{step}.log"

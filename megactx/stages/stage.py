@@ -100,6 +100,15 @@ class Stage(lightning.LightningModule):
         """
 
     @staticmethod
+    def check_lengths(settings, datamodule) -> None:
+        """See that the data, which is set up, fits the settings of this stage, which is not built yet: what it is built
+        from may still have to be trained.
+
+        Raises:
+            ValueError: it does not; it names the setting.
+        """
+
+    @staticmethod
     def base_of(settings) -> dict | None:
         """The record of the base LM that settings of this stage name; ``None``: its checkpoints hold no record.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from windows import K, small_base, tree_of
 
-from megactx.focus.layout import by_value, free_edits
+from megactx.focus.layout import by_value, check_shares, free_edits, least_entries
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +68,23 @@ def test_what_is_asked_to_be_coarse_is_so_where_it_may(tree):
 def test_another_number_of_values_is_refused(tree):
     with pytest.raises(ValueError, match=r"values have shape \[2, 5\], expected \[2, 37\]"):
         by_value(tree, 100, torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize("recent", [8, 13])
+def test_the_least_entries_of_a_length_are_what_a_window_takes_and_one_fewer_is_refused(recent):
+    base = small_base()
+    for tokens in range(90, 131):
+        tree = tree_of(base, (tokens,))
+        nothing = torch.full((1, int(tree.counts(1).max())), -torch.inf)
+        least = least_entries(tokens, K, recent)
+        assert int(by_value(tree, least, nothing, recent=recent).counts[0]) == least
+        with pytest.raises(ValueError, match=f"at least {least} entries"):
+            by_value(tree, least - 1, nothing, recent=recent)
+
+
+def test_shares_that_are_too_small_for_a_length_are_refused_with_a_length_that_would_do():
+    with pytest.raises(ValueError, match="stage.budgets.*0.125 of 1951 tokens are 243 entries, .*at least 1952, or"):
+        check_shares("stage.budgets", [0.25, 0.125], 1024, 4096, 32)
+    check_shares("stage.budgets", [0.25, 0.125], 1952, 4096, 32)
+    with pytest.raises(ValueError, match="0.06 of 2048 tokens .* take larger shares"):
+        check_shares("stage.evaluate.budgets", [0.25, 0.06], 2048, 2048, 32)
