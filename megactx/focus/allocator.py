@@ -66,6 +66,8 @@ class FocusAllocator:
         protected: newest tokens that do not collapse.
         temperature: in units of the score. 0 makes the best edits; above 0 edits are drawn, better ones more often.
         seed: of the draws. A draw depends on it and on the number of refocuses so far, and on nothing else.
+        recompute: score that the edits of a refocus must bring together for every 1,000 entries that are read again
+            because of them: all from the first that changes to the end of the row. 0: reading costs nothing.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -79,7 +81,9 @@ class FocusAllocator:
         protected: Whole = PROTECTED,
         temperature: NonNegative = 0.0,
         seed: int = 0,
+        recompute: NonNegative = 0.0,
     ):
+        self.recompute = recompute
         self.threshold, self.max_edits, self.cooldown = threshold, max_edits, cooldown
         self.protected, self.temperature, self.seed = protected, temperature, seed
         self.telemetry: Refocus | None = None  # of the last refocus
@@ -126,10 +130,14 @@ class FocusAllocator:
         room = (context.budget - context.lengths) // (k - 1)  # of so many expands
         # Where detail costs something nothing goes but for something better: see "why it comes to rest" above.
         lone = most if price is None else torch.where(price > 0, 0, most)
-        made, expand, place = _turns(room.clamp(min=0), wanted.sum(1), spared.sum(1), lone, most)  # [B, M] each
+        made, expand, place, unit = _turns(room.clamp(min=0), wanted.sum(1), spared.sum(1), lone, most)  # [B, M] each
+        place = torch.where(made, place, 0)
+        column = torch.where(expand, expands.gather(1, place), collapses.gather(1, place))
+        if self.recompute:
+            gain = torch.where(expand, scores.gather(1, column), -means.gather(1, column))
+            made = _worth_reading(made, unit, gain, column, context.lengths, self.recompute / 1000)
         row, step = made.nonzero().unbind(1)  # [E], row after row, in the order of the turns
-        place, expand = place[row, step], expand[row, step]
-        column = torch.where(expand, expands[row, place], collapses[row, place])  # [E]
+        column, expand = column[row, step], expand[row, step]
         lod, index = context.lod[row, column], context.index[row, column]
         # A collapse is named by the parent that comes, not by the siblings that go.
         return Edits(row, torch.where(expand, lod, lod + 1), torch.where(expand, index, index // k), expand)
@@ -231,7 +239,8 @@ def _turns(room: Tensor, wanted: Tensor, spared: Tensor, lone: Tensor | int, mos
         most: M.
 
     Returns:
-        Whether there is an edit at each turn, whether it is an expand, and its place in its queue, [B, M] each.
+        Whether there is an edit at each turn, whether it is an expand, its place in its queue, and the unit of edits
+        that are made together or not at all, [B, M] each.
     """
     at_once = torch.minimum(room, wanted).clamp(max=most)  # [B]
     # A pair takes two edits and leaves the budget as it was, so pairs go on while both queues last.
@@ -243,7 +252,31 @@ def _turns(room: Tensor, wanted: Tensor, spared: Tensor, lone: Tensor | int, mos
     expand = (then < 0) | (then < 2 * pairs) & (then % 2 == 1)
     gone = torch.where(then < 2 * pairs, (then + 1) // 2, then - pairs).clamp(min=0)  # collapses before this turn
     place = torch.where(expand, turn - gone, gone)
-    return turn < at_once + 2 * pairs + lone, expand, place
+    unit = torch.where(then < 0, turn, torch.where(then < 2 * pairs, at_once + then // 2, turn - pairs))
+    return turn < at_once + 2 * pairs + lone, expand, place, unit
+
+
+def _worth_reading(made: Tensor, unit: Tensor, gain: Tensor, column: Tensor, lengths: Tensor, cost: float) -> Tensor:
+    """The edits that bring more than reading again from the first of them on costs, bool [B, M].
+
+    The row is read from its first change on, whatever changes behind it. So of units from the end of the row on, as
+    many are made as bring most above what reading back to the last of them costs. No other choice brings more.
+
+    Args:
+        made, unit, gain, column: [B, M], of each edit.
+        lengths: entries of each row, [B].
+        cost: of an entry that is read again, in the unit of ``gain``.
+    """
+    end = lengths[:, None].to(column.device)
+    first = end.expand_as(unit).clone()
+    first.scatter_reduce_(1, unit, torch.where(made, column, end), "amin")  # of each unit
+    brings = torch.zeros_like(gain).scatter_add_(1, unit, gain * made)
+    order = first.argsort(dim=1, descending=True, stable=True)
+    above = brings.gather(1, order).cumsum(1) - cost * (end - first.gather(1, order))
+    best, last = above.max(dim=1, keepdim=True)
+    rank = torch.arange(unit.shape[1], device=unit.device)
+    kept = torch.zeros_like(made).scatter_(1, order, (rank <= last) & (best > 0))
+    return made & kept.gather(1, unit)
 
 
 def _queue(mask: Tensor, key: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Edits are those of two queues taken by hand, the budget holds after each of them, and there is an end to them."""
 
+import itertools
 import math
 
 import pytest
@@ -272,3 +273,53 @@ def test_telemetry_tells_what_was_done():
     assert told.swap_rate.tolist() == [3 * K / count]
     assert told.utilisation.item() == pytest.approx((count + K - 1) / context.budget)
     assert told.residency.tolist() == [REMEMBERED] and told.price is p
+
+
+@pytest.mark.parametrize("cost", [0.0, 20.0, 40.0, 60.0])
+@pytest.mark.parametrize("seed", range(6))
+def test_edits_are_those_that_bring_most_above_what_reading_again_costs(seed, cost):
+    context = window(tree((220, 150)), seed, spare=4)
+    scores = drawn_scores(context, seed)
+    usual = FocusAllocator(max_edits=6, cooldown=0).propose(context, scores)
+    dear = FocusAllocator(max_edits=6, cooldown=0, recompute=cost).propose(context, scores)
+    legal = moves(context)
+    means = torch.nn.functional.pad(scores, (0, K - 1)).unfold(1, K, 1).mean(-1)
+
+    def net(row: int, chosen: list) -> float:
+        """Of edits (gain, column)."""
+        if not chosen:
+            return 0.0
+        count = int(context.counts[row])
+        return sum(gain for gain, _ in chosen) - cost / 1000 * (count - min(column for _, column in chosen))
+
+    for row in range(2):
+        columns = {}
+        for column in range(int(context.counts[row])):
+            lod, index = int(context.lod[row, column]), int(context.index[row, column])
+            if legal.expand[row, column]:
+                columns[row, lod, index, True] = (float(scores[row, column]), column)
+            if legal.leads[row, column]:
+                columns[row, lod + 1, index // K, False] = (-float(means[row, column]), column)
+        mine = [name for name in names(usual) if name[0] == row]
+        got = [name for name in names(dear) if name[0] == row]
+        assert [name for name in mine if name in got] == got  # some of the usual ones, in their order
+        # A collapse that pays for an expand goes with it.
+        units = []
+        for name in mine:
+            if units and not units[-1][-1][3] and name[3]:
+                units[-1].append(name)
+            else:
+                units.append([name])
+        best = max(
+            net(row, [columns[name] for unit, on in zip(units, choice, strict=True) if on for name in unit])
+            for choice in itertools.product([False, True], repeat=len(units))
+        )
+        assert net(row, [columns[name] for name in got]) == pytest.approx(best, abs=1e-5)
+        assert cost > 0 or got == mine
+
+
+def test_the_dearer_reading_is_the_fewer_edits_are_made_until_there_are_none():
+    context, made = window(tree((220, 150)), 3, spare=4), []
+    for cost in (0.0, 20.0, 40.0, 1e6):
+        made.append(len(FocusAllocator(max_edits=6, recompute=cost).propose(context, drawn_scores(context, 3))))
+    assert made == sorted(made, reverse=True) and made[0] > made[2] > made[-1] == 0
