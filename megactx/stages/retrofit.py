@@ -1,12 +1,13 @@
 """Give a pretrained model MegaContext: GistNet, LensNet, their reports, and one folder with a model card.
 
-    python -m megactx.stages.retrofit BASE TEXTS OUT [preset=smoke|demo|full] [KEY=VALUE] [gist:KEY=VALUE] [lens:...]
+    python -m megactx.stages.retrofit BASE TEXTS OUT [preset=smoke|demo|full] [lora=RANK] [KEY=VALUE] [gist:KEY=VALUE]
     python -m megactx.apps.serve MEMORIES --model OUT
 
 BASE is what base.name of train.py may be: a folder, a GGUF file, asset:NAME, or a name on a hub. Each step is a run of
 ``train.py`` with a folder of its own in OUT.retrofit, where its log is too: experiment=retrofit_gist and
-retrofit_lens, or what ``gist:experiment=...`` says. A setting reaches both, or the one that it names. The same command
-goes on after a kill. keys=FOLDER takes what megactx.studies.keys has made for BASE into OUT.
+retrofit_lens, or what ``gist:experiment=...`` says. A setting reaches all, or the one that it names. The same command
+goes on after a kill. keys=FOLDER takes what megactx.studies.keys has made for BASE into OUT. With lora=RANK a third
+step, retrofit_lora, trains adapters on the base LM that read windows of gists; without it the base LM stays as it is.
 
 smoke is a look in a minute, demo is meant for an hour of SmolLM2 on two plain cores, full for days of a GPU.
 """
@@ -37,10 +38,11 @@ from megactx.lm import BaseLM
 from megactx.parts.find import KEYS
 
 from .export import export, refuse_other
+from .joint_report import in_words
 from .prefills import composed
 
-STEPS = ("gist", "lens")
-TITLES = {"gist": "GistNet", "lens": "LensNet", "export": "export"}
+TITLES = {"gist": "GistNet", "lens": "LensNet", "lora": "LoRA", "export": "export"}
+RANKS = range(4, 17)  # of adapters
 PRESETS = {  # step -> settings that come before a person's own
     "smoke": {
         "gist": ["preset=demo", "debug=limit", "preset.batch=2", "preset.spans=4", "preset.min_tokens=256"],
@@ -49,9 +51,14 @@ PRESETS = {  # step -> settings that come before a person's own
             *("stage.evaluate.tokens=512", "datamodule.min_tokens=512", "datamodule.max_tokens=640"),
             *("datamodule.validation_windows=2", "datamodule.batch=2"),
         ],
+        "lora": [
+            *("preset=demo", "preset.alternating.lora=4", "preset.alternating.validate_every=2", "preset.warmup=1"),
+            *("stage.budgets=[0.5]", "stage.evaluate.budgets=[0.5]", "stage.evaluate.tokens=512"),
+            *("datamodule.min_tokens=512", "datamodule.max_tokens=640", "datamodule.validation_windows=2"),
+        ],
     },
-    "demo": {"gist": [], "lens": []},
-    "full": {"gist": ["preset=full", "preset.minutes=null"], "lens": ["preset=full", "preset.minutes=null"]},
+    "demo": {"gist": [], "lens": [], "lora": []},
+    "full": {step: ["preset=full", "preset.minutes=null"] for step in ("gist", "lens", "lora")},
 }
 EVERY = 30.0  # seconds between two lines where there is no terminal
 MEMORY = re.compile(r"^Memory of a step.*$", re.MULTILINE)
@@ -63,7 +70,7 @@ class Retrofit:
     Args:
         base, texts: see above.
         out: folder of the export; the runs are beside it.
-        overrides: of both steps, or ``STEP:KEY=VALUE`` of one; ``preset=`` and ``keys=`` may be among them.
+        overrides: of all steps, or ``STEP:KEY=VALUE`` of one; ``preset=``, ``keys=`` and ``lora=`` may be among them.
 
     Raises:
         ValueError: a preset or a step that is not known, or a folder that holds something else.
@@ -80,21 +87,26 @@ class Retrofit:
         self.keys = Path(keys[-1]).expanduser().absolute() if keys else None
         if self.keys is not None and not (self.keys / KEYS).is_file():
             raise ValueError(f"keys={keys[-1]}: there are no keys; python -m megactx.studies.keys makes some")
-        overrides = [o for o in overrides if not o.startswith(("preset=", "keys="))]
+        rank = ([o.partition("=")[2] for o in overrides if o.startswith("lora=")] or ["0"])[-1]
+        if not (rank.isdecimal() and (int(rank) == 0 or int(rank) in RANKS)):
+            raise ValueError(f"lora={rank} is not allowed: a rank from 4 to 16, or 0 for no adapters")
+        self.steps, self.rank = ("gist", "lens") + ("lora",) * (int(rank) > 0), int(rank)
+        overrides = [o for o in overrides if not o.startswith(("preset=", "keys=", "lora="))]
         for override in overrides:
             step, colon, _ = override.partition("=")[0].partition(":")
-            if colon and step not in STEPS:
-                raise ValueError(f"{override}: there is no step {step}; allowed are {', '.join(STEPS)}")
+            if colon and step not in self.steps:
+                raise ValueError(f"{override}: there is no step {step}; allowed are {', '.join(self.steps)}")
             if override.removeprefix(f"{step}:").startswith(("folder=", "resume=")):
                 raise ValueError(f"{override} is not allowed: the runs lie in {self.work}, and go on by themselves")
-        self.commands = {step: self._command(step, base, texts, overrides) for step in STEPS}
+        self.commands = {step: self._command(step, base, texts, overrides) for step in self.steps}
         self.base = base
 
     def _command(self, step: str, base: str, texts: str, overrides: list[str]) -> list[str]:
         own = [o.removeprefix(f"{step}:") for o in overrides if o.startswith(f"{step}:") or ":" not in o.split("=")[0]]
         experiment = [o for o in own if o.startswith("experiment=")] or [f"experiment=retrofit_{step}"]
         about = [f"base.name={_quoted(base)}", f"data.path={_quoted(texts)}"]
-        about += [f"stage.gistnet={_quoted(str(self.work / 'gist'))}"] if step == "lens" else []
+        about += [f"stage.gistnet={_quoted(str(self.work / 'gist'))}"] if step in ("lens", "lora") else []
+        about += [f"stage.lens={_quoted(str(self.work / 'lens'))}", f"stage.lora.rank={self.rank}"] * (step == "lora")
         rest = [o for o in own if not o.startswith("experiment=")]
         folder = f"folder={_quoted(str(self.work / step))}"
         return [*experiment, *PRESETS[self.preset][step], *about, *rest, folder]
@@ -110,12 +122,12 @@ class Retrofit:
         with Lock(self.work / "lock", busy):
             self._same()
             self._check()
-            for number, step in enumerate(STEPS, 1):
+            for number, step in enumerate(self.steps, 1):
                 if not (self.work / step / "done").exists() and (code := self._train(step, number)) != DONE:
                     return code
             quiet_libraries()
-            with _Line("3 of 3", TITLES["export"]):
-                export(self.work / "lens", self.out, self._card(), self.keys)
+            with _Line(self._place(len(self.steps) + 1), TITLES["export"]):
+                export(self.work / self.steps[-1], self.out, self._card(), self.keys)
         print(f"{self.out}: python -m megactx.apps.chat --model {shlex.quote(str(self.out))}")
         return DONE
 
@@ -137,7 +149,7 @@ class Retrofit:
 
     def _check(self) -> None:
         """What a later step would refuse is refused now, and not after the training of those before it."""
-        for step in STEPS:
+        for step in self.steps:
             if (self.work / step / "done").exists():
                 continue
             cfg, _ = composed(self.commands[step])
@@ -154,7 +166,7 @@ class Retrofit:
 
     def _train(self, step: str, number: int) -> int:
         log = self.work / f"{step}.log"
-        with log.open("a", encoding="utf-8") as kept, _Line(f"{number} of 3", TITLES[step], kept) as line:
+        with log.open("a", encoding="utf-8") as kept, _Line(self._place(number), TITLES[step], kept) as line:
             with contextlib.redirect_stdout(line), contextlib.redirect_stderr(line):
                 code = app.run([*self.commands[step], "resume=auto"])
         if code not in (DONE, INTERRUPTED):
@@ -164,16 +176,23 @@ class Retrofit:
             print("\nmegactx: interrupted; the same command goes on", file=sys.stderr)
         return code
 
+    def _place(self, number: int) -> str:
+        return f"{number} of {len(self.steps) + 1}"
+
     def _card(self) -> str:
         """What it is, of what it was made, and what both reports say."""
         parts = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [megactx]", "---", ""]
         parts += [f"# {self.out.name}", "", f"`{self.base}` with MegaContext: a GistNet and a LensNet beside it.", ""]
-        parts += ["Its own weights are as they were, so without gists its answers and perplexity are too.", ""]
+        unchanged = "Its own weights are as they were, so without gists its answers and perplexity are too."
+        changed = f"Adapters of rank {self.rank} are merged into its weights; its perplexity before and after is below."
+        parts += [changed if self.rank else unchanged, ""]
         parts += ["    python -m megactx.apps.serve MEMORIES --model THIS", "", "## How it was made", ""]
-        parts += [f"    python train.py {shlex.join(self.commands[step])}" for step in STEPS]
-        for step in STEPS:
+        parts += [f"    python train.py {shlex.join(self.commands[step])}" for step in self.steps]
+        for step in self.steps:
             memory = MEMORY.findall((self.work / f"{step}.log").read_text(encoding="utf-8"))
             parts += ["", f"## {TITLES[step]}", "", *memory[-1:], ""]
+            if (plain := self.work / step / "base.json").exists():
+                parts += [in_words(json.loads(plain.read_text(encoding="utf-8"))), ""]
             report = (self.work / step / "report.md").read_text(encoding="utf-8")
             parts += [re.sub(r"^(#+) ", r"##\1 ", report, flags=re.MULTILINE).strip()]
         return "\n".join(parts) + "\n"
@@ -244,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("texts", metavar="TEXTS", help="a file, a folder or a glob of text")
     parser.add_argument("out", metavar="OUT", help="folder to write; an export that is there is replaced")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="preset=smoke|demo|full; keys=FOLDER; settings of train.py"
+        "overrides", nargs="*", metavar="KEY=VALUE", help="preset=smoke|demo|full; lora=RANK; keys=FOLDER; of train.py"
     )
     return run(_command, parser, arguments)
 

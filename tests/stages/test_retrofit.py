@@ -78,6 +78,15 @@ def test_a_retrofit_that_is_killed_in_a_step_and_between_steps_ends_with_an_expo
 
     _answers(tmp_path / "out", tmp_path, monkeypatch, capsys)
 
+    # Adapters, later: the other steps are done.
+    assert retrofit.main([*command, "lora=4", "lora:stage.evaluate.documents=2"]) == 0
+    assert (work / "gist" / "done").stat().st_mtime_ns == done
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert manifest["adapter_parameters"] > 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Adapters of rank 4 are merged" in card and "## LoRA" in card and "its own perplexity on 2 documents" in card
+    _answers(tmp_path / "out", tmp_path / "again", monkeypatch, capsys)
+
 
 def _answers(model, tmp_path, monkeypatch, capsys):
     import io
@@ -111,6 +120,9 @@ def _answers(model, tmp_path, monkeypatch, capsys):
     [
         (["preset=quick"], "preset=quick is not allowed: smoke, demo, full"),
         (["lora:preset.steps=3"], "there is no step lora; allowed are gist, lens"),
+        (["lora=8", "keys:a=3"], "there is no step keys; allowed are gist, lens, lora"),
+        (["lora=2"], "lora=2 is not allowed: a rank from 4 to 16, or 0"),
+        (["lora=many"], "lora=many is not allowed: a rank from 4 to 16, or 0"),
         (["folder=here"], "folder=here is not allowed"),
         (["keys=nowhere"], "keys=nowhere: there are no keys"),
         (["lens:resume=never"], "lens:resume=never is not allowed"),
