@@ -77,7 +77,10 @@ def benchmark(arguments: argparse.Namespace) -> None:
         command += [] if arguments.model is None else ["--model", arguments.model]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
-            address = server.stdout.readline().split()[0]
+            line = server.stdout.readline()
+            if not line:
+                raise RunFailed("the server has not started; it says above why")
+            address = line.split()[0]
             memories = {name: Memory(address, key) for name, key in known.items()}
             for name in ("far", "near"):
                 memories[name].say(told, 1)
