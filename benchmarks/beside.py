@@ -104,8 +104,16 @@ def session() -> dict[str, float]:
 
 
 def batched() -> dict[str, float]:
-    """A token with focus, edits in every eighth block; a build without the setting makes them in each."""
-    return {"session token, edit_every=8": per_token(edit_every=8)[0]}
+    """A token with focus, edits in every eighth block, and edits that pay for what is read again, and both; a build
+    without a setting goes on without it."""
+    from megactx.focus import FocusAllocator
+
+    paying = {"allocator": {"recompute": 1.0}} if hasattr(FocusAllocator(), "recompute") else {}
+    return {
+        "session token, edit_every=8": per_token(edit_every=8)[0],
+        "session token, recompute=1": per_token(**paying)[0],
+        "session token, both": per_token(edit_every=8, **paying)[0],
+    }
 
 
 def lens() -> dict[str, float]:
