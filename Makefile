@@ -45,6 +45,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/encode.py
 	$(BIN)/python benchmarks/causal.py
 	$(BIN)/python benchmarks/runtime.py
+	$(BIN)/python benchmarks/together.py
 	$(BIN)/python benchmarks/node_prefill.py
 	$(if $(OLD),$(BIN)/python benchmarks/beside.py $(OLD))
 
