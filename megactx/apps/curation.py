@@ -29,7 +29,7 @@ from megactx.framework.bar import bar, quiet_libraries
 from megactx.framework.command_line import run
 from megactx.framework.files import write
 from megactx.memory.curation import Curated, names, read_plan
-from megactx.memory.encoding import identity
+from megactx.memory.encoding import known_as
 from megactx.runtime import load_models, session_files
 from megactx.runtime.curation import HANDED
 
@@ -116,7 +116,7 @@ def measure(tree: Curated, args: argparse.Namespace) -> None:
         raise ValueError(f"{args.session}: the tree has no whole block")
     quiet_libraries()
     models, made_by = load_models(args.model), tree.about["versions"][tree.about["version"]]
-    if models.gistnet is None or identity(models.gistnet) != made_by:
+    if models.gistnet is None or not known_as(models.gistnet, made_by):
         raise ValueError(f"{args.session}: another GistNet made it ({made_by}); name its models with --model")
     numbers = evaluation.sample(tree, args.blocks, args.seed)
     evaluation.measure(tree, models.base, models.gistnet, numbers, bar("batches of blocks"))

@@ -381,8 +381,15 @@ class BaseLM(nn.Module):
 
     @torch.no_grad()
     def embedding_rms(self) -> float:
-        """Root mean square of token embeddings as the model reads them: the scale that a gist must have."""
-        return self.embeddings().pow(2).mean().sqrt().item()
+        """Root mean square of token embeddings as the model reads them: the scale that a gist must have.
+
+        A GistNet is known by it, so it must be the same number everywhere: a sum in fp32 depends on the number of
+        threads in its last digits, one in fp64, rounded, does not.
+        """
+        squares, table = 0.0, self.embeddings()
+        for rows in table.split(8192):
+            squares += rows.double().pow(2).sum().item()
+        return torch.tensor((squares / table.numel()) ** 0.5, dtype=torch.float32).item()
 
     @torch.no_grad()
     def _refuse_unsupported(self) -> None:

@@ -48,6 +48,8 @@ def described(about: dict, encoder, base, refresh: bool, device, keys):
         raise ValueError(f"it belongs to another base LM: layers {there}, not {layers}; its GistNet reads them")
     identity = encoding.identity(encoder)
     made_by = about["versions"][about["version"]]
+    if made_by != identity and encoding.known_as(encoder, made_by):
+        about["versions"][about["version"]] = made_by = identity
     if made_by != identity and not refresh:
         raise ValueError(f"another GistNet made it: {made_by}, not {identity}. refresh=True encodes it again")
     if about["dtype"] not in (None, "float32", "float16", "bfloat16"):

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from megactx.gist.gistnet import Seen
 from megactx.lm.identity import of_embeddings, of_weights, raw
 
 BATCH = 16  # E: wide enough for the matrix products of a long text, narrow enough for one new block at a time
+ULPS = 4  # in which sums of a table in fp32 differ between builds
 
 
 class Encoder(Protocol):
@@ -113,17 +115,34 @@ def stamp(encoder) -> tuple | None:
     return tuple((id(p), 0 if p.is_inference() else p._version) for p in encoder.parameters())
 
 
-def identity(thing) -> str:
-    """Sixteen hex digits that change when weights or plain settings do."""
+def identity(thing, **instead) -> str:
+    """Sixteen hex digits that change when weights or plain settings do.
+
+    Args:
+        instead: values of settings in place of those that it has.
+    """
     digest = hashlib.sha256()
     for part in thing.modules() if isinstance(thing, nn.Module) else [thing]:
         settings = {k: v for k, v in vars(part).items() if isinstance(v, bool | int | float | str)}
+        settings |= {k: v for k, v in instead.items() if k in settings}
         settings = {k: v for k, v in settings.items() if k != "training" and not k.startswith("_")}
         digest.update(repr((type(part).__qualname__, sorted(settings.items()))).encode())
     for name, tensor in sorted(thing.state_dict().items()) if isinstance(thing, nn.Module) else []:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(raw(tensor))
     return digest.hexdigest()[:16]
+
+
+def known_as(encoder, name: str) -> bool:
+    """Whether a name is the identity of an encoder, or what a build of earlier days may have called it: these summed
+    ``embedding_rms`` in fp32, whose last digits depend on the number of threads."""
+    if name == identity(encoder):
+        return True
+    scale = getattr(encoder, "embedding_rms", None)
+    if not isinstance(scale, float):
+        return False
+    near = np.float32(scale) + np.spacing(np.float32(scale)) * np.arange(-ULPS, ULPS + 1, dtype=np.float32)
+    return any(name == identity(encoder, embedding_rms=float(other)) for other in near)
 
 
 def identity_of_base(base) -> str | None:
