@@ -64,8 +64,9 @@ class Mean:
         return None
 
 
-def grown(base, tokens: int):
-    """A tree of random tokens and gists. Its pages are slices of one pool, so that it takes little memory."""
+def grown(base, tokens: int, own: bool = False):
+    """A tree of random tokens and gists. Its pages are slices of one pool, so that it takes little memory; ``own``:
+    copies of them, for a build that writes all pages in one file and takes no shared ones."""
     import torch
 
     from megactx.memory import MegaContextTree
@@ -83,7 +84,7 @@ def grown(base, tokens: int):
             for name, (shape, dtype) in level.columns.items():
                 if name in pools:
                     at = int(torch.randint(pools[name].shape[1] // 2, (), generator=generator))
-                    page[name] = pools[name][:, at : at + used]
+                    page[name] = pools[name][:, at : at + used].clone() if own else pools[name][:, at : at + used]
                 else:
                     page[name] = torch.zeros(1, used, *shape, dtype=dtype)
             level.put_page(page)
@@ -321,7 +322,7 @@ def alone(place: Path, tokens: int) -> dict:
     base = base_of(place / "base")
     folder = place / f"alone-{os.getpid()}"
     if tokens:
-        grown(base, tokens).save(folder)
+        grown(base, tokens, own=True).save(folder)
         drop(folder)
         return {"folder": str(folder)}
     folder = Path(os.environ["TREE"])
