@@ -2,7 +2,10 @@
 
 import http.client
 import json
+import platform
 import random
+import subprocess
+import sys
 import threading
 import time
 
@@ -546,3 +549,29 @@ def test_answers_of_several_keys_are_read_together_and_are_what_each_gets_alone(
         thread.join()
     assert one == many
     assert alone.engine.state()["together"] == 0 < 100 < together.engine.state()["together"]
+
+
+COMES_AND_GOES = """
+import sys
+import psutil
+import torch
+from megactx.apps.serve.__main__ import steady_memory
+
+if sys.argv[1] == "steady":
+    assert steady_memory()
+before, kept = psutil.Process().memory_info().rss, []
+for turn in range(60):
+    large = [torch.ones(75_000 + 60_000 * (n + turn)) for n in range(20)]
+    kept += [torch.ones(15_000) for _ in range(20)]  # small ones that stay between
+    large.clear()
+print((psutil.Process().memory_info().rss - before - sum(t.nbytes for t in kept)) / 2**20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_large_blocks_that_come_and_go_leave_nothing_behind():
+    left = {}
+    for how in ("steady", "usual"):
+        done = subprocess.run([sys.executable, "-c", COMES_AND_GOES, how], capture_output=True, text=True, check=True)
+        left[how] = float(done.stdout)
+    assert left["steady"] < 20 < 100 < left["usual"]  # MiB
