@@ -37,6 +37,7 @@ from pathlib import Path
 
 BLOCK, WIDTH, VOCABULARY, BUDGET = 32, 576, 8_192, 512
 PIECE, POOL = 2**18, 2**14
+TRIES = 10_000  # to find a block that is not in memory
 GOALS = {  # what is measured: (at most, unit)
     "open, saved window: s": 1.0,
     "open, saved window: MB": 200.0,
@@ -238,12 +239,16 @@ def blocks(place: Path, times: int = 200) -> dict:
         drop(place / "session", sync=False)
         nodes = []
         for lod, count in ((1, 2), (2, 2)):  # what is opened; its children are read
-            while count:
+            for _ in range(TRIES):
+                if not count:
+                    break
                 node = rng.randrange(1, int(tree.counts(lod)))
                 level = tree.levels[lod - 1]
                 if not level.pages[node * BLOCK // level.size]:
                     nodes += [(lod - 1, node * BLOCK + child) for child in range(BLOCK)]
                     count -= 1
+            if count:
+                raise SystemExit(f"of level {lod - 1} no page was found that is not in memory: take more --tokens")
         lod, index = torch.tensor(nodes).unbind(1)
         began = time.perf_counter()
         assert tree.usable(torch.zeros_like(lod), lod, index).all()
