@@ -236,8 +236,8 @@ class GistStage(FrozenBaseStage):
         return float(self._work()(mean)) * preset["accumulate"] * self.hparams.max_steps
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         data = self.trainer.datamodule
-        self.check_data(data)
         for name in self.taken:
             log.info("stage.controls.%s is not trained: an earlier run has, %s", name, self.controls.file(name))
         flops = ", ".join(f"{name} {net.flops_per_block(self.base) / 1e6:.1f}" for name, net in self.nets.items())

@@ -183,6 +183,8 @@ class JointStage(FrozenBaseStage):
 
     def prepare(self, datamodule) -> None:
         self.fit_data(datamodule, self.gistnet.block_size, self.hparams.horizon)
+
+    def check_data(self, datamodule) -> None:
         tokens = (datamodule.min_tokens, datamodule.max_tokens)
         check_shares("stage.budgets", self.hparams.budgets, *tokens, self.gistnet.block_size)
 

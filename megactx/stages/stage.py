@@ -168,6 +168,9 @@ class Stage(lightning.LightningModule):
         if self.one_process and self.trainer.world_size > 1:
             raise ValueError(f"trainer.devices={self.trainer.world_size}: this stage trains in one process")
 
+    def on_fit_start(self) -> None:
+        self.check_data(self.trainer.datamodule)
+
     def configure_optimizers(self):
         optimizer = MuonWithAdamW(self.groups(), self.betas)
         # A peak is read before the schedule writes to it.
