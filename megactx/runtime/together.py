@@ -15,20 +15,22 @@ from .stream import Stream
 
 @torch.no_grad()
 def read_together(streams: Iterable[Stream]) -> int:
-    """Read for each stream the one token that it has put off, with the logits of what follows; -> how many there were.
+    """Read for each stream the one token that it has put off, with the logits of what follows; -> how many were read.
 
-    Streams of several rows, with CUDA graphs, or with more to read than that token are left alone: they read by
-    themselves when they are asked.
+    Streams of several rows, of another base than the first, with CUDA graphs, with columns that are not there, or with
+    more to read than that token are left alone, and so is one by itself: they read when they are asked.
     """
     ready, found = [], []
-    for stream in streams:
-        alone = stream.rows > 1 or stream.settings.graphs
-        if not alone and stream.unread == 1 and (new := stream.put_off()) is not None:
+    for stream in dict.fromkeys(streams):
+        if not isinstance(stream, Stream) or stream.rows > 1 or stream.settings.graphs or not stream.prefill.whole:
+            continue
+        if ready and stream.base is not ready[0].base:
+            continue
+        if stream.unread == 1 and (new := stream.put_off()) is not None:
             ready.append(stream)
             found.append(torch.stack([part[0, 0] for part in new]))
     if len(ready) < 2:
         return 0
-    assert all(stream.base is ready[0].base for stream in ready), "streams share their base"
     began = time.perf_counter()
     ids, positions = torch.stack(found).unbind(1)
     try:

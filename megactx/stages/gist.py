@@ -297,13 +297,16 @@ class GistStage(FrozenBaseStage):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["taken"] = list(self.taken)
+        if self.controls is not None:
+            checkpoint["taken"], checkpoint["controls"] = list(self.taken), self.controls.state()
         checkpoint["losses"] = {loss.name: state for loss in self.losses if (state := loss.state())}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         super().on_load_checkpoint(checkpoint)
+        if self.controls is not None:
+            self.controls.going_on(checkpoint["controls"])
         if self.hparams.keep_controls:  # who goes on has what it began with, whatever is kept by now
-            self._take(checkpoint["taken"])
+            self._take(checkpoint.get("taken", []))
             self.work = self._work()
         for loss in self.losses:
             if loss.name in checkpoint.get("losses", {}):

@@ -14,6 +14,8 @@ best step maybe fewer.
 import hashlib
 import inspect
 import json
+import logging
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +28,10 @@ from torch import nn
 
 import megactx
 from megactx.data.documents import cache_folder
+from megactx.framework.errors import RunFailed
 from megactx.framework.files import replacing
+
+log = logging.getLogger(__name__)
 
 # Of a stage's settings: what a control's training does not depend on.
 OTHERS = ("base", "gistnet", "compressor", "controls", "targets", "evaluate", "init", "prefills", "keep_controls")
@@ -72,26 +77,57 @@ class KeptControls:
             "torch": torch.__version__,
         }
 
+        self.same = True  # this run has been trained by this recipe from its first step on
+        try:
+            self.place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"stage.keep_controls=true: {self.place} cannot be made ({error.strerror})") from error
+        if not os.access(self.place, os.W_OK):
+            raise ValueError(f"stage.keep_controls=true: {self.place} cannot be written; set MEGACTX_CACHE to a folder")
+
     def file(self, name: str) -> Path:
         """Where a control lies, or would lie."""
-        text = json.dumps(self.recipe | {"name": name, "control": self.settings[name]}, sort_keys=True, default=str)
-        return self.place / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+        return self.place / f"{_digest(self.recipe | {'name': name, 'control': self.settings[name]})}.safetensors"
+
+    def state(self) -> dict[str, str]:
+        """What a checkpoint stores of the recipe."""
+        settings = {name: value for name, value in self.recipe.items() if name not in ("code", "torch")}
+        return {"settings": _digest(settings), "all": _digest(self.recipe)}
+
+    def going_on(self, before: dict[str, str]) -> None:
+        """See that a run that goes on is the one that was begun; with other code its controls are not kept.
+
+        Args:
+            before: ``state`` of the checkpoint.
+
+        Raises:
+            ValueError: it has other settings: a control that was taken would have been trained by others too.
+        """
+        now = self.state()
+        if before["settings"] != now["settings"]:
+            raise ValueError(
+                "stage.keep_controls=true: the run was begun with another length, or other settings of training or of"
+                " its data; its controls belong to those. Start a new folder, or leave keep_controls out"
+            )
+        self.same = before["all"] == now["all"]
 
     def take(self) -> list[str]:
         """Load the controls that are there into their nets; -> their names."""
         return [name for name, net in list(self.nets.items())[1:] if _loaded(net, self.file(name))]
 
     def keep(self, names: list[str]) -> None:
-        """Write controls whose training has ended.
-
-        Raises:
-            RunFailed: the disk is full.
-        """
-        self.place.mkdir(parents=True, exist_ok=True)
-        for name in names:
+        """Write controls whose training has ended. Where that fails, the run goes on to its report."""
+        for name in names if self.same else ():
             tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in self.nets[name].state_dict().items()}
-            with replacing(self.file(name)) as part:
-                save_file(tensors, part)
+            try:
+                with replacing(self.file(name)) as part:
+                    save_file(tensors, part)
+            except (RunFailed, ValueError) as error:
+                log.warning("stage.controls.%s is not kept for later runs: %s", name, error)
+
+
+def _digest(of: dict) -> str:
+    return hashlib.sha256(json.dumps(of, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _loaded(net: nn.Module, file: Path) -> bool:

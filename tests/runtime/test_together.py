@@ -96,3 +96,18 @@ def test_a_pass_that_fails_leaves_every_session_to_read_by_itself(controller, id
         for one, tokens in zip(running, said, strict=True):
             tokens += next(one)
     assert said == expected and failed == [2]
+
+
+@torch.no_grad()
+def test_streams_that_cannot_be_read_together_are_left_alone(controller, ids):
+    eager, lazy = begun(controller, ids, False)[1:3], begun(controller, ids, True)[1:3]
+    plain = controller("none").stream()
+    for streams in (eager, lazy):
+        for stream in streams:
+            stream.logits()
+        streams[0].push(torch.tensor([4]), torch.tensor([False]))  # a column that is not there
+        for stream in streams:
+            stream.push(torch.tensor([7]))
+    assert read_together([lazy[1], lazy[1], lazy[0], plain]) == 0  # one alone, though it is named twice
+    for a, b in zip(eager, lazy, strict=True):
+        torch.testing.assert_close(a.logits(), b.logits(), atol=1e-4, rtol=0)

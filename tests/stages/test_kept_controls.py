@@ -111,3 +111,37 @@ def test_a_run_that_starts_from_another_keeps_no_controls(kept, tmp_path, capsys
     assert run([*settings, f"folder={tmp_path}/first"]) == 0
     assert run([*settings, f"stage.init={tmp_path}/first", f"folder={tmp_path}/second"]) == 2
     assert "stage.keep_controls=true is not allowed with stage.init" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_with_other_steps_is_refused_and_leaves_the_cache_as_it_was(kept, tmp_path, capsys):
+    settings, cache = kept
+    whole = [*settings, f"folder={tmp_path}/first"]
+    assert run(whole) == 0
+    before = {file.name: file.read_bytes() for file in cache.iterdir()}
+    capsys.readouterr()
+    assert run([*whole, "preset.steps=8", "resume=auto"]) == 2
+    assert "stage.keep_controls=true: the run was begun with another length" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in cache.iterdir()} == before
+
+
+def test_a_cache_that_cannot_be_used_is_told_before_the_training(kept, tmp_path, capsys):
+    settings, cache = kept
+    cache.parent.mkdir(exist_ok=True)
+    cache.write_text("a file")
+    assert run([*settings, f"folder={tmp_path}/first"]) == 2
+    said = capsys.readouterr().err
+    assert "stage.keep_controls=true" in said and "cannot be made" in said
+    assert not (tmp_path / "first" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_control_that_cannot_be_kept_does_not_cost_the_report(kept, tmp_path, monkeypatch, capsys):
+    from megactx.framework.errors import RunFailed
+    from megactx.stages import kept_controls
+
+    def full(tensors, part):
+        raise RunFailed("the disk is full")
+
+    settings, cache = kept
+    monkeypatch.setattr(kept_controls, "save_file", full)
+    assert run([*settings, f"folder={tmp_path}/first"]) == 0
+    assert (tmp_path / "first" / "report.json").exists() and not list(cache.iterdir())
