@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from megactx.evaluation.focus import focused
 from megactx.focus.allocator import FocusAllocator
 from megactx.focus.edit_labels import continuation_nll
-from megactx.focus.layout import check_shares
 from megactx.focus.lensnet import LensNet
 from megactx.focus.window_variants import same_rows
 from megactx.framework.config.types import ArgumentsOf, Count, NonNegative, PartOf, Whole
@@ -29,6 +28,7 @@ from megactx.lm.prefill import Prefill, prefill, unread
 from megactx.parts.read import gistnet_of, lensnet_of
 
 from .joint_report import report
+from .lens_report import check_windows
 from .stage import BaseSettings, FocusEvaluate, FrozenBaseStage, of_today, portable, portable_part
 from .taking import take_parts
 
@@ -184,9 +184,7 @@ class JointStage(FrozenBaseStage):
     def prepare(self, datamodule) -> None:
         self.fit_data(datamodule, self.gistnet.block_size, self.hparams.horizon)
 
-    def check_data(self, datamodule) -> None:
-        tokens = (datamodule.min_tokens, datamodule.max_tokens)
-        check_shares("stage.budgets", self.hparams.budgets, *tokens, self.gistnet.block_size)
+    check_lengths = staticmethod(check_windows)
 
     def session_parts(self):
         return self.gistnet, self.lens

@@ -14,7 +14,6 @@ from torchmetrics.functional import spearman_corrcoef
 
 from megactx.focus.allocator import FocusAllocator
 from megactx.focus.label_files import load
-from megactx.focus.layout import check_shares
 from megactx.focus.lensnet import LensNet
 from megactx.focus.objectives import value_loss
 from megactx.framework.config.types import ArgumentsOf, AtLeast2, Count, NonNegative, PartOf, Whole
@@ -22,7 +21,7 @@ from megactx.parts.read import gistnet_of
 
 from .lens_labels import HELD, ensure, measuring_flops, sizes_ahead
 from .lens_losses import value_losses
-from .lens_report import documents_of_report, report
+from .lens_report import check_windows, report
 from .stage import BaseSettings, FocusEvaluate, FrozenBaseStage, of_today, portable, portable_part
 from .window_work import WindowWork
 
@@ -101,24 +100,7 @@ class LensStage(FrozenBaseStage):
     def prepare(self, datamodule) -> None:
         self.fit_data(datamodule, self.gistnet.block_size, self.hparams.horizon)
 
-    def check_data(self, datamodule) -> None:
-        self.check_lengths(self.hparams, datamodule)
-
-    @staticmethod
-    def check_lengths(settings, datamodule) -> None:
-        """See that windows have room and that the report has documents: all that can be said before there are models.
-
-        Args:
-            settings: of this stage.
-            datamodule: a ``WindowData`` that is set up.
-
-        Raises:
-            ValueError: not so; it names the setting.
-        """
-        fewest, most, evaluate = datamodule.min_tokens, datamodule.max_tokens, settings["evaluate"]
-        check_shares("stage.budgets", settings["budgets"], fewest, most, datamodule.block)
-        cursors = [document["cursor"] for document in documents_of_report(datamodule, evaluate)]
-        check_shares("stage.evaluate.budgets", evaluate["budgets"], min(cursors), max(cursors), datamodule.block)
+    check_lengths = staticmethod(check_windows)
 
     def session_parts(self):
         return self.gistnet, self.lens

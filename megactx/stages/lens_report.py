@@ -6,6 +6,7 @@ from megactx.data.files import Files
 from megactx.evaluation.focus import measure_focus
 from megactx.evaluation.focus_report import focus_report, summarise_focus
 from megactx.evaluation.planted import measure_planted, summarise_planted
+from megactx.focus.layout import check_shares
 from megactx.framework.bar import bar
 
 
@@ -25,6 +26,22 @@ def report(stage, folder: Path, datamodule) -> None:
         other.mkdir(exist_ok=True)
         documents = datamodule.other(Files(evaluate["path"]), evaluate["documents"], evaluate["tokens"])
         _report(stage, other, _some(documents, evaluate, evaluate["path"]), [], evaluate["path"])
+
+
+def check_windows(settings, datamodule) -> None:
+    """See that windows have room and that the report has documents: all that can be said before there are models.
+
+    Args:
+        settings: of a stage that reads windows.
+        datamodule: a ``WindowData`` that is set up.
+
+    Raises:
+        ValueError: not so; it names the setting.
+    """
+    fewest, most, evaluate = datamodule.min_tokens, datamodule.max_tokens, settings["evaluate"]
+    check_shares("stage.budgets", settings["budgets"], fewest, most, datamodule.block)
+    cursors = [document["cursor"] for document in documents_of_report(datamodule, evaluate)]
+    check_shares("stage.evaluate.budgets", evaluate["budgets"], min(cursors), max(cursors), datamodule.block)
 
 
 def documents_of_report(datamodule, evaluate: dict) -> list[dict]:

@@ -98,6 +98,7 @@ class Stage(lightning.LightningModule):
         Raises:
             ValueError: it has not; it names the setting.
         """
+        self.check_lengths(self.hparams, datamodule)
 
     @staticmethod
     def check_lengths(settings, datamodule) -> None:

@@ -158,13 +158,15 @@ def test_a_setting_reaches_both_steps_or_the_one_that_it_names(tmp_path):
     assert f"stage.gistnet={tmp_path}/out.retrofit/gist" in lens
 
 
-def test_what_the_lens_step_would_refuse_is_refused_before_the_gist_step_trains(texts, tmp_path, capsys):
+def test_what_a_later_step_would_refuse_is_refused_before_the_gist_step_trains(texts, tmp_path, capsys):
     command = ["asset:tiny-base", str(texts), str(tmp_path / "out"), "preset=smoke", *FEW]
     for setting, message in (
         ("lens:stage.budgets=[0.5,0.1]", "LensNet: stage.budgets=[0.5, 0.1]: 0.1 of 640 tokens are 64 entries"),
+        ("lora:stage.budgets=[0.5,0.1]", "LoRA: stage.budgets=[0.5, 0.1]: 0.1 of 640 tokens are 64 entries"),
+        ("lora:stage.evaluate.tokens=100000", "LoRA: stage.evaluate.tokens=100000: none of held-out documents"),
         ("lens:stage.evaluate.tokens=100000", "none of held-out documents has so many tokens"),
         ("lens:datamodule.min_tokens=5000", "LensNet: data.min_tokens=5000"),
     ):
-        assert retrofit.main([*command, setting]) == 2
+        assert retrofit.main([*command, "lora=4", setting]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out.retrofit" / "gist").exists()
