@@ -76,7 +76,6 @@ class KeptControls:
             "code": _code(),
             "torch": torch.__version__,
         }
-
         self.same = True  # this run has been trained by this recipe from its first step on
         try:
             self.place.mkdir(parents=True, exist_ok=True)
@@ -107,7 +106,7 @@ class KeptControls:
         if before["settings"] != now["settings"]:
             raise ValueError(
                 "stage.keep_controls=true: the run was begun with another length, or other settings of training or of"
-                " its data; its controls belong to those. Start a new folder, or leave keep_controls out"
+                " its data; its controls belong to those. Start in a new folder"
             )
         self.same = before["all"] == now["all"]
 
