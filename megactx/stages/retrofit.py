@@ -6,8 +6,9 @@
 BASE is what base.name of train.py may be: a folder, a GGUF file, asset:NAME, or a name on a hub. Each step is a run of
 ``train.py`` with a folder of its own in OUT.retrofit, where its log is too: experiment=retrofit_gist and
 retrofit_lens, or what ``gist:experiment=...`` says. A setting reaches all, or the one that it names. The same command
-goes on after a kill. keys=FOLDER takes what megactx.studies.keys has made for BASE into OUT. With lora=RANK a third
-step, retrofit_lora, trains adapters on the base LM that read windows of gists; without it the base LM stays as it is.
+goes on after a kill. With lora=RANK another step, retrofit_lora, trains adapters on the base LM that read windows of
+gists; without it the base LM stays as it is. Keys of blocks are the last that is trained: keys=STEPS, 0 for none, or
+keys=FOLDER of what megactx.studies.keys has made for BASE.
 
 smoke is a look in a minute, demo is meant for an hour of SmolLM2 on two plain cores, full for days of a GPU.
 """
@@ -39,9 +40,10 @@ from megactx.parts.find import KEYS
 
 from .export import export, refuse_other
 from .joint_report import in_words
+from .keys import texts, train_keys
 from .prefills import composed
 
-TITLES = {"gist": "GistNet", "lens": "LensNet", "lora": "LoRA", "export": "export"}
+TITLES = {"gist": "GistNet", "lens": "LensNet", "lora": "LoRA", "keys": "keys", "export": "export"}
 RANKS = range(4, 17)  # of adapters
 PRESETS = {  # step -> settings that come before a person's own
     "smoke": {
@@ -60,6 +62,8 @@ PRESETS = {  # step -> settings that come before a person's own
     "demo": {"gist": [], "lens": [], "lora": []},
     "full": {step: ["preset=full", "preset.minutes=null"] for step in ("gist", "lens", "lora")},
 }
+STEPS_OF_KEYS = {"smoke": 4, "demo": 400, "full": 4000}
+DOCUMENTS_OF_KEYS, TOKENS_OF_KEYS = 300, 4096  # at most
 EVERY = 30.0  # seconds between two lines where there is no terminal
 MEMORY = re.compile(r"^Memory of a step.*$", re.MULTILINE)
 
@@ -83,10 +87,7 @@ class Retrofit:
         self.preset = presets[-1]
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset} is not allowed: {', '.join(PRESETS)}")
-        keys = [o.partition("=")[2] for o in overrides if o.startswith("keys=")]
-        self.keys = Path(keys[-1]).expanduser().absolute() if keys else None
-        if self.keys is not None and not (self.keys / KEYS).is_file():
-            raise ValueError(f"keys={keys[-1]}: there are no keys; python -m megactx.studies.keys makes some")
+        self.keys, self.steps_of_keys = self._keys([o.partition("=")[2] for o in overrides if o.startswith("keys=")])
         rank = ([o.partition("=")[2] for o in overrides if o.startswith("lora=")] or ["0"])[-1]
         if not (rank.isdecimal() and (int(rank) == 0 or int(rank) in RANKS)):
             raise ValueError(f"lora={rank} is not allowed: a rank from 4 to 16, or 0 for no adapters")
@@ -99,7 +100,20 @@ class Retrofit:
             if override.removeprefix(f"{step}:").startswith(("folder=", "resume=")):
                 raise ValueError(f"{override} is not allowed: the runs lie in {self.work}, and go on by themselves")
         self.commands = {step: self._command(step, base, texts, overrides) for step in self.steps}
-        self.base = base
+        self.base, self.texts, self.about_keys = base, texts, ""
+
+    def _keys(self, given: list[str]) -> tuple[Path | None, int]:
+        """-> folder of keys that are there, and steps of training where there are none."""
+        wanted = given[-1] if given else str(STEPS_OF_KEYS[self.preset])
+        if wanted.isdecimal():
+            return None, int(wanted)
+        folder = Path(wanted).expanduser().absolute()
+        if not (folder / KEYS).is_file():
+            raise ValueError(
+                f"keys={wanted}: there are no keys; allowed are steps of training, 0 for none, or a folder of "
+                "python -m megactx.studies.keys"
+            )
+        return folder, 0
 
     def _command(self, step: str, base: str, texts: str, overrides: list[str]) -> list[str]:
         own = [o.removeprefix(f"{step}:") for o in overrides if o.startswith(f"{step}:") or ":" not in o.split("=")[0]]
@@ -126,8 +140,11 @@ class Retrofit:
                 if not (self.work / step / "done").exists() and (code := self._train(step, number)) != DONE:
                     return code
             quiet_libraries()
-            with _Line(self._place(len(self.steps) + 1), TITLES["export"]):
+            self._train_keys()
+            with _Line(self._place(self.parts), TITLES["export"]):
                 export(self.work / self.steps[-1], self.out, self._card(), self.keys)
+        if self.steps_of_keys and self.keys is None:
+            print(f"keys of blocks: {self.about_keys}")
         print(f"{self.out}: python -m megactx.apps.chat --model {shlex.quote(str(self.out))}")
         return DONE
 
@@ -177,7 +194,31 @@ class Retrofit:
         return code
 
     def _place(self, number: int) -> str:
-        return f"{number} of {len(self.steps) + 1}"
+        return f"{number} of {self.parts}"
+
+    @property
+    def parts(self) -> int:
+        return len(self.steps) + bool(self.steps_of_keys) + 1
+
+    def _train_keys(self) -> None:
+        """Keys of the texts; where there is too little of them it says so and goes on."""
+        if not self.steps_of_keys:
+            return
+        made, about = self.work / "keys", {"base": self.base, "texts": self.texts, "steps": self.steps_of_keys}
+        with (self.work / "keys.log").open("a", encoding="utf-8") as kept:
+            with _Line(self._place(self.parts - 1), TITLES["keys"], kept) as line, contextlib.redirect_stdout(line):
+                place = self.work / "keys_of.json"
+                if not (made / KEYS).is_file() or not place.is_file() or json.loads(place.read_text()) != about:
+                    base = BaseLM.from_pretrained(self.base, "float32").freeze()
+                    try:
+                        learned, _ = texts(base.tokenizer, self.texts, DOCUMENTS_OF_KEYS, TOKENS_OF_KEYS)
+                    except ValueError as error:
+                        self.about_keys = f"It has none: {str(error).removeprefix('--path: ')}"
+                        return
+                    losses = train_keys(base, learned, made, self.steps_of_keys)
+                    print(f"loss of the first step {losses[0]:.3f}, of the last {losses[-1]:.3f}")
+                    files.write(place, json.dumps(about) + "\n")
+        self.keys, self.about_keys = made, json.loads((made / KEYS).read_text(encoding="utf-8"))["made_by"]
 
     def _card(self) -> str:
         """What it is, of what it was made, and what both reports say."""
@@ -195,6 +236,8 @@ class Retrofit:
                 parts += [in_words(json.loads(plain.read_text(encoding="utf-8"))), ""]
             report = (self.work / step / "report.md").read_text(encoding="utf-8")
             parts += [re.sub(r"^(#+) ", r"##\1 ", report, flags=re.MULTILINE).strip()]
+        if self.about_keys:
+            parts += ["", f"## {TITLES['keys']}", "", f"{self.about_keys}."]
         return "\n".join(parts) + "\n"
 
 

@@ -12,7 +12,9 @@ import pytest
 from megactx.apps import chat
 from megactx.focus.keys import KeyNet
 from megactx.lm import BaseLM
+from megactx.parts.read import load_keys
 from megactx.parts.write import save_keys
+from megactx.stages import keys as keys_of_blocks
 from megactx.stages import retrofit
 from megactx.stages.export import MANIFEST
 
@@ -113,6 +115,27 @@ def _answers(model, tmp_path, monkeypatch, capsys):
         asked = [{"role": "user", "content": "What is a gist?"}]
         assert client.chat.completions.create(model="out", messages=asked).usage.completion_tokens == 8
     engine.close()
+
+
+def test_keys_are_trained_once_and_too_little_text_is_said(texts, tmp_path, monkeypatch):
+    def begun(steps, of=texts):
+        made = retrofit.Retrofit("asset:tiny-base", str(of), tmp_path / "out", [f"keys={steps}"])
+        made.work.mkdir(exist_ok=True)
+        made._train_keys()
+        return made
+
+    (tmp_path / "short.txt").write_text("A short text.")
+    without = begun(3, tmp_path / "short.txt")
+    assert without.keys is None and "at least 20 are needed" in without.about_keys
+    monkeypatch.setattr(keys_of_blocks, "BLOCKS", 12)
+    monkeypatch.setattr(keys_of_blocks, "TOLD", 3)
+    made = begun(3)
+    base = BaseLM.from_pretrained("asset:tiny-base", "float32").freeze()
+    assert load_keys(made.keys, base).size == 64 and made.about_keys.startswith("megactx.stages.keys, 3 steps")
+    when = (made.keys / "model.safetensors").stat().st_mtime_ns
+    assert begun(3).keys == made.keys and (made.keys / "model.safetensors").stat().st_mtime_ns == when
+    assert begun(2).about_keys.startswith("megactx.stages.keys, 2 steps")
+    assert begun(0).keys is None
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from megactx.focus import key_training as training
 from megactx.focus.keys import KeyNet
 from megactx.parts.models import load_models
 from megactx.parts.read import load_keys
+from megactx.stages import keys as stage
 from megactx.studies import keys as study
 from megactx.studies.keys import main
 
@@ -60,8 +61,9 @@ def test_a_fact_that_another_document_was_told_too_is_no_wrong_answer():
 
 @pytest.mark.slow
 def test_keys_are_trained_measured_and_read_again(exported, texts, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, "BLOCKS", 12)
-    monkeypatch.setattr(study, "TOLD", 3)
+    for module in (stage, study):
+        monkeypatch.setattr(module, "BLOCKS", 12)
+        monkeypatch.setattr(module, "TOLD", 3)
     out = tmp_path / "keys"
     sizes = ["--documents", "24", "--tokens", "3072", "--steps", "12", "--cases", "2", "--haystack", "48"]
     assert main([str(exported), "--path", str(texts), *sizes, "--size", "16", "--out", str(out)]) == 0
@@ -82,4 +84,4 @@ def test_keys_are_trained_measured_and_read_again(exported, texts, tmp_path, mon
 def test_too_little_text_is_told(exported, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("A short text.")
     assert main([str(exported), "--path", str(tmp_path / "short.txt"), "--out", str(tmp_path / "keys")]) == 2
-    assert "--path: 0 texts have 3072 tokens, at least 20 are needed" in capsys.readouterr().err
+    assert "--path: there are 0 texts of 3072 tokens, at least 20 are needed" in capsys.readouterr().err
