@@ -40,7 +40,7 @@ class Wanted:
 
     Args:
         name: of up to 64 letters, digits, - and _.
-        path: its folder; a string is a URL.
+        path: its folder, or a URL.
         share: of the budget; ``None``: an equal part of what the others leave of half.
         pinned: the only version that is read; ``None``: the newest.
 
@@ -58,6 +58,8 @@ class Wanted:
             raise ValueError(f"part={self.name!r} is not allowed: a name has up to 64 letters, digits, - and _")
         if self.share is not None and not (math.isfinite(self.share) and 0 < self.share <= 0.5):
             raise ValueError(f"part {self.name}: share={self.share:g} is not allowed: above 0, at most 0.5")
+        place = place_of(self.path)
+        object.__setattr__(self, "path", place.expanduser().absolute() if isinstance(place, Path) else place)
 
     @classmethod
     def parse(cls, text: str) -> "Wanted":
@@ -69,8 +71,7 @@ class Wanted:
             path, share = front, float(last)
         if not equals or not path:
             raise ValueError(f"part={text!r} is not allowed: NAME=PATH or NAME=PATH:SHARE")
-        place = place_of(path)
-        return cls(name, place.expanduser().absolute() if isinstance(place, Path) else place, share)
+        return cls(name, path, share)
 
     def as_dict(self) -> dict:
         """For a file."""

@@ -1,8 +1,10 @@
 """What a person decides about a session: how large its window is, what fills it, where positions end."""
 
+import inspect
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
+from megactx.focus.allocator import FocusAllocator
 from megactx.focus.edits import PROTECTED
 from megactx.framework.config.types import Count, Whole, declared
 
@@ -49,6 +51,10 @@ class Settings:
     def __post_init__(self):
         if self.keys and not self.earn:
             raise ValueError(f"keys={self.keys} is not allowed without earn=true, which reads what stands out")
+        allowed = inspect.signature(FocusAllocator).parameters
+        if unknown := [name for name in self.allocator if name not in allowed]:
+            raise ValueError(f"allocator.{unknown[0]} is not known, allowed are {', '.join(allowed)}")
+        FocusAllocator(**self.allocator)  # says now what it would refuse at the first refocus
 
     @property
     def protected(self) -> int:

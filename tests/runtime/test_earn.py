@@ -189,6 +189,19 @@ def test_keys_do_not_bring_the_block_behind_one_that_they_find_where_it_was_take
     session.close()
 
 
+@pytest.mark.parametrize(
+    ("allocator", "told"),
+    [
+        ({"swap": 1}, "allocator.swap is not known, allowed are threshold, max_edits"),
+        ({"threshold": "x"}, "allocator.threshold=x is not allowed"),
+        ({"max_edits": 1}, "allocator.max_edits=1 is not allowed"),
+    ],
+)
+def test_a_setting_of_the_allocator_is_refused_before_a_session_begins(allocator, told):
+    with pytest.raises(ValueError, match=told):
+        Settings(allocator=allocator)
+
+
 def test_keys_need_a_net_and_a_window_that_is_earned(models):
     with pytest.raises(ValueError, match="keys=2 is not allowed without earn=true"):
         Settings(keys=2)

@@ -63,6 +63,12 @@ def within_shares(session):
     return sizes
 
 
+def test_the_folder_of_a_part_may_be_a_string(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Wanted("notes", "saved") == Wanted("notes", tmp_path / "saved")
+    assert Wanted("notes", "https://example.org/tree").path == "https://example.org/tree"
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["focus", "recency"])
 def test_every_refocus_keeps_each_part_within_its_share_and_the_session_its_half(controller, saved, ids, kind):
