@@ -10,7 +10,8 @@ goes on after a kill. With lora=RANK another step, retrofit_lora, trains adapter
 gists; without it the base LM stays as it is. Keys of blocks are the last that is trained: keys=STEPS, 0 for none, or
 keys=FOLDER of what megactx.studies.keys has made for BASE.
 
-smoke is a look in a minute, demo is meant for an hour of SmolLM2 on two plain cores, full for days of a GPU.
+smoke is a look in a minute, demo is meant for an hour of SmolLM2 on two plain cores, full for days of a GPU. Where
+preset.minutes cuts the steps of the GistNet, the later steps have the same share of their windows and documents.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from megactx.framework.config.validate import locate
 from megactx.framework.errors import DONE, INTERRUPTED
 from megactx.framework.lock import Lock
 from megactx.framework.run.fit import other_content
+from megactx.framework.run.pace import by_hand
 from megactx.lm import BaseLM
 from megactx.parts.find import KEYS
 
@@ -61,6 +63,11 @@ PRESETS = {  # step -> settings that come before a person's own
     },
     "demo": {"gist": [], "lens": [], "lora": []},
     "full": {step: ["preset=full", "preset.minutes=null"] for step in ("gist", "lens", "lora")},
+}
+# What a step has a share of, where time has cut the steps of the GistNet on this machine, and the least of it.
+SHARED = {
+    "lens": {"preset.steps": 30, "preset.lens.windows": 8, "preset.report.documents": 6},
+    "lora": {"preset.alternating.lora": 20, "preset.alternating.report": 4},
 }
 STEPS_OF_KEYS = {"smoke": 4, "demo": 400, "full": 4000}
 DOCUMENTS_OF_KEYS, TOKENS_OF_KEYS = 300, 4096  # at most
@@ -160,7 +167,9 @@ class Retrofit:
                 raise ValueError(
                     f"{self.work / step} was made with other settings: {gone} is now {new}. Remove it first"
                 )
-            if (self.work / step / "done").exists() and (changes := other_content(compose(command), self.work / step)):
+            if (self.work / step / "done").exists() and (
+                changes := other_content(compose(self._paced(step)), self.work / step)
+            ):
                 raise ValueError(f"{self.work / step} was made of other things: {'; '.join(changes)}. Remove it first")
         files.write(place, json.dumps(self.commands, indent=1) + "\n")
 
@@ -185,13 +194,28 @@ class Retrofit:
         log = self.work / f"{step}.log"
         with log.open("a", encoding="utf-8") as kept, _Line(self._place(number), TITLES[step], kept) as line:
             with contextlib.redirect_stdout(line), contextlib.redirect_stderr(line):
-                code = app.run([*self.commands[step], "resume=auto"])
+                code = app.run([*self._paced(step), "resume=auto"])
         if code not in (DONE, INTERRUPTED):
             told = [said for said in log.read_text(encoding="utf-8").splitlines() if said.startswith("megactx")]
             print(f"{told[-1] if told else 'megactx: it failed'} (all of it is in {log})", file=sys.stderr)
         elif code == INTERRUPTED:
             print("\nmegactx: interrupted; the same command goes on", file=sys.stderr)
         return code
+
+    def _paced(self, step: str) -> list[str]:
+        """The command of a step, with the share of its lengths that ``preset.minutes`` left of the GistNet's steps."""
+        command, kept = self.commands[step], self.work / "gist" / "config.yaml"
+        if step not in SHARED or not kept.is_file():
+            return command
+        share = OmegaConf.load(kept).preset.steps / compose(self.commands["gist"]).preset.steps
+        if share >= 1:
+            return command
+        given, cfg = by_hand(command), compose(command)
+        lengths = {key: (OmegaConf.select(cfg, key), least) for key, least in SHARED[step].items() if key not in given}
+        return [
+            *command,
+            *(f"{key}={min(most, max(least, round(share * most)))}" for key, (most, least) in lengths.items()),
+        ]
 
     def _place(self, number: int) -> str:
         return f"{number} of {self.parts}"
@@ -228,7 +252,7 @@ class Retrofit:
         changed = f"Adapters of rank {self.rank} are merged into its weights; its perplexity before and after is below."
         parts += [changed if self.rank else unchanged, ""]
         parts += ["    python -m megactx.apps.serve MEMORIES --model THIS", "", "## How it was made", ""]
-        parts += [f"    python train.py {shlex.join(self.commands[step])}" for step in self.steps]
+        parts += [f"    python train.py {shlex.join(self._paced(step))}" for step in self.steps]
         for step in self.steps:
             memory = MEMORY.findall((self.work / f"{step}.log").read_text(encoding="utf-8"))
             parts += ["", f"## {TITLES[step]}", "", *memory[-1:], ""]

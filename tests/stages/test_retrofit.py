@@ -117,6 +117,17 @@ def _answers(model, tmp_path, monkeypatch, capsys):
     engine.close()
 
 
+def test_later_steps_have_the_share_of_their_length_that_time_left_of_the_first(tmp_path):
+    made = retrofit.Retrofit("asset:tiny-base", "texts", tmp_path / "out", ["lora=8", "lens:preset.lens.windows=15"])
+    assert made._paced("lens") == made.commands["lens"]  # nothing has been timed yet
+    (made.work / "gist").mkdir(parents=True)
+    for steps, own in ((540, []), (270, ["preset.steps=270", "preset.report.documents=10"])):
+        (made.work / "gist" / "config.yaml").write_text(f"preset: {{steps: {steps}}}")
+        assert made._paced("lens") == [*made.commands["lens"], *own]
+    assert made._paced("lora")[-2:] == ["preset.alternating.lora=30", "preset.alternating.report=4"]
+    assert made._paced("gist") == made.commands["gist"]
+
+
 def test_keys_are_trained_once_and_too_little_text_is_said(texts, tmp_path, monkeypatch):
     def begun(steps, of=texts):
         made = retrofit.Retrofit("asset:tiny-base", str(of), tmp_path / "out", [f"keys={steps}"])
