@@ -11,11 +11,13 @@ from torch import nn
 
 from megactx.focus.keys import KeyNet
 from megactx.focus.lensnet import LensNet
+from megactx.focus.sentence_keys import SentenceKeys
 from megactx.gist import GistNet
 from megactx.gist.compressors import build
 from megactx.lm import BaseLM
 from megactx.lm.adapters import active_adapters
 from megactx.lm.identity import of_embeddings, of_net, of_weights, raw, record_of
+from megactx.lm.sentences import SentenceEncoder
 from megactx.memory.prediction import Readout
 
 from .find import GISTNET, KEYS, LENSNET, WEIGHTS, find, read_best, refuse_other_base, under
@@ -155,18 +157,22 @@ def load_lensnet(folder: str | Path, gistnet: GistNet) -> LensNet:
     return _filled(net, folder, "lensnet").requires_grad_(False)
 
 
-def load_keys(folder: str | Path, base: BaseLM) -> KeyNet:
+def load_keys(folder: str | Path, base: BaseLM) -> KeyNet | SentenceKeys:
     """Read the folder of ``save_keys`` for the base LM whose embeddings it was trained on, fp32, frozen.
 
     Raises:
         ValueError: there is none in the folder, its description is damaged, it is of another base LM, or its weights do
-            not fit.
+            not fit; or a sentence encoder is missing that it reads.
     """
     about = _described(folder, "keys", "size", "base")
     if about["base"] != (own := of_embeddings(base)):
         raise ValueError(f"keys={folder}: trained on other embeddings, {about['base']}; those of the base LM are {own}")
+    reads = about.get("reads", "embeddings")
     try:
-        net = KeyNet(base.model.get_input_embeddings().weight, about["size"])
+        if reads == "sentences":
+            net = SentenceKeys(base.tokenizer, SentenceEncoder(f"keys={folder}"), about["size"])
+        else:
+            net = KeyNet(base.model.get_input_embeddings().weight, about["size"])
     except TypeError as error:
         raise ValueError(f"keys={folder}: {KEYS} is damaged ({error})") from error
     return _filled(net, folder, "keys").requires_grad_(False)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from megactx.focus.keys import KeyNet
 from megactx.focus.lensnet import LensNet
+from megactx.focus.sentence_keys import SentenceKeys
 from megactx.framework.command_line import run
 from megactx.framework.files import replacing
 from megactx.gist import GistNet
@@ -22,6 +23,8 @@ from megactx.memory.prediction import Readout
 
 from .find import WEIGHTS, find, read_best
 from .read import gistnet_of, gistnet_settings
+
+KINDS_OF_KEYS = {KeyNet: "embeddings", SentenceKeys: "sentences"}
 
 
 def save_gistnet(net: GistNet, settings: dict, base: BaseLM, folder: str | Path, made_by: str = "") -> None:
@@ -51,14 +54,16 @@ def save_lensnet(net: LensNet, settings: dict, gistnet: GistNet, folder: str | P
     _write(folder, "lensnet", about | {"made_by": made_by}, weights)
 
 
-def save_keys(net: KeyNet, base: BaseLM, folder: str | Path, made_by: str = "") -> None:
-    """Write a net of keys into a folder, its matrices in bf16, without the base LM's embeddings, which it reads.
+def save_keys(net: KeyNet | SentenceKeys, base: BaseLM, folder: str | Path, made_by: str = "") -> None:
+    """Write a net of keys into a folder, its matrices in bf16, without what it reads: the base LM's embeddings, or
+    a sentence encoder.
 
     Args:
         made_by: how it was trained, for people.
     """
     weights = {name: t.to(torch.bfloat16) if t.ndim else t for name, t in net.state_dict().items()}
-    _write(folder, "keys", {"size": net.size, "base": of_embeddings(base), "made_by": made_by}, weights)
+    about = {"size": net.size, "base": of_embeddings(base), "reads": KINDS_OF_KEYS[type(net)], "made_by": made_by}
+    _write(folder, "keys", about, weights)
 
 
 def save_prediction(net: Readout, settings: dict, gistnet: GistNet, folder: str | Path, made_by: str = "") -> None:

@@ -15,8 +15,10 @@ from megactx.data.embedded import Embedded
 from megactx.data.files import Files
 from megactx.focus import key_training as training
 from megactx.focus.keys import QUESTION, KeyNet
+from megactx.focus.sentence_keys import SentenceKeys
 from megactx.framework.bar import bar
 from megactx.lm import BaseLM
+from megactx.lm.sentences import SentenceEncoder
 from megactx.parts.write import save_keys
 
 BLOCK, HELD_OUT = 32, 10
@@ -82,10 +84,10 @@ class Teller:
         return out
 
 
-def step_of(pool: training.Pool, teller: Teller, frames, draw: random.Random):
+def step_of(pool: training.Pool, teller: Teller, frames, draw: random.Random, count: int = DOCUMENTS):
     """-> documents [D, N, K], the questions about each, hard blocks [C, K]."""
     documents, asked, hard = [], [], []
-    for _ in range(DOCUMENTS):
+    for _ in range(count):
         whole = draw.choice(pool.documents)
         start = draw.randrange(len(whole) // BLOCK - BLOCKS + 1) * BLOCK
         ids = whole[start : start + BLOCKS * BLOCK].clone()
@@ -110,7 +112,7 @@ def step_of(pool: training.Pool, teller: Teller, frames, draw: random.Random):
     return torch.stack(documents), asked, blocks[:, 2:].reshape(-1, BLOCK)
 
 
-def train(net: KeyNet, pool: training.Pool, teller: Teller, steps: int, seed: int) -> list[float]:
+def train(net: KeyNet | SentenceKeys, pool: training.Pool, teller: Teller, steps: int, seed: int) -> list[float]:
     """-> the loss of every step."""
     frames = [tuple(map(teller.ids, frame)) for frame in FRAMES]
     numbers = [net.scale, net.null]  # single numbers of size ten need larger steps than weights do
@@ -120,8 +122,10 @@ def train(net: KeyNet, pool: training.Pool, teller: Teller, steps: int, seed: in
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=0.05)
     draw, losses = random.Random(seed), []
+    # The encoder reads each block that a fact was put into: two texts of a step are half its time.
+    count = 2 if isinstance(net, SentenceKeys) else DOCUMENTS
     for _ in bar("steps")(range(steps)):
-        value = training.loss(net, *step_of(pool, teller, frames, draw))
+        value = training.loss(net, *step_of(pool, teller, frames, draw, count))
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -131,13 +135,30 @@ def train(net: KeyNet, pool: training.Pool, teller: Teller, steps: int, seed: in
 
 
 def train_keys(
-    base: BaseLM, learned: list[torch.Tensor], folder: Path, steps: int, size: int = 64, seed: int = 0
+    base: BaseLM,
+    learned: list[torch.Tensor],
+    folder: Path,
+    steps: int,
+    size: int = 64,
+    seed: int = 0,
+    sentences: bool = False,
 ) -> list[float]:
-    """Train keys on ids in whole blocks, and write them; -> the loss of every step."""
+    """Train keys on ids in whole blocks, and write them; -> the loss of every step.
+
+    Args:
+        sentences: of the states of a sentence encoder.
+
+    Raises:
+        ValueError: its weights are not installed.
+    """
     torch.manual_seed(seed)
-    net = KeyNet(base.model.get_input_embeddings().weight, size)
     pool = training.Pool(learned, base.tokenizer, BLOCK)
-    training.start_weights(net, pool.counts(len(net.weight)))
+    if sentences:
+        net = SentenceKeys(base.tokenizer, SentenceEncoder("--sentences"), size)
+        net.known = {}
+    else:
+        net = KeyNet(base.model.get_input_embeddings().weight, size)
+        training.start_weights(net, pool.counts(len(net.weight)))
     losses = train(net, pool, Teller(base.tokenizer, paraphrases.LEARNED), steps, seed)
     save_keys(net, base, folder, f"megactx.stages.keys, {steps} steps, {len(learned)} documents, seed {seed}")
     return losses

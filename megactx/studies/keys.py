@@ -42,6 +42,7 @@ def options(given: Options) -> None:
     given.number("cases", 60, "of each kind of question")
     given.number("haystack", 4096, "blocks among which a question is answered", least=MOST)
     given.number("seed", 0, "of all draws", least=0)
+    given.add("--sentences", action="store_true", help="keys of the states of all-MiniLM-L6-v2, not of embeddings")
     given.add("--out", type=Path, default=Path("keys"), help="folder of the keys, with tables beside them")
 
 
@@ -85,7 +86,7 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     models = load_models(args.model)
     base, tokenizer = models.base, models.base.tokenizer
     learned, held_out = texts(tokenizer, args.path, args.documents, args.tokens)
-    losses = train_keys(base, learned, args.out, args.steps, args.size, args.seed)
+    losses = train_keys(base, learned, args.out, args.steps, args.size, args.seed, args.sentences)
     net = load_keys(args.out, base)  # what was written is what is measured
     table = recall(net, held_out, Teller(tokenizer, paraphrases.MEASURED), args)
     last = losses[-max(1, len(losses) // 10) :]

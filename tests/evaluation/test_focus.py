@@ -9,6 +9,7 @@ from megactx.evaluation.focus import FULL, GISTS, LENS, ORACLE, RANDOM, RECENCY,
 from megactx.evaluation.focus_report import focus_report, summarise_focus
 from megactx.evaluation.planted import NEEDED, PlantedScores, in_detail, summarise_planted
 from megactx.evaluation.policies.bm25 import Bm25, bm25
+from megactx.lm import BaseLM
 from megactx.memory import MegaContextTree, WorkingContext
 
 
@@ -17,9 +18,6 @@ class Words:
 
     def decode(self, ids):
         return " ".join(f"word{i}" for i in ids)
-
-    def batch_decode(self, rows):
-        return [self.decode(row) for row in rows]
 
 
 def test_bm25_finds_the_block_that_has_the_rare_words_of_the_newest_tokens():
@@ -32,13 +30,15 @@ def test_bm25_finds_the_block_that_has_the_rare_words_of_the_newest_tokens():
     assert found.shape == (40,)
 
 
+def test_bm25_of_no_blocks_is_empty():
+    tokenizer = BaseLM.from_pretrained("asset:tiny-base").tokenizer
+    assert bm25(tokenizer, torch.arange(20), 0, 32).shape == (0,)
+
+
 def test_bm25_finds_a_block_by_a_single_digit():
     class Digits:
         def decode(self, ids):
             return " ".join("7" if i == 7 else "word" for i in ids)
-
-        def batch_decode(self, rows):
-            return [self.decode(row) for row in rows]
 
     ids = torch.zeros(320, dtype=torch.long)
     ids[[43, 319]] = 7  # in block 5, and asked for behind the last block

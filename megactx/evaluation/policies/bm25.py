@@ -21,7 +21,8 @@ class Bm25(Policy):
 def bm25(tokenizer, ids: Tensor, count: int, block: int) -> Tensor:
     """Okapi BM25 of each of the first ``count`` blocks of ids [T], for its last ``QUERY`` tokens: [N]."""
     ids = ids.cpu()
-    texts = tokenizer.batch_decode([ids[n * block : (n + 1) * block].tolist() for n in range(count)])
+    # ``batch_decode`` of no blocks is one empty text.
+    texts = [tokenizer.decode(ids[n * block : (n + 1) * block].tolist()) for n in range(count)]
     return okapi(texts, tokenizer.decode(ids[-QUERY:].tolist()))
 
 

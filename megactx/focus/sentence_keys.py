@@ -1,0 +1,79 @@
+"""Keys of blocks from the states of a sentence encoder, where a bag of words is not enough: a block that says what the
+question asks in other words.
+
+    key(block) = unit(project(sum over its tokens of  softmax(weight(state)) x state) + MLP)
+
+The encoder is frozen and reads the text of the block; what is learned is which of its tokens count, and 64 numbers that
+tell blocks apart. All else is as in ``focus.keys``.
+"""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Le
+from torch import Tensor, nn
+
+from megactx.framework.config.types import declared
+from megactx.lm.sentences import SentenceEncoder
+
+PIECE = 1024  # blocks that are encoded at a time
+KNOWN = 2**15  # blocks whose states are remembered while keys are trained
+
+
+@declared("keys")
+class SentenceKeys(nn.Module):
+    """Tokens of a block -> its key.
+
+    Args:
+        tokenizer: of the base LM, whose ids become text.
+        encoder: what reads the text.
+        size: S.
+
+    Raises:
+        ValueError: a setting that is not allowed.
+    """
+
+    def __init__(self, tokenizer, encoder: SentenceEncoder, size: Annotated[int, Ge(16), Le(64)] = 64):
+        super().__init__()
+        self.size, self.tokenizer, self.encoder = size, tokenizer, encoder
+        self.known: dict[bytes, Tensor] | None = None  # states by ids; a dict remembers them
+        self.project = nn.Linear(encoder.width, size, bias=False)
+        nn.init.orthogonal_(self.project.weight)
+        self.weight = nn.Linear(encoder.width, 1)
+        nn.init.zeros_(self.weight.weight)
+        self.up, self.down = nn.Linear(size, 2 * size), nn.Linear(2 * size, size)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+        self.scale, self.null = nn.Parameter(torch.tensor(15.0)), nn.Parameter(torch.tensor(5.0))
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """ids [E, K], mask bool [E, K] of the tokens that are there -> unit keys [E, S]."""
+        device = self.project.weight.device
+        rows = ids.tolist() if mask is None else [row[there].tolist() for row, there in zip(ids, mask, strict=True)]
+        states = nn.utils.rnn.pad_sequence(self._states(rows), batch_first=True).to(device)  # [E, T, width]
+        there = states.abs().amax(-1) > 0
+        score = self.weight(states)[..., 0].masked_fill(~there, -torch.inf)
+        mixed = torch.einsum("et,etd->ed", score.softmax(-1), states)
+        x = F.normalize(self.project(mixed), dim=-1)
+        return F.normalize(x + self.down(F.gelu(self.up(x * self.size**0.5))), dim=-1)
+
+    def _states(self, rows: list[list[int]]) -> list[Tensor]:
+        if self.known is None:
+            return self.encoder.states([self.tokenizer.decode(row) for row in rows])
+        if len(self.known) > KNOWN:
+            self.known.clear()
+        new = [row for row in {tuple(row): row for row in rows}.values() if tuple(row) not in self.known]
+        states = self.encoder.states([self.tokenizer.decode(row) for row in new])
+        self.known |= {tuple(row): own.half() for row, own in zip(new, states, strict=True)}
+        return [self.known[tuple(row)].float() for row in rows]
+
+    @torch.no_grad()
+    def encode(self, ids: Tensor) -> Tensor:
+        """ids [E, K] -> keys [E, S] in fp16, as a tree keeps them."""
+        parts = [self(part.long()) for part in ids.split(PIECE)]
+        return torch.cat(parts).half() if parts else torch.zeros(0, self.size, dtype=torch.half)
+
+    def likeness(self, questions: Tensor, keys: Tensor) -> Tensor:
+        """Keys of questions [E, S] and of blocks [N, S] -> [E, N]; compare it with ``null``."""
+        return self.scale * questions @ keys.to(questions.dtype).T
