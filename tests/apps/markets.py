@@ -7,14 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megactx.apps.market import accounts
 from megactx.apps.market import app as market_app
 from megactx.apps.market import pack as pack_module
-from megactx.apps.market import store as store_module
 from megactx.apps.market.app import build
 from megactx.apps.market.client import Client
+from megactx.apps.market.database import Refused
 from megactx.apps.market.metrics import Metrics
 from megactx.apps.market.package import key_of, public_of
-from megactx.apps.market.store import Refused, Store
+from megactx.apps.market.store import Store
 from megactx.apps.serving import Server
 from megactx.memory import MegaContextTree
 
@@ -67,8 +68,8 @@ def packed(tree_of, models, tmp_path_factory):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch, database):
-    hasher = store_module.PasswordHasher
-    monkeypatch.setattr(store_module, "PasswordHasher", lambda: hasher(**FAST))
+    hasher = accounts.PasswordHasher
+    monkeypatch.setattr(accounts, "PasswordHasher", lambda: hasher(**FAST))
     made = Store(tmp_path / "data", database)
     yield made
     made.close()
@@ -84,16 +85,16 @@ def market(store):
         def member(name):
             session = None
             try:
-                store.sign_up(name, PASSWORD)
+                store.accounts.sign_up(name, PASSWORD)
             except Refused:
                 pass
-            session = store.log_in(name, PASSWORD)
-            return store.of_session(session)
+            session = store.accounts.log_in(name, PASSWORD)
+            return store.accounts.of_session(session)
 
         def of(name, *scopes):
             if name is None:
                 return Client(server.address)
-            token = store.new_token(member(name), "test", list(scopes or store_module.SCOPES))
+            token = store.accounts.new_token(member(name), "test", list(scopes or accounts.SCOPES))
             return Client(server.address, token)
 
         told = dict(address=server.address, port=server.port, store=store, metrics=metrics)

@@ -21,11 +21,12 @@ from markets import ABOUT, LIMITS, PASSWORD, TEXT, asked
 from megactx.apps.market import __main__ as command
 from megactx.apps.market import billing, client, package, pages
 from megactx.apps.market import pack as pack_module
-from megactx.apps.market import store as store_module
 from megactx.apps.market.app import build
 from megactx.apps.market.client import Client
+from megactx.apps.market.database import Refused
 from megactx.apps.market.package import differences, installed, key_of, public_of, unpack
-from megactx.apps.market.store import Refused, Store
+from megactx.apps.market.store import TABLES, Store
+from megactx.apps.market.uploads import LARGEST, UPLOADS
 from megactx.apps.serving import Server
 from megactx.framework.errors import RunFailed
 from megactx.memory import MegaContextTree, storage
@@ -388,7 +389,7 @@ def test_what_comes_damaged_or_signed_by_another_is_not_installed(market, packed
     with pytest.raises(ValueError, match="signed by"):
         nobody.get("boats", tmp_path / "here", signer="0" * 64)
     nobody.get("boats", tmp_path / "here", signer=packed.key())
-    market.store.signer(market.member("anna"), packed.key("other"), True)
+    market.store.accounts.signer(market.member("anna"), packed.key("other"), True)
     anna.publish(packed(key="other", version=2), "free", 0)
     with pytest.raises(ValueError, match="signed by"):
         nobody.get("boats", tmp_path / "here")  # another key than that of the version which is there
@@ -422,7 +423,7 @@ def test_a_package_is_published_by_its_owner_with_a_key_of_the_account_and_a_new
 def test_nobody_reads_a_private_package_of_another(market, packed):
     market.client("anna").publish(packed(), "private", 0)
     market.member("mod")
-    market.store.make_moderator("mod")
+    market.store.accounts.make_moderator("mod")
     others = [market.client("ben"), market.client(None), market.client("mod")]
     for who in others:
         assert who.ask("GET", "/api/packages")["count"] == 0
@@ -446,9 +447,9 @@ def test_nobody_reads_a_private_package_of_another(market, packed):
 def test_a_reader_of_a_private_package_gets_it_until_removed(market, packed, tmp_path):
     market.client("anna").publish(packed(), "private", 0)
     ben, anna = market.client("ben"), market.member("anna")
-    market.store.read_by(anna, "boats", "ben", True)
+    market.store.catalogue.read_by(anna, "boats", "ben", True)
     assert ben.get("boats", tmp_path / "here").name == "boats"
-    market.store.read_by(anna, "boats", "ben", False)
+    market.store.catalogue.read_by(anna, "boats", "ben", False)
     with pytest.raises(ValueError, match="no such package"):
         ben.get("boats", tmp_path / "there")
 
@@ -473,20 +474,20 @@ def test_a_token_may_what_its_scopes_say_and_nothing_once_it_is_revoked(market, 
     with pytest.raises(ValueError, match="may not buy"):
         reader.ask("POST", "/api/packages/boats/buy")
     anna = market.member("anna")
-    for token in market.store.of_account(anna)["tokens"]:
-        market.store.revoke(market.member("ben"), token["id"])  # not theirs
+    for token in market.store.accounts.about(anna)["tokens"]:
+        market.store.accounts.revoke(market.member("ben"), token["id"])  # not theirs
     assert reader.ask("GET", "/api/packages/boats")["name"] == "boats"
-    for token in market.store.of_account(anna)["tokens"]:
-        market.store.revoke(anna, token["id"])
+    for token in market.store.accounts.about(anna)["tokens"]:
+        market.store.accounts.revoke(anna, token["id"])
     with pytest.raises(ValueError, match="not known"):
         reader.ask("GET", "/api/packages/boats")
 
 
 def test_secrets_are_kept_as_hashes(market):
-    session = market.store.log_in(market.member("anna")["name"], PASSWORD)
-    token = market.store.new_token(market.member("anna"), "x", ["read"])
-    with market.store.look() as db:
-        tables = re.findall(r"CREATE TABLE (\w+)", store_module.TABLES)
+    session = market.store.accounts.log_in(market.member("anna")["name"], PASSWORD)
+    token = market.store.accounts.new_token(market.member("anna"), "x", ["read"])
+    with market.store.database.look() as db:
+        tables = re.findall(r"CREATE TABLE (\w+)", TABLES)
         content = str([[*row] for table in tables for row in db.execute(f"SELECT * FROM {table}")])
     assert "$argon2id$" in content and len(tables) > 10
     assert PASSWORD not in content and token not in content and session not in content
@@ -507,7 +508,7 @@ def test_uploads_are_their_owners_and_stay_within_what_was_said(market):
     with pytest.raises(ValueError, match="checksum is another"):
         anna.ask("POST", f"/api/uploads/{upload}/publish", {"access": "free"})
     with pytest.raises(ValueError, match="bytes"):
-        anna.ask("POST", "/api/uploads", {"bytes": store_module.LARGEST + 1, "sha256": "0" * 64})
+        anna.ask("POST", "/api/uploads", {"bytes": LARGEST + 1, "sha256": "0" * 64})
 
 
 def test_who_asks_too_often_is_told_when_to_come_back(store):
@@ -556,10 +557,10 @@ def until(true, seconds=20):
 def test_a_purchase_is_told_tried_again_and_settled_and_a_replay_is_refused(selling, packed, tmp_path, monkeypatch):
     store, hooks, post = selling.store, [], billing.post
     for name in ("anna", "ben"):
-        store.sign_up(name, PASSWORD)
-    anna, ben = (store.of_session(store.log_in(name, PASSWORD)) for name in ("anna", "ben"))
-    Client(selling.address, store.new_token(anna, "", ["publish"])).publish(packed(), "paid", 450)
-    client_ = Client(selling.address, store.new_token(ben, "", ["read", "buy"]))
+        store.accounts.sign_up(name, PASSWORD)
+    anna, ben = (store.accounts.of_session(store.accounts.log_in(name, PASSWORD)) for name in ("anna", "ben"))
+    Client(selling.address, store.accounts.new_token(anna, "", ["publish"])).publish(packed(), "paid", 450)
+    client_ = Client(selling.address, store.accounts.new_token(ben, "", ["read", "buy"]))
 
     def kept(url, secret, who, body):
         hooks.append((who, billing.signed(secret, who, body), body))
@@ -586,8 +587,8 @@ def test_a_purchase_is_told_tried_again_and_settled_and_a_replay_is_refused(sell
     who, header, body = next(hook for hook in hooks if hook[0] == "billing")
     replayed = [again(selling.port, "/api/billing", header, body) for _ in range(2)][-1]
     assert replayed.status == 403 and "used already" in replayed.text
-    assert store.hooks_due() == []
-    store.change(anna, "boats", "private", 0)  # who has paid keeps it
+    assert store.purchases.hooks_due() == []
+    store.catalogue.change(anna, "boats", "private", 0)  # who has paid keeps it
     assert client_.get("boats", tmp_path / "later").name == "boats"
 
 
@@ -611,25 +612,25 @@ def test_a_settlement_is_taken_only_with_a_right_new_signature_of_the_billing_se
 
 def test_a_hook_that_nobody_takes_waits_longer_each_time_and_is_given_up_in_the_end(store, packed, monkeypatch):
     for name in ("anna", "ben"):
-        store.sign_up(name, PASSWORD)
-    anna, ben = (store.of_session(store.log_in(name, PASSWORD)) for name in ("anna", "ben"))
+        store.accounts.sign_up(name, PASSWORD)
+    anna, ben = (store.accounts.of_session(store.accounts.log_in(name, PASSWORD)) for name in ("anna", "ben"))
     content = packed().read_bytes()
-    upload = store.begin_upload(anna, len(content), package.hashlib.sha256(content).hexdigest())
-    store.add(anna, upload, 0, content)
-    store.publish(anna, upload, "paid", 100)
-    assert store.buy(ben, "boats") == "pending" and store.buy(ben, "boats") == "pending"
+    upload = store.uploads.begin(anna, len(content), package.hashlib.sha256(content).hexdigest())
+    store.uploads.add(anna, upload, 0, content)
+    store.uploads.publish(anna, upload, "paid", 100)
+    assert store.purchases.buy(ben, "boats") == "pending" and store.purchases.buy(ben, "boats") == "pending"
     sender = billing.Sender(store, "http://127.0.0.1:9/", b"s" * 32)
     monkeypatch.setattr(billing, "post", lambda *_: 0)
     waits = []
     for _ in range(billing.TRIES):
-        with store.look() as db:
+        with store.database.look() as db:
             (hook,) = db.execute("SELECT * FROM hook").fetchall()
         before = int(time.time())
         sender._send(hook)
-        with store.look() as db:
+        with store.database.look() as db:
             waits.append(db.execute("SELECT due FROM hook").fetchone()[0] - before)
     assert waits[0] in (2, 3) and waits == sorted(waits) and waits[-1] in (billing.SLOWEST, billing.SLOWEST + 1)
-    with store.look() as db:
+    with store.database.look() as db:
         assert [row["state"] for row in db.execute("SELECT * FROM hook")] == ["given up"]
 
 
@@ -639,7 +640,7 @@ def test_a_hook_that_nobody_takes_waits_longer_each_time_and_is_given_up_in_the_
 def test_only_uses_of_accounts_that_allow_it_are_counted_and_only_the_author_sees_them(market, packed, tmp_path):
     anna, ben, cleo = market.client("anna"), market.client("ben"), market.client("cleo")
     anna.publish(packed(), "free", 0)
-    market.store.share(market.member("ben"), True)
+    market.store.accounts.share(market.member("ben"), True)
     for number, who in enumerate((ben, cleo, market.client(None))):
         who.get("boats", tmp_path / str(number))
     assert ben.ask("POST", "/api/packages/boats/opened", {"version": 1}) == {"counted": True}
@@ -658,7 +659,7 @@ def test_a_package_that_was_taken_down_is_gone_for_all_and_comes_back(market, pa
     moderator = Visitor(market)
     moderator.enter("mod")
     assert moderator.get("/moderation").status == 403
-    market.store.make_moderator("mod")
+    market.store.accounts.make_moderator("mod")
     assert "It is &lt;i&gt;mine&lt;/i&gt;." in moderator.get("/moderation").text
     taken = moderator.post("/moderation", "/moderation", name="boats", action="take down", reason="stolen")
     assert taken.status == 303
@@ -686,12 +687,12 @@ def test_a_form_without_the_visitors_own_mark_does_nothing(market):
     theirs = re.search(r'name="csrf" value="([^"]*)"', other.get("/account").text)[1]
     for csrf in ("", "0" * 64, theirs, "é"):
         assert visitor.post("/account", "/account/tokens", csrf, label="x", scope="read").status == 403
-    assert market.store.of_account(market.member("anna"))["tokens"] == []
+    assert market.store.accounts.about(market.member("anna"))["tokens"] == []
     cross = visitor.ask("POST", "/account/tokens", "", Origin="http://evil.example")
     assert cross.status == 403
     made = visitor.post("/account", "/account/tokens", label="x", scope=["read", "buy"])
     assert re.search(r'id="token">mct-', made.text)
-    assert [t["scopes"] for t in market.store.of_account(market.member("anna"))["tokens"]] == ["buy read"]
+    assert [t["scopes"] for t in market.store.accounts.about(market.member("anna"))["tokens"]] == ["buy read"]
 
 
 def test_pages_set_strict_cookies_and_run_no_script(market, packed):
@@ -763,7 +764,7 @@ def test_a_folder_of_another_program_or_a_newer_one_is_no_market(tmp_path, store
     (tmp_path / "else" / "file").touch()
     with pytest.raises(ValueError, match="something else"):
         Store(tmp_path / "else", database)
-    with contextlib.closing(sqlite3.connect(store.path)) if database is None else store.step() as db:
+    with contextlib.closing(sqlite3.connect(store.path)) if database is None else store.database.step() as db:
         db.execute("PRAGMA user_version=9" if database is None else "UPDATE about SET format=9")
     with pytest.raises(ValueError, match="newer program"):
         Store(store.folder, database)
@@ -814,17 +815,18 @@ def test_a_postgresql_that_is_gone_is_told_and_one_that_is_back_answers(market, 
 
 
 def test_steps_of_many_threads_wait_for_each_other(store):
-    account = store.of_session((store.sign_up("anna", PASSWORD), store.log_in("anna", PASSWORD))[1])
+    store.accounts.sign_up("anna", PASSWORD)
+    account = store.accounts.of_session(store.accounts.log_in("anna", PASSWORD))
     with ThreadPoolExecutor(8) as pool:
-        marks = [*pool.map(lambda _: store.fresh("mark", 300), range(16))]
+        marks = [*pool.map(lambda _: store.purchases.fresh("mark", 300), range(16))]
         uploads = [*pool.map(lambda _: begun(store, account), range(8))]
     assert marks.count(True) == 1
-    assert sum(upload is not None for upload in uploads) == store_module.UPLOADS  # each counted those before it
+    assert sum(upload is not None for upload in uploads) == UPLOADS  # each counted those before it
 
 
 def begun(store, account):
     try:
-        return store.begin_upload(account, 10, "0" * 64)
+        return store.uploads.begin(account, 10, "0" * 64)
     except Refused:
         return None
 

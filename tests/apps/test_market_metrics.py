@@ -13,7 +13,7 @@ import yaml
 from markets import asked
 
 from megactx.apps.market import metrics as module
-from megactx.apps.market.store import Refused
+from megactx.apps.market.database import Refused
 
 pytest_plugins = ["markets"]
 
@@ -47,9 +47,9 @@ def test_what_is_asked_published_downloaded_bought_and_reported_is_counted(marke
     ben.get("boats", tmp_path / "here", 1)
     ben.ask("POST", "/api/packages/boats/reports", {"reason": "It is mine."})
     account = market.member("ben")
-    market.store.buy(account, "birds")
-    (hook,) = market.store.hooks_due()
-    market.store.hook_tried(hook["id"], "waits", 0)
+    market.store.purchases.buy(account, "birds")
+    (hook,) = market.store.purchases.hooks_due()
+    market.store.purchases.hook_tried(hook["id"], "waits", 0)
     assert asked(market, "GET", "/api/packages/boats/versions/1/file", headers={"Range": "bytes=9-"}).status == 206
     missing = asked(market, "GET", "/api/packages/nothing").status
     found = scrape(watched)
@@ -59,7 +59,7 @@ def test_what_is_asked_published_downloaded_bought_and_reported_is_counted(marke
     assert counted["downloads_total"] == 1  # the rest of a file is no download of its own
     assert counted["package_bytes"] == sum(p.stat().st_size for p in (market.store.folder / "packages").iterdir())
     assert counted['hooks{state="waits"}'] == 1 and counted["hook_tries_total"] == 1
-    market.store.hook_tried(hook["id"], "given up", 0)
+    market.store.purchases.hook_tried(hook["id"], "given up", 0)
     found = scrape(watched)
     assert found['megactx_market_hooks{state="given_up"}'] == 1 and found['megactx_market_hooks{state="waits"}'] == 0
     answers = sum(value for name, value in found.items() if name.startswith("megactx_market_requests_total"))
@@ -70,7 +70,7 @@ def test_a_failure_and_a_database_that_is_gone_are_counted_and_seen(market, watc
     def gone():
         raise Refused(503, "The database does not answer.")
 
-    monkeypatch.setattr(market.store, "look", gone)
+    monkeypatch.setattr(market.store.database, "look", gone)
     assert asked(market, "GET", "/api/packages").status == 503
     found = scrape(watched)
     assert found["megactx_market_database"] == 0 and "megactx_market_packages" not in found

@@ -419,8 +419,9 @@ def test_malformed_requests_by_the_hundred_are_answered_as_mistakes(start, tmp_p
     secret.write_text("s" * 40)
     market = start("serve", "data", "--port", 0, "--billing", "http://127.0.0.1:9/", "--billing-secret", secret, *at)
     with closing(Store(tmp_path / "data", database)) as store:
-        store.sign_up("anna", PASSWORD)
-        token = store.new_token(store.of_session(store.log_in("anna", PASSWORD)), "", ["read", "publish", "buy"])
+        store.accounts.sign_up("anna", PASSWORD)
+        account = store.accounts.of_session(store.accounts.log_in("anna", PASSWORD))
+        token = store.accounts.new_token(account, "", ["read", "publish", "buy"])
     draw, statuses = random.Random(0), []
     for number in range(360):
         method, path, body, headers = nonsense(draw)
@@ -448,9 +449,9 @@ def test_what_a_fuzzer_asks_of_the_schema_gives_no_error_of_the_server(start, tm
     )
     schema = schemathesis.openapi.from_url(f"{market.address}/openapi.json")
     for number, operation in enumerate(schema.get_all_operations()):
-        store.sign_up(f"name-{number}", PASSWORD)  # each has limits of its own
-        account = store.of_session(store.log_in(f"name-{number}", PASSWORD))
-        headers = {"Authorization": f"Bearer {store.new_token(account, '', ['read', 'publish', 'buy'])}"}
+        store.accounts.sign_up(f"name-{number}", PASSWORD)  # each has limits of its own
+        account = store.accounts.of_session(store.accounts.log_in(f"name-{number}", PASSWORD))
+        headers = {"Authorization": f"Bearer {store.accounts.new_token(account, '', ['read', 'publish', 'buy'])}"}
         for mode in (right, wrong):
 
             @quiet

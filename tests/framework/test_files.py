@@ -167,7 +167,7 @@ def test_nothing_else_takes_the_place_of_a_file_or_a_folder():
     own = {
         "framework/files.py",
         "apps/follow/part.py",  # its table counts once its tree is saved, so it is swapped behind it
-        "apps/market/store.py",  # an upload that came in pieces and was checked whole goes to its place
+        "apps/market/uploads.py",  # an upload that came in pieces and was checked whole goes to its place
         "framework/callbacks/logs.py",  # puts a file aside from a library that would delete it, and back
     }
     package, found = Path(files.__file__).parents[1], set()

@@ -166,7 +166,7 @@ def opened(args: argparse.Namespace) -> None:
 def moderator(args: argparse.Namespace) -> None:
     """Make an account a moderator's."""
     with closing(_store(args)) as store:
-        store.make_moderator(args.name)
+        store.accounts.make_moderator(args.name)
 
 
 def backup(args: argparse.Namespace) -> None:

@@ -18,8 +18,11 @@ from megactx.runtime.text import encodable
 from .. import guard
 from ..serve.keys import Bucket
 from . import billing, package, pages
+from .access import DEAREST
+from .database import Refused
 from .metrics import Metrics
-from .store import DEAREST, LARGEST, Refused, Store
+from .store import Store
+from .uploads import LARGEST
 
 LIMITS = {"request": 600, "log in": 10, "sign up": 10}  # a minute, of an account or address
 KNOWN = 10_000  # accounts and addresses whose limits are remembered
@@ -141,7 +144,7 @@ def build(
         return told or (request.client.host if request.client else "")
 
     def known(request: Request, found: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> Who:
-        told = store.of_token(found.credentials) if found else None
+        told = store.accounts.of_token(found.credentials) if found else None
         if found and told is None:
             buckets.take("log in", address(request))
             raise Refused(401, "This token is not known.")
@@ -157,7 +160,7 @@ def build(
 
     @app.get("/health")
     def health() -> dict:
-        with store.look() as db:
+        with store.database.look() as db:
             waits = db.execute("SELECT COUNT(*) FROM hook WHERE state='waits'").fetchone()[0]
             return {
                 "status": "ok",
@@ -172,20 +175,20 @@ def build(
         model: Annotated[str, Query(max_length=64)] = "",
         page: Annotated[int, Query(ge=1, le=10**6)] = 1,
     ) -> dict:
-        found, count = store.search(who.account, q, model, page)
+        found, count = store.catalogue.search(who.account, q, model, page)
         return {"count": count, "packages": found}
 
     @app.get("/api/packages/{name}")
     def one_package(name: Name, who: Reads) -> dict:
-        return store.package(who.account, name)
+        return store.catalogue.package(who.account, name)
 
     @app.get("/api/packages/{name}/versions/{number}")
     def version(name: Name, number: Number, who: Reads) -> dict:
-        return store.version(who.account, name, number)
+        return store.catalogue.version(who.account, name, number)
 
     @app.get("/api/packages/{name}/differences/{old}/{new}")
     def differences(name: Name, old: Number, new: Number, who: Reads) -> dict:
-        before, after = (store.version(who.account, name, number)["card"]["sources"] for number in (old, new))
+        before, after = (store.catalogue.version(who.account, name, number)["card"]["sources"] for number in (old, new))
         return package.differences(before, after)
 
     @app.get("/api/packages/{name}/versions/{number}/file", response_class=FileResponse)
@@ -194,11 +197,11 @@ def build(
 
     @app.post("/api/uploads", status_code=201)
     def begin(asked: Upload, who: Known) -> dict:
-        return {"id": store.begin_upload(who.may("publish").account, asked.bytes, asked.sha256), "received": 0}
+        return {"id": store.uploads.begin(who.may("publish").account, asked.bytes, asked.sha256), "received": 0}
 
     @app.get("/api/uploads/{upload}")
     def received(upload: str, who: Known) -> dict:
-        row, _, there = store.upload(who.may("publish").account, upload)
+        row, _, there = store.uploads.find(who.may("publish").account, upload)
         return {"id": upload, "bytes": row["bytes"], "received": there}
 
     @app.patch(
@@ -208,16 +211,16 @@ def build(
     def more(
         upload: str, offset: Annotated[int, Query(ge=0, le=LARGEST)], who: Known, body: Annotated[bytes, Depends(_body)]
     ) -> dict:
-        return {"received": store.add(who.may("publish").account, upload, offset, body)}
+        return {"received": store.uploads.add(who.may("publish").account, upload, offset, body)}
 
     @app.delete("/api/uploads/{upload}")
     def drop(upload: str, who: Known) -> dict:
-        store.drop(who.may("publish").account, upload)
+        store.uploads.drop(who.may("publish").account, upload)
         return {"status": "gone"}
 
     @app.post("/api/uploads/{upload}/publish", status_code=201)
     def publish(upload: str, asked: Publish, who: Known) -> dict:
-        name, number = store.publish(who.may("publish").account, upload, asked.access, asked.price)
+        name, number = store.uploads.publish(who.may("publish").account, upload, asked.access, asked.price)
         return {"name": name, "version": number}
 
     @app.post("/api/packages/{name}/buy")
@@ -226,15 +229,15 @@ def build(
 
     @app.post("/api/packages/{name}/opened")
     def opened(name: Name, asked: Use, who: Known) -> dict:
-        return {"counted": store.use(who.may("read").account, name, asked.version, "opened")}
+        return {"counted": store.catalogue.use(who.may("read").account, name, asked.version, "opened")}
 
     @app.get("/api/packages/{name}/statistics")
     def counted(name: Name, who: Known) -> list[dict]:
-        return store.statistics(who.may("publish").account, name)
+        return store.catalogue.statistics(who.may("publish").account, name)
 
     @app.post("/api/packages/{name}/reports", status_code=201)
     def report(name: Name, asked: Report, who: Known) -> dict:
-        store.report(who.may("read").account, name, asked.reason)
+        store.moderation.report(who.may("read").account, name, asked.reason)
         return {"status": "reported"}
 
     @app.post("/api/billing", openapi_extra=_takes("application/json", Settlement.model_json_schema()))
@@ -242,14 +245,14 @@ def build(
         if sender is None:
             raise Refused(404, "Nothing is sold here.")
         if wrong := billing.refusal(
-            sender.secret, "billing", request.headers.get(billing.HEADER, ""), body, store.fresh
+            sender.secret, "billing", request.headers.get(billing.HEADER, ""), body, store.purchases.fresh
         ):
             raise Refused(403, wrong)
         try:
             told = Settlement.model_validate_json(body)
         except ValueError as error:
             raise Refused(400, "That is no settlement.") from error
-        store.settle(told.purchase, told.state)
+        store.purchases.settle(told.purchase, told.state)
         return {"status": told.state}
 
     shown = pages.add(app, store, sender, buckets, address, secure=public is not None)

@@ -113,7 +113,7 @@ class Sender:
         while not self.ended:
             self.wake.clear()
             try:
-                for hook in self.store.hooks_due():
+                for hook in self.store.purchases.hooks_due():
                     if not self.ended:
                         self._send(hook)
             except Exception as error:  # a disk that is full for a while; purchases wait meanwhile
@@ -124,7 +124,7 @@ class Sender:
         status = post(self.url, self.secret, "market", hook["body"].encode())
         tries = hook["tries"] + 1
         state = "delivered" if 200 <= status < 300 else "waits" if tries < TRIES else "given up"
-        self.store.hook_tried(hook["id"], state, int(time.time()) + min(SLOWEST, 2 ** min(tries, 10)))
+        self.store.purchases.hook_tried(hook["id"], state, int(time.time()) + min(SLOWEST, 2 ** min(tries, 10)))
 
 
 class Receiver:

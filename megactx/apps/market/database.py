@@ -204,6 +204,9 @@ class PostgreSQL:
         self.pool.close()
 
 
+Database = SQLite | PostgreSQL
+
+
 class _Connection:
     def __init__(self, connection):
         self.connection = connection

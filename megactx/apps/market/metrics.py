@@ -52,7 +52,7 @@ class Metrics:
         """What the database knows; where it does not answer, that alone."""
         families = []
         try:
-            with self.store.look() as db:
+            with self.store.database.look() as db:
                 for name, (what, query) in COUNTS.items():
                     families.append(GaugeMetricFamily(f"{NAME}_{name}", what, db.execute(query).fetchone()[0]))
                 for name, what, query in (

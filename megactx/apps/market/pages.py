@@ -20,7 +20,11 @@ from megactx.runtime.text import encodable
 
 from ..guard import LARGEST
 from . import billing, package
-from .store import ACCESS, PAGE, SCOPES, SESSION, Refused, Store
+from .access import ACCESS
+from .accounts import SCOPES, SESSION
+from .catalogue import PAGE
+from .database import Refused
+from .store import Store
 
 COOKIE, FORM = "megactx-market", "megactx-form"
 HERE = Path(__file__).parent / "templates"
@@ -55,7 +59,7 @@ def add(app: FastAPI, store: Store, sender, buckets, address: Callable[[Request]
 
     def page(request: Request, template: str, status: int = 200, headers=None, **values) -> HTMLResponse:
         visitor, fresh = request.cookies.get(COOKIE) or request.cookies.get(FORM), secrets.token_urlsafe(16)
-        account = store.of_session(request.cookies.get(COOKIE, ""))
+        account = store.accounts.of_session(request.cookies.get(COOKIE, ""))
         known = {
             "account": account,
             "csrf": mark(visitor or fresh),
@@ -76,7 +80,7 @@ def add(app: FastAPI, store: Store, sender, buckets, address: Callable[[Request]
         return page(request, "error.html", error.status, headers, error=error)
 
     def visitor(request: Request):
-        account = store.of_session(request.cookies.get(COOKIE, ""))
+        account = store.accounts.of_session(request.cookies.get(COOKIE, ""))
         buckets.take("request", account["name"] if account else address(request))
         return account
 
@@ -124,7 +128,7 @@ def add(app: FastAPI, store: Store, sender, buckets, address: Callable[[Request]
     @get("/")
     def search(request: Request, account: Visitor) -> Response:
         query, number = request.query_params.get("q", "")[:200], _number(request.query_params.get("page", "1"))
-        found, count = store.search(account, query, page=number)
+        found, count = store.catalogue.search(account, query, page=number)
         last = max(1, -(-count // PAGE))
         return page(request, "search.html", found=found, count=count, query=query, number=number, last=last)
 
@@ -142,8 +146,8 @@ def add(app: FastAPI, store: Store, sender, buckets, address: Callable[[Request]
         buckets.take("log in", f"account {name}")
         try:
             if new:
-                store.sign_up(name, password)
-            session = store.log_in(name, password)
+                store.accounts.sign_up(name, password)
+            session = store.accounts.log_in(name, password)
         except Refused as error:
             return page(request, "enter.html", error.status, new=new, message=error.message)
         response = RedirectResponse("/account" if new else "/", 303)
@@ -160,23 +164,23 @@ def add(app: FastAPI, store: Store, sender, buckets, address: Callable[[Request]
 
     @post("/logout")
     def log_out(request: Request, given: Form) -> Response:
-        store.log_out(request.cookies.get(COOKIE, ""))
+        store.accounts.log_out(request.cookies.get(COOKIE, ""))
         response = RedirectResponse("/", 303)
         response.delete_cookie(COOKIE)
         return response
 
     def shown(request: Request, account, name: str, number: int | None) -> Response:
         _known_name(name)
-        told = store.package(account, name)
+        told = store.catalogue.package(account, name)
         numbers = [version["number"] for version in told["versions"]]
         number = number or numbers[0]
-        version = store.version(account, name, number)
+        version = store.catalogue.version(account, name, number)
         before = max((other for other in numbers if other < number), default=None)
         change = None
         if before is not None:
-            old = store.version(account, name, before)["card"]["sources"]
+            old = store.catalogue.version(account, name, before)["card"]["sources"]
             change = package.differences(old, version["card"]["sources"])
-        counted = store.statistics(account, name) if "own" in told["may"] else []
+        counted = store.catalogue.statistics(account, name) if "own" in told["may"] else []
         values = {"told": told, "version": version, "card": version["card"], "before": before, "change": change}
         return page(request, "package.html", **values, counted=counted, shown=SHOWN, access=ACCESS)
 
@@ -199,17 +203,17 @@ def add(app: FastAPI, store: Store, sender, buckets, address: Callable[[Request]
 
     @post("/packages/{name}/report")
     def report(request: Request, account: Member, name: str, given: Form) -> Response:
-        store.report(account, _known_name(name), _text(given, "reason"))
+        store.moderation.report(account, _known_name(name), _text(given, "reason"))
         return page(request, "done.html", message="Thank you. A moderator will look at it.", back=f"/packages/{name}")
 
     @post("/packages/{name}/access")
     def access(account: Member, name: str, given: Form) -> Response:
-        store.change(account, _known_name(name), _text(given, "access"), _cents(given))
+        store.catalogue.change(account, _known_name(name), _text(given, "access"), _cents(given))
         return RedirectResponse(f"/packages/{name}", 303)
 
     @post("/packages/{name}/readers")
     def readers(account: Member, name: str, given: Form) -> Response:
-        store.read_by(account, _known_name(name), _text(given, "reader"), "remove" not in given)
+        store.catalogue.read_by(account, _known_name(name), _text(given, "reader"), "remove" not in given)
         return RedirectResponse(f"/packages/{name}", 303)
 
     @get("/publish")
@@ -221,17 +225,17 @@ def add(app: FastAPI, store: Store, sender, buckets, address: Callable[[Request]
         content = given.get("package")
         if not isinstance(content, bytes) or not content:
             raise Refused(400, "Choose the file of a package.")
-        upload = store.begin_upload(account, len(content), hashlib.sha256(content).hexdigest())
+        upload = store.uploads.begin(account, len(content), hashlib.sha256(content).hexdigest())
         try:
-            store.add(account, upload, 0, content)
-            name, _ = store.publish(account, upload, _text(given, "access"), _cents(given))
+            store.uploads.add(account, upload, 0, content)
+            name, _ = store.uploads.publish(account, upload, _text(given, "access"), _cents(given))
         except Refused:
-            store.forget(account, upload)
+            store.uploads.forget(account, upload)
             raise
         return RedirectResponse(f"/packages/{name}", 303)
 
     def account_page(request: Request, account, token: str = "") -> Response:
-        return page(request, "account.html", token=token, scopes=SCOPES, **store.of_account(account))
+        return page(request, "account.html", token=token, scopes=SCOPES, **store.accounts.about(account))
 
     @get("/account")
     def of_account(request: Request, account: Member) -> Response:
@@ -240,31 +244,31 @@ def add(app: FastAPI, store: Store, sender, buckets, address: Callable[[Request]
     @post("/account/tokens")
     def new_token(request: Request, account: Member, given: Form) -> Response:
         return account_page(
-            request, account, store.new_token(account, _text(given, "label"), given.get("scope all", []))
+            request, account, store.accounts.new_token(account, _text(given, "label"), given.get("scope all", []))
         )
 
     @post("/account/revoke")
     def revoke(account: Member, given: Form) -> Response:
-        store.revoke(account, _number(_text(given, "token"), 2**62))
+        store.accounts.revoke(account, _number(_text(given, "token"), 2**62))
         return RedirectResponse("/account", 303)
 
     @post("/account/share")
     def share(account: Member, given: Form) -> Response:
-        store.share(account, "share" in given)
+        store.accounts.share(account, "share" in given)
         return RedirectResponse("/account", 303)
 
     @post("/account/keys")
     def keys(account: Member, given: Form) -> Response:
-        store.signer(account, _text(given, "key").strip(), "remove" not in given)
+        store.accounts.signer(account, _text(given, "key").strip(), "remove" not in given)
         return RedirectResponse("/account", 303)
 
     @get("/moderation")
     def moderation(request: Request, account: Member) -> Response:
-        return page(request, "moderation.html", **store.moderation(account))
+        return page(request, "moderation.html", **store.moderation.overview(account))
 
     @post("/moderation")
     def moderate(account: Member, given: Form) -> Response:
-        store.moderate(account, _text(given, "name"), _text(given, "action"), _text(given, "reason"))
+        store.moderation.decide(account, _text(given, "name"), _text(given, "action"), _text(given, "reason"))
         return RedirectResponse("/moderation", 303)
 
     return refused
@@ -272,10 +276,10 @@ def add(app: FastAPI, store: Store, sender, buckets, address: Callable[[Request]
 
 def sent(store: Store, account, name: str, number: int, request: Request) -> FileResponse:
     """The file of a version, or the range of it that is asked for; counted when it is begun."""
-    path, sha256 = store.file(account, name, number)
+    path, sha256 = store.catalogue.file(account, name, number)
     if request.headers.get("range", "bytes=0-").replace(" ", "").startswith("bytes=0-"):
         request.app.state.metrics.downloads.inc()
-        store.use(account, name, number, "download")
+        store.catalogue.use(account, name, number, "download")
     headers = {"etag": f'"{sha256}"'}
     return FileResponse(path, 200, headers, "application/x-tar", filename=f"{name}-{number}.tar")
 
@@ -284,7 +288,7 @@ def bought(store: Store, sender: billing.Sender | None, account, name: str) -> s
     """The state of a purchase that is asked for."""
     if sender is None:
         raise Refused(409, "Nothing is sold here: the market was started without a billing service.")
-    state = store.buy(account, name)
+    state = store.purchases.buy(account, name)
     sender.wake.set()
     return state
 
