@@ -144,6 +144,7 @@ def merged(base: BaseLM) -> BaseLM:
         layer.merge()
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, layer.get_base_layer())
+    vars(model).pop("peft_config", None)  # which ``peft`` leaves, and then takes a plain model for an adapted one
     return BaseLM(model, base.tokenizer).freeze()
 
 

@@ -1,5 +1,7 @@
 """LoRA on a base LM: where it is put, that it starts as nothing, can be switched off, and merges into plain weights."""
 
+import warnings
+
 import pytest
 import torch
 from small_base import FAMILIES, SMALL
@@ -97,6 +99,16 @@ def test_adapters_are_put_in_once():
     adapt(base, 4)
     with pytest.raises(ValueError, match="has adapters already"):
         adapt(base, 4)
+
+
+def test_a_merged_base_lm_takes_adapters_without_a_warning_as_one_that_never_had_any():
+    base = BaseLM.from_pretrained("asset:tiny-base", "float32").freeze()
+    adapt(base, 4)
+    plain = merged(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt(plain, 4)
+    assert adapters_of(plain).keys() == adapters_of(base).keys()
 
 
 def test_a_place_for_a_module_that_is_empty_is_no_obstacle():
