@@ -140,9 +140,19 @@ class Retrofit:
             RunFailed: the disk is full.
         """
         busy = f"{self.work} is in use by process {{holder}}: that one makes {self.out}"
+        made = [folder for folder in (self.work, *self.work.parents) if not folder.exists()]
         with Lock(self.work / "lock", busy):
-            self._same()
-            self._check()
+            try:
+                self._same()
+                self._check()
+                files.write(self.work / "retrofit.json", json.dumps(self.commands, indent=1) + "\n")
+            except BaseException:
+                if made:  # nothing was trained there, and nobody else has put anything there
+                    with contextlib.suppress(OSError):
+                        (self.work / "lock").unlink()
+                        for folder in made:
+                            folder.rmdir()
+                raise
             for number, step in enumerate(self.steps, 1):
                 if not (self.work / step / "done").exists() and (code := self._train(step, number)) != DONE:
                     return code
@@ -171,7 +181,6 @@ class Retrofit:
                 changes := other_content(compose(self._paced(step)), self.work / step)
             ):
                 raise ValueError(f"{self.work / step} was made of other things: {'; '.join(changes)}. Remove it first")
-        files.write(place, json.dumps(self.commands, indent=1) + "\n")
 
     def _check(self) -> None:
         """What a later step would refuse is refused now, and not after the training of those before it."""

@@ -179,7 +179,7 @@ def test_a_mistake_of_a_step_is_told_with_its_exit_code(tmp_path, capsys):
     place = [str(tmp_path / "texts"), str(tmp_path / "out")]
     assert retrofit.main(["asset:tiny-base", *place, "preset=smoke", "gist:preset.stepz=3"]) == 2
     assert "preset.stepz: no such setting" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert [*tmp_path.iterdir()] == [tmp_path / "texts"]
 
 
 def test_a_setting_reaches_both_steps_or_the_one_that_it_names(tmp_path):
@@ -203,4 +203,27 @@ def test_what_a_later_step_would_refuse_is_refused_before_the_gist_step_trains(t
     ):
         assert retrofit.main([*command, "lora=4", setting]) == 2
         assert message in capsys.readouterr().err
-    assert not (tmp_path / "out.retrofit" / "gist").exists()
+    assert not (tmp_path / "out.retrofit").exists()
+
+
+def test_what_is_refused_or_interrupted_in_its_checks_leaves_no_folder_that_it_made(
+    texts, tmp_path, monkeypatch, capsys
+):
+    command = ["asset:tiny-base", str(texts), str(tmp_path / "new" / "out"), "preset=smoke", *FEW]
+    refused = [*command, "lens:datamodule.min_tokens=5000"]
+    assert retrofit.main(refused) == 2 and not (tmp_path / "new").exists()
+
+    with monkeypatch.context() as patched:
+
+        def interrupted(self):
+            assert (self.work / "lock").exists()
+            raise KeyboardInterrupt
+
+        patched.setattr(retrofit.Retrofit, "_check", interrupted)
+        assert retrofit.main(command) == 130 and not (tmp_path / "new").exists()
+
+    work = tmp_path / "new" / "out.retrofit"  # one that was there before stays
+    work.mkdir(parents=True)
+    (work / "gist.log").write_text("step 1")
+    assert retrofit.main(refused) == 2 and (work / "gist.log").read_text() == "step 1"
+    assert "LensNet: data.min_tokens=5000" in capsys.readouterr().err
