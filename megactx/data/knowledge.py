@@ -209,3 +209,18 @@ def encoded(text: str, facts: Sequence[Fact], tokenizer) -> tuple[np.ndarray, di
 def blocks(span: range, size: int) -> range:
     """Numbers of the blocks of ``size`` tokens that a span of tokens touches."""
     return range(span.start // size, (span.stop - 1) // size + 1)
+
+
+def asked_ids(tokenizer, question: Question) -> tuple[list[int], list[int]]:
+    """Ids of the question, and of what stands before the answer."""
+    first, then = (
+        tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for text in (f"\n{question.text}", question.prefix)
+    )
+    return first, then
+
+
+def value_ids(tokenizer, values: Sequence[str]) -> list[list[int]]:
+    """Ids of each value as a word behind others."""
+    given = {"add_special_tokens": False, "split_special_tokens": True}
+    return [tokenizer(f" {value}", **given)["input_ids"] for value in values]

@@ -46,12 +46,6 @@ def value_nll(base: BaseLM, window: Sequence[int], values: Sequence[Sequence[int
     return (nll * there.to(device)).sum(dim=1).cpu()
 
 
-def value_ids(tokenizer, values: Sequence[str]) -> list[list[int]]:
-    """Ids of each value as a word behind others."""
-    given = {"add_special_tokens": False, "split_special_tokens": True}
-    return [tokenizer(f" {value}", **given)["input_ids"] for value in values]
-
-
 def ckri(full: Sequence[float], drop: Sequence[float]) -> float:
     """How much the core relies on its knowledge: (L_drop - L_full) / L_full, of mean NLLs of right answers."""
     return sum(drop) / sum(full) - 1

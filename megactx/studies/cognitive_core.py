@@ -22,11 +22,11 @@ import torch
 from megactx.data.documents import VALIDATION
 from megactx.data.embedded import Embedded
 from megactx.data.files import NARRATIVE, Files
-from megactx.data.knowledge import Fact, Knowledge, Question, blocks, encoded, sentences, tell
+from megactx.data.knowledge import Fact, Knowledge, Question, asked_ids, blocks, encoded, sentences, tell, value_ids
 from megactx.data.tokenizer import bos_id, tokenizer_hash
 from megactx.evaluation import rivals
 from megactx.evaluation.bootstrap import mean_interval, wilson
-from megactx.evaluation.knowledge import ckri, value_ids, value_nll
+from megactx.evaluation.knowledge import ckri, value_nll
 from megactx.evaluation.rivals import BLOCK, SINK, Asked
 from megactx.evaluation.table import Report, Table, pivot
 from megactx.framework.bar import bar
@@ -142,8 +142,8 @@ class Core:
     def window(self, kept: list[int], question: Question) -> list[int]:
         """Ids of what is kept of the tree -> those of the window, up to the answer."""
         known = kept if self.same else self._ids(self.theirs.decode(kept))
-        asked = [*self._ids(f"\n{question.text}"), *self.behind, *self._ids(question.prefix)]
-        return [*self.first, *known, *asked]
+        asked, prefix = asked_ids(self.base.tokenizer, question)
+        return [*self.first, *known, *asked, *self.behind, *prefix]
 
     def nll(self, kept: list[int], question: Question, values: tuple[str, ...] | None = None) -> torch.Tensor:
         """NLL of each value [V], of those of the question if no others are named."""

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from megactx.data.documents import VALIDATION
-from megactx.data.knowledge import ATTRIBUTES, RELATIONS, Knowledge, blocks, encoded, names, sentences, tell
+from megactx.data.knowledge import ATTRIBUTES, RELATIONS, Knowledge, blocks, encoded, names, sentences, tell, value_ids
 
 PROSE = ["Nothing is told of anybody here.", "It goes on like that for a while.", "Naïve readers skip such lines."]
 
@@ -34,6 +34,11 @@ def test_characters_and_tokens_of_a_fact_are_those_that_tell_it(knowledge, tiny_
         assert tiny_tokenizer.decode(ids[span.start : span.stop]).strip() == fact.sentence
         inner = tiny_tokenizer.decode(ids[span.start + 1 : span.stop - 1])
         assert fact.sentence not in inner, "no token more than needed"
+
+
+def test_a_value_is_a_word_behind_others(tiny_tokenizer):
+    for ids, word in zip(value_ids(tiny_tokenizer, ("harp", "violin")), ("harp", "violin"), strict=True):
+        assert tiny_tokenizer.decode(ids) == f" {word}"
 
 
 def test_a_span_touches_the_blocks_of_its_first_and_last_token():
