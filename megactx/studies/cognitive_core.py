@@ -35,7 +35,7 @@ from megactx.memory import MegaContextTree
 from megactx.parts.models import Models, load_models
 
 from .ruler import frame
-from .study import Options, command, usable
+from .study import Options, at_least, command, usable
 
 TOLD, UPDATED, POISONED, TWO_HOPS = "as told", "updated", "poisoned", "two hops"
 NOTHING = "no knowledge"
@@ -53,6 +53,7 @@ def options(given: Options) -> None:
     given.number("entities", 100, "people that facts are told of", least=4)
     given.number("between", 2, "sentences of prose between two facts, on average", least=0)
     given.number("questions", 40, "of each kind, at most")
+    given.add("--provenance", type=int, help="of these, questions whose blocks are taken out one by one (default all)")
     given.number("budget", 256, "tokens of the tree in a window", least=SINK + 4 * BLOCK)
     given.number("seed", 0, "of facts, prose and questions", least=0)
     given.add("--policies", nargs="+", default=["needed", "bm25_near"], help="of " + ", ".join(names(rivals)))
@@ -186,15 +187,16 @@ def windows(store: Store, questions: list[Question], keep: Callable, budget: int
     return found
 
 
-def measured(core: Core, found: list[Window]) -> list[dict]:
-    """What a core says behind each window, with and without the needed blocks, and what block its answer rests on."""
+def measured(core: Core, found: list[Window], provenance: int | None = None) -> list[dict]:
+    """What a core says behind each window, with and without the needed blocks, and what block a right answer rests on:
+    of the first ``provenance`` windows, for it takes a pass for each block."""
     rows = []
-    for window in bar(core.name)(found):
+    for number, window in enumerate(bar(core.name)(found)):
         question, right = window.question, window.question.values.index(window.question.answer)
         full, drop = (core.nll(window.ids(out), question) for out in (set(), {*window.needed}))
         row = {"right": int(full.argmin()) == right, "without": int(drop.argmin()) == right, "held": window.held}
         row |= {"full": float(full[right]), "drop": float(drop[right]), "block": None}
-        if row["right"]:
+        if row["right"] and (provenance is None or number < provenance):
             cost = {n: float(core.nll(window.ids({n}), question, (question.answer,))) for n in window.blocks}
             row["block"] = max(cost, key=cost.get) in window.telling
             row["by_chance"] = len({*window.telling} & cost.keys()) / len(cost)
@@ -237,6 +239,8 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
             core does not take; names the option.
     """
     kinds = {name: find(rivals, name, "--policies") for name in args.policies}
+    if args.provenance is not None:
+        at_least("provenance", args.provenance, 0)
     usable(args.out)
     draw = random.Random(f"knowledge/{args.seed}")
     knowledge = Knowledge(args.entities, draw, VALIDATION)
@@ -283,7 +287,7 @@ def asked_of(args, table: Table, store: Store, kind: str, questions, policies, c
         found = windows(store, questions, policy.keep, args.budget)
         for core in cores:
             about = {"run": core.name, "carrier": name, "span": args.budget, "domain": kind}
-            tabled(table, measured(core, found), **about)
+            tabled(table, measured(core, found, args.provenance), **about)
             yield args.out / "cognitive_core", report(table, args)
 
 

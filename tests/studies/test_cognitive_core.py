@@ -76,6 +76,8 @@ def test_a_reader_of_its_window_is_right_and_its_answers_rest_on_the_block_that_
     assert table.point(metric="accuracy") == table.point(metric="in window") == table.point(metric="provenance") == 1
     assert table.point(metric="CKRI") == pytest.approx(8) and 0 < table.point(metric="by chance") < 0.5
     assert table.point(metric="without") < 0.5
+    some = measured(Reader(core_models.base.tokenizer), found, provenance=2)
+    assert [row["block"] for row in some] == [True, True, *[None] * 10]
 
 
 def test_a_policy_that_does_not_open_the_fact_does_not_hold_it(store, knowledge):
@@ -124,6 +126,7 @@ def test_the_study_measures_two_cores_over_one_tree(base_folder, texts, tmp_path
     ("options", "said"),
     [
         (["--policies", "nothing"], "--policies=nothing is not known"),
+        (["--provenance", "-1"], "--provenance=-1 is not allowed: at least 0"),
         (["--budget", "64"], "--budget=64 is not allowed: at least 132"),
         (["--entities", "4", "--questions", "40"], "questions=40 is not allowed: 4 entities allow 24"),
         (["--model", "nobody"], "model=nobody: there is no such folder"),
