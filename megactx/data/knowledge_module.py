@@ -94,7 +94,7 @@ class Cases(Endless):
         needed = {n for fact in question.needed for n in blocks(spans[fact.key], self.block)}
         last = question.needed[-1]
         older = [spans[last.name, last.what, version] for version in range(last.version)]
-        old = {n for span in older for n in blocks(span, self.block)} - needed
+        old = {n for span in older for n in blocks(span, self.block)}
         if len(needed) > count:
             return None
         marked = needed | old if len(needed | old) <= count else needed
@@ -104,7 +104,7 @@ class Cases(Endless):
         pieces = {n: ids[n * self.block : (n + 1) * self.block].tolist() for n in order}
         window = [token for n in order for token in pieces[n]]
         dropped = [token for n in order if n not in needed for token in pieces[n]]
-        kind = TWO_HOPS if hops == 2 else TWICE if old & marked else ONCE
+        kind = TWO_HOPS if hops == 2 else TWICE if old and old <= marked else ONCE
         if not self.knowledge:
             return Case(kind, [self.bos], [self.bos], asked, values, right, behind=window)
         return Case(kind, [self.bos, *window], [self.bos, *dropped], asked, values, right, behind=[])
