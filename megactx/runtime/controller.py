@@ -58,7 +58,10 @@ class Controller:
                 " positions and no further ones; allowed is rebased"
             )
         if self.settings.keys and models.keys is None:
-            raise ValueError(f"keys={self.settings.keys} is not allowed: {models.name or 'these models'} have no keys")
+            raise ValueError(
+                f"keys={self.settings.keys} is not allowed: there are no keys in {models.name or 'these models'};"
+                " megactx.studies.keys trains some, into the folder keys of the models"
+            )
         if self.settings.megacontext == "focus" and models.lensnet is None:
             self.notes.append("There is no LensNet here: the newest text has the detail (megacontext=recency).")
 

@@ -117,8 +117,8 @@ class Retrofit:
         folder = Path(wanted).expanduser().absolute()
         if not (folder / KEYS).is_file():
             raise ValueError(
-                f"keys={wanted}: there are no keys; allowed are steps of training, 0 for none, or a folder of "
-                "python -m megactx.studies.keys"
+                f"keys={wanted} is not allowed: steps of training, a whole number from 0, which is for none; or a"
+                " folder of keys, made by python -m megactx.studies.keys"
             )
         return folder, 0
 

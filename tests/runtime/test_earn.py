@@ -205,7 +205,9 @@ def test_a_setting_of_the_allocator_is_refused_before_a_session_begins(allocator
 def test_keys_need_a_net_and_a_window_that_is_earned(models):
     with pytest.raises(ValueError, match="keys=2 is not allowed without earn=true"):
         Settings(keys=2)
-    with pytest.raises(ValueError, match="keys=2 is not allowed: small have no keys"):
+    with pytest.raises(
+        ValueError, match="keys=2 is not allowed: there are no keys in small; megactx.studies.keys trains some"
+    ):
         Controller(models, Settings(**SMALL, earn=True, keys=2))
 
 

@@ -158,7 +158,8 @@ def test_keys_are_trained_once_and_too_little_text_is_said(texts, tmp_path, monk
         (["lora=2"], "lora=2 is not allowed: a rank from 4 to 16, or 0"),
         (["lora=many"], "lora=many is not allowed: a rank from 4 to 16, or 0"),
         (["folder=here"], "folder=here is not allowed"),
-        (["keys=nowhere"], "keys=nowhere: there are no keys"),
+        (["keys=nowhere"], "keys=nowhere is not allowed: steps of training, a whole number from 0"),
+        (["keys=-1"], "keys=-1 is not allowed"),
         (["lens:resume=never"], "lens:resume=never is not allowed"),
     ],
 )
