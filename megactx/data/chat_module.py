@@ -61,11 +61,6 @@ class ChatData(Resumable):
             self.training = ConversationBatches(*settings)
             self.validation = ConversationBatches(*settings, split=VALIDATION)
 
-    @property
-    def each(self) -> int:
-        """Batches of a step: accumulated ones, of all processes."""
-        return self.trainer.accumulate_grad_batches * self.trainer.world_size if self.trainer else 1
-
     def tokens(self, steps: int) -> int:
         """Tokens served in the first ``steps`` steps, padding too."""
         return steps * self.each * self.batch * self.row

@@ -200,11 +200,6 @@ class KnowledgeData(Resumable):
             self.training, self.validation = CaseBatches(cases[TRAIN], self.batch), cases[VALIDATION]
             self.validation[0]  # what does not fit is said before the training
 
-    @property
-    def each(self) -> int:
-        """Batches of a step: accumulated ones, of all processes."""
-        return self.trainer.accumulate_grad_batches * self.trainer.world_size if self.trainer else 1
-
     def tokens(self, steps: int) -> int:
         """Tokens served in the first ``steps`` steps, each window once, padding too."""
         return steps * self.each * self.batch * self.row

@@ -49,11 +49,6 @@ class PretrainingData(Resumable):
     def phases(self) -> list[dict]:
         return self.settings["phases"]
 
-    @property
-    def each(self) -> int:
-        """Batches of a step: accumulated ones, of all processes."""
-        return self.trainer.accumulate_grad_batches * self.trainer.world_size if self.trainer else 1
-
     def tokens(self, steps: int) -> int:
         """Tokens served in the first ``steps`` steps."""
         total = 0

@@ -32,6 +32,11 @@ class Resumable(lightning.LightningDataModule):
         self.served = 0  # batches of all processes before this run goes on
         self._since = 0  # batches of this process by then
 
+    @property
+    def each(self) -> int:
+        """Batches of a step: accumulated ones, of all processes."""
+        return self.trainer.accumulate_grad_batches * self.trainer.world_size if self.trainer else 1
+
     def indices(self) -> "CountFrom":
         """Indices of the training batches of this process, without end."""
         rank, count = self._place()

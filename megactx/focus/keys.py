@@ -20,11 +20,32 @@ from megactx.framework.config.types import declared
 from megactx.memory import MegaContextTree, WorkingContext
 
 QUESTION = 64  # newest tokens that are the question
-PIECE = 4096  # blocks that are encoded at a time
+
+
+class Keys(nn.Module):
+    """What nets of keys have in common. One has ``size`` S, ``up``, ``down``, ``scale``, ``null``; and tells what it
+    ``reads``.
+    """
+
+    piece = 4096  # blocks that are encoded at a time
+
+    def unit(self, x: Tensor) -> Tensor:
+        """[E, S] -> unit keys [E, S]."""
+        return F.normalize(x + self.down(F.gelu(self.up(x * self.size**0.5))), dim=-1)
+
+    @torch.no_grad()
+    def encode(self, ids: Tensor) -> Tensor:
+        """ids [E, K] -> keys [E, S] in fp16, as a tree keeps them."""
+        parts = [self(part.long()) for part in ids.split(self.piece)]
+        return torch.cat(parts).half() if parts else torch.zeros(0, self.size, dtype=torch.half)
+
+    def likeness(self, questions: Tensor, keys: Tensor) -> Tensor:
+        """Keys of questions [E, S] and of blocks [N, S] -> [E, N]; compare it with ``null``."""
+        return self.scale * questions @ keys.to(questions.dtype).T
 
 
 @declared("keys")
-class KeyNet(nn.Module):
+class KeyNet(Keys):
     """Tokens of a block -> its key.
 
     Args:
@@ -34,6 +55,8 @@ class KeyNet(nn.Module):
     Raises:
         ValueError: a setting that is not allowed.
     """
+
+    reads = "embeddings"
 
     def __init__(self, embeddings: Tensor, size: Annotated[int, Ge(16), Le(64)] = 64):
         super().__init__()
@@ -54,17 +77,7 @@ class KeyNet(nn.Module):
         weight = weight if mask is None else weight * mask
         mixed = torch.einsum("ek,ekd->ed", weight, self.embeddings[ids])
         x = F.normalize(self.project(mixed), dim=-1)
-        return F.normalize(x + self.down(F.gelu(self.up(x * self.size**0.5))), dim=-1)
-
-    @torch.no_grad()
-    def encode(self, ids: Tensor) -> Tensor:
-        """ids [E, K] -> keys [E, S] in fp16, as a tree keeps them."""
-        parts = [self(part.long()) for part in ids.split(PIECE)]
-        return torch.cat(parts).half() if parts else torch.zeros(0, self.size, dtype=torch.half)
-
-    def likeness(self, questions: Tensor, keys: Tensor) -> Tensor:
-        """Keys of questions [E, S] and of blocks [N, S] -> [E, N]; compare it with ``null``."""
-        return self.scale * questions @ keys.to(questions.dtype).T
+        return self.unit(x)
 
 
 @torch.no_grad()

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from megactx.framework.config.types import declared
 from megactx.lm.sentences import SentenceEncoder
 
-PIECE = 1024  # blocks that are encoded at a time
+from .keys import Keys
+
 KNOWN = 2**15  # blocks whose states are remembered while keys are trained
 
 
 @declared("keys")
-class SentenceKeys(nn.Module):
+class SentenceKeys(Keys):
     """Tokens of a block -> its key.
 
     Args:
@@ -34,10 +35,12 @@ class SentenceKeys(nn.Module):
         ValueError: a setting that is not allowed.
     """
 
+    reads, piece = "sentences", 1024
+
     def __init__(self, tokenizer, encoder: SentenceEncoder, size: Annotated[int, Ge(16), Le(64)] = 64):
         super().__init__()
         self.size, self.tokenizer, self.encoder = size, tokenizer, encoder
-        self.known: dict[bytes, Tensor] | None = None  # states by ids; a dict remembers them
+        self.known: dict[tuple[int, ...], Tensor] | None = None  # states by ids; a dict remembers them
         self.project = nn.Linear(encoder.width, size, bias=False)
         nn.init.orthogonal_(self.project.weight)
         self.weight = nn.Linear(encoder.width, 1)
@@ -56,7 +59,7 @@ class SentenceKeys(nn.Module):
         score = self.weight(states)[..., 0].masked_fill(~there, -torch.inf)
         mixed = torch.einsum("et,etd->ed", score.softmax(-1), states)
         x = F.normalize(self.project(mixed), dim=-1)
-        return F.normalize(x + self.down(F.gelu(self.up(x * self.size**0.5))), dim=-1)
+        return self.unit(x)
 
     def _states(self, rows: list[list[int]]) -> list[Tensor]:
         if self.known is None:
@@ -67,13 +70,3 @@ class SentenceKeys(nn.Module):
         states = self.encoder.states([self.tokenizer.decode(row) for row in new])
         self.known |= {tuple(row): own.half() for row, own in zip(new, states, strict=True)}
         return [self.known[tuple(row)].float() for row in rows]
-
-    @torch.no_grad()
-    def encode(self, ids: Tensor) -> Tensor:
-        """ids [E, K] -> keys [E, S] in fp16, as a tree keeps them."""
-        parts = [self(part.long()) for part in ids.split(PIECE)]
-        return torch.cat(parts).half() if parts else torch.zeros(0, self.size, dtype=torch.half)
-
-    def likeness(self, questions: Tensor, keys: Tensor) -> Tensor:
-        """Keys of questions [E, S] and of blocks [N, S] -> [E, N]; compare it with ``null``."""
-        return self.scale * questions @ keys.to(questions.dtype).T

@@ -14,8 +14,7 @@ import torch
 
 from megactx.assets import is_gguf, known, resolve
 from megactx.focus import LensNet
-from megactx.focus.keys import KeyNet
-from megactx.focus.sentence_keys import SentenceKeys
+from megactx.focus.keys import Keys
 from megactx.framework.run.resume import best, read
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
@@ -37,7 +36,7 @@ class Models:
     gistnet: GistNet | None = None
     lensnet: LensNet | None = None
     name: str = ""  # where they came from, for people
-    keys: KeyNet | SentenceKeys | None = None  # of blocks, for this base LM
+    keys: Keys | None = None  # of blocks, for this base LM
     prediction: Readout | None = None  # of the next gist, for this base LM and GistNet
 
     def to(self, device) -> "Models":

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from megactx.focus.keys import KeyNet
+from megactx.focus.keys import KeyNet, Keys
 from megactx.focus.lensnet import LensNet
 from megactx.focus.sentence_keys import SentenceKeys
 from megactx.gist import GistNet
@@ -157,7 +157,7 @@ def load_lensnet(folder: str | Path, gistnet: GistNet) -> LensNet:
     return _filled(net, folder, "lensnet").requires_grad_(False)
 
 
-def load_keys(folder: str | Path, base: BaseLM) -> KeyNet | SentenceKeys:
+def load_keys(folder: str | Path, base: BaseLM) -> Keys:
     """Read the folder of ``save_keys`` for the base LM whose embeddings it was trained on, fp32, frozen.
 
     Raises:
@@ -167,9 +167,9 @@ def load_keys(folder: str | Path, base: BaseLM) -> KeyNet | SentenceKeys:
     about = _described(folder, "keys", "size", "base")
     if about["base"] != (own := of_embeddings(base)):
         raise ValueError(f"keys={folder}: trained on other embeddings, {about['base']}; those of the base LM are {own}")
-    reads = about.get("reads", "embeddings")
+    reads = about.get("reads", KeyNet.reads)
     try:
-        if reads == "sentences":
+        if reads == SentenceKeys.reads:
             net = SentenceKeys(base.tokenizer, SentenceEncoder(f"keys={folder}"), about["size"])
         else:
             net = KeyNet(base.model.get_input_embeddings().weight, about["size"])

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megactx.focus.keys import KeyNet
+from megactx.focus.keys import Keys
 from megactx.focus.lensnet import LensNet
-from megactx.focus.sentence_keys import SentenceKeys
 from megactx.framework.command_line import run
 from megactx.framework.files import replacing
 from megactx.gist import GistNet
@@ -23,8 +22,6 @@ from megactx.memory.prediction import Readout
 
 from .find import WEIGHTS, find, read_best
 from .read import gistnet_of, gistnet_settings
-
-KINDS_OF_KEYS = {KeyNet: "embeddings", SentenceKeys: "sentences"}
 
 
 def save_gistnet(net: GistNet, settings: dict, base: BaseLM, folder: str | Path, made_by: str = "") -> None:
@@ -54,7 +51,7 @@ def save_lensnet(net: LensNet, settings: dict, gistnet: GistNet, folder: str | P
     _write(folder, "lensnet", about | {"made_by": made_by}, weights)
 
 
-def save_keys(net: KeyNet | SentenceKeys, base: BaseLM, folder: str | Path, made_by: str = "") -> None:
+def save_keys(net: Keys, base: BaseLM, folder: str | Path, made_by: str = "") -> None:
     """Write a net of keys into a folder, its matrices in bf16, without what it reads: the base LM's embeddings, or
     a sentence encoder.
 
@@ -62,7 +59,7 @@ def save_keys(net: KeyNet | SentenceKeys, base: BaseLM, folder: str | Path, made
         made_by: how it was trained, for people.
     """
     weights = {name: t.to(torch.bfloat16) if t.ndim else t for name, t in net.state_dict().items()}
-    about = {"size": net.size, "base": of_embeddings(base), "reads": KINDS_OF_KEYS[type(net)], "made_by": made_by}
+    about = {"size": net.size, "base": of_embeddings(base), "reads": net.reads, "made_by": made_by}
     _write(folder, "keys", about, weights)
 
 

@@ -14,7 +14,7 @@ from megactx.data.documents import tokenised
 from megactx.data.embedded import Embedded
 from megactx.data.files import Files
 from megactx.focus import key_training as training
-from megactx.focus.keys import QUESTION, KeyNet
+from megactx.focus.keys import QUESTION, KeyNet, Keys
 from megactx.focus.sentence_keys import SentenceKeys
 from megactx.framework.bar import bar
 from megactx.lm import BaseLM
@@ -112,7 +112,7 @@ def step_of(pool: training.Pool, teller: Teller, frames, draw: random.Random, co
     return torch.stack(documents), asked, blocks[:, 2:].reshape(-1, BLOCK)
 
 
-def train(net: KeyNet | SentenceKeys, pool: training.Pool, teller: Teller, steps: int, seed: int) -> list[float]:
+def train(net: Keys, pool: training.Pool, teller: Teller, steps: int, seed: int) -> list[float]:
     """-> the loss of every step."""
     frames = [tuple(map(teller.ids, frame)) for frame in FRAMES]
     numbers = [net.scale, net.null]  # single numbers of size ten need larger steps than weights do
