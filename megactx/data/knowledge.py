@@ -154,12 +154,15 @@ class Knowledge:
         Raises:
             ValueError: so many different ones cannot be asked.
         """
-        vias = [None] if hops == 1 else RELATIONS
-        most = len(self.names) * len(ATTRIBUTES) * len(vias)
-        if count > most:
-            raise ValueError(f"questions={count} is not allowed: {len(self.names)} entities allow {most}")
-        every = [(name, what, via) for name in self.names for what in ATTRIBUTES for via in vias]
-        return [self.ask(*one) for one in draw.sample(every, count)]
+        every = self.every_question(hops)
+        if count > len(every):
+            raise ValueError(f"questions={count} is not allowed: {len(self.names)} entities allow {len(every)}")
+        return draw.sample(every, count)
+
+    def every_question(self, *hops: int) -> list[Question]:
+        """All that can be asked, of one hop, of two, or both."""
+        vias = [via for count in hops or (1, 2) for via in ([None] if count == 1 else RELATIONS)]
+        return [self.ask(name, what, via) for name in self.names for what in ATTRIBUTES for via in vias]
 
 
 def sentences(texts: Iterable[str]) -> list[str]:

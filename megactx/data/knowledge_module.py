@@ -1,7 +1,10 @@
 """DataModule of the stage ``core``: blocks of knowledge, a question behind them, and its answer (method 22).
 
-BOS [ block 7 ][ block 2 ][ block 19 ] What is the metal of X? The metal of X is | tin          the window
-BOS [ block 7 ]           [ block 19 ] What is the metal of X? The metal of X is | tin          dropped
+BOS [ block 7 ][ block 2 ][ block 19 ]  ->  What is the metal of X? The metal of X is | tin      the window
+                                        ->  What is the colour of Y? ...                | blue     more that it answers
+BOS [ block 7 ]           [ block 19 ]  ->  What is the metal of X? The metal of X is | tin      dropped
+
+A window is read once, whatever many questions stand behind it; none of them sees another.
 """
 
 import random
@@ -14,7 +17,7 @@ from megactx.framework.config.types import AtLeast2, Count, Share, Whole
 
 from .documents import TRAIN, VALIDATION, tokenised, views
 from .files import NARRATIVE
-from .knowledge import Knowledge, asked_ids, blocks, encoded, sentences, tell, value_ids
+from .knowledge import Knowledge, Question, asked_ids, blocks, encoded, sentences, tell, value_ids
 from .resumable import Endless, Resumable
 from .tokenizer import bos_id
 
@@ -23,9 +26,12 @@ PROSE = 20_000  # sentences of the texts, at most
 TRIES = 20  # draws of a window until one has room for what is needed
 
 
+Pair = tuple[list[int], list[int]]  # a question with what stands before its answer, and the answer, as ids
+
+
 @dataclass
 class Case:
-    """A question with its window, as ids. ``behind``: blocks that stand where the question cannot read them."""
+    """A question with its window, as ids. ``more``: other questions that the window answers, with their answers."""
 
     kind: str
     window: list[int]
@@ -33,16 +39,11 @@ class Case:
     asked: list[int]
     values: list[list[int]]
     right: int
-    behind: list[int]
+    more: list[Pair]
 
-    def row(self, window: list[int], tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids [T] and answers bool [T] of a window with question and answer; 0 behind, which nobody reads."""
-        answer = self.values[self.right]
-        before = [*window, *self.asked]
-        ids, answers = np.zeros(tokens, dtype=np.int64), np.zeros(tokens, dtype=bool)
-        text = [*before, *answer, *self.behind]
-        ids[: len(text)], answers[len(before) : len(before) + len(answer)] = text, True
-        return ids, answers
+    @property
+    def pair(self) -> Pair:
+        return self.asked, self.values[self.right]
 
 
 class Cases(Endless):
@@ -59,7 +60,7 @@ class Cases(Endless):
         between: sentences of prose between two facts, on average.
         changed: share of attributes that are told twice.
         hops: share of questions of two hops.
-        knowledge: whether the question can read the blocks; else they stand behind its answer.
+        questions: of a window, at most: the drawn one, and others whose facts stand in the window whole.
         seed: of all draws.
         split: whose names people have.
 
@@ -67,36 +68,40 @@ class Cases(Endless):
         ValueError: a row has no room for what a question needs.
     """
 
-    def __init__(self, prose, tokenizer, block, tokens, entities, between, changed, hops, knowledge, seed, split=TRAIN):
+    def __init__(self, prose, tokenizer, block, tokens, entities, between, changed, hops, questions, seed, split=TRAIN):
         self.prose, self.tokenizer, self.block, self.tokens = prose, tokenizer, block, tokens
         self.entities, self.between, self.changed, self.hops = entities, between, changed, hops
-        self.knowledge, self.seed, self.split, self.bos = knowledge, seed, split, bos_id(tokenizer)
+        self.questions, self.seed, self.split, self.bos = questions, seed, split, bos_id(tokenizer)
 
     def __getitem__(self, index: int) -> Case:
         draw = random.Random(f"{self.split}/{self.seed}/{index}")
+        least = []
         for _ in range(TRIES):
-            if (case := self._case(draw)) is not None:
+            case = self._case(draw)
+            if isinstance(case, Case):
                 return case
+            least.append(case)
         raise ValueError(
-            f"datamodule.tokens={self.tokens} is not allowed: too few for a question and the blocks that it needs"
+            f"datamodule.tokens={self.tokens} is not allowed: too few for a question and the blocks that it needs,"
+            f" {min(least)} or more"
         )
 
-    def _case(self, draw: random.Random) -> Case | None:
+    def _case(self, draw: random.Random) -> Case | int:
+        """A case; or how many tokens it would have taken, where there is no room for it."""
         knowledge = Knowledge(self.entities, draw, self.split, self.changed)
         text, facts = tell(knowledge.facts, self.prose, self.between, draw)
         ids, spans = encoded(text, facts, self.tokenizer)
         hops = 2 if draw.random() < self.hops else 1
         question = knowledge.questions(1, draw, hops)[0]
         values = value_ids(self.tokenizer, question.values)
-        asked = [token for part in asked_ids(self.tokenizer, question) for token in part]
+        asked = self._asked(question)
         right, every = question.values.index(question.answer), range(-(-len(ids) // self.block))
-        count = min(len(every), (self.tokens - 1 - len(asked) - max(map(len, values))) // self.block)
-        needed = {n for fact in question.needed for n in blocks(spans[fact.key], self.block)}
-        last = question.needed[-1]
-        older = [spans[last.name, last.what, version] for version in range(last.version)]
-        old = {n for span in older for n in blocks(span, self.block)}
+        beside = 1 + len(asked) + max(map(len, values))
+        count = min(len(every), (self.tokens - beside) // self.block)
+        needed = self._told(question, spans)
+        old = self._older(question, spans)
         if len(needed) > count:
-            return None
+            return beside + len(needed) * self.block
         marked = needed | old if len(needed | old) <= count else needed
         rest = [n for n in every if n not in needed | old]
         others = draw.sample(rest, min(len(rest), count - len(marked)))
@@ -105,9 +110,35 @@ class Cases(Endless):
         window = [token for n in order for token in pieces[n]]
         dropped = [token for n in order if n not in needed for token in pieces[n]]
         kind = TWO_HOPS if hops == 2 else TWICE if old and old <= marked else ONCE
-        if not self.knowledge:
-            return Case(kind, [self.bos], [self.bos], asked, values, right, behind=window)
-        return Case(kind, [self.bos, *window], [self.bos, *dropped], asked, values, right, behind=[])
+        case = Case(kind, [self.bos, *window], [self.bos, *dropped], asked, values, right, more=[])
+        if self.questions > 1:
+            also = [one for one in knowledge.every_question() if one != question and self._stands(one, spans, order)]
+            pairs = [(self._asked(one), value_ids(self.tokenizer, [one.answer])[0]) for one in also]
+            fits = [pair for pair in pairs if len(case.window) + sum(map(len, pair)) <= self.tokens]
+            case.more = draw.sample(fits, min(len(fits), self.questions - 1))
+        return case
+
+    def _asked(self, question: Question) -> list[int]:
+        return [token for part in asked_ids(self.tokenizer, question) for token in part]
+
+    def _told(self, question: Question, spans: dict) -> set[int]:
+        """Blocks that tell the facts of an answer."""
+        return {n for fact in question.needed for n in blocks(spans[fact.key], self.block)}
+
+    def _older(self, question: Question, spans: dict) -> set[int]:
+        """Blocks that tell what the answer was before."""
+        last = question.needed[-1]
+        older = [spans[last.name, last.what, version] for version in range(last.version)]
+        return {n for span in older for n in blocks(span, self.block)}
+
+    def _stands(self, question: Question, spans: dict, order: list[int]) -> bool:
+        """Each fact of the answer stands in these blocks in one piece, and nothing that was true before it."""
+        pieces = [[*blocks(spans[fact.key], self.block)] for fact in question.needed]
+        together = {*zip(order, order[1:], strict=False)}
+        whole = all(n in order for piece in pieces for n in piece) and all(
+            pair in together for piece in pieces for pair in zip(piece, piece[1:], strict=False)
+        )
+        return whole and not self._older(question, spans) & {*order}
 
 
 def arranged(marked: list[int], others: list[int], draw: random.Random) -> list[int]:
@@ -125,10 +156,11 @@ def arranged(marked: list[int], others: list[int], draw: random.Random) -> list[
 
 
 class CaseBatches(Endless):
-    """Batch ``i`` has the cases ``i * B`` to ``i * B + B - 1``.
+    """Batch ``i`` has the cases ``i * B`` to ``i * B + B - 1``: B windows of at most T tokens, Q questions of R tokens.
 
-    Each item is a dict of ``ids`` int64 and ``answers`` bool [B, T]; and, where questions read blocks, ``dropped`` and
-    ``dropped_answers``, the same without the needed blocks.
+    Each item is a dict of ``window`` int64 [B, T] with ``lengths`` [B]; ``asked`` int64 and ``answers`` bool [B, Q, R],
+    the drawn question first, no answer where a window has fewer questions; and ``dropped`` [B, T] with
+    ``dropped_lengths`` [B], the windows without the blocks that the drawn question needs.
     """
 
     def __init__(self, cases: Cases, batch: int):
@@ -136,15 +168,27 @@ class CaseBatches(Endless):
 
     def __getitem__(self, index: int) -> dict:
         cases = [self.cases[n] for n in range(index * self.batch, (index + 1) * self.batch)]
-        ids, answers = self._rows([(case, case.window) for case in cases])
-        if not self.cases.knowledge:
-            return {"ids": ids, "answers": answers}
-        dropped, those = self._rows([(case, case.dropped) for case in cases])
-        return {"ids": ids, "answers": answers, "dropped": dropped, "dropped_answers": those}
+        window, lengths = padded([case.window for case in cases])
+        dropped, those = padded([case.dropped for case in cases])
+        pairs = [[case.pair, *case.more] for case in cases]
+        longest = max(len(asked) + len(answer) for row in pairs for asked, answer in row)
+        shape = len(cases), max(map(len, pairs)), longest
+        ids, answers = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
+        for n, row in enumerate(pairs):
+            for q, (asked, answer) in enumerate(row):
+                end = len(asked) + len(answer)
+                ids[n, q, :end], answers[n, q, len(asked) : end] = [*asked, *answer], True
+        about = {"asked": ids, "answers": answers}
+        return {"window": window, "lengths": lengths, "dropped": dropped, "dropped_lengths": those, **about}
 
-    def _rows(self, windows: list[tuple[Case, list[int]]]) -> tuple[np.ndarray, np.ndarray]:
-        ids, answers = zip(*(case.row(window, self.cases.tokens) for case, window in windows), strict=True)
-        return np.stack(ids), np.stack(answers)
+
+def padded(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of each row -> ids [B, T], 0 behind a shorter one, and lengths [B]."""
+    lengths = np.array([len(row) for row in rows])
+    ids = np.zeros((len(rows), lengths.max()), dtype=np.int64)
+    for own, row in zip(ids, rows, strict=True):
+        own[: len(row)] = row
+    return ids, lengths
 
 
 class KnowledgeData(Resumable):
@@ -153,8 +197,8 @@ class KnowledgeData(Resumable):
     Args:
         source: of the prose between the facts, training texts for training, held-out ones for questions.
         tokenizer: a Hugging Face tokenizer.
-        block, tokens, entities, between, changed, hops, knowledge, seed: see ``Cases``.
-        batch: B, questions.
+        block, tokens, entities, between, changed, hops, questions, seed: see ``Cases``.
+        batch: B, windows.
         validation_questions: held-out ones, per validation.
         workers: processes that build batches.
     """
@@ -169,7 +213,7 @@ class KnowledgeData(Resumable):
         between: Whole,
         changed: Share,
         hops: Share,
-        knowledge: bool,
+        questions: Count,
         batch: Count,
         validation_questions: Count = 64,
         seed: Whole = 0,
@@ -177,9 +221,9 @@ class KnowledgeData(Resumable):
     ):
         super().__init__()
         self.source, self.tokenizer, self.batch, self.seed, self.workers = source, tokenizer, batch, seed, workers
-        self.row, self.questions = tokens, validation_questions
+        self.row, self.held_out = tokens, validation_questions
         self.settings = dict(block=block, tokens=tokens, entities=entities, between=between, changed=changed, hops=hops)
-        self.settings |= dict(knowledge=knowledge, seed=seed)
+        self.settings |= dict(questions=questions, seed=seed)
 
     def limit_to(self, positions: int) -> None:
         """Rows are no longer than a base LM takes.
@@ -201,14 +245,14 @@ class KnowledgeData(Resumable):
             self.validation[0]  # what does not fit is said before the training
 
     def tokens(self, steps: int) -> int:
-        """Tokens served in the first ``steps`` steps, each window once, padding too."""
+        """Tokens of the windows of the first ``steps`` steps, at most, each once, with a question each."""
         return steps * self.each * self.batch * self.row
 
     def train_dataloader(self):
         return self.loader(self.training, sampler=self.indices(), num_workers=self.workers)
 
     def val_dataloader(self):
-        mine = self.share(self.questions, f"datamodule.validation_questions={self.questions}")
+        mine = self.share(self.held_out, f"datamodule.validation_questions={self.held_out}")
         return DataLoader(self.validation, batch_size=None, sampler=mine)
 
 

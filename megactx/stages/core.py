@@ -1,8 +1,9 @@
 """Stage ``core``: a base LM learns to read its facts from blocks of a knowledge tree (method 22).
 
-Loss is on the answers. With the drop margin the answer must also be less likely without the blocks that tell it:
+Loss is on the answers to all questions of a window, which is read once. With the drop margin the answer to its first
+question must also be less likely without the blocks that tell it:
 
-    L_full + max(0, m - (L_drop - L_full)),   L in nats of an answer, a mean over questions
+    L_full + max(0, m - (L_drop - L_full)),   L in nats of an answer, means over questions, and over first questions
 
 The result is a Hugging Face folder that ``megactx.studies.cognitive_core`` measures over a tree.
 """
@@ -24,9 +25,11 @@ from megactx.framework.config.types import Count, NonNegative
 from megactx.framework.files import IN_RUN, replacing
 from megactx.framework.optimizers import fast_dtype
 from megactx.lm import BaseLM
+from megactx.lm.adapters import adapt, adapters_of, merged
 from megactx.lm.masks import CAUSAL
 
 from .base_lm import BaseLMStage
+from .joint import Lora
 from .work import Work
 
 WINDOWS = ("with", "dropped", "without")  # the window, that without the needed blocks, and the question alone
@@ -42,44 +45,88 @@ class CoreStage(BaseLMStage):
     """Training on questions behind windows of knowledge.
 
     Args:
-        knowledge: whether questions can read the blocks; false is the control: the same tokens without a window.
+        knowledge: whether questions can read the blocks; false is the control: they see the first token alone.
         margin: m, nats.
+        lora: adapters of the base LM that learn in place of its weights, see ``adapt``, ``rank`` 0: the weights learn.
+            They are in the model at the end.
         evaluate: ``questions``: held-out ones that the table at the end is measured on.
         settings: of ``BaseLMStage``.
     """
 
-    def __init__(self, knowledge: bool, margin: NonNegative, evaluate: Questions, **settings):
+    def __init__(self, knowledge: bool, margin: NonNegative, lora: Lora, evaluate: Questions, **settings):
         super().__init__(evaluate=evaluate, **settings)
+        if lora["rank"]:
+            self.base.freeze()
+            for parameter in adapt(self.base, **lora):
+                parameter.requires_grad_(True)
+
+    def groups(self) -> list[dict]:
+        if not self.hparams.lora["rank"]:
+            return super().groups()
+        return [{"params": [*adapters_of(self.base).values()], "lr": self.hparams.adamw_lr, "weight_decay": 0.0}]
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.hparams.lora["rank"] and str(self.trainer.precision).startswith("bf16"):
+            self.base.to(torch.bfloat16)  # frozen weights need no fp32 master, whose casts every call would repeat
+            for parameter in adapters_of(self.base).values():
+                parameter.data = parameter.data.float()
 
     def flops_ahead(self, data: dict, preset: dict) -> float:
-        batch = {"ids": torch.empty(data["batch"], data["tokens"], device="meta")}
-        passes = 2 if self.hparams.knowledge else 1
-        return passes * Work.of_base(self.base)(batch) * self.hparams.max_steps * preset["accumulate"]
+        step = Work.of_base(self.base)({"ids": torch.empty(data["batch"], data["tokens"], device="meta")})
+        passes = 2 if self.hparams.knowledge and self.hparams.margin else 1
+        return passes * step * self.hparams.max_steps * preset["accumulate"]
 
     def flops(self, batch: dict) -> Tensor | float:
-        return self.work(batch) * (2 if "dropped" in batch else 1)
+        b, q, r = batch["asked"].shape
+        read = [(b, batch["window"].shape[1] + q * r)]
+        if self.hparams.knowledge and self.hparams.margin:
+            read.append((b, batch["dropped"].shape[1] + r))
+        return sum(self.work({"ids": torch.empty(shape, device="meta")}) for shape in read)
 
-    def answer_nll(self, ids: Tensor, answers: Tensor) -> Tensor:
-        """ids [B, T], answers bool [B, T] -> NLL of each row's answer, nats for all of its tokens [B]."""
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        hidden = self.base(self.base.embed(ids), positions, CAUSAL)  # padding stands behind, where nobody looks
-        chosen = answers[:, 1:]
-        nll = F.cross_entropy(self.base.logits(hidden[:, :-1][chosen]).float(), ids[:, 1:][chosen], reduction="none")
-        return nll.new_zeros(len(ids)).index_add(0, chosen.nonzero()[:, 0], nll)
+    def amounts(self, batch: dict) -> dict:
+        return {"tokens": batch["window"].numel(), "documents": len(batch["window"])}
+
+    def answer_nll(self, window: Tensor, lengths: Tensor, asked: Tensor, answers: Tensor) -> Tensor:
+        """NLL of each answer behind its window, nats for all of its tokens [B, Q]; 0 where there is none.
+
+        Args:
+            window, lengths: ids [B, T], of which each row has the first ``lengths`` [B].
+            asked, answers: ids [B, Q, R] behind the window, and which of them are the answer, bool [B, Q, R].
+        """
+        from transformers import DynamicCache
+
+        (b, q, r), device = asked.shape, asked.device
+        cache, places = DynamicCache(config=self.base.config), torch.arange(window.shape[1], device=device)
+        self.base(self.base.embed(window), places.expand_as(window), CAUSAL, cache)  # padding is seen by no question
+        columns = [(layer.keys, layer.values) for layer in cache.layers]
+        seen = lengths[:, None].expand(b, q)
+        positions = seen[..., None] + torch.arange(r, device=device)
+        hidden = self.base.forward_branches(self.base.embed(asked), positions, columns, seen)
+        chosen = answers[..., 1:]
+        nll = F.cross_entropy(
+            self.base.logits(hidden[:, :, :-1][chosen]).float(), asked[..., 1:][chosen], reduction="none"
+        )
+        row, question, _ = chosen.nonzero(as_tuple=True)
+        return nll.new_zeros(b * q).index_add(0, row * q + question, nll).view(b, q)
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
-        """A batch of ``CaseBatches`` -> ``full`` [B], and where there is something to drop, ``drop`` and ``margin``
-        [B]: how far each question is from the drop margin."""
-        if "dropped" not in batch:
-            return {"full": self.answer_nll(batch["ids"], batch["answers"])}
-        both = (torch.cat([batch[a], batch[b]]) for a, b in (("ids", "dropped"), ("answers", "dropped_answers")))
-        full, drop = self.answer_nll(*both).chunk(2)
-        return {"full": full, "drop": drop, "margin": F.relu(self.hparams.margin - (drop - full))}
+        """A batch of ``CaseBatches`` -> ``full``, NLL of all answers [n]; and with a drop margin ``drop`` and
+        ``margin`` [B]: NLL of the first answers, and how far each is from the margin."""
+        asked, answers, lengths = batch["asked"], batch["answers"], batch["lengths"]
+        if not self.hparams.knowledge:
+            lengths = torch.ones_like(lengths)  # the first token of a text; the window is read for nobody
+        full = self.answer_nll(batch["window"], lengths, asked, answers)
+        every = full[answers.any(dim=-1)]
+        if not (self.hparams.knowledge and self.hparams.margin):
+            return {"full": every}
+        drop = self.answer_nll(batch["dropped"], batch["dropped_lengths"], asked[:, :1], answers[:, :1])[:, 0]
+        return {"full": every, "drop": drop, "margin": F.relu(self.hparams.margin - (drop - full[:, 0]))}
 
     def training_step(self, batch: dict) -> Tensor:
         found = self.losses(batch)
-        count = found["full"].new_tensor(float(len(found["full"])))
         for name, values in found.items():
+            count = values.new_tensor(float(len(values)))
             total, questions = self._over_processes(values.detach().sum(), count)
             self.log(LOGGED[name].format("train"), total / questions, prog_bar=name == "full")
         self.log("train/tokens", float(self.trainer.datamodule.tokens(self.global_step + 1)))
@@ -89,7 +136,7 @@ class CoreStage(BaseLMStage):
         self.sums = torch.zeros(5, dtype=torch.float64, device=self.device)
 
     def validation_step(self, case: Case, batch_index: int) -> None:
-        full, drop = (said(self.base, case, window) for window in WINDOWS[:2])
+        full, drop = (self.said(self.base, case, window) for window in WINDOWS[:2])
         right, wrong = float(full[case.right]), float(drop[case.right])
         margin = max(0.0, self.hparams.margin - (wrong - right))
         hit = float(int(full.argmin()) == case.right)
@@ -100,9 +147,16 @@ class CoreStage(BaseLMStage):
         for name, total in zip(("full", "drop", "margin", "accuracy"), sums, strict=True):
             self.log(LOGGED[name].format("val"), total / count, prog_bar=name in ("full", "accuracy"))
 
+    def said(self, base: BaseLM, case: Case, window: str) -> Tensor:
+        """NLL of each value of a case behind one of ``WINDOWS`` [V]; the control reads none."""
+        alone = case.window[:1]
+        before = {"with": case.window, "dropped": case.dropped, "without": alone}[window]
+        return value_nll(base, [*(before if self.hparams.knowledge else alone), *case.asked], case.values)
+
     def finish(self, folder: Path, datamodule) -> None:
         """Write ``folder/model``, a Hugging Face folder in bf16 with a card, and ``report``: held-out questions."""
-        base, tokenizer, final = self.base.to(torch.bfloat16).freeze(), datamodule.tokenizer, folder / "model"
+        base = merged(self.base) if self.hparams.lora["rank"] else self.base
+        base, tokenizer, final = base.to(torch.bfloat16).freeze(), datamodule.tokenizer, folder / "model"
         base.to(fast_dtype(self.device))
         cases = [datamodule.validation[n] for n in range(self.hparams.evaluate["questions"])]
         report = self.report(base, cases)
@@ -121,7 +175,7 @@ class CoreStage(BaseLMStage):
     def report(self, base: BaseLM, cases: list[Case]) -> Report:
         """Accuracy and NLL of held-out questions, with their window, without the needed blocks, and alone."""
         table = Table()
-        found = [{window: said(base, case, window) for window in WINDOWS} for case in cases]
+        found = [{window: self.said(base, case, window) for window in WINDOWS} for case in cases]
         for kind in (OVERALL, *dict.fromkeys(case.kind for case in cases)):
             own = [pair for pair in zip(cases, found, strict=True) if kind in (OVERALL, pair[0].kind)]
             about = {"domain": kind, "n": len(own)}
@@ -145,6 +199,9 @@ class CoreStage(BaseLMStage):
 
     def _facts_of(self, datamodule, table: Table) -> dict:
         h = self.hparams
+        rates = f"Muon {h.muon_lr} for matrices, AdamW {h.adamw_lr} for the rest"
+        if h.lora["rank"]:
+            rates = f"AdamW {h.adamw_lr}"
         read = "read behind blocks of generated knowledge" if h.knowledge else "alone: the control without knowledge"
         return {
             **h.card,
@@ -158,17 +215,14 @@ class CoreStage(BaseLMStage):
             "training": {
                 "loss": f"on answers to questions {read}",
                 "drop margin": f"{h.margin} nat" if h.knowledge else "none",
-                "rows": f"{datamodule.batch} of {datamodule.row} tokens",
-                "optimizer": f"Muon {h.muon_lr} for matrices, AdamW {h.adamw_lr} for the rest, linear decay over the "
-                f"last {h.decay:.0%}",
+                "a step": f"{datamodule.batch} windows, with a question at most {datamodule.row} tokens, up to"
+                f" {datamodule.settings['questions']} questions each",
+                "what learned": f"adapters of rank {h.lora['rank']}, {h.lora['layers']} layers"
+                if h.lora["rank"]
+                else "all",
+                "optimizer": f"{rates}, linear decay over the last {h.decay:.0%}",
             },
         }
 
 
 LOGGED = {"full": "{}/nll", "drop": "{}/nll_drop", "margin": "{}/margin", "accuracy": "{}/accuracy"}
-
-
-def said(base: BaseLM, case: Case, window: str) -> Tensor:
-    """NLL of each value of a case behind one of ``WINDOWS`` [V]."""
-    before = {"with": case.window, "dropped": case.dropped, "without": case.window[:1]}[window]
-    return value_nll(base, [*before, *case.asked], case.values)

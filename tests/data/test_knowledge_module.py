@@ -2,14 +2,13 @@
 
 import random
 
-import numpy as np
 import pytest
 
 from megactx.data.documents import TRAIN, VALIDATION
 from megactx.data.knowledge_module import ONCE, TWICE, TWO_HOPS, CaseBatches, Cases, KnowledgeData, arranged
 
 PROSE = ["Nothing is told of anybody here.", "It goes on like that for a while.", "Some readers skip such lines."]
-SETTINGS = dict(block=32, tokens=480, entities=3, between=1, changed=0.5, hops=0.3, knowledge=True, seed=0)
+SETTINGS = dict(block=32, tokens=480, entities=3, between=1, changed=0.5, hops=0.3, questions=4, seed=0)
 
 
 def cases_of(tokenizer, split=TRAIN, **changes) -> Cases:
@@ -77,27 +76,41 @@ def test_marked_blocks_keep_their_order_and_neighbours_stay_together():
         assert order.index(4) == order.index(3) + 1 < order.index(9) + 1
 
 
-def test_a_batch_marks_the_answer_of_each_row(cases, tiny_tokenizer):
+def test_a_batch_has_each_window_once_with_all_of_its_questions(cases, tiny_tokenizer):
     batch = CaseBatches(cases, 4)[2]
-    assert batch["ids"].shape == batch["dropped"].shape == (4, 480)
-    for row, (ids, answers) in enumerate(zip(batch["ids"], batch["answers"], strict=True)):
-        case = cases[8 + row]
-        assert ids[answers].tolist() == case.values[case.right]
-        before = [*case.window, *case.asked]
-        assert ids[: len(before)].tolist() == before and answers[: len(before)].sum() == 0
-        assert batch["dropped"][row][batch["dropped_answers"][row]].tolist() == case.values[case.right]
+    for n in range(4):
+        case = cases[8 + n]
+        for name, window in (("window", case.window), ("dropped", case.dropped)):
+            lengths = batch["lengths" if name == "window" else "dropped_lengths"]
+            assert batch[name][n][: lengths[n]].tolist() == window and not batch[name][n][lengths[n] :].any()
+        pairs = [case.pair, *case.more]
+        assert len(pairs) <= batch["asked"].shape[1] <= 4 and not batch["answers"][n, len(pairs) :].any()
+        for ids, answers, (asked, answer) in zip(batch["asked"][n], batch["answers"][n], pairs, strict=False):
+            assert ids[answers].tolist() == answer and ids[: len(asked)].tolist() == asked
+            assert answers[: len(asked)].sum() == 0
 
 
-def test_the_control_has_the_same_tokens_but_its_blocks_stand_behind_the_answer(cases, tiny_tokenizer):
-    control = cases_of(tiny_tokenizer, knowledge=False)
-    one, other = CaseBatches(cases, 4)[0], CaseBatches(control, 4)[0]
-    assert "dropped" not in other and np.array_equal(np.sort(one["ids"]), np.sort(other["ids"]))
-    for n, (ids, answers) in enumerate(zip(other["ids"], other["answers"], strict=True)):
-        assert ids[: answers.argmax()].tolist() == [control.bos, *control[n].asked]
+def test_more_questions_are_other_ones_whose_newest_facts_stand_in_the_window_whole(tiny_tokenizer):
+    cases, seen = cases_of(tiny_tokenizer, questions=6, changed=0.2), 0
+    for n in range(40):
+        case = cases[n]
+        lines = sentences_of(tiny_tokenizer.decode(case.window))
+        asked = [tuple(ids) for ids, _ in (case.pair, *case.more)]
+        assert len({*asked}) == len(asked) <= 6 and case == cases_of(tiny_tokenizer, questions=6, changed=0.2)[n]
+        for ids, answer in case.more:
+            text, value = tiny_tokenizer.decode(ids), tiny_tokenizer.decode(answer).strip()
+            what, _, whose = text.partition("What is the ")[2].partition("?")[0].partition(" of ")
+            via, _, name = whose.removeprefix("the ").partition(" of ") if " of " in whose else ("", "", whose)
+            first = [line for line in lines if name in line and (via or what) in line]
+            assert first and (via or any(value in line for line in first))
+            assert any(what in line and value in line for line in lines)
+            assert len(case.window) + len(ids) + len(answer) <= cases.tokens
+            seen += 1
+    assert seen > 60
 
 
 def test_a_row_without_room_for_what_is_needed_is_refused(tiny_tokenizer):
-    with pytest.raises(ValueError, match="datamodule.tokens=64 is not allowed"):
+    with pytest.raises(ValueError, match="datamodule.tokens=64 is not allowed: too few .* [0-9]+ or more"):
         cases_of(tiny_tokenizer, tokens=64)[0]
     data = KnowledgeData(None, tiny_tokenizer, batch=2, **SETTINGS)
     with pytest.raises(ValueError, match="datamodule.tokens=480 is not allowed: the base LM takes 256 at most"):

@@ -11,57 +11,78 @@ from megactx.data.knowledge_module import CaseBatches, Cases
 from megactx.data.tokenizer import load_tokenizer
 from megactx.framework.app import run
 from megactx.lm import BaseLM
+from megactx.lm.adapters import adapters_of
 from megactx.stages.core import CoreStage
 
 PROSE = ["Nothing is told of anybody here.", "It goes on like that for a while.", "Some readers skip such lines."]
 SETTINGS = dict(config=None, muon_lr=0.01, adamw_lr=1e-3, weight_decay=0.0, warmup=1, decay=0.5, max_steps=4)
 SETTINGS |= dict(card={"name": "x", "data": "people"}, evaluate={"questions": 6}, margin=0.5)
-CASES = dict(block=32, tokens=400, entities=3, between=1, changed=0.5, hops=0.3, seed=0)
+NO_LORA = {"rank": 0, "layers": "all", "embeddings": False}
+CASES = dict(block=32, tokens=400, entities=3, between=1, changed=0.5, hops=0.3, questions=4, seed=0)
 
 
-def built(base_folder, knowledge: bool, margin=0.5) -> tuple[CoreStage, Cases]:
-    cases = Cases(PROSE, load_tokenizer(base_folder), knowledge=knowledge, **CASES)
-    return CoreStage(knowledge=knowledge, weights=str(base_folder), **SETTINGS | {"margin": margin}), cases
+def built(base_folder, knowledge=True, margin=0.5, lora=NO_LORA) -> tuple[CoreStage, Cases]:
+    cases = Cases(PROSE, load_tokenizer(base_folder), **CASES)
+    settings = SETTINGS | {"margin": margin, "lora": lora}
+    return CoreStage(knowledge=knowledge, weights=str(base_folder), **settings), cases
 
 
-def plain_nll(model, window: list[int], case) -> torch.Tensor:
+def tensors(batch: dict) -> dict:
+    return {name: torch.as_tensor(value) for name, value in batch.items()}
+
+
+def plain_nll(model, window: list[int], pair) -> torch.Tensor:
     """Nats of the answer behind a window, by the model's own forward pass over it alone."""
-    answer = case.values[case.right]
-    ids = torch.tensor([*window, *case.asked, *answer])
+    asked, answer = pair
+    ids = torch.tensor([*window, *asked, *answer])
     logits = model(input_ids=ids[None]).logits[0, :-1]
     return F.cross_entropy(logits[-len(answer) :], ids[-len(answer) :], reduction="sum")
 
 
 @pytest.mark.parametrize("margin", [0.5, 40.0])
 def test_the_loss_and_its_gradients_are_those_of_plain_passes_question_by_question(base_folder, margin):
-    stage, cases = built(base_folder, True, margin)
-    batch = {name: torch.as_tensor(value) for name, value in CaseBatches(cases, 3)[1].items()}
-    found = stage.losses(batch)
-    model, total = stage.base.model, 0.0
-    for n in range(3):
-        case = cases[3 + n]
-        full, drop = (plain_nll(model, window, case) for window in (case.window, case.dropped))
-        hinge = margin - (drop - full)
-        torch.testing.assert_close(found["full"][n], full, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(found["drop"][n], drop, rtol=1e-4, atol=1e-4)
-        total = total + (full + (hinge if hinge > 0 else 0.0)) / 3
+    stage, cases = built(base_folder, margin=margin)
+    found = stage.losses(tensors(CaseBatches(cases, 3)[1]))
+    model, full, hinges = stage.base.model, [], []
+    for case in (cases[3], cases[4], cases[5]):
+        full += [plain_nll(model, case.window, pair) for pair in (case.pair, *case.more)]
+        first, drop = (plain_nll(model, window, case.pair) for window in (case.window, case.dropped))
+        hinges.append(F.relu(margin - (drop - first)))
+    assert len(full) > 6
+    torch.testing.assert_close(found["full"], torch.stack(full), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found["margin"], torch.stack(hinges), rtol=1e-4, atol=1e-4)
     mine = found["full"].mean() + found["margin"].mean()
-    torch.testing.assert_close(mine, total, rtol=1e-4, atol=1e-4)
+    plain = torch.stack(full).mean() + torch.stack(hinges).mean()
     parameters = list(model.parameters())
-    for one, other in zip(*(torch.autograd.grad(x, parameters) for x in (mine, total)), strict=True):
+    for one, other in zip(*(torch.autograd.grad(x, parameters) for x in (mine, plain)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
 
 
+def test_without_a_margin_there_is_no_second_pass(base_folder):
+    stage, cases = built(base_folder, margin=0.0)
+    batch = tensors(CaseBatches(cases, 2)[0])
+    assert [*stage.losses({name: value for name, value in batch.items() if "dropped" not in name})] == ["full"]
+
+
 def test_no_question_of_the_control_reads_a_block(base_folder):
-    stage, cases = built(base_folder, False)
-    batch = {name: torch.as_tensor(value) for name, value in CaseBatches(cases, 3)[0].items()}
+    stage, cases = built(base_folder, knowledge=False)
+    batch = tensors(CaseBatches(cases, 3)[0])
     before = stage.losses(batch)
     assert [*before] == ["full"]
-    for row, answers in zip(batch["ids"], batch["answers"], strict=True):
-        row[int(answers.nonzero()[-1]) + 1 :] = 7
+    batch["window"][:, 1:] = 7
     torch.testing.assert_close(stage.losses(batch)["full"], before["full"])
-    for n, nll in enumerate(before["full"]):
-        torch.testing.assert_close(nll, plain_nll(stage.base.model, [cases.bos], cases[n]), rtol=1e-4, atol=1e-4)
+    pairs = [pair for case in (cases[0], cases[1], cases[2]) for pair in (case.pair, *case.more)]
+    for nll, pair in zip(before["full"], pairs, strict=True):
+        torch.testing.assert_close(nll, plain_nll(stage.base.model, [cases.bos], pair), rtol=1e-4, atol=1e-4)
+
+
+def test_with_adapters_nothing_else_learns(base_folder):
+    stage, cases = built(base_folder, lora={"rank": 4, "layers": "all", "embeddings": False})
+    learn = {p for group in stage.groups() for p in group["params"]}
+    assert learn == {*adapters_of(stage.base).values()} == {p for p in stage.parameters() if p.requires_grad}
+    found = stage.losses(tensors(CaseBatches(cases, 2)[0]))
+    (found["full"].mean() + found["margin"].mean()).backward()
+    assert all(p.grad is not None for p in learn) and any(p.grad.any() for p in learn)
 
 
 @pytest.fixture
@@ -108,6 +129,22 @@ def test_a_run_from_random_weights_ends_with_a_table_and_a_model_and_goes_on_exa
         for name in ("whole", "part")
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_a_core_with_adapters_is_a_plain_model_at_the_end_that_says_what_the_run_said(arguments, tmp_path, capsys):
+    found = ["stage.config=null", "preset.steps=2", "preset.validate_every=2", "stage.adamw_lr=0.05"]
+    base = next(argument.removeprefix("base.name=") for argument in arguments if argument.startswith("base.name="))
+    mine = [argument for argument in arguments if not argument.startswith("stage.config.")]
+    mine += [*found, f"stage.weights={base}", "stage.lora.rank=4", f"folder={tmp_path}"]
+    assert run(mine) == 0, capsys.readouterr().err
+    trained, before = (BaseLM.from_pretrained(str(folder), "float32").model for folder in (tmp_path / "model", base))
+    assert not any("lora" in name for name, _ in trained.named_parameters())
+    kept = {name: p.bfloat16().float() for name, p in before.named_parameters()}  # as the model is kept
+    # Behind the embedding rows that were there stand those of a chat template.
+    moved = {name for name, p in trained.named_parameters() if not torch.equal(p[: len(kept[name])], kept[name])}
+    assert moved and all("self_attn" in name for name in moved)
+    assert "adapters of rank 4" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_the_control_trains_and_does_not_rely_on_blocks(arguments, tmp_path, capsys):
