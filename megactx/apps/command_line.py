@@ -88,7 +88,7 @@ def controller_of(args: argparse.Namespace, tree: bool = False) -> Controller:
     names = ("budget", "megacontext", "positions", "earn", "keys", "graphs")
     settings = Settings(**{name: getattr(args, name) for name in names})
     quiet_libraries()
-    controller = Controller(load_models(args.model), settings)
+    controller = Controller(load_models(args.model, setting="--model"), settings)
     if tree and controller.plain:
         raise ValueError(f"{controller.plain} keeps no tree, which this command is about")
     for note in controller.notes:

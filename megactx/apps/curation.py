@@ -115,7 +115,7 @@ def measure(tree: Curated, args: argparse.Namespace) -> None:
     if len(tree.levels) == 1:
         raise ValueError(f"{args.session}: the tree has no whole block")
     quiet_libraries()
-    models, made_by = load_models(args.model), tree.about["versions"][tree.about["version"]]
+    models, made_by = load_models(args.model, setting="--model"), tree.about["versions"][tree.about["version"]]
     if models.gistnet is None or not known_as(models.gistnet, made_by):
         raise ValueError(f"{args.session}: another GistNet made it ({made_by}); name its models with --model")
     numbers = evaluation.sample(tree, args.blocks, args.seed)

@@ -162,7 +162,7 @@ def make_parts(args: argparse.Namespace) -> None:
             raise ValueError(f"FILES={text}: a part {name or '(no name)'} is there already; rename a folder")
         sources[name] = Folder(path)
     quiet_libraries()
-    models = load_models(args.model)
+    models = load_models(args.model, setting="--model")
     if models.gistnet is None:
         raise ValueError(f"model: there is no GistNet in {models.name or 'these models'}, which trees are made with")
     follower = Follower(Path(args.out).expanduser(), models, sources)

@@ -117,7 +117,7 @@ def preset(args: argparse.Namespace) -> None:
     if args.level < 1:
         raise ValueError(f"--level={args.level} is not allowed: at least 1")
     quiet_libraries()
-    models = load_models(args.model)
+    models = load_models(args.model, setting="--model")
     tokens = make(folder() / args.name, Path(args.file).expanduser(), models, args.level)
     print(f"{args.name}: {tokens:,} tokens; python -m megactx.apps.chat --preset {args.name} reads it")
 

@@ -52,12 +52,13 @@ class BaseLM(nn.Module):
         self._refuse_unsupported()
 
     @classmethod
-    def from_pretrained(cls, name: str, dtype: str | None = None) -> "BaseLM":
+    def from_pretrained(cls, name: str, dtype: str | None = None, setting: str = "base.name") -> "BaseLM":
         """Load a Hugging Face name, a local folder or a GGUF file, with its tokenizer.
 
         Args:
             name: ``owner/model``, a folder, ``FILE.gguf``, or ``asset:NAME``.
             dtype: of ``DTYPES``; ``None`` takes the one that the weights are stored in.
+            setting: that gives the name, for what errors say.
 
         Raises:
             ValueError: nothing can be loaded from there, or the weights are not those of the config.
@@ -70,7 +71,7 @@ class BaseLM(nn.Module):
 
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"base.dtype={dtype} is not known, allowed are {', '.join(DTYPES)}, or null: as stored")
-        folder = loadable(name)
+        folder = loadable(name, setting)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -82,11 +83,11 @@ class BaseLM(nn.Module):
                 output_loading_info=True,
             )
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ValueError(f"base.name={name}: no causal LM could be loaded from there ({error})") from error
+            raise ValueError(f"{setting}={name}: no causal LM could be loaded from there ({error})") from error
         # transformers would go on with random weights in their place, and with a warning only.
         if wrong := sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"]):
             raise ValueError(
-                f"base.name={name}: the weights do not fit config.json, {len(wrong)} tensors are missing or have"
+                f"{setting}={name}: the weights do not fit config.json, {len(wrong)} tensors are missing or have"
                 f" another shape; the first is {wrong[0]}"
             )
         return cls(model, load_tokenizer(folder))

@@ -50,34 +50,34 @@ class Models:
         return Models(self.base, *parts[:2], self.name, *parts[2:])
 
 
-def load_models(path: str | None = None, device: str | None = None) -> Models:
-    """Models from ``path``, see above; on the GPU where there is one.
+def load_models(path: str | None = None, device: str | None = None, setting: str = "model") -> Models:
+    """Models from ``path``, see above; on the GPU where there is one. ``setting`` gives the path, for what errors say.
 
     Raises:
         ValueError: there are none, or they do not belong together.
     """
-    return _read(path).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return _read(path, setting).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _read(path: str | None) -> Models:
+def _read(path: str | None, setting: str) -> Models:
     if path is None:
-        return _together(resolve(EMBEDDED), _of_package("tiny"), "the embedded models")
+        return _together(resolve(EMBEDDED), _of_package("tiny"), "the embedded models", setting)
     folder = Path(path).expanduser()
     if not folder.is_dir():
         name = path if is_gguf(path) or path.startswith("asset:") else f"asset:{path}"
         if not is_gguf(name) and name not in known():
-            raise ValueError(f"model={path}: there is no such folder, file or asset")
+            raise ValueError(f"{setting}={path}: there is no such folder, file or asset")
         if f"{name}-gistnet" in known():
-            return _together(name, _of_package(name.removeprefix("asset:")), path)
-        return Models(BaseLM.from_pretrained(name, "float32"), name=path)
+            return _together(name, _of_package(name.removeprefix("asset:")), path, setting)
+        return Models(BaseLM.from_pretrained(name, "float32", setting), name=path)
     if (folder / "gistnet" / GISTNET).is_file():
         return _together(
-            folder, {part: folder / part for part in PARTS if (folder / part / PARTS[part]).is_file()}, path
+            folder, {part: folder / part for part in PARTS if (folder / part / PARTS[part]).is_file()}, path, setting
         )
     for own in (folder / "model", folder):  # of a run of a base stage; or a model itself
-        if (own / "config.json").is_file() or own == folder and is_gguf(resolve(folder, "model")):
-            return Models(BaseLM.from_pretrained(str(own), "float32"), name=str(path))
-    return _of_run(folder)
+        if (own / "config.json").is_file() or own == folder and is_gguf(resolve(folder, setting)):
+            return Models(BaseLM.from_pretrained(str(own), "float32", setting), name=str(path))
+    return _of_run(folder, setting)
 
 
 def _of_package(name: str) -> dict[str, str]:
@@ -85,9 +85,9 @@ def _of_package(name: str) -> dict[str, str]:
     return {part: resolve(f"asset:{name}-{part}") for part in PARTS if f"asset:{name}-{part}" in known()}
 
 
-def _together(base: str | Path, parts: dict[str, str | Path], name: str) -> Models:
+def _together(base: str | Path, parts: dict[str, str | Path], name: str, setting: str) -> Models:
     """Models from the folders of each, a GistNet at least."""
-    base = BaseLM.from_pretrained(str(base), "float32").freeze()
+    base = BaseLM.from_pretrained(str(base), "float32", setting).freeze()
     net = load_gistnet(parts["gistnet"], base)
     lens = load_lensnet(parts["lensnet"], net) if "lensnet" in parts else None
     keys = load_keys(parts["keys"], base) if "keys" in parts else None
@@ -95,20 +95,20 @@ def _together(base: str | Path, parts: dict[str, str | Path], name: str) -> Mode
     return Models(base, net, lens, str(name), keys, prediction)
 
 
-def _of_run(folder: Path) -> Models:
+def _of_run(folder: Path, setting: str) -> Models:
     """Models of a run folder of a gist or a lens stage, from its best checkpoint."""
     checkpoint = read(best(folder))
     settings = checkpoint.get("hyper_parameters", {})
     if "train_base" in settings:
         raise ValueError(
-            f"model={folder}: it is a run of a joint stage, whose base LM may have adapters; export it first: python -m"
-            f" megactx.stages.export {folder} OUT"
+            f"{setting}={folder}: it is a run of a joint stage, whose base LM may have adapters; export it first:"
+            f" python -m megactx.stages.export {folder} OUT"
         )
     if "base" not in settings or "gistnet" not in settings:
-        raise ValueError(f"model={folder}: it is a run of neither a gist nor a lens stage, and no model's folder")
+        raise ValueError(f"{setting}={folder}: it is a run of neither a gist nor a lens stage, and no model's folder")
     base = BaseLM.from_pretrained(settings["base"]["name"], "float32").freeze()
     record = record_of(base, settings["base"]["name"])
-    refuse_other_base(checkpoint, record, f"model={folder}: ")  # the folder of the base may hold another one by now
-    gistnet = gistnet_of(folder, base, "model", record)
-    lensnet = lensnet_of(folder, gistnet, record, "model").eval() if "lensnet" in settings else None
+    refuse_other_base(checkpoint, record, f"{setting}={folder}: ")  # the folder of the base may hold another one by now
+    gistnet = gistnet_of(folder, base, setting, record)
+    lensnet = lensnet_of(folder, gistnet, record, setting).eval() if "lensnet" in settings else None
     return Models(base, gistnet, lensnet, str(folder))

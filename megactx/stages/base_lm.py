@@ -86,7 +86,7 @@ class BaseLMStage(Stage):
             self._start_from(weights)
 
     def _start_from(self, weights: str) -> None:
-        there, mine = BaseLM.from_pretrained(weights, "float32").model, self.base.model
+        there, mine = BaseLM.from_pretrained(weights, "float32", "stage.weights").model, self.base.model
         given, wanted = there.state_dict(), mine.state_dict()
         wrong = [name for name in {**given, **wanted} if name not in given or name not in wanted]
         wrong += [name for name in given if name in wanted and given[name].shape != wanted[name].shape]
@@ -233,7 +233,7 @@ class BaseLMStage(Stage):
 
 def _as_it_is(weights: str) -> BaseLM:
     """A base LM with its own config, and a row for each sign of a chat template: the mean of the others."""
-    there = BaseLM.from_pretrained(weights, "float32")
+    there = BaseLM.from_pretrained(weights, "float32", "stage.weights")
     model, ids = there.model, len(with_chat(there.tokenizer))
     table = model.get_input_embeddings()
     table.padding_idx = None  # it would never be trained, whatever token it is of

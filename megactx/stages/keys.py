@@ -38,11 +38,13 @@ def texts(tokenizer, path: str | None, documents: int, tokens: int) -> tuple[lis
     """Ids in whole blocks: of training, and held out. Where few texts are long enough, short ones are joined.
 
     Raises:
-        ValueError: there is too little text.
+        ValueError: too few documents are asked for, or there is too little text.
     """
+    least, few = BLOCK * BLOCKS, 2 * HELD_OUT
+    if documents < few:
+        raise ValueError(f"--documents={documents} is not allowed: at least {few}, one in {HELD_OUT} is held out")
     rows = tokenised(Files(path) if path else Embedded(), tokenizer)
     order = np.random.default_rng(0).permutation(len(rows)).tolist()
-    least, few = BLOCK * BLOCKS, 2 * HELD_OUT
     found = []
     for together in (False, True):
         found, held = [], []

@@ -248,7 +248,7 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     text = prose(args.path)
     if not text:
         raise ValueError(f"--path={args.path}: there is no sentence of prose")
-    models = [load_models(name) for name in args.model]
+    models = [load_models(name, setting="--model") for name in args.model]
     first, tokenizer = models[0], models[0].base.tokenizer
     policies = {
         name: kind(first, args.keys) if getattr(kind, "needs_models", False) else kind() for name, kind in kinds.items()

@@ -83,7 +83,7 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         ValueError: too little text, or a size that is not allowed.
     """
     usable(args.out.parent)
-    models = load_models(args.model)
+    models = load_models(args.model, setting="--model")
     base, tokenizer = models.base, models.base.tokenizer
     learned, held_out = texts(tokenizer, args.path, args.documents, args.tokens)
     losses = train_keys(base, learned, args.out, args.steps, args.size, args.seed, args.sentences)

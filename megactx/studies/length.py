@@ -173,7 +173,7 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         ValueError: a setting that is not allowed, or too little text.
     """
     logging.basicConfig(format="%(message)s")
-    models = load_models(args.model)
+    models = load_models(args.model, setting="--model")
     if models.gistnet is None:
         raise ValueError(f"--model={args.model}: there is no GistNet in it")
     if args.lensnet:

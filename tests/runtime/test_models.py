@@ -53,8 +53,10 @@ def test_a_plain_model_serves_only_without_megacontext(base_folder):
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="there is no such folder"):
+    with pytest.raises(ValueError, match="^model=.*nowhere: there is no such folder"):
         load_models(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="^--model=nowhere: there is no such folder"):
+        load_models("nowhere", setting="--model")
     with pytest.raises(ValueError, match="there is no checkpoint"):
         load_models(str(tmp_path))
 
@@ -108,5 +110,5 @@ def test_a_gguf_file_is_a_plain_base(base_folder, tiny_tokenizer, tmp_path, caps
 def test_a_base_of_the_package_goes_by_its_name(monkeypatch):
     assert load_models("tiny-base", "cpu").gistnet is None and load_models("asset:tiny-base", "cpu").base.width == 256
     monkeypatch.setattr("megactx.assets.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="^base.name=asset:smollm2: it is not installed, .* has it .make smollm2"):
+    with pytest.raises(ValueError, match="^model=asset:smollm2: it is not installed, .* has it .make smollm2"):
         load_models("smollm2", "cpu")

@@ -42,6 +42,8 @@ def test_training_goes_on_from_the_weights_of_an_earlier_base_and_refuses_those_
     assert all(torch.equal(begun[name], wanted[name]) for name in wanted)
     with pytest.raises(ValueError, match="stage.weights=.* are not of stage.config: 6 tensors"):
         BaseLMStage(CONFIG | {"intermediate_size": 48}, **SETTINGS | {"weights": str(tmp_path)})
+    with pytest.raises(ValueError, match="^stage.weights=asset:nothing: "):
+        BaseLMStage(CONFIG, **SETTINGS | {"weights": "asset:nothing"})
 
 
 @pytest.mark.parametrize(

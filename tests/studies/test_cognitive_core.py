@@ -129,7 +129,7 @@ def test_the_study_measures_two_cores_over_one_tree(base_folder, texts, tmp_path
         (["--provenance", "-1"], "--provenance=-1 is not allowed: at least 0"),
         (["--budget", "64"], "--budget=64 is not allowed: at least 132"),
         (["--entities", "4", "--questions", "40"], "questions=40 is not allowed: 4 entities allow 24"),
-        (["--model", "nobody"], "model=nobody: there is no such folder"),
+        (["--model", "nobody"], "--model=nobody: there is no such folder"),
     ],
 )
 def test_what_cannot_be_asked_is_told_with_its_option(options, said, texts, tmp_path, capsys):

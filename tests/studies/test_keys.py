@@ -85,3 +85,9 @@ def test_too_little_text_is_told(exported, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("A short text.")
     assert main([str(exported), "--path", str(tmp_path / "short.txt"), "--out", str(tmp_path / "keys")]) == 2
     assert "--path: there are 0 texts of 3072 tokens, at least 20 are needed" in capsys.readouterr().err
+
+
+def test_too_few_documents_are_told_by_their_option(exported, texts, tmp_path, capsys):
+    few = ["--path", str(texts), "--documents", "3", "--out", str(tmp_path / "keys")]
+    assert main([str(exported), *few]) == 2
+    assert "--documents=3 is not allowed: at least 20" in capsys.readouterr().err

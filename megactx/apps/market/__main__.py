@@ -192,7 +192,7 @@ def _pack(args: argparse.Namespace, path: Path, version: int) -> None:
         raise ValueError(f"--version={version} is not allowed: 1 to 1,000,000")
     key = package.key_of(_path(args.key))
     quiet_libraries()
-    tokenizer = load_models(args.model).base.tokenizer
+    tokenizer = load_models(args.model, setting="--model").base.tokenizer
     with _progress("tokens looked at") as saw:
         card = packed(_path(args.tree), path, tokenizer, key, about | {"version": version}, args.allow, saw)
     size = path.stat().st_size
