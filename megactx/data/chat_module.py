@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 from megactx.framework.config.types import AtLeast2, Count, NonNegative, Whole
 
 from .conversations import Conversations, Together, fingerprint_of
-from .documents import TRAIN, VALIDATION, Part, parts_of, views
+from .documents import TRAIN, VALIDATION, Part, Views, parts_of
 from .packing import ConversationBatches
 from .pretraining_module import PretrainingData
 from .resumable import Resumable
@@ -134,7 +134,7 @@ def joined(rows, tokens: int):
     from datasets import Dataset, Features, List, Value
 
     sides: dict[str, list[list[np.ndarray]]] = {TRAIN: [[]], VALIDATION: [[]]}
-    for ids, side in zip(views(rows), rows.data.column("split").to_pylist(), strict=True):
+    for ids, side in zip(Views(rows), rows.data.column("split").to_pylist(), strict=True):
         if sum(map(len, sides[side][-1])) >= tokens:
             sides[side].append([])
         sides[side][-1].append(unmarked(np.asarray(ids))[0])

@@ -215,13 +215,37 @@ def length_of(document: Mapping) -> int:
     return len(document.piece) + 1 if isinstance(document, Document) else len(document["input_ids"])
 
 
-def views(rows) -> list[np.ndarray]:
-    """Ids of every row of ``tokenised``, int32 [t]: views of what is on disk."""
-    found = []
-    for chunk in rows.data.column("input_ids").chunks:
-        values, ends = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
-        found += [values[first:last] for first, last in zip(ends[:-1], ends[1:], strict=True)]
-    return found
+class Views(Sequence):
+    """Ids of every row of ``tokenised``, int32 [t]: views of what is on disk, made when they are asked for.
+
+    Attributes:
+        lengths: t of each, int64.
+    """
+
+    def __init__(self, rows):
+        chunks = rows.data.column("input_ids").chunks
+        self._parts = [(chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()) for chunk in chunks]
+        self._ends = np.cumsum([len(offsets) - 1 for _, offsets in self._parts])
+        counted = [np.diff(offsets).astype(np.int64) for _, offsets in self._parts]
+        self.lengths = np.concatenate(counted) if counted else np.zeros(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} of {len(self)} texts")
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        values, offsets = self._parts[part]
+        at = index - int(self._ends[part]) + len(offsets) - 1
+        return values[offsets[at] : offsets[at + 1]]
+
+
+def where(rows, column: str, value: str) -> np.ndarray:
+    """Which rows of ``tokenised`` have this value, bool; the strings themselves would fill the memory."""
+    import pyarrow.compute as pc
+
+    return pc.equal(rows.data.column(column), value).to_numpy()
 
 
 def cut(rows, split: str | None, tokenizer, min_tokens: int, max_tokens: int):
@@ -236,7 +260,7 @@ def cut(rows, split: str | None, tokenizer, min_tokens: int, max_tokens: int):
     bos = bos_id(tokenizer)
     documents, dropped = [], 0
     columns = [rows.data.column(name).to_pylist() for name in ("split", "domain", "source")]
-    about = zip(views(rows), *columns, strict=True)
+    about = zip(Views(rows), *columns, strict=True)
     for index, (ids, side, domain, source) in enumerate(about):
         if split is not None and side != split:
             continue

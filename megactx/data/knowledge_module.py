@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from megactx.framework.config.types import AtLeast2, Count, Share, Whole
 
-from .documents import TRAIN, VALIDATION, tokenised, views
+from .documents import TRAIN, VALIDATION, Views, tokenised
 from .files import NARRATIVE
 from .knowledge import Knowledge, Question, asked_ids, blocks, encoded, sentences, tell, value_ids
 from .resumable import Endless, Resumable
@@ -263,7 +263,7 @@ def prose(rows, tokenizer, split: str) -> list[str]:
         ValueError: there are none.
     """
     sides, domains = (rows.data.column(name).to_pylist() for name in ("split", "domain"))
-    texts = views(rows)
+    texts = Views(rows)
     order = sorted(range(len(texts)), key=lambda n: (sides[n] != split, domains[n] != NARRATIVE))
     found: list[str] = []
     for n in order:

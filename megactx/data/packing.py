@@ -4,7 +4,7 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
-from .documents import TRAIN, views
+from .documents import TRAIN, Views
 from .resumable import Endless
 from .turns import unmarked
 
@@ -28,7 +28,7 @@ class ConversationBatches(Endless):
     def __init__(self, rows, tokens: int, batch: int, padding: int, seed: int, split: str = TRAIN):
         self.tokens, self.batch, self.padding, self.seed = tokens, batch, padding, seed
         chosen = [side == split for side in rows.data.column("split").to_pylist()]
-        self.texts = [ids for ids, taken in zip(views(rows), chosen, strict=True) if taken]
+        self.texts = [ids for ids, taken in zip(Views(rows), chosen, strict=True) if taken]
         if not self.texts:
             raise ValueError(f"conversations: none is on the {split} side of the split; give more of them")
         order = np.random.default_rng([seed, 0]).permutation(len(self.texts))

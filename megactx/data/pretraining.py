@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .documents import TRAIN, views
+from .documents import TRAIN, Views, where
 from .resumable import Endless
 from .tokenizer import bos_id
 
@@ -51,19 +51,19 @@ class PretrainingBatches(Endless):
                 raise ValueError(f"datamodule.phases: tokens={phase.tokens} is not allowed: at least {SHORTEST}")
         self.repeat, self.skip, self.max_position, self.seed, self.each = repeat, skip, max_position, seed, each
         self.bos = bos_id(tokenizer)
-        self.texts = views(rows)
-        lengths = np.asarray([len(ids) for ids in self.texts])
-        splits, domains = (np.asarray(rows.data.column(name).to_pylist()) for name in ("split", "domain"))
+        self.texts = Views(rows)
+        lengths, side = self.texts.lengths, where(rows, "split", split)
         shortest = max(phase.tokens for phase in self.phases)
         self.pools = {}
         for domain, weight in weights.items():
-            index = np.flatnonzero((splits == split) & (domains == domain) & (lengths >= shortest))
+            index = np.flatnonzero(side & where(rows, "domain", domain) & (lengths >= shortest))
             if weight > 0 and len(index) == 0:
-                where = f"datamodule.weights.{domain}={weight}"
-                raise ValueError(f"{where}: no {split} document of that domain has {shortest} tokens; set it to 0")
+                asked = f"datamodule.weights.{domain}={weight}"
+                raise ValueError(f"{asked}: no {split} document of that domain has {shortest} tokens; set it to 0")
             if weight > 0:
-                share = lengths[index] / lengths[index].sum()
-                self.pools[domain] = (index, share, weight)
+                # What ``Generator.choice`` makes of these shares at each call; at size that would be all of its time.
+                ends = (lengths[index] / lengths[index].sum()).cumsum()
+                self.pools[domain] = (index, ends / ends[-1], weight)
         total = sum(weight for *_, weight in self.pools.values())
         if total <= 0:
             raise ValueError(f"datamodule.weights={dict(weights)}: at least one weight must be above 0")
@@ -85,8 +85,8 @@ class PretrainingBatches(Endless):
         return self.phases[-1]
 
     def _window(self, rng, tokens: int) -> dict:
-        index, share, _ = self.pools[self.domains[rng.choice(len(self.domains), p=self.shares)]]
-        row = int(rng.choice(index, p=share))
+        index, ends, _ = self.pools[self.domains[rng.choice(len(self.domains), p=self.shares)]]
+        row = int(index[ends.searchsorted(rng.random(), side="right")])
         start = int(rng.integers(0, self.lengths[row] - tokens + 2))
         ids = np.concatenate([[self.bos], self.texts[row][start : start + tokens - 1]]).astype(np.int64)
         copied = np.zeros(tokens, dtype=bool)

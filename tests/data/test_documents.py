@@ -14,7 +14,7 @@ import pytest
 from datasets import Dataset
 
 from megactx.data import encoding
-from megactx.data.documents import TRAIN, VALIDATION, Part, cut, length_of, split_of, tokenised, views
+from megactx.data.documents import TRAIN, VALIDATION, Part, Views, cut, length_of, split_of, tokenised
 from megactx.data.encoding import Encoder
 from megactx.data.pretraining import PretrainingBatches
 from megactx.data.tokenizer import bos_id, load_tokenizer, tokenizer_hash, train_tokenizer
@@ -319,7 +319,7 @@ def test_a_long_text_takes_at_most_ten_bytes_of_memory_for_each_of_its_bytes(tmp
 def test_documents_are_views_of_the_ids_on_disk(tiny_tokenizer):
     rows = tokenised(Texts(["the quick brown fox. " * 60], "views"), tiny_tokenizer)
     documents, _ = cut(rows, None, tiny_tokenizer, 32, 100)
-    assert documents[0].piece.dtype == np.int32 and all(np.shares_memory(d.piece, views(rows)[0]) for d in documents)
+    assert documents[0].piece.dtype == np.int32 and all(np.shares_memory(d.piece, Views(rows)[0]) for d in documents)
     assert rows.cache_files and documents[0]["input_ids"].dtype == np.int64
     assert length_of(documents[0]) == len(documents[0]["input_ids"]) == 100
     assert (documents[0] | {"domain": "other"})["domain"] == "other" and set(documents[0]) == {
@@ -328,6 +328,35 @@ def test_documents_are_views_of_the_ids_on_disk(tiny_tokenizer):
         "source",
         "text",
     }
+
+
+def test_texts_of_several_files_are_read_by_their_number(tiny_tokenizer):
+    kept = [Texts([f"{word} {n} stands here. " * (5 + n) for n in range(3)], word) for word in ("one", "two", "three")]
+    source = Parted([], "three files")
+    source.parts = lambda: [Part(texts.fingerprint(), lambda texts=texts: iter(texts.load())) for texts in kept]
+    rows = tokenised(source, tiny_tokenizer)
+    texts, plain = Views(rows), rows["input_ids"]
+    assert len(texts) == len(plain) == 9 and texts.lengths.tolist() == [len(ids) for ids in plain]
+    assert [texts[n].tolist() for n in (8, 0, 4)] == [list(plain[n]) for n in (8, 0, 4)]
+    assert [ids.tolist() for ids in texts] == [list(ids) for ids in plain]
+    for outside in (9, -1):
+        with pytest.raises(IndexError):
+            texts[outside]
+
+
+def test_a_window_is_of_the_text_that_numpy_chooses_by_length(tiny_tokenizer):
+    rows = tokenised(Texts([f"number {n} is told. " * (40 + 17 * n) for n in range(12)], "by length"), tiny_tokenizer)
+    phases = [{"steps": 1, "tokens": 128, "batch": 1}]
+    batches = PretrainingBatches(rows, tiny_tokenizer, phases, {"code": 1.0}, 0.0, 0.0, 512, seed=5)
+    texts, splits = Views(rows), np.asarray(rows["split"])
+    index = np.flatnonzero((splits == TRAIN) & (texts.lengths >= 128))
+    share = texts.lengths[index] / texts.lengths[index].sum()
+    for n in (0, 7, 10**9):
+        rng = np.random.default_rng([5, n])
+        rng.choice(1, p=[1.0])
+        row = rng.choice(index, p=share)
+        start = rng.integers(0, texts.lengths[row] - 128 + 2)
+        assert batches[n]["ids"][0, 1:].tolist() == texts[row][start : start + 127].tolist()
 
 
 def test_a_weight_without_documents_names_the_setting_that_decides(tiny_tokenizer):

@@ -7,7 +7,7 @@ import pytest
 
 from megactx.data.chat_module import joined
 from megactx.data.conversations import ConversationFiles, ConversationHub
-from megactx.data.documents import TRAIN, VALIDATION, views
+from megactx.data.documents import TRAIN, VALIDATION, Views
 from megactx.data.embedded_conversations import KINDS, EmbeddedConversations, _session
 from megactx.data.packing import ConversationBatches, packed
 from megactx.data.tasks import Tasks
@@ -171,7 +171,7 @@ def test_for_base_training_conversations_become_documents_that_lose_none_of_them
     found = joined(rows, 300)
     assert min(map(len, found["input_ids"])) >= 299 and set(found["domain"]) == {"tasks"}
     for side in (TRAIN, VALIDATION):
-        own = [unmarked(np.asarray(ids))[0] for ids, s in zip(views(rows), rows["split"], strict=True) if s == side]
+        own = [unmarked(np.asarray(ids))[0] for ids, s in zip(Views(rows), rows["split"], strict=True) if s == side]
         kept = [np.asarray([chat_tokenizer.bos_token_id, *row["input_ids"]]) for row in found if row["split"] == side]
         assert np.array_equal(np.concatenate(own), np.concatenate(kept))
 
@@ -179,5 +179,5 @@ def test_for_base_training_conversations_become_documents_that_lose_none_of_them
 def test_ids_and_answers_are_read_back_as_they_were_encoded(rows, chat_tokenizer):
     talk = next(iter(Tasks(90).documents()))["messages"]
     ids, answers = Turns(chat_tokenizer)(talk)
-    found = unmarked(np.asarray(views(rows)[0]))
+    found = unmarked(np.asarray(Views(rows)[0]))
     assert np.array_equal(found[0], ids) and np.array_equal(found[1], answers)
