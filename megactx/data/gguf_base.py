@@ -41,11 +41,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+PATIENCE = 5  # seconds that a hub may take to answer
 CONTROL = 3  # ``tokenizer.ggml.token_type`` of a special token
 
 
 def loadable(name: str | Path | None, setting: str = "base.name") -> str:
-    """What transformers can load: what ``resolve`` gives, and for a GGUF file its folder in the cache.
+    """What transformers can load: what ``resolve`` gives, and for a GGUF file its folder in the cache. Where no hub
+    answers, a name on one is the folder that was kept of it.
 
     The folder goes by the checksum of what is in the file. Weights are kept in fp32: none is rounded, and they are
     there at once, for they are mapped into memory and not converted.
@@ -54,19 +56,40 @@ def loadable(name: str | Path | None, setting: str = "base.name") -> str:
         name: as given by ``setting``, which an error names.
 
     Raises:
-        ValueError: see ``resolve``; the package ``gguf`` is missing; the file is damaged, or of an architecture, a
-            quantisation or a tokenizer that is not known; the cache may not be written.
+        ValueError: see ``resolve``; no hub answers, and nothing was kept of that name; the package ``gguf`` is missing;
+            the file is damaged, or of an architecture, a quantisation or a tokenizer that is not known; the cache may
+            not be written.
         RunFailed: the disk of the cache is full.
     """
     found = resolve(name, setting)
     if not is_gguf(found):
-        return found
+        return found if Path(found).is_dir() else _of_hub(found, f"{setting}={name}")
     path, what = Path(found), f"{setting}={name}"
     digest = _checksum(path, what)
     folder = cache_folder() / f"gguf-{VERSION}-{digest[:20]}"
     if not folder.is_dir():
         _convert(path, folder, digest, what)
     return str(folder)
+
+
+def _of_hub(name: str, what: str) -> str:
+    """The name, where a hub answers; else transformers would ask it again and again, for most of a minute."""
+    from huggingface_hub import constants, get_session, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except HfHubHTTPError:  # it is there, and has something to say
+        return name
+    except Exception as error:  # of the library below, which has changed, or that no hub may be asked
+        try:
+            return snapshot_download(name, local_files_only=True)
+        except LocalEntryNotFoundError:
+            raise ValueError(
+                f"{what}: there is no such folder, nothing was kept of a model of that name, and {constants.ENDPOINT}"
+                f" does not answer ({str(error).strip() or type(error).__name__})"
+            ) from None
+    return name
 
 
 def _checksum(path: Path, what: str) -> str:
