@@ -17,12 +17,20 @@ from megactx.studies import ruler as study
 from megactx.studies.ruler import Settled, answer, asked_of, main
 
 
-@pytest.mark.parametrize("name", ["newest", "needed", "bm25", "bm25_near"])
+@pytest.mark.parametrize("name", ["newest", "needed", "bm25", "bm25_near", "bm25_pairs"])
 def test_a_policy_keeps_exactly_the_budget(name):
     blocks = [f"word{n} stands here" for n in range(20)]
     kept = find(rivals, name, "--policies")().keep(Asked(blocks, 20 * BLOCK, [5], "Where stands word5?"), 160)
     assert len(kept) == 160 and kept == sorted({*kept}) and kept[-1] < 20 * BLOCK
     assert name == "newest" or {*range(5 * BLOCK, 6 * BLOCK)} <= {*kept}
+
+
+def test_a_fact_that_crosses_a_border_is_found_by_pairs_of_blocks():
+    blocks = [f"nothing is told of somebody{n}" for n in range(20)]
+    blocks[7:9] = "and so it goes on, the metal of", " Belodar is tin and nothing else"
+    asked = Asked(blocks, 20 * BLOCK, [7, 8], "What is the metal of Belodar?")
+    kept = find(rivals, "bm25_pairs", "--policies")().keep(asked, 4 + 2 * BLOCK)
+    assert kept == [*range(4), *range(7 * BLOCK, 9 * BLOCK)]
 
 
 @pytest.mark.parametrize("name", ["dense", "dense_near"])
@@ -130,7 +138,8 @@ def test_help_names_every_policy(capsys):
         main(["--help"])
     told = capsys.readouterr().out
     assert all(
-        name in told for name in ("bm25", "bm25_near", "dense", "dense_near", "full", "keys", "needed", "newest")
+        name in told
+        for name in ("bm25", "bm25_near", "bm25_pairs", "dense", "dense_near", "full", "keys", "needed", "newest")
     )
 
 
