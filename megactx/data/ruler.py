@@ -55,7 +55,7 @@ def _asked(key: str, kind: str) -> dict:
     }
 
 
-def _hidden(draw: random.Random, filler, told: list[str]) -> tuple[list[str], list[int]]:
+def hidden(draw: random.Random, filler, told: list[str]) -> tuple[list[str], list[int]]:
     """Needles between filler, in their order -> all sentences, places of the needles."""
     depths = sorted(draw.choice(range(DEPTHS + 1)) * len(filler) // DEPTHS for _ in told)
     units, places = list(filler), []
@@ -71,7 +71,7 @@ def _noise(count: int) -> list[str]:
 
 def _single(draw, filler):
     (needle,), (key,), (value,) = _needles(draw, 1, _key, _number, "number")
-    units, places = _hidden(draw, filler, [needle])
+    units, places = hidden(draw, filler, [needle])
     return units, places, [value], _asked(key, "number")
 
 
@@ -106,7 +106,7 @@ def vt(draw, count, essay):
         names["".join(draw.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=5))] = None
     names, value = [*names], str(draw.randrange(10**4, 10**5))
     chain = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a}" for a, b in zip(names, names[1:], strict=False))]
-    units, places = _hidden(draw, _noise(count), chain)
+    units, places = hidden(draw, _noise(count), chain)
     question = f"Find all variables that are assigned the value {value} in the text above.\n"
     prefix = f"By the chain of assignments, 5 variables are assigned the value {value}, they are:"
     return units, places, names, {"question": question, "answer_prefix": prefix}
