@@ -3,20 +3,20 @@
     python -m venv RIVALS && RIVALS/bin/pip install torch==2.13.0
     RIVALS/bin/pip install kvpress==0.5.5 llmlingua==0.2.2 torch==2.13.0
     python -m megactx.studies.qa MODEL ... --out qa                                     writes qa/cases.jsonl
-    RIVALS/bin/python benchmarks/rivals.py FOLDER qa/cases.jsonl --budget 4 --out qa/rivals.jsonl
+    RIVALS/bin/python benchmarks/rivals.py FOLDER qa/cases.jsonl --budgets 4 32 --out qa/rivals.jsonl
     python -m megactx.studies.qa MODEL ... --out qa --scores qa/rivals.jsonl            one table of all
 
 FOLDER is a Hugging Face folder of the same base LM; nothing is asked of a hub. Needs no megactx. ``full`` keeps all of
 the context: it must say what the study's full context says.
 
-    snapkv, expected_attention, knorm, streaming_llm    ``--budget`` keys and values a head, the begin's tokens beside
-    llmlingua                                           at most about ``--budget`` tokens of text, chosen by the base LM
+    snapkv, expected_attention, knorm, streaming_llm    ``--budgets`` keys and values a head, the begin's tokens beside
+    llmlingua                                           at most about as many tokens of text, chosen by the base LM
 """
 
 import argparse
+import copy
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -70,21 +70,46 @@ class Lingua:
         return self.tokenizer(found, add_special_tokens=False)["input_ids"][:budget]
 
 
-@torch.no_grad()
-def answer(model, row: dict, kept: list[int], context=None, position: int | None = None) -> dict:
-    """Read begin and kept tokens, inside ``context``, then the question at ``position``: what is said of the values."""
-    first = torch.tensor([[*row["begin"], *kept]])
-    cache = DynamicCache()
-    with context or nullcontext():
-        places = torch.arange(first.shape[1])[None]
-        model(first, past_key_values=cache, position_ids=places, use_cache=True, logits_to_keep=1)
-    entries = cache.get_seq_length() - len(row["begin"])
-    at = first.shape[1] if position is None else position
-    end = torch.tensor([row["end"]])
-    places = torch.arange(at, at + end.shape[1])[None]
-    logits = model(end, past_key_values=cache, position_ids=places, use_cache=True, logits_to_keep=1).logits
+class Read:
+    """The base LM's pass over the begin and the context of one question: what presses look at, and nothing pressed."""
+
+    def __init__(self, model, row: dict):
+        self.model, self.cache, self.inputs = model, DynamicCache(), []
+        ids, hooks = torch.tensor([[*row["begin"], *row["ids"]]]), []
+
+        def seen(module, given, named, output) -> None:
+            self.inputs.append((module, {name: value for name, value in named.items() if name != "past_key_values"}))
+
+        try:
+            for layer in model.model.layers:
+                hooks.append(layer.self_attn.register_forward_hook(seen, with_kwargs=True))
+            _continue(model, self.cache, ids, 0)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def pressed(self, press) -> DynamicCache:
+        """A cache of its own as the press leaves it: pressing changes what is kept of a pass, not the pass."""
+        cache = copy.deepcopy(self.cache)
+        with press(self.model):
+            pass  # it prepares the layers
+        for module, named in self.inputs:
+            press.forward_hook(module, [], named | {"past_key_values": cache}, (None, None))
+        return cache
+
+
+def _continue(model, cache: DynamicCache, ids: Tensor, at: int, **given) -> Tensor:
+    """Read ids [B, T] from position ``at`` on, behind the cache -> logits."""
+    places = torch.arange(at, at + ids.shape[1]).expand(len(ids), -1)
+    return model(ids, past_key_values=cache, position_ids=places, use_cache=True, **given).logits
+
+
+def answer(model, row: dict, cache: DynamicCache, at: int) -> dict:
+    """The question from position ``at`` on, behind a cache: what is said of the values."""
+    entries, end = cache.get_seq_length() - len(row["begin"]), torch.tensor([row["end"]])
+    logits = _continue(model, cache, end, at, logits_to_keep=1)
     values = row["value_ids"]
-    nll, greedy = _values(model, cache, logits[:, -1:], at + end.shape[1], values)
+    nll, greedy = _values(model, cache, logits, at + end.shape[1], values)
     right = row["values"].index(row["answer"][0])
     said = int(nll.argmin()) == right if len(values) > 1 else bool(greedy[right])
     return {"entries": entries, "right": said, "nll": float(nll[right])}
@@ -97,23 +122,27 @@ def _values(model, cache, logits: Tensor, at: int, values: list[list[int]]) -> t
     logits = logits.expand(len(values), -1, -1)
     if longest > 1:
         cache.batch_repeat_interleave(len(values))
-        places = torch.arange(at, at + longest - 1).expand(len(values), -1)
-        more = model(ids[:, :-1], past_key_values=cache, position_ids=places, use_cache=True).logits
-        logits = torch.cat([logits, more], dim=1)
+        logits = torch.cat([logits, _continue(model, cache, ids[:, :-1], at)], dim=1)
     there = torch.arange(longest) < torch.tensor([len(value) for value in values])[:, None]
     nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids, reduction="none")
     return (nll * there).sum(1), ((logits.argmax(-1) == ids) | ~there).all(1)
 
 
-def measured(model, tokenizer, row: dict, name: str, budget: int, lingua: Lingua | None) -> dict:
-    """A question over what a rival keeps of its context."""
-    begin, tokens = len(row["begin"]), len(row["ids"])
-    if name == "full":
-        return answer(model, row, row["ids"])
-    if name == "llmlingua":
-        return answer(model, row, lingua.keep(row, budget))
-    pressed = press(name, begin + budget, begin + tokens)(model)
-    return answer(model, row, row["ids"], pressed, begin + tokens)
+@torch.no_grad()
+def measured(model, row: dict, names: list[tuple[str, int]], lingua: Lingua | None = None) -> list[dict]:
+    """A question over what each rival keeps of its context: (name, budget) -> answer."""
+    begin, tokens, found = len(row["begin"]), len(row["begin"]) + len(row["ids"]), []
+    read = Read(model, row) if any(name != "llmlingua" for name, _ in names) else None
+    for name, budget in names:
+        if name == "llmlingua":
+            cache, kept = DynamicCache(), [*row["begin"], *lingua.keep(row, budget)]
+            _continue(model, cache, torch.tensor([kept]), 0, logits_to_keep=1)
+            found.append(answer(model, row, cache, len(kept)))
+        else:
+            whole = name == "full"
+            cache = copy.deepcopy(read.cache) if whole else read.pressed(press(name, begin + budget, tokens))
+            found.append(answer(model, row, cache, tokens))
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", help="Hugging Face folder of the base LM")
     parser.add_argument("cases", type=Path, help="cases.jsonl of megactx.studies.qa")
     parser.add_argument("--rivals", nargs="+", default=[*PRESSES, "llmlingua"], choices=RIVALS)
-    parser.add_argument("--budget", type=int, required=True, help="entries of the context that are kept")
+    parser.add_argument("--budgets", nargs="+", type=int, required=True, help="entries of the context that are kept")
     parser.add_argument("--questions", type=int, help="of each task (default all)")
     parser.add_argument("--out", type=Path, required=True, help="file of the answers, which lines are added to")
     args = parser.parse_args(arguments)
@@ -138,16 +167,16 @@ def main(arguments: list[str] | None = None) -> int:
         for row in rows:
             if args.questions is not None and row["number"] >= args.questions:
                 continue
-            if not 0 < args.budget < len(row["ids"]):
-                parser.error(f"--budget={args.budget} is not allowed: 1 to {len(row['ids']) - 1}")
-            for name in args.rivals:
-                key = (row["task"], row["number"], name if name == "full" else f"{name} {args.budget}")
-                if key in done:
-                    continue
-                told = dict(zip(("task", "number", "carrier"), key, strict=True))
-                told |= measured(model, tokenizer, row, name, args.budget, lingua)
-                print(json.dumps(told), file=file, flush=True)
-                print(f"{row['task']} {row['number']} {told['carrier']}: {told['right']}", file=sys.stderr)
+            if wrong := [count for count in args.budgets if not 0 < count < len(row["ids"])]:
+                parser.error(f"--budgets={wrong[0]} is not allowed: 1 to {len(row['ids']) - 1}")
+            names = [(name, count) for name in args.rivals for count in args.budgets]
+            every = {name if name == "full" else f"{name} {count}": (name, count) for name, count in names}
+            about = {"task": row["task"], "number": row["number"]}
+            missing = [carrier for carrier in every if (*about.values(), carrier) not in done]
+            found = measured(model, row, [every[carrier] for carrier in missing], lingua)
+            for carrier, told in zip(missing, found, strict=True):
+                print(json.dumps(about | {"carrier": carrier} | told), file=file, flush=True)
+            print(f"{row['task']} {row['number']}", file=sys.stderr)
     return 0
 
 

@@ -159,7 +159,7 @@ def test_the_program_of_the_other_environment_reads_the_full_context_as_we_do(
 ):
     needles = [asked("niah_single_2", 0, 160, reader.base.tokenizer, PROSE)]
     qa.for_others(tmp_path / "cases.jsonl", [*cases, *needles], reader.core)
-    given = [str(base_folder), str(tmp_path / "cases.jsonl"), "--budget", "40", "--rivals", "full"]
+    given = [str(base_folder), str(tmp_path / "cases.jsonl"), "--budgets", "40", "--rivals", "full"]
     for _ in range(2):  # the second time nothing is missing
         assert outside.main([*given, "--out", str(tmp_path / "scores.jsonl")]) == 0
     lines = (tmp_path / "scores.jsonl").read_text().splitlines()
@@ -175,4 +175,6 @@ def test_a_press_keeps_exactly_the_budget(outside, reader, cases, name, tmp_path
     pytest.importorskip("kvpress")
     qa.for_others(tmp_path / "cases.jsonl", cases, reader.core)
     row = json.loads((tmp_path / "cases.jsonl").read_text().splitlines()[0])
-    assert outside.measured(reader.base.model, None, row, name, 40, None)["entries"] == 40
+    found = outside.measured(reader.base.model, row, [(name, 40), (name, 159), ("full", 40)])
+    assert [answer["entries"] for answer in found] == [40, 159, 160]
+    assert found[1]["nll"] != found[2]["nll"] == pytest.approx(reader.answer(cases[0], cases[1], FULL)["nll"], rel=1e-4)
