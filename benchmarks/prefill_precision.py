@@ -34,31 +34,37 @@ def step(stage, batch: dict) -> tuple[float, Tensor]:
     return loss.item(), torch.cat([p.grad.flatten() for p in stage.main.parameters() if p.grad is not None])
 
 
+def measured(overrides: list[str], gistnet: str | None, seed: int) -> tuple[float, Tensor, dict[str, tuple]]:
+    """Of one batch: loss, gradient, and what kept prefills make of both: dtype -> (error, difference of the loss)."""
+    cfg, _ = composed([*overrides, f"seed={seed}"])
+    torch.manual_seed(seed)
+    stage, data = (instantiate(part, _convert_="all") for part in (cfg.stage, cfg.datamodule))
+    if gistnet:
+        stage.main.load_state_dict(gistnet_of(gistnet, stage.base, "--gistnet").state_dict())
+    stage.prepare(data)
+    data.setup("fit")
+    stage.set_dtype(torch.float32)  # a base that is stored in bf16 has no more digits than fp16 keeps
+    stage.eval()  # without dropout, whose draws would differ
+    batch, found = default_convert(data.training[seed]), {}
+    loss, gradient = step(stage, batch)
+    for kept in reversed(KEPT):
+        with tempfile.TemporaryDirectory() as place:
+            stage.kept = PrefillCache(stage.base, 100, kept, stage.kept_layers, Path(place))
+            other, own = step(stage, batch)
+        found[kept] = ((own - gradient).norm() / gradient.norm()).item(), other - loss
+    return loss, gradient, found
+
+
 def benchmark(args: argparse.Namespace) -> None:
     table = Table("seed", "kept in", "error of the gradient", "difference of the loss", title="Kept prefills")
-    fresh = []
+    before = None
     for seed in range(args.seeds):
-        cfg, _ = composed([*args.overrides, f"seed={seed}"])
-        torch.manual_seed(seed)
-        stage, data = (instantiate(part, _convert_="all") for part in (cfg.stage, cfg.datamodule))
-        if args.gistnet:
-            stage.main.load_state_dict(gistnet_of(args.gistnet, stage.base, "--gistnet").state_dict())
-        stage.prepare(data)
-        data.setup("fit")
-        stage.set_dtype(torch.float32)  # a base that is stored in bf16 has no more digits than fp16 keeps
-        stage.eval()  # without dropout, whose draws would differ
-        batch = default_convert(data.training[seed])
-        loss, gradient = step(stage, batch)
-        fresh.append(gradient)
-        for kept in reversed(KEPT):
-            with tempfile.TemporaryDirectory() as place:
-                stage.kept = PrefillCache(stage.base, 100, kept, stage.kept_layers, Path(place))
-                found, other = step(stage, batch)
-                stage.kept = None
-            error = (other - gradient).norm() / gradient.norm()
-            table.add_row(str(seed), kept, f"{error:.1e}", f"{found - loss:+.1e}, loss {loss:.4f}")
-    for one, (first, second) in enumerate(zip(fresh, fresh[1:], strict=False)):
-        table.add_row(f"{one}, {one + 1}", "two batches", f"{(first - second).norm() / first.norm():.2f}", "")
+        loss, gradient, found = measured(args.overrides, args.gistnet, seed)
+        for kept, (error, difference) in found.items():
+            table.add_row(str(seed), kept, f"{error:.1e}", f"{difference:+.1e}, loss {loss:.4f}")
+        if before is not None:
+            table.add_row(f"{seed - 1}, {seed}", "two batches", f"{(before - gradient).norm() / before.norm():.2f}", "")
+        before = gradient
     Console(width=100).print(table)
 
 

@@ -34,7 +34,7 @@ from megactx.evaluation.knowledge import read_values
 from megactx.evaluation.measure import LAST_TOKEN, untrained
 from megactx.evaluation.rivals import BLOCK
 from megactx.evaluation.scores import BlockScores
-from megactx.evaluation.table import OVERALL, Report, Table, pivot
+from megactx.evaluation.table import BLOCKS, OVERALL, Report, Table, pivot
 from megactx.framework.bar import bar
 from megactx.framework.files import replacing
 from megactx.gist.carrier import SoftTokens
@@ -258,7 +258,7 @@ def report(rows: dict[tuple[str, int], dict], about: dict) -> Report:
     for task in table.names("domain"):
         own = table.pick(domain=task)
         title = f"{ALL if task == OVERALL else task}: {own.one(carrier=FULL)['n']} questions"
-        sheets.append(pivot(title, Table(own), COLUMNS, heading="in place of the context", strong=[GISTS]))
+        sheets.append(pivot(title, Table(own), COLUMNS, heading=BLOCKS, strong=[GISTS]))
     title = f"Questions about a context of {about['tokens']} tokens: {about['model']}"
     return Report(title, table, sheets, LEGEND, [], about)
 
