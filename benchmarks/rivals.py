@@ -64,7 +64,7 @@ class Lingua:
 
     def keep(self, row: dict, budget: int) -> list[int]:
         """Ids of the compressed context, at most ``budget``."""
-        # One iteration: in several the package hands on keys and values as lists, which transformers 5 does not take.
+        # One iteration: in a second one the package unpacks the cache in pairs, which that of transformers 5 is not.
         given = {"iterative_size": len(row["ids"]) + 1, "use_sentence_level_filter": False, "target_token": budget}
         found = self.compressor.compress_prompt([row["context"]], question="", **given)["compressed_prompt"]
         return self.tokenizer(found, add_special_tokens=False)["input_ids"][:budget]
