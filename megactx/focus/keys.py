@@ -16,10 +16,33 @@ import torch.nn.functional as F
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
+from megactx.data.user_turns import UserTurns
 from megactx.framework.config.types import declared
 from megactx.memory import MegaContextTree, WorkingContext
 
 QUESTION = 64  # newest tokens that are the question
+LINE = 8  # tokens of a question, at least, that stands in a line of its own
+LOOK = 4 * QUESTION  # newest tokens among which a user's turn is looked for; behind it stands the answer so far
+
+
+def question_of(newest: list[int], turns: UserTurns) -> list[int]:
+    """What a session asks its keys: what the user said last, where the chat template tells that among the newest
+    ``LOOK`` tokens; else all of these. Of more than ``QUESTION`` tokens it is the last line: a question stands behind
+    the text that it is about; or the newest tokens, where that line is longer or there is none.
+
+    Args:
+        newest: ids of a history, its newest; ``LOOK`` of them are looked at.
+    """
+    said = turns.said(newest[-LOOK:])
+    return said if len(said) <= QUESTION else turns.last_line(said[-QUESTION:], LINE)
+
+
+def padded(questions: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """-> ids [Q, most] and which are there, bool [Q, most]."""
+    ids = [torch.tensor(own[-QUESTION:]) for own in questions]
+    mask = [torch.ones(len(own), dtype=torch.bool) for own in ids]
+    together = nn.utils.rnn.pad_sequence
+    return together(ids, batch_first=True), together(mask, batch_first=True)
 
 
 class Keys(nn.Module):
@@ -28,6 +51,14 @@ class Keys(nn.Module):
     """
 
     piece = 4096  # blocks that are encoded at a time
+
+    def ready(self) -> "Keys":
+        """Read what it reads by, where that is not read yet.
+
+        Raises:
+            ValueError: it is not installed.
+        """
+        return self
 
     def unit(self, x: Tensor) -> Tensor:
         """[E, S] -> unit keys [E, S]."""

@@ -30,6 +30,7 @@ class SentenceKeys(Keys):
         tokenizer: of the base LM, whose ids become text.
         encoder: what reads the text.
         size: S.
+        width: of the encoder's states; ``None``: it is asked, which reads its weights.
 
     Raises:
         ValueError: a setting that is not allowed.
@@ -37,18 +38,29 @@ class SentenceKeys(Keys):
 
     reads, piece = "sentences", 1024
 
-    def __init__(self, tokenizer, encoder: SentenceEncoder, size: Annotated[int, Ge(16), Le(64)] = 64):
+    def __init__(
+        self,
+        tokenizer,
+        encoder: SentenceEncoder,
+        size: Annotated[int, Ge(16), Le(64)] = 64,
+        width: Annotated[int, Ge(1)] | None = None,
+    ):
         super().__init__()
+        width = encoder.width if width is None else width
         self.size, self.tokenizer, self.encoder = size, tokenizer, encoder
         self.known: dict[tuple[int, ...], Tensor] | None = None  # states by ids; a dict remembers them
-        self.project = nn.Linear(encoder.width, size, bias=False)
+        self.project = nn.Linear(width, size, bias=False)
         nn.init.orthogonal_(self.project.weight)
-        self.weight = nn.Linear(encoder.width, 1)
+        self.weight = nn.Linear(width, 1)
         nn.init.zeros_(self.weight.weight)
         self.up, self.down = nn.Linear(size, 2 * size), nn.Linear(2 * size, size)
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
         self.scale, self.null = nn.Parameter(torch.tensor(15.0)), nn.Parameter(torch.tensor(5.0))
+
+    def ready(self) -> "SentenceKeys":
+        self.encoder.ready()
+        return self
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """ids [E, K], mask bool [E, K] of the tokens that are there -> unit keys [E, S]."""

@@ -90,7 +90,7 @@ def _together(base: str | Path, parts: dict[str, str | Path], name: str, setting
     base = BaseLM.from_pretrained(str(base), "float32", setting).freeze()
     net = load_gistnet(parts["gistnet"], base)
     lens = load_lensnet(parts["lensnet"], net) if "lensnet" in parts else None
-    keys = load_keys(parts["keys"], base) if "keys" in parts else None
+    keys = load_keys(parts["keys"], base, ready=False) if "keys" in parts else None
     prediction = load_prediction(parts["prediction"], net) if "prediction" in parts else None
     return Models(base, net, lens, str(name), keys, prediction)
 

@@ -17,7 +17,7 @@ from megactx.gist.compressors import build
 from megactx.lm import BaseLM
 from megactx.lm.adapters import active_adapters
 from megactx.lm.identity import of_embeddings, of_net, of_weights, raw, record_of
-from megactx.lm.sentences import SentenceEncoder
+from megactx.lm.sentences import WIDTH, SentenceEncoder, fastest
 from megactx.memory.prediction import Readout
 
 from .find import GISTNET, KEYS, LENSNET, WEIGHTS, find, read_best, refuse_other_base, under
@@ -157,8 +157,11 @@ def load_lensnet(folder: str | Path, gistnet: GistNet) -> LensNet:
     return _filled(net, folder, "lensnet").requires_grad_(False)
 
 
-def load_keys(folder: str | Path, base: BaseLM) -> Keys:
+def load_keys(folder: str | Path, base: BaseLM, ready: bool = True) -> Keys:
     """Read the folder of ``save_keys`` for the base LM whose embeddings it was trained on, fp32, frozen.
+
+    Args:
+        ready: to make keys now; else what a sentence encoder has is read, and may be missing, when it is needed.
 
     Raises:
         ValueError: there is none in the folder, its description is damaged, it is of another base LM, or its weights do
@@ -170,12 +173,14 @@ def load_keys(folder: str | Path, base: BaseLM) -> Keys:
     reads = about.get("reads", KeyNet.reads)
     try:
         if reads == SentenceKeys.reads:
-            net = SentenceKeys(base.tokenizer, SentenceEncoder(f"keys={folder}"), about["size"])
+            encoder, width = SentenceEncoder(f"keys={folder}", fastest()), about.get("width", WIDTH)
+            net = SentenceKeys(base.tokenizer, encoder, about["size"], width)
         else:
             net = KeyNet(base.model.get_input_embeddings().weight, about["size"])
     except TypeError as error:
         raise ValueError(f"keys={folder}: {KEYS} is damaged ({error})") from error
-    return _filled(net, folder, "keys").requires_grad_(False)
+    net = _filled(net, folder, "keys").requires_grad_(False)
+    return net.ready() if ready else net
 
 
 def load_prediction(folder: str | Path, gistnet: GistNet) -> Readout:

@@ -59,7 +59,8 @@ def save_keys(net: Keys, base: BaseLM, folder: str | Path, made_by: str = "") ->
         made_by: how it was trained, for people.
     """
     weights = {name: t.to(torch.bfloat16) if t.ndim else t for name, t in net.state_dict().items()}
-    about = {"size": net.size, "base": of_embeddings(base), "reads": net.reads, "made_by": made_by}
+    about = {"size": net.size, "width": net.project.in_features, "base": of_embeddings(base)}
+    about |= {"reads": net.reads, "made_by": made_by}
     _write(folder, "keys", about, weights)
 
 

@@ -62,6 +62,8 @@ class Controller:
                 f"keys={self.settings.keys} is not allowed: there are no keys in {models.name or 'these models'};"
                 " megactx.studies.keys trains some, into the folder keys of the models"
             )
+        if self.settings.keys:
+            models.keys.ready()
         if self.settings.megacontext == "focus" and models.lensnet is None:
             self.notes.append("There is no LensNet here: the newest text has the detail (megacontext=recency).")
 

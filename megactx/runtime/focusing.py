@@ -172,11 +172,14 @@ class Focus:
         self.seconds = {"score": scored - began, "allocate": time.perf_counter() - scored}
         return scores, edits
 
-    def shown(self, context: WorkingContext, newest: Tensor) -> tuple[WorkingContext, Tensor | None]:
+    def shown(
+        self, context: WorkingContext, question: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[WorkingContext, Tensor | None]:
         """What is read of a window: all of it; with ``earn`` what LensNet puts above the newest tokens, and these.
 
         Args:
-            newest: ids [B, Q], by which keys are searched.
+            question: ids [B, Q], by which keys are searched; ``None`` where they are not.
+            mask: which of them are there, bool [B, Q].
 
         Returns:
             Also the entries of each row that were earned, [B]; ``None``: nothing was compared.
@@ -187,8 +190,8 @@ class Focus:
         scores = self.score(context, legal) if self.lensnet is not None and self.needed(context) else None
         margin = 0.0 if scores is None else self.allocator.margin(self.lensnet.tau)
         found = None
-        if self.keys:
-            found = found_by_keys(context.tree, newest, self.keys, newest_from(context, self.budget))
+        if self.keys and question is not None:
+            found = found_by_keys(context.tree, question, self.keys, newest_from(context, self.budget), mask)
         shown, count, self.found = earned(context, self.budget, legal, scores, margin, self.allocator.protected, found)
         return shown, count
 

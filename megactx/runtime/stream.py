@@ -16,7 +16,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from megactx.focus.keys import QUESTION
+from megactx.data.user_turns import UserTurns
+from megactx.focus.keys import LOOK, padded, question_of
 from megactx.framework.errors import RunFailed
 from megactx.lm.chunked_head import nll
 from megactx.memory import Composite, MegaContextTree, Selection, WorkingContext
@@ -65,6 +66,7 @@ class Stream:
         limit = settings.limit or self.base.max_positions
         self.rebase = PositionRebase(settings.positions, limit, settings.budget, self.block)
         self.prefill = IncrementalPrefill(self.base, settings.graphs)
+        self.turns = UserTurns.of(self.base.tokenizer) if settings.keys else UserTurns()
         self.waiting = torch.zeros(self.rows, self.block, dtype=torch.long, device=self.device)
         self.counts = torch.zeros(self.rows, dtype=torch.long)  # of waiting tokens
         self.lazy = False  # a token that is pushed is read when somebody asks what follows it, see ``together``
@@ -187,6 +189,12 @@ class Stream:
         stored = behind < 0
         out[stored] = self.tree.levels[0].read("token", row[stored], place[stored]).long()
         return out
+
+    def question(self) -> tuple[Tensor, Tensor]:
+        """What keys are asked for each row, see ``focus.keys.question_of``: ids [B, Q], and which are there, bool."""
+        newest, counts = self.newest(LOOK).tolist(), self.lengths.clamp(max=LOOK).tolist()
+        rows = [question_of(row[LOOK - count :], self.turns) for row, count in zip(newest, counts, strict=True)]
+        return tuple(part.to(self.device) for part in padded(rows))
 
     def restore(self, context: WorkingContext | None) -> None:
         """Go on with a window, and read it anew; ``None``: one is put together when it is needed."""
@@ -490,7 +498,8 @@ class Stream:
     def _read(self) -> None:
         """Read the window, as far as it has changed, and what waits behind it."""
         if self.window() is not None:
-            shown, self.earned = self.focus.shown(self.context, self.newest(QUESTION))
+            asked = self.question() if self.settings.keys else ()
+            shown, self.earned = self.focus.shown(self.context, *asked)
             self.shown = shown
             self._note_found()
             place = self.rebase.close if isinstance(shown, Selection) else self.rebase.place

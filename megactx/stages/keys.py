@@ -18,7 +18,7 @@ from megactx.focus.keys import QUESTION, KeyNet, Keys
 from megactx.focus.sentence_keys import SentenceKeys
 from megactx.framework.bar import bar
 from megactx.lm import BaseLM
-from megactx.lm.sentences import SentenceEncoder
+from megactx.lm.sentences import SentenceEncoder, fastest
 from megactx.parts.write import save_keys
 
 BLOCK, HELD_OUT = 32, 10
@@ -156,7 +156,7 @@ def train_keys(
     torch.manual_seed(seed)
     pool = training.Pool(learned, base.tokenizer, BLOCK)
     if sentences:
-        net = SentenceKeys(base.tokenizer, SentenceEncoder("--sentences"), size)
+        net = SentenceKeys(base.tokenizer, SentenceEncoder("--sentences", fastest()).ready(), size)
         net.known = {}
     else:
         net = KeyNet(base.model.get_input_embeddings().weight, size)

@@ -20,7 +20,7 @@ from megactx.evaluation.bootstrap import wilson
 from megactx.evaluation.policies.bm25 import okapi
 from megactx.evaluation.table import Report, Sheet, Table, cell
 from megactx.focus import key_training as training
-from megactx.focus.keys import QUESTION, KeyNet
+from megactx.focus.keys import QUESTION, KeyNet, padded
 from megactx.framework.bar import bar
 from megactx.parts.models import load_models
 from megactx.parts.read import load_keys
@@ -63,7 +63,7 @@ def recall(net: KeyNet, held_out: list[torch.Tensor], teller: Teller, args: argp
                 places = training.put(ids, [teller.ids(f" {fact}") for fact, _ in facts], BLOCK, draw)
                 question = training.Asked(kind, teller.ids(facts[0][1])[-QUESTION:], places[0])
             blocks = ids.view(-1, BLOCK)
-            like = net.likeness(net(*training.padded([question.ids])), net.encode(blocks).float())[0]
+            like = net.likeness(net(*padded([question.ids])), net.encode(blocks).float())[0]
             above.append(bool(like.max() > net.null))
             texts = teller.tokenizer.batch_decode(blocks.tolist())
             words = okapi(texts, teller.tokenizer.decode(question.ids))

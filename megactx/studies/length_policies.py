@@ -19,7 +19,6 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from megactx.focus.keys import QUESTION
 from megactx.lm import BaseLM, masks
 from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree, WorkingContext
@@ -104,7 +103,7 @@ def session(
     context = stream.window()
     for _ in range(more):
         stream.focus.refocus(context)
-    before = stream.focus.shown(context.copy(), stream.newest(QUESTION))[0]
+    before = stream.focus.shown(context.copy())[0]
     stream.logits()
     began = clock(device)
     found = stream.append(scored[None], score=True)[0]

@@ -37,7 +37,7 @@ from megactx.parts.models import load_models
 from .study import Options, command, usable
 
 LEGEND = (
-    "Score: share of references found. Solved: cases with all of them found. Held: cases with all needed blocks in the"
+    "Score: share of references found. Solved: cases with all of them found. Held: cases with all of the needles in the"
     " window. Brackets: 95 % Wilson intervals."
 )
 
@@ -79,13 +79,20 @@ def frame(tokenizer, plain: bool) -> tuple[str, str]:
     return before, behind
 
 
-def asked_of(row: dict, tokenizer) -> tuple[list[int], Asked]:
-    """Context's tokens and what a policy is told of them."""
+def asked_of(row: dict, tokenizer, plain: bool = False) -> tuple[list[int], Asked, list[int]]:
+    """Context's tokens, what a policy is told of them, and which of them are of needles."""
     found = tokenizer(row["context"], add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = found["input_ids"], found["offset_mapping"]
     over = [n for n, (a, b) in enumerate(offsets) if any(a < end and b > start for start, end in row["needles"])]
     blocks = [tokenizer.decode(ids[at : at + BLOCK]) for at in range(0, len(ids), BLOCK)]
-    return ids, Asked(blocks, len(ids), sorted({n // BLOCK for n in over}), row["question"], ids)
+    before, behind = frame(tokenizer, plain)
+
+    def tokens(text: str, template: bool = False) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=not template)["input_ids"]
+
+    end = [*tokens(f"\n{row['question']}"), *tokens(behind, template=True), *tokens(row["answer_prefix"])]
+    begin, needed = tokens(before, template=True), sorted({n // BLOCK for n in over})
+    return ids, Asked(blocks, len(ids), needed, row["question"], ids, begin, end), over
 
 
 class Settled(StoppingCriteria):
@@ -101,17 +108,10 @@ class Settled(StoppingCriteria):
 
 
 @torch.no_grad()
-def answer(base, row: dict, ids: list[int], kept: list[int], plain: bool) -> str:
+def answer(base, row: dict, asked: Asked, kept: list[int]) -> str:
     """Greedy answer over the tokens of the context that were kept."""
     tokenizer = base.tokenizer
-    before, behind = frame(tokenizer, plain)
-
-    def tokens(text: str, template: bool = False) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, split_special_tokens=not template)["input_ids"]
-
-    end = [*tokens(f"\n{row['question']}"), *tokens(behind, template=True), *tokens(row["answer_prefix"])]
-    begin = tokens(before, template=True)
-    window = torch.tensor([[*begin, *(ids[n] for n in kept), *end]], device=base.model.device)
+    window = torch.tensor([[*asked.begin, *(asked.ids[n] for n in kept), *asked.end]], device=base.model.device)
     if (total := window.shape[1] + row["max_new_tokens"]) > base.max_positions:
         raise ValueError(f"--policies: a window of {total} tokens, but the base takes {base.max_positions} positions")
     settings = {"do_sample": False, "repetition_penalty": 1.0, "pad_token_id": 0}
@@ -194,16 +194,18 @@ def measured(about: Case) -> tuple[dict, list[dict]]:
     """The case itself, and of each policy what it keeps, and where it is asked for what the base says to that."""
     base, prose = models(about.model).base, essay(about.path) if about.task in PROSE else []
     row = case(about.task, about.length, base.tokenizer, about.seed + about.number, prose)
-    ids, told = asked_of(row, base.tokenizer)
-    needed = [n for block in told.needed for n in range(block * BLOCK, min((block + 1) * BLOCK, len(ids)))]
+    ids, told, needles = asked_of(row, base.tokenizer, about.plain)
     found = []
     for name in about.policies:
-        kept = policy(name, about.model, about.keys).keep(told, about.budget)
-        there = {*kept}
-        one = {"entries": len(kept), "held": there.issuperset(needed) if needed else None}
+        own = policy(name, about.model, about.keys)
+        kept = own.keep(told, about.budget)
+        one = {"entries": len(kept), "held": {*kept}.issuperset(needles) if needles else None}
         one |= {"answer": row["answer"], "said": None, "score": None}
         if about.number < about.answers:
-            said = answer(base, row, ids, kept, about.plain)
+            if hasattr(own, "say"):
+                said = own.say(row["max_new_tokens"], lambda said: settled(about.task, said, row["answer"]))
+            else:
+                said = answer(base, row, told, kept)
             one |= {"said": said, "score": score(about.task, said, row["answer"])}
         found.append(one)
     return row, found

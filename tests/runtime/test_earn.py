@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from megactx.apps import command_line
+from megactx.data.user_turns import UserTurns
 from megactx.focus.earned import found_by_keys, newest_from
-from megactx.focus.keys import KeyNet, best_below, search
+from megactx.focus.keys import QUESTION, KeyNet, best_below, search
 from megactx.memory import archive
 from megactx.memory.curation_settings import CurationSettings
 from megactx.runtime import Controller, Models, Session, Settings
@@ -107,6 +108,29 @@ def test_a_refocus_opens_the_one_block_below_the_coarsest_gist_that_the_newest_t
     assert shown.counts.tolist() == [BUDGET] and shown.index[0, :K].tolist() == [*range(K)]
     nothing, count = stream.focus.shown(context, ids(1, 64, seed=9))
     assert int(count) == 0 and (nothing.lod == 0).all()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_keys_are_asked_what_the_user_said_last_and_not_the_answer_so_far(keyed, ids, told, monkeypatch):
+    signs = UserTurns((1, 2), (3, 4)) if told else UserTurns()
+    monkeypatch.setattr("megactx.runtime.stream.UserTurns.of", lambda tokenizer: signs)
+    made = Controller(keyed, Settings(**SMALL, megacontext="recency", earn=True, keys=4))
+    stream, history = made.stream(), ids(1500)
+    asked = history[400 : 400 + K].repeat(2)
+    stream.append(torch.cat([history, torch.tensor([1, 2]), asked, torch.tensor([3, 4]), ids(41, seed=7)])[None])
+    stream.logits()
+    question, there = stream.question()
+    assert question[there].tolist() == (asked.tolist() if told else stream.newest(QUESTION)[0].tolist())
+    shown = stream.shown.index[0][stream.shown.lod[0] == 0]
+    assert ({400, 401, 402, 403} <= {*shown.tolist()}) == told
+
+
+def test_a_question_of_a_history_that_is_shorter_is_all_of_it(keyed, ids):
+    made = Controller(keyed, Settings(**SMALL, megacontext="recency", earn=True, keys=4))
+    stream = made.stream(2)
+    stream.append(ids(2, 20), torch.tensor([20, 7]))
+    question, there = stream.question()
+    assert there.sum(1).tolist() == [20, 7] and torch.equal(question[1, :7], ids(2, 20)[1, :7])
 
 
 def test_a_session_without_keys_is_gone_on_with_keys_and_back(keyed, ids, tmp_path):
@@ -214,7 +238,7 @@ def test_keys_need_a_net_and_a_window_that_is_earned(models):
 def test_commands_ask_for_earned_windows_and_keys(keyed, monkeypatch):
     parser = argparse.ArgumentParser()
     command_line.add_models(parser)
-    monkeypatch.setattr(command_line, "load_models", lambda path: keyed)
+    monkeypatch.setattr(command_line, "load_models", lambda path, setting: keyed)
     for given, earn, keys in (([], False, 0), (["--earn"], True, 0), (["--earn", "--keys", "3"], True, 3)):
         args = parser.parse_args(["--budget", "448", *given])
         args.megacontext = "recency"

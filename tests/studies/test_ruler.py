@@ -7,12 +7,16 @@ import pytest
 import torch
 
 from megactx.data import ruler
+from megactx.data.tokenizer import load_chat_tokenizer
 from megactx.evaluation import rivals
 from megactx.evaluation.rivals import BLOCK, Asked, near
 from megactx.evaluation.rivals.keys import Keys
-from megactx.focus.keys import KeyNet
+from megactx.evaluation.rivals.keys_asked import KeysAsked
+from megactx.focus.keys import QUESTION, KeyNet
 from megactx.framework import bar as framework_bar
 from megactx.gist.parts import find
+from megactx.parts.models import load_models
+from megactx.parts.write import save_keys
 from megactx.studies import ruler as study
 from megactx.studies.ruler import Settled, answer, asked_of, main
 
@@ -123,8 +127,8 @@ def test_a_template_is_read_with_its_special_tokens_and_a_text_that_looks_like_o
             return window
 
     base = SimpleNamespace(tokenizer=tokenizer, model=Model(), max_positions=512)
-    ids, asked = asked_of(row, tokenizer)
-    answer(base, row, ids, find(rivals, "full", "--policies")().keep(asked, 64), plain=False)
+    ids, asked, _ = asked_of(row, tokenizer)
+    answer(base, row, asked, find(rivals, "full", "--policies")().keep(asked, 64))
     assert seen[0].count(tokenizer.bos_token_id) == 2 and seen[0][0] == tokenizer.bos_token_id
 
 
@@ -139,7 +143,19 @@ def test_help_names_every_policy(capsys):
     told = capsys.readouterr().out
     assert all(
         name in told
-        for name in ("bm25", "bm25_near", "bm25_pairs", "dense", "dense_near", "full", "keys", "needed", "newest")
+        for name in (
+            "bm25",
+            "bm25_near",
+            "bm25_pairs",
+            "dense",
+            "dense_near",
+            "full",
+            "keys",
+            "keys_asked",
+            "needed",
+            "newest",
+            "session",
+        )
     )
 
 
@@ -197,3 +213,58 @@ def test_keys_find_the_block_that_is_like_the_question(tiny_tokenizer):
     assert len(kept) == 192 and {*range(7 * BLOCK, 8 * BLOCK)} <= {*kept}
     with pytest.raises(ValueError, match="these models have no keys"):
         Keys(SimpleNamespace(base=base, keys=None))
+
+
+def test_keys_are_asked_what_a_session_takes_for_the_question():
+    tokenizer = load_chat_tokenizer("asset:tiny-base")
+    embeddings = torch.randn(len(tokenizer), 32, generator=torch.Generator().manual_seed(0))
+    policy = KeysAsked(SimpleNamespace(base=SimpleNamespace(tokenizer=tokenizer), keys=KeyNet(embeddings, 32).eval()))
+    row = {"context": "The mill is old. " * 60, "needles": []}
+    row |= {"question": "Where does it stand, and who has it?\n", "answer_prefix": "It is"}
+    ids, asked, _ = asked_of(row, tokenizer)
+    assert tokenizer.decode(policy.question(asked)) == "Where does it stand, and who has it?\n"
+    asked = asked_of(row | {"question": "Where?"}, tokenizer)[1]  # the end of the turn and the prefix are no part of it
+    question = policy.question(asked)
+    assert len(question) == QUESTION and tokenizer.decode(question).endswith("The mill is old. \nWhere?")
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory):
+    """Keys of the embedded base that know a word."""
+    models = load_models(device="cpu")
+    torch.manual_seed(0)
+    net = KeyNet(models.base.model.get_input_embeddings().weight, 32)
+    with torch.no_grad():
+        net.weight[models.base.tokenizer(" lighthouse", add_special_tokens=False)["input_ids"]] = 8.0
+    save_keys(net, models.base, folder := tmp_path_factory.mktemp("keyed") / "keys")
+    return models, folder
+
+
+def test_a_session_answers_over_a_window_of_as_many_entries_in_which_is_what_its_keys_find(keyed):
+    models, folder = keyed
+    fact, filler = (
+        "The lighthouse keeper is called Anna. ",
+        "Somebody walks to the town and comes back in the evening. ",
+    )
+    row = {
+        "context": filler * 90 + fact + filler * 60,
+        "question": "Who keeps the lighthouse?\n",
+        "answer_prefix": "It is",
+    }
+    row |= {"needles": [[len(filler) * 90, len(filler) * 90 + len(fact)]]}
+    ids, asked, needles = asked_of(row, models.base.tokenizer)
+    policy = find(rivals, "session", "--policies")(models, folder)
+    kept = policy.keep(asked, 512)
+    assert {*needles} <= {*kept} and len(kept) <= 512 and kept[-1] == len(ids) - 1
+    assert int(policy.stream.shown.counts[0]) == 512 + len(asked.end)
+    heard = []
+    said = policy.say(6, heard.append)  # which is never over
+    newest = policy.stream.newest(6)[0]
+    assert said == heard[-1] == models.base.tokenizer.decode(newest, skip_special_tokens=True) and len(heard) == 6
+    policy.keep(asked, 512)
+    assert heard[2] == policy.say(6, lambda text: text == heard[2])
+
+
+def test_a_session_without_keys_is_refused_by_its_setting():
+    with pytest.raises(ValueError, match="--policies=session: these models have no keys"):
+        find(rivals, "session", "--policies")(load_models(device="cpu"))

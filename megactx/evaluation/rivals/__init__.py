@@ -1,22 +1,27 @@
 """What of a long text stays in the window, one policy a file: ``keep(asked, budget)`` -> ascending token indices.
 
-A policy with ``needs_models`` is built with the models of the study and the folder of ``--keys``.
+A policy with ``needs_models`` is built with the models of the study and the folder of ``--keys``. One that has
+``say(tokens, over)`` answers by itself over what it kept last.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SINK, BLOCK = 4, 32
 
 
 @dataclass
 class Asked:
-    """Blocks' texts, number of tokens, the blocks that hold needles, the question, and the ids of the text."""
+    """Blocks' texts, number of tokens, the blocks that hold needles, the question, and the ids of the text; ids of what
+    the base reads before it and behind it, the question among them; what policies have found and others need too."""
 
     blocks: list[str]
     tokens: int
     needed: list[int]
     question: str
     ids: list[int] | None = None
+    begin: list[int] = field(default_factory=list)
+    end: list[int] = field(default_factory=list)
+    shared: dict = field(default_factory=dict)
 
 
 def near(order: list[int], count: int) -> list[int]:

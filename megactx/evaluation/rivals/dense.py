@@ -17,7 +17,7 @@ class Dense:
     """
 
     def __init__(self):
-        self.encoder = SentenceEncoder("--policies=dense")
+        self.encoder = SentenceEncoder("--policies=dense").ready()
         self.known: dict[str, torch.Tensor] = {}
 
     @torch.inference_mode()

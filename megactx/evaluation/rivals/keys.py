@@ -22,11 +22,16 @@ class Keys:
             raise ValueError(
                 "--policies=keys: these models have no keys; train some (megactx.studies.keys), name --keys"
             )
+        self.net.ready()
 
     def keep(self, asked, budget):
         whole = len(asked.ids) // BLOCK
-        keys = self.net.encode(torch.tensor(asked.ids[: whole * BLOCK]).view(-1, BLOCK))
-        question = self.tokenizer(asked.question, add_special_tokens=False)["input_ids"]
-        found = self.net.likeness(self.net(torch.tensor([question])), keys)[0]
+        if "keys" not in asked.shared:
+            asked.shared["keys"] = self.net.encode(torch.tensor(asked.ids[: whole * BLOCK]).view(-1, BLOCK))
+        found = self.net.likeness(self.net(torch.tensor([self.question(asked)])), asked.shared["keys"])[0]
         order = found.argsort(descending=True, stable=True)[:budget].tolist()
         return filled(asked, budget, near(order, len(asked.blocks)), budget // 4)
+
+    def question(self, asked):
+        """Ids by which the keys are asked."""
+        return self.tokenizer(asked.question, add_special_tokens=False)["input_ids"]
