@@ -20,6 +20,8 @@ from megactx.memory.pyramid import Attention, Pyramid
 
 from .cache import KeyCache
 
+LEAF, SUMMARY, STRIP = range(3)  # what a node is read as
+
 
 @dataclass
 class _Read:
@@ -29,7 +31,7 @@ class _Read:
     key: Tensor | None = None  # names of nodes [N]
     same: tuple[Tensor, ...] = ()  # embeddings [N, D], positions [N], spreads [N]: what makes a row what it is
     seen: Tensor | None = None  # signatures of the sets of nodes that rows see [N, 2]
-    leaf: Tensor | None = None  # bool [N]
+    leaf: Tensor | None = None  # bool [N], what new tokens see
     hidden: Tensor | None = None  # final hidden states [N, D]
     last: int = 0  # column of the last leaf
     end: int = 0  # tokens
@@ -88,8 +90,8 @@ class NodePrefill:
         except BaseException:  # some layers may have the new columns already
             self.forget()
             raise
-        tokens = torch.zeros_like(at)  # LOD 0, and no summary
-        key = torch.cat([old.key, _names(tokens, at, tokens)])
+        tokens = torch.zeros_like(at)
+        key = torch.cat([old.key, _names(tokens, at, tokens + LEAF)])
         old.seen = torch.cat([old.seen, sees.double() @ _hashes(key).T])
         old.key, old.leaf = key, torch.cat([old.leaf, torch.ones_like(at, dtype=torch.bool)])
         old.same = tuple(torch.cat(pair) for pair in zip(old.same, new, strict=True))
@@ -102,7 +104,9 @@ class NodePrefill:
         old, mask = self.rows[row], pyramid.mask
         n = int(mask.there[row].sum())
         lod, index, summary = pyramid.lod[row, :n], pyramid.index[row, :n], mask.summary[row, :n]
-        key, (kind, sees) = _names(lod, index, summary.long()), mask.kinds(row)
+        leaf = mask.leaf[row, :n]
+        part = torch.where(leaf, LEAF, torch.where(summary, SUMMARY, STRIP))
+        key, (kind, sees) = _names(lod, index, part), mask.kinds(row)
         kind, sees = kind[:n], sees[:, :n]
         tree = pyramid.context.tree
         spread = tree.encoder.spread(lod)
@@ -131,9 +135,9 @@ class NodePrefill:
                 old.cache,
                 None if spread is None else same[2][dirty][None],
             )[0].to(hidden.dtype)
-        old.key, old.seen, old.leaf = key[order], seen[order], ~summary[order]
+        old.key, old.seen, old.leaf = key[order], seen[order], leaf[order]
         old.same, old.hidden = tuple(part[order] for part in same), hidden[order]
-        last = int((~summary).nonzero()[-1])
+        last = int(leaf.nonzero()[-1])
         old.last, old.end = int((order == last).nonzero()), int(pyramid.context.ends()[row])
         return len(clean), n
 
@@ -158,9 +162,9 @@ class NodePrefill:
             kept = kept & ~reached
 
 
-def _names(lod: Tensor, index: Tensor, summary: Tensor) -> Tensor:
-    """One number for each node, of 63 bits at most."""
-    return (index * 8 + lod) * 2 + summary
+def _names(lod: Tensor, index: Tensor, part: Tensor) -> Tensor:
+    """One number for each node and what it is read as, of 63 bits at most."""
+    return (index * 8 + lod) * 4 + part
 
 
 def _up_to(values: Tensor, kind: Tensor, at: Tensor) -> Tensor:
