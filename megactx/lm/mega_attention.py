@@ -62,23 +62,7 @@ class MegaMask:
     again: Tensor | None = None
 
     def __post_init__(self):
-        k = self.block
-        if not 0 <= self.overlap <= self.segment or self.overlap % k:
-            raise ValueError(
-                f"attention.overlap={self.overlap} is not allowed: a multiple of block_size={k}, at most"
-                f" attention.segment={self.segment}"
-            )
-        for name, value, least in (("segment", self.segment, k), ("mid", self.mid, k), ("live", self.live, 0)):
-            if value < least or name != "live" and value % k:
-                allowed = "0 or more" if name == "live" else f"a multiple of block_size={k}"
-                raise ValueError(f"attention.{name}={value} is not allowed: {allowed}")
-        # A leaf that reached over a border would be seen by half of the segment behind it.
-        for level in range(1, LEVELS + 1):
-            if self.segment % k**level and k**level % self.segment:
-                raise ValueError(
-                    f"attention.segment={self.segment} is not allowed: gists of {k**level:,} tokens would cross its"
-                    " borders"
-                )
+        check_sizes(self.block, self.segment, self.mid, self.live, self.overlap)
 
     @property
     def end(self) -> Tensor:
@@ -130,17 +114,22 @@ class MegaMask:
             found.append((sees[kind] & before) | itself)
         return torch.stack(found)[:, None]
 
-    def kinds(self, row: int) -> tuple[Tensor, Tensor]:
+    def kinds(self, row: int, some: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The mask of a row of the batch in short: rows of a segment see the same, each as far as itself.
 
+        Args:
+            some: rows of the pass that are wanted [R]; ``None``: all.
+
         Returns:
-            The kind of each column [N], and the columns that each kind sees, bool [kinds, N]. A row sees itself too.
+            The kind of each of these [R], and the columns that each kind sees, bool [kinds, N]. A row sees itself too.
         """
-        parts = self._rows()
-        kinds, kind = torch.unique(
-            torch.stack([part[row].int() for part in parts.values()], dim=1), dim=0, return_inverse=True
-        )
-        like = {name: kinds[:, n, None].to(part.dtype) for n, (name, part) in enumerate(parts.items())}
+        parts = {name: part[row] if some is None else part[row, some] for name, part in self._rows().items()}
+        name = parts["segment"].long()  # where its borders lie follows from this and from what it is
+        for flag in ("there", "live", "settled", "again"):
+            name = 2 * name + parts[flag]
+        found, kind = torch.unique(name, return_inverse=True)
+        first = torch.zeros_like(found).scatter_(0, kind, torch.arange(len(kind), device=kind.device))
+        like = {name: part[first, None] for name, part in parts.items()}
         columns = {name: part[row] for name, part in self._columns().items()}
         return kind, _sees(like, columns, 1, 0)
 
@@ -183,6 +172,29 @@ class MegaMask:
         count = self.leaf.sum(1)
         seen = self.dense()[:, 0] & self.there[:, :, None]
         return seen.sum((1, 2)) / (count * (count + 1) / 2)
+
+
+def check_sizes(block: int, segment: int, mid: int, live: int, overlap: int) -> None:
+    """Refuse sizes of a ``MegaMask`` that do not fit the grid.
+
+    Raises:
+        ValueError: names the size and what is allowed.
+    """
+    for name, value, least in (("segment", segment, block), ("mid", mid, block), ("live", live, 0)):
+        if value < least or name != "live" and value % block:
+            allowed = "0 or more" if name == "live" else f"a multiple of block_size={block}"
+            raise ValueError(f"attention.{name}={value} is not allowed: {allowed}")
+    # A leaf that reached over a border would be seen by half of the segment behind it.
+    for level in range(1, LEVELS + 1):
+        if segment % block**level and block**level % segment:
+            raise ValueError(
+                f"attention.segment={segment} is not allowed: gists of {block**level:,} tokens would cross its borders"
+            )
+    if not 0 <= overlap <= segment or overlap % block:
+        raise ValueError(
+            f"attention.overlap={overlap} is not allowed: a multiple of block_size={block}, at most"
+            f" attention.segment={segment}"
+        )
 
 
 def _sees(row: dict[str, Tensor], column: dict[str, Tensor], q, c) -> Tensor:

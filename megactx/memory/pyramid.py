@@ -19,6 +19,29 @@ ATTENTION = ("plain", "mega", "window")
 
 
 @dataclass(frozen=True)
+class Bend:
+    """Positions of a history that is longer than the base LM takes: the sink keeps its own, the newest tokens keep
+    their spacing, and what lies between is squeezed, to fractions. A place depends on its address alone, so no edit
+    moves what stays.
+
+    Args:
+        top: position of the token behind the newest one when this was decided; half of all is for the newest.
+        tokens: its address.
+    """
+
+    top: int
+    tokens: int
+
+    def __call__(self, address: Tensor, sink: int) -> Tensor:
+        """Addresses, tokens of the sink -> positions in fp32, of the same shape."""
+        newest = self.tokens - self.top // 2
+        scale = (self.top - self.top // 2 - sink) / (newest - sink)
+        squeezed = sink + (address.double() - sink) * scale
+        behind = torch.where(address < newest, squeezed, (address - self.tokens + self.top).double())
+        return torch.where(address < sink, address.double(), behind).float()
+
+
+@dataclass(frozen=True)
 class Pyramid:
     """The columns of a pass.
 
@@ -68,11 +91,20 @@ class Pyramid:
         where = torch.argsort(order, dim=1)[:, : context.lods().shape[1]]
         return cls(context, lod, index, mask, where)
 
-    def positions(self) -> Tensor:
-        """Of each column [B, N]: a token's own, a gist's where its GistNet places it; 0 in the padding."""
+    def positions(self, bends: list[Bend | None] | None = None) -> Tensor:
+        """Of each column [B, N]: a token's own, a gist's where its GistNet places it; 0 in the padding.
+
+        Args:
+            bends: of each row; ``None``, of one or all: the text's own positions.
+        """
         encoder, block = self.context.tree.encoder, self.context.tree.block_size
-        offsets = torch.tensor([0, *(encoder.offset_in(block**n) for n in range(1, LEVELS + 1))])
-        return torch.where(self.mask.there, self.mask.start + offsets.to(self.lod.device)[self.lod], 0)
+        levels = range(1, max(LEVELS, self.context.tree.depth) + 1)  # leaves may be coarser than any summary
+        offsets = torch.tensor([0, *(encoder.offset_in(block**n) for n in levels)])
+        places = torch.where(self.mask.there, self.mask.start + offsets.to(self.lod.device)[self.lod], 0)
+        if not bends or not any(bends):
+            return places
+        bent = [row.float() if bend is None else bend(row, block) for row, bend in zip(places, bends, strict=True)]
+        return torch.where(self.mask.there, torch.stack(bent), 0.0)
 
     def to_tensor(self) -> Tensor:
         """The vectors that the base LM reads, [B, N, D]; 0 in the padding."""

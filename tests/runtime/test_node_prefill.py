@@ -16,12 +16,13 @@ BUDGET = 90
 
 
 def assert_same(prefill: NodePrefill, fresh: NodePrefill):
+    assert torch.allclose(prefill.pairs, fresh.pairs)
     for own, other in zip(prefill.rows, fresh.rows, strict=True):
         assert own.key.sort().values.equal(other.key.sort().values)
         left, right = own.key.argsort(), other.key.argsort()
-        pairs = [(own.hidden[left], other.hidden[right])]
+        pairs = [(own.hidden, other.hidden)]
         for one, two in zip(own.cache.layers, other.cache.layers, strict=True):
-            pairs += [(one.keys[0][:, left], two.keys[0][:, right]), (one.values[0][:, left], two.values[0][:, right])]
+            pairs += [(a[0][:, left], b[0][:, right]) for a, b in zip(one.buffers, two.buffers, strict=True)]
         for one, two in pairs:
             assert (one - two).abs().max() < 1e-4 * two.abs().max().clamp(min=1)
 
@@ -95,9 +96,10 @@ def test_new_tokens_are_read_behind_the_window_and_stay_read():
     context.budget = 10**6
     prefill = NodePrefill(base, MEGA)
     prefill.read(context)
-    ids = torch.randint(VOCABULARY, (3,))
-    stepped = prefill.step(ids)
-    tree.append(ids[None])
+    ids = torch.randint(VOCABULARY, (1, 3))
+    stepped = prefill.step(ids, 150 + torch.arange(3)[None])[0]
+    assert torch.equal(prefill.hidden[0], stepped[-1])
+    tree.append(ids)
     context = context.copy()
     context.append(3)
     passes = []
@@ -135,6 +137,6 @@ def test_a_step_that_fails_in_a_layer_leaves_nothing_half_read():
 
     hook = base.model.get_decoder().layers[1].register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
-        prefill.step(torch.randint(VOCABULARY, (3,)))
+        prefill.step(torch.randint(VOCABULARY, (1, 3)), 150 + torch.arange(3)[None])
     hook.remove()
     assert torch.equal(prefill.read(context), before)
