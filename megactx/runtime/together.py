@@ -17,7 +17,7 @@ from .stream import Stream
 def read_together(streams: Iterable[Stream]) -> int:
     """Read for each stream the one token that it has put off, with the logits of what follows; -> how many were read.
 
-    Streams of several rows, of another base or another attention than the first, with CUDA graphs, with columns that are
+    Streams of several rows, of another base or attention than the first, with CUDA graphs, with columns that are
     not there, or with more to read than that token are left alone, and so is one by itself: they read when they are
     asked.
     """
