@@ -205,3 +205,12 @@ def test_parts_are_refused(controller, tmp_path, ids):
 
     with pytest.raises(ValueError, match="attention=mega is not allowed with parts"):
         session.use(Wanted("other", str(tmp_path / "saved")))
+
+
+def test_beyond_the_range_a_place_depends_on_its_address_alone_and_never_goes_back():
+    bend, address = Bend(384, 1001), torch.arange(1100)
+    places = bend(address, K)
+    assert torch.equal(places[:K], torch.arange(K).float()) and (places.diff() > 0).all()
+    assert places[1001] == 384 and torch.equal(places[-291:].diff(), torch.ones(290))
+    some = torch.tensor([3, 40, 700, 1099])
+    assert torch.equal(bend(some, K), places[some])
