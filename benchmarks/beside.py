@@ -94,13 +94,27 @@ def per_token(**settings) -> tuple[float, dict[str, float]]:
         for name, seconds in event.seconds.items():
             kind = {"decode": "decode", "read": "recompute"}.get(name, "refocus")
             parts[kind] = parts.get(kind, 0.0) + seconds / count
+    read = [event for event in events if event.reused is not None]
+    parts["kept"], parts["read"] = (float(sum(getattr(e, n).sum() for e in read)) for n in ("reused", "read"))
     return whole / count, parts
 
 
 def session() -> dict[str, float]:
     """A token with focus, equal edits, and its parts."""
     whole, parts = per_token()
-    return {"session token": whole} | {f"session token: {name}": part for name, part in parts.items()}
+    kinds = ("decode", "refocus", "recompute")
+    return {"session token": whole} | {f"session token: {kind}": parts[kind] for kind in kinds}
+
+
+def mega() -> dict[str, float]:
+    """A token with focus under MegaAttention, and with edits in every eighth block besides; a build without it reads
+    under plain attention, with edits in every block. Columns are those of all refocuses."""
+    found = {}
+    for name, settings in {"": {}, ", edit_every=8": {"edit_every": 8}}.items():
+        whole, parts = per_token(attention="mega", **settings)
+        found |= {f"mega token{name}": whole, f"mega token{name}: recompute": parts["recompute"]}
+        found |= {f"columns {kind}{name}": parts[kind] for kind in ("kept", "read")}
+    return found
 
 
 def batched() -> dict[str, float]:
@@ -278,13 +292,15 @@ def help_page() -> dict[str, float]:
 
 STEPS = 7
 # name -> what a process measures for it: seconds by name.
-ROWS = {"label": label, "session": session, "batched": batched, "lens": lens}
+ROWS = {"label": label, "session": session, "batched": batched, "mega": mega, "lens": lens}
 ROWS |= {"step": step, "report": report, "packed": packed, "help": help_page, "smollm2": smollm2}
 # name -> variables under which it runs: a plain CPU, where this one has more.
 PLAIN = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 AS = {row: PLAIN | {"MEGACTX_CPU_BF16": "none"} for row in ("step", "report", "smollm2")}
 # name -> two figures of the same build, of which one is a share or a multiple of the other
 SHARES = {
+    "columns kept / columns read": ("columns kept", "columns read"),
+    "columns kept / columns read, edit_every=8": ("columns kept, edit_every=8", "columns read, edit_every=8"),
     "plain re-run / label": ("plain re-run", "label"),
     "loop / packed, H = 32": ("loop, H = 32", "packed, H = 32"),
     "loop / packed, H = 128": ("loop, H = 128", "packed, H = 128"),

@@ -66,7 +66,7 @@ def benchmark(args: argparse.Namespace) -> None:
         at = int(context.ends()) + torch.arange(block)[None]
         plain.step(new, at)
         for reader in mega.values():
-            reader.step(new[0])
+            reader.step(new, at)
     table = Table(title=f"{args.blocks} refocuses, budget {args.budget:,}, history {args.tokens:,} tokens")
     for heading in ("attention", "kept, mean", "ms, median", "min", "max", "of plain"):
         table.add_column(heading, justify="right")

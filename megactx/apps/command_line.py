@@ -8,9 +8,15 @@ from megactx.framework.bar import quiet_libraries
 from megactx.memory.curation_settings import CurationSettings
 from megactx.runtime import Controller, Observer, Sampling, Session, Settings, Wanted, load_models
 from megactx.runtime.session_files import is_session
-from megactx.runtime.settings import KINDS, POSITIONS
+from megactx.runtime.settings import KINDS, POSITIONS, READING
 from megactx.runtime.text import from_bytes
 
+SIZES = {  # of --attention mega
+    "segment": "of which older rows see their own leaves",
+    "mid": "before a segment that gists of level 1 stand for",
+    "live": "at the end that see every entry",
+    "overlap": "before a segment that its older rows see too",
+}
 HOST = "127.0.0.1"  # where servers listen
 MODEL = "a run's or an exported folder; a plain base: a folder, a GGUF file, smollm2 (default: the embedded models)"
 
@@ -32,6 +38,12 @@ def add_models(parser: argparse.ArgumentParser, budget: int = 2048) -> None:
     parser.add_argument(
         "--graphs", action="store_true", help="decode by a CUDA graph on a card (never tried on one yet)"
     )
+    reading = "mega: gists stand for far text, and most keys and values outlast an edit, see docs/attention.md"
+    parser.add_argument("--attention", choices=READING, default="plain", help=f"{reading} (default plain)")
+    for name, about in SIZES.items():
+        default = getattr(Settings, name)
+        said = f"with --attention mega: {about} (default {default})"
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="TOKENS", help=said)
     parser.add_argument(
         "--metrics", type=int, metavar="PORT", help="give Prometheus numbers at 127.0.0.1:PORT/metrics (default: none)"
     )
@@ -85,7 +97,7 @@ def controller_of(args: argparse.Namespace, tree: bool = False) -> Controller:
     Raises:
         ValueError: models and settings do not fit, or make no tree.
     """
-    names = ("budget", "megacontext", "positions", "earn", "keys", "graphs")
+    names = ("budget", "megacontext", "positions", "earn", "keys", "graphs", "attention", *SIZES)
     settings = Settings(**{name: getattr(args, name) for name in names})
     quiet_libraries()
     controller = Controller(load_models(args.model, setting="--model"), settings)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from megactx.lm import BaseLM
 from megactx.lm.mega_attention import LEVELS, MegaMask, in_order
@@ -15,6 +16,29 @@ from .composite import Composite
 from .working_context import WorkingContext
 
 ATTENTION = ("plain", "mega", "window")
+
+
+@dataclass(frozen=True)
+class Bend:
+    """Positions of a history that is longer than the base LM takes: the sink keeps its own, the newest tokens keep
+    their spacing, and what lies between is squeezed, to fractions. A place depends on its address alone, so no edit
+    moves what stays.
+
+    Args:
+        top: position of the token behind the newest one when this was decided; half of all is for the newest.
+        tokens: its address.
+    """
+
+    top: int
+    tokens: int
+
+    def __call__(self, address: Tensor, sink: int) -> Tensor:
+        """Addresses, tokens of the sink -> positions in fp32, of the same shape."""
+        newest = self.tokens - self.top // 2
+        scale = (self.top - self.top // 2 - sink) / (newest - sink)
+        squeezed = sink + (address.double() - sink) * scale
+        behind = torch.where(address < newest, squeezed, (address - self.tokens + self.top).double())
+        return torch.where(address < sink, address.double(), behind).float()
 
 
 @dataclass(frozen=True)
@@ -32,8 +56,11 @@ class Pyramid:
     leaves: Tensor
 
     @classmethod
-    def of(cls, context: WorkingContext, segment: int = 256, mid: int = 1024, live: int = 256) -> "Pyramid":
-        """All summaries of the history that the working context stands for, levels 1 to 3, between its entries.
+    def of(
+        cls, context: WorkingContext, segment: int = 256, mid: int = 1024, live: int = 256, overlap: int = 0
+    ) -> "Pyramid":
+        """All summaries of the history that the working context stands for, levels 1 to 3, between its entries; and the
+        strips before the segments of settled entries.
 
         Raises:
             ValueError: a size that is not allowed, as of ``MegaMask``; a window of several trees.
@@ -48,21 +75,36 @@ class Pyramid:
             lods.append(torch.full_like(node, level))
             indices.append(node)
             there.append(node < counts[:, None])
-        lod, index, there = (torch.cat(part, dim=1) for part in (lods, indices, there))
+        sizes = (tree.block_size, segment, mid, live, overlap)
+        kinds = [torch.zeros_like(lods[0]), *(torch.ones_like(part) for part in lods[1:])]
+        if overlap:
+            entries = MegaMask(context.starts(), context.widths(), torch.zeros_like(there[0]), there[0], *sizes)
+            for part, of_strips in zip((lods, indices, there), strips(context, entries), strict=True):
+                part.append(of_strips)
+            kinds.append(torch.full_like(lods[-1], 2))
+        lod, index, there, kind = (torch.cat(part, dim=1) for part in (lods, indices, there, kinds))
         width = tree.block_size**lod
-        summary = torch.arange(lod.shape[1], device=lod.device) >= context.lods().shape[1]
-        summary = summary.expand_as(lod)
-        order = in_order(index * width, width, summary, there)
-        lod, index, width, there, summary = (part.gather(1, order) for part in (lod, index, width, there, summary))
-        mask = MegaMask(index * width, width, summary & there, there, tree.block_size, segment, mid, live)
+        order = in_order(index * width, width, kind == 1, there)
+        lod, index, width, there, kind = (part.gather(1, order) for part in (lod, index, width, there, kind))
+        summary, again = (kind == 1) & there, (kind == 2) & there if overlap else None
+        mask = MegaMask(index * width, width, summary, there, *sizes, again)
         where = torch.argsort(order, dim=1)[:, : context.lods().shape[1]]
         return cls(context, lod, index, mask, where)
 
-    def positions(self) -> Tensor:
-        """Of each column [B, N]: a token's own, a gist's where its GistNet places it; 0 in the padding."""
+    def positions(self, bends: list[Bend | None] | None = None) -> Tensor:
+        """Of each column [B, N]: a token's own, a gist's where its GistNet places it; 0 in the padding.
+
+        Args:
+            bends: of each row; ``None``, of one or all: the text's own positions.
+        """
         encoder, block = self.context.tree.encoder, self.context.tree.block_size
-        offsets = torch.tensor([0, *(encoder.offset_in(block**n) for n in range(1, LEVELS + 1))])
-        return torch.where(self.mask.there, self.mask.start + offsets.to(self.lod.device)[self.lod], 0)
+        levels = range(1, max(LEVELS, self.context.tree.depth) + 1)  # leaves may be coarser than any summary
+        offsets = torch.tensor([0, *(encoder.offset_in(block**n) for n in levels)])
+        places = torch.where(self.mask.there, self.mask.start + offsets.to(self.lod.device)[self.lod], 0)
+        if not bends or not any(bends):
+            return places
+        bent = [row.float() if bend is None else bend(row, block) for row, bend in zip(places, bends, strict=True)]
+        return torch.where(self.mask.there, torch.stack(bent), 0.0)
 
     def to_tensor(self) -> Tensor:
         """The vectors that the base LM reads, [B, N, D]; 0 in the padding."""
@@ -91,6 +133,32 @@ class Pyramid:
         return torch.where(context.mask[..., None], hidden, 0.0)
 
 
+def strips(context: WorkingContext, entries: MegaMask) -> tuple[Tensor, Tensor, Tensor]:
+    """What stands before the segments of a window's settled entries, by blocks: the tokens of a block that the window
+    shows in tokens, else its gist. The sink is in no strip.
+
+    Args:
+        entries: the window's entries without anything else.
+
+    Returns:
+        LOD and index of each row of a strip, and whether it is anything, [B, M] each.
+    """
+    k, found = context.tree.block_size, []
+    settled, segments = entries.leaf & ~entries.is_live, entries.segments()
+    for row, end in enumerate(context.ends().tolist()):
+        borders = segments[row, settled[row]].unique()
+        blocks = (borders[borders > 0, None] - entries.overlap) // k
+        blocks = (blocks + torch.arange(entries.overlap // k, device=borders.device)).flatten()
+        blocks = blocks[blocks > 0]
+        raw = torch.zeros(end // k + 1, dtype=torch.bool, device=borders.device)
+        raw[context.index[row, context.mask[row] & (context.lods()[row] == 0)] // k] = True
+        tokens = (blocks[raw[blocks], None] * k + torch.arange(k, device=borders.device)).flatten()
+        gists = blocks[~raw[blocks]]
+        lod = torch.cat([torch.zeros_like(tokens), torch.ones_like(gists)])
+        found.append((lod, torch.cat([tokens, gists]), torch.ones_like(lod, dtype=torch.bool)))
+    return tuple(pad_sequence(part, batch_first=True) for part in zip(*found, strict=True))
+
+
 @dataclass(frozen=True)
 class Attention:
     """How a working context is read.
@@ -98,7 +166,7 @@ class Attention:
     Args:
         kind: ``plain``: every entry sees all before it; ``mega``: ``MegaMask``; ``window``: the sink and the newest
             ``window`` tokens before it, the control that has no memory.
-        segment, mid, live: of ``mega``, see ``MegaMask``.
+        segment, mid, live, overlap: of ``mega``, see ``MegaMask``.
         window: of ``window``, tokens.
         summaries: of ``mega``, whether its gists are seen.
 
@@ -112,6 +180,7 @@ class Attention:
     live: int = 256
     window: int = 512
     summaries: bool = True
+    overlap: int = 0
 
     def __post_init__(self):
         if self.kind not in ATTENTION:
@@ -130,7 +199,7 @@ class Attention:
         return torch.where(context.mask[..., None], hidden, 0.0)
 
     def pyramid(self, context: WorkingContext) -> Pyramid:
-        return Pyramid.of(context, self.segment, self.mid, self.live)
+        return Pyramid.of(context, self.segment, self.mid, self.live, self.overlap)
 
     def pairs(self, context: WorkingContext) -> Tensor:
         """Share of the pairs of plain attention over the same entries that are seen, [B]."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megactx.focus import Edits
+from megactx.lm.mega_attention import check_sizes
 from megactx.memory import MegaContextTree, WorkingContext
 from megactx.parts.models import Models
 
@@ -57,6 +58,8 @@ class Controller:
                 f"positions=absolute is not allowed: this base LM has a table of {models.base.max_positions} learned"
                 " positions and no further ones; allowed is rebased"
             )
+        if self.settings.attention == "mega":
+            self._check_mega(sizes[0])
         if self.settings.keys and models.keys is None:
             raise ValueError(
                 f"keys={self.settings.keys} is not allowed: there are no keys in {models.name or 'these models'};"
@@ -74,7 +77,14 @@ class Controller:
             return PlainLM.kind
         return Dropping.kind if self.models.gistnet is None else None
 
+    def _check_mega(self, block: int) -> None:
+        check_sizes(block, self.settings.segment, self.settings.mid, self.settings.live, self.settings.overlap)
+        if self.models.base.learned_positions():
+            raise ValueError("attention=mega is not allowed: this base LM has a table of positions, and no fractions")
+
     def _check_dropping(self) -> None:
+        if self.settings.attention == "mega":
+            raise ValueError("attention=mega is not allowed without a GistNet, whose gists it reads")
         if self.settings.megacontext == "focus":
             raise ValueError(
                 f"model: there is no GistNet in {self.models.name or 'these models'}; megacontext=recency drops old"

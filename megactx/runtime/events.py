@@ -37,7 +37,8 @@ class Refocused:
     telemetry: Refocus | None  # what the allocator says of its edits; None likewise
     seconds: dict[str, float]  # decode (the new tokens), gist, room, score, allocate, read: what of these there was
     reused: Tensor | None  # [B] entries whose keys and values were kept; None: nothing was read yet
-    read: Tensor | None  # [B] entries of the windows that were read
+    read: Tensor | None  # [B] entries of the windows that were read; with attention=mega summaries and strips too
+    pairs: Tensor | None = None  # [B] share of the pairs of plain attention that attention=mega sees; None: plain
     earned: Tensor | None = None  # [B] of them not the sink or the newest tokens; None: all of the window is read
     pages: tuple[News, ...] = ()  # of each tree of the window that is on disk, or elsewhere
 

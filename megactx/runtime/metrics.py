@@ -60,6 +60,9 @@ METRICS = {
         GAUGE, "1", "Share of the pages asked for ahead that were used, least of the trees"
     ),
     "megactx.kv.entries": Metric(COUNTER, "{entry}", "Keys and values of a window: kept, or computed anew", "state"),
+    "megactx.attention.pairs": Metric(
+        GAUGE, "1", "Pairs seen under attention=mega over those of plain attention, mean of rows"
+    ),
 }
 
 
@@ -105,6 +108,8 @@ def measured(event: Refocused) -> Iterator[Measured]:
         kept, read = int(event.reused.sum()), int(event.read.sum())
         yield Measured("megactx.kv.entries", kept, "kept")
         yield Measured("megactx.kv.entries", read - kept, "computed")
+    if event.pairs is not None:
+        yield Measured("megactx.attention.pairs", float(event.pairs.mean()))
 
 
 def _paged(trees: tuple[News, ...]) -> Iterator[Measured]:

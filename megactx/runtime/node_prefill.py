@@ -5,20 +5,25 @@ no edit changes, and leaves of its own segment, so an edit reaches its segment a
 but computed: a row is kept if its embedding, position and spread are as they were, if it sees the nodes that it saw,
 and if all of these are kept.
 
-N columns of a pass, D width. Rows of a batch are read one after the other.
+Which nodes a summary sees follows from its own name, so there it is enough that no summary before it is dirty.
+
+B rows of a batch, which are read one after the other; N columns of a pass, n new tokens, D width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from megactx.lm import BaseLM
+from megactx.lm import BaseLM, masks
 from megactx.lm.adapters import stamp_of
 from megactx.memory import WorkingContext
-from megactx.memory.pyramid import Attention, Pyramid
+from megactx.memory.pyramid import Attention, Bend, Pyramid
 
 from .cache import KeyCache
+
+LEAF, SUMMARY, STRIP = range(3)  # what a node is read as
 
 
 @dataclass
@@ -28,11 +33,29 @@ class _Read:
     cache: KeyCache = field(default_factory=KeyCache)
     key: Tensor | None = None  # names of nodes [N]
     same: tuple[Tensor, ...] = ()  # embeddings [N, D], positions [N], spreads [N]: what makes a row what it is
-    seen: Tensor | None = None  # signatures of the sets of nodes that rows see [N, 2]
-    leaf: Tensor | None = None  # bool [N]
-    hidden: Tensor | None = None  # final hidden states [N, D]
-    last: int = 0  # column of the last leaf
+    seen: Tensor | None = None  # signatures of the sets of nodes that rows see [N, 2]; of summaries 0
+    shown: int = 0  # column of the first leaf; all behind it are leaves, and nothing else is seen by new tokens
+    leaves: Tensor | None = None  # signature of all leaves [2]
+    new: list[tuple[Tensor, ...]] = field(default_factory=list)  # key, embeddings, positions, spreads, seen; as above
+    last: int = -1  # name of the last leaf
+    hidden: Tensor | None = None  # its final state [D]
     end: int = 0  # tokens
+
+    def took(self, embeddings: Tensor, positions: Tensor, hidden: Tensor) -> None:
+        """New tokens were read behind all leaves: embeddings [n, D], positions [n], the final state of the last [D]."""
+        n = len(positions)
+        at = torch.arange(self.end, self.end + n, device=positions.device)
+        key = _names(torch.zeros_like(at), at, torch.full_like(at, LEAF))
+        seen = _hashes(key).T.cumsum(0) + (0 if self.leaves is None else self.leaves)
+        self.new.append((key, embeddings, positions, torch.zeros_like(at, dtype=torch.float), seen))
+        self.leaves, self.last, self.hidden, self.end = seen[-1], int(key[-1]), hidden, self.end + n
+
+    def join(self) -> None:
+        """New tokens become columns like all others."""
+        if self.new:
+            before = [] if self.key is None else [(self.key, *self.same, self.seen)]
+            self.key, *same, self.seen = (torch.cat(parts) for parts in zip(*before, *self.new, strict=True))
+            self.same, self.new = tuple(same), []
 
 
 class NodePrefill:
@@ -43,7 +66,8 @@ class NodePrefill:
         attention: of kind ``mega``.
 
     ``reused`` [B] and ``lengths`` [B] tell of the last reading how many columns were kept, of how many; summaries
-    count as columns.
+    and strips count as columns. ``pairs`` [B] is the share of the pairs of a plain causal pass over the entries that
+    rows of entries and strips see. ``hidden`` [B, D] is the final state of the newest entry of each row.
 
     Raises:
         ValueError: another kind of attention.
@@ -60,118 +84,212 @@ class NodePrefill:
         self.rows: list[_Read] = []
         self.stamp = stamp_of(self.base)  # of the adapters that keys and values were computed with
         self.reused = self.lengths = torch.zeros(0, dtype=torch.long)
+        self.pairs = torch.zeros(0)
+        self.hidden: Tensor | None = None
+
+    def current(self) -> bool:
+        """Whether keys and values are those of the adapters that are on now."""
+        return stamp_of(self.base) == self.stamp
+
+    def bytes(self) -> int:
+        """Of keys, values and what they were computed from."""
+        rows = [row for row in self.rows if row.key is not None]
+        kept = [part for row in rows for part in (row.key, *row.same, row.seen)]
+        return sum(row.cache.bytes() for row in rows) + sum(part.nbytes for part in kept)
 
     @torch.no_grad()
-    def read(self, context: WorkingContext) -> Tensor:
-        """Read the windows; -> final hidden states of the last entry of each row, [B, D]."""
-        if stamp_of(self.base) != self.stamp or len(self.rows) not in (0, len(context.counts)):
+    def read(self, context: WorkingContext, bends: list[Bend | None] | None = None) -> Tensor:
+        """Read the windows; -> final hidden states of the last entry of each row, [B, D].
+
+        Args:
+            bends: of each row, where its positions leave those of the text; ``None``: nowhere.
+        """
+        if not self.current() or len(self.rows) != len(context.counts):
             self.forget()
         self.rows = self.rows or [_Read() for _ in range(len(context.counts))]
         try:
             pyramid = self.attention.pyramid(context)
-            found = [self._read(pyramid, row) for row in range(len(self.rows))]
+            positions = pyramid.positions(bends)
+            found = [self._read(pyramid, positions, row) for row in range(len(self.rows))]
         except BaseException:
             self.forget()
             raise
-        self.reused, self.lengths = (torch.tensor(part) for part in zip(*found, strict=True))
-        return torch.stack([old.hidden[old.last] for old in self.rows])
+        self.reused, self.lengths, self.pairs = (torch.tensor(part) for part in zip(*found, strict=True))
+        self.hidden = torch.stack([row.hidden for row in self.rows])
+        return self.hidden
 
     @torch.no_grad()
-    def step(self, ids: Tensor, row: int = 0) -> Tensor:
-        """Read new tokens ids [n] behind what a row has read: they are live. -> final hidden states [n, D]."""
-        old, n = self.rows[row], len(ids)
-        at = old.end + torch.arange(n, device=ids.device)
-        new = (self.base.embed(ids), at, torch.zeros_like(at, dtype=torch.float))
-        sees = torch.cat([old.leaf.expand(n, -1), torch.ones(n, n, dtype=torch.bool, device=ids.device).tril()], dim=1)
+    def step(self, ids: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Read new tokens behind all that was read: they are live.
+
+        Args:
+            ids: [B, n].
+            positions: [B, n].
+            mask: bool [B, n], those of each row first; ``None``: all of them.
+
+        Returns:
+            Final hidden states [B, n, D]; what stands where nothing is there means nothing.
+        """
+        self.rows = self.rows or [_Read() for _ in range(len(ids))]
+        counts = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
+        found = None
         try:
-            hidden = self.base(new[0][None], at[None], sees[None, None], old.cache)[0]
+            for row, count in enumerate(counts):
+                if count:
+                    hidden = self._step(self.rows[row], ids[row, :count], positions[row, :count])
+                    found = hidden.new_zeros(*ids.shape, hidden.shape[1]) if found is None else found
+                    found[row, :count] = hidden
         except BaseException:  # some layers may have the new columns already
             self.forget()
             raise
-        tokens = torch.zeros_like(at)  # LOD 0, and no summary
-        key = torch.cat([old.key, _names(tokens, at, tokens)])
-        old.seen = torch.cat([old.seen, sees.double() @ _hashes(key).T])
-        old.key, old.leaf = key, torch.cat([old.leaf, torch.ones_like(at, dtype=torch.bool)])
-        old.same = tuple(torch.cat(pair) for pair in zip(old.same, new, strict=True))
-        old.hidden = torch.cat([old.hidden, hidden])
-        old.last, old.end = len(key) - 1, old.end + n
+        self.hidden = torch.stack(
+            [found.new_zeros(found.shape[2]) if r.hidden is None else r.hidden for r in self.rows]
+        )
+        return found
+
+    @staticmethod
+    @torch.no_grad()
+    def step_each(readers: Sequence["NodePrefill"], ids: Tensor, positions: Tensor) -> Tensor:
+        """Read one new token for each of N readers of one row, in one pass of the base that they share.
+
+        Args:
+            ids, positions: [N].
+
+        Returns:
+            Final hidden states [N, D]. Rounding aside they are those of N steps.
+        """
+        base = readers[0].base
+        embeddings, positions = base.embed(ids[:, None]), positions[:, None]
+        try:
+            hidden = base.forward_each(embeddings, positions, [reader.rows[0].cache for reader in readers])
+        except BaseException:  # some layers of some readers may have the new column already
+            for reader in readers:
+                reader.forget()
+            raise
+        for n, reader in enumerate(readers):
+            reader.rows[0].took(embeddings[n], positions[n], hidden[n, 0])
+            reader.hidden = hidden[n]
+        return hidden[:, 0]
+
+    def _step(self, old: _Read, ids: Tensor, positions: Tensor) -> Tensor:
+        embeddings = self.base.embed(ids)
+        hidden = self.base(embeddings[None], positions[None], masks.BEHIND, old.cache)[0]
+        old.took(embeddings, positions, hidden[-1])
         return hidden
 
-    def _read(self, pyramid: Pyramid, row: int) -> tuple[int, int]:
-        """-> (columns that were kept, all columns)."""
+    def _read(self, pyramid: Pyramid, positions: Tensor, row: int) -> tuple[int, int, float]:
+        """-> columns that were kept, all columns, share of pairs."""
         old, mask = self.rows[row], pyramid.mask
+        old.join()
         n = int(mask.there[row].sum())
-        lod, index, summary = pyramid.lod[row, :n], pyramid.index[row, :n], mask.summary[row, :n]
-        key, (kind, sees) = _names(lod, index, summary.long()), mask.kinds(row)
-        kind, sees = kind[:n], sees[:, :n]
+        lod, index, summary, leaf = (p[row, :n] for p in (pyramid.lod, pyramid.index, mask.summary, mask.leaf))
+        key = _names(lod, index, torch.where(leaf, LEAF, torch.where(summary, SUMMARY, STRIP)))
         tree = pyramid.context.tree
         spread = tree.encoder.spread(lod)
         same = (
             tree.embeddings(torch.full_like(lod, row), lod, index),
-            pyramid.positions()[row, :n],
+            positions[row, :n],
             torch.zeros(n, device=lod.device) if spread is None else spread,
         )
-        at = torch.arange(n, device=lod.device)
+        own = (~summary).nonzero()[:, 0]
+        kind, sees = mask.kinds(row, own)
+        sees = sees[:, :n]
         hashes = _hashes(key)
-        seen = torch.stack([_up_to(sees * part, kind, at) for part in hashes], dim=1)
+        sets = torch.stack([_up_to(sees * part, kind, own) for part in hashes], dim=1)
         # Itself, where its kind does not say so: sums stand for sets, so nothing may be in one twice.
-        alone = ~sees[kind, at]
-        seen += torch.where(alone[:, None], hashes.T, 0)
-        place, kept = self._kept(old, key, same, seen, sees, kind)
-        clean, dirty = kept.nonzero()[:, 0], (~kept).nonzero()[:, 0]
-        order = torch.cat([clean, dirty])
+        alone = ~sees[kind, own]
+        seen = same[0].new_zeros(n, 2, dtype=torch.double)
+        seen[own] = sets + torch.where(alone[:, None], hashes.T[own], 0)
+        place, kept = _kept(old, key, same, seen)
+        last = int(leaf.nonzero()[-1])
+        kept[last] &= int(key[last]) == old.last  # its state is wanted
+        kept = _closed(kept, summary, leaf & (mask.end[row, :n] <= mask.block), kind, sees, own)
+        # Leaves come last, so that new tokens see a run of columns and need no mask.
+        far = ~leaf
+        order = torch.cat(
+            [(kept & far).nonzero(), (kept & leaf).nonzero(), (~kept & far).nonzero(), (~kept & leaf).nonzero()]
+        )
+        order, count = order[:, 0], int(kept.sum())
+        clean, dirty = order[:count], order[count:]
         if old.key is not None:
+            old.cache.show(0)
             old.cache.select(place[clean][None])
-        hidden = same[0].new_zeros(n, same[0].shape[1]) if old.hidden is None else old.hidden[place.clamp(min=0)]
         if len(dirty):
-            hidden[dirty] = self.base(
+            hidden = self.base(
                 same[0][dirty][None],
                 same[1][dirty][None],
-                _rows_of(sees, kind, dirty)[:, order][None, None],
+                _rows_of(mask, row, dirty, n)[:, order][None, None],
                 old.cache,
                 None if spread is None else same[2][dirty][None],
-            )[0].to(hidden.dtype)
-        old.key, old.seen, old.leaf = key[order], seen[order], ~summary[order]
-        old.same, old.hidden = tuple(part[order] for part in same), hidden[order]
-        last = int((~summary).nonzero()[-1])
-        old.last, old.end = int((order == last).nonzero()), int(pyramid.context.ends()[row])
-        return len(clean), n
-
-    @staticmethod
-    def _kept(old: _Read, key: Tensor, same: tuple, seen: Tensor, sees: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (column of each node in the old cache, -1 where there is none; which rows are as they were), [N] each."""
-        if old.key is None:
-            return torch.full_like(key, -1), torch.zeros_like(key, dtype=torch.bool)
-        ranked, order = old.key.sort()
-        at = torch.searchsorted(ranked, key).clamp(max=len(ranked) - 1)
-        place = torch.where(ranked[at] == key, order[at], -1)
-        kept = place >= 0
-        for before, now in zip((*old.same, old.seen), (*same, seen), strict=True):
-            equal = before[place.clamp(min=0)] == now
-            kept &= equal.flatten(1).all(1) if equal.ndim > 1 else equal
-        # What sees a row that is not kept is not kept either, and so on.
-        at = torch.arange(len(key), device=key.device)
-        while True:
-            reached = _up_to((sees & ~kept).double(), kind, at) > 0
-            if not (reached & kept).any():
-                return place, kept
-            kept = kept & ~reached
+            )[0]
+            if not kept[last]:
+                old.hidden = hidden[int((dirty == last).nonzero())]
+        old.shown = int(far.sum())
+        wrong = leaf[order] != (torch.arange(n, device=lod.device) >= old.shown)
+        early, late = (part.nonzero()[:, 0] for part in (wrong & leaf[order], wrong & far[order]))
+        old.cache.swap(early, late)
+        old.cache.show(old.shown)
+        order[early], order[late] = order[late], order[early]
+        old.key, old.seen, old.leaves = key[order], seen[order], hashes[:, leaf].sum(1)
+        old.same, old.last, old.end = (
+            tuple(part[order] for part in same),
+            int(key[last]),
+            int(pyramid.context.ends()[row]),
+        )
+        count = int(leaf.sum())
+        pairs = int(_up_to(sees.int(), kind, own).sum() + alone.sum())
+        return len(clean), n, pairs / (count * (count + 1) / 2)
 
 
-def _names(lod: Tensor, index: Tensor, summary: Tensor) -> Tensor:
-    """One number for each node, of 63 bits at most."""
-    return (index * 8 + lod) * 2 + summary
+def _kept(old: _Read, key: Tensor, same: tuple, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """-> (column of each node in the old cache, -1 where there is none; which are as they were), [N] each."""
+    if old.key is None:
+        return torch.full_like(key, -1), torch.zeros_like(key, dtype=torch.bool)
+    ranked, order = old.key.sort()
+    at = torch.searchsorted(ranked, key).clamp(max=len(ranked) - 1)
+    place = torch.where(ranked[at] == key, order[at], -1)
+    kept = place >= 0
+    for before, now in zip((*old.same, old.seen), (*same, seen), strict=True):
+        equal = before[place.clamp(min=0)] == now
+        kept &= equal.flatten(1).all(1) if equal.ndim > 1 else equal
+    return place, kept
+
+
+def _closed(kept: Tensor, summary: Tensor, sink: Tensor, kind: Tensor, sees: Tensor, own: Tensor) -> Tensor:
+    """What sees a row that is not kept is not kept either, and so on; -> bool [N].
+
+    Args:
+        sink: tokens of the first block [N].
+        kind, sees, own: of rows that are no summaries, see ``MegaMask.kinds``.
+    """
+    lost = summary & ~kept
+    if (sink & ~kept).any():
+        kept = kept & ~summary
+    elif lost.any():
+        kept = kept & ~(summary & (lost.cumsum(0) > 0))
+    while True:
+        reached = _up_to((sees & ~kept).int(), kind, own) > 0
+        if not (reached & kept[own]).any():
+            return kept
+        kept = kept.clone()
+        kept[own[reached]] = False
+
+
+def _names(lod: Tensor, index: Tensor, part: Tensor) -> Tensor:
+    """One number for each node and what it is read as, of 63 bits at most."""
+    return (index * 8 + lod) * 4 + part
 
 
 def _up_to(values: Tensor, kind: Tensor, at: Tensor) -> Tensor:
-    """Values by kind and column [kinds, N] -> the sum of what each row sees [N]: of its kind, as far as itself."""
+    """Values by kind and column [kinds, N] -> the sum of what each row sees [R]: of its kind, as far as itself."""
     return values.cumsum(dim=1)[kind, at]
 
 
-def _rows_of(sees: Tensor, kind: Tensor, rows: Tensor) -> Tensor:
-    """The full mask of some rows [n, N]."""
-    at = torch.arange(sees.shape[1], device=sees.device)
-    return (sees[kind[rows]] & (at <= rows[:, None])) | (at == rows[:, None])
+def _rows_of(mask, row: int, rows: Tensor, n: int) -> Tensor:
+    """The full mask of some rows [R, N]."""
+    kind, sees = mask.kinds(row, rows)
+    at = torch.arange(n, device=rows.device)
+    return (sees[kind, :n] & (at <= rows[:, None])) | (at == rows[:, None])
 
 
 def _hashes(key: Tensor) -> Tensor:

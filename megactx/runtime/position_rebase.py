@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megactx.memory import Selection, WorkingContext
+from megactx.memory.pyramid import Bend
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,14 @@ class PositionRebase:
         far = (ends + self.step > self.limit) & (self.kind != "absolute")
         column = torch.arange(shown.lod.shape[1], device=ends.device)
         return torch.where(far[:, None], column, shown.positions()), torch.where(far, shown.lengths, ends)
+
+    def bends(self, shown: WorkingContext) -> tuple[list[Bend | None], Tensor]:
+        """Where no edit may move a position -> of each row, ``None``: absolute; and the first behind it, [B]."""
+        ends = shown.ends()
+        self.moved = self.moved or [None] * len(ends)
+        below = [self._below(row, end) for row, end in enumerate(ends.tolist())]
+        bends = [None if moved is None else Bend(*moved) for moved in self.moved]
+        return bends, torch.tensor([e if b is None else b for e, b in zip(ends.tolist(), below, strict=True)]).to(ends)
 
     def _below(self, row: int, tokens: int) -> int | None:
         """What the positions of a row are to stay below; ``None``: absolute."""

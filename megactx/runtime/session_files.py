@@ -32,7 +32,7 @@ from megactx.memory.published import place_of
 
 from .curation import HANDED
 from .part_files import SESSION, TREE, Wanted
-from .settings import Settings
+from .settings import HOW, Settings
 from .stream import Stream
 
 FORMAT, WITH_PARTS = 2, 3
@@ -166,8 +166,8 @@ def load(
         if known:
             _open_parts(stream, folder, known, slots)
         # Settings that are younger than the session are at their defaults.
-        before = Settings().as_dict() | manifest["settings"] | {"graphs": settings.graphs}  # which changes no window
-        same = before == json.loads(json.dumps(settings.as_dict()))
+        before = {n: v for n, v in (Settings().as_dict() | manifest["settings"]).items() if n not in HOW}
+        same = before == json.loads(json.dumps(settings.of_window()))
         same &= _same_parts(stream, manifest.get("parts", []))
         _restore(stream, state, same)
         if int(stream.lengths[0]) != manifest["tokens"]:

@@ -7,9 +7,12 @@ from typing import Literal
 from megactx.focus.allocator import FocusAllocator
 from megactx.focus.edits import PROTECTED
 from megactx.framework.config.types import Count, Whole, declared
+from megactx.memory.pyramid import Attention
 
 KINDS, POSITIONS = ("focus", "recency", "none"), ("rebased", "absolute")
+READING = ("plain", "mega")
 HISTORY = 2**20  # tokens of history whose coarsest view must fit any window
+HOW = ("graphs", "attention", "segment", "mid", "live", "overlap")  # settings that change no window
 RESERVE = 8  # one part in so many of a window is room for new tokens
 
 
@@ -33,6 +36,9 @@ class Settings:
             at once, so that what stands behind them is read again once.
         graphs: read single new tokens at fixed shapes, on a card as one CUDA graph: a token is one launch. Off by
             default: it has not met a card yet.
+        attention: ``plain``: every entry sees all before it; ``mega``: see ``MegaMask``, most keys and values outlast
+            an edit.
+        segment, mid, live, overlap: of ``mega``, tokens, see ``MegaMask``.
 
     Raises:
         ValueError: a setting that is not known.
@@ -47,14 +53,30 @@ class Settings:
     keys: Whole = 0
     edit_every: Count = 1
     graphs: bool = False
+    attention: Literal[READING] = "plain"
+    segment: Count = 128
+    mid: Count = 1024
+    live: Whole = 128
+    overlap: Whole = 0
 
     def __post_init__(self):
         if self.keys and not self.earn:
             raise ValueError(f"keys={self.keys} is not allowed without earn=true, which reads what stands out")
+        if self.attention == "mega":
+            for name in ("earn", "graphs"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}=true is not allowed with attention=mega")
+            if self.megacontext == "none":
+                raise ValueError("attention=mega is not allowed with megacontext=none, which has no gists to read")
         allowed = inspect.signature(FocusAllocator).parameters
         if unknown := [name for name in self.allocator if name not in allowed]:
             raise ValueError(f"allocator.{unknown[0]} is not known, allowed are {', '.join(allowed)}")
         FocusAllocator(**self.allocator)  # says now what it would refuse at the first refocus
+
+    @property
+    def mega(self) -> Attention:
+        """How a window is read with ``attention=mega``."""
+        return Attention("mega", self.segment, self.mid, self.live, overlap=self.overlap)
 
     @property
     def protected(self) -> int:
@@ -127,6 +149,10 @@ class Settings:
     def as_dict(self) -> dict:
         """For a file."""
         return asdict(self)
+
+    def of_window(self) -> dict:
+        """Those that decide what a window shows; the others decide how it is read."""
+        return {name: value for name, value in asdict(self).items() if name not in HOW}
 
 
 def tail(block_size: int, limit: int) -> int:

@@ -28,6 +28,7 @@ from megactx.parts.models import Models
 from .events import Observer, Refocused, views
 from .focusing import Focus
 from .incremental_prefill import IncrementalPrefill
+from .node_prefill import NodePrefill
 from .part_files import OpenPart, Wanted, overruled
 from .position_rebase import PositionRebase
 from .settings import Settings
@@ -65,7 +66,9 @@ class Stream:
         self.focus = Focus(settings, self.block, models.lensnet)
         limit = settings.limit or self.base.max_positions
         self.rebase = PositionRebase(settings.positions, limit, settings.budget, self.block)
-        self.prefill = IncrementalPrefill(self.base, settings.graphs)
+        self.prefill: IncrementalPrefill | NodePrefill = IncrementalPrefill(self.base, settings.graphs)
+        if settings.attention == "mega":
+            self.prefill = NodePrefill(self.base, settings.mega)
         self.turns = UserTurns.of(self.base.tokenizer) if settings.keys else UserTurns()
         self.waiting = torch.zeros(self.rows, self.block, dtype=torch.long, device=self.device)
         self.counts = torch.zeros(self.rows, dtype=torch.long)  # of waiting tokens
@@ -212,6 +215,8 @@ class Stream:
         Raises:
             ValueError: a part cannot be opened, or does not fit; the window stays as it was.
         """
+        if self.settings.attention == "mega":
+            raise ValueError("attention=mega is not allowed with parts: its summaries are of one tree")
         found, opened, slots = dict(self.parts), [], slots or {}
         try:
             for one in wanted:
@@ -478,6 +483,7 @@ class Stream:
                 seconds={"decode": decoded} | seconds,
                 reused=self.prefill.reused if read else None,
                 read=self.prefill.lengths if read else None,
+                pairs=self.prefill.pairs if read and isinstance(self.prefill, NodePrefill) else None,
                 earned=self.earned if read else None,
                 pages=tuple(tree.cache.news() for tree in self._trees() if tree.cache is not None),
             )
@@ -502,15 +508,7 @@ class Stream:
             shown, self.earned = self.focus.shown(self.context, *asked)
             self.shown = shown
             self._note_found()
-            place = self.rebase.close if isinstance(shown, Selection) else self.rebase.place
-            positions, self._following = place(shown)
-            spread = self.models.gistnet.spread(shown.lods())
-            try:
-                entries = shown.to_tensor()
-            except (ValueError, RunFailed):  # a damaged page, named once, is not opened again; or a server is away
-                self.context = None
-                raise
-            self.prefill.read(entries, positions, shown.lengths, spread)
+            self._read_window(shown)
         else:
             self.prefill.forget()
         if (count := int(self.counts.max())) > 0:  # of a session that was resumed
@@ -519,6 +517,25 @@ class Stream:
             mask = place < self.counts.to(self.device)[:, None]
             self.prefill.step(self.waiting[:, :count], following + place.expand(self.rows, -1), mask)
         self.hidden = self.prefill.hidden
+
+    def _read_window(self, shown: WorkingContext) -> None:
+        if isinstance(self.prefill, NodePrefill):
+            bends, self._following = self.rebase.bends(shown)
+            try:
+                self.prefill.read(shown, bends)
+            except (ValueError, RunFailed):
+                self.context = None
+                raise
+            return
+        place = self.rebase.close if isinstance(shown, Selection) else self.rebase.place
+        positions, self._following = place(shown)
+        spread = self.models.gistnet.spread(shown.lods())
+        try:
+            entries = shown.to_tensor()
+        except (ValueError, RunFailed):  # a damaged page, named once, is not opened again; or a server is away
+            self.context = None
+            raise
+        self.prefill.read(entries, positions, shown.lengths, spread)
 
     def _note_found(self) -> None:
         """Blocks that keys brought, and had not at the reading before, count as opened."""

@@ -17,14 +17,17 @@ from .stream import Stream
 def read_together(streams: Iterable[Stream]) -> int:
     """Read for each stream the one token that it has put off, with the logits of what follows; -> how many were read.
 
-    Streams of several rows, of another base than the first, with CUDA graphs, with columns that are not there, or with
-    more to read than that token are left alone, and so is one by itself: they read when they are asked.
+    Streams of several rows, of another base or attention than the first, with CUDA graphs, with columns that are
+    not there, or with more to read than that token are left alone, and so is one by itself: they read when they are
+    asked.
     """
     ready, found = [], []
     for stream in dict.fromkeys(streams):
-        if not isinstance(stream, Stream) or stream.rows > 1 or stream.settings.graphs or not stream.prefill.whole:
+        if not isinstance(stream, Stream) or stream.rows > 1 or stream.settings.graphs:
             continue
-        if ready and stream.base is not ready[0].base:
+        if isinstance(stream.prefill, IncrementalPrefill) and not stream.prefill.whole:
+            continue
+        if ready and (stream.base is not ready[0].base or type(stream.prefill) is not type(ready[0].prefill)):
             continue
         if stream.unread == 1 and (new := stream.put_off()) is not None:
             ready.append(stream)
@@ -34,7 +37,7 @@ def read_together(streams: Iterable[Stream]) -> int:
     began = time.perf_counter()
     ids, positions = torch.stack(found).unbind(1)
     try:
-        hidden = IncrementalPrefill.step_each([stream.prefill for stream in ready], ids, positions)
+        hidden = type(ready[0].prefill).step_each([stream.prefill for stream in ready], ids, positions)
     except BaseException:
         for stream in ready:
             stream.hidden = None  # all is read again

@@ -65,6 +65,23 @@ def test_several_prompts_are_a_batch_and_each_gets_its_own_answer(own, capsys):
     assert capsys.readouterr().out == "".join(alone)
 
 
+def test_a_session_is_read_under_megaattention_where_that_is_asked_for(own, tmp_path, capsys):
+    mega = ["--attention", "mega", "--segment", "64", "--mid", "64", "--live", "32", "--overlap", "16"]
+    where = ["--session", str(tmp_path / "talk"), "--tokens", "8"]
+    assert generate.main([TEXT * 40, *own, *where, *mega]) == 0
+    settings = json.loads((tmp_path / "talk" / MANIFEST).read_text())["settings"]
+    assert (settings["attention"], settings["segment"], settings["overlap"]) == ("mega", 64, 16)
+    assert generate.main([TEXT, *own, *where]) == 0  # and without it goes on with the same window
+    capsys.readouterr()
+    for wrong, said in (
+        (["--segment", "6"], "attention.segment=6 is not allowed"),
+        (["--overlap", "68"], "attention.overlap=68 is not allowed"),
+        (["--earn"], "earn=true is not allowed with attention=mega"),
+    ):
+        assert generate.main([TEXT, *own, *mega, *wrong]) == 2
+        assert said in (told := capsys.readouterr().err) and "Traceback" not in told
+
+
 def test_generate_goes_on_with_a_session(own, tmp_path, capsys):
     folder = tmp_path / "session"
     assert generate.main([TEXT, "--tokens", "5", "--session", str(folder), *own]) == 0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from openai import APIStatusError, AuthenticationError, BadRequestError, NotFoundError, OpenAI, RateLimitError
@@ -22,6 +23,7 @@ from megactx.apps.serving import Server
 from megactx.memory import archive
 from megactx.memory.curation import Curated
 from megactx.runtime import Controller, Sampling, Session
+from megactx.runtime.node_prefill import NodePrefill
 from megactx.runtime.settings import Settings
 
 MODEL = "small"
@@ -32,9 +34,18 @@ class Service:
     """A running service; ``client(NAME)`` asks with that key."""
 
     def __init__(
-        self, folder, models, names=("anna", "bert"), open=4, queue=64, requests=10_000, tokens=10**9, curation=None
+        self,
+        folder,
+        models,
+        names=("anna", "bert"),
+        open=4,
+        queue=64,
+        requests=10_000,
+        tokens=10**9,
+        curation=None,
+        settings=SMALL,
     ):
-        self.folder, self.controller = folder, Controller(models, SMALL)
+        self.folder, self.controller = folder, Controller(models, settings)
         self.keys = {name: keys.generated() for name in names}
         entries = {name: next(iter(keys.alone(key).values())) for name, key in self.keys.items()}
         self.engine = Engine(folder, self.controller, open, queue, curation=curation).start()
@@ -133,6 +144,17 @@ def test_a_whole_talk_that_is_sent_again_is_read_once(serve):
     service.close()
     text = remembered(service, "anna")
     assert [text.count(q) for q in talk[::2]] == [1, 1, 1]
+
+
+def test_a_service_under_megaattention_keeps_what_it_answers_in_memories_that_go_on(serve):
+    service = serve(names=["anna"], settings=replace(SMALL, attention="mega", segment=16, mid=16, live=16))
+    questions = ("def read(path): " * 12, "go on")
+    answers = [say(service.client(), question, max_tokens=20).choices[0].message.content for question in questions]
+    service.close()
+    text = remembered(service, "anna")
+    assert all(len(answer) > 5 and answer in text for answer in answers)
+    with Session.load(service.folder / "anna", service.controller) as session:
+        assert isinstance(session.stream.prefill, NodePrefill) and len([*session.generate(5)]) == 5
 
 
 @pytest.mark.slow

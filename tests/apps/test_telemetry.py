@@ -49,7 +49,8 @@ def scraped(learned, tmp_path_factory):
     from megactx.runtime import Controller, Settings
 
     prometheus, events, folder = Prometheus(0, learned), [], tmp_path_factory.mktemp("saved") / "session"
-    controller = Controller(learned, Settings(budget=96, allocator={"protected": 8}))
+    mega = dict(attention="mega", segment=16, mid=16, live=16)
+    controller = Controller(learned, Settings(budget=96, allocator={"protected": 8}, **mega))
     with Session(controller) as session:
         session.append(TEXT)
         session.save(folder)

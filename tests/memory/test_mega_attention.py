@@ -9,6 +9,7 @@ from megactx.memory import WorkingContext
 from megactx.memory.pyramid import Pyramid
 
 SIZES = dict(segment=16, mid=16, live=16)
+OVERLAP = SIZES | dict(overlap=8)
 
 
 @pytest.fixture(scope="module", params=BASES)
@@ -26,7 +27,17 @@ def tokens_seen(mask: MegaMask, row: int, column: int) -> torch.Tensor:
     return counts
 
 
-@pytest.mark.parametrize("sizes", [SIZES, dict(segment=4, mid=4, live=0), dict(segment=64, mid=32, live=20)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        SIZES,
+        OVERLAP,
+        dict(segment=4, mid=4, live=0),
+        dict(segment=4, mid=4, live=0, overlap=4),
+        dict(segment=64, mid=32, live=20),
+        dict(segment=64, mid=32, live=20, overlap=12),
+    ],
+)
 @pytest.mark.parametrize("seed", range(2))
 def test_every_row_sees_every_token_before_it_through_exactly_one_entry(sizes, seed):
     base = small_base()
@@ -87,23 +98,44 @@ def states(base, pyramid: Pyramid, embeddings: torch.Tensor) -> list[torch.Tenso
     return [out[0] if isinstance(out, tuple) else out for out in found]
 
 
-def test_what_changes_in_a_segment_moves_no_state_outside_of_it_and_of_the_live_rows(base):
-    pyramid = Pyramid.of(window(tree_of(base, lengths=(150, 150))), **SIZES)
+@pytest.mark.parametrize("overlap", [0, 8])
+def test_what_changes_in_a_segment_moves_no_state_outside_of_it_and_of_the_live_rows(base, overlap):
+    """With strips: outside of it, of the next segment, and of the strip between."""
+    pyramid = Pyramid.of(window(tree_of(base, lengths=(150, 150))), **SIZES, overlap=overlap)
     mask, embeddings = pyramid.mask, pyramid.to_tensor()
-    segments = torch.where(mask.summary, -1, mask.borders()[2])
-    settled = mask.there & ~mask.summary & ~mask.is_live
-    tried = 0
+    segments = torch.where(mask.summary, -1, mask.segments())
+    settled, strip = mask.leaf & ~mask.is_live, mask.there & ~mask.leaf & ~mask.summary
+    assert strip.any() == bool(overlap)
+    tried = reached = 0
     for segment in segments[settled].unique().tolist():
         changed = settled & (segments == segment) & (mask.start >= K)
         if not changed.any():
             continue
         tried += 1
+        # A strip shows the same nodes, or gists of what is finer there; both change with the segment that it ends.
+        changed |= strip & (segments == segment + 16)
         noise = torch.where(changed[..., None], torch.randn_like(embeddings), embeddings)
-        same = mask.there & ~changed & ~mask.is_live & (segments != segment)
+        next_one = (segments == segment + 16) & (overlap > 0)
+        same = mask.there & ~changed & ~mask.is_live & (segments != segment) & ~next_one
+        reached += bool((settled & next_one).any())
         for before, after in zip(states(base, pyramid, embeddings), states(base, pyramid, noise), strict=True):
             assert (before - after)[same].abs().max() <= 1e-6
             assert (before - after)[mask.is_live].abs().max() > 1e-4
-    assert tried > 2
+    assert tried > 2 and (reached > 1) == bool(overlap)
+
+
+def test_a_settled_row_sees_the_tokens_before_its_segment_and_no_strip_sees_a_leaf(base):
+    tree = tree_of(base, lengths=(150,))
+    index = torch.arange(150)[None]
+    mask = Pyramid.of(WorkingContext(tree, torch.zeros_like(index), index, [150], 150), **OVERLAP).mask
+    sees, settled = mask.dense()[0, 0], mask.leaf[0] & ~mask.is_live[0]
+    strip = mask.there[0] & ~mask.leaf[0] & ~mask.summary[0]
+    for row in (settled & (mask.start[0] >= 16)).nonzero()[:, 0].tolist():
+        at = int(mask.start[0, row])
+        seen = sees[row] & (strip | mask.leaf[0]) & (mask.start[0] >= K)
+        assert mask.start[0, seen].tolist() == list(range(at // 16 * 16 - 8, at + 1))
+    assert not (sees[strip][:, mask.leaf[0] & (mask.start[0] >= K)]).any()
+    assert int(strip.sum()) == 8 * (int(mask.live_from[0]) // 16 - 1)
 
 
 def test_what_a_window_shows_elsewhere_changes_nothing_for_a_settled_leaf(base):
@@ -126,10 +158,11 @@ def test_what_a_window_shows_elsewhere_changes_nothing_for_a_settled_leaf(base):
     assert len(hidden[0]) > 8 and (hidden[0] - hidden[1]).abs().max() < 1e-5 * hidden[0].abs().max()
 
 
-def test_the_dense_mask_is_what_flex_attention_makes_of_the_same_rule():
+@pytest.mark.parametrize("sizes", [SIZES, OVERLAP])
+def test_the_dense_mask_is_what_flex_attention_makes_of_the_same_rule(sizes):
     from torch.nn.attention.flex_attention import create_mask
 
-    mask = Pyramid.of(window(tree_of(small_base())), **SIZES).mask
+    mask = Pyramid.of(window(tree_of(small_base())), **sizes).mask
     n = mask.start.shape[1]
     assert torch.equal(create_mask(mask.rule(), 2, 1, n, n, device="cpu"), mask.dense())
 
@@ -151,7 +184,10 @@ def row_of(context, row: int):
     return alone, context.lod[row : row + 1, :count], context.index[row : row + 1, :count], [count], 10**6
 
 
-@pytest.mark.parametrize(("name", "value"), [("segment", 6), ("mid", 0), ("live", -1), ("segment", 12)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("segment", 6), ("mid", 0), ("live", -1), ("segment", 12), ("overlap", 6), ("overlap", 20), ("overlap", -4)],
+)
 def test_a_size_that_does_not_fit_the_grid_is_refused(name, value):
     with pytest.raises(ValueError, match=f"attention.{name}={value} is not allowed"):
         Pyramid.of(window(tree_of(small_base())), **(SIZES | {name: value}))

@@ -1,5 +1,7 @@
 """Under MegaAttention an edit reaches its segment and the live rows, and what is kept is what a fresh reading gives."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_incremental_prefill import change
@@ -9,28 +11,36 @@ from megactx.memory.pyramid import Attention
 from megactx.runtime.node_prefill import NodePrefill
 
 MEGA = Attention("mega", segment=16, mid=16, live=16)
+OVERLAP = replace(MEGA, overlap=8)
 BUDGET = 90
 
 
 def assert_same(prefill: NodePrefill, fresh: NodePrefill):
+    assert torch.allclose(prefill.pairs, fresh.pairs)
     for own, other in zip(prefill.rows, fresh.rows, strict=True):
         assert own.key.sort().values.equal(other.key.sort().values)
         left, right = own.key.argsort(), other.key.argsort()
-        pairs = [(own.hidden[left], other.hidden[right])]
+        pairs = [(own.hidden, other.hidden)]
         for one, two in zip(own.cache.layers, other.cache.layers, strict=True):
-            pairs += [(one.keys[0][:, left], two.keys[0][:, right]), (one.values[0][:, left], two.values[0][:, right])]
+            pairs += [(a[0][:, left], b[0][:, right]) for a, b in zip(one.buffers, two.buffers, strict=True)]
         for one, two in pairs:
             assert (one - two).abs().max() < 1e-4 * two.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes"), [*((kind, 15) for kind in BASES), pytest.param("llama", 1000, marks=pytest.mark.slow)]
+    ("kind", "changes", "attention"),
+    [
+        *((kind, 15, MEGA) for kind in BASES),
+        ("llama", 15, OVERLAP),
+        pytest.param("llama", 1000, MEGA, marks=pytest.mark.slow),
+        pytest.param("llama", 1000, OVERLAP, marks=pytest.mark.slow),
+    ],
 )
-def test_keys_and_values_after_many_edits_and_appends_are_those_of_a_fresh_reading(kind, changes):
+def test_keys_and_values_after_many_edits_and_appends_are_those_of_a_fresh_reading(kind, changes, attention):
     base = small_base(kind)
     context = window(tree_of(base, gaussian_rope="damped"), budget=60, edits=0)
     context.budget = BUDGET
-    prefill, generator, reused = NodePrefill(base, MEGA), torch.Generator().manual_seed(4), []
+    prefill, generator, reused = NodePrefill(base, attention), torch.Generator().manual_seed(4), []
     for number in range(changes):
         context = change(context, generator)
         if int(context.ends().max()) > 480:  # the base has 512 positions: begin anew
@@ -40,7 +50,7 @@ def test_keys_and_values_after_many_edits_and_appends_are_those_of_a_fresh_readi
         reused.append(float(prefill.reused.sum() / prefill.lengths.sum()))
         if number > 25 and number % 9:
             continue
-        fresh = NodePrefill(base, MEGA)
+        fresh = NodePrefill(base, attention)
         assert (fresh.read(context) - last).abs().max() < 1e-4 * last.abs().max()
         assert_same(prefill, fresh)
     assert 0.3 < sum(reused) / len(reused) < 1
@@ -54,12 +64,14 @@ def test_a_reading_is_that_of_the_mask_in_one_pass():
     assert torch.allclose(NodePrefill(base, MEGA).read(context), last, atol=1e-5)
 
 
-def test_an_edit_far_back_costs_its_segment_and_the_live_rows():
+@pytest.mark.parametrize("attention", [MEGA, OVERLAP])
+def test_an_edit_far_back_costs_its_segment_and_the_live_rows(attention):
+    """With strips also the next segment and the strip between."""
     base = small_base()
     tree = tree_of(base, lengths=(150,))
     context = window(tree, budget=90, edits=0)
     context.budget = 10**6
-    prefill, passes = NodePrefill(base, MEGA), []
+    prefill, passes = NodePrefill(base, attention), []
     prefill.read(context)
     base.register_forward_pre_hook(lambda module, args: passes.append(args[0].shape[1]))
     prefill.read(context)
@@ -70,8 +82,9 @@ def test_an_edit_far_back_costs_its_segment_and_the_live_rows():
     context = context.copy()
     context.expand(entry)
     prefill.read(context)
-    mask = MEGA.pyramid(context).mask
-    leaves = ~mask.summary[0] & (mask.start[0] // 16 == segment)
+    mask = attention.pyramid(context).mask
+    own = mask.segments()[0] // 16
+    leaves = ~mask.summary[0] & ((own == segment) | (attention.overlap > 0) & (own == segment + 1))
     most = int((leaves | mask.is_live[0]).sum())
     assert passes and passes[0] <= most < int(prefill.lengths[0]) and passes[0] >= K
 
@@ -83,9 +96,10 @@ def test_new_tokens_are_read_behind_the_window_and_stay_read():
     context.budget = 10**6
     prefill = NodePrefill(base, MEGA)
     prefill.read(context)
-    ids = torch.randint(VOCABULARY, (3,))
-    stepped = prefill.step(ids)
-    tree.append(ids[None])
+    ids = torch.randint(VOCABULARY, (1, 3))
+    stepped = prefill.step(ids, 150 + torch.arange(3)[None])[0]
+    assert torch.equal(prefill.hidden[0], stepped[-1])
+    tree.append(ids)
     context = context.copy()
     context.append(3)
     passes = []
@@ -123,6 +137,6 @@ def test_a_step_that_fails_in_a_layer_leaves_nothing_half_read():
 
     hook = base.model.get_decoder().layers[1].register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
-        prefill.step(torch.randint(VOCABULARY, (3,)))
+        prefill.step(torch.randint(VOCABULARY, (1, 3)), 150 + torch.arange(3)[None])
     hook.remove()
     assert torch.equal(prefill.read(context), before)
