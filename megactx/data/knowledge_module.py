@@ -60,6 +60,8 @@ class Cases(Endless):
         between: sentences of prose between two facts, on average.
         changed: share of attributes that are told twice.
         hops: share of questions of two hops.
+        alike: share of the other blocks that are like the question, as far as there are such: they tell the same
+            attribute of somebody, or something else with the same name, as what a search finds besides.
         questions: of a window, at most: the drawn one, and others whose facts stand in the window whole.
         seed: of all draws.
         split: whose names people have.
@@ -68,9 +70,11 @@ class Cases(Endless):
         ValueError: a row has no room for what a question needs.
     """
 
-    def __init__(self, prose, tokenizer, block, tokens, entities, between, changed, hops, questions, seed, split=TRAIN):
+    def __init__(
+        self, prose, tokenizer, block, tokens, entities, between, changed, hops, alike, questions, seed, split=TRAIN
+    ):
         self.prose, self.tokenizer, self.block, self.tokens = prose, tokenizer, block, tokens
-        self.entities, self.between, self.changed, self.hops = entities, between, changed, hops
+        self.entities, self.between, self.changed, self.hops, self.alike = entities, between, changed, hops, alike
         self.questions, self.seed, self.split, self.bos = questions, seed, split, bos_id(tokenizer)
 
     def __getitem__(self, index: int) -> Case:
@@ -104,7 +108,8 @@ class Cases(Endless):
             return beside + len(needed) * self.block
         marked = needed | old if len(needed | old) <= count else needed
         rest = [n for n in every if n not in needed | old]
-        others = draw.sample(rest, min(len(rest), count - len(marked)))
+        near = self._alike(question, knowledge, spans)
+        others = chosen(rest, near, min(len(rest), count - len(marked)), self.alike, draw)
         order = arranged(sorted(marked), others, draw)
         pieces = {n: ids[n * self.block : (n + 1) * self.block].tolist() for n in order}
         window = [token for n in order for token in pieces[n]]
@@ -131,6 +136,12 @@ class Cases(Endless):
         older = [spans[last.name, last.what, version] for version in range(last.version)]
         return {n for span in older for n in blocks(span, self.block)}
 
+    def _alike(self, question: Question, knowledge: Knowledge, spans: dict) -> set[int]:
+        """Blocks that tell the attribute that is asked for, or name somebody whom the answer needs."""
+        names, what = {fact.name for fact in question.needed}, question.needed[-1].what
+        like = [fact for fact in knowledge.facts if fact.what == what or {fact.name, fact.value} & names]
+        return {n for fact in like for n in blocks(spans[fact.key], self.block)}
+
     def _stands(self, question: Question, spans: dict, order: list[int]) -> bool:
         """Each fact of the answer stands in these blocks in one piece, and nothing that was true before it."""
         pieces = [[*blocks(spans[fact.key], self.block)] for fact in question.needed]
@@ -139,6 +150,12 @@ class Cases(Endless):
             pair in together for piece in pieces for pair in zip(piece, piece[1:], strict=False)
         )
         return whole and not self._older(question, spans) & {*order}
+
+
+def chosen(rest: list[int], near: set[int], count: int, share: float, draw: random.Random) -> list[int]:
+    """``count`` of ``rest``, of which ``share`` are of ``near``, as far as there are as many."""
+    like = draw.sample(sorted(near & {*rest}), min(round(share * count), len(near & {*rest})))
+    return [*like, *draw.sample([n for n in rest if n not in like], count - len(like))]
 
 
 def arranged(marked: list[int], others: list[int], draw: random.Random) -> list[int]:
@@ -197,7 +214,7 @@ class KnowledgeData(Resumable):
     Args:
         source: of the prose between the facts, training texts for training, held-out ones for questions.
         tokenizer: a Hugging Face tokenizer.
-        block, tokens, entities, between, changed, hops, questions, seed: see ``Cases``.
+        block, tokens, entities, between, changed, hops, alike, questions, seed: see ``Cases``.
         batch: B, windows.
         validation_questions: held-out ones, per validation.
         workers: processes that build batches.
@@ -213,6 +230,7 @@ class KnowledgeData(Resumable):
         between: Whole,
         changed: Share,
         hops: Share,
+        alike: Share,
         questions: Count,
         batch: Count,
         validation_questions: Count = 64,
@@ -223,7 +241,7 @@ class KnowledgeData(Resumable):
         self.source, self.tokenizer, self.batch, self.seed, self.workers = source, tokenizer, batch, seed, workers
         self.row, self.held_out = tokens, validation_questions
         self.settings = dict(block=block, tokens=tokens, entities=entities, between=between, changed=changed, hops=hops)
-        self.settings |= dict(questions=questions, seed=seed)
+        self.settings |= dict(alike=alike, questions=questions, seed=seed)
 
     def limit_to(self, positions: int) -> None:
         """Rows are no longer than a base LM takes.

@@ -5,10 +5,10 @@ import random
 import pytest
 
 from megactx.data.documents import TRAIN, VALIDATION
-from megactx.data.knowledge_module import ONCE, TWICE, TWO_HOPS, CaseBatches, Cases, KnowledgeData, arranged
+from megactx.data.knowledge_module import ONCE, TWICE, TWO_HOPS, CaseBatches, Cases, KnowledgeData, arranged, chosen
 
 PROSE = ["Nothing is told of anybody here.", "It goes on like that for a while.", "Some readers skip such lines."]
-SETTINGS = dict(block=32, tokens=480, entities=3, between=1, changed=0.5, hops=0.3, questions=4, seed=0)
+SETTINGS = dict(block=32, tokens=480, entities=3, between=1, changed=0.5, hops=0.3, alike=0.0, questions=4, seed=0)
 
 
 def cases_of(tokenizer, split=TRAIN, **changes) -> Cases:
@@ -60,6 +60,22 @@ def test_an_older_version_stands_before_the_newest_one(cases, tiny_tokenizer):
         assert newest >= 0 and all(at < newest for at in old)
         seen += bool(old)
     assert seen > 3
+
+
+def test_other_blocks_are_like_the_question_where_that_is_asked_for(tiny_tokenizer):
+    def told(share: float) -> int:
+        cases, count = cases_of(tiny_tokenizer, alike=share, entities=12, hops=0.0, changed=0.0, between=2), 0
+        for n in range(25):
+            case = cases[n]
+            what = tiny_tokenizer.decode(case.asked).partition("What is the ")[2].partition(" of ")[0]
+            count += tiny_tokenizer.decode(case.window).count(what)
+        return count
+
+    assert told(1.0) > 1.5 * told(0.0)
+    draw = random.Random(0)
+    found = chosen([*range(20)], {3, 5, 40}, 8, 0.5, draw)
+    assert len({*found}) == 8 and {3, 5} <= {*found} <= {*range(20)}
+    assert not chosen([1, 2], {1}, 0, 0.5, draw)
 
 
 def test_a_case_is_a_function_of_seed_and_index_and_both_sides_have_other_people(cases, tiny_tokenizer):
