@@ -253,7 +253,7 @@ class History:
         found = blocks[tree.openable(torch.zeros_like(blocks), torch.ones_like(blocks), blocks)].tolist()
         protected = self.recency.settings.protected
 
-        def shown(context: WorkingContext, newest: Tensor):
+        def shown(context: WorkingContext, *_question):
             return earned(context, self.args.budget, moves(context, protected), None, 0.0, protected, [found])[:2]
 
         stream.focus.shown = shown
