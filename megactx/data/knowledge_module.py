@@ -10,7 +10,9 @@ A window is read once, whatever many questions stand behind it; none of them see
 import random
 from dataclasses import dataclass
 
-import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from megactx.framework.config.types import AtLeast2, Count, Share, Whole
@@ -190,22 +192,18 @@ class CaseBatches(Endless):
         pairs = [[case.pair, *case.more] for case in cases]
         longest = max(len(asked) + len(answer) for row in pairs for asked, answer in row)
         shape = len(cases), max(map(len, pairs)), longest
-        ids, answers = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
+        ids, answers = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
         for n, row in enumerate(pairs):
             for q, (asked, answer) in enumerate(row):
                 end = len(asked) + len(answer)
-                ids[n, q, :end], answers[n, q, len(asked) : end] = [*asked, *answer], True
+                ids[n, q, :end], answers[n, q, len(asked) : end] = torch.tensor([*asked, *answer]), True
         about = {"asked": ids, "answers": answers}
         return {"window": window, "lengths": lengths, "dropped": dropped, "dropped_lengths": those, **about}
 
 
-def padded(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Ids of each row -> ids [B, T], 0 behind a shorter one, and lengths [B]."""
-    lengths = np.array([len(row) for row in rows])
-    ids = np.zeros((len(rows), lengths.max()), dtype=np.int64)
-    for own, row in zip(ids, rows, strict=True):
-        own[: len(row)] = row
-    return ids, lengths
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True), torch.tensor([*map(len, rows)])
 
 
 class KnowledgeData(Resumable):

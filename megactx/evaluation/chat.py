@@ -181,7 +181,7 @@ def _command(args: argparse.Namespace) -> None:
     names = {(path if len(args.models) > 1 else Path(path).name): path for path in args.models}
     held, talks, table = held_out(args.path, args.conversations), recall_talks(args.recall, args.turns), Table()
     for name, folder in names.items():
-        table += measure(load_models(folder), name, held, talks, args.window, args.tokens)
+        table += measure(load_models(folder, setting="MODEL"), name, held, talks, args.window, args.tokens)
     report = Report("Chat", table, sheets(table))
     report.show()
     args.out.parent.mkdir(parents=True, exist_ok=True)

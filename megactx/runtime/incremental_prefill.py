@@ -19,6 +19,18 @@ from .cache import KeyCache
 from .decode_graph import DecodeGraph
 
 
+def read_each(readers: Sequence, caches: Sequence[KeyCache], ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """One new token of each of N readers [N] through their base LM -> its embeddings and states [N, 1, D]."""
+    base = readers[0].base
+    embeddings = base.embed(ids[:, None])
+    try:
+        return embeddings, base.forward_each(embeddings, positions[:, None], caches)
+    except BaseException:  # some layers of some readers may have the new column already
+        for reader in readers:
+            reader.forget()
+        raise
+
+
 class IncrementalPrefill:
     """A base LM, and what it has read last.
 
@@ -119,14 +131,8 @@ class IncrementalPrefill:
         Returns:
             Final hidden states [N, D]. Rounding aside they are those of N steps.
         """
-        base = readers[0].base
-        embeddings, positions = base.embed(ids[:, None]), positions[:, None]
-        try:
-            hidden = base.forward_each(embeddings, positions, [reader.cache for reader in readers])
-        except BaseException:  # some layers of some readers may have the new column already
-            for reader in readers:
-                reader.forget()
-            raise
+        embeddings, hidden = read_each(readers, [reader.cache for reader in readers], ids, positions)
+        positions = positions[:, None]
         spread, mask = torch.zeros_like(positions, dtype=torch.float), torch.ones_like(positions, dtype=torch.bool)
         for n, reader in enumerate(readers):
             reader.columns.append(tuple(part[n : n + 1] for part in (embeddings, positions, spread, mask)))

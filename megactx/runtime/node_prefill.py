@@ -22,6 +22,7 @@ from megactx.memory import WorkingContext
 from megactx.memory.pyramid import Attention, Bend, Pyramid
 
 from .cache import KeyCache
+from .incremental_prefill import read_each
 
 LEAF, SUMMARY, STRIP = range(3)  # what a node is read as
 
@@ -158,16 +159,9 @@ class NodePrefill:
         Returns:
             Final hidden states [N, D]. Rounding aside they are those of N steps.
         """
-        base = readers[0].base
-        embeddings, positions = base.embed(ids[:, None]), positions[:, None]
-        try:
-            hidden = base.forward_each(embeddings, positions, [reader.rows[0].cache for reader in readers])
-        except BaseException:  # some layers of some readers may have the new column already
-            for reader in readers:
-                reader.forget()
-            raise
+        embeddings, hidden = read_each(readers, [reader.rows[0].cache for reader in readers], ids, positions)
         for n, reader in enumerate(readers):
-            reader.rows[0].took(embeddings[n], positions[n], hidden[n, 0])
+            reader.rows[0].took(embeddings[n], positions[n : n + 1], hidden[n, 0])
             reader.hidden = hidden[n]
         return hidden[:, 0]
 

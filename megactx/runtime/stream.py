@@ -519,23 +519,18 @@ class Stream:
         self.hidden = self.prefill.hidden
 
     def _read_window(self, shown: WorkingContext) -> None:
-        if isinstance(self.prefill, NodePrefill):
-            bends, self._following = self.rebase.bends(shown)
-            try:
-                self.prefill.read(shown, bends)
-            except (ValueError, RunFailed):
-                self.context = None
-                raise
-            return
-        place = self.rebase.close if isinstance(shown, Selection) else self.rebase.place
-        positions, self._following = place(shown)
-        spread = self.models.gistnet.spread(shown.lods())
         try:
-            entries = shown.to_tensor()
+            if isinstance(self.prefill, NodePrefill):
+                bends, self._following = self.rebase.bends(shown)
+                self.prefill.read(shown, bends)
+            else:
+                place = self.rebase.close if isinstance(shown, Selection) else self.rebase.place
+                positions, self._following = place(shown)
+                entries, spread = shown.to_tensor(), self.models.gistnet.spread(shown.lods())
+                self.prefill.read(entries, positions, shown.lengths, spread)
         except (ValueError, RunFailed):  # a damaged page, named once, is not opened again; or a server is away
             self.context = None
             raise
-        self.prefill.read(entries, positions, shown.lengths, spread)
 
     def _note_found(self) -> None:
         """Blocks that keys brought, and had not at the reading before, count as opened."""

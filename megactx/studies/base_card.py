@@ -70,7 +70,7 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         ValueError: there is no such base, or no text is that long; the message names the option.
     """
     stem = usable(args.out) / "base_card"
-    base = load_models(args.model, setting="--model").base
+    base = load_models(args.model, setting="MODEL").base
     if args.length > base.max_positions:
         raise ValueError(f"--length={args.length} is not allowed: the base takes {base.max_positions} positions")
     source = Files(args.path) if args.path else Embedded()

@@ -75,7 +75,7 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     """
     stem = usable(args.out) / "curation"
     configs = {text: curation_of(text) for text in args.configs}
-    models = load_models(args.model, setting="--model")
+    models = load_models(args.model, setting="MODEL")
     if models.gistnet is None or models.lensnet is None:
         raise ValueError(f"MODEL={args.model}: the study needs a GistNet and a LensNet")
     about = {name: getattr(args, name) for name in ("path", "tokens", "budget", "sessions", "planted", "seed")}

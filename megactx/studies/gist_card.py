@@ -51,7 +51,7 @@ def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         ValueError: the model has none, or no text is long enough; the message names the option.
     """
     stem = usable(asked.out) / "gist_card"
-    models = load_models(asked.model, setting="--model")
+    models = load_models(asked.model, setting="MODEL")
     base, net = models.base, models.gistnet
     if asked.gistnet:
         net = gistnet_of(asked.gistnet, base, "--gistnet", slots=True).to(base.model.device)

@@ -33,7 +33,9 @@ LEGEND = f"Share of questions with all blocks of the answer among the best {MOST
 
 
 def options(given: Options) -> None:
-    given.add("model", help="whose embeddings are read: a folder, a GGUF file, or the name of an asset")
+    given.add(
+        "model", metavar="MODEL", help="whose embeddings are read: a folder, a GGUF file, or the name of an asset"
+    )
     given.path("texts to train on; without it the embedded text")
     given.number("documents", 300, "of the text, at most")
     given.number("tokens", 4096, "of each document, at most", least=BLOCK * BLOCKS)
@@ -83,7 +85,7 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         ValueError: too little text, or a size that is not allowed.
     """
     usable(args.out.parent)
-    models = load_models(args.model, setting="--model")
+    models = load_models(args.model, setting="MODEL")
     base, tokenizer = models.base, models.base.tokenizer
     learned, held_out = texts(tokenizer, args.path, args.documents, args.tokens)
     losses = train_keys(base, learned, args.out, args.steps, args.size, args.seed, args.sentences)

@@ -61,7 +61,7 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         if len(names) > 1:
             raise ValueError(f"--trained: the runs have different base LMs: {', '.join(sorted(names))}")
     else:
-        models = load_models(args.model, setting="--model")
+        models = load_models(args.model, setting="MODEL")
         base, net = models.base, models.gistnet
         mega = Attention("mega", args.segment, args.mid, args.live)
     if net is None:

@@ -27,7 +27,7 @@ EVERY = 10**6  # blocks: of all documents
 
 
 def options(given: Options) -> None:
-    given.add("model", nargs="?", metavar="RUN", help="a run, an asset or an export; without it the embedded models")
+    given.add("model", nargs="?", metavar="MODEL", help="a run, an asset or an export; without it the embedded models")
     given.path()
     given.number("tokens", 2048, "of a document", least=128)
     given.number("documents", 60, "documents", least=2)
@@ -78,7 +78,7 @@ def models_of(model: str | None) -> Models:
         ValueError: it is the run of another stage.
     """
     if not model or not (Path(model) / "checkpoints").is_dir():
-        return load_models(model)
+        return load_models(model, setting="MODEL")
     path, checkpoint = checkpoint_of(Path(model))
     if "readout" not in checkpoint["hyper_parameters"]:
         raise ValueError(f"RUN={model}: it is no run of experiment=mega_prediction")

@@ -63,7 +63,7 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         ValueError: a number that is not allowed, no GistNet, or no text that is long enough.
     """
     stem = usable(args.out) / "presets"
-    models = load_models(args.model, setting="--model")
+    models = load_models(args.model, setting="MODEL")
     if models.gistnet is None:
         raise ValueError(f"MODEL={args.model}: there is no GistNet for it")
     block = models.gistnet.block_size

@@ -278,7 +278,7 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         if not 0 < budget <= args.tokens:
             raise ValueError(f"--budgets={budget} is not allowed: 1 to --tokens={args.tokens}")
     theirs = others(args.scores)
-    models = load_models(args.model)
+    models = load_models(args.model, setting="MODEL")
     if args.gistnet:
         net = gistnet_of(args.gistnet, models.base, "--gistnet", slots=True).to(models.base.model.device)
         models = Models(models.base, net, name=models.name, keys=models.keys)

@@ -181,7 +181,7 @@ class Case:
     keys: str | None
 
 
-models = functools.cache(load_models)  # of a process, which has many cases
+models = functools.cache(functools.partial(load_models, setting="--model"))  # of a process, which has many cases
 
 
 @functools.cache
