@@ -4,6 +4,8 @@ BOS [ block 7 ][ block 2 ][ block 19 ]  ->  What is the metal of X? The metal of
                                         ->  What is the colour of Y? ...                | blue     more that it answers
 BOS [ block 7 ]           [ block 19 ]  ->  What is the metal of X? The metal of X is | tin      dropped
 
+Behind the blocks a window may have text of a session, as a working context of a tree and a session has.
+
 A window is read once, whatever many questions stand behind it; none of them sees another.
 """
 
@@ -65,19 +67,36 @@ class Cases(Endless):
         alike: share of the other blocks that are like the question, as far as there are such: they tell the same
             attribute of somebody, or something else with the same name, as what a search finds besides.
         questions: of a window, at most: the drawn one, and others whose facts stand in the window whole.
+        session: tokens of running prose between the blocks and the questions, at most; how many is drawn.
         seed: of all draws.
         split: whose names people have.
 
     Raises:
-        ValueError: a row has no room for what a question needs.
+        ValueError: a row has no room for what a question needs, or the session takes more than half of it.
     """
 
     def __init__(
-        self, prose, tokenizer, block, tokens, entities, between, changed, hops, alike, questions, seed, split=TRAIN
+        self,
+        prose,
+        tokenizer,
+        block,
+        tokens,
+        entities,
+        between,
+        changed,
+        hops,
+        alike,
+        questions,
+        session,
+        seed,
+        split=TRAIN,
     ):
         self.prose, self.tokenizer, self.block, self.tokens = prose, tokenizer, block, tokens
         self.entities, self.between, self.changed, self.hops, self.alike = entities, between, changed, hops, alike
-        self.questions, self.seed, self.split, self.bos = questions, seed, split, bos_id(tokenizer)
+        self.questions, self.session, self.seed, self.split = questions, session, seed, split
+        self.bos = bos_id(tokenizer)
+        if session > tokens // 2:
+            raise ValueError(f"datamodule.session={session} is not allowed: at most half of datamodule.tokens={tokens}")
 
     def __getitem__(self, index: int) -> Case:
         draw = random.Random(f"{self.split}/{self.seed}/{index}")
@@ -102,7 +121,8 @@ class Cases(Endless):
         values = value_ids(self.tokenizer, question.values)
         asked = self._asked(question)
         right, every = question.values.index(question.answer), range(-(-len(ids) // self.block))
-        beside = 1 + len(asked) + max(map(len, values))
+        session = self._session(draw) if self.session else []
+        beside = 1 + len(session) + len(asked) + max(map(len, values))
         count = min(len(every), (self.tokens - beside) // self.block)
         needed = self._told(question, spans)
         old = self._older(question, spans)
@@ -117,13 +137,24 @@ class Cases(Endless):
         window = [token for n in order for token in pieces[n]]
         dropped = [token for n in order if n not in needed for token in pieces[n]]
         kind = TWO_HOPS if hops == 2 else TWICE if old and old <= marked else ONCE
-        case = Case(kind, [self.bos, *window], [self.bos, *dropped], asked, values, right, more=[])
+        read, without = ([self.bos, *blocks_of, *session] for blocks_of in (window, dropped))
+        case = Case(kind, read, without, asked, values, right, more=[])
         if self.questions > 1:
             also = [one for one in knowledge.every_question() if one != question and self._stands(one, spans, order)]
             pairs = [(self._asked(one), value_ids(self.tokenizer, [one.answer])[0]) for one in also]
             fits = [pair for pair in pairs if len(case.window) + sum(map(len, pair)) <= self.tokens]
             case.more = draw.sample(fits, min(len(fits), self.questions - 1))
         return case
+
+    def _session(self, draw: random.Random) -> list[int]:
+        """Sentences that follow each other in the texts, the last of so many tokens."""
+        count, found = draw.randint(0, self.session), []
+        first = draw.randrange(len(self.prose))
+        for sentence in [*self.prose[first:], *self.prose[:first]]:
+            if len(found) >= count:
+                break
+            found += self.tokenizer(" " + sentence, add_special_tokens=False)["input_ids"]
+        return found[len(found) - count :]
 
     def _asked(self, question: Question) -> list[int]:
         return [token for part in asked_ids(self.tokenizer, question) for token in part]
@@ -212,7 +243,7 @@ class KnowledgeData(Resumable):
     Args:
         source: of the prose between the facts, training texts for training, held-out ones for questions.
         tokenizer: a Hugging Face tokenizer.
-        block, tokens, entities, between, changed, hops, alike, questions, seed: see ``Cases``.
+        block, tokens, entities, between, changed, hops, alike, questions, session, seed: see ``Cases``.
         batch: B, windows.
         validation_questions: held-out ones, per validation.
         workers: processes that build batches.
@@ -230,6 +261,7 @@ class KnowledgeData(Resumable):
         hops: Share,
         alike: Share,
         questions: Count,
+        session: Whole,
         batch: Count,
         validation_questions: Count = 64,
         seed: Whole = 0,
@@ -239,7 +271,7 @@ class KnowledgeData(Resumable):
         self.source, self.tokenizer, self.batch, self.seed, self.workers = source, tokenizer, batch, seed, workers
         self.row, self.held_out = tokens, validation_questions
         self.settings = dict(block=block, tokens=tokens, entities=entities, between=between, changed=changed, hops=hops)
-        self.settings |= dict(alike=alike, questions=questions, seed=seed)
+        self.settings |= dict(alike=alike, questions=questions, session=session, seed=seed)
 
     def limit_to(self, positions: int) -> None:
         """Rows are no longer than a base LM takes.

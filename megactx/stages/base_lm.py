@@ -5,9 +5,10 @@ The result is a Hugging Face folder with a model card of measured figures.
 """
 
 import logging
+import random
 import re
 from pathlib import Path
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +19,18 @@ from megactx.data.tokenizer import bos_id, with_chat
 from megactx.evaluation.context_use import context_use
 from megactx.evaluation.model_card import write_model_card
 from megactx.evaluation.table import OVERALL, Table
-from megactx.framework.config.types import Count, NonNegative, Share, Whole
+from megactx.framework.config.types import ArgumentsOf, Count, NonNegative, Share, Whole
 from megactx.framework.files import IN_RUN, replacing
 from megactx.framework.optimizers import fast_dtype, warmup_stable_decay
 from megactx.framework.run.next_command import next_command
 from megactx.framework.run.resume import differences
+from megactx.gist import GistNet
+from megactx.gist.compressors import build
 from megactx.lm import BaseLM
 from megactx.lm.masks import CAUSAL
 
+from .base_gists import DROPPED, GISTS, READ, drawn_cut, nll_behind
+from .gist_nets import groups_of
 from .stage import Stage
 from .work import Work
 
@@ -51,6 +56,10 @@ class BaseLMStage(Stage):
         max_steps: optimizer steps in all.
         card: what the model card says of ``name``, ``data`` and ``license``.
         evaluate: ``documents``: held-out ones that the model card is measured on.
+        gists: share of the steps in whose windows older text stands as gists of a GistNet that learns along, see
+            ``nll_behind``; 0: none of them, and no GistNet. ``experiment=demo stage.init=RUN base.name=RUN/model`` goes
+            on with it.
+        gistnet: keyword arguments of ``GistNet`` other than width and scale, for ``gists``.
     """
 
     shorter = "preset.steps=N sets the length"
@@ -71,19 +80,24 @@ class BaseLMStage(Stage):
         max_steps: Count,
         card: dict,
         evaluate: Evaluate,
+        gists: Share = 0.0,
+        gistnet: Annotated[dict | None, ArgumentsOf(GistNet)] = None,
     ):
         super().__init__()
         self.save_hyperparameters()
         self.check_settings()
+        self.nets, self.cut = torch.nn.ModuleDict(), 0
         # Without a row for padding, which no window has: transformers would never train it, whatever token it is of.
         if config is None and weights is None:
             raise ValueError("stage.config=null is not allowed: set it, or stage.weights, whose own it is then")
         if config is None:
             self.base = _as_it_is(weights)
-            return
-        self.base = BaseLM.from_config(config | dict.fromkeys(SPECIAL))
-        if weights is not None:
-            self._start_from(weights)
+        else:
+            self.base = BaseLM.from_config(config | dict.fromkeys(SPECIAL))
+            if weights is not None:
+                self._start_from(weights)
+        if gists:
+            self.nets["gistnet"] = gistnet_beside(self.base, gistnet or {})
 
     def _start_from(self, weights: str) -> None:
         there, mine = BaseLM.from_pretrained(weights, "float32", "stage.weights").model, self.base.model
@@ -136,8 +150,15 @@ class BaseLMStage(Stage):
         return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
 
     def training_step(self, batch: dict) -> Tensor:
-        nll = self.loss_per_token(batch["ids"], batch["positions"])
-        copied = batch["copied"][:, 1:]
+        draw, self.cut = random.Random(f"gists/{self.global_step}"), 0  # alike in all processes, and after a resume
+        if self.nets and draw.random() < self.hparams.gists:
+            self.cut = drawn_cut(draw, batch["ids"].shape[1], self.nets["gistnet"].block_size)
+            nll, told = nll_behind(self.base, self.nets["gistnet"], batch, self.cut, GISTS)
+            copied = batch["copied"][:, told]
+            self.log("train/nll_gists", nll.detach().mean(), sync_dist=True)
+        else:
+            nll = self.loss_per_token(batch["ids"], batch["positions"])
+            copied = batch["copied"][:, 1:]
         for name, chosen in (("train/nll", ~copied), ("train/nll_copied", copied)):
             total, count = self._over_processes(nll.detach()[chosen].sum(), chosen.sum())
             if count:  # not every batch has a passage that comes back
@@ -150,24 +171,42 @@ class BaseLMStage(Stage):
         return self.trainer.strategy.reduce(torch.stack([value.double() for value in values]), reduce_op="sum")
 
     def on_validation_epoch_start(self) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # NLL, NLL of copies, batches
+        # NLL, NLL of copies, batches; and NLL behind gists, and behind nothing, above that behind the tokens
+        self.sums = torch.zeros(5, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
         nll = self.loss_per_token(batch["ids"], batch["positions"])
-        copied = batch["copied"][:, 1:]
-        self.sums += torch.stack([nll[~copied].mean(), nll[copied].mean(), nll.new_ones(())]).double()
+        copied, above = batch["copied"][:, 1:], nll.new_zeros(2)
+        if self.nets:
+            cut = drawn_cut(random.Random(f"held out/{batch_index}"), nll.shape[1], self.nets["gistnet"].block_size)
+            behind = []
+            for older in (READ, GISTS, DROPPED):
+                found, told = nll_behind(self.base, self.nets["gistnet"], batch, cut, older)
+                behind.append(found[:, told >= cut].mean())
+            above = torch.stack(behind[1:]) - behind[0]
+        found = torch.stack([nll[~copied].mean(), nll[copied].mean(), nll.new_ones(())])
+        self.sums += torch.cat([found, above]).double()
 
     def on_validation_epoch_end(self) -> None:
-        nll, copied, batches = self._over_processes(*self.sums)  # processes may have had different numbers of batches
+        # Processes may have had different numbers of batches.
+        nll, copied, batches, gists, dropped = self._over_processes(*self.sums)
         self.log("val/nll", nll / batches, prog_bar=True)
         self.log("val/nll_copied", copied / batches, prog_bar=True)
+        if self.nets:
+            self.log("val/dnll", gists / batches, prog_bar=True)
+            self.log("val/dnll_dropped", dropped / batches)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.work = Work.of_base(self.base)  # which keeps its fp32 weights: it learns
 
     def flops(self, batch: dict) -> Tensor | float:
-        return self.work(batch)
+        if not self.cut:
+            return self.work(batch)
+        (b, t), net = batch["ids"].shape, self.nets["gistnet"]
+        gists = self.cut // net.block_size - 1
+        read = {"ids": torch.empty(b, t - gists * (net.block_size - 1), device="meta")}
+        return self.work(read) + 3 * b * gists * net.flops_per_block(self.base)
 
     def amounts(self, batch: dict) -> dict:
         return {"tokens": batch["ids"].numel(), "documents": len(batch["ids"])}
@@ -179,10 +218,13 @@ class BaseLMStage(Stage):
         for p in self.base.parameters():
             (matrices if p.ndim == 2 and id(p) not in embeddings else others).append(p)
         h = self.hparams
-        return [
+        groups = [
             {"params": matrices, "lr": h.muon_lr, "weight_decay": h.weight_decay, "muon": True},
             {"params": others, "lr": h.adamw_lr, "weight_decay": 0.0},  # embeddings and norms are not pulled to 0
         ]
+        if self.nets:
+            groups += groups_of(self.nets, h.adamw_lr, h.muon_lr, h.weight_decay, {})
+        return groups
 
     def factor(self, step: int, group: dict) -> float:
         return warmup_stable_decay(step, self.hparams.warmup, self.hparams.max_steps, self.hparams.decay)
@@ -201,7 +243,8 @@ class BaseLMStage(Stage):
             print(f"A passage the second time, at distance {row['span']}: {row['point']:+.2f} nat per token gained")
         print(f"Model and card: {final}")
         kept = {"keep": ("data", "trainer"), "options": ("preset",)}
-        print(f"Next: {next_command(folder, 'demo', {'base.name': final}, **kept)}")
+        init = {"stage.init": folder} if self.nets else {}
+        print(f"Next: {next_command(folder, 'demo', {'base.name': final} | init, **kept)}")
 
     def _context_use(self, base: BaseLM, datamodule) -> Table:
         held_out, _ = cut(datamodule.rows, VALIDATION, datamodule.tokenizer, 1, min(CARD_TOKENS, base.max_positions))
@@ -229,6 +272,21 @@ class BaseLMStage(Stage):
                 "windows with position skips": f"{datamodule.settings['skip']:.0%}",
             },
         }
+
+
+def gistnet_beside(base: BaseLM, settings: dict) -> GistNet:
+    """A GistNet that learns with a base LM, from embeddings alone: what the base LM's layers say changes meanwhile.
+
+    Raises:
+        ValueError: a setting that wants more than embeddings, or several vectors of a block.
+    """
+    net = build(base, settings, "gistnet")
+    for name, value, allowed in (("slots", 1, not net.makes_levels), ("context", 0, net.left_context)):
+        if allowed:
+            raise ValueError(f"gistnet.{name}={settings[name]} is not allowed with stage.gists: {value}")
+    if net.reads_layers:
+        raise ValueError("gistnet.type=base and gistnet.input=hidden are not allowed with stage.gists")
+    return net
 
 
 def _as_it_is(weights: str) -> BaseLM:

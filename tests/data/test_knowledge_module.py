@@ -9,6 +9,7 @@ from megactx.data.knowledge_module import ONCE, TWICE, TWO_HOPS, CaseBatches, Ca
 
 PROSE = ["Nothing is told of anybody here.", "It goes on like that for a while.", "Some readers skip such lines."]
 SETTINGS = dict(block=32, tokens=480, entities=3, between=1, changed=0.5, hops=0.3, alike=0.0, questions=4, seed=0)
+SETTINGS |= dict(session=0)
 
 
 def cases_of(tokenizer, split=TRAIN, **changes) -> Cases:
@@ -76,6 +77,21 @@ def test_other_blocks_are_like_the_question_where_that_is_asked_for(tiny_tokeniz
     found = chosen([*range(20)], {3, 5, 40}, 8, 0.5, draw)
     assert len({*found}) == 8 and {3, 5} <= {*found} <= {*range(20)}
     assert not chosen([1, 2], {1}, 0, 0.5, draw)
+
+
+def test_text_of_a_session_stands_between_the_blocks_and_the_question_with_and_without_what_is_needed(tiny_tokenizer):
+    cases, lengths = cases_of(tiny_tokenizer, session=60), set()
+    for n in range(30):
+        case = cases[n]
+        behind = (len(case.window) - 1) % cases.block  # of blocks and session, where all blocks are full ones
+        assert len(case.window) + len(case.asked) + max(map(len, case.values)) <= cases.tokens
+        if behind:
+            assert case.window[-behind:] == case.dropped[-behind:]
+            assert any(word in tiny_tokenizer.decode(case.window[-behind:]) for word in " ".join(PROSE).split())
+        lengths.add(behind)
+    assert len(lengths) > 10
+    with pytest.raises(ValueError, match="datamodule.session=241 is not allowed: at most half of"):
+        cases_of(tiny_tokenizer, session=241)
 
 
 def test_a_case_is_a_function_of_seed_and_index_and_both_sides_have_other_people(cases, tiny_tokenizer):

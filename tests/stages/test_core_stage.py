@@ -19,6 +19,7 @@ SETTINGS = dict(config=None, muon_lr=0.01, adamw_lr=1e-3, weight_decay=0.0, warm
 SETTINGS |= dict(card={"name": "x", "data": "people"}, evaluate={"questions": 6}, margin=0.5)
 NO_LORA = {"rank": 0, "layers": "all", "embeddings": False}
 CASES = dict(block=32, tokens=400, entities=3, between=1, changed=0.5, hops=0.3, alike=0.0, questions=4, seed=0)
+CASES |= dict(session=0)
 
 
 def built(base_folder, knowledge=True, margin=0.5, lora=NO_LORA) -> tuple[CoreStage, Cases]:
