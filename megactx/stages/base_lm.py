@@ -63,7 +63,7 @@ class BaseLMStage(Stage):
     """
 
     shorter = "preset.steps=N sets the length"
-    monitor = "val/nll"
+    monitor, timed = "val/nll", True
     betas = (0.9, 0.95)
     takes = {"tokenizer": "base.name", "base": "base.name"}
     gives = {"base": "model"}
@@ -96,6 +96,8 @@ class BaseLMStage(Stage):
             self.base = BaseLM.from_config(config | dict.fromkeys(SPECIAL))
             if weights is not None:
                 self._start_from(weights)
+        if gists and type(self).training_step is not BaseLMStage.training_step:
+            raise ValueError(f"stage.gists={gists} is not allowed here: of base training alone")
         if gists:
             self.nets["gistnet"] = gistnet_beside(self.base, gistnet or {})
 

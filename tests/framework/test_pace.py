@@ -66,6 +66,33 @@ def test_a_run_that_is_made_longer_by_hand_keeps_what_had_a_share_of_its_steps()
     assert cfg.preset.minutes is None and cfg.stage.warmup == 11
 
 
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        (["experiment=run10_base"], 800),  # an experiment with minutes of its own: its steps are the most
+        (["experiment=run10_base", "preset.minutes=5"], 200),
+        (["experiment=run10_base", "preset.minutes=null"], 1600),
+        (["experiment=base_lm"], 4900),  # it counts steps, whatever minutes the group has
+        (["experiment=base_lm", "preset.minutes=5"], 192),  # whole intervals
+        (["experiment=run10_base", "preset=smoke"], 4),
+    ],
+)
+def test_base_training_has_a_time_where_minutes_are_asked_for_and_its_phases_keep_their_shares(
+    monkeypatch, arguments, steps
+):
+    monkeypatch.setattr(pace, "_try", lambda cfg, device: (1.5, 0.0))
+    arguments = arguments if "preset=smoke" in arguments else [*arguments, "preset=demo"]
+    cfg = compose(arguments)
+    OmegaConf.set_struct(cfg, False)
+    most, phases = cfg.preset.steps, [phase.steps for phase in cfg.datamodule.phases]
+    pace.settle(cfg, arguments, compose(["stage=base_lm", arguments[-1]]), None, None, None)
+    assert cfg.preset.steps == cfg.stage.max_steps == steps
+    share = steps / most
+    assert [phase.steps for phase in cfg.datamodule.phases] == [max(1, round(n * share)) for n in phases]
+    assert cfg.preset.validate_every == max(1, round(compose(arguments).preset.validate_every * share))
+    assert (cfg.preset.minutes is None) == (share == 1)
+
+
 @pytest.mark.slow
 def test_jobs_of_a_sweep_all_have_the_steps_of_the_first(timed, tmp_path):
     settings, tried = timed
@@ -130,6 +157,15 @@ def test_a_training_of_more_than_ten_minutes_says_so_and_how_to_make_it_short(mo
     assert (f"about {said} on this machine" in out and "preset=demo" in out) if said else out == ""
     monkeypatch.undo()
     assert pace._flops_per_second(device) > 1e8
+
+
+def test_a_run_of_phases_is_resumed_with_those_that_time_has_left():
+    cfg = compose(["experiment=run10_base", "preset=demo"])
+    OmegaConf.set_struct(cfg, False)
+    kept = [{"steps": 30, "tokens": 512, "batch": 8}, {"steps": 10, "tokens": 1024, "batch": 4}]
+    before = {"preset": {"minutes": 20, "steps": 40, "warmup": 3, "validate_every": 5}, "datamodule": {"phases": kept}}
+    pace.settle(cfg, [], compose(["stage=base_lm", "preset=demo"]), before, None, None)
+    assert (cfg.preset.steps, OmegaConf.to_container(cfg.datamodule.phases)) == (40, kept)
 
 
 @pytest.mark.slow

@@ -40,11 +40,13 @@ def by_time(cfg: DictConfig, overrides: list[str], reference: DictConfig) -> boo
 
     given = by_hand(overrides)
     minutes, timed = cfg.preset.get("minutes"), locate(cfg.stage["_target_"]).timed
-    raw = [OmegaConf.to_container(tree.preset, resolve=False)["steps"] for tree in (cfg, reference)]
-    if "preset.minutes" in given and minutes is not None:
-        if not timed or raw[0] != raw[1]:
-            raise ValueError(f"preset.minutes={minutes} says nothing here: other settings make the run's length")
-    return minutes is not None and timed and raw[0] == raw[1] and not {"preset.steps", "trainer.max_steps"} & given
+    mine, group = (OmegaConf.to_container(tree.preset, resolve=False) for tree in (cfg, reference))
+    if "preset.minutes" in given and minutes is not None and not timed:
+        raise ValueError(f"preset.minutes={minutes} says nothing here: other settings make the run's length")
+    # The minutes of a group are not those of an experiment that counts steps, unless it has minutes of its own.
+    own = "preset.minutes" in given or mine["minutes"] != group["minutes"]
+    asked = own or mine["steps"] == group["steps"]
+    return minutes is not None and timed and asked and not {"preset.steps", "trainer.max_steps"} & given
 
 
 def by_hand(overrides: list[str]) -> set[str]:
@@ -68,7 +70,8 @@ def settle(cfg: DictConfig, overrides, reference: DictConfig, before: dict | Non
     given, found, most = by_hand(overrides), {}, cfg.preset.steps
     paced = before is not None and before.get("preset", {}).get("minutes") is not None
     if paced:
-        found = {key: OmegaConf.select(OmegaConf.create(before), key) for key in ("preset.steps", *PACED)}
+        found = {key: _plain(OmegaConf.create(before), key) for key in ("preset.steps", *PACED)}
+        found = {key: value for key, value in found.items() if value is not None}
     if not by_time(cfg, overrides, reference):
         if "minutes" in cfg.preset:
             cfg.preset.minutes = None  # what is kept is what counts
@@ -106,7 +109,7 @@ def _of_sweep(folder: Path | None, cfg: DictConfig):
         write(path, json.dumps({**every, key: known}, indent=1))
 
 
-def _timed(cfg: DictConfig, device, given: set[str]) -> dict[str, int]:
+def _timed(cfg: DictConfig, device, given: set[str]) -> dict:
     """Try a few steps and a validation; -> the steps that fit, and what has a share of them."""
     step, check = _try(cfg, device)
     most = cfg.preset.steps
@@ -115,14 +118,26 @@ def _timed(cfg: DictConfig, device, given: set[str]) -> dict[str, int]:
     steps = min(most, max(checks, fit // checks * checks))  # whole intervals, so that the last step is validated
     found = {"preset.steps": steps}
     for key in PACED:
-        if key not in given:
-            found[key] = max(1, round(OmegaConf.select(cfg, key) * steps / most))
+        if key not in given and (length := _plain(cfg, key)) is not None:
+            found[key] = shorter(length, steps / most)
     print(
         f"preset.minutes={cfg.preset.minutes:g}: a step takes {step:.2f} s here, a validation {check:.1f} s: so"
         f" preset.steps={steps}, of {most} at most; preset.minutes=null takes all of them\n",
         flush=True,
     )
     return found
+
+
+def _plain(cfg: DictConfig, key: str):
+    value = OmegaConf.select(cfg, key)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def shorter(length, share: float):
+    """A number of steps, or phases that have ``steps``, in this share of its length, at least 1."""
+    if isinstance(length, list):
+        return [phase | {"steps": shorter(phase["steps"], share)} for phase in length]
+    return max(1, round(length * share))
 
 
 def _try(cfg: DictConfig, device) -> tuple[float, float]:

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 LAST = "checkpoints/last.ckpt"  # in a run folder
 # A run may be lengthened: these, and whatever is derived from them, may differ.
 LENGTH = ("preset.steps", "preset.minutes", "trainer.max_steps", "trainer.max_time", "trainer.max_epochs")
-PACED = ("preset.warmup", "preset.validate_every", "preset.plateau_window")
+PACED = ("preset.warmup", "preset.validate_every", "preset.plateau_window", "datamodule.phases")
 WATCHERS = ("progress", "summary", "learning_rate", "grad_norm", "speed", "device")  # callbacks that change nothing
 # Settings of a stage that no tensor depends on, by the ends of their names or by what they belong to.
 WEIGHTLESS = re.compile(
