@@ -195,7 +195,7 @@ class BaseLMStage(Stage):
         self.log("val/nll", nll / batches, prog_bar=True)
         self.log("val/nll_copied", copied / batches, prog_bar=True)
         if self.nets:
-            self.log("val/dnll", gists / batches, prog_bar=True)
+            self.log("val/dnll_gists", gists / batches, prog_bar=True)
             self.log("val/dnll_dropped", dropped / batches)
 
     def setup(self, stage: str) -> None:

@@ -1,6 +1,7 @@
 """One page about all stages of a curriculum: what each gained, in what time, from how many tokens."""
 
 import csv
+from html import escape
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -8,6 +9,7 @@ from omegaconf import OmegaConf
 from megactx.evaluation.chat import DROPPING, FOCUS, Chatting, held_out, measure, recall_talks
 from megactx.evaluation.chat import sheets as chat_sheets
 from megactx.evaluation.table import Report, Sheet, Table
+from megactx.framework.files import write
 from megactx.parts.models import load_models
 
 # What a validation says, the first that a stage has: lower is better in all of them.
@@ -19,10 +21,20 @@ NOTE = (
     "First and last are of the stage's own validation, on its own held-out data: they compare a stage with its own"
     " beginning, not with another stage."
 )
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+th:first-child, td:first-child { text-align: left; white-space: normal }
+td { vertical-align: top } img { max-width: 100% }
+h2 { margin-top: 2.5rem; border-top: 2px solid #ddd; padding-top: 1rem }
+@media (prefers-color-scheme: dark) { body { background: #181818; color: #ddd } th, td, h2 { border-color: #444 } }
+"""
 
 
 def write_page(folder: str | Path, stages: list[str]) -> None:
-    """Print a line per stage, and write ``report.md``, ``.csv`` and ``.json`` with the reports of the stages.
+    """Print a line per stage, and write ``report.md``, ``.csv`` and ``.json`` with the reports of the stages; and
+    ``report.html``, the page with its pictures for a browser.
 
     Args:
         folder: of the curriculum, with a finished run folder of each stage below it.
@@ -45,7 +57,10 @@ def write_page(folder: str | Path, stages: list[str]) -> None:
     print(report.write(folder / "report"))
     page = folder / "report.md"
     parts = [page.read_text(encoding="utf-8"), *(_of_stage(folder / name) for name in stages)]
-    page.write_text("\n".join(filter(None, parts)), encoding="utf-8")
+    text = "\n".join(filter(None, parts))
+    write(page, text)
+    write(folder / "report.html", in_browser(text, folder.name))
+    print(f"To look at: {folder / 'report.html'}")
 
 
 def _chats(models: dict[str, Path], cases: int) -> tuple[Table, Sheet]:
@@ -98,4 +113,14 @@ def _of_stage(run: Path) -> str:
     if text.startswith("---\n"):  # what the hub reads of a model card
         text = text.split("---\n", 2)[2]
     lines = [f"##{line}" if line.startswith("#") else line for line in text.strip().splitlines()]
-    return "\n".join([f"## Stage {run.name}", "", *lines, ""])
+    pictures = [f"![{path.stem} of {run.name}]({run.name}/{path.name})\n" for path in sorted(run.glob("*.png"))]
+    return "\n".join([f"## Stage {run.name}", "", *lines, "", *pictures])
+
+
+def in_browser(text: str, name: str) -> str:
+    """A page of Markdown as HTML that needs nothing but the pictures beside it."""
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    title = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{escape(name)}</title>"
+    return f"<!doctype html><html lang='en'><head>{title}<style>{STYLE}</style></head><body>{body}</body></html>\n"

@@ -135,7 +135,7 @@ def test_a_run_goes_on_to_the_same_weights_and_a_gist_stage_goes_on_with_its_gis
     assert any(name.startswith("nets.gistnet.") for name in first)
     assert all(torch.equal(first[name], second[name]) for name in first)
     table = (whole / "metrics.csv").read_text().splitlines()
-    assert {"train/nll_gists", "val/dnll", "val/dnll_dropped"} <= set(table[0].split(","))
+    assert {"train/nll_gists", "val/dnll_gists", "val/dnll_dropped"} <= set(table[0].split(","))
 
     gist = [*common, "experiment=gist_stage1", f"base.name={whole / 'model'}", f"stage.init={whole}"]
     gist += ["preset.steps=1", "preset.validate_every=1", "preset.minutes=null", "horizon.tokens=8"]

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from megactx.framework.app import run
 from megactx.lm import BaseLM
 from megactx.stages.base_lm import BaseLMStage
+from megactx.stages.chain_page import in_browser
 from megactx.stages.sft import SFTStage
 
 STAGES = "run10_tokenizer,run10_base,run10_sft"
@@ -49,6 +50,7 @@ def test_a_chain_that_stops_anywhere_goes_on_to_the_same_weights_and_ends_with_a
 ):
     assert run([*chain, f"folder={tmp_path / 'whole'}"]) == 0, capsys.readouterr().err
     page = (tmp_path / "whole" / "report.md").read_text()
+    assert "<h2>Stage run10_base</h2>" in (tmp_path / "whole" / "report.html").read_text()
     for said in ("What each stage gained", "held-out conversations: tasks", "recall, dropping", "What run10_sft says"):
         assert said in page
     assert all(f"## Stage {name}" in page for name in ("run10_base", "run10_sft"))
@@ -67,6 +69,14 @@ def test_a_chain_that_stops_anywhere_goes_on_to_the_same_weights_and_ends_with_a
         one, other = (load_file(tmp_path / side / name / "model" / "model.safetensors") for side in ("whole", "part"))
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
     assert BaseLM.from_pretrained(str(tmp_path / "part" / "run10_sft" / "model")).tokenizer.chat_template
+
+
+def test_a_page_in_a_browser_has_its_tables_and_shows_what_a_model_says_as_text():
+    page = in_browser(
+        "# A chain\n\n| stage | minutes |\n|:---|---:|\n| a | <b>1 & 2</b> |\n\n![loss](a/report.png)\n", "x<y"
+    )
+    assert "<title>x&lt;y</title>" in page and '<img src="a/report.png" alt="loss"' in page
+    assert "<td" in page and "&lt;b&gt;1 &amp; 2&lt;/b&gt;" in page
 
 
 @pytest.mark.slow
