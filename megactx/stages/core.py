@@ -5,6 +5,8 @@ question must also be less likely without the blocks that tell it:
 
     L_full + max(0, m - (L_drop - L_full)),   L in nats of an answer, means over questions, and over first questions
 
+and with ``text`` the next tokens of the windows count too: weights that have read nothing learn to read by them.
+
 The result is a Hugging Face folder that ``megactx.studies.cognitive_core`` measures over a tree.
 """
 
@@ -47,13 +49,16 @@ class CoreStage(BaseLMStage):
     Args:
         knowledge: whether questions can read the blocks; false is the control: they see the first token alone.
         margin: m, nats.
+        text: weight of the NLL of a token of a window, in nats.
         lora: adapters of the base LM that learn in place of its weights, see ``adapt``, ``rank`` 0: the weights learn.
             They are in the model at the end.
         evaluate: ``questions``: held-out ones that the table at the end is measured on.
         settings: of ``BaseLMStage``.
     """
 
-    def __init__(self, knowledge: bool, margin: NonNegative, lora: Lora, evaluate: Questions, **settings):
+    def __init__(
+        self, knowledge: bool, margin: NonNegative, text: NonNegative, lora: Lora, evaluate: Questions, **settings
+    ):
         super().__init__(evaluate=evaluate, **settings)
         if lora["rank"]:
             self.base.freeze()
@@ -87,8 +92,9 @@ class CoreStage(BaseLMStage):
     def amounts(self, batch: dict) -> dict:
         return {"tokens": batch["window"].numel(), "documents": len(batch["window"])}
 
-    def answer_nll(self, window: Tensor, lengths: Tensor, asked: Tensor, answers: Tensor) -> Tensor:
-        """NLL of each answer behind its window, nats for all of its tokens [B, Q]; 0 where there is none.
+    def answer_nll(self, window: Tensor, lengths: Tensor, asked: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        """NLL of each answer behind its window, nats for all of its tokens [B, Q], 0 where there is none; and the
+        hidden states of the window [B, T, D].
 
         Args:
             window, lengths: ids [B, T], of which each row has the first ``lengths`` [B].
@@ -98,7 +104,8 @@ class CoreStage(BaseLMStage):
 
         (b, q, r), device = asked.shape, asked.device
         cache, places = DynamicCache(config=self.base.config), torch.arange(window.shape[1], device=device)
-        self.base(self.base.embed(window), places.expand_as(window), CAUSAL, cache)  # padding is seen by no question
+        # Padding is seen by no question.
+        read = self.base(self.base.embed(window), places.expand_as(window), CAUSAL, cache)
         columns = [(layer.keys, layer.values) for layer in cache.layers]
         seen = lengths[:, None].expand(b, q)
         positions = seen[..., None] + torch.arange(r, device=device)
@@ -108,20 +115,27 @@ class CoreStage(BaseLMStage):
             self.base.logits(hidden[:, :, :-1][chosen]).float(), asked[..., 1:][chosen], reduction="none"
         )
         row, question, _ = chosen.nonzero(as_tuple=True)
-        return nll.new_zeros(b * q).index_add(0, row * q + question, nll).view(b, q)
+        return nll.new_zeros(b * q).index_add(0, row * q + question, nll).view(b, q), read
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """A batch of ``CaseBatches`` -> ``full``, NLL of all answers [n]; and with a drop margin ``drop`` and
-        ``margin`` [B]: NLL of the first answers, and how far each is from the margin."""
+        ``margin`` [B]: NLL of the first answers, and how far each is from the margin; and ``text`` [m]: NLL of the
+        tokens of all windows."""
         asked, answers, lengths = batch["asked"], batch["answers"], batch["lengths"]
+        there = torch.arange(batch["window"].shape[1], device=lengths.device) < lengths[:, None]
         if not self.hparams.knowledge:
             lengths = torch.ones_like(lengths)  # the first token of a text; the window is read for nobody
-        full = self.answer_nll(batch["window"], lengths, asked, answers)
-        every = full[answers.any(dim=-1)]
-        if not (self.hparams.knowledge and self.hparams.margin):
-            return {"full": every}
-        drop = self.answer_nll(batch["dropped"], batch["dropped_lengths"], asked[:, :1], answers[:, :1])[:, 0]
-        return {"full": every, "drop": drop, "margin": F.relu(self.hparams.margin - (drop - full[:, 0]))}
+        full, read = self.answer_nll(batch["window"], lengths, asked, answers)
+        found = {"full": full[answers.any(dim=-1)]}
+        if self.hparams.text:
+            known = there[:, 1:]
+            logits = self.base.logits(read[:, :-1][known]).float()
+            found["text"] = F.cross_entropy(logits, batch["window"][:, 1:][known], reduction="none")
+        if self.hparams.knowledge and self.hparams.margin:
+            drop, _ = self.answer_nll(batch["dropped"], batch["dropped_lengths"], asked[:, :1], answers[:, :1])
+            margin = F.relu(self.hparams.margin - (drop[:, 0] - full[:, 0]))
+            found |= {"drop": drop[:, 0], "margin": margin}
+        return found
 
     def training_step(self, batch: dict) -> Tensor:
         found = self.losses(batch)
@@ -130,7 +144,8 @@ class CoreStage(BaseLMStage):
             total, questions = self._over_processes(values.detach().sum(), count)
             self.log(LOGGED[name].format("train"), total / questions, prog_bar=name == "full")
         self.log("train/tokens", float(self.trainer.datamodule.tokens(self.global_step + 1)))
-        return found["full"].mean() + (found["margin"].mean() if "margin" in found else 0.0)
+        weights = {"full": 1.0, "margin": 1.0, "text": self.hparams.text}
+        return sum(weight * found[name].mean() for name, weight in weights.items() if name in found)
 
     def on_validation_epoch_start(self) -> None:
         self.sums = torch.zeros(5, dtype=torch.float64, device=self.device)
@@ -226,3 +241,4 @@ class CoreStage(BaseLMStage):
 
 
 LOGGED = {"full": "{}/nll", "drop": "{}/nll_drop", "margin": "{}/margin", "accuracy": "{}/accuracy"}
+LOGGED |= {"text": "{}/nll_text"}

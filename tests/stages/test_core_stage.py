@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,9 +23,9 @@ CASES = dict(block=32, tokens=400, entities=3, between=1, changed=0.5, hops=0.3,
 CASES |= dict(session=0)
 
 
-def built(base_folder, knowledge=True, margin=0.5, lora=NO_LORA) -> tuple[CoreStage, Cases]:
+def built(base_folder, knowledge=True, margin=0.5, text=0.0, lora=NO_LORA) -> tuple[CoreStage, Cases]:
     cases = Cases(PROSE, load_tokenizer(base_folder), **CASES)
-    settings = SETTINGS | {"margin": margin, "lora": lora}
+    settings = SETTINGS | {"margin": margin, "text": text, "lora": lora}
     return CoreStage(knowledge=knowledge, weights=str(base_folder), **settings), cases
 
 
@@ -57,6 +58,27 @@ def test_the_loss_and_its_gradients_are_those_of_plain_passes_question_by_questi
     parameters = list(model.parameters())
     for one, other in zip(*(torch.autograd.grad(x, parameters) for x in (mine, plain)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("knowledge", [True, False])
+def test_the_text_of_a_window_is_learned_where_that_is_asked_for(base_folder, knowledge):
+    stage, cases = built(base_folder, knowledge, text=0.5)
+    batch = tensors(CaseBatches(cases, 3)[1])
+    found, plain = stage.losses(batch), []
+    for case in (cases[3], cases[4], cases[5]):
+        ids = torch.tensor(case.window)
+        plain.append(F.cross_entropy(stage.base.model(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="none"))
+    torch.testing.assert_close(found["text"], torch.cat(plain), rtol=1e-4, atol=1e-4)
+    said = {}
+    stage._over_processes = lambda *values: torch.stack(values)
+    stage._trainer = SimpleNamespace(datamodule=SimpleNamespace(tokens=lambda steps: 0), global_step=0)
+    stage.log = lambda name, value, **rest: said.update(
+        {name: float(value.detach() if hasattr(value, "detach") else value)}
+    )
+    loss = stage.training_step(batch)
+    rest = found["full"].mean() + (found["margin"].mean() if knowledge else 0.0)
+    torch.testing.assert_close(loss, rest + 0.5 * found["text"].mean())
+    assert said["train/nll_text"] == pytest.approx(float(found["text"].detach().mean()), rel=1e-5)
 
 
 def test_without_a_margin_there_is_no_second_pass(base_folder):

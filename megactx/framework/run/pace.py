@@ -189,7 +189,7 @@ def announce(stage, config: dict, device) -> None:
     It is reckoned from what ``stage.flops_ahead`` says and from how fast this machine multiplies matrices, before texts
     are read: it tells minutes from months, no more.
     """
-    if distributed.rank():
+    if distributed.rank() or config["preset"].get("minutes") is not None:  # which has just been said
         return
     seconds = stage.flops_ahead(config["datamodule"], config["preset"]) / (_flops_per_second(device) * device.count)
     if seconds > LONG:
