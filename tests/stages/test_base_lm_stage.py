@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from megactx.data.pretraining_module import PretrainingData
 from megactx.framework.app import run
 from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine, warmup_stable_decay
+from megactx.framework.run import pace
 from megactx.lm import BaseLM
 from megactx.stages.base_lm import BaseLMStage
 
@@ -249,3 +251,31 @@ def test_an_id_that_texts_have_is_not_that_of_padding(tiny_tokenizer):
     module = stage()
     module.prepare(SimpleNamespace(tokenizer=tokenizer, limit_to=int))
     assert module.base.config.bos_token_id == 0 and module.base.config.pad_token_id is None
+
+
+@pytest.mark.slow
+def test_a_run_with_a_time_goes_on_with_the_phases_that_time_has_left(
+    base_folder, texts, tmp_path, monkeypatch, capsys
+):
+    """On a machine that is faster by now, in the folder that ``resume=auto`` finds by the settings."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pace, "_try", lambda cfg, device: (1.0, 0.0))
+    size = "{model_type:llama,vocab_size:512,hidden_size:32,intermediate_size:64,num_hidden_layers:1"
+    size += ",num_attention_heads:2,num_key_value_heads:2,max_position_embeddings:1024}"
+    arguments = ["experiment=base_lm", "data=files", f"data.path={texts}", f"base.name={base_folder}", "trainer=cpu"]
+    arguments += [f"stage.config={size}", "preset.minutes=0.15", "preset.validate_every=2000"]
+    arguments += ["datamodule.weights={narrative: 1, code: 1, structured: 0}", "preset.report.card=2"]
+    finish = BaseLMStage.finish
+
+    def stops(*arguments):
+        raise RuntimeError("the power is gone")
+
+    monkeypatch.setattr(BaseLMStage, "finish", stops)
+    assert run(arguments) == 3
+    monkeypatch.setattr(BaseLMStage, "finish", finish)
+    monkeypatch.setattr(pace, "_try", lambda cfg, device: (0.1, 0.0))
+    assert run([*arguments, "resume=auto"]) == 0, capsys.readouterr().err
+    (folder,) = (tmp_path / "runs").glob("*/*")
+    cfg = OmegaConf.load(folder / "config.yaml")
+    assert cfg.preset.steps == 8 and [phase.steps for phase in cfg.datamodule.phases] == [6, 1, 1]
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
