@@ -6,10 +6,14 @@
 Generated facts are told in real prose, and stand in a knowledge tree on disk. A policy opens blocks of it into a window
 of ``--budget`` tokens, a question stands behind, and the core says which of V values it thinks likeliest. Then one more
 fact for each question is appended to the tree; and in another tree each fact says something else. With several models
-all of them read the windows of one tree, which is that of the first.
+all of them read the windows of one tree, which is that of the first. Every answer is a line of ``answers.jsonl``: the
+same command goes on with those that are missing, and so does one with more questions, policies or models.
 """
 
 import argparse
+import functools
+import hashlib
+import json
 import random
 import shutil
 import sys
@@ -30,7 +34,9 @@ from megactx.evaluation.knowledge import ckri, value_nll
 from megactx.evaluation.rivals import BLOCK, SINK, Asked
 from megactx.evaluation.table import Report, Table, pivot
 from megactx.framework.bar import bar
+from megactx.framework.files import write
 from megactx.gist.parts import find, names
+from megactx.lm.identity import of_weights
 from megactx.memory import MegaContextTree
 from megactx.parts.models import Models, load_models
 
@@ -137,6 +143,12 @@ class Core:
         self.first = self._ids(before, template=True) or [bos_id(own)]
         self.behind = self._ids(behind, template=True)
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """Of the weights, the tokenizer and what stands around a window."""
+        about = [of_weights(self.base), tokenizer_hash(self.base.tokenizer), self.first, self.behind]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
     def _ids(self, text: str, template: bool = False) -> list[int]:
         return self.base.tokenizer(text, add_special_tokens=False, split_special_tokens=not template)["input_ids"]
 
@@ -187,21 +199,54 @@ def windows(store: Store, questions: list[Question], keep: Callable, budget: int
     return found
 
 
-def measured(core: Core, found: list[Window], provenance: int | None = None) -> list[dict]:
-    """What a core says behind each window, with and without the needed blocks, and what block a right answer rests on:
-    of the first ``provenance`` windows, for it takes a pass for each block."""
+class Answers:
+    """Answers of this call and of earlier ones, each by all that it depends on: a line of a file."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, {}
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("}\n")]  # one that a stop has cut is asked again
+            self.rows = {row.pop("key"): row for row in map(json.loads, whole)}
+            if len(whole) < len(lines):
+                write(path, "".join(whole))
+
+    def of(self, about: list, answer: Callable[[], dict]) -> dict:
+        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+        if key not in self.rows:
+            self.rows[key] = answer()
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key} | self.rows[key]) + "\n")
+        return self.rows[key]
+
+
+def measured(core: Core, found: list[Window], provenance: int | None = None, answers: Answers | None = None):
+    """What a core says behind each window: see ``said``. What a right answer rests on is asked of the first
+    ``provenance`` windows, for it takes a pass for each block."""
     rows = []
     for number, window in enumerate(bar(core.name)(found)):
-        question, right = window.question, window.question.values.index(window.question.answer)
-        full, drop = (core.nll(window.ids(out), question) for out in (set(), {*window.needed}))
-        row = {"right": int(full.argmin()) == right, "without": int(drop.argmin()) == right, "held": window.held}
-        row |= {"full": float(full[right]), "drop": float(drop[right]), "block": None}
-        if row["right"] and (provenance is None or number < provenance):
-            cost = {n: float(core.nll(window.ids({n}), question, (question.answer,))) for n in window.blocks}
-            row["block"] = max(cost, key=cost.get) in window.telling
-            row["by_chance"] = len({*window.telling} & cost.keys()) / len(cost)
-        rows.append(row)
+        rests = provenance is None or number < provenance
+        if answers is None:
+            rows.append(said(core, window, rests))
+            continue
+        about = [core.identity, core.window(window.ids(), window.question), window.question.values, rests]
+        about += [window.question.answer, [*window.blocks], window.needed, window.telling]
+        rows.append(answers.of(about, lambda window=window, rests=rests: said(core, window, rests)))
     return rows
+
+
+def said(core: Core, window: Window, rests: bool) -> dict:
+    """``right``, ``without`` (right without the needed blocks), ``held``, the NLL ``full`` and ``drop``; and with
+    ``rests`` of a right answer: whether ``block``, what it rests on, tells it, and the share that do ``by_chance``."""
+    question, right = window.question, window.question.values.index(window.question.answer)
+    full, drop = (core.nll(window.ids(out), question) for out in (set(), {*window.needed}))
+    row = {"right": int(full.argmin()) == right, "without": int(drop.argmin()) == right, "held": window.held}
+    row |= {"full": float(full[right]), "drop": float(drop[right]), "block": None}
+    if row["right"] and rests:
+        cost = {n: float(core.nll(window.ids({n}), question, (question.answer,))) for n in window.blocks}
+        row["block"] = max(cost, key=cost.get) in window.telling
+        row["by_chance"] = len({*window.telling} & cost.keys()) / len(cost)
+    return row
 
 
 def tabled(table: Table, rows: list[dict], **about) -> None:
@@ -287,7 +332,7 @@ def asked_of(args, table: Table, store: Store, kind: str, questions, policies, c
         found = windows(store, questions, policy.keep, args.budget)
         for core in cores:
             about = {"run": core.name, "carrier": name, "span": args.budget, "domain": kind}
-            tabled(table, measured(core, found, args.provenance), **about)
+            tabled(table, measured(core, found, args.provenance, Answers(args.out / "answers.jsonl")), **about)
             yield args.out / "cognitive_core", report(table, args)
 
 

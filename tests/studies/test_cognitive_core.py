@@ -12,7 +12,7 @@ from megactx.evaluation.rivals.needed import Needed
 from megactx.evaluation.table import Table
 from megactx.lm import BaseLM
 from megactx.parts.models import Models
-from megactx.studies.cognitive_core import Core, Store, main, measured, tabled, windows
+from megactx.studies.cognitive_core import Answers, Core, Store, main, measured, tabled, windows
 
 PROSE = ["Nothing is told of anybody here.", "It goes on like that for a while.", "Some readers skip such lines."]
 
@@ -78,6 +78,30 @@ def test_a_reader_of_its_window_is_right_and_its_answers_rest_on_the_block_that_
     assert table.point(metric="without") < 0.5
     some = measured(Reader(core_models.base.tokenizer), found, provenance=2)
     assert [row["block"] for row in some] == [True, True, *[None] * 10]
+
+
+def test_answers_are_kept_by_what_they_depend_on_and_one_that_a_stop_has_cut_is_asked_again(
+    store, knowledge, core_models, tmp_path
+):
+    core, asked = Core(core_models, core_models.base.tokenizer, plain=True), knowledge.questions(5, random.Random(0))
+    found, path = windows(store, asked, Needed().keep, 192), tmp_path / "answers.jsonl"
+    rows = measured(core, found, 2, Answers(path))
+    assert rows == measured(core, found, 2) and len(path.read_text().splitlines()) == 5
+    path.write_text(path.read_text()[:-9])
+
+    class Counted(Core):
+        asked = 0
+
+        def nll(self, *arguments):
+            self.asked += 1
+            return super().nll(*arguments)
+
+    again = Counted(core_models, core_models.base.tokenizer, plain=True)
+    assert measured(again, found, 2, Answers(path)) == rows
+    assert again.asked == 2, "the last one, with and without the needed blocks"
+    assert len(path.read_text().splitlines()) == 5
+    other = windows(store, asked, Needed().keep, 160)
+    assert measured(again, other, 2, Answers(path)) == measured(core, other, 2), "other windows are other questions"
 
 
 def test_a_policy_that_does_not_open_the_fact_does_not_hold_it(store, knowledge):
