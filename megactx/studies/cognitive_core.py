@@ -1,6 +1,6 @@
 """A core whose facts lie in a tree: does its answer follow the tree? (method 22)
 
-    python -m megactx.studies.cognitive_core --model smollm2 --questions 40 --policies needed bm25_pairs newest
+    python -m megactx.studies.cognitive_core --model smollm2 --questions 40 --policies needed bridge newest
     python -m megactx.studies.cognitive_core --model RUN/model tiny-base
 
 Generated facts are told in real prose, and stand in a knowledge tree on disk. A policy opens blocks of it into a window
@@ -62,7 +62,7 @@ def options(given: Options) -> None:
     given.add("--provenance", type=int, help="of these, questions whose blocks are taken out one by one (default all)")
     given.number("budget", 256, "tokens of the tree in a window", least=SINK + 4 * BLOCK)
     given.number("seed", 0, "of facts, prose and questions", least=0)
-    given.add("--policies", nargs="+", default=["needed", "bm25_pairs"], help="of " + ", ".join(names(rivals)))
+    given.add("--policies", nargs="+", default=["needed", "bridge"], help="of " + ", ".join(names(rivals)))
     given.add("--keys", type=Path, help="folder of keys for the policy of that name (default: the first model's own)")
     given.add("--plain", action="store_true", help="no chat template, where a core has one")
     given.path("prose between the facts; without it the embedded text")

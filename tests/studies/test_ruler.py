@@ -21,7 +21,7 @@ from megactx.studies import ruler as study
 from megactx.studies.ruler import Settled, answer, asked_of, main
 
 
-@pytest.mark.parametrize("name", ["newest", "needed", "bm25", "bm25_near", "bm25_pairs"])
+@pytest.mark.parametrize("name", ["newest", "needed", "bm25", "bm25_near", "bm25_pairs", "bridge"])
 def test_a_policy_keeps_exactly_the_budget(name):
     blocks = [f"word{n} stands here" for n in range(20)]
     kept = find(rivals, name, "--policies")().keep(Asked(blocks, 20 * BLOCK, [5], "Where stands word5?"), 160)
@@ -35,6 +35,25 @@ def test_a_fact_that_crosses_a_border_is_found_by_pairs_of_blocks():
     asked = Asked(blocks, 20 * BLOCK, [7, 8], "What is the metal of Belodar?")
     kept = find(rivals, "bm25_pairs", "--policies")().keep(asked, 4 + 2 * BLOCK)
     assert kept == [*range(4), *range(7 * BLOCK, 9 * BLOCK)]
+
+
+def test_a_fact_that_the_question_does_not_name_is_found_over_a_word_that_joins_it_to_another():
+    prose = ["The road was long that day. ", "Nobody had a map at hand. ", "He is a teacher of music. "] * 40
+    prose[17], prose[60] = "Brulem's teacher is Minok. ", "Everyone knows that piano is the instrument of Minok. "
+    prose[33], prose[81] = "Brulem's instrument is violin. ", "The instrument of Gabu is harp. "
+    text = "".join(prose)
+    blocks = [text[at : at + 50] for at in range(0, len(text), 50)]  # which cut sentences and words
+    asked = Asked(blocks, len(blocks) * BLOCK, [], "What is the instrument of the teacher of Brulem?")
+    kept = {n // BLOCK for n in find(rivals, "bridge", "--policies")().keep(asked, 4 + 5 * BLOCK)}
+    for told in (prose[17], prose[60]):
+        at = text.index(told)
+        assert {*range(at // 50, (at + len(told) - 2) // 50 + 1)} <= kept, told
+    pairs = {n // BLOCK for n in find(rivals, "bm25_pairs", "--policies")().keep(asked, 4 + 5 * BLOCK)}
+    assert not {text.index("piano is") // 50} <= pairs
+    alone = Asked(blocks, len(blocks) * BLOCK, [], "What is the instrument of Brulem?")
+    assert text.index(prose[33]) // 50 in {n // BLOCK for n in find(rivals, "bridge", "")().keep(alone, 4 + 3 * BLOCK)}
+    nothing = Asked(["  ", "\n"], 2 * BLOCK, [], "???")
+    assert find(rivals, "bridge", "")().keep(nothing, 40) == [*range(4), *range(28, 64)]
 
 
 @pytest.mark.parametrize("name", ["dense", "dense_near"])
@@ -147,6 +166,7 @@ def test_help_names_every_policy(capsys):
             "bm25",
             "bm25_near",
             "bm25_pairs",
+            "bridge",
             "dense",
             "dense_near",
             "full",
