@@ -69,7 +69,7 @@ def test_a_run_that_is_made_longer_by_hand_keeps_what_had_a_share_of_its_steps()
 @pytest.mark.parametrize(
     ("arguments", "steps"),
     [
-        (["experiment=run10_base"], 800),  # an experiment with minutes of its own: its steps are the most
+        (["experiment=run10_base"], 720),  # an experiment with minutes of its own: its steps are the most
         (["experiment=run10_base", "preset.minutes=5"], 200),
         (["experiment=run10_base", "preset.minutes=null"], 1600),
         (["experiment=base_lm"], 4900),  # it counts steps, whatever minutes the group has
