@@ -71,12 +71,7 @@ class IncrementalPrefill:
         """
         if not self.current():
             self.forget()
-        w = embeddings.shape[1]
-        mask = torch.arange(w, device=embeddings.device) < lengths[:, None]
-        embeddings = torch.where(mask[..., None], embeddings, 0.0)
-        positions = torch.where(mask, positions, 0)
-        spread = torch.zeros_like(positions, dtype=torch.float) if sigma is None else torch.where(mask, sigma, 0.0)
-        new = (embeddings, positions, spread, mask)
+        new = self.given(embeddings, positions, lengths, sigma)
         common = self._common(new)
         complete = (common == lengths) & (common == self._counts()) if self.columns else common < 0
         start = common.minimum(lengths - 1)[~complete]
@@ -96,6 +91,15 @@ class IncrementalPrefill:
         self.lengths = lengths.cpu()
         self.reused = self.lengths if start is None else self.lengths.clamp(max=start)
         return self.hidden
+
+    @staticmethod
+    def given(embeddings: Tensor, positions: Tensor, lengths: Tensor, sigma: Tensor | None) -> tuple[Tensor, ...]:
+        """What makes the entries of a window what they are, as in ``columns``; 0 where nothing is there."""
+        mask = torch.arange(embeddings.shape[1], device=embeddings.device) < lengths[:, None]
+        embeddings = torch.where(mask[..., None], embeddings, 0.0)
+        positions = torch.where(mask, positions, 0)
+        spread = torch.zeros_like(positions, dtype=torch.float) if sigma is None else torch.where(mask, sigma, 0.0)
+        return embeddings, positions, spread, mask
 
     @torch.no_grad()
     def step(self, ids: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -25,6 +25,7 @@ from megactx.memory.composite import SLOTS, Part, cover
 from megactx.memory.composite import slots as slots_of
 from megactx.parts.models import Models
 
+from .approximate_prefill import ApproximatePrefill
 from .events import Observer, Refocused, views
 from .focusing import Focus
 from .incremental_prefill import IncrementalPrefill
@@ -66,7 +67,8 @@ class Stream:
         self.focus = Focus(settings, self.block, models.lensnet)
         limit = settings.limit or self.base.max_positions
         self.rebase = PositionRebase(settings.positions, limit, settings.budget, self.block)
-        self.prefill: IncrementalPrefill | NodePrefill = IncrementalPrefill(self.base, settings.graphs)
+        kind = ApproximatePrefill if settings.reuse == "approximate" else IncrementalPrefill
+        self.prefill: IncrementalPrefill | NodePrefill = kind(self.base, settings.graphs)
         if settings.attention == "mega":
             self.prefill = NodePrefill(self.base, settings.mega)
         self.turns = UserTurns.of(self.base.tokenizer) if settings.keys else UserTurns()
