@@ -130,15 +130,6 @@ def batched() -> dict[str, float]:
     }
 
 
-def approximate() -> dict[str, float]:
-    """A token with focus where entries keep their keys and values behind an edit, and with edits in every eighth block
-    besides; a build without it reads all behind an edit, in every block."""
-    return {
-        f"approximate token{name}": per_token(reuse="approximate", **settings)[0]
-        for name, settings in {"": {}, ", edit_every=8": {"edit_every": 8}}.items()
-    }
-
-
 def lens() -> dict[str, float]:
     """LensNet and allocator for one refocus, and 32 tokens decoded behind the window that they decide over."""
     import torch
@@ -301,7 +292,7 @@ def help_page() -> dict[str, float]:
 
 STEPS = 7
 # name -> what a process measures for it: seconds by name.
-ROWS = {"label": label, "session": session, "batched": batched, "mega": mega, "approximate": approximate, "lens": lens}
+ROWS = {"label": label, "session": session, "batched": batched, "mega": mega, "lens": lens}
 ROWS |= {"step": step, "report": report, "packed": packed, "help": help_page, "smollm2": smollm2}
 # name -> variables under which it runs: a plain CPU, where this one has more.
 PLAIN = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}

@@ -4,8 +4,8 @@ Behind an edit all keys and values know of what was there before. Exact reading 
 what a session reads. Here they stay as they are, as if a reader had read on without looking back; so what a session
 says depends a little on what its windows were. What that costs is in RESULTS.md.
 
-An entry is kept where its embedding, its position and its spread are those of a column that was read. So positions must
-stay: beyond those of the base LM they are squeezed by address, not by entry, as under MegaAttention.
+An entry is kept where its embedding, its position and its spread are those of a column that was read. Positions that
+move, as where a window is rebased, are read again with all entries.
 
 B rows, W entries of a window, C kept columns, Q entries that are computed, D width.
 """
@@ -66,11 +66,11 @@ class ApproximatePrefill(IncrementalPrefill):
 
 def matched(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """Columns and entries, as ``given`` makes them -> the column of each entry [B, W], and whether it has one."""
-    positions = new[1].float().contiguous()  # whole numbers are exact up to 2^24
-    ranked, order = old[1].float().masked_fill(~old[3], torch.inf).sort(dim=1, stable=True)
-    at = torch.searchsorted(ranked, positions).clamp(max=ranked.shape[1] - 1)
+    top = torch.iinfo(torch.long).max
+    ranked, order = old[1].masked_fill(~old[3], top).sort(dim=1, stable=True)
+    at = torch.searchsorted(ranked, new[1].contiguous()).clamp(max=ranked.shape[1] - 1)
     place = order.gather(1, at)
-    kept = new[3] & (ranked.gather(1, at) == positions)
+    kept = new[3] & (ranked.gather(1, at) == new[1])
     kept &= (_of(old[0], place) == new[0]).all(2) & (_of(old[2], place) == new[2])
     return place, kept
 

@@ -65,13 +65,6 @@ class PositionRebase:
         bends = [None if moved is None else Bend(*moved) for moved in self.moved]
         return bends, torch.tensor([e if b is None else b for e, b in zip(ends.tolist(), below, strict=True)]).to(ends)
 
-    def bent(self, context: WorkingContext) -> tuple[Tensor, Tensor]:
-        """As ``place``, but no edit moves a position: beyond the limit they are fractions, see ``Bend``."""
-        bends, behind = self.bends(context)
-        sink, absolute = context.tree.block_size, context.positions()
-        rows = [own.float() if bend is None else bend(own, sink) for own, bend in zip(absolute, bends, strict=True)]
-        return torch.stack(rows), behind
-
     def _below(self, row: int, tokens: int) -> int | None:
         """What the positions of a row are to stay below; ``None``: absolute."""
         if self.kind == "absolute" and tokens + self.step > self.limit and not self.warned:

@@ -68,8 +68,6 @@ class Stream:
         limit = settings.limit or self.base.max_positions
         self.rebase = PositionRebase(settings.positions, limit, settings.budget, self.block)
         kind = ApproximatePrefill if settings.reuse == "approximate" else IncrementalPrefill
-        # A table of positions has no fractions; there an edit moves what is squeezed, which is then read again.
-        self._stays = kind is ApproximatePrefill and not self.base.learned_positions()
         self.prefill: IncrementalPrefill | NodePrefill = kind(self.base, settings.graphs)
         if settings.attention == "mega":
             self.prefill = NodePrefill(self.base, settings.mega)
@@ -529,8 +527,6 @@ class Stream:
                 self.prefill.read(shown, bends)
             else:
                 place = self.rebase.close if isinstance(shown, Selection) else self.rebase.place
-                if self._stays and place == self.rebase.place and isinstance(shown.tree, MegaContextTree):
-                    place = self.rebase.bent
                 positions, self._following = place(shown)
                 entries, spread = shown.to_tensor(), self.models.gistnet.spread(shown.lods())
                 self.prefill.read(entries, positions, shown.lengths, spread)
