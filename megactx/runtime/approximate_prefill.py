@@ -4,8 +4,9 @@ Behind an edit all keys and values know of what was there before. Exact reading 
 what a session reads. Here they stay as they are, as if a reader had read on without looking back; so what a session
 says depends a little on what its windows were. What that costs is in RESULTS.md.
 
-An entry is kept where its embedding, its position and its spread are those of a column that was read. Positions that
-move, as where a window is rebased, are read again with all entries.
+An entry is kept where its embedding, its position and its spread are those of a column that was read. Beyond the
+positions of the base LM an edit moves what is squeezed, so less is kept there. Squeezed by address, as under
+MegaAttention, 98 % would be kept in place of 66 %, but that costs 0.02 nat a token, twelve times as much.
 
 B rows, W entries of a window, C kept columns, Q entries that are computed, D width.
 """

