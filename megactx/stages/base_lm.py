@@ -134,6 +134,13 @@ class BaseLMStage(Stage):
         """Take the tokenizer's special ids, and refuse one with ids beyond the embedding rows."""
         ids, asked = len(datamodule.tokenizer), self.hparams.config or {}
         datamodule.limit_to(self.base.max_positions)
+        for net in self.nets.values():
+            shortest = min(phase["tokens"] for phase in datamodule.phases)
+            if shortest < 4 * net.block_size:
+                raise ValueError(
+                    f"datamodule.phases: tokens={shortest} is not allowed with stage.gists: at least 4 blocks of"
+                    f" block_size={net.block_size}"
+                )
         if ids > self.base.vocab_size:
             raise ValueError(
                 f"stage.config.vocab_size={self.base.vocab_size} is too small: the tokenizer of base.name has {ids} ids"

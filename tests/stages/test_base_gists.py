@@ -1,6 +1,7 @@
 """Base training with gists from the start: what is read, what is scored, and what a run leaves."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +101,12 @@ def test_all_of_both_is_in_the_optimizer_and_without_gists_there_is_no_gistnet()
 def test_a_gistnet_that_wants_more_than_embeddings_is_refused(settings, said):
     with pytest.raises(ValueError, match=said):
         stage(gistnet=GISTNET | settings)
+
+
+def test_a_window_must_have_room_for_gists_and_for_what_they_are_for(tiny_tokenizer):
+    data = SimpleNamespace(tokenizer=tiny_tokenizer, limit_to=int, phases=[{"tokens": 4 * K}, {"tokens": 4 * K - 1}])
+    with pytest.raises(ValueError, match="datamodule.phases: tokens=15 is not allowed with stage.gists: at least 4"):
+        stage().prepare(data)
 
 
 def test_a_run_goes_on_to_the_same_weights_and_a_gist_stage_goes_on_with_its_gistnet(
