@@ -24,6 +24,7 @@ COLUMNS = ("run", "carrier", "span", "domain", "metric", "point", "low", "high",
 OVERALL = "overall"
 BLOCK, BLOCKS = "in place of the block", "in place of the blocks"  # headings of what stands there
 LEFT = {"", "stage", "verdict", "status", "healthy", "run", "policy", "reason", "vs best", BLOCK, BLOCKS}  # words
+LEFT |= {"asked", "answered"}
 LEAST = 26  # columns of a column of words, where it has so many
 WIDTH = 112  # columns, where the output is no terminal
 
