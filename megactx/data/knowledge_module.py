@@ -150,10 +150,11 @@ class Cases(Endless):
         """Sentences that follow each other in the texts, the last of so many tokens."""
         count, found = draw.randint(0, self.session), []
         first = draw.randrange(len(self.prose))
-        for sentence in [*self.prose[first:], *self.prose[:first]]:
+        for n in range(first, first + len(self.prose)):
             if len(found) >= count:
                 break
-            found += self.tokenizer(" " + sentence, add_special_tokens=False)["input_ids"]
+            sentence = f" {self.prose[n % len(self.prose)]}"
+            found += self.tokenizer(sentence, add_special_tokens=False)["input_ids"]
         return found[len(found) - count :]
 
     def _asked(self, question: Question) -> list[int]:

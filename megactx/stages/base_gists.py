@@ -17,7 +17,7 @@ from megactx.gist import GistNet
 from megactx.lm import BaseLM
 from megactx.lm.masks import CAUSAL
 
-READ, GISTS, DROPPED = "read", "gists", "dropped"
+GISTS, DROPPED = "gists", "dropped"
 
 
 def drawn_cut(draw: random.Random, tokens: int, block: int) -> int:
@@ -33,7 +33,7 @@ def nll_behind(base: BaseLM, net: GistNet, batch: dict, cut: int, older: str) ->
         net: its gists learn with the base LM, so they are at the scale of its embeddings of now.
         batch: ``ids`` and ``positions`` [B, T].
         cut: c, a multiple of K, at least 2 K.
-        older: what stands for the blocks from 1 to c: ``gists``, nothing (``dropped``), or their tokens (``read``).
+        older: what stands for the blocks from 1 to c: ``gists``, or nothing (``dropped``).
 
     Returns:
         NLL [B, n] in nats, and the places [n] in the window of what is predicted; the first K - 1 are of the sink.
@@ -48,8 +48,6 @@ def nll_behind(base: BaseLM, net: GistNet, batch: dict, cut: int, older: str) ->
         inner = net.encode_block(embedded[:, k:cut].reshape(-1, k, width)).view(len(ids), -1, width).to(embedded.dtype)
         # A gist that is not behind its block's last token still predicts what comes behind the block.
         old = old[net.offset_in(k) :: k]
-    elif older == READ:
-        inner = embedded[:, k:cut]
     else:
         inner, old = embedded[:, :0], old[:0]
     rows = torch.cat([embedded[:, :k], inner, embedded[:, cut:-1]], dim=1)

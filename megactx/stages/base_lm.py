@@ -29,7 +29,7 @@ from megactx.gist.compressors import build
 from megactx.lm import BaseLM
 from megactx.lm.masks import CAUSAL
 
-from .base_gists import DROPPED, GISTS, READ, drawn_cut, nll_behind
+from .base_gists import DROPPED, GISTS, drawn_cut, nll_behind
 from .gist_nets import groups_of
 from .stage import Stage
 from .work import Work
@@ -189,10 +189,10 @@ class BaseLMStage(Stage):
         if self.nets:
             cut = drawn_cut(random.Random(f"held out/{batch_index}"), nll.shape[1], self.nets["gistnet"].block_size)
             behind = []
-            for older in (READ, GISTS, DROPPED):
+            for older in (GISTS, DROPPED):
                 found, told = nll_behind(self.base, self.nets["gistnet"], batch, cut, older)
                 behind.append(found[:, told >= cut].mean())
-            above = torch.stack(behind[1:]) - behind[0]
+            above = torch.stack(behind) - nll[:, cut - 1 :].mean()
         found = torch.stack([nll[~copied].mean(), nll[copied].mean(), nll.new_ones(())])
         self.sums += torch.cat([found, above]).double()
 
