@@ -1,5 +1,6 @@
 """The joint stages in miniature."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -21,6 +22,26 @@ def killed():
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     return start
+
+
+@pytest.fixture
+def dies_at(monkeypatch):
+    """At the ``time``-th call of a method the power is gone, once."""
+
+    def arm(kind, method: str, time: int) -> None:
+        original, count = getattr(kind, method), []
+
+        @functools.wraps(original)  # Lightning passes what the signature names
+        def wrapped(self, *arguments):
+            count.append(1)
+            if len(count) == time:
+                monkeypatch.setattr(kind, method, original)
+                raise RuntimeError("the power is gone")
+            return original(self, *arguments)
+
+        monkeypatch.setattr(kind, method, wrapped)
+
+    return arm
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ def test_a_window_must_have_room_for_gists_and_for_what_they_are_for(tiny_tokeni
 
 
 def test_a_run_goes_on_to_the_same_weights_and_a_gist_stage_goes_on_with_its_gistnet(
-    base_folder, texts, tmp_path, monkeypatch, capsys
+    base_folder, texts, tmp_path, dies_at, capsys
 ):
     size = "{model_type:llama,vocab_size:512,hidden_size:32,intermediate_size:64,num_hidden_layers:1"
     size += ",num_attention_heads:2,num_key_value_heads:2,max_position_embeddings:1024}"
@@ -113,17 +113,8 @@ def test_a_run_goes_on_to_the_same_weights_and_a_gist_stage_goes_on_with_its_gis
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     arguments += ["preset.steps=6"]
     assert run([*arguments, f"folder={whole}"]) == 0
-    step, count = BaseLMStage.training_step, []
-
-    def stops(self, batch):
-        count.append(1)
-        if len(count) == 5:
-            raise RuntimeError("the power is gone")
-        return step(self, batch)
-
-    monkeypatch.setattr(BaseLMStage, "training_step", stops)
+    dies_at(BaseLMStage, "training_step", 5)
     assert run([*arguments, f"folder={parts}"]) == 3
-    monkeypatch.setattr(BaseLMStage, "training_step", step)
     assert run([*arguments, f"folder={parts}", "resume=auto"]) == 0
 
     def states(folder):

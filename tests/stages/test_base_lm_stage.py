@@ -255,7 +255,7 @@ def test_an_id_that_texts_have_is_not_that_of_padding(tiny_tokenizer):
 
 @pytest.mark.slow
 def test_a_run_with_a_time_goes_on_with_the_phases_that_time_has_left(
-    base_folder, texts, tmp_path, monkeypatch, capsys
+    base_folder, texts, tmp_path, monkeypatch, dies_at, capsys
 ):
     """On a machine that is faster by now, in the folder that ``resume=auto`` finds by the settings."""
     monkeypatch.chdir(tmp_path)
@@ -265,14 +265,8 @@ def test_a_run_with_a_time_goes_on_with_the_phases_that_time_has_left(
     arguments = ["experiment=base_lm", "data=files", f"data.path={texts}", f"base.name={base_folder}", "trainer=cpu"]
     arguments += [f"stage.config={size}", "preset.minutes=0.15", "preset.validate_every=2000"]
     arguments += ["datamodule.weights={narrative: 1, code: 1, structured: 0}", "preset.report.card=2"]
-    finish = BaseLMStage.finish
-
-    def stops(*arguments):
-        raise RuntimeError("the power is gone")
-
-    monkeypatch.setattr(BaseLMStage, "finish", stops)
+    dies_at(BaseLMStage, "finish", 1)
     assert run(arguments) == 3
-    monkeypatch.setattr(BaseLMStage, "finish", finish)
     monkeypatch.setattr(pace, "_try", lambda cfg, device: (0.1, 0.0))
     assert run([*arguments, "resume=auto"]) == 0, capsys.readouterr().err
     (folder,) = (tmp_path / "runs").glob("*/*")

@@ -121,7 +121,7 @@ def arguments(base_folder, texts):
 
 @pytest.mark.slow
 def test_a_run_from_random_weights_ends_with_a_table_and_a_model_and_goes_on_exactly(
-    arguments, tmp_path, capsys, monkeypatch
+    arguments, tmp_path, capsys, dies_at
 ):
     assert run([*arguments, f"folder={tmp_path / 'whole'}"]) == 0, capsys.readouterr().err
     model = tmp_path / "whole" / "model"
@@ -135,17 +135,8 @@ def test_a_run_from_random_weights_ends_with_a_table_and_a_model_and_goes_on_exa
     assert BaseLM.from_pretrained(str(model)).width == 32
     assert "drop margin: 0.5 nat" in (model / "README.md").read_text()
 
-    step, count = CoreStage.training_step, []
-
-    def stops(self, batch):
-        count.append(1)
-        if len(count) == 3:
-            raise RuntimeError("the power is gone")
-        return step(self, batch)
-
-    monkeypatch.setattr(CoreStage, "training_step", stops)
+    dies_at(CoreStage, "training_step", 3)
     assert run([*arguments, f"folder={tmp_path / 'part'}"]) == 3
-    monkeypatch.setattr(CoreStage, "training_step", step)
     assert run([*arguments, f"folder={tmp_path / 'part'}", "resume=auto"]) == 0
     one, other = (
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

@@ -76,7 +76,7 @@ def test_a_base_without_a_template_gets_rows_for_its_signs_and_the_others_stay_a
 
 @pytest.mark.slow
 def test_a_run_on_files_ends_with_a_model_that_chat_talks_with_and_goes_on_exactly(
-    base_folder, tmp_path, capsys, monkeypatch
+    base_folder, tmp_path, capsys, monkeypatch, dies_at
 ):
     rows = [json.dumps({"messages": row["messages"]}) for row in Tasks(60).documents()]
     (tmp_path / "talk.jsonl").write_text("\n".join(rows))
@@ -96,17 +96,8 @@ def test_a_run_on_files_ends_with_a_model_that_chat_talks_with_and_goes_on_exact
         monkeypatch.setattr("sys.stdin", asked)
         assert chat(["--model", str(model), "--megacontext", "none", "--tokens", "4"]) == 0
 
-    step, count = SFTStage.training_step, []
-
-    def stops(self, batch):
-        count.append(1)
-        if len(count) == 4:
-            raise RuntimeError("the power is gone")
-        return step(self, batch)
-
-    monkeypatch.setattr(SFTStage, "training_step", stops)
+    dies_at(SFTStage, "training_step", 4)
     assert run([*arguments, f"folder={tmp_path / 'part'}"]) == 3
-    monkeypatch.setattr(SFTStage, "training_step", step)
     assert run([*arguments, f"folder={tmp_path / 'part'}", "resume=auto"]) == 0
     one, other = (
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
