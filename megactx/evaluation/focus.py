@@ -23,6 +23,7 @@ from megactx.focus.price import price, signed_scores
 from megactx.lm import BaseLM
 from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree, WorkingContext
+from megactx.memory.pyramid import PLAIN, Attention
 
 from .policies.gists import Gists
 from .policies.random_blocks import RandomBlocks
@@ -57,6 +58,7 @@ def measure_focus(
     budgets: list[float],
     oracle: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
+    attention: Attention = PLAIN,
 ) -> FocusScores:
     """Judge every policy at every budget on the same documents.
 
@@ -65,7 +67,8 @@ def measure_focus(
         allocator: keyword arguments of ``FocusAllocator``.
         documents: dicts ``ids`` [T + H], ``cursor`` T, ``domain``, ``text``.
         budgets: entries of a window over T.
-        oracle: documents, the first ones, on which the oracle is measured too; it is slow.
+        oracle: documents, the first ones, on which the oracle is measured too; it is slow, and reads windows plainly.
+        attention: how windows are read.
     """
     out = FocusScores()
     walk = histories(base, encoder, progress(list(documents)))
@@ -77,9 +80,9 @@ def measure_focus(
             name, budget = f"{share:g}", int(share * cursor)
             row = out.nll.setdefault(name, {})
             for policy, context in windows(tree, budget, values).items():
-                row.setdefault(policy, []).append(continuation_nll(base, context, after).mean().item())
+                row.setdefault(policy, []).append(continuation_nll(base, context, after, attention).mean().item())
             context = focused(tree, budget, lens, allocator, out.telemetry.setdefault(name, {}))
-            row.setdefault(LENS, []).append(continuation_nll(base, context, after).mean().item())
+            row.setdefault(LENS, []).append(continuation_nll(base, context, after, attention).mean().item())
             row.setdefault(FULL, []).append(full[cursor - 1 :].mean().item())
             row.setdefault(DROP, []).append(newest(base, document, budget))
             if number < oracle:

@@ -14,6 +14,7 @@ from megactx.focus.layout import by_value
 from megactx.focus.lensnet import LensNet
 from megactx.lm import BaseLM
 from megactx.memory import WorkingContext
+from megactx.memory.pyramid import PLAIN, Attention
 
 from .focus import FULL, GISTS, LENS, focused, histories, windows
 from .table import OVERALL
@@ -44,11 +45,12 @@ def measure_planted(
     documents: Iterable[dict],
     budget: float,
     progress: Callable[[Iterable], Iterable] = iter,
+    attention: Attention = PLAIN,
 ) -> PlantedScores:
     """Every policy at one budget on the same cases.
 
     Args:
-        encoder, lens, allocator: as for ``measure_focus``.
+        encoder, lens, allocator, attention: as for ``measure_focus``.
         documents: of ``plant``.
         budget: entries of a window over T.
     """
@@ -61,7 +63,7 @@ def measure_planted(
         found[LENS] = focused(tree, entries, lens, allocator)
         out.kind.append(document["kind"])
         for policy, context in found.items():
-            out.nll.setdefault(policy, []).append(continuation_nll(base, context, after).mean().item())
+            out.nll.setdefault(policy, []).append(continuation_nll(base, context, after, attention).mean().item())
             out.found.setdefault(policy, []).append(in_detail(context, document["needed"]))
         out.nll.setdefault(FULL, []).append(full[document["cursor"] - 1 :].mean().item())
     return out

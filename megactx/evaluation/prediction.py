@@ -117,7 +117,7 @@ def report(table: Table, title: str, about: dict, texts: int) -> Report:
     columns = [("top-1", "top1", ".3f"), ("MRR", "mrr", ".3f"), ("median rank", "rank", ".0f")]
     columns += [("lead", "lead", _signed)]
     order, sheets = [READOUT, *CONTROLS], []
-    for span in [name for name in table.names("span") if name]:
+    for span in [name for name in table.names("span") if name and name != "worth"]:
         for domain in table.pick(span=span, metric="rank").names("domain"):
             rows = table.pick(span=span, domain=domain)
             counted = f": {rows[0]['n']:,} gists of {texts} texts" if domain == OVERALL else ""
@@ -126,6 +126,12 @@ def report(table: Table, title: str, about: dict, texts: int) -> Report:
     if entries := table.pick(metric="entry"):
         columns = [("NLL of the block, less that without an entry", "entry", "+.4f")]
         sheets.append(pivot("an entry before each block", entries, columns, heading="the entry"))
+    if worth := table.pick(span="worth"):
+        columns = [
+            ("rank correlation", "worth_rank", "+.3f"),
+            ("beside the likeness of tokens", "worth_beside", "+.3f"),
+        ]
+        sheets.append(pivot("what opening a block is worth", worth, columns, heading="told by"))
     return Report(title, table, sheets, LEGEND, about=about)
 
 

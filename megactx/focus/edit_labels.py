@@ -24,7 +24,9 @@ from megactx.lm import BaseLM
 from megactx.lm.chunked_head import nll
 from megactx.lm.suffix_attention import Run
 from megactx.memory import WorkingContext
+from megactx.memory.pyramid import PLAIN, Attention
 
+from .attended_rows import AttendedRows
 from .edits import Edits, column_of
 from .window_rows import rows_of, taken
 
@@ -36,13 +38,21 @@ LONG = {"cpu": 320}
 RUNS = 1024  # rows of one pass over long branches: more of them leave the cache of the processor
 
 
-def continuation_nll(base: BaseLM, context: WorkingContext, following: Tensor) -> Tensor:
+def continuation_nll(base: BaseLM, context: WorkingContext, following: Tensor, attention: Attention = PLAIN) -> Tensor:
     """NLL of the tokens behind a working context: following [B, H] -> [B, H], in nats.
+
+    Args:
+        attention: how the working context is read.
 
     Raises:
         ValueError: ids of another number of rows.
     """
-    return _Read(base, context, following).nll()
+    rows = AttendedRows.of(attention, context)
+    if rows is None:
+        return _Read(base, context, following).nll()
+    with torch.no_grad():
+        hidden = rows.read(base, following)
+        return nll(base, hidden.flatten(0, 1), following.flatten()).view(following.shape)
 
 
 @torch.no_grad()

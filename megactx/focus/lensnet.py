@@ -171,11 +171,6 @@ class LensNet(nn.Module):
         entries, borders = context.to_tensor(), context.borders()
         return self(entries, context.lods(), distance, context.mask, mean_embeddings, wanted, borders)
 
-    def likeness(self, context: WorkingContext) -> Tensor:
-        """The most that each entry's block, or its left neighbour, is like any question: [B, W], see ``_alike``."""
-        contents = window_mean_embeddings(context)
-        return _alike(contents, context.lods(), context.mask, self.block_size, context.borders())[1].amax(-1)
-
     def score(
         self,
         context: WorkingContext,
@@ -213,6 +208,12 @@ class LensNet(nn.Module):
         spread = (values - values.mean()).abs().mean() * (math.pi / 2) ** 0.5
         self.tau += (spread - self.tau) / self.updates.clamp(max=100)
         self.tau.clamp_(min=1e-4)
+
+
+def likeness(context: WorkingContext) -> Tensor:
+    """The most that each entry's block, or its left neighbour, is like any question: [B, W], see ``_alike``."""
+    contents, k = window_mean_embeddings(context), context.tree.block_size
+    return _alike(contents, context.lods(), context.mask, k, context.borders())[1].amax(-1)
 
 
 def _blockwise(

@@ -22,7 +22,9 @@ from megactx.lm import BaseLM
 from megactx.lm.chunked_head import score
 from megactx.lm.prefill import Prefill
 from megactx.memory import WorkingContext
+from megactx.memory.pyramid import PLAIN, Attention
 
+from .attended_rows import AttendedRows
 from .window_rows import lay_out
 
 ENCODED = 64  # blocks that are encoded at once
@@ -40,17 +42,22 @@ class Windows:
     lengths: Tensor  # [N]
     ends: Tensor  # [N]
     nodes: dict[int, Tensor]  # level -> index [M]; the table of gists goes level by level
+    attended: AttendedRows | None = None  # how another attention than plain reads them
 
     def __getitem__(self, which: slice | Tensor) -> "Windows":
         parts = (self.ids, self.place, self.positions, self.lods, self.lengths, self.ends)
-        return Windows(*(part[which] for part in parts), self.nodes)
+        attended = None if self.attended is None else self.attended[which]
+        return Windows(*(part[which] for part in parts), self.nodes, attended)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @classmethod
-    def of(cls, context: WorkingContext) -> "Windows":
-        """Of working contexts whose rows are all windows of the same text."""
+    def of(cls, context: WorkingContext, attention: Attention = PLAIN) -> "Windows":
+        """Of working contexts whose rows are all windows of the same text, and the attention that they are read with.
+
+        Summaries of MegaAttention are gists as the tree keeps them: no gradient goes into these.
+        """
         lod, index, tree = context.lod, context.index, context.tree
         gist, raw = context.mask & (lod > 0), context.mask & (lod == 0)
         shown, order = torch.unique(lod[gist] * LOD + index[gist], return_inverse=True)
@@ -60,13 +67,16 @@ class Windows:
         ids = torch.zeros_like(lod)
         ids[raw] = tree.levels[0].read("token", row, index[row, column]).long()
         nodes = {lod: shown[shown // LOD == lod] % LOD for lod in (shown // LOD).unique().tolist()}
-        return cls(ids, place, context.positions(), lod, context.lengths, context.ends(), nodes)
+        attended = AttendedRows.of(attention, context)
+        return cls(ids, place, context.positions(), lod, context.lengths, context.ends(), nodes, attended)
 
     def read(self, base: BaseLM, gists: Tensor, following: Tensor, encoder) -> Tensor:
         """Hidden states that predict following [H]: [N, H, D]."""
         raw = base.embed(self.ids)
         shown = gists[self.place.clamp(min=0)].to(raw.dtype) if len(gists) else raw
         entries = torch.where((self.place >= 0)[..., None], shown, raw)
+        if self.attended is not None:
+            return self.attended.read(base, following.expand(len(self), -1), entries)
         sizes = (self.positions, self.lods, self.lengths, self.ends)
         rows = lay_out(base, entries, *sizes, following.expand(len(self), -1), encoder)
         return rows.scored(rows.read(base))

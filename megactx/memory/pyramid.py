@@ -113,6 +113,14 @@ class Pyramid:
         b, n = self.lod.shape
         return found.new_zeros(b * n, found.shape[-1]).index_copy_(0, row * n + column, found).view(b, n, -1)
 
+    def seen(self, summaries: bool = True) -> Tensor:
+        """Which columns each row sees, bool [B, N, N]; without ``summaries`` nothing but themselves sees them."""
+        dense = self.mask.dense()[:, 0]
+        if summaries:
+            return dense
+        itself = torch.eye(dense.shape[-1], dtype=torch.bool, device=dense.device)
+        return dense & (~self.mask.summary[:, None] | itself)
+
     def read(self, base: BaseLM, summaries: bool = True) -> Tensor:
         """-> final hidden states of the working context's entries [B, W, D], 0 in the padding.
 
@@ -124,11 +132,8 @@ class Pyramid:
         context, mask = self.context, self.mask
         if (mask.is_live | mask.summary | ~mask.there).all():
             return PLAIN.read(base, context)
-        sigma, dense = context.tree.encoder.spread(self.lod), mask.dense()
-        if not summaries:
-            itself = torch.eye(dense.shape[-1], dtype=torch.bool, device=dense.device)
-            dense = dense & (~mask.summary[:, None, None] | itself)
-        hidden = base(self.to_tensor(), self.positions(), dense, sigma=sigma)
+        sigma = context.tree.encoder.spread(self.lod)
+        hidden = base(self.to_tensor(), self.positions(), self.seen(summaries)[:, None], sigma=sigma)
         hidden = hidden.gather(1, self.leaves[..., None].expand(-1, -1, hidden.shape[-1]))
         return torch.where(context.mask[..., None], hidden, 0.0)
 
@@ -195,7 +200,7 @@ class Attention:
         sigma = context.tree.encoder.spread(context.lods())
         if self.kind == "plain":
             return base.read(context.to_tensor(), context.positions(), context.lengths, sigma)
-        hidden = base(context.to_tensor(), context.positions(), self._near(context)[:, None], sigma=sigma)
+        hidden = base(context.to_tensor(), context.positions(), self.near(context)[:, None], sigma=sigma)
         return torch.where(context.mask[..., None], hidden, 0.0)
 
     def pyramid(self, context: WorkingContext) -> Pyramid:
@@ -208,11 +213,11 @@ class Attention:
         count = context.lengths
         if self.kind == "plain":
             return torch.ones_like(count, dtype=torch.float)
-        seen = self._near(context) & context.mask[:, :, None]
+        seen = self.near(context) & context.mask[:, :, None]
         return seen.sum((1, 2)) / (count * (count + 1) / 2)
 
-    def _near(self, context: WorkingContext) -> Tensor:
-        """The window's mask [B, W, W]; padding sees itself."""
+    def near(self, context: WorkingContext) -> Tensor:
+        """The mask of ``window`` over a working context, bool [B, W, W]; padding sees itself."""
         start, end, there = context.starts(), context.starts() + context.widths(), context.mask
         at = torch.arange(start.shape[1], device=start.device)
         near = (end[:, None] > start[:, :, None] - self.window + 1) | (end <= context.tree.block_size)[:, None]

@@ -6,7 +6,7 @@ document of C tokens -> tree -> N1 windows, one of them the cold start -> LensNe
    -> WC* = argmin of loss + lambda x distance among the variants of a source, for LensNet
 """
 
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from torch import Generator, Tensor
 
 from megactx.focus.packed import Windows, accumulated, continuation_loss, encode_shown, unique_windows
 from megactx.focus.window_variants import WindowVariants, focus_losses, make_variants, same_rows
-from megactx.framework.config.types import Count, NonNegative
+from megactx.framework.config.types import ArgumentsOf, Count, NonNegative
+from megactx.memory.pyramid import Attention
 
 from .joint import JointStage
 from .lens_labels import sizes_ahead
@@ -39,6 +40,7 @@ class EndToEndStage(JointStage):
             base LM reads at once, the others wait: gradients are the same.
         weights: of the terms of the loss: ``window``, ``lens``, and of soft gists ``lod1`` and ``lod2``; within that of
             LensNet ``choice``, see ``focus_losses``.
+        attention: keyword arguments of ``Attention``, by which windows are read, in training and in the report.
         distance: lambda, nats per share of a window's entries that edits create or remove.
         recompute: keep no activations of GistNet: they are computed again during backward.
         max_steps: length of the cosine.
@@ -55,9 +57,16 @@ class EndToEndStage(JointStage):
         distance: NonNegative,
         recompute: bool,
         max_steps: Count,
+        attention: Annotated[dict, ArgumentsOf(Attention)] | None = None,
         **settings,
     ):
         super().__init__(**settings)
+        self.attention = Attention(**attention or {})
+        if self.attention.kind != "plain" and self.hparams.evaluate["oracle"]:
+            raise ValueError(
+                f"stage.evaluate.oracle={self.hparams.evaluate['oracle']} is not allowed with"
+                f" attention={self.attention.kind}: edits are measured under plain attention; take 0"
+            )
         sources, variants = windows["sources"], windows["variants"]
         if variants % sources or variants < 2 * sources:
             raise ValueError(
@@ -147,7 +156,7 @@ class EndToEndStage(JointStage):
         """
         hparams, targets = self.hparams, ids[0, cursor:]
         first, kind = unique_windows(variants.context)
-        windows, full = Windows.of(variants.context)[first], self.full(ids, cursor)
+        windows, full = Windows.of(variants.context, self.attention)[first], self.full(ids, cursor)
         gists = encode_shown(self.gistnet, self.base, document, windows.nodes, hparams.recompute)
         self.shown.append((len(first), {lod: len(index) for lod, index in windows.nodes.items()}))
         with torch.no_grad(), self.original() as original:

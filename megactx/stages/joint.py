@@ -250,7 +250,7 @@ class JointStage(FrozenBaseStage):
             costs = []
             for share in self.hparams.budgets:
                 context = focused(tree, int(share * cursor), self.lens, dict(self.hparams.allocator))
-                costs.append(continuation_nll(self.base, context, ids[:, cursor:]).mean())
+                costs.append(continuation_nll(self.base, context, ids[:, cursor:], self.attention).mean())
             row = (torch.stack(costs).mean(), before[cursor - 1 :].mean(), plain.mean(), before.mean())
             self.found.append(torch.stack(row))
 

@@ -10,6 +10,7 @@ from megactx.focus import moves
 from megactx.focus.allocator import FocusAllocator
 from megactx.focus.edit_labels import measure_values
 from megactx.focus.label_files import save
+from megactx.focus.lensnet import likeness
 from megactx.focus.sampling import KINDS, draw, measured_share
 from megactx.framework.bar import bar
 from megactx.framework.files import IN_RUN, write
@@ -119,8 +120,8 @@ def _make(stage, document: dict, kind: str, fraction: float, generator, path: Pa
     legal = moves(context, allocator.protected)
     edits = legal.edits(context)
     needed = torch.tensor(document.get("needed", []), device=edits.row.device)
-    likeness = stage.lens.likeness(context)
-    promise = torch.cat([likeness[legal.expand], likeness[legal.leads]])
+    alike = likeness(context)
+    promise = torch.cat([alike[legal.expand], alike[legal.leads]])
     promise[(edits.lod == 1) & torch.isin(edits.index, needed)] = torch.inf
     edits = measured_share(edits, stage.hparams.windows["edits"], generator, promise)
     values, _ = measure_values(stage.base, context, edits, ids[:, cursor:])

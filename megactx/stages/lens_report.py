@@ -64,11 +64,11 @@ def _report(stage, folder: Path, documents: list[dict], cases: list[dict], what:
     evaluate = stage.hparams.evaluate
     parts = (stage.base, stage.gistnet, stage.lens, stage.hparams.allocator)
     shown = bar(f"measuring {what}")
-    scores = measure_focus(*parts, documents, evaluate["budgets"], evaluate["oracle"], progress=shown)
+    scores = measure_focus(*parts, documents, evaluate["budgets"], evaluate["oracle"], shown, stage.attention)
     numbers = summarise_focus(scores, stage.hparams.horizon)
     if cases:
         largest, shown = max(evaluate["budgets"]), bar("measuring planted facts")
-        numbers["planted"] = summarise_planted(measure_planted(*parts, cases, largest, progress=shown))
+        numbers["planted"] = summarise_planted(measure_planted(*parts, cases, largest, shown, stage.attention))
         numbers["planted"] |= {"budget": largest, "tokens": cases[0]["cursor"]}
     print(f"\nResult on {what}")
     made = focus_report(numbers)

@@ -15,6 +15,7 @@ from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
 from megactx.lm.identity import record_of
+from megactx.memory.pyramid import PLAIN
 from megactx.parts.find import refuse_other_base
 from megactx.parts.read import gistnet_of
 from megactx.runtime.settings import note_on
@@ -188,11 +189,13 @@ class Stage(lightning.LightningModule):
 class FrozenBaseStage(Stage):
     """A stage with a base LM that is frozen, or of which adapters learn: it is in no checkpoint as a whole.
 
-    ``train_base``: what of the base LM learns, ``frozen``, ``lora`` or ``full``. ``kept_layers``: of the prefills of
-    training documents that it may keep, see ``PrefillCache``; ``None``: it keeps none.
+    ``train_base``: what of the base LM learns, ``frozen``, ``lora`` or ``full``. ``attention``: how windows are read.
+    ``kept_layers``: of the prefills of training documents that it may keep, see ``PrefillCache``; ``None``: it keeps
+    none.
     """
 
     train_base = "frozen"
+    attention = PLAIN
     kept_layers: Sequence[int] | None = None
     base: BaseLM
     half = False  # trained in bf16

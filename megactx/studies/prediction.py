@@ -14,6 +14,7 @@ import torch
 
 from megactx.evaluation.bootstrap import mean_interval
 from megactx.evaluation.prediction import NOTHING, Text, measure, provisional, report
+from megactx.evaluation.prediction_worth import FEWEST, correlations, signals
 from megactx.evaluation.table import Report
 from megactx.framework.bar import bar
 from megactx.memory.prediction import example_of
@@ -23,6 +24,7 @@ from megactx.stages.prediction import PredictionStage
 from .study import Options, command, usable
 from .trained import checkpoint_of, device, held_out
 
+HORIZON, SHARE = 32, 0.25  # of the worth: tokens behind a window, its entries over its tokens
 EVERY = 10**6  # blocks: of all documents
 
 
@@ -32,6 +34,7 @@ def options(given: Options) -> None:
     given.number("tokens", 2048, "of a document", least=128)
     given.number("documents", 60, "documents", least=2)
     given.number("entries", 0, "documents in which foretold gists stand before their blocks, for their NLL", least=0)
+    given.number("worth", 0, "documents in which the worth of opening each block is measured beside it", least=0)
     given.number("seed", 0, "of the draw of other texts' gists", least=0)
     given.add("--out", type=Path, default=Path("prediction"), help="folder of the tables")
 
@@ -55,6 +58,9 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     table = measure(readout, texts, args.seed)
     for name, interval in entries(base, net, readout, batches[: args.entries]).items():
         table.add("entry", interval, carrier=name)
+    for name, intervals in worth(base, net, readout, batches[: args.worth]).items():
+        for metric, interval in intervals.items():
+            table.add(f"worth_{metric}", interval, carrier=name, span="worth")
     about = {"model": args.model, "path": args.path, "tokens": args.tokens, "seed": args.seed}
     yield stem, report(table, "What the next gist is", about, len(texts))
 
@@ -69,6 +75,18 @@ def entries(base, net, readout, batches: list[dict]) -> dict:
     owner = torch.cat([torch.full((one[NOTHING].numel(),), number) for number, one in enumerate(found)])
     arms = {name: torch.cat([(one[name] - one[NOTHING]).flatten() for one in found]) for name in found[0]}
     return {name: mean_interval(owner, values) for name, values in arms.items() if name != NOTHING}
+
+
+def worth(base, net, readout, batches: list[dict]) -> dict:
+    """Rank correlations of what is expected next with what opening a block is worth; over texts."""
+    found = []
+    for batch in bar("worth of blocks")(batches):
+        ids = batch["ids"][0, : base.max_positions].to(base.model.device)
+        found.append(signals(base, readout, net, ids, HORIZON, SHARE))
+    found = [text for text in found if text is not None]
+    if batches and not found:
+        raise ValueError(f"--tokens: no text has {FEWEST} blocks of one gist in its window; take longer ones")
+    return correlations(found) if found else {}
 
 
 def models_of(model: str | None) -> Models:

@@ -5,7 +5,7 @@ import torch
 from windows import VOCABULARY, WIDTH, K, gistnet, small_base, tree_of, window
 
 from megactx.focus import moves
-from megactx.focus.lensnet import QUESTIONS, LensNet, _alike, masked
+from megactx.focus.lensnet import QUESTIONS, LensNet, _alike, likeness, masked
 from megactx.focus.mean_embeddings import window_mean_embeddings
 from megactx.memory import MegaContextTree, WorkingContext
 
@@ -182,7 +182,7 @@ def test_a_setting_that_is_not_allowed_is_named(settings, message):
 @torch.no_grad()
 def test_a_raw_block_is_judged_as_a_whole_by_its_likeness_and_its_left_neighbours_to_the_newest_entries(base):
     """Against loops over blocks; QUESTIONS are longer than these windows but for the first."""
-    context, net = window(tree_of(base)), lens()
+    context = window(tree_of(base))
     mean_embeddings = window_mean_embeddings(context)
     special, like = _alike(mean_embeddings, context.lods(), context.mask, K)
     for row in (0, 1):
@@ -210,5 +210,5 @@ def test_a_raw_block_is_judged_as_a_whole_by_its_likeness_and_its_left_neighbour
                 torch.testing.assert_close(like[row, place, :3], expected[number], rtol=1e-3, atol=1e-3)
                 before = expected[number - 1] if number else torch.zeros(3)
                 torch.testing.assert_close(like[row, place, 3:], before, rtol=1e-3, atol=1e-3)
-        assert torch.equal(net.likeness(context)[row, :length], like[row, :length].amax(-1))
+        assert torch.equal(likeness(context)[row, :length], like[row, :length].amax(-1))
     assert (like[~context.mask] == 0).all() and (special[~context.mask] == 0).all()

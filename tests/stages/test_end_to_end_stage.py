@@ -10,6 +10,7 @@ from megactx.framework.app import run
 from megactx.framework.config.search_path import compose
 from megactx.stages.end_to_end import EndToEndStage
 
+MEGA = ("attention=mega", "attention.segment=32", "attention.mid=32", "attention.live=32")
 LORA = ("stage.train_base=lora", "stage.lora.layers=all", "stage.lora.embeddings=true")
 
 
@@ -60,7 +61,15 @@ def gradients(settings, *more) -> tuple[float, dict[str, torch.Tensor]]:
     return found["loss"].item(), {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("more", [(*LORA, "stage.lora.rank=4"), ("stage.train_base=full",), ("stage.objective=kl",)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (*LORA, "stage.lora.rank=4"),
+        (*LORA, "stage.lora.rank=4", *MEGA),
+        ("stage.train_base=full",),
+        ("stage.objective=kl",),
+    ],
+)
 def test_working_contexts_in_parts_give_the_gradients_of_all_at_once(more, settings):
     whole, parts = (
         gradients(settings, *more, "stage.weights.lod1=0.05", f"stage.windows.per_pass={n}", f"stage.recompute={keep}")
@@ -144,6 +153,26 @@ def test_a_run_that_stopped_goes_on_to_the_same_weights(whole, settings, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_run_under_mega_attention_stops_and_goes_on_to_the_same_weights(settings, whole, tmp_path, monkeypatch):
+    asked = [*settings, *LORA, *MEGA, "stage.lora.rank=4"]
+    assert run([*asked, f"folder={tmp_path / 'whole'}"]) == 0
+    original = EndToEndStage.losses
+
+    def stops(self, *arguments):
+        if self.global_step == 3:
+            raise RuntimeError("the power is gone")
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EndToEndStage, "losses", stops)
+        assert run([*asked, f"folder={tmp_path / 'run'}"]) == 3
+    goes_on(tmp_path / "run", [*asked, f"folder={tmp_path / 'run'}"], tmp_path / "whole")
+    plain, mega = (load(folder)["state_dict"] for folder in (whole, tmp_path / "whole"))
+    assert any(not torch.equal(plain[name], value) for name, value in mega.items())
+    assert (tmp_path / "whole" / "report.json").read_text() != (whole / "report.json").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("moment", "step"), [("losses", 3), ("validation_step", 2)])
 def test_a_run_that_was_killed_goes_on_to_the_same_weights(moment, step, whole, settings, killed, tmp_path):
     asked = [*settings, *LORA, "stage.lora.rank=4", f"folder={tmp_path / 'run'}"]
@@ -172,9 +201,11 @@ def goes_on(folder, asked, whole) -> None:
         ("stage.weights.lod2=0.1", "horizon.tokens=8 is no multiple of 64"),
         ("stage.distance=-1", "stage.distance=-1: allowed is a number from 0"),
         ("stage.budgets=[0.1]", "take larger shares"),
+        ("attention=mega stage.evaluate.oracle=1", "stage.evaluate.oracle=1 is not allowed with attention=mega"),
+        ("attention=mega attention.segment=50", "attention.segment=50 is not allowed"),
         ("datamodule.documents=0", "datamodule.documents=0: allowed is a whole number from 1"),
     ],
 )
 def test_a_users_mistake_is_one_clear_message(override, message, settings, tmp_path, capsys):
-    assert run([*settings, override, f"folder={tmp_path / 'run'}"]) == 2
+    assert run([*settings, *override.split(), f"folder={tmp_path / 'run'}"]) == 2
     assert message in capsys.readouterr().err

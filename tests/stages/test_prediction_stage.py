@@ -102,8 +102,9 @@ def test_a_run_that_is_interrupted_goes_on_to_the_same_weights(settings, gigabyt
 
 def test_ranks_and_entries_on_other_texts_and_drafts_behind_them(whole, texts, tmp_path, capsys):
     shared = ["--path", str(texts), "--documents", "2", "--out", str(tmp_path / "out")]
-    assert ranked([str(whole), *shared, "--tokens", "300", "--entries", "1"]) == 0
+    assert ranked([str(whole), *shared, "--tokens", "300", "--entries", "1", "--worth", "2"]) == 0
     shown = capsys.readouterr().out
+    assert "what opening a block is worth" in shown and "tokens like the newest" in shown
     assert "map of the newest gist" in shown and "its own gist" in shown
     assert decoded([str(whole), *shared, "--prompt", "200", "--answer", "16"]) == 0
     shown = capsys.readouterr().out

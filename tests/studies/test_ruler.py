@@ -1,6 +1,7 @@
 """Questions that need the past: windows of equal entries, cells that are kept."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +55,31 @@ def test_a_fact_that_the_question_does_not_name_is_found_over_a_word_that_joins_
     assert text.index(prose[33]) // 50 in {n // BLOCK for n in find(rivals, "bridge", "")().keep(alone, 4 + 3 * BLOCK)}
     nothing = Asked(["  ", "\n"], 2 * BLOCK, [], "???")
     assert find(rivals, "bridge", "")().keep(nothing, 40) == [*range(4), *range(28, 64)]
+
+
+def test_blocks_are_kept_whose_gists_are_nearest_to_what_the_base_expects_next():
+    models = load_models()
+    text = " ".join(
+        f"In the year {n} the {w} was {m}." for n in range(40) for w, m in (("sea", "calm"), ("sky", "red"))
+    )
+    ids, asked, _ = asked_of(
+        {"context": text, "question": "How was it?", "answer_prefix": "", "needles": []}, models.base.tokenizer
+    )
+    kept = find(rivals, "foretold", "--policies")(models).keep(asked, 160)
+    assert len(kept) == 160 and kept == sorted({*kept})
+    read = torch.tensor([[*ids[len(ids) - 160 :], *asked.end]])
+    with torch.no_grad():
+        state = models.base(models.base.embed(read), None)[0, -1]
+        whole = len(ids) // BLOCK
+        blocks = models.base.embed(torch.tensor(ids[: whole * BLOCK]).view(whole, BLOCK))
+        gists = models.gistnet.encode_lod(blocks, 1)
+        best = int(torch.nn.functional.cosine_similarity(gists, models.prediction(state)[None]).argmax())
+    assert {*range(best * BLOCK, (best + 1) * BLOCK)} <= {*kept}
+
+
+def test_without_a_readout_nothing_is_expected():
+    with pytest.raises(ValueError, match="--policies=foretold: these models have no readout.*mega_prediction"):
+        find(rivals, "foretold", "--policies")(replace(load_models(), prediction=None))
 
 
 @pytest.mark.parametrize("name", ["dense", "dense_near"])
