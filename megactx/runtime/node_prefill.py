@@ -5,6 +5,10 @@ no edit changes, and leaves of its own segment, so an edit reaches its segment a
 but computed: a row is kept if its embedding, position and spread are as they were, if it sees the nodes that it saw,
 and if all of these are kept.
 
+Where a window has only grown by tokens that were read already, and the live region begins where it did, nothing that is
+seen has changed: there is nothing to read until an edit comes or a segment settles, every few blocks. Summaries that
+have come meanwhile are read then.
+
 Which nodes a summary sees follows from its own name, so there it is enough that no summary before it is dirty.
 
 B rows of a batch, which are read one after the other; N columns of a pass, n new tokens, D width.
@@ -41,6 +45,9 @@ class _Read:
     last: int = -1  # name of the last leaf
     hidden: Tensor | None = None  # its final state [D]
     end: int = 0  # tokens
+    entries: tuple[Tensor, ...] = ()  # LOD, index and embeddings [W, ..] of the window that was read
+    bend: Bend | None = None
+    live_from: int = 0  # first token of the live region
 
     def took(self, embeddings: Tensor, positions: Tensor, hidden: Tensor) -> None:
         """New tokens were read behind all leaves: embeddings [n, D], positions [n], the final state of the last [D]."""
@@ -108,16 +115,49 @@ class NodePrefill:
         if not self.current() or len(self.rows) != len(context.counts):
             self.forget()
         self.rows = self.rows or [_Read() for _ in range(len(context.counts))]
+        if self._grown(context, bends):
+            count = [len(row.key) + sum(len(new[0]) for new in row.new) for row in self.rows]
+            self.reused = self.lengths = torch.tensor(count)
+            return self.hidden
         try:
             pyramid = self.attention.pyramid(context)
             positions = pyramid.positions(bends)
             found = [self._read(pyramid, positions, row) for row in range(len(self.rows))]
+            self._note(context, bends)
         except BaseException:
             self.forget()
             raise
         self.reused, self.lengths, self.pairs = (torch.tensor(part) for part in zip(*found, strict=True))
         self.hidden = torch.stack([row.hidden for row in self.rows])
         return self.hidden
+
+    def _grown(self, context: WorkingContext, bends: list[Bend | None] | None) -> bool:
+        """Whether the windows are those that were read, and behind them tokens that were read too."""
+        if any(not row.entries or row.hidden is None for row in self.rows):
+            return False
+        embeddings, ends = context.to_tensor(), context.ends().tolist()
+        for number, (row, end) in enumerate(zip(self.rows, ends, strict=True)):
+            count, before = int(context.counts[number]), len(row.entries[0])
+            bend = bends[number] if bends else None
+            if end != row.end or bend != row.bend or self._live_from(end) != row.live_from or count < before:
+                return False
+            now = tuple(part[number, :count] for part in (context.lod, context.index, embeddings))
+            if not all(torch.equal(old, new[:before]) for old, new in zip(row.entries, now, strict=True)):
+                return False
+            read = [new[1] for new in row.new]
+            if now[0][before:].any() or not torch.equal(now[2][before:], torch.cat([now[2][:0], *read])):
+                return False
+        return True
+
+    def _note(self, context: WorkingContext, bends: list[Bend | None] | None) -> None:
+        embeddings, ends = context.to_tensor(), context.ends().tolist()
+        for number, (row, end) in enumerate(zip(self.rows, ends, strict=True)):
+            count = int(context.counts[number])
+            row.entries = tuple(part[number, :count].clone() for part in (context.lod, context.index, embeddings))
+            row.bend, row.live_from = bends[number] if bends else None, self._live_from(end)
+
+    def _live_from(self, end: int) -> int:
+        return max(0, end - self.attention.live) // self.attention.segment * self.attention.segment
 
     @torch.no_grad()
     def step(self, ids: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
