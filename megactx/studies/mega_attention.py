@@ -41,6 +41,7 @@ def options(given: Options) -> None:
     given.number("segment", 256, "tokens of a segment of settled rows")
     given.number("mid", 1024, "tokens before a segment that gists of level 1 cover")
     given.number("live", 256, "newest tokens that see every token", least=0)
+    given.number("overlap", 0, "tokens of the strip before a segment", least=0)
     given.add("--out", type=Path, default=Path("mega_attention"), help="folder of the tables")
 
 
@@ -63,7 +64,7 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     else:
         models = load_models(args.model, setting="MODEL")
         base, net = models.base, models.gistnet
-        mega = Attention("mega", args.segment, args.mid, args.live)
+        mega = Attention("mega", args.segment, args.mid, args.live, overlap=args.overlap)
     if net is None:
         raise ValueError(f"MODEL={args.model}: there is no GistNet for it")
     batches = held_out(base, args.path, net.block_size, 1, args.tokens, EVERY)[: args.documents]

@@ -28,6 +28,17 @@ def test_the_command_compares_four_masks_on_the_same_documents(texts, tmp_path, 
     assert abs(found["dnll", "mega", "live"]) < abs(found["dnll", "mega", "settled"])
 
 
+def test_strips_cost_pairs(texts, tmp_path):
+    sizes = ["--tokens", "256", "--documents", "2", "--segment", "32", "--mid", "64", "--live", "64"]
+    pairs = []
+    for overlap in ("0", "32"):
+        out = tmp_path / overlap
+        assert main(["--path", str(texts), *sizes, "--overlap", overlap, "--out", str(out)]) == 0
+        rows = json.loads((out / "mega_attention.json").read_text())["table"]
+        pairs += [row["point"] for row in rows if row["metric"] == "pairs" and row["carrier"] == "mega"]
+    assert pairs[0] < pairs[1]
+
+
 def test_a_folder_that_is_no_run_of_the_stage_is_refused(tmp_path, capsys, monkeypatch):
     gist = {"hyper_parameters": {"gistnet": {}}}
     monkeypatch.setattr("megactx.studies.mega_attention.checkpoint_of", lambda path: (path, gist))
