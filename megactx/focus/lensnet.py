@@ -187,7 +187,12 @@ class LensNet(nn.Module):
         """
         legal = moves(context) if legal is None else legal
         wanted = (legal.expand | (legal.first >= 0)).any(0)  # no more of them are in Scores
-        v_down, v_keep = masked(self.read(context, mean_embeddings, wanted), legal)
+        return self.scored(context, legal, *masked(self.read(context, mean_embeddings, wanted), legal), margin)
+
+    def scored(
+        self, context: WorkingContext, legal: Moves, v_down: Tensor, v_keep: Tensor, margin: float | Tensor = 0.0
+    ) -> Scores:
+        """The same of values that are known, [B, W] each."""
         if isinstance(context.tree, Composite):
             return Scores(v_down, v_keep, *priced(context, legal, v_down, v_keep, self.tau, margin))
         now = price(v_down, v_keep, legal, context.budget - context.lengths, self.block_size, margin)

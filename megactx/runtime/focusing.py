@@ -8,6 +8,9 @@ The allocator fills what it is given, so it is given the budget less a reserve. 
 a collapse pays for each expand. When no more tokens fit, *room is made* at once for all of the next ones. Between,
 nothing but swaps changes what is old, and its keys and values stay valid.
 
+Tokens are taken in first, so that LensNet is asked by the newest of them, and once for all that a refocus does: where
+room was made, what it said of entries that stay holds on. What siblings would have lost is what their gist would win.
+
 Room is made by collapsing the siblings of the least value in LensNet's own estimate, whatever the price: the allocator
 makes no lone collapses above price 0 so that it comes to rest, and it still does, for after room was made there is none
 left for a lone expand. The finest entries outside the sink and the protected tail always stand as whole sets of
@@ -19,6 +22,7 @@ B rows, W entries, K children of a node.
 
 import copy
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,6 +55,42 @@ class Reserving(FocusAllocator):
         return of_window(super().propose(rows, rows.of(scores), price))
 
 
+@dataclass(frozen=True)
+class Known:
+    """What LensNet said of a window, by the names of its entries: [B, W] each."""
+
+    name: Tensor  # -1 in the padding
+    legal: Moves
+    v_down: Tensor
+    v_keep: Tensor
+
+    @classmethod
+    def of(cls, context: WorkingContext, legal: Moves, scores: Scores) -> "Known":
+        return cls(
+            torch.where(context.mask, _names(context.lod, context.index), -1), legal, scores.v_down, scores.v_keep
+        )
+
+    def holds_for(self, context: WorkingContext, legal: Moves) -> tuple[Moves, Tensor, Tensor]:
+        """Of the same windows after collapses: what of ``legal`` something is known of, and the values."""
+        lod, index = context.lod, context.index
+        place, there = self._found(torch.where(context.mask, _names(lod, index), -2))
+        child, made = self._found(
+            torch.where(context.mask & (lod > 0), _names(lod - 1, index * context.tree.block_size), -2)
+        )
+        opens = there & self.legal.expand.gather(1, place)
+        keeps = there & (self.legal.first.gather(1, place) >= 0)
+        made &= ~there & (self.legal.first.gather(1, child) >= 0)
+        down = torch.where(made, self.v_keep.gather(1, child), self.v_down.gather(1, place))
+        left = Moves(legal.expand & (opens | made), torch.where(keeps, legal.first, -1))
+        keep = torch.where(left.first >= 0, self.v_keep.gather(1, place), 0.0)
+        return left, torch.where(left.expand, down, 0.0), keep
+
+    def _found(self, name: Tensor) -> tuple[Tensor, Tensor]:
+        ranked, order = self.name.sort(dim=1)
+        at = torch.searchsorted(ranked, name.contiguous()).clamp(max=ranked.shape[1] - 1)
+        return order.gather(1, at), ranked.gather(1, at) == name
+
+
 class Focus:
     """Changes windows of one tree, and remembers what it changed.
 
@@ -67,6 +107,7 @@ class Focus:
         self.allocator = Reserving(self.reserve, **settings.allocator)
         self.mean_embeddings = MeanEmbeddingCache()
         self.seconds: dict[str, float] = {}  # of the last refocus
+        self.known: Known | None = None  # what LensNet said when room was made, for the refocus behind it
         self.found: list[list[int]] = []  # of each row, blocks that keys brought at the last reading
 
     def start(self, tree: MegaContextTree) -> WorkingContext:
@@ -86,25 +127,39 @@ class Focus:
                     break
         return context
 
-    def room(self, context: WorkingContext, new: Tensor) -> tuple[Edits | None, Tensor]:
-        """Make room for ``new`` [B] tokens in place, in the rows into which they do not fit.
+    def take(
+        self, context: WorkingContext, new: Tensor, ahead: int = 0
+    ) -> tuple[WorkingContext, Edits | None, Tensor]:
+        """Take ``new`` [B] tokens in, in place, and make room in the rows into which they do not fit.
+
+        Args:
+            ahead: tokens that are to fit behind them too.
 
         Returns:
-            The collapses that were made, ``None`` where no row needed room; and the rows, bool [B], that must be
-            started anew instead: without LensNet those that are full.
+            The window; the collapses that were made, ``None`` where no row needed room; and the rows, bool [B], that
+            were started anew instead: without LensNet those that were full.
         """
-        k, parts = context.tree.block_size, parts_in(context)
+        self.known = None
+        parts = parts_in(context)
         budget = self.budget - (context.tree.spent - parts if parts else 0)  # of what is not kept for the parts
-        full = context.counts + new > budget
-        if self.lensnet is None or not full.any():
-            return None, full
-        target = torch.where(full, budget - new.clamp(min=self.reserve), context.counts)
-        made, stuck = [], torch.zeros_like(full)
+        full = context.counts + new + (ahead if self.lensnet is not None else 0) > budget
+        context.budget = self.budget + int(new.max())
+        context.append(new)
+        target = torch.where(full, budget - new.clamp(min=self.reserve) + new, context.counts)
+        room, started = (None, full) if self.lensnet is None or not full.any() else self._room(context, target, parts)
+        context.budget = self.budget
+        return self.anew(context, started) if started.any() else context, room, started
+
+    def _room(self, context: WorkingContext, target: Tensor, parts: int) -> tuple[Edits, Tensor]:
+        """Collapse until each row has ``target`` [B] entries -> the collapses; rows, bool [B], in which that fails."""
+        k, made, stuck = context.tree.block_size, [], torch.zeros(len(target), dtype=torch.bool)
         while (over := (context.counts - target).clamp(min=0) * ~stuck).any():
             legal = moves(context, self.allocator.protected)
             leads = legal.leads
             leads[:, :parts] = False  # only the history has new tokens
-            worth = torch.where(leads, self.score(context, legal).v_keep, torch.inf)
+            scores = self.score(context, legal)
+            self.known = Known.of(context, legal, scores)
+            worth = torch.where(leads, scores.v_keep, torch.inf)
             there = leads.sum(1).cpu()
             stuck |= (over > 0) & (there == 0)
             count = torch.minimum(-(-over // (k - 1)), there).to(worth.device)
@@ -115,6 +170,8 @@ class Focus:
             edits = Edits(row, lod, index, torch.zeros_like(row, dtype=torch.bool))
             edits.apply(context)
             made.append(edits)
+        if stuck.any():
+            self.known = None
         return joined(made), stuck
 
     def anew(self, context: WorkingContext, rows: Tensor) -> WorkingContext:
@@ -160,11 +217,17 @@ class Focus:
     def refocus(self, context: WorkingContext) -> tuple[Scores | None, Edits | None]:
         """One refocus of a window, in place; ``(None, None)`` without LensNet, or where nothing is to decide."""
         self.seconds = {"score": 0.0, "allocate": 0.0}
+        known, self.known = self.known, None
         if self.lensnet is None or not self.needed(context):
             return None, None
         began = time.perf_counter()
         legal = moves(context, self.allocator.protected)
-        scores = self.score(context, legal)
+        if known is None:
+            scores = self.score(context, legal)
+        else:
+            legal, *values = known.holds_for(context, legal)
+            margin = self.allocator.margin(self.lensnet.tau)
+            scores = self.lensnet.scored(lowered(context, self.reserve), legal, *values, margin)
         note_worth(context, legal, scores)
         bool(scores.price[0] > 0)  # a GPU is done before the clock is read
         scored = time.perf_counter()
@@ -220,6 +283,11 @@ def parts_in(context: WorkingContext) -> int:
     if not isinstance(context.tree, Composite):
         return 0
     return int((context.starts()[0, : int(context.counts[0])] < context.tree.sink).sum())
+
+
+def _names(lod: Tensor, index: Tensor) -> Tensor:
+    """One number for each node."""
+    return lod * 2**48 + index
 
 
 def joined(parts: list[Edits]) -> Edits:

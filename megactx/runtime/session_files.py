@@ -218,6 +218,7 @@ def _state(stream: Stream) -> dict[str, Tensor]:
     state = {
         "waiting": stream.waiting[0, : int(stream.counts[0])],
         "refocuses": torch.tensor(stream.refocuses),
+        "since": torch.tensor(stream.since),
         "moved": torch.tensor([] if moved is None else moved, dtype=torch.long),
     }
     if laid is not None:
@@ -236,7 +237,7 @@ def _restore(stream: Stream, state: dict[str, Tensor], same: bool) -> None:
     stream.counts = torch.tensor([len(waiting)])
     if not same:
         return
-    stream.refocuses = int(state["refocuses"])
+    stream.refocuses, stream.since = int(state["refocuses"]), int(state.get("since", 0))
     moved = state["moved"].tolist()
     stream.rebase.moved = [tuple(moved) if len(moved) == 2 else None]
     if "laid.absolute" in state:

@@ -76,6 +76,7 @@ class Stream(ShownParts):
         self.lazy = False  # a token that is pushed is read when somebody asks what follows it, see ``together``
         self.hidden: Tensor | None = None  # [B, D]; None: to be read
         self.refocuses = 0
+        self.since = 0  # blocks since LensNet decided, see ``Settings.edit_every``
         self.keeper = None  # who takes away what nobody reads, see ``curation``
         self.shown: WorkingContext | None = None  # what of the window was read last
         self.earned: Tensor | None = None  # [B], entries above the newest tokens at the last reading, see ``Focus``
@@ -333,21 +334,20 @@ class Stream(ShownParts):
         """Take new [B] tokens into the window and refocus it. What fails on the way leaves the old window."""
         self.hidden, began = None, self._now()
         room, started = None, torch.ones(self.rows, dtype=torch.bool)
-        due = self.context is None or self._edits_due(new)
+        since = self.since + -(-int(new.max()) // self.block)
+        due = self.context is None or since >= self.settings.edit_every
         if self.context is None:
             context = self.focus.start(self.seen)
         else:
-            context = self.context.copy()
-            room, started = self.focus.room(context, new)
-            context.append(new * ~started)
-            if started.any():
-                context = self.focus.anew(context, started)
+            # Room that the blocks until the next decision will need is made with this one: LensNet is asked once.
+            ahead = (self.settings.edit_every - 1) * self.block if due else 0
+            context, room, started = self.focus.take(self.context.copy(), new, ahead)
         seconds["room"] = self._now() - began
         scored = views(context) if self.observers else ()
         due |= room is not None  # what stands behind the collapses is read again in any case
         scores, edits = self.focus.refocus(context) if due else (None, None)
         seconds |= self.focus.seconds if due else {}
-        self.context, self.refocuses = context, self.refocuses + 1
+        self.context, self.refocuses, self.since = context, self.refocuses + 1, 0 if due else since
         decoded, self._decoded = self._decoded, 0.0
         if read:
             began = self._now()
@@ -379,12 +379,6 @@ class Stream(ShownParts):
             self._before = event.after
             for observer in self.observers:
                 observer(event)
-
-    def _edits_due(self, new: Tensor) -> bool:
-        """Whether new [B] tokens complete the last of ``edit_every`` blocks of any row. It follows from the history
-        alone, so a session that is resumed goes on as if it had never stopped."""
-        ends, size = self._own_ends(self.context), self.settings.edit_every * self.block
-        return bool(((ends + new) // size > ends // size).any())
 
     def _read(self) -> None:
         """Read the window, as far as it has changed, and what waits behind it."""

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megactx.focus import moves
 from megactx.runtime import Controller, Sampling, Settings
 from megactx.runtime.controller import decode
+from megactx.runtime.focusing import Known
 
 K, PROTECTED, LIMIT = 4, 8, 512
 
@@ -31,14 +33,19 @@ def test_with_focus_off_decoding_equals_the_plain_model_while_the_history_fits(m
 def test_edits_come_every_so_many_blocks_and_where_room_is_made_and_between_nothing_is_read_again(controller, ids):
     every, events = 3, []
     stream = controller(edit_every=every).stream(observers=[events.append])
-    stream.append(ids(1, 400))
+    stream.append(ids(1, 300))
     stream.logits()
     events.clear()
+    since = stream.since
     for token in ids(1, 40 * K, seed=1)[0]:
         stream.push(token[None])
-    blocks = [int(event.tokens[0]) // K for event in events]
-    due = [block % every == 0 or event.room is not None for block, event in zip(blocks, events, strict=True)]
+    due = []
+    for event in events:
+        since += 1
+        due.append(since >= every or event.room is not None)
+        since = 0 if due[-1] else since
     assert [event.scores is not None for event in events] == due and 10 < sum(due) < 30
+    assert sum(event.room is not None for event in events) > 3
     assert sum(len(event.edits) for event in events if event.edits is not None) > 0
     for event, edited in zip(events, due, strict=True):
         assert edited or torch.equal(event.reused, event.read)
@@ -190,7 +197,7 @@ def test_a_stop_in_the_middle_of_a_refocus_loses_nothing(models, controller, ids
     part, name = {
         "lensnet": (stream.focus.lensnet, "forward"),
         "allocator": (stream.focus.allocator, "refocus"),
-        "room": (stream.focus, "room"),
+        "room": (stream.focus, "take"),
         "base": (stream.prefill, "_pass"),
         "tree": (stream.tree, "append"),
     }[where]
@@ -399,3 +406,48 @@ def test_decoding_at_fixed_shapes_gives_the_same_tokens_windows_and_states(contr
         torch.testing.assert_close(streams[1].logits(), streams[0].logits(), rtol=1e-4, atol=1e-4)
     assert streams[1].prefill.graph is not None and streams[0].prefill.graph is None
     assert torch.equal(streams[0].context.lod, streams[1].context.lod)
+
+
+def test_lensnet_is_asked_once_a_refocus_and_by_the_newest_tokens(models, controller, ids, monkeypatch):
+    stream, asked = controller().stream(), []
+    stream.append(ids(1, 400))
+    stream.logits()
+    score = type(models.lensnet).score
+
+    def counted(net, context, *arguments):
+        asked.append((stream.refocuses, int(context.ends()[0]), len(context.lod[0])))
+        return score(net, context, *arguments)
+
+    monkeypatch.setattr(type(models.lensnet), "score", counted)
+    events = []
+    stream.observers.append(events.append)
+    for token in ids(1, 30 * K, seed=2)[0]:
+        stream.push(token[None])
+    assert len({number for number, *_ in asked}) == len(asked) == len(events) and any(
+        e.room is not None for e in events
+    )
+    assert [end for _, end, _ in asked] == [int(event.tokens[0]) for event in events]
+
+
+def test_where_room_was_made_what_lensnet_said_before_holds_on(models, controller, ids):
+    stream = controller().stream()
+    stream.append(ids(1, 400))
+    focus, context = stream.focus, stream.window().copy()
+    context.budget = 10**6
+    legal = moves(context, 8)
+    scores = focus.score(context, legal)
+    known, before = Known.of(context, legal, scores), context.copy()
+    leads = legal.leads[0].nonzero()[:, 0]
+    kept, gone = int(leads[0]), int(leads[-1])
+    lod, index = int(context.lod[0, gone]) + 1, int(context.index[0, gone]) // K
+    context.collapse(lod, index)
+    now, down, keep = known.holds_for(context, moves(context, 8))
+    for column in range(int(context.counts[0])):
+        name = (int(context.lod[0, column]), int(context.index[0, column]))
+        old = [n for n in range(int(before.counts[0])) if (int(before.lod[0, n]), int(before.index[0, n])) == name]
+        if name == (lod, index):
+            assert now.expand[0, column] and down[0, column] == scores.v_keep[0, gone]
+        elif legal.expand[0, old[0]]:
+            assert now.expand[0, column] and down[0, column] == scores.v_down[0, old[0]]
+        elif legal.first[0, old[0]] >= 0 and name[0] == int(before.lod[0, kept]):
+            assert now.first[0, column] >= 0 and keep[0, column] == scores.v_keep[0, old[0]]
