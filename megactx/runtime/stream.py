@@ -1,6 +1,6 @@
 """Histories that go on: B rows of tokens, a tree of all of them, a window of the tree, and what the base has read.
 
-    decode 32 -> append -> gist -> room -> score -> allocate -> read what changed -> decode
+    decode 32 -> append -> gist -> score -> room -> allocate -> read what changed -> decode
 
 Beside it a window may show *parts*: other trees, which are read where they lie and may be exchanged at any refocus.
 

@@ -43,7 +43,7 @@ LEGEND = (
 
 
 def options(given: Options) -> None:
-    given.add("--model", default="tiny-base", help="a folder, a GGUF file, or the name of an asset")
+    given.add("--model", help="a folder, a GGUF file, or the name of an asset; without it the embedded models")
     given.add("--tasks", nargs="+", default=["niah_single_1"], help="of " + ", ".join(TASKS))
     given.add("--lengths", nargs="+", type=int, default=[4096], help="tokens of context, question and answer")
     given.number("cases", 20, "cases of a cell")
@@ -176,7 +176,7 @@ class Case:
     budget: int
     seed: int
     plain: bool
-    model: str
+    model: str | None
     path: str | None
     keys: str | None
 
@@ -185,7 +185,7 @@ models = functools.cache(functools.partial(load_models, setting="--model"))  # o
 
 
 @functools.cache
-def policy(name: str, model: str, keys: str | None):
+def policy(name: str, model: str | None, keys: str | None):
     kind = find(rivals, name, "--policies")
     return kind(models(model), keys and Path(keys)) if getattr(kind, "needs_models", False) else kind()
 
@@ -320,7 +320,7 @@ def report(table: Table, args: argparse.Namespace) -> Report:
                 legend(axis)
 
     about = {"model": args.model, "budget": args.budget, "sink": SINK, "seed": args.seed, "plain": args.plain}
-    return Report(f"Questions that need the past: {args.model}", table, sheets, LEGEND, [], about, draw)
+    return Report(f"Questions that need the past: {args.model or 'the embedded models'}", table, sheets, LEGEND, [], about, draw)
 
 
 main = command("ruler", __doc__, options, study)
