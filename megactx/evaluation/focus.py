@@ -67,7 +67,7 @@ def measure_focus(
         allocator: keyword arguments of ``FocusAllocator``.
         documents: dicts ``ids`` [T + H], ``cursor`` T, ``domain``, ``text``.
         budgets: entries of a window over T.
-        oracle: documents, the first ones, on which the oracle is measured too; it is slow, and reads windows plainly.
+        oracle: documents, the first ones, on which the oracle is measured too; it is slow.
         attention: how windows are read.
     """
     out = FocusScores()
@@ -86,7 +86,9 @@ def measure_focus(
             row.setdefault(FULL, []).append(full[cursor - 1 :].mean().item())
             row.setdefault(DROP, []).append(newest(base, document, budget))
             if number < oracle:
-                row.setdefault(ORACLE, []).append(greedy_oracle(base, tree, budget, lens, allocator, after, out))
+                row.setdefault(ORACLE, []).append(
+                    greedy_oracle(base, tree, budget, lens, allocator, after, out, attention)
+                )
             out.free.setdefault(name, []).append(int(free_edits(tree, budget)[0]))
     return out
 
@@ -135,7 +137,7 @@ def plain_nll(base: BaseLM, ids: Tensor) -> Tensor:
     return nll(base, base(base.embed(ids[:, :-1]), None)[0], ids[0, 1:])
 
 
-def greedy_oracle(base, tree, budget, lens, allocator, after, out: FocusScores) -> float:
+def greedy_oracle(base, tree, budget, lens, allocator, after, out: FocusScores, attention: Attention = PLAIN) -> float:
     """Edits by their measured values, which look at the tokens that are scored: no policy can have them.
 
     Setting: ``stage.evaluate.oracle``. The refocuses are greedy; the best NLL on the way counts.
@@ -146,7 +148,7 @@ def greedy_oracle(base, tree, budget, lens, allocator, after, out: FocusScores) 
     for turn in range(ORACLE_REFOCUSES + 1):
         legal = moves(context, greedy.protected)
         edits = legal.edits(context) if turn < ORACLE_REFOCUSES else legal.edits(context)[:0]
-        values, plain = measure_values(base, context, edits, after)
+        values, plain = measure_values(base, context, edits, after, attention)
         best = min(best, plain.item())
         if not len(edits):
             break

@@ -56,7 +56,9 @@ def continuation_nll(base: BaseLM, context: WorkingContext, following: Tensor, a
 
 
 @torch.no_grad()
-def measure_values(base: BaseLM, context: WorkingContext, edits: Edits, following: Tensor) -> tuple[Tensor, Tensor]:
+def measure_values(
+    base: BaseLM, context: WorkingContext, edits: Edits, following: Tensor, attention: Attention = PLAIN
+) -> tuple[Tensor, Tensor]:
     """The value of each edit, in nats per token: how it changes the NLL of the H true next tokens.
 
     Positions are absolute. An edit that breaks the budget is measured like any other.
@@ -66,6 +68,8 @@ def measure_values(base: BaseLM, context: WorkingContext, edits: Edits, followin
         context: what is edited; it is not changed.
         edits: E legal edits, each on its own.
         following: ids of the tokens that come next, [B, H].
+        attention: how windows are read. Under another than plain each edited window is read as a whole: what stands
+            before an edit may see it there, through a strip, so there is no branch to begin.
 
     Returns:
         Values [E], v_down of expands and v_keep of collapses, positive where detail helps; and the NLL behind the
@@ -74,13 +78,31 @@ def measure_values(base: BaseLM, context: WorkingContext, edits: Edits, followin
     Raises:
         ValueError: ids of another number of rows.
     """
-    read = _Read(base, context, following)
-    plain = read.nll().mean(1)
+    if attention.kind == "plain":
+        read = _Read(base, context, following)
+        plain, found = read.nll().mean(1), read.branches(edits)
+    else:
+        plain = continuation_nll(base, context, following, attention).mean(1)
+        found = _whole(base, context, edits, following, attention)
     values = torch.empty(len(edits), device=plain.device)
-    for part, edited in read.branches(edits):
+    for part, edited in found:
         change = plain[edits.row[part]] - edited
         values[part] = torch.where(edits.expand[part], change, -change)
     return values, plain
+
+
+def _whole(
+    base: BaseLM, context: WorkingContext, edits: Edits, following: Tensor, attention: Attention
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every row with one edit, then with another -> (which edits [e], mean NLL after each [e])."""
+    order = torch.argsort(edits.row, stable=True)
+    row = edits.row[order]
+    turn = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+    for number in range(int(turn.max()) + 1 if len(row) else 0):
+        part, edited = order[turn == number], context.copy()
+        edited.budget = 10**9
+        edits[part].apply(edited)
+        yield part, continuation_nll(base, edited, following, attention).mean(1)[edits.row[part]]
 
 
 class _Read:

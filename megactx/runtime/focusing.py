@@ -127,9 +127,7 @@ class Focus:
                     break
         return context
 
-    def take(
-        self, context: WorkingContext, new: Tensor, ahead: int = 0
-    ) -> tuple[WorkingContext, Edits | None, Tensor]:
+    def take(self, context: WorkingContext, new: Tensor, ahead: int = 0) -> tuple[WorkingContext, Edits | None, Tensor]:
         """Take ``new`` [B] tokens in, in place, and make room in the rows into which they do not fit.
 
         Args:

@@ -17,6 +17,7 @@ from megactx.focus.label_files import load
 from megactx.focus.lensnet import LensNet
 from megactx.focus.objectives import value_loss
 from megactx.framework.config.types import ArgumentsOf, AtLeast2, Count, NonNegative, PartOf, Whole
+from megactx.memory.pyramid import Attention
 from megactx.parts.read import gistnet_of
 
 from .lens_labels import HELD, ensure, measuring_flops, sizes_ahead
@@ -50,6 +51,7 @@ class LensStage(FrozenBaseStage):
         direct_lr: peak for LensNet's few weights from its features to the values, see ``LensNet``.
         evaluate: of the end-of-run report, see ``configs/stage/lens.yaml``.
         folder: where the measured windows are kept.
+        attention: keyword arguments of ``Attention``, by which windows are read; ``None``: plain.
 
     Raises:
         ValueError: a setting that is not allowed; the message names it.
@@ -79,12 +81,14 @@ class LensStage(FrozenBaseStage):
         max_steps: Count,
         evaluate: FocusEvaluate,
         folder: str,
+        attention: Annotated[dict, ArgumentsOf(Attention)] | None = None,
     ):
         super().__init__()
         base, gistnet = base | {"name": portable(base["name"])}, portable_part(gistnet)
         allocator = of_today(allocator)
         self.save_hyperparameters()
         self.check_settings()
+        self.attention = Attention(**attention or {})
         self.take_base(base)
         self.gistnet = gistnet_of(gistnet, self.base, "stage.gistnet", self.base_record).requires_grad_(False)
         self.lens = LensNet(self.base.width, self.gistnet.block_size, **lensnet)

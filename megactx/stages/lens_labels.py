@@ -1,6 +1,7 @@
 """Windows with measured values, made as a lens stage needs them: files in the run folder, each written once."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,8 @@ def _claim(stage, datamodule, folder: Path) -> None:
     """Windows are what they were made of: those of a run that failed, or of another one, are taken for no others."""
     h, path = stage.hparams, folder / MADE
     now = {name: h[name] for name in OF_STAGE if name in h} | {name: getattr(datamodule, name) for name in OF_DATA}
+    if stage.attention.kind != "plain":
+        now["attention"] = asdict(stage.attention)
     now |= {"edits": h.windows["edits"], "texts": datamodule.source.fingerprint()}
     now["base LM"] = [stage.base_record[name] for name in ("embeddings", "weights")]
     if not stage.gistnet_learns:
@@ -124,6 +127,6 @@ def _make(stage, document: dict, kind: str, fraction: float, generator, path: Pa
     promise = torch.cat([alike[legal.expand], alike[legal.leads]])
     promise[(edits.lod == 1) & torch.isin(edits.index, needed)] = torch.inf
     edits = measured_share(edits, stage.hparams.windows["edits"], generator, promise)
-    values, _ = measure_values(stage.base, context, edits, ids[:, cursor:])
+    values, _ = measure_values(stage.base, context, edits, ids[:, cursor:], stage.attention)
     stage.measured.append((cursor, ids.shape[1] - cursor, int(context.counts[0]), len(edits)))
     save(path, context, 0, legal, edits, values)

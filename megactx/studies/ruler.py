@@ -320,7 +320,9 @@ def report(table: Table, args: argparse.Namespace) -> Report:
                 legend(axis)
 
     about = {"model": args.model, "budget": args.budget, "sink": SINK, "seed": args.seed, "plain": args.plain}
-    return Report(f"Questions that need the past: {args.model or 'the embedded models'}", table, sheets, LEGEND, [], about, draw)
+    return Report(
+        f"Questions that need the past: {args.model or 'the embedded models'}", table, sheets, LEGEND, [], about, draw
+    )
 
 
 main = command("ruler", __doc__, options, study)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from windows import K, following, small_base, tree_of, window
 
+from megactx.focus import moves
 from megactx.focus.attended_rows import AttendedRows
-from megactx.focus.edit_labels import continuation_nll
+from megactx.focus.edit_labels import continuation_nll, measure_values
 from megactx.focus.packed import Windows
 from megactx.memory.pyramid import Attention
 from megactx.runtime.node_prefill import NodePrefill
@@ -85,3 +86,20 @@ def test_a_gradient_goes_into_the_gists_that_the_window_shows_and_into_nothing_e
     assert torch.equal(hidden, rows.read(base, following(2, H)))
     hidden.square().sum().backward()
     assert (entries.grad.abs().sum(2) > 0).equal(context.mask)
+
+
+@pytest.mark.parametrize("attention", [*KINDS.values(), Attention("window", window=20)])
+def test_the_value_of_an_edit_is_what_reading_the_edited_window_saves(attention):
+    base, context = contexts()
+    edits = moves(context, 8).edits(context)
+    edits = edits[torch.arange(0, len(edits), 3)]
+    assert edits.expand.any() and not edits.expand.all() and len({*edits.row.tolist()}) == 2
+    values, plain = measure_values(base, context, edits, following(2, H), attention)
+    assert torch.allclose(plain, continuation_nll(base, context, following(2, H), attention).mean(1), atol=1e-5)
+    for number in range(len(edits)):
+        edited = context.copy()
+        edited.budget = 10**6
+        edits[number : number + 1].apply(edited)
+        after = continuation_nll(base, edited, following(2, H), attention).mean(1)[edits.row[number]]
+        won = float(plain[edits.row[number]] - after) * (1 if edits.expand[number] else -1)
+        assert abs(float(values[number]) - won) < 1e-5

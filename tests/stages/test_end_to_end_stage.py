@@ -201,7 +201,6 @@ def goes_on(folder, asked, whole) -> None:
         ("stage.weights.lod2=0.1", "horizon.tokens=8 is no multiple of 64"),
         ("stage.distance=-1", "stage.distance=-1: allowed is a number from 0"),
         ("stage.budgets=[0.1]", "take larger shares"),
-        ("attention=mega stage.evaluate.oracle=1", "stage.evaluate.oracle=1 is not allowed with attention=mega"),
         ("attention=mega attention.segment=50", "attention.segment=50 is not allowed"),
         ("datamodule.documents=0", "datamodule.documents=0: allowed is a whole number from 1"),
     ],

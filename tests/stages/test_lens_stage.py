@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra.utils import instantiate
+from safetensors.torch import load_file
 
 from megactx.focus import FocusAllocator
 from megactx.framework.app import run
@@ -97,6 +98,24 @@ def test_the_report_has_every_policy_at_every_budget_and_the_planted_facts(whole
     assert (whole / "report.png").stat().st_size > 1000 and "LensNet" in (whole / "report.md").read_text()
     header = (whole / "metrics.csv").read_text().split("\n")[0].split(",")
     assert {"val/loss", "val/rank_correlation", "train/huber", "train/net_mass", "train/illegal"} <= set(header)
+
+
+def test_under_mega_attention_the_same_edits_are_worth_something_else(whole, settings, tmp_path):
+    mega = ["attention=mega", "attention.segment=32", "attention.mid=32", "attention.live=32"]
+    assert run([*settings, *mega, f"folder={tmp_path / 'run'}"]) == 0
+    other = 0
+    for number in range(2):  # later ones are of LensNets that have learned
+        plain, found = (
+            load_file(folder / "windows" / "round_00" / f"{number:05d}.safetensors")
+            for folder in (whole, tmp_path / "run")
+        )
+        assert all(
+            torch.equal(plain[name], found[name]) for name in plain if name not in ("values", "column", "expand")
+        )
+        other += not torch.equal(plain["values"], found["values"])
+    assert other
+    assert json.loads((tmp_path / "run" / "windows" / "made.json").read_text())["attention"]["segment"] == 32
+    assert "attention" not in json.loads((whole / "windows" / "made.json").read_text())
 
 
 def test_a_step_looks_at_no_window_file_but_those_that_it_reads(tmp_path, monkeypatch):
