@@ -18,39 +18,27 @@ from .working_context import WorkingContext
 ATTENTION = ("plain", "mega", "window")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Bend:
-    """Positions of a history that is longer than the base LM takes, from one rebasing to the next: where the entries of
-    the window came to lie when it was rebased, and straight lines between them.
-
-    So an entry has the room that it had then, and raw tokens keep their spacing. What is opened or collapsed later lies
-    where its address is: no edit moves what stays.
+    """Positions of a history that is longer than the base LM takes: the sink keeps its own, the newest tokens keep
+    their spacing, and what lies between is squeezed, to fractions. A place depends on its address alone, so no edit
+    moves what stays.
 
     Args:
-        absolute: positions of the text itself, of the entries when this was decided, ascending, [M].
-        places: where they came to lie, [M].
+        top: position of the token behind the newest one when this was decided; half of all is for the newest.
+        tokens: its address.
     """
 
-    absolute: Tensor
-    places: Tensor
+    top: int
+    tokens: int
 
-    @classmethod
-    def of(cls, context: WorkingContext, row: int, limit: int) -> "Bend":
-        """Of a row of working contexts that ends beyond ``limit``, see ``WorkingContext.positions``."""
-        count = int(context.counts[row])
-        absolute, places = (context.positions(most)[row, :count].double() for most in (None, limit))
-        return cls(absolute, places)
-
-    def __call__(self, absolute: Tensor) -> Tensor:
-        """Positions of the text -> places in fp32, of the same shape."""
-        last = len(self.absolute) - 1
-        at = torch.searchsorted(self.absolute, absolute.double().contiguous(), right=True) - 1
-        at = at.clamp(0, max(0, last - 1))
-        first, place = self.absolute[at], self.places[at]
-        slope = (self.places[(at + 1).clamp(max=last)] - place) / (self.absolute[(at + 1).clamp(max=last)] - first)
-        inside = place + (absolute.double() - first) * slope
-        behind = self.places[-1] + absolute.double() - self.absolute[-1]
-        return torch.where(absolute >= self.absolute[-1], behind, inside).float()
+    def __call__(self, address: Tensor, sink: int) -> Tensor:
+        """Addresses, tokens of the sink -> positions in fp32, of the same shape."""
+        newest = self.tokens - self.top // 2
+        scale = (self.top - self.top // 2 - sink) / (newest - sink)
+        squeezed = sink + (address.double() - sink) * scale
+        behind = torch.where(address < newest, squeezed, (address - self.tokens + self.top).double())
+        return torch.where(address < sink, address.double(), behind).float()
 
 
 @dataclass(frozen=True)
@@ -115,7 +103,7 @@ class Pyramid:
         places = torch.where(self.mask.there, self.mask.start + offsets.to(self.lod.device)[self.lod], 0)
         if not bends or not any(bends):
             return places
-        bent = [row.float() if bend is None else bend(row) for row, bend in zip(places, bends, strict=True)]
+        bent = [row.float() if bend is None else bend(row, block) for row, bend in zip(places, bends, strict=True)]
         return torch.where(self.mask.there, torch.stack(bent), 0.0)
 
     def to_tensor(self) -> Tensor:

@@ -34,7 +34,6 @@ class PositionRebase:
         self.ahead = max(step, min(limit // AHEAD, limit - budget))
         # Of each row: where the last entry came to lie when it was moved, and tokens of the row then; None: never.
         self.moved: list[tuple[int, int] | None] = []
-        self.laid: list[Bend | None] = []  # the same for readers from which no edit may take what it has read
         self.warned = False
 
     def place(self, context: WorkingContext) -> tuple[Tensor, Tensor]:
@@ -62,21 +61,9 @@ class PositionRebase:
         """Where no edit may move a position -> of each row, ``None``: absolute; and the first behind it, [B]."""
         ends = shown.ends()
         self.moved = self.moved or [None] * len(ends)
-        self.laid = self.laid or [None] * len(ends)
-        following = []
-        for row, end in enumerate(ends.tolist()):
-            before = self.moved[row]
-            below = self._below(row, end)
-            if below is None:
-                self.laid[row] = None
-            elif self.laid[row] is None or self.moved[row] != before:
-                self.laid[row] = Bend.of(shown, row, below)
-            following.append(end if below is None else below)
-        return [*self.laid], torch.tensor(following).to(ends)
-
-    def forget(self) -> None:
-        """The next window is placed anew."""
-        self.moved, self.laid = [], []
+        below = [self._below(row, end) for row, end in enumerate(ends.tolist())]
+        bends = [None if moved is None else Bend(*moved) for moved in self.moved]
+        return bends, torch.tensor([e if b is None else b for e, b in zip(ends.tolist(), below, strict=True)]).to(ends)
 
     def _below(self, row: int, tokens: int) -> int | None:
         """What the positions of a row are to stay below; ``None``: absolute."""

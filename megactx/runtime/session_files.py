@@ -29,7 +29,6 @@ from megactx.framework.files import PART, clear, replacing, sync, writing
 from megactx.framework.lock import Lock
 from megactx.memory import WorkingContext, storage
 from megactx.memory.published import place_of
-from megactx.memory.pyramid import Bend
 
 from .curation import HANDED
 from .part_files import SESSION, TREE, Wanted
@@ -213,16 +212,13 @@ def is_session(folder: Path) -> bool:
 
 
 def _state(stream: Stream) -> dict[str, Tensor]:
-    rebase = stream.rebase
-    moved, laid = rebase.moved[0] if rebase.moved else None, rebase.laid[0] if rebase.laid else None
+    moved = stream.rebase.moved[0] if stream.rebase.moved else None
     state = {
         "waiting": stream.waiting[0, : int(stream.counts[0])],
         "refocuses": torch.tensor(stream.refocuses),
         "since": torch.tensor(stream.since),
         "moved": torch.tensor([] if moved is None else moved, dtype=torch.long),
     }
-    if laid is not None:
-        state |= {"laid.absolute": laid.absolute, "laid.places": laid.places}
     if stream.context is not None:
         state |= {name: getattr(stream.context, name)[0, : int(stream.context.counts[0])] for name in WINDOW}
     return state | {f"allocator.{name}": value for name, value in stream.focus.allocator.state_dict().items()}
@@ -240,8 +236,6 @@ def _restore(stream: Stream, state: dict[str, Tensor], same: bool) -> None:
     stream.refocuses, stream.since = int(state["refocuses"]), int(state.get("since", 0))
     moved = state["moved"].tolist()
     stream.rebase.moved = [tuple(moved) if len(moved) == 2 else None]
-    if "laid.absolute" in state:
-        stream.rebase.laid = [Bend(state["laid.absolute"].double(), state["laid.places"].double())]
     own = {name.partition(".")[2]: value for name, value in state.items() if name.startswith("allocator.")}
     stream.focus.allocator.load_state_dict(own)
     if "lod" in state:

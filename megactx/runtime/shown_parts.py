@@ -103,7 +103,7 @@ class ShownParts:
             width = slots_of(self.block)[0]
             self.focus.allocator.forget(slot * width, (slot + 1) * width, self.block)
         self.focus.mean_embeddings.forget()
-        self.rebase.forget()
+        self.rebase.moved = []
         self._before = views(self.context) if self.observers else ()
         kept = [part.tree for part in found.values()]
         for part in old.values():

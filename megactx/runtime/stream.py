@@ -403,25 +403,13 @@ class Stream(ShownParts):
                 bends, self._following = self.rebase.bends(shown)
                 self.prefill.read(shown, bends)
             else:
-                positions, self._following = self._places(shown)
+                place = self.rebase.close if isinstance(shown, Selection) else self.rebase.place
+                positions, self._following = place(shown)
                 entries, spread = shown.to_tensor(), self.models.gistnet.spread(shown.lods())
                 self.prefill.read(entries, positions, shown.lengths, spread)
         except (ValueError, RunFailed):  # a damaged page, named once, is not opened again; or a server is away
             self.context = None
             raise
-
-    def _places(self, shown: WorkingContext | Selection) -> tuple[Tensor, Tensor]:
-        """Positions of the entries [B, W], and of the first token behind each row [B]."""
-        if isinstance(shown, Selection):
-            return self.rebase.close(shown)
-        if not isinstance(self.prefill, ApproximatePrefill):
-            return self.rebase.place(shown)
-        bends, following = self.rebase.bends(shown)
-        absolute = shown.positions()
-        if not any(bends):
-            return absolute, following
-        bent = [row.float() if bend is None else bend(row) for row, bend in zip(absolute, bends, strict=True)]
-        return torch.where(shown.mask, torch.stack(bent), 0.0), following
 
     def _note_found(self) -> None:
         """Blocks that keys brought, and had not at the reading before, count as opened."""

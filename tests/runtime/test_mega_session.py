@@ -21,7 +21,7 @@ def fresh(stream) -> torch.Tensor:
     """What a reader that has read nothing makes of a stream -> [B, D]."""
     reader, count = NodePrefill(stream.base, stream.settings.mega), int(stream.counts.max())
     ends, moved = stream.context.ends(), stream.rebase.moved
-    reader.read(stream.context, stream.rebase.laid)
+    reader.read(stream.context, [None if each is None else Bend(*each) for each in moved])
     if count:
         behind = [
             int(end) if each is None else each[0] + int(end) - each[1] for end, each in zip(ends, moved, strict=True)
@@ -207,31 +207,10 @@ def test_parts_are_refused(controller, tmp_path, ids):
         session.use(Wanted("other", str(tmp_path / "saved")))
 
 
-def test_beyond_the_range_entries_lie_where_plain_sessions_put_them_and_others_between_at_their_address(
-    controller, ids
-):
-    stream = controller(budget=112).stream()
-    stream.append(ids(1, 700))
-    context = stream.window()
-    bend = Bend.of(context, 0, 384)
-    entries, places = (context.positions(limit)[0] for limit in (None, 384))
-    assert torch.equal(bend(entries), places.float()) and (context.lod[0] > 0).sum() > 5
-    address = torch.arange(800)
-    found = bend(address)
-    assert (found.diff() > 0).all() and torch.equal(found[:K], torch.arange(K).float())
-    assert found[int(context.ends()[0])] == 384 and torch.equal(found[-90:].diff(), torch.ones(89))
-    some = torch.tensor([3, 40, 699, 799])
-    assert torch.equal(bend(some), found[some])
-
-
-def test_a_session_saved_without_its_places_lays_them_anew_and_goes_on(controller, ids, tmp_path):
-    session = Session(controller(**MEGA))
-    session.append(ids(600))
-    session.stream.logits()
-    session.stream.rebase.laid = []  # as an earlier build saved it
-    session.save(tmp_path / "saved")
-    session.close()
-    with Session.load(tmp_path / "saved", controller(**MEGA)) as resumed:
-        resumed.stream.logits()
-        assert resumed.stream.rebase.laid[0] is not None
-        assert_fresh(resumed.stream)
+def test_beyond_the_range_a_place_depends_on_its_address_alone_and_never_goes_back():
+    bend, address = Bend(384, 1001), torch.arange(1100)
+    places = bend(address, K)
+    assert torch.equal(places[:K], torch.arange(K).float()) and (places.diff() > 0).all()
+    assert places[1001] == 384 and torch.equal(places[-291:].diff(), torch.ones(290))
+    some = torch.tensor([3, 40, 700, 1099])
+    assert torch.equal(bend(some, K), places[some])
