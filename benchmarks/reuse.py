@@ -29,6 +29,7 @@ ARMS = {
     "approximate": {"reuse": "approximate"},
     "approximate, edit_every=8": {"reuse": "approximate", "edit_every": 8},
     "mega": {"attention": "mega"},
+    "mega, edit_every=8": {"attention": "mega", "edit_every": 8},
 }
 
 

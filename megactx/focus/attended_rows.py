@@ -8,7 +8,7 @@ sink and what is near, as entries do.
 B rows, W entries, N columns of the windows, H scored tokens, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +55,7 @@ class AttendedRows:
         return cls(pyramid.to_tensor(), pyramid.positions(), pyramid.seen(attention.summaries), sigma, *spans, *own)
 
     def __getitem__(self, which: slice | Tensor) -> "AttendedRows":
-        parts = [getattr(self, name) for name in list(self.__dataclass_fields__)[:-2]]
-        return AttendedRows(*(None if part is None else part[which] for part in parts), self.near, self.sink)
+        return replace(self, **{name: part[which] for name, part in vars(self).items() if isinstance(part, Tensor)})
 
     def read(self, base: BaseLM, following: Tensor, entries: Tensor | None = None) -> Tensor:
         """Hidden states that predict the tokens that follow, [B, H, D].

@@ -140,10 +140,13 @@ class Focus:
         self.known = None
         parts = parts_in(context)
         budget = self.budget - (context.tree.spent - parts if parts else 0)  # of what is not kept for the parts
-        full = context.counts + new + (ahead if self.lensnet is not None else 0) > budget
+        least = budget - new.clamp(min=self.reserve) + new  # entries of a row in which the reserve is free
+        full = context.counts + new > budget
+        if self.lensnet is not None:
+            full |= (context.counts + new + ahead > budget) & (context.counts + new > least)
         context.budget = self.budget + int(new.max())
         context.append(new)
-        target = torch.where(full, budget - new.clamp(min=self.reserve) + new, context.counts)
+        target = torch.where(full, least, context.counts)
         room, started = (None, full) if self.lensnet is None or not full.any() else self._room(context, target, parts)
         context.budget = self.budget
         return self.anew(context, started) if started.any() else context, room, started

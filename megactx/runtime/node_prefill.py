@@ -102,7 +102,7 @@ class NodePrefill:
     def bytes(self) -> int:
         """Of keys, values and what they were computed from."""
         rows = [row for row in self.rows if row.key is not None]
-        kept = [part for row in rows for part in (row.key, *row.same, row.seen)]
+        kept = [part for row in rows for part in (row.key, *row.same, row.seen, *row.entries)]
         return sum(row.cache.bytes() for row in rows) + sum(part.nbytes for part in kept)
 
     @torch.no_grad()
