@@ -38,7 +38,10 @@ def signals(
     """
     cursor = len(ids) - horizon
     tree = MegaContextTree.from_tokens(ids[None, :cursor], encoder, base)
-    context = WorkingContext.recency(tree, int(share * cursor))
+    try:
+        context = WorkingContext.recency(tree, int(share * cursor))
+    except ValueError:  # not even its coarsest view fits
+        return None
     edits = moves(context).edits(context)
     edits = edits[edits.expand & (edits.lod == 1)]
     if len(edits) < FEWEST:

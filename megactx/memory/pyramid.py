@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from megactx.lm import BaseLM
-from megactx.lm.mega_attention import LEVELS, MegaMask, in_order
+from megactx.lm.mega_attention import LEVELS, MegaMask, check_sizes, in_order
 
 from .composite import Composite
 from .working_context import WorkingContext
@@ -192,6 +192,16 @@ class Attention:
             raise ValueError(f"attention.kind={self.kind} is not known, allowed are {', '.join(ATTENTION)}")
         if self.window < 1:
             raise ValueError(f"attention.window={self.window} is not allowed: at least 1")
+
+    def check(self, block_size: int) -> "Attention":
+        """Itself, where its sizes fit blocks of ``block_size`` tokens.
+
+        Raises:
+            ValueError: they do not, see ``MegaMask``.
+        """
+        if self.kind == "mega":
+            check_sizes(block_size, self.segment, self.mid, self.live, self.overlap)
+        return self
 
     def read(self, base: BaseLM, context: WorkingContext) -> Tensor:
         """-> final hidden states of the entries [B, W, D], 0 in the padding."""

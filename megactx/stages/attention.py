@@ -71,8 +71,8 @@ class AttentionStage(GistReaderStage):
         base, gistnet = base | {"name": portable(base["name"])}, portable_part(gistnet)
         self.save_hyperparameters()
         self.check_settings()
-        self.attention = Attention(**attention)
         self.take_models(base, gistnet)
+        self.attention = Attention(**attention).check(self.gistnet.block_size)
         adapt(self.base, **lora)
         for parameter in adapters_of(self.base).values():
             parameter.requires_grad_(True)

@@ -61,7 +61,7 @@ class EndToEndStage(JointStage):
         **settings,
     ):
         super().__init__(**settings)
-        self.attention = Attention(**attention or {})
+        self.attention = Attention(**attention or {}).check(self.gistnet.block_size)
         sources, variants = windows["sources"], windows["variants"]
         if variants % sources or variants < 2 * sources:
             raise ValueError(

@@ -88,9 +88,9 @@ class LensStage(FrozenBaseStage):
         allocator = of_today(allocator)
         self.save_hyperparameters()
         self.check_settings()
-        self.attention = Attention(**attention or {})
         self.take_base(base)
         self.gistnet = gistnet_of(gistnet, self.base, "stage.gistnet", self.base_record).requires_grad_(False)
+        self.attention = Attention(**attention or {}).check(self.gistnet.block_size)
         self.lens = LensNet(self.base.width, self.gistnet.block_size, **lensnet)
         self.measured: list[tuple] = []  # since the last step: see ``lens_labels.ensure``
         self.window_files: dict[tuple[Path, int], list[Path]] = {}  # that are known to be there, likewise

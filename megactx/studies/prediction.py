@@ -46,6 +46,10 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         ValueError: there is no readout, or no text that is long enough.
     """
     stem = usable(args.out) / "prediction"
+    if max(args.worth, args.entries) > args.documents:
+        raise ValueError(
+            f"--worth={args.worth}, --entries={args.entries}: allowed is at most --documents={args.documents}"
+        )
     models = models_of(args.model)
     if (readout := models.prediction) is None:
         raise ValueError(f"RUN={args.model}: there is no readout for it; train one with experiment=mega_prediction")
