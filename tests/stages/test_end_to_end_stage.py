@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from megactx.framework.app import run
@@ -138,38 +139,24 @@ def test_a_base_that_learns_as_a_whole_is_in_the_checkpoint_and_its_teacher_stay
 
 
 @pytest.mark.slow
-def test_a_run_that_stopped_goes_on_to_the_same_weights(whole, settings, tmp_path, monkeypatch):
-    original, asked = EndToEndStage.losses, [*settings, *LORA, "stage.lora.rank=4", f"folder={tmp_path / 'run'}"]
+@pytest.mark.parametrize("attention", [(), MEGA])
+def test_a_run_that_stopped_goes_on_to_the_same_weights(attention, whole, settings, tmp_path, dies_at):
+    asked, other = [*settings, *LORA, *attention, "stage.lora.rank=4"], whole
+    if attention:
+        other = tmp_path / "whole"
+        assert run([*asked, f"folder={other}"]) == 0
+        plain, mega = (load(folder)["state_dict"] for folder in (whole, other))
+        assert any(not torch.equal(plain[name], value) for name, value in mega.items())
+        assert (other / "report.json").read_text() != (whole / "report.json").read_text()
+    dies_at(EndToEndStage, "losses", 4)
+    assert run([*asked, f"folder={tmp_path / 'run'}"]) == 3
+    goes_on(tmp_path / "run", [*asked, f"folder={tmp_path / 'run'}"], other)
 
-    def stops(self, *arguments):
-        if self.global_step == 3:
-            raise RuntimeError("the power is gone")
-        return original(self, *arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(EndToEndStage, "losses", stops)
-        assert run(asked) == 3
-    goes_on(tmp_path / "run", asked, whole)
-
-
-@pytest.mark.slow
-def test_a_run_under_mega_attention_stops_and_goes_on_to_the_same_weights(settings, whole, tmp_path, monkeypatch):
-    asked = [*settings, *LORA, *MEGA, "stage.lora.rank=4"]
-    assert run([*asked, f"folder={tmp_path / 'whole'}"]) == 0
-    original = EndToEndStage.losses
-
-    def stops(self, *arguments):
-        if self.global_step == 3:
-            raise RuntimeError("the power is gone")
-        return original(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EndToEndStage, "losses", stops)
-        assert run([*asked, f"folder={tmp_path / 'run'}"]) == 3
-    goes_on(tmp_path / "run", [*asked, f"folder={tmp_path / 'run'}"], tmp_path / "whole")
-    plain, mega = (load(folder)["state_dict"] for folder in (whole, tmp_path / "whole"))
-    assert any(not torch.equal(plain[name], value) for name, value in mega.items())
-    assert (tmp_path / "whole" / "report.json").read_text() != (whole / "report.json").read_text()
+def test_sizes_of_an_attention_are_refused_by_the_stage_itself_before_any_text_is_read(settings):
+    cfg = compose([*settings, "attention=mega", "attention.segment=50", "folder=unused"])
+    with pytest.raises(InstantiationException, match="attention.segment=50 is not allowed"):
+        instantiate(cfg.stage, _convert_="all")
 
 
 @pytest.mark.slow

@@ -106,6 +106,8 @@ def test_ranks_and_entries_on_other_texts_and_drafts_behind_them(whole, texts, t
     shown = capsys.readouterr().out
     assert "what opening a block is worth" in shown and "tokens like the newest" in shown
     assert "map of the newest gist" in shown and "its own gist" in shown
+    assert ranked([str(whole), *shared, "--tokens", "300", "--worth", "3"]) == 2
+    assert "--worth=3, --entries=0: allowed is at most --documents=2" in capsys.readouterr().err
     assert decoded([str(whole), *shared, "--prompt", "200", "--answer", "16"]) == 0
     shown = capsys.readouterr().out
     assert "block of the foretold gist" in shown and "2 of 2" in shown

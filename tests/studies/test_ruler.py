@@ -77,6 +77,12 @@ def test_blocks_are_kept_whose_gists_are_nearest_to_what_the_base_expects_next()
     assert {*range(best * BLOCK, (best + 1) * BLOCK)} <= {*kept}
 
 
+def test_the_study_takes_the_embedded_models_with_all_of_their_parts(tmp_path):
+    sizes = ["--lengths", "400", "--cases", "1", "--answers", "0", "--budget", "128", "--out", str(tmp_path)]
+    assert main([*sizes, "--policies", "foretold"]) == 0
+    assert "the embedded models" in (tmp_path / "ruler.md").read_text()
+
+
 def test_without_a_readout_nothing_is_expected():
     with pytest.raises(ValueError, match="--policies=foretold: these models have no readout.*mega_prediction"):
         find(rivals, "foretold", "--policies")(replace(load_models(), prediction=None))
