@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Callable
 
 from . import babilong, paraphrases
+from .embedded import Embedded
+from .files import NARRATIVE, Files
 
 NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa1": 20}  # that an answer may have
@@ -139,6 +141,14 @@ GENERATORS += (paraphrases.niah_paraphrase, paraphrases.niah_changed)  # not of 
 TASKS = {generator.__name__: generator for generator in GENERATORS}
 PROSE = ("niah_single_2", "qa1", "niah_paraphrase", "niah_changed")  # stand between the sentences of a prose
 WHOLE = ("cwe", "fwe")  # need all of the context
+
+
+@functools.cache
+def sentences(path: str | None) -> list[str]:
+    """Sentences of the texts of a path; ``None``: of the narrative ones that the package brings."""
+    rows = (Files(path) if path else Embedded()).load()
+    text = " ".join(row["text"] for row in rows if path or row["domain"] == NARRATIVE)
+    return re.split(r"(?<=[.!?])\s+", text)
 
 
 def case(task: str, length: int, tokenizer, seed: int, essay: list[str] = ()) -> dict:

@@ -19,8 +19,6 @@ from torch import Tensor
 from megactx.lm import BaseLM
 from megactx.lm.masks import CAUSAL
 
-LR = 0.1  # of Adam, in units of the token embeddings' root mean square
-
 
 @dataclass(frozen=True)
 class Capacity:
@@ -40,6 +38,7 @@ def capacity(
     passages: Tensor,
     block: int = 32,
     patience: int = 300,
+    lr: float = 0.1,
     seed: int = 0,
     told: Callable[[int, Tensor], None] = lambda steps, exact: None,
 ) -> Capacity:
@@ -51,6 +50,7 @@ def capacity(
         block: tokens of which ``Capacity.block`` says the share that is right when all of them are fitted at once for
             ``patience`` steps.
         patience: steps of Adam that a vector has for one token more.
+        lr: of Adam, in units of the token embeddings' root mean square.
         told: called now and then with the steps so far and the exact lengths.
 
     Raises:
@@ -65,7 +65,7 @@ def capacity(
         embedded = base.embed(passages)
     start = 0.1 * torch.randn(count, base.width, generator=generator).to(device)
     exact, aim = torch.zeros(count, dtype=torch.long), torch.ones(count, dtype=torch.long)
-    fit, kept = _Fit(start), start * rms
+    fit, kept = _Fit(start, lr), start * rms
     since, steps = torch.zeros(count, dtype=torch.long), 0
     going = torch.arange(count)
     while len(going):
@@ -83,7 +83,7 @@ def capacity(
         going = going[(since[going] < patience) & (exact[going] < longest)]
         if steps % 100 == 0:
             told(steps, exact)
-    every, whole = torch.arange(count), _Fit(start)
+    every, whole = torch.arange(count), _Fit(start, lr)
     length = torch.full((count,), block)
     for _ in range(patience):
         right = _step(base, whole, embedded, passages, length, every, rms)
@@ -93,7 +93,8 @@ def capacity(
 class _Fit:
     """Vectors [P, D] in units of the embeddings, each with an Adam of its own: they come and go."""
 
-    def __init__(self, start: Tensor):
+    def __init__(self, start: Tensor, lr: float):
+        self.lr = lr
         self.vectors, self.first, self.second = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
         self.steps = torch.zeros(len(start), 1, device=start.device)
 
@@ -102,7 +103,7 @@ class _Fit:
         self.first[rows] = 0.9 * self.first[rows] + 0.1 * gradient
         self.second[rows] = 0.99 * self.second[rows] + 0.01 * gradient.square()
         mean = self.first[rows] / (1 - 0.9 ** self.steps[rows])
-        self.vectors[rows] -= LR * mean / ((self.second[rows] / (1 - 0.99 ** self.steps[rows])).sqrt() + 1e-8)
+        self.vectors[rows] -= self.lr * mean / ((self.second[rows] / (1 - 0.99 ** self.steps[rows])).sqrt() + 1e-8)
 
 
 def _step(base: BaseLM, fit: _Fit, embedded: Tensor, ids: Tensor, aim: Tensor, rows: Tensor, rms: float) -> Tensor:

@@ -8,8 +8,10 @@ obeys       share of greedy answers without a sign of the template before their 
 right       share of greedy answers to tasks that are the right one
 recall      share of talks whose fact of the second turn is in the last answer, in a window that it has left
 recall nll  of that answer, in nats per token
+right       of RULER's single needle and BABILong's qa1: share of the references in the answer, by their own scores
 
-A model with a GistNet reads the last two with its own window (``focus``), and all models by dropping what is old.
+A model with a GistNet reads the last three with its own window (``focus``), and all models by dropping what is old;
+needle and qa1 also with all of the text in detail (``full``), where the base LM takes so many positions.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megactx.data import ruler
 from megactx.data.conversations import ConversationFiles
 from megactx.data.documents import VALIDATION, split_of
 from megactx.data.embedded_conversations import EmbeddedConversations
@@ -37,7 +40,8 @@ from .bootstrap import mean_interval, wilson
 from .table import Report, Sheet, Table, pivot
 
 TASKS, FILES = "tasks", "files"
-FOCUS, DROPPING = "focus", "dropping"
+FOCUS, DROPPING, FULL = "focus", "dropping", "full"
+MEMORY = ("niah_single_1", "qa1")
 COLUMNS = (
     ("nll", ".3f"),
     ("stops", ".0%"),
@@ -68,6 +72,14 @@ def recall_talks(count: int, turns: int) -> list[list[dict]]:
     """Talks whose second turn tells what the last one asks for, ``turns`` questions each."""
     drawn = (np.random.default_rng([7, index]) for index in range(count))
     return [turns_of(recall(rng, max(0, turns - 3), first=False)) for rng in drawn]
+
+
+def memory_cases(task: str, count: int, length: int, tokenizer) -> list[dict]:
+    """Rows of ``ruler.case`` of about ``length`` tokens, in the prose that the package brings."""
+    try:
+        return [ruler.case(task, length, tokenizer, seed, ruler.sentences(None)) for seed in range(count)]
+    except ValueError as error:
+        raise ValueError(str(error).replace("--lengths", "--length")) from error
 
 
 class Chatting:
@@ -113,8 +125,26 @@ class Chatting:
         said = pieces[:-1] if stopped else pieces
         return "".join(piece.text for piece in pieces), stopped, not any(piece.token in self.signs for piece in said)
 
+    def begun(self, row: dict) -> list[int]:
+        """A row of ``memory_cases`` up to where the rest of the answer is to stand, BOS first."""
+        asked = [{"role": "user", "content": f"{row['context']}\n{row['question']}"}]
+        answer = self.models.base.tokenizer(f" {row['answer_prefix']}", add_special_tokens=False)["input_ids"]
+        return [*self._asked(asked)[0], *answer]
+
+    def found(self, session: Session, row: dict) -> float:
+        """The score of the greedy answer to a row of ``memory_cases``."""
+        session.append(self.begun(row)[1:])  # the session has its BOS
+        said = ""
+        for piece in session.generate(row["max_new_tokens"], stop=[self.end] * bool(self.end)):
+            said += piece.text
+            if ruler.settled(row["task"], said, row["answer"]):
+                break
+        return ruler.score(row["task"], said, row["answer"])
+
     def session(self, window: int, kind: str) -> Session:
-        """A new one; ``kind``: ``focus`` with the model's own nets, ``dropping`` without."""
+        """A new one; ``kind``: ``focus`` with the model's own nets, ``dropping`` without, ``full`` without an end."""
+        if kind == FULL:
+            return self.plain()
         models = self.models if kind == FOCUS else replace(self.models, gistnet=None, lensnet=None, keys=None)
         how = "focus" if kind == FOCUS else "recency"
         return Session(Controller(models, Settings(budget=window, megacontext=how)))
@@ -124,8 +154,15 @@ class Chatting:
         return Session(Controller(models, Settings(megacontext="none")))
 
 
-def measure(models: Models, name: str, held: dict, talks: list[list[dict]], window: int, tokens: int) -> Table:
-    """All figures of one model; ``name`` is its run in the table."""
+def measure(
+    models: Models, name: str, held: dict, talks: list[list[dict]], window: int, tokens: int, memory=(0, 0)
+) -> Table:
+    """All figures of one model.
+
+    Args:
+        name: its run in the table.
+        memory: cases of a needle and of qa1, and tokens of each.
+    """
     table, one = Table(), Chatting(models, tokens)
     for domain, every in held.items():
         room = models.base.max_positions - tokens
@@ -142,12 +179,22 @@ def measure(models: Models, name: str, held: dict, talks: list[list[dict]], wind
         if domain == TASKS:
             right = [t[0].strip() == turns[-1]["content"] for t, turns in zip(told, conversations, strict=True)]
             table.add("right", wilson(sum(right), len(right)), **about)
-    for kind in (DROPPING, *([FOCUS] if models.gistnet else [])):
+    kinds = (DROPPING, *([FOCUS] if models.gistnet else []))
+    for kind in kinds:
         about = {"run": name, "carrier": kind, "domain": "recall", "span": f"window {window}", "n": len(talks)}
         if found := list(_recalled(one, talks, window, kind)):
             table.add("recall", wilson(sum(right for right, _ in found), len(found)), **about)
             document = torch.repeat_interleave(torch.arange(len(found)), torch.tensor([len(nll) for _, nll in found]))
             table.add("recall nll", mean_interval(document, torch.cat([nll for _, nll in found])), **about)
+    count, length = memory
+    for task in MEMORY if count else ():
+        rows = memory_cases(task, count, length, models.base.tokenizer)
+        fits = all(len(one.begun(row)) + row["max_new_tokens"] <= models.base.max_positions for row in rows)
+        for kind in (*[FULL] * fits, *kinds):
+            share = torch.tensor([one.found(one.session(window, kind), row) for row in rows])
+            span = f"{length:,} tokens, window {window}" if kind != FULL else f"{length:,} tokens"
+            found = mean_interval(torch.arange(count), share)
+            table.add("right", found, run=name, carrier=kind, domain=task, span=span, n=count)
     return table
 
 
@@ -175,13 +222,14 @@ def sheets(table: Table) -> list[Sheet]:
 
 
 def _command(args: argparse.Namespace) -> None:
-    for name in ("conversations", "tokens", "turns", "window"):
+    for name in ("conversations", "tokens", "turns", "window", "length"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name}={getattr(args, name)} is not allowed: 1 or more")
     names = {(path if len(args.models) > 1 else Path(path).name): path for path in args.models}
     held, talks, table = held_out(args.path, args.conversations), recall_talks(args.recall, args.turns), Table()
     for name, folder in names.items():
-        table += measure(load_models(folder, setting="MODEL"), name, held, talks, args.window, args.tokens)
+        loaded, memory = load_models(folder, setting="MODEL"), (args.memory, args.length)
+        table += measure(loaded, name, held, talks, args.window, args.tokens, memory)
     report = Report("Chat", table, sheets(table))
     report.show()
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
         ("conversations", 40, "held-out ones of each kind at most"),
         ("recall", 8, "talks with a fact far back; 0: none"),
         ("turns", 40, "questions of such a talk"),
-        ("window", 512, "tokens or entries that are read at once there"),
+        ("window", 512, "tokens or entries that are read at once there, and of texts with a needle"),
+        ("memory", 8, "texts with a needle, and of BABILong's qa1; 0: none"),
+        ("length", 2048, "tokens of such a text"),
         ("tokens", 48, "of an answer at most"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")

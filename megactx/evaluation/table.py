@@ -217,13 +217,42 @@ class Report:
         parts += [self.legend, ""] * bool(self.legend) + [f"- {note}" for note in self.notes]
         return "\n".join(parts).rstrip() + "\n"
 
+    def _shown(self) -> dict:
+        return {
+            "title": self.title,
+            "sheets": [sheet._asdict() for sheet in self.sheets],
+            "legend": self.legend,
+            "notes": self.notes,
+        }
+
+    @classmethod
+    def read(cls, stem: Path) -> "Report":
+        """What ``write`` has written, from ``.json`` and ``.csv`` alone; without the picture.
+
+        Raises:
+            ValueError: there is none, or one of an older release.
+        """
+        path = stem.with_name(f"{stem.name}.json")
+        try:
+            shown = json.loads(path.read_text(encoding="utf-8"))["shown"]
+            with stem.with_name(f"{stem.name}.csv").open(newline="", encoding="utf-8") as file:
+                rows = [
+                    {name: _read(name, value) for name, value in row.items() if value} for row in csv.DictReader(file)
+                ]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: there is no report in it that can be shown ({error!r})") from error
+        sheets = [Sheet(**sheet | {"strong": tuple(sheet["strong"])}) for sheet in shown["sheets"]]
+        return cls(shown["title"], Table(rows), sheets, shown["legend"], shown["notes"])
+
     def write(self, stem: Path, numbers: Mapping | None = None) -> str:
         """Write ``stem`` with ``.md``, ``.csv``, ``.json``, ``.png`` where there is a picture; -> a line that says so.
 
         Args:
-            numbers: of the JSON file in place of ``about`` and the table; NaN becomes ``null``.
+            numbers: of the JSON file in place of ``about`` and the table; NaN becomes ``null``. What is shown is in it
+                too, for ``read``.
         """
-        numbers = self.about | {"table": self.table} if numbers is None else numbers
+        numbers = self.about | {"table": self.table} if numbers is None else dict(numbers)
+        numbers |= {"shown": self._shown()}
         md, csv_file, json_file, png = (stem.with_name(f"{stem.name}.{end}") for end in ("md", "csv", "json", "png"))
         write(md, self.markdown())
         with replacing(csv_file) as part, part.open("w", newline="", encoding="utf-8") as file:
@@ -234,6 +263,10 @@ class Report:
         if self.draw:
             self.draw(png)
         return f"Tables: {stem}.md, .csv and .json" + f"   picture: {stem}.png" * bool(self.draw)
+
+
+def _read(name: str, value: str) -> str | float | int:
+    return int(value) if name == "n" else float(value) if name in ("point", "low", "high", "std") else value
 
 
 def _rich(sheet: Sheet):

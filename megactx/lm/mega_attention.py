@@ -169,9 +169,14 @@ class MegaMask:
     def pairs(self) -> Tensor:
         """Share of the pairs of a plain causal pass over the leaves that this one computes, [B]; summaries and
         strips included."""
-        count = self.leaf.sum(1)
-        seen = self.dense()[:, 0] & self.there[:, :, None]
-        return seen.sum((1, 2)) / (count * (count + 1) / 2)
+        count, at, seen = self.leaf.sum(1), torch.arange(self.start.shape[1], device=self.start.device), []
+        for row, there in enumerate(self.there):
+            kind, sees = self.kinds(row)
+            own = (
+                sees.cumsum(1, dtype=torch.int32)[kind, at] + ~sees[kind, at]
+            )  # itself, where its kind does not say so
+            seen.append(own[there].sum())
+        return torch.stack(seen) / (count * (count + 1) / 2)
 
 
 def check_sizes(block: int, segment: int, mid: int, live: int, overlap: int) -> None:

@@ -13,9 +13,11 @@ from megactx.lm import BaseLM
 from megactx.lm.mega_attention import LEVELS, MegaMask, check_sizes, in_order
 
 from .composite import Composite
+from .passes import by_rows, by_segments
 from .working_context import WorkingContext
 
 ATTENTION = ("plain", "mega", "window")
+LONG = 2048  # columns: from there on a reading without gradient goes in passes
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,17 @@ class Pyramid:
         context, mask = self.context, self.mask
         if (mask.is_live | mask.summary | ~mask.there).all():
             return PLAIN.read(base, context)
+        if _in_passes(self.lod):
+            return by_segments(self, base, summaries)
         sigma = context.tree.encoder.spread(self.lod)
         hidden = base(self.to_tensor(), self.positions(), self.seen(summaries)[:, None], sigma=sigma)
         hidden = hidden.gather(1, self.leaves[..., None].expand(-1, -1, hidden.shape[-1]))
         return torch.where(context.mask[..., None], hidden, 0.0)
+
+
+def _in_passes(columns: Tensor) -> bool:
+    """Whether reading columns [B, N] at once would cost more, or more memory than there is."""
+    return not torch.is_grad_enabled() and columns.shape[1] >= LONG
 
 
 def strips(context: WorkingContext, entries: MegaMask) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,6 +219,8 @@ class Attention:
         sigma = context.tree.encoder.spread(context.lods())
         if self.kind == "plain":
             return base.read(context.to_tensor(), context.positions(), context.lengths, sigma)
+        if _in_passes(context.lod):
+            return by_rows(context, base, self.window)
         hidden = base(context.to_tensor(), context.positions(), self.near(context)[:, None], sigma=sigma)
         return torch.where(context.mask[..., None], hidden, 0.0)
 
@@ -223,16 +234,22 @@ class Attention:
         count = context.lengths
         if self.kind == "plain":
             return torch.ones_like(count, dtype=torch.float)
-        seen = self.near(context) & context.mask[:, :, None]
-        return seen.sum((1, 2)) / (count * (count + 1) / 2)
+        parts = torch.arange(context.lod.shape[1], device=context.lod.device).split(LONG)
+        seen = sum((self.near(context, some) & context.mask[:, some, None]).sum((1, 2)) for some in parts)
+        return seen / (count * (count + 1) / 2)
 
-    def near(self, context: WorkingContext) -> Tensor:
-        """The mask of ``window`` over a working context, bool [B, W, W]; padding sees itself."""
+    def near(self, context: WorkingContext, rows: Tensor | None = None) -> Tensor:
+        """The mask of ``window`` over a working context, bool [B, R, W]; padding sees itself.
+
+        Args:
+            rows: those that are wanted [R]; ``None``: all W.
+        """
         start, end, there = context.starts(), context.starts() + context.widths(), context.mask
         at = torch.arange(start.shape[1], device=start.device)
-        near = (end[:, None] > start[:, :, None] - self.window + 1) | (end <= context.tree.block_size)[:, None]
-        causal = at <= at[:, None]
-        return near & causal & there[:, None] & there[:, :, None] | (at == at[:, None])
+        rows = at if rows is None else rows
+        near = (end[:, None] > start[:, rows, None] - self.window + 1) | (end <= context.tree.block_size)[:, None]
+        causal = at <= rows[:, None]
+        return near & causal & there[:, None] & there[:, rows, None] | (at == rows[:, None])
 
 
 PLAIN = Attention()

@@ -21,6 +21,18 @@ PARTS = ("gist", "room", "score", "allocate", "read")  # of a refocus
 OWN = ("room", "score", "allocate")  # what a plain model has nothing of, and what must cost next to nothing
 
 
+# Whose metric it is, by the first word of its name: a section of panels each.
+SUBSYSTEMS = {
+    "window": ("window", "compression", "history", "tokens", "refocuses"),
+    "tree": ("tree", "rope"),
+    "LensNet": ("lens",),
+    "allocator": ("edits", "swap_rate", "residency"),
+    "attention": ("kv", "attention"),
+    "time": ("decode", "refocus"),
+    "storage": ("pages",),
+}
+
+
 @dataclass(frozen=True)
 class Metric:
     """One name."""
@@ -142,6 +154,12 @@ def _focused(event: Refocused) -> Iterator[Measured]:
     counts = torch.histc(torch.cat(own).float().cpu(), BINS, -1, 1)
     for place, count in enumerate(counts.tolist()):
         yield Measured("megactx.lens.scores", int(count), bins()[place])
+
+
+def subsystem(name: str) -> str:
+    """The part of megactx that a metric is of."""
+    word = name.split(".")[1]
+    return next(part for part, words in SUBSYSTEMS.items() if word in words)
 
 
 def bins() -> list[str]:

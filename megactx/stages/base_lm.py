@@ -67,6 +67,7 @@ class BaseLMStage(Stage):
     betas = (0.9, 0.95)
     takes = {"tokenizer": "base.name", "base": "base.name"}
     gives = {"base": "model"}
+    stock = True
 
     def __init__(
         self,

@@ -1,15 +1,14 @@
 """One page about all stages of a curriculum: what each gained, in what time, from how many tokens."""
 
 import csv
-from html import escape
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from megactx.evaluation.chat import DROPPING, FOCUS, Chatting, held_out, measure, recall_talks
 from megactx.evaluation.chat import sheets as chat_sheets
+from megactx.evaluation.page import page_of
 from megactx.evaluation.table import Report, Sheet, Table
-from megactx.framework.files import write
 from megactx.parts.models import load_models
 
 # What a validation says, the first that a stage has: lower is better in all of them.
@@ -21,20 +20,11 @@ NOTE = (
     "First and last are of the stage's own validation, on its own held-out data: they compare a stage with its own"
     " beginning, not with another stage."
 )
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
-th:first-child, td:first-child { text-align: left; white-space: normal }
-td { vertical-align: top } img { max-width: 100% }
-h2 { margin-top: 2.5rem; border-top: 2px solid #ddd; padding-top: 1rem }
-@media (prefers-color-scheme: dark) { body { background: #181818; color: #ddd } th, td, h2 { border-color: #444 } }
-"""
 
 
 def write_page(folder: str | Path, stages: list[str]) -> None:
     """Print a line per stage, and write ``report.md``, ``.csv`` and ``.json`` with the reports of the stages; and
-    ``report.html``, the page with its pictures for a browser.
+    ``report.html``, the page with its pictures for a browser. ``megactx.evaluation.page`` makes it again.
 
     Args:
         folder: of the curriculum, with a finished run folder of each stage below it.
@@ -55,12 +45,7 @@ def write_page(folder: str | Path, stages: list[str]) -> None:
     report = Report("From tokenizer to chat", table, sheets, NOTE)
     report.show()
     print(report.write(folder / "report"))
-    page = folder / "report.md"
-    parts = [page.read_text(encoding="utf-8"), *(_of_stage(folder / name) for name in stages)]
-    text = "\n".join(filter(None, parts))
-    write(page, text)
-    write(folder / "report.html", in_browser(text, folder.name))
-    print(f"To look at: {folder / 'report.html'}")
+    print(f"To look at: {page_of(folder, report, stages)}")
 
 
 def _chats(models: dict[str, Path], cases: int) -> tuple[Table, Sheet]:
@@ -102,25 +87,3 @@ def _cells(told: dict) -> list[str]:
 
     figures = [shown(name, ".3f") for name in ("first", "last", "best")]
     return [shown("seconds", ".1f", 60), shown("steps", ",.0f"), shown("tokens", ",.0f"), told.get("of", ""), *figures]
-
-
-def _of_stage(run: Path) -> str:
-    """A stage's own report, with its headings two levels below."""
-    found = next((path for path in (run / "report.md", run / "model" / "README.md") if path.exists()), None)
-    if found is None:
-        return ""
-    text = found.read_text(encoding="utf-8")
-    if text.startswith("---\n"):  # what the hub reads of a model card
-        text = text.split("---\n", 2)[2]
-    lines = [f"##{line}" if line.startswith("#") else line for line in text.strip().splitlines()]
-    pictures = [f"![{path.stem} of {run.name}]({run.name}/{path.name})\n" for path in sorted(run.glob("*.png"))]
-    return "\n".join([f"## Stage {run.name}", "", *lines, "", *pictures])
-
-
-def in_browser(text: str, name: str) -> str:
-    """A page of Markdown as HTML that needs nothing but the pictures beside it."""
-    from markdown_it import MarkdownIt
-
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    title = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{escape(name)}</title>"
-    return f"<!doctype html><html lang='en'><head>{title}<style>{STYLE}</style></head><body>{body}</body></html>\n"

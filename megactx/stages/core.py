@@ -56,6 +56,8 @@ class CoreStage(BaseLMStage):
         settings: of ``BaseLMStage``.
     """
 
+    stock = False  # its facts are read from a tree
+
     def __init__(
         self, knowledge: bool, margin: NonNegative, text: NonNegative, lora: Lora, evaluate: Questions, **settings
     ):

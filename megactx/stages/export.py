@@ -78,6 +78,7 @@ class ExportStage:
     """
 
     timed, takes, gives = False, {"parts": "stage.run"}, {"model": "model"}
+    stock = False
     conclude = staticmethod(write_page)
 
     def __init__(self, run: str):

@@ -16,6 +16,7 @@ from megactx.data.documents import length_of
 from megactx.data.segments import RECENCY, SEGMENT
 from megactx.data.spans_module import LONGEST_DOCUMENT
 from megactx.evaluation.curriculum import write_curriculum
+from megactx.evaluation.runs import read_run
 from megactx.evaluation.summary import check_targets
 from megactx.evaluation.sums import loggable
 from megactx.evaluation.validation import ValidationMetrics
@@ -28,6 +29,7 @@ from megactx.gist.memory_estimate import in_words, memory_estimate
 from megactx.lm.prefill import prefill
 from megactx.lm.prefill_cache import KEPT, PrefillCache
 
+from .chain_page import write_page
 from .gist_nets import build_nets, groups_of, reads_with_base, refuse_without_vectors
 from .gist_report import report
 from .kept_controls import KeptControls
@@ -331,5 +333,8 @@ class GistStage(FrozenBaseStage):
 
     @staticmethod
     def conclude(folder: Path, stages: list[str]) -> None:
-        """The end of a curriculum: all its stages in one table and one picture."""
-        write_curriculum(folder, stages)
+        """The end of a curriculum: of gist stages alone one table and one picture, else a page about all of them."""
+        if all(read_run(folder / name).report for name in stages):
+            write_curriculum(folder, stages)
+        else:
+            write_page(folder, stages)

@@ -56,6 +56,7 @@ class Stage(lightning.LightningModule):
         timed          ``preset.minutes`` may decide how many steps there are: they are all alike
         takes          of a curriculum's earlier stages: name of what they give -> the setting that it is for
         gives          to later ones: name -> its place in the run folder, "" for the run itself
+        stock          it is part of the stock chain, ``megacontext=none``: it makes and reads no gists
         one_process    it cannot be trained by several processes
         shorter        what makes its training short, for the line that says how long it takes
     """
@@ -65,6 +66,7 @@ class Stage(lightning.LightningModule):
     timed = False
     takes: ClassVar[dict[str, str]] = {}
     gives: ClassVar[dict[str, str]] = {}
+    stock = False
     one_process = False
     shorter = "preset=demo is a matter of minutes"
     betas = (0.9, 0.999)  # of AdamW

@@ -24,6 +24,7 @@ class TokenizerStage:  # no ``Stage``: it does not train in steps
     """
 
     timed, takes, gives = False, {}, {"tokenizer": "tokenizer"}
+    stock = True
     conclude = staticmethod(write_page)
 
     def __init__(self, source, vocab_size: int = 8192, sample_bytes: int = 30_000_000):

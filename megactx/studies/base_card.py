@@ -41,6 +41,9 @@ def options(given: Options) -> None:
     given.number("documents", 30, "documents of so many tokens, at most, in equal parts of every domain")
     given.number("passages", 20, "passages that vectors are fitted to; 0: none", least=0)
     given.number("patience", 300, "steps of Adam that a vector has for one token more")
+    given.add(
+        "--rate", type=float, default=0.1, help="of that Adam, over the embeddings' root mean square (default 0.1)"
+    )
     given.number("block", 32, "tokens of a block")
     given.add("--out", type=Path, default=Path("base_card"), help="folder of the tables")
 
@@ -73,6 +76,8 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     base = load_models(args.model, setting="MODEL").base
     if args.length > base.max_positions:
         raise ValueError(f"--length={args.length} is not allowed: the base takes {base.max_positions} positions")
+    if not args.rate > 0:
+        raise ValueError(f"--rate={args.rate} is not allowed: above 0")
     source = Files(args.path) if args.path else Embedded()
     split = None if args.path else VALIDATION
     documents, _ = cut(tokenised(source, base.tokenizer), split, base.tokenizer, args.length, args.length)
@@ -88,10 +93,10 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         middle = slice(args.length // 2, args.length // 2 + size)
         chosen = [torch.from_numpy(document["input_ids"][middle]).long() for document in documents[: args.passages]]
         passages = torch.stack(chosen).to(base.model.device)
-        found = capacity(base, passages, min(args.block, size), args.patience, told=_told)
+        found = capacity(base, passages, min(args.block, size), args.patience, args.rate, told=_told)
         own = held({"capacity": found.exact, "capacity_block": found.block})
         table = Table([*table, *own])
-        about |= {"passages": len(passages), "patience": args.patience, "block": args.block}
+        about |= {"passages": len(passages), "patience": args.patience, "rate": args.rate, "block": args.block}
         yield stem, Report(f"Base card of {args.model}", table, [*sheets, sheet(own, args.block)], LEGEND, [], about)
 
 

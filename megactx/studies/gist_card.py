@@ -4,8 +4,9 @@
     python -m megactx.studies.gist_card smollm2 --gistnet FOLDER --horizon 16 --segments 200
 
 Single blocks, each replaced by its gist, beside every untrained control on the same blocks; and, with ``--segments``,
-histories of which all old blocks are gists. Recovery is the teacher-normalised score of the literature, (compressed -
-nothing) / (full - nothing), of negative log-likelihoods.
+histories of which all old blocks are gists; with ``--oracle``, what a vector can do that is fitted to each block
+without an encoder. Recovery is the teacher-normalised score of the literature, of negative log-likelihoods:
+(compressed - nothing) / (full - nothing).
 """
 
 import argparse
@@ -13,15 +14,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from megactx.evaluation.history import measure_history, segments
 from megactx.evaluation.measure import measure, untrained
 from megactx.evaluation.report import report_of
 from megactx.evaluation.summary import summarise
 from megactx.evaluation.table import Report
 from megactx.framework.bar import bar
+from megactx.gist.carriers.oracle import Oracle
 from megactx.parts.models import load_models
 from megactx.parts.read import gistnet_of
 
+from .ladder import ORACLES, first_blocks
 from .study import Options, command, multiple, usable
 from .trained import held_out
 
@@ -41,6 +46,9 @@ def options(given: Options) -> None:
     given.number("segments", 0, "segments of history mode; 0: none", least=0)
     given.number("segment", 64, "S, scored tokens of a segment")
     given.number("recency", 128, "R, raw tokens before it")
+    given.number("oracle", 0, "blocks that get a fitted vector each; 0: none", least=0)
+    given.number("oracle-steps", 100, "steps of each fit")
+    given.add("--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="of products (default 32-true)")
     given.add("--out", type=Path, default=Path("gist_card"), help="folder of the tables")
 
 
@@ -62,7 +70,10 @@ def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         multiple(name, getattr(asked, name), block)
     about = {"model": models.name, "gistnet": asked.gistnet, "text": asked.path}
     text = (base, asked.path, block, asked.horizon, asked.tokens)
-    scores = measure(base, {"gistnet": net}, held_out(*text, asked.blocks), asked.horizon, progress=bar("blocks"))
+    autocast = torch.autocast(base.model.device.type, torch.bfloat16, enabled=asked.precision == "bf16-mixed")
+    with autocast:
+        batches, shown = held_out(*text, asked.blocks), bar("blocks")
+        scores = measure(base, {"gistnet": net}, batches, asked.horizon, progress=shown)
 
     def report(**extra) -> Report:
         made = report_of(summarise(scores, "gistnet", **extra))
@@ -78,7 +89,18 @@ def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
                 f"--tokens={asked.tokens}: there is no room for a segment behind --recency={asked.recency}"
             )
         nets = {"gistnet": net} | untrained(base, block, net.position)
-        yield stem, report(history=measure_history(base, nets, histories, **sizes, progress=bar("histories")))
+        with autocast:
+            history = measure_history(base, nets, histories, **sizes, progress=bar("histories"))
+        yield stem, report(history=history)
+    if asked.oracle:
+        settings = {"position": net.position, "steps": asked.oracle_steps}
+        fitted = {name: Oracle(asked.horizon, block, samples=count, **settings) for name, count in ORACLES.items()}
+        some, shown = first_blocks(batches, asked.oracle), bar("a vector fitted to every block")
+        with autocast:
+            found = measure(base, {"gistnet": net} | fitted, some, asked.horizon, progress=shown)
+        made = report_of(summarise(found, "gistnet"))
+        made.about |= about
+        yield stem.with_name("gist_card_oracle"), made
 
 
 main = command("gist_card", __doc__, options, study)

@@ -89,7 +89,7 @@ class Ladder(GistStage):
             )
         if ladder["oracle"]:
             fitted = {name: Oracle(horizon, block, samples=count, **settings) for name, count in ORACLES.items()}
-            some = _first_blocks(batches, ladder["oracle"])
+            some = first_blocks(batches, ladder["oracle"])
             parts["oracle"] = measure(
                 self.base, nets | fitted, some, horizon, progress=bar("a vector fitted to every block")
             )
@@ -108,7 +108,7 @@ class Ladder(GistStage):
         }
 
 
-def _first_blocks(batches: list[dict], count: int) -> list[dict]:
+def first_blocks(batches: list[dict], count: int) -> list[dict]:
     """The first block of each document, then the second, until there are ``count``: as many documents as possible."""
     each = -(-count // len(batches))
     kept = [batch | {"block_starts": batch["block_starts"][:, :each]} for batch in batches]

@@ -50,7 +50,10 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         raise ValueError(
             f"--worth={args.worth}, --entries={args.entries}: allowed is at most --documents={args.documents}"
         )
-    models = models_of(args.model)
+    stage = stage_of(args.model)
+    models = models_of(args.model, stage)
+    if stage and stage.reader is not None and (args.worth or args.entries):
+        raise ValueError(f"RUN={args.model}: --worth and --entries are not allowed, its base LM has no GistNet")
     if (readout := models.prediction) is None:
         raise ValueError(f"RUN={args.model}: there is no readout for it; train one with experiment=mega_prediction")
     base, net = models.base, models.gistnet
@@ -58,7 +61,9 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     texts = []
     for batch in bar("documents")(batches):
         ids = batch["ids"][0].to(base.model.device)
-        texts.append(Text(example_of(base, net, ids, readout.levels).float(), batch["domain"][0]))
+        with torch.no_grad():
+            example = stage.read_by(ids)[0] if stage else example_of(base, net, ids, readout.levels).float()
+        texts.append(Text(example, batch["domain"][0]))
     table = measure(readout, texts, args.seed)
     for name, interval in entries(base, net, readout, batches[: args.entries]).items():
         table.add("entry", interval, carrier=name)
@@ -93,21 +98,34 @@ def worth(base, net, readout, batches: list[dict]) -> dict:
     return correlations(found) if found else {}
 
 
-def models_of(model: str | None) -> Models:
+def models_of(model: str | None, stage: PredictionStage | None = None) -> Models:
     """Base LM, GistNet and readout of a run of ``experiment=mega_prediction``, or what ``load_models`` takes.
+
+    Args:
+        stage: of that run, where it is there already.
+
+    Raises:
+        ValueError: it is the run of another stage.
+    """
+    if (stage := stage or stage_of(model)) is None:
+        return load_models(model, setting="MODEL")
+    return Models(stage.base, stage.gistnet, name=model, prediction=stage.readout)
+
+
+def stage_of(model: str | None) -> PredictionStage | None:
+    """The stage of a run folder from its best checkpoint, in fp32; ``None``: it is no run folder.
 
     Raises:
         ValueError: it is the run of another stage.
     """
     if not model or not (Path(model) / "checkpoints").is_dir():
-        return load_models(model, setting="MODEL")
+        return None
     path, checkpoint = checkpoint_of(Path(model))
     if "readout" not in checkpoint["hyper_parameters"]:
         raise ValueError(f"RUN={model}: it is no run of experiment=mega_prediction")
     stage = PredictionStage.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     stage.set_dtype(torch.float32)  # ranks and greedy tokens ask for the largest: rounding must not decide it
-    stage.to(device()).eval()
-    return Models(stage.base, stage.gistnet, name=model, prediction=stage.readout)
+    return stage.to(device()).eval()
 
 
 main = command("prediction", __doc__, options, study)

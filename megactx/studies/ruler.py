@@ -11,7 +11,6 @@ import argparse
 import functools
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +19,7 @@ from pathlib import Path
 import torch
 from transformers import StoppingCriteria
 
-from megactx.data.embedded import Embedded
-from megactx.data.files import NARRATIVE, Files
-from megactx.data.ruler import PROSE, TASKS, WHOLE, case, score, settled
+from megactx.data.ruler import PROSE, TASKS, WHOLE, case, score, sentences, settled
 from megactx.evaluation import rivals
 from megactx.evaluation.bootstrap import wilson
 from megactx.evaluation.pictures import legend, line, panel, picture, powers
@@ -59,14 +56,6 @@ def options(given: Options) -> None:
     given.path("prose of niah_single_2 and qa1; without it the embedded text")
     given.add("--out", type=Path, default=Path("ruler"), help="folder of the tables")
     add_engine(given.parser.add_argument)
-
-
-@functools.cache
-def essay(path: str | None) -> list[str]:
-    """Sentences of the prose."""
-    rows = (Files(path) if path else Embedded()).load()
-    text = " ".join(row["text"] for row in rows if path or row["domain"] == NARRATIVE)
-    return re.split(r"(?<=[.!?])\s+", text)
 
 
 def frame(tokenizer, plain: bool) -> tuple[str, str]:
@@ -192,7 +181,7 @@ def policy(name: str, model: str | None, keys: str | None):
 
 def measured(about: Case) -> tuple[dict, list[dict]]:
     """The case itself, and of each policy what it keeps, and where it is asked for what the base says to that."""
-    base, prose = models(about.model).base, essay(about.path) if about.task in PROSE else []
+    base, prose = models(about.model).base, sentences(about.path) if about.task in PROSE else []
     row = case(about.task, about.length, base.tokenizer, about.seed + about.number, prose)
     ids, told, needles = asked_of(row, base.tokenizer, about.plain)
     found = []
@@ -240,11 +229,11 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     groups = [(task, length) for task in args.tasks for length in sorted(args.lengths)]
     places = {name: on_all_hosts(value and str(value)) for name, value in vars(args).items() if name in PLACES}
     same = {name: getattr(args, name) for name in ("answers", "budget", "seed", "plain")} | places
-    for kept in (models, essay, policy):
+    for kept in (models, sentences, policy):
         kept.cache_clear()  # of an earlier study in this process
     for name in kinds:
         policy(name, places["model"], places["keys"])  # what is missing is said before anything is measured
-    read, prose = models(places["model"]), essay(places["path"]) if {*PROSE} & {*args.tasks} else []
+    read, prose = models(places["model"]), sentences(places["path"]) if {*PROSE} & {*args.tasks} else []
     made = {"weights of the base LM": [of_embeddings(read.base), of_weights(read.base)]}
     if read.gistnet is not None:
         made["weights of the GistNet"] = of_net(read.gistnet)

@@ -1,14 +1,29 @@
 """How well models answer: what is measured, and that it is what it says."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megactx.data.documents import VALIDATION, split_of
 from megactx.data.tokenizer import with_chat
-from megactx.evaluation.chat import DROPPING, TASKS, Chatting, held_out, main, measure, recall_talks, sheets
+from megactx.evaluation.chat import (
+    DROPPING,
+    FULL,
+    MEMORY,
+    TASKS,
+    Chatting,
+    held_out,
+    main,
+    measure,
+    memory_cases,
+    recall_talks,
+    sheets,
+)
 from megactx.lm import BaseLM
 from megactx.parts.models import Models
+from megactx.runtime import Session
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +89,25 @@ def test_every_figure_of_a_model_stands_in_the_long_table(models):
         assert row["n"] == 2 and row["low"] <= row["point"] <= row["high"]
     assert table.one(metric="recall nll", carrier=DROPPING, span="window 192")["point"] > 0
     assert [sheet.title for sheet in sheets(table)][1] == "recall, dropping, window 192 (n = 1)"
+
+
+def test_a_needle_and_a_story_are_asked_for_by_every_way_of_reading(models, monkeypatch):
+    one, (row,) = Chatting(models, 4), memory_cases("niah_single_1", 1, 300, models.base.tokenizer)
+    session, end = one.session(192, DROPPING), f" {row['answer_prefix']}"
+    asked = []
+    monkeypatch.setattr(Session, "append", lambda self, ids: asked.extend(ids))
+    monkeypatch.setattr(Session, "generate", lambda self, most, stop: iter([SimpleNamespace(text=row["answer"][0])]))
+    assert one.found(session, row) == 1
+    text = models.base.tokenizer.decode(asked, skip_special_tokens=False)
+    assert text.startswith("<|user|>") and text.endswith(f"<|end|><|assistant|>{end}") and row["question"] in text
+    monkeypatch.setattr(Session, "generate", lambda self, most, stop: iter([SimpleNamespace(text="nothing.\n")]))
+    assert one.found(session, row) == 0
+    monkeypatch.undo()
+    table = measure(models, "random", held_out(None, 1, embedded=False), [], 192, 4, (1, 330))
+    for task in MEMORY:
+        own = table.pick(domain=task, metric="right")
+        assert [(row["carrier"], row["n"]) for row in own] == [(FULL, 1), (DROPPING, 1)]
+    assert "qa1, dropping, 330 tokens, window 192 (n = 1)" in [sheet.title for sheet in sheets(table)]
 
 
 def test_a_model_without_a_chat_template_is_refused_by_name(base_folder, capsys):

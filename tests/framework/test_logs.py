@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,35 @@ def test_tensorboard_continues_its_curves_in_the_run_folder_and_shows_the_settin
     assert not any(b"hush" in p.read_bytes() for p in (tmp_path / "a" / "tensorboard").iterdir())
 
 
+def _records(data: bytes) -> Iterator[bytes]:
+    """Of LevelDB's log behind a header of 7 bytes: blocks of 32 KiB, pieces of records with CRC, length, kind."""
+    at, whole = 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # too small for a piece
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield whole
+            whole = b""
+
+
+def _history(path: Path) -> dict[int, str]:
+    """Optimizer step -> training loss, as a ``.wandb`` file has them."""
+    from wandb.proto import wandb_internal_pb2
+
+    found = {}
+    for data in _records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+        if "train/nll" in items:
+            found[int(items["trainer/global_step"])] = items["train/nll"]
+    return found
+
+
 @pytest.mark.slow
 def test_wandb_makes_one_run_per_folder_offline_and_a_resumed_run_keeps_its_id(tiny_run, tmp_path):
     home, work = tmp_path / "home", tmp_path / "work"
@@ -77,9 +107,60 @@ def test_wandb_makes_one_run_per_folder_offline_and_a_resumed_run_keeps_its_id(t
     assert len(set(ids.values())) == 3
     assert sorted(p.name for p in work.iterdir()) == ["a", "sweep"]
     assert not [p for p in home.rglob("*") if "wandb" in p.name]
+    # Synced in the order of their start, fragments of one id are one run: whatever a fragment repeats is the same.
+    first, second = (_history(path) for path in sorted((work / "a").rglob("*.wandb")))
+    assert {*first} == {*range(8)} and {*second} == {*range(4, 8)}
+    assert all(first[step] == second[step] for step in second)
     records = [p.read_bytes() for p in work.rglob("*.wandb")]
     assert len(records) == 4 and all(b"train/nll" in r and b"muon_lr" in r for r in records)
     assert not any(b"hush" in p.read_bytes() for p in work.glob("**/wandb/**/*") if p.is_file())
+
+
+KEEP_PROGRAM = """
+import pathlib
+from megactx.framework.callbacks.logs import Wandb
+folder = pathlib.Path("run")
+(folder / "config.yaml").write_text("seed: 0")
+logger = Wandb("run", "megactx")
+logger.log_metrics({"val/dnll": 0.5}, step=1)
+logger.keep(folder)
+logger.experiment.finish()
+"""
+
+
+@pytest.mark.slow
+def test_a_report_is_made_again_from_what_weights_and_biases_has_of_a_run(tmp_path, monkeypatch, capsys):
+    from megactx.evaluation import page
+    from megactx.evaluation.table import Report, Sheet, Table
+
+    table, run_folder = Table(), tmp_path / "run"
+    table.add("recovery", {"point": 0.5, "low": 0.4, "high": 0.6}, carrier="gistnet", n=7)
+    run_folder.mkdir()
+    sheet = Sheet("How <good>", ["", "recovery"], [["gistnet", "0.50"], ["last token", "0.40"]], (0,))
+    made = Report("A report", table, [sheet], "In shares.", ["a note"], draw=lambda path: path.write_bytes(b"png"))
+    made.write(run_folder / "report")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    environment |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", KEEP_PROGRAM], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+
+    (kept,) = (run_folder / "wandb").glob("offline-run-*")
+    elsewhere = tmp_path / "downloaded"
+    shutil.copytree(kept / "files", elsewhere)  # what was linked is copied
+    shutil.rmtree(run_folder / "wandb")
+    (elsewhere / "report.md").unlink()
+    assert page.main([str(elsewhere)]) == 0
+    assert "A report" in capsys.readouterr().out
+    assert (elsewhere / "report.md").read_text() == (run_folder / "report.md").read_text() == made.markdown()
+    html = (elsewhere / "report.html").read_text()
+    assert "How &lt;good&gt;" in html and 'src="report.png"' in html and (elsewhere / "report.png").exists()
+    assert Report.read(elsewhere / "report").table == table
+    assert list((elsewhere / "media" / "table" / "report").glob("*.json"))
+    for wrong, said in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "nothing in it was reported")):
+        assert page.main([str(wrong)]) == MISTAKE
+        assert said in capsys.readouterr().err
+    (run_folder / "report.json").write_text("{}")
+    assert page.main([str(run_folder)]) == MISTAKE
 
 
 @pytest.mark.slow

@@ -5,8 +5,8 @@ import torch
 from windows import BASES, K, small_base, tree_of, window
 
 from megactx.lm.mega_attention import MegaMask, in_order
-from megactx.memory import WorkingContext
-from megactx.memory.pyramid import Pyramid
+from megactx.memory import WorkingContext, passes, pyramid
+from megactx.memory.pyramid import Attention, Pyramid
 
 SIZES = dict(segment=16, mid=16, live=16)
 OVERLAP = SIZES | dict(overlap=8)
@@ -74,6 +74,38 @@ def test_where_everything_is_live_it_is_plain_attention_bit_for_bit(base):
         context.to_tensor(), context.positions(), context.lengths, context.tree.encoder.spread(context.lods())
     )
     assert torch.equal(Pyramid.of(context, segment=16, mid=16, live=10**6).read(base), plain)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, OVERLAP, dict(segment=4, mid=4, live=0, overlap=4), dict(SIZES, live=10**6)])
+@pytest.mark.parametrize("summaries", [True, False])
+def test_reading_in_passes_is_reading_under_the_whole_mask(base, sizes, summaries, monkeypatch):
+    context, attention = window(tree_of(base), edits=8), Attention("mega", summaries=summaries, **sizes)
+    whole = attention.read(base, context)
+    monkeypatch.setattr(pyramid, "LONG", 1)
+    monkeypatch.setattr(passes, "SIDE_BY_SIDE", 2000)  # several groups, of several segments
+    assert attention.read(base, context).requires_grad == whole.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(attention.read(base, context), whole.detach(), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("wide", [1, 5, 16, 1000])
+def test_a_sliding_window_in_passes_is_its_whole_mask(base, wide, monkeypatch):
+    context, attention = window(tree_of(base), edits=8), Attention("window", window=wide)
+    whole, pairs = attention.read(base, context).detach(), attention.pairs(context)
+    monkeypatch.setattr(pyramid, "LONG", 7)
+    monkeypatch.setattr(passes, "ROWS", 7)
+    with torch.no_grad():
+        torch.testing.assert_close(attention.read(base, context), whole, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(attention.pairs(context), pairs)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, OVERLAP])
+def test_the_share_of_pairs_is_that_of_the_whole_mask(sizes):
+    context = window(tree_of(small_base()), edits=8)
+    mask = Pyramid.of(context, **sizes).mask
+    seen = (mask.dense()[:, 0] & mask.there[:, :, None]).sum((1, 2))
+    count = context.counts
+    torch.testing.assert_close(mask.pairs(), seen / (count * (count + 1) / 2))
 
 
 def test_live_rows_see_leaves_alone_and_summaries_see_no_leaves_but_the_sink(base):

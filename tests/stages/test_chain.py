@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megactx.evaluation.page import in_browser
 from megactx.framework.app import run
 from megactx.lm import BaseLM
 from megactx.stages.base_lm import BaseLMStage
-from megactx.stages.chain_page import in_browser
 from megactx.stages.sft import SFTStage
 
 STAGES = "run10_tokenizer,run10_base,run10_sft"
@@ -53,6 +53,34 @@ def test_a_chain_that_stops_anywhere_goes_on_to_the_same_weights_and_ends_with_a
         one, other = (load_file(tmp_path / side / name / "model" / "model.safetensors") for side in ("whole", "part"))
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
     assert BaseLM.from_pretrained(str(tmp_path / "part" / "run10_sft" / "model")).tokenizer.chat_template
+
+
+@pytest.mark.slow
+def test_a_stock_chain_has_the_weights_of_the_chain_with_gists_and_makes_none(chain, tmp_path, capsys):
+    stages, ends = "curriculum=[run10_tokenizer,run10_base,run10_sft,run10_gist]", ["preset.run10.gist.steps=1"]
+    shorter = [*ends, "preset.run10.base.steps=4", "preset.run10.base.every=4", "preset.run10.gist.every=1"]
+    chain = [*chain, stages, *shorter]
+    assert run([*chain, f"folder={tmp_path / 'with'}"]) == 0, capsys.readouterr().err
+    assert run([*chain, "megacontext=none", f"folder={tmp_path / 'none'}"]) == 0, capsys.readouterr().err
+    assert "Stage 3 of 3: run10_sft" in capsys.readouterr().out
+    assert (tmp_path / "with" / "run10_gist").exists() and not (tmp_path / "none" / "run10_gist").exists()
+    assert "What run10_sft says" in (tmp_path / "none" / "report.md").read_text()
+    for name in ("run10_base", "run10_sft"):
+        one, other = (load_file(tmp_path / side / name / "model" / "model.safetensors") for side in ("with", "none"))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["experiment=gist_stage1"], "megacontext=none: GistStage trains or reads gists"),
+        (["experiment=base_lm", "stage.gists=0.5"], "stage.gists=0.5: allowed with megacontext=none is 0"),
+        (["experiment=run10", "curriculum=[run10_gist,run10_lens]"], "leaves out every stage of curriculum="),
+    ],
+)
+def test_what_a_stock_model_has_nothing_of_is_refused(settings, said, tmp_path, capsys):
+    assert run([*settings, "preset=smoke", "megacontext=none", f"folder={tmp_path / 'a'}"]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_page_in_a_browser_has_its_tables_and_shows_what_a_model_says_as_text():

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from megactx.framework.app import run
+from megactx.lm import BaseLM
 from megactx.memory import prediction
 from megactx.parts.read import load_prediction
 from megactx.stages.prediction import PredictionStage
 from megactx.studies.prediction import main as ranked
-from megactx.studies.prediction import models_of
+from megactx.studies.prediction import models_of, stage_of
 from megactx.studies.speculative import main as decoded
 
 
@@ -33,6 +34,10 @@ def whole(settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prediction") / "run"
     assert run([*settings, f"folder={folder}"]) == 0
     return folder
+
+
+def settings_of_base(settings) -> str:
+    return next(s.partition("=")[2] for s in settings if s.startswith("base.name="))
 
 
 def weights(folder) -> dict:
@@ -111,6 +116,61 @@ def test_ranks_and_entries_on_other_texts_and_drafts_behind_them(whole, texts, t
     assert decoded([str(whole), *shared, "--prompt", "200", "--answer", "16"]) == 0
     shown = capsys.readouterr().out
     assert "block of the foretold gist" in shown and "2 of 2" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "scratch"])
+def test_a_base_that_learns_too_foretells_gists_of_the_base_as_it_was_and_goes_on_exactly(
+    settings, kind, texts, tmp_path, monkeypatch, capsys
+):
+    settings = [*settings, f"stage.train_base={kind}", "stage.lora.rank=4", "stage.base_lr=0.01"]
+    assert run([*settings, f"folder={tmp_path / 'whole'}"]) == 0, capsys.readouterr().err
+    step = PredictionStage.training_step
+
+    def stopped(stage, batch):
+        if stage.global_step == 4:
+            raise KeyboardInterrupt
+        return step(stage, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PredictionStage, "training_step", stopped)
+        assert run([*settings, f"folder={tmp_path / 'run'}"]) == 130
+    assert run([*settings, f"folder={tmp_path / 'run'}", "resume=auto"]) == 0
+    mine, theirs = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+    stage, frozen = stage_of(str(tmp_path / "run")), settings_of_base(settings)
+    learned = {name for name in mine if name.startswith("reader." if kind == "scratch" else "base.")}
+    assert learned and all(kind == "scratch" or "lora" in name for name in learned)
+    ids = torch.randint(50, (90,))
+    with torch.no_grad():
+        example, cost = stage.read_by(ids)
+        reader = stage.reader or stage.base
+        logits = reader.model(input_ids=ids[None]).logits[0].float()
+        then = prediction.example_of(BaseLM.from_pretrained(frozen, "float32"), stage.gistnet, ids, 2)
+    torch.testing.assert_close(cost, torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none"))
+    assert not torch.allclose(example.of(1)[0], then.of(1)[0], atol=1e-3)  # it reads otherwise
+    torch.testing.assert_close(example.of(1)[1], then.of(1)[1], rtol=1e-2, atol=1e-3)  # what is foretold is the same
+    assert "val/nll" in (tmp_path / "run" / "metrics.csv").read_text()
+    assert "base LM that learned" in (tmp_path / "run" / "report.md").read_text()
+    assert not (tmp_path / "run" / "prediction").exists()
+    shared = ["--path", str(texts), "--documents", "2", "--tokens", "300", "--out", str(tmp_path / "out")]
+    assert ranked([str(tmp_path / "run"), *shared]) == 0
+    assert ranked([str(tmp_path / "run"), *shared, "--entries", "1"]) == (2 if kind == "scratch" else 0)
+
+
+def test_where_the_weight_is_0_a_base_learns_nothing_from_the_readout(whole):
+    about = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]
+    gradients = []
+    for weight in (0.0, 0.5):
+        torch.manual_seed(0)
+        stage = PredictionStage(**about | {"train_base": "scratch", "weight": weight})
+        stage.set_dtype(torch.float32)
+        example, cost = stage.read_by(torch.randint(50, (90,)))
+        (stage.losses([example]).sum() + 0 * cost.sum()).backward()
+        gradients.append(sum(float(p.grad.abs().sum()) for p in stage.reader.parameters() if p.grad is not None))
+        assert stage.readout.readouts[0].weight.grad.abs().sum() > 0
+    assert gradients[0] == 0 < gradients[1]
 
 
 @pytest.mark.parametrize(

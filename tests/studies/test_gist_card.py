@@ -39,6 +39,16 @@ def test_a_card_has_blocks_and_histories_beside_every_control_and_is_the_same_ag
     assert "12 blocks" in capsys.readouterr().out
 
 
+def test_a_vector_that_is_fitted_to_each_block_stands_beside_the_gist_on_the_same_blocks(
+    base_folder, gistnet, texts, tmp_path
+):
+    given = [str(base_folder), "--gistnet", str(gistnet), "--path", str(texts), *SIZES, "--precision", "bf16-mixed"]
+    assert main([*given, "--oracle", "3", "--oracle-steps", "30", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "gist_card_oracle.json").read_text())["table"]
+    kl = {row["carrier"]: row["point"] for row in rows if row["metric"] == "kl" and row["domain"] == "overall"}
+    assert kl["oracle-fit"] < min(kl["gistnet"], kl["oracle-transfer"], kl["dropped"])  # it has seen the answer
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

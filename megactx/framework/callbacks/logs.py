@@ -13,6 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ..run.runfolder import write
 
+REPORTED = ("*.json", "*.csv", "*.md", "*.png", "model/README.md")  # of a run folder, at its end
+
 
 class CSV(CSVLogger):
     """Lightning's CSV logger, ``metrics.csv``, without version folders, and without deleting what is there.
@@ -125,6 +127,24 @@ class Wandb(WandbLogger):
 
         settings = OmegaConf.to_container(OmegaConf.load(self.config))
         self.experiment.config.update(settings, allow_val_change=True)
+
+    @rank_zero_only
+    def keep(self, folder: Path) -> None:
+        """Add what the run has reported: its files, and the long table as one of Weights & Biases' own.
+
+        ``megactx.evaluation.page`` makes the report of them again.
+        """
+        import wandb
+
+        for name in REPORTED:
+            for path in sorted(folder.glob(name)):
+                self.experiment.save(str(path), base_path=str(folder), policy="now")
+        for path in sorted(folder.glob("*.csv")):
+            if path.name != "metrics.csv":  # which are curves there
+                with path.open(newline="", encoding="utf-8") as file:
+                    columns, *rows = csv.reader(file)
+                table = wandb.Table(columns=columns, data=rows)
+                self.experiment.log({f"report/{path.stem}": table})
 
 
 def _id(folder: Path) -> str | None:

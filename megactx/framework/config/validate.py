@@ -8,7 +8,7 @@ import importlib
 import inspect
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge
 from hydra.core.hydra_config import HydraConfig
@@ -38,6 +38,7 @@ MISSING = object()
 RULES = {
     "seed": Seed,
     "block_size": Count,
+    "megacontext": Literal["focus", "none"],
     "preset.steps": Count,
     "preset.accumulate": Count,
     "preset.validate_every": Count,
@@ -285,10 +286,24 @@ def _special(tree: dict, problems: list[str]) -> None:
         for setting in [setting for setting in settings or {} if setting not in (*known, "lr")]:
             meant = did_you_mean(setting, known)
             problems.append(f"stage.controls.{name}.{setting}: a GistNet has no such setting.{meant}")
+    if tree.get("megacontext") == "none":
+        _stock(tree, problems)
     path = _at(tree, "stage.evaluate.path")  # read only after the training
     here = Path(path).expanduser() if isinstance(path, str) else None
     if here is not None and not here.exists() and not matches(here):
         problems.append(f"stage.evaluate.path={path}: no such file or folder, and no file matches it as a glob")
+
+
+def _stock(tree: dict, problems: list[str]) -> None:
+    """What a stock model has nothing of."""
+    try:
+        stage = locate(_at(tree, "stage._target_"))
+    except ValueError:  # told already
+        return
+    if not tree.get("curriculum") and not stage.stock:
+        problems.append(f"megacontext=none: {stage.__name__} trains or reads gists, which a stock model has none of")
+    if _at(tree, "stage.gists") not in (MISSING, 0):
+        problems.append(f"stage.gists={_at(tree, 'stage.gists')}: allowed with megacontext=none is 0")
 
 
 def _lengths(tree: dict, problems: list[str]) -> None:

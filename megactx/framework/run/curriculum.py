@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from hydra.errors import HydraException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from ..config.search_path import compose, reference
@@ -85,6 +86,13 @@ def stages_of(cfg: DictConfig, here, folder: Path, device) -> dict[str, tuple[Di
     stages = {name: stage_config(name, overrides, folder) for name in cfg.curriculum}
     if len(stages) < len(cfg.curriculum):
         raise ValueError(f"curriculum={list(cfg.curriculum)}: each experiment runs once, in a folder of its name")
+    if cfg.megacontext == "none":  # the same base, answers and data, and nothing that makes or reads gists
+        stages = {name: pair for name, pair in stages.items() if locate(pair[0].stage["_target_"]).stock}
+        if cfg.curriculum and not stages:
+            raise ValueError(
+                f"megacontext=none leaves out every stage of curriculum={list(cfg.curriculum)}: it needs one that"
+                " trains a tokenizer or a base LM"
+            )
     for name, (stage, known) in stages.items():
         if not hand_over(stage, given) and given:
             wants = ", ".join(locate(stage.stage["_target_"]).takes) or "nothing"
@@ -150,6 +158,15 @@ def run_in_turn(
         given |= gives(stage, own)
     if not distributed.rank():
         locate(stage.stage["_target_"]).conclude(folder, list(stages))
+        _keep(stage.logger, folder)
+
+
+def _keep(loggers: DictConfig, folder: Path) -> None:
+    """What was concluded goes where the stages have logged, as a run beside theirs."""
+    for node in loggers.values():
+        if node and hasattr(locate(node["_target_"]), "keep"):
+            instantiate(node, folder=str(folder)).keep(folder)
+            finish_loggers(DONE)
 
 
 def _is_there(cfg: DictConfig, folder: Path) -> bool:

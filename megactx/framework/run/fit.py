@@ -76,6 +76,9 @@ def build_and_run(cfg: DictConfig, config: dict, folder: Path, device, checkpoin
             _take_best(stage, folder / "checkpoints" / "best.ckpt", trainer.global_step)
         stage.to(trainer.strategy.root_device)  # Lightning moves it to the CPU at the end
         stage.finish(folder, datamodule)
+        for logger in trainer.loggers:
+            if hasattr(logger, "keep"):
+                logger.keep(folder)
     return _lowest(trainer)
 
 

@@ -1,0 +1,79 @@
+"""What a window costs to read as it grows: full attention, MegaAttention, and a sliding window of equal pairs.
+
+    python benchmarks/long_windows.py [--lengths 2048 4096 8192 16384 65536] [--segment 256 --mid 256 --live 256]
+
+The embedded models read that many raw tokens at once, without gradient. Each reading is a process of its own: CPU
+seconds of one thread, the least of ``--turns``, and how far its memory rises above what it held before. Positions
+beyond what the base LM was trained on cost what others do, so only times and bytes are told.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import sys
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megactx.data.embedded import Embedded
+from megactx.evaluation.attention import raw
+from megactx.framework.bar import bar
+from megactx.framework.command_line import run
+from megactx.memory import MegaContextTree
+from megactx.memory.pyramid import PLAIN, Attention
+from megactx.runtime import load_models
+from megactx.studies.mega_attention import window_of
+
+ARMS = ("full", "mega", "window")
+MEGABYTES = 1 / 1024  # of the kilobytes that Linux counts in
+
+
+@torch.no_grad()
+def reading(model: str | None, arm: str, length: int, sizes: dict, turns: int) -> tuple[float, float, float]:
+    """-> CPU seconds, megabytes above those before, share of the pairs of full attention."""
+    torch.set_num_threads(1)
+    models = load_models(model, "cpu")
+    text = "\n".join(row["text"] for row in Embedded(8.0).load())
+    ids = torch.tensor(models.base.tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = ids.repeat(-(-length // len(ids)))[:length]
+    context = raw(MegaContextTree.from_tokens(ids[None], models.gistnet, models.base))
+    mega, block = Attention("mega", **sizes), models.gistnet.block_size
+    share = float(mega.pairs(context)) if arm != "full" else 1.0
+    window = Attention("window", window=window_of(share, length, block)) if arm == "window" else None
+    attention = {"full": PLAIN, "mega": mega, "window": window}[arm]
+    before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    for _ in range(turns):
+        began = time.process_time()
+        attention.read(models.base, context)
+        seconds.append(time.process_time() - began)
+    return min(seconds), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * MEGABYTES, share
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    sizes = {name: getattr(args, name) for name in ("segment", "mid", "live", "overlap")}
+    table = Table("tokens", "read with", "CPU s", "of full", "MB more", "pairs")
+    asked = [(length, arm) for length in args.lengths for arm in ARMS]
+    full = 0.0
+    for length, arm in bar("readings")(asked):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            seconds, memory, share = pool.apply(reading, (args.model, arm, length, sizes, args.turns))
+        full = seconds if arm == "full" else full
+        table.add_row(f"{length:,}", arm, f"{seconds:.2f}", f"{seconds / full:.2f}", f"{memory:,.0f}", f"{share:.1%}")
+    Console().print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; -> exit code."""
+    parser = argparse.ArgumentParser(prog="benchmarks/long_windows.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", help="base and GistNet that belong together; without it the embedded ones")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 4096, 8192, 16384, 65536], help="tokens")
+    parser.add_argument("--turns", type=int, default=1, help="readings of each (default 1)")
+    for name, default in (("segment", 256), ("mid", 256), ("live", 256), ("overlap", 128)):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"of MegaAttention (default {default})")
+    return run(benchmark, parser, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
