@@ -8,7 +8,7 @@ obeys       share of greedy answers without a sign of the template before their 
 right       share of greedy answers to tasks that are the right one
 recall      share of talks whose fact of the second turn is in the last answer, in a window that it has left
 recall nll  of that answer, in nats per token
-right       of RULER's single needle and BABILong's qa1: share of the references in the answer, by their own scores
+right       of RULER's single needle and BABILong's qa1: share of the answers that are, by the rules of each
 
 A model with a GistNet reads the last three with its own window (``focus``), and all models by dropping what is old;
 needle and qa1 also with all of the text in detail (``full``), where the base LM takes so many positions.
@@ -191,10 +191,9 @@ def measure(
         rows = memory_cases(task, count, length, models.base.tokenizer)
         fits = all(len(one.begun(row)) + row["max_new_tokens"] <= models.base.max_positions for row in rows)
         for kind in (*[FULL] * fits, *kinds):
-            share = torch.tensor([one.found(one.session(window, kind), row) for row in rows])
+            solved = sum(one.found(one.session(window, kind), row) == 1 for row in rows)
             span = f"{length:,} tokens, window {window}" if kind != FULL else f"{length:,} tokens"
-            found = mean_interval(torch.arange(count), share)
-            table.add("right", found, run=name, carrier=kind, domain=task, span=span, n=count)
+            table.add("right", wilson(solved, count), run=name, carrier=kind, domain=task, span=span, n=count)
     return table
 
 

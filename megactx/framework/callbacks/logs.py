@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -136,9 +137,12 @@ class Wandb(WandbLogger):
         """
         import wandb
 
-        for name in REPORTED:
-            for path in sorted(folder.glob(name)):
-                self.experiment.save(str(path), base_path=str(folder), policy="now")
+        own = Path(self.experiment.dir)  # what is saved from elsewhere would be a link, and gone when the folder moves
+        for path in sorted(path for name in REPORTED for path in folder.glob(name)):
+            copy = own / path.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+            self.experiment.save(str(copy), base_path=str(own), policy="now")
         for path in sorted(folder.glob("*.csv")):
             if path.name != "metrics.csv":  # which are curves there
                 with path.open(newline="", encoding="utf-8") as file:
