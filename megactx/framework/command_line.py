@@ -1,6 +1,7 @@
 """How every command ends: 0 done, 2 a mistake, 3 failed on its own, 130 interrupted; one message, no traceback."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 
@@ -23,5 +24,11 @@ def run(command: Callable[[argparse.Namespace], int | None], parser: argparse.Ar
         return DONE
     except Exception as error:
         code, message = verdict(error)
-        print(f"megactx: {message}", file=sys.stderr)
+        print(f"megactx: {_by_option(message, parser)}", file=sys.stderr)
         return code
+
+
+def _by_option(message: str, parser: argparse.ArgumentParser) -> str:
+    """A setting of the group ``attention`` by the option that gives it here, as all others are named."""
+    options = {name for action in parser._actions for name in action.option_strings}
+    return re.sub(r"\battention\.(\w+)(?==)", lambda m: f"--{m[1]}" if f"--{m[1]}" in options else m[0], message)

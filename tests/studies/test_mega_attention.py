@@ -49,4 +49,4 @@ def test_a_folder_that_is_no_run_of_the_stage_is_refused(tmp_path, capsys, monke
 def test_a_size_that_does_not_fit_is_refused(texts, tmp_path, capsys):
     options = ["--path", str(texts), "--tokens", "256", "--documents", "2", "--out", str(tmp_path)]
     assert main([*options, "--segment", "40"]) == 2
-    assert "attention.segment=40 is not allowed" in capsys.readouterr().err
+    assert "--segment=40 is not allowed" in capsys.readouterr().err
