@@ -8,11 +8,12 @@ Positions beyond what the base LM was trained on cost what others do, so only ti
 """
 
 import argparse
+import ctypes
 import multiprocessing
-import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -41,16 +42,31 @@ def reading(model: str | None, arm: str, length: int, sizes: dict, turns: int) -
     share = float(mega.pairs(context)) if arm != "full" else 1.0
     window = Attention("window", window=window_of(share, length, block)) if arm == "window" else None
     attention = {"full": PLAIN, "mega": mega, "window": window}[arm]
-    before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    ctypes.CDLL(None).malloc_trim(0)  # what making the tree has left would hide what reading takes
+    Path("/proc/self/clear_refs").write_text("5")  # and the peak so far is its own
+    before, seconds = _kilobytes("VmRSS"), []
     for _ in range(turns):
         began = time.process_time()
         attention.read(models.base, context)
         seconds.append(time.process_time() - began)
-    return min(seconds), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * MEGABYTES, share
+    return min(seconds), (_kilobytes("VmHWM") - before) * MEGABYTES, share
+
+
+def _kilobytes(what: str) -> int:
+    """Of this process: ``VmRSS`` now, ``VmHWM`` at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 def benchmark(args: argparse.Namespace) -> None:
     sizes = {name: getattr(args, name) for name in ("segment", "mid", "live", "overlap")}
+    net = load_models(args.model, "cpu").gistnet
+    if net is None:
+        raise ValueError(f"--model={args.model}: there is no GistNet for it")
+    Attention("mega", **sizes).check(net.block_size)
+    for name, value, least in (("lengths", min(args.lengths), 2 * net.block_size), ("turns", args.turns, 1)):
+        if value < least:
+            raise ValueError(f"--{name}={value} is not allowed: at least {least}")
     table = Table("tokens", "read with", "CPU s", "of full", "MB more", "pairs")
     asked = [(length, arm) for length in args.lengths for arm in ARMS]
     full = 0.0
@@ -59,6 +75,7 @@ def benchmark(args: argparse.Namespace) -> None:
             seconds, memory, share = pool.submit(reading, args.model, arm, length, sizes, args.turns).result()
         full = seconds if arm == "full" else full
         table.add_row(f"{length:,}", arm, f"{seconds:.2f}", f"{seconds / full:.2f}", f"{memory:,.0f}", f"{share:.1%}")
+        print(f"{length:,} {arm}: {seconds:.2f} s, {memory:,.0f} MB", flush=True)  # what a stop would lose
     Console().print(table)
 
 

@@ -120,7 +120,12 @@ def _command(args: argparse.Namespace) -> None:
         write(args.json, view._to_model().model_dump_json(by_alias=True, indent=1) + "\n")
         print(f"Written: {args.json}")
         return
-    view.save()
+    try:
+        view.save()
+    except Exception as error:  # no key, no network, no such project: each library below has its own
+        raise ValueError(
+            f"PROJECT={args.project}: it was not saved ({error}). `wandb login` sets a key; --json FILE needs none"
+        ) from error
     print(f"Saved: {view.url}")
 
 

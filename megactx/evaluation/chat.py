@@ -224,6 +224,9 @@ def _command(args: argparse.Namespace) -> None:
     for name in ("conversations", "tokens", "turns", "window", "length"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name}={getattr(args, name)} is not allowed: 1 or more")
+    for name in ("recall", "memory"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name}={getattr(args, name)} is not allowed: 0 or more")
     names = {(path if len(args.models) > 1 else Path(path).name): path for path in args.models}
     held, talks, table = held_out(args.path, args.conversations), recall_talks(args.recall, args.turns), Table()
     for name, folder in names.items():

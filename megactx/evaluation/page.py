@@ -11,8 +11,6 @@ import sys
 from html import escape
 from pathlib import Path
 
-import yaml
-
 from megactx.framework.command_line import run
 from megactx.framework.files import write
 
@@ -30,24 +28,19 @@ h2 { margin-top: 2.5rem; border-top: 2px solid #ddd; padding-top: 1rem }
 """
 
 
-def page_of(folder: Path, report: Report | None, stages: list[str] = ()) -> Path:
-    """Write ``report.md`` and ``report.html`` in a run folder; -> the second.
+def with_stages(report: Report, folder: Path) -> str:
+    """Markdown of a report, and of a curriculum's also the reports of its stages, which it names as ``stages``."""
+    return "\n".join(filter(None, [report.markdown(), *(of_stage(folder / name) for name in stages_of(report))]))
 
-    Args:
-        report: of the run; ``None``: its model card says what there is to say.
-        stages: of a curriculum; each has a run folder below.
 
-    Raises:
-        ValueError: there is neither.
-    """
-    told = report.markdown() if report else _told(folder)
-    if not told:
-        raise ValueError(f"RUN={folder}: nothing in it was reported")
-    text = "\n".join(filter(None, [told, *(of_stage(folder / name) for name in stages)]))
-    if report:
-        write(folder / "report.md", text)
-    text = text if stages else "\n".join([text, *_pictures(folder, "")])
-    write(folder / "report.html", in_browser(text, folder.name))
+def stages_of(report: Report) -> list[str]:
+    return list(report.about.get("stages", ()))
+
+
+def write_html(folder: Path, text: str) -> Path:
+    """Write ``report.html`` in a run folder, with those of its pictures that the text does not show; -> its path."""
+    rest = [picture for picture in _pictures(folder, "") if picture.partition("](")[2] not in text]
+    write(folder / "report.html", in_browser("\n".join([text, *rest]), folder.name))
     return folder / "report.html"
 
 
@@ -80,18 +73,27 @@ def in_browser(text: str, name: str) -> str:
 
 
 def _command(args: argparse.Namespace) -> None:
-    folder = args.run.expanduser()
+    folder = args.run.expanduser().resolve()
     folder = folder / "files" if (folder / "files").is_dir() else folder
     if not folder.is_dir():
         raise ValueError(f"RUN={args.run}: there is no such folder")
-    config = folder / "config.yaml"
-    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {}
-    stages = [name for name in settings.get("curriculum") or () if (folder / name).is_dir()]
+    made = next((path for stem in REPORTS if (path := folder / f"{stem}.md").exists()), None)
     stem = next((folder / name for name in REPORTS if (folder / f"{name}.json").exists()), None)
-    report = Report.read(stem) if stem else None
-    if report:
+    if made:  # as it was written: a curriculum's has the reports of stages that may be elsewhere now
+        text = made.read_text(encoding="utf-8")
+        print(text)
+    elif stem:
+        report = Report.read(stem)
         report.show()
-    print(f"To look at: {page_of(folder, report, stages)}")
+        text = with_stages(report, folder)
+        write(stem.with_name(f"{stem.name}.md"), text)
+        if gone := [name for name in stages_of(report) if not (folder / name).is_dir()]:
+            print(f"! Not here, so without their own reports: {', '.join(gone)}")
+    else:
+        text = _told(folder)
+    if not text:
+        raise ValueError(f"RUN={args.run}: nothing in it was reported")
+    print(f"To look at: {write_html(folder, text)}")
 
 
 def main(arguments: list[str] | None = None) -> int:

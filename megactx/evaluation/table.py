@@ -234,7 +234,8 @@ class Report:
         """
         path = stem.with_name(f"{stem.name}.json")
         try:
-            shown = json.loads(path.read_text(encoding="utf-8"))["shown"]
+            numbers = json.loads(path.read_text(encoding="utf-8"))
+            shown = numbers.pop("shown")
             with stem.with_name(f"{stem.name}.csv").open(newline="", encoding="utf-8") as file:
                 rows = [
                     {name: _read(name, value) for name, value in row.items() if value} for row in csv.DictReader(file)
@@ -242,7 +243,7 @@ class Report:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: there is no report in it that can be shown ({error!r})") from error
         sheets = [Sheet(**sheet | {"strong": tuple(sheet["strong"])}) for sheet in shown["sheets"]]
-        return cls(shown["title"], Table(rows), sheets, shown["legend"], shown["notes"])
+        return cls(shown["title"], Table(rows), sheets, shown["legend"], shown["notes"], numbers)
 
     def write(self, stem: Path, numbers: Mapping | None = None) -> str:
         """Write ``stem`` with ``.md``, ``.csv``, ``.json``, ``.png`` where there is a picture; -> a line that says so.

@@ -136,6 +136,11 @@ def warmup_stable_decay(step: int, warmup: int, total: int, decay: float) -> flo
     return 1.0 if step < start else max(0.0, (total - step) / max(1.0, total - start))
 
 
+def floor_of(min_lr: float, lr: float) -> float:
+    """The end of a schedule as a factor of its peak ``lr``, which may be 0 or below it."""
+    return min(1.0, min_lr / lr) if lr else 1.0
+
+
 def warmup_cosine(step: int, warmup: int, total: int, floor: float) -> float:
     """Factor of the peak learning rate: linear warm-up, then a cosine down to ``floor`` at ``total`` (method 4)."""
     if step < warmup:

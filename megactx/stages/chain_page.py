@@ -7,8 +7,9 @@ from omegaconf import OmegaConf
 
 from megactx.evaluation.chat import DROPPING, FOCUS, Chatting, held_out, measure, recall_talks
 from megactx.evaluation.chat import sheets as chat_sheets
-from megactx.evaluation.page import page_of
+from megactx.evaluation.page import with_stages, write_html
 from megactx.evaluation.table import Report, Sheet, Table
+from megactx.framework.files import write
 from megactx.parts.models import load_models
 
 # What a validation says, the first that a stage has: lower is better in all of them.
@@ -42,10 +43,12 @@ def write_page(folder: str | Path, stages: list[str]) -> None:
         chats, sample = _chats({name: path.parent for name, path in talking.items()}, min(cases, MOST))
         table += chats
         sheets += [*chat_sheets(chats), sample]
-    report = Report("From tokenizer to chat", table, sheets, NOTE)
+    report = Report("From tokenizer to chat", table, sheets, NOTE, about={"stages": stages})
     report.show()
     print(report.write(folder / "report"))
-    print(f"To look at: {page_of(folder, report, stages)}")
+    text = with_stages(report, folder)
+    write(folder / "report.md", text)
+    print(f"To look at: {write_html(folder, text)}")
 
 
 def _chats(models: dict[str, Path], cases: int) -> tuple[Table, Sheet]:

@@ -20,7 +20,7 @@ from megactx.focus.edit_labels import continuation_nll
 from megactx.focus.lensnet import LensNet
 from megactx.focus.window_variants import same_rows
 from megactx.framework.config.types import ArgumentsOf, Count, NonNegative, PartOf, Whole
-from megactx.framework.optimizers import warmup_cosine
+from megactx.framework.optimizers import floor_of, warmup_cosine
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapt, adapters_of, switched_off
 from megactx.lm.chunked_head import OBJECTIVES, nll
@@ -266,7 +266,7 @@ class JointStage(FrozenBaseStage):
     def factor(self, step: int, group: dict) -> float:
         """A part's warm-up and cosine are over its own steps."""
         own, total = self.own_steps(step, group["part"])
-        floor = min(1.0, self.hparams.min_lr / group["lr"]) if group["lr"] else 1.0
+        floor = floor_of(self.hparams.min_lr, group["lr"])
         return warmup_cosine(own, self.hparams.warmup, total, floor)
 
     def own_steps(self, step: int, part: str) -> tuple[int, int]:

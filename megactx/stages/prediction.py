@@ -16,7 +16,7 @@ from torch import Tensor
 from megactx.evaluation.prediction import Text, measure, report
 from megactx.framework.bar import bar
 from megactx.framework.config.types import Count, NonNegative, Share, Whole
-from megactx.framework.optimizers import warmup_cosine
+from megactx.framework.optimizers import floor_of, warmup_cosine
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapt, adapters_of, switched_off
 from megactx.lm.chunked_head import nll
@@ -125,7 +125,7 @@ class PredictionStage(GistReaderStage):
 
     def factor(self, step: int, group: dict) -> float:
         h = self.hparams
-        return warmup_cosine(step, h.warmup, h.max_steps, h.min_lr / group["lr"])
+        return warmup_cosine(step, h.warmup, h.max_steps, floor_of(h.min_lr, group["lr"]))
 
     def read_by(self, ids: Tensor) -> tuple[Example, Tensor | None]:
         """A text ids [T] -> states of whoever reads it and gists; and the reader's NLL of its tokens [T - 1], where it

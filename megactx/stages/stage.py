@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megactx.assets import resolve
 from megactx.framework.config.types import Count, PartOf, Whole, check
-from megactx.framework.optimizers import MuonWithAdamW, warmup_cosine
+from megactx.framework.optimizers import MuonWithAdamW, floor_of, warmup_cosine
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
 from megactx.lm.identity import record_of
@@ -81,7 +81,7 @@ class Stage(lightning.LightningModule):
     def factor(self, step: int, group: dict) -> float:
         """Of the peak learning rate of a group at an optimizer step: warm-up and cosine over ``max_steps``."""
         h = self.hparams
-        return warmup_cosine(step, h.warmup, h.max_steps, h.min_lr / h.lr)
+        return warmup_cosine(step, h.warmup, h.max_steps, floor_of(h.min_lr, h.lr))
 
     @property
     def parts(self) -> dict[str, list[nn.Parameter]]:

@@ -9,6 +9,7 @@ whose vectors hold fewer tokens than a block cannot have lossless gists, however
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,8 +77,8 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     base = load_models(args.model, setting="MODEL").base
     if args.length > base.max_positions:
         raise ValueError(f"--length={args.length} is not allowed: the base takes {base.max_positions} positions")
-    if not args.rate > 0:
-        raise ValueError(f"--rate={args.rate} is not allowed: above 0")
+    if not 0 < args.rate < math.inf:
+        raise ValueError(f"--rate={args.rate} is not allowed: a number above 0")
     source = Files(args.path) if args.path else Embedded()
     split = None if args.path else VALIDATION
     documents, _ = cut(tokenised(source, base.tokenizer), split, base.tokenizer, args.length, args.length)

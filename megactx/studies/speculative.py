@@ -21,7 +21,7 @@ from megactx.framework.bar import bar
 from megactx.parts.models import Models
 from megactx.runtime.speculative import Drafter, Gists, Lookup, Speculative
 
-from .prediction import models_of
+from .prediction import models_of, stage_of
 from .study import Options, command, usable
 from .trained import held_out
 
@@ -50,7 +50,10 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         ValueError: there is no GistNet, or no text that is long enough.
     """
     stem = usable(args.out) / "speculative"
-    models = models_of(args.model)
+    stage = stage_of(args.model)
+    if stage and stage.reader is not None:
+        raise ValueError(f"RUN={args.model}: its GistNet is of another base LM, so there is nothing to draft by")
+    models = models_of(args.model, stage)
     if models.gistnet is None:
         raise ValueError(f"MODEL={args.model}: there is no GistNet for it")
     base = models.base

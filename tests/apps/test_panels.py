@@ -56,7 +56,7 @@ def test_what_a_run_logs_is_in_one_panel_each(experiment, tmp_path, capsys):
         assert len(shown(name)) == 1, (name, shown(name))
 
 
-def test_the_view_is_what_would_be_saved_and_a_project_has_an_owner(tmp_path, capsys):
+def test_the_view_is_what_would_be_saved_and_a_project_has_an_owner(tmp_path, monkeypatch, capsys):
     pytest.importorskip("wandb_workspaces")
     file = tmp_path / "view.json"
     assert panels.main(["me/runs", "--json", str(file)]) == 0
@@ -67,5 +67,9 @@ def test_the_view_is_what_would_be_saved_and_a_project_has_an_owner(tmp_path, ca
     plots = [plot["config"] for part in bank[1:] for plot in part["panels"]]
     assert [plot["chartTitle"] for plot in plots] == [panel.title for panel in ALL]
     assert all(plot["useMetricRegex"] and plot["xAxis"] == "trainer/global_step" for plot in plots)
-    assert panels.main(["runs"]) == 2
-    assert "ENTITY/PROJECT" in capsys.readouterr().err
+    assert panels.main(["runs"]) == 2 and "ENTITY/PROJECT" in capsys.readouterr().err
+    save = "wandb_workspaces.workspaces.Workspace.save"
+    monkeypatch.setattr(save, lambda self: (_ for _ in ()).throw(RuntimeError("no route")))
+    assert panels.main(["me/runs"]) == 2
+    said = capsys.readouterr().err
+    assert "it was not saved (no route)" in said and "--json FILE" in said

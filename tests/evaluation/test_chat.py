@@ -110,6 +110,12 @@ def test_a_needle_and_a_story_are_asked_for_by_every_way_of_reading(models, monk
     assert "qa1, dropping, 330 tokens, window 192 (n = 1)" in [sheet.title for sheet in sheets(table)]
 
 
+@pytest.mark.parametrize("option", ["--memory=-1", "--recall=-1", "--length=0"])
+def test_a_number_that_says_nothing_is_refused(option, base_folder, capsys):
+    assert main([str(base_folder), option]) == 2
+    assert f"{option} is not allowed" in capsys.readouterr().err
+
+
 def test_a_model_without_a_chat_template_is_refused_by_name(base_folder, capsys):
     assert main([str(base_folder), "--conversations", "1", "--recall", "0"]) == 2
     assert "its tokenizer has no chat template" in capsys.readouterr().err

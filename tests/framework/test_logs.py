@@ -161,7 +161,10 @@ def test_a_report_is_made_again_from_what_weights_and_biases_has_of_a_run(tmp_pa
         assert page.main([str(wrong)]) == MISTAKE
         assert said in capsys.readouterr().err
     (run_folder / "report.json").write_text("{}")
+    assert page.main([str(run_folder)]) == 0  # what was written is there
+    (run_folder / "report.md").unlink()
     assert page.main([str(run_folder)]) == MISTAKE
+    assert "there is no report in it" in capsys.readouterr().err
 
 
 @pytest.mark.slow

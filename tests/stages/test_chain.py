@@ -1,11 +1,13 @@
 """From tokenizer to answers in one command, and to the same weights after a stop anywhere."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from megactx.evaluation import page
 from megactx.evaluation.page import in_browser
 from megactx.framework.app import run
 from megactx.lm import BaseLM
@@ -56,7 +58,7 @@ def test_a_chain_that_stops_anywhere_goes_on_to_the_same_weights_and_ends_with_a
 
 
 @pytest.mark.slow
-def test_a_stock_chain_has_the_weights_of_the_chain_with_gists_and_makes_none(chain, tmp_path, capsys):
+def test_a_stock_chain_has_the_weights_of_the_chain_with_gists_and_makes_none(chain, tmp_path, monkeypatch, capsys):
     stages, ends = "curriculum=[run10_tokenizer,run10_base,run10_sft,run10_gist]", ["preset.run10.gist.steps=1"]
     shorter = [*ends, "preset.run10.base.steps=4", "preset.run10.base.every=4", "preset.run10.gist.every=1"]
     chain = [*chain, stages, *shorter]
@@ -64,7 +66,23 @@ def test_a_stock_chain_has_the_weights_of_the_chain_with_gists_and_makes_none(ch
     assert run([*chain, "megacontext=none", f"folder={tmp_path / 'none'}"]) == 0, capsys.readouterr().err
     assert "Stage 3 of 3: run10_sft" in capsys.readouterr().out
     assert (tmp_path / "with" / "run10_gist").exists() and not (tmp_path / "none" / "run10_gist").exists()
-    assert "What run10_sft says" in (tmp_path / "none" / "report.md").read_text()
+    told = tmp_path / "none" / "report.md"
+    text = told.read_text()
+    assert "What run10_sft says" in text and text.count("## Stage run10_base") == 1
+    html = (tmp_path / "none" / "report.html").read_text()
+    monkeypatch.chdir(tmp_path / "none")
+    assert page.main(["."]) == 0 and told.read_text() == text
+    assert (tmp_path / "none" / "report.html").read_text() == html and "<title>none</title>" in html
+    told.unlink()
+    assert page.main(["."]) == 0 and told.read_text() == text  # from the numbers and the stages
+    assert (tmp_path / "none" / "report.html").read_text() == html
+    shutil.copytree(tmp_path / "none" / "run10_base", tmp_path / "kept")
+    shutil.rmtree(tmp_path / "none" / "run10_base")
+    assert page.main(["."]) == 0 and told.read_text() == text  # what was written stays
+    told.unlink()
+    capsys.readouterr()
+    assert page.main(["."]) == 0 and "without their own reports: run10_base" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "kept", tmp_path / "none" / "run10_base")
     for name in ("run10_base", "run10_sft"):
         one, other = (load_file(tmp_path / side / name / "model" / "model.safetensors") for side in ("with", "none"))
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name

@@ -157,6 +157,8 @@ def test_a_base_that_learns_too_foretells_gists_of_the_base_as_it_was_and_goes_o
     shared = ["--path", str(texts), "--documents", "2", "--tokens", "300", "--out", str(tmp_path / "out")]
     assert ranked([str(tmp_path / "run"), *shared]) == 0
     assert ranked([str(tmp_path / "run"), *shared, "--entries", "1"]) == (2 if kind == "scratch" else 0)
+    short = [*shared[:4], "--prompt", "200", "--answer", "8", "--out", str(tmp_path / "out")]
+    assert decoded([str(tmp_path / "run"), *short]) == (2 if kind == "scratch" else 0)
 
 
 def test_where_the_weight_is_0_a_base_learns_nothing_from_the_readout(whole):

@@ -7,6 +7,12 @@ import pytest
 from megactx.studies.base_card import main
 
 
+@pytest.mark.parametrize("rate", ["0", "inf", "nan", "-1"])
+def test_a_rate_is_a_number_above_0(base_folder, rate, tmp_path, capsys):
+    assert main([str(base_folder), f"--rate={rate}", "--length", "256", "--out", str(tmp_path)]) == 2
+    assert "--rate=" in capsys.readouterr().err
+
+
 def test_a_card_holds_the_four_measures_and_what_a_vector_holds(base_folder, texts, tmp_path, capsys):
     sizes = ["--length", "256", "--documents", "2", "--passages", "1", "--patience", "2", "--block", "8"]
     assert main([str(base_folder), "--path", str(texts), *sizes, "--out", str(tmp_path)]) == 0
