@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megactx.evaluation.prediction import Text, measure, report
@@ -19,7 +20,6 @@ from megactx.framework.config.types import Count, NonNegative, Share, Whole
 from megactx.framework.optimizers import floor_of, warmup_cosine
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapt, adapters_of, switched_off
-from megactx.lm.chunked_head import nll
 from megactx.lm.prefill_cache import PrefillCache
 from megactx.memory.prediction import Example, Readout, example_of, info_nce
 from megactx.parts.write import save_prediction
@@ -139,7 +139,8 @@ class PredictionStage(GistReaderStage):
         for lod, (_, gists) in enumerate(example.levels, start=1):
             width = self.gistnet.block_size**lod
             levels.append((states[width - 1 : len(gists) * width : width].float(), gists))
-        return Example(tuple(levels)), nll(reader, hidden[:-1], ids[1:])
+        cost = F.cross_entropy(reader.logits(hidden[:-1]).float(), ids[1:], reduction="none")
+        return Example(tuple(levels)), cost
 
     def example(self, ids: Tensor) -> Example:
         """Of a text ids [T] as the frozen base LM reads it; read anew where it is not kept."""
