@@ -75,7 +75,7 @@ def test_a_session_is_read_under_megaattention_where_that_is_asked_for(own, tmp_
     capsys.readouterr()
     for wrong, said in (
         (["--segment", "6"], "--segment=6 is not allowed"),
-        (["--overlap", "68"], "attention.overlap=68 is not allowed"),
+        (["--overlap", "68"], "--overlap=68 is not allowed"),
         (["--earn"], "earn=true is not allowed with attention=mega"),
     ):
         assert generate.main([TEXT, *own, *mega, *wrong]) == 2
