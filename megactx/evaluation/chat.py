@@ -5,13 +5,13 @@
 nll         of the answers of held-out conversations, in nats per token
 stops       share of greedy answers that end by themselves
 obeys       share of greedy answers without a sign of the template before their end
-right       share of greedy answers to tasks that are the right one
+right       share of greedy answers to tasks that are the right one; and of answers to RULER's single needle and
+            BABILong's qa1 that are by the rules of each
 recall      share of talks whose fact of the second turn is in the last answer, in a window that it has left
 recall nll  of that answer, in nats per token
-right       of RULER's single needle and BABILong's qa1: share of the answers that are, by the rules of each
 
-A model with a GistNet reads the last three with its own window (``focus``), and all models by dropping what is old;
-needle and qa1 also with all of the text in detail (``full``), where the base LM takes so many positions.
+A model with a GistNet reads facts, needle and qa1 with its own window (``focus``), and all models by dropping what is
+old; needle and qa1 also with all of the text in detail (``full``), where the base LM takes so many positions.
 """
 
 import argparse

@@ -16,6 +16,12 @@ NOTE = (
 )
 
 
+def of_gists(run: Path) -> bool:
+    """Whether the report of a run folder is one of a gist stage, which the table is made of."""
+    path = run / "report.json"
+    return path.exists() and "subject" in json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_curriculum(folder: str | Path, stages: list[str]) -> None:
     """Print the tables and write ``curriculum.md``, ``.csv``, ``.json`` and ``.png``.
 

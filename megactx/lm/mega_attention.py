@@ -172,9 +172,8 @@ class MegaMask:
         count, at, seen = self.leaf.sum(1), torch.arange(self.start.shape[1], device=self.start.device), []
         for row, there in enumerate(self.there):
             kind, sees = self.kinds(row)
-            own = (
-                sees.cumsum(1, dtype=torch.int32)[kind, at] + ~sees[kind, at]
-            )  # itself, where its kind does not say so
+            alone = ~sees[kind, at]  # it sees itself, and its kind does not say so
+            own = sees.cumsum(1, dtype=torch.int32)[kind, at] + alone
             seen.append(own[there].sum())
         return torch.stack(seen) / (count * (count + 1) / 2)
 

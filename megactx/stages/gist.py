@@ -15,8 +15,7 @@ from torch import Tensor
 from megactx.data.documents import length_of
 from megactx.data.segments import RECENCY, SEGMENT
 from megactx.data.spans_module import LONGEST_DOCUMENT
-from megactx.evaluation.curriculum import write_curriculum
-from megactx.evaluation.runs import read_run
+from megactx.evaluation.curriculum import of_gists, write_curriculum
 from megactx.evaluation.summary import check_targets
 from megactx.evaluation.sums import loggable
 from megactx.evaluation.validation import ValidationMetrics
@@ -334,7 +333,7 @@ class GistStage(FrozenBaseStage):
     @staticmethod
     def conclude(folder: Path, stages: list[str]) -> None:
         """The end of a curriculum: of gist stages alone one table and one picture, else a page about all of them."""
-        if all(read_run(folder / name).report for name in stages):
+        if all(of_gists(folder / name) for name in stages):
             write_curriculum(folder, stages)
         else:
             write_page(folder, stages)

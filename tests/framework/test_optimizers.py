@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from megactx.framework import optimizers
-from megactx.framework.optimizers import Muon, MuonWithAdamW, fast_dtype, newton_schulz
+from megactx.framework.optimizers import Muon, MuonWithAdamW, fast_dtype, floor_of, newton_schulz, warmup_cosine
 from megactx.framework.run import device
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)  # torch's own
@@ -93,3 +93,12 @@ def test_what_a_group_learns_does_not_depend_on_the_groups_beside_it():
 def test_a_group_that_does_not_say_its_decay_is_refused():
     with pytest.raises(AssertionError, match="the decay of every group"):
         MuonWithAdamW([{"params": [nn.Parameter(torch.ones(2))], "lr": 0.1}])
+
+
+@pytest.mark.parametrize(
+    ("least", "peak", "end"), [(1e-6, 1e-3, 1e-3), (0.0, 1e-3, 0.0), (1e-6, 0.0, 1.0), (1e-3, 1e-4, 1.0)]
+)
+def test_a_schedule_ends_at_its_least_rate_and_never_above_its_peak(least, peak, end):
+    floor = floor_of(least, peak)
+    assert floor == pytest.approx(end)
+    assert warmup_cosine(100, 10, 100, floor) == pytest.approx(end) and warmup_cosine(10, 10, 100, floor) == 1.0

@@ -80,12 +80,14 @@ def test_where_everything_is_live_it_is_plain_attention_bit_for_bit(base):
 @pytest.mark.parametrize("summaries", [True, False])
 def test_reading_in_passes_is_reading_under_the_whole_mask(base, sizes, summaries, monkeypatch):
     context, attention = window(tree_of(base), edits=8), Attention("mega", summaries=summaries, **sizes)
-    whole = attention.read(base, context)
+    whole, taken, by_segments = attention.read(base, context), [], pyramid.by_segments
     monkeypatch.setattr(pyramid, "LONG", 1)
     monkeypatch.setattr(passes, "SIDE_BY_SIDE", 2000)  # several groups, of several segments
-    assert attention.read(base, context).requires_grad == whole.requires_grad
+    monkeypatch.setattr(pyramid, "by_segments", lambda *given: (taken.append(given), by_segments(*given))[1])
+    assert torch.equal(attention.read(base, context), whole) and not taken  # there may be a gradient to take
     with torch.no_grad():
         torch.testing.assert_close(attention.read(base, context), whole.detach(), atol=2e-5, rtol=1e-4)
+    assert bool(taken) == (sizes["live"] < 10**6)
 
 
 @pytest.mark.parametrize("wide", [1, 5, 16, 1000])

@@ -86,11 +86,8 @@ def test_the_folder_of_the_readout_is_that_of_the_run(whole):
         load_prediction(whole / "prediction", stage.gistnet)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("gigabytes", [0, 1])
-def test_a_run_that_is_interrupted_goes_on_to_the_same_weights(settings, gigabytes, tmp_path, monkeypatch):
-    settings = [*settings, f"stage.prefills.gigabytes={gigabytes}"]
-    assert run([*settings, f"folder={tmp_path / 'whole'}"]) == 0
+def goes_on_exactly(settings, tmp_path, monkeypatch) -> dict:
+    """Stop ``run`` at step 4 and go on: it ends as ``whole`` has; -> its weights."""
     step = PredictionStage.training_step
 
     def stopped(stage, batch):
@@ -104,6 +101,15 @@ def test_a_run_that_is_interrupted_goes_on_to_the_same_weights(settings, gigabyt
     assert run([*settings, f"folder={tmp_path / 'run'}", "resume=auto"]) == 0
     mine, theirs = weights(tmp_path / "run"), weights(tmp_path / "whole")
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    return mine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gigabytes", [0, 1])
+def test_a_run_that_is_interrupted_goes_on_to_the_same_weights(settings, gigabytes, tmp_path, monkeypatch):
+    settings = [*settings, f"stage.prefills.gigabytes={gigabytes}"]
+    assert run([*settings, f"folder={tmp_path / 'whole'}"]) == 0
+    goes_on_exactly(settings, tmp_path, monkeypatch)
 
 
 def test_ranks_and_entries_on_other_texts_and_drafts_behind_them(whole, texts, tmp_path, capsys):
@@ -126,19 +132,7 @@ def test_a_base_that_learns_too_foretells_gists_of_the_base_as_it_was_and_goes_o
 ):
     settings = [*settings, f"stage.train_base={kind}", "stage.lora.rank=4", "stage.base_lr=0.01"]
     assert run([*settings, f"folder={tmp_path / 'whole'}"]) == 0, capsys.readouterr().err
-    step = PredictionStage.training_step
-
-    def stopped(stage, batch):
-        if stage.global_step == 4:
-            raise KeyboardInterrupt
-        return step(stage, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PredictionStage, "training_step", stopped)
-        assert run([*settings, f"folder={tmp_path / 'run'}"]) == 130
-    assert run([*settings, f"folder={tmp_path / 'run'}", "resume=auto"]) == 0
-    mine, theirs = weights(tmp_path / "run"), weights(tmp_path / "whole")
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    mine = goes_on_exactly(settings, tmp_path, monkeypatch)
 
     stage, frozen = stage_of(str(tmp_path / "run")), settings_of_base(settings)
     learned = {name for name in mine if name.startswith("reader." if kind == "scratch" else "base.")}
