@@ -1,7 +1,10 @@
 """How many tokens one vector can hold: progressive cramming (Kuratov et al. 2025, arXiv 2502.13063).
 
-    [vector] x0 x1 ... x(n-2)      the frozen base LM reads this
-      x0     x1 x2 ... x(n-1)      and must say this, every token as its argmax
+    [begin] [vector] x0 x1 ... x(n-2)      the frozen base LM reads this
+               x0    x1 x2 ... x(n-1)      and must say this, every token as its argmax
+
+A gist never stands first, and neither does the vector: what a base makes of its first column is a sink of attention,
+whatever stands there (SmolLM2 gave no token back exactly from there, and four or five behind ``begin``).
 
 A vector is fitted to the first tokens of a passage, then to one more, from where it is, until it no longer gets there.
 An exact vector reproduces its tokens by greedy decoding too: each is right given those before it.
@@ -36,9 +39,10 @@ class Capacity:
 def capacity(
     base: BaseLM,
     passages: Tensor,
+    begin: int,
     block: int = 32,
     patience: int = 300,
-    lr: float = 0.1,
+    lr: float = 0.5,
     seed: int = 0,
     told: Callable[[int, Tensor], None] = lambda steps, exact: None,
 ) -> Capacity:
@@ -47,6 +51,7 @@ def capacity(
     Args:
         base: the frozen base LM.
         passages: ids [P, T]; T is as far as it goes.
+        begin: id of the token before the vector, that which opens a document.
         block: tokens of which ``Capacity.block`` says the share that is right when all of them are fitted at once for
             ``patience`` steps.
         patience: steps of Adam that a vector has for one token more.
@@ -61,8 +66,9 @@ def capacity(
         raise ValueError(f"capacity: passages have {longest} tokens, allowed is block={block} or more")
     rms, device = base.embedding_rms(), passages.device
     generator = torch.Generator().manual_seed(seed)
+    first = torch.full_like(passages[:, :1], begin)
     with torch.no_grad():
-        embedded = base.embed(passages)
+        embedded = base.embed(torch.cat([first, passages], dim=1))
     start = 0.1 * torch.randn(count, base.width, generator=generator).to(device)
     exact, aim = torch.zeros(count, dtype=torch.long), torch.ones(count, dtype=torch.long)
     fit, kept = _Fit(start, lr), start * rms
@@ -111,9 +117,10 @@ def _step(base: BaseLM, fit: _Fit, embedded: Tensor, ids: Tensor, aim: Tensor, r
     length = int(aim[rows].max())
     with torch.enable_grad():
         vectors = fit.vectors[rows].requires_grad_(True)
-        read = torch.cat([(vectors * rms)[:, None].to(embedded.dtype), embedded[rows, : length - 1]], dim=1)
-        positions = torch.arange(length, device=ids.device).expand(len(rows), -1)
-        logits = base.logits(base(read, positions, CAUSAL)).float()
+        own = embedded[rows]
+        read = torch.cat([own[:, :1], (vectors * rms)[:, None].to(own.dtype), own[:, 1:length]], dim=1)
+        positions = torch.arange(1 + length, device=ids.device).expand(len(rows), -1)
+        logits = base.logits(base(read, positions, CAUSAL)[:, 1:]).float()
         loss = F.cross_entropy(logits.transpose(1, 2), ids[rows, :length], reduction="none")
         inside = torch.arange(length, device=ids.device) < aim[rows, None].to(ids.device)
         (loss * inside).sum().backward()  # passages are independent

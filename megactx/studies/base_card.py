@@ -20,6 +20,7 @@ from megactx.data.documents import VALIDATION, cut, tokenised
 from megactx.data.embedded import Embedded
 from megactx.data.files import Files
 from megactx.data.spans_module import in_turn
+from megactx.data.tokenizer import bos_id
 from megactx.evaluation.bootstrap import mean_interval
 from megactx.evaluation.capacity import capacity
 from megactx.evaluation.context_use import context_use
@@ -43,8 +44,9 @@ def options(given: Options) -> None:
     given.number("passages", 20, "passages that vectors are fitted to; 0: none", least=0)
     given.number("patience", 300, "steps of Adam that a vector has for one token more")
     given.add(
-        "--rate", type=float, default=0.1, help="of that Adam, over the embeddings' root mean square (default 0.1)"
+        "--rate", type=float, default=0.5, help="of that Adam, over the embeddings' root mean square (default 0.5)"
     )
+    given.add("--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="of fitting (default 32-true)")
     given.number("block", 32, "tokens of a block")
     given.add("--out", type=Path, default=Path("base_card"), help="folder of the tables")
 
@@ -94,10 +96,13 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         middle = slice(args.length // 2, args.length // 2 + size)
         chosen = [torch.from_numpy(document["input_ids"][middle]).long() for document in documents[: args.passages]]
         passages = torch.stack(chosen).to(base.model.device)
-        found = capacity(base, passages, min(args.block, size), args.patience, args.rate, told=_told)
+        begin, given = bos_id(base.tokenizer), (min(args.block, size), args.patience, args.rate)
+        with torch.autocast(base.model.device.type, torch.bfloat16, enabled=args.precision == "bf16-mixed"):
+            found = capacity(base, passages, begin, *given, told=_told)
         own = held({"capacity": found.exact, "capacity_block": found.block})
         table = Table([*table, *own])
         about |= {"passages": len(passages), "patience": args.patience, "rate": args.rate, "block": args.block}
+        about["precision"] = args.precision
         yield stem, Report(f"Base card of {args.model}", table, [*sheets, sheet(own, args.block)], LEGEND, [], about)
 
 

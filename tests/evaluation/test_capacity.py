@@ -7,7 +7,7 @@ from megactx.evaluation.capacity import capacity
 from megactx.lm import BaseLM
 from megactx.lm.masks import CAUSAL
 
-VOCAB = 23
+VOCAB, BEGIN = 23, 1
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +28,13 @@ def passages():
 
 @pytest.fixture(scope="module")
 def found(base, passages):
-    return capacity(base, passages, block=8, patience=60)
+    return capacity(base, passages, BEGIN, block=8, patience=60)
 
 
 def test_a_vector_gives_back_by_greedy_decoding_exactly_the_tokens_that_it_is_said_to_hold(base, passages, found):
     assert found.exact.max() > 1
     for vector, ids, length in zip(found.vectors, passages, found.exact.tolist(), strict=True):
-        rows, said = vector[None, None], []
+        rows, said = torch.cat([base.embed(torch.tensor([[BEGIN]])), vector[None, None]], dim=1), []
         for _ in range(length):
             hidden = base(rows, torch.arange(rows.shape[1])[None], CAUSAL)
             said.append(int(base.logits(hidden[0, -1]).argmax()))
@@ -44,7 +44,7 @@ def test_a_vector_gives_back_by_greedy_decoding_exactly_the_tokens_that_it_is_sa
 
 def test_passages_do_not_depend_on_each_other(base, passages, found):
     torch.manual_seed(5)
-    alone = capacity(base, passages[:1], block=8, patience=60)
+    alone = capacity(base, passages[:1], BEGIN, block=8, patience=60)
     assert alone.exact[0] == found.exact[0]
 
 
@@ -54,9 +54,9 @@ def test_the_share_of_a_block_is_more_than_chance_and_the_base_is_left_alone(bas
 
 
 def test_a_passage_that_is_known_whole_ends_it(base, passages):
-    assert capacity(base, passages[:, :1], block=1, patience=200).exact.tolist() == [1, 1, 1]
+    assert capacity(base, passages[:, :1], BEGIN, block=1, patience=200).exact.tolist() == [1, 1, 1]
 
 
 def test_passages_shorter_than_a_block_are_refused(base, passages):
     with pytest.raises(ValueError, match="passages have 12 tokens, allowed is block=32"):
-        capacity(base, passages)
+        capacity(base, passages, BEGIN)
