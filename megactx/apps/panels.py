@@ -43,7 +43,12 @@ TRAINING = {  # section -> (title, unit, names)
         ("Perplexity ratio", "", r"val/ppl_ratio"),
         *((f"{name}, by domain", "", rf"{DOMAIN}{name}") for name in FIGURES.split("|")),
         ("Recovery by band of h, by domain", "share", rf"{DOMAIN}recovery_h\w+"),
-        ("Losses by name", "nats", r"train/(block|contrastive|history|recall|level2|reconstruction)(/\w+)?"),
+        (
+            "Losses by name",
+            "nats",
+            r"train/((block|contrastive|history|recall|level2|reconstruction)(/\w+)?|questions/loss)",
+        ),
+        ("Answers behind gists that are right", "share", r"train/questions/(\w+/)?right"),
         ("Gist space", "", r"val/(adjacent_distance|contrastive_gap|cosine_std|diversity)"),
         ("Gist space, by domain", "", rf"{DOMAIN}(adjacent_distance|contrastive_gap|cosine_std|diversity)"),
         ("Entropy of the pooling's attention", "bits", rf"(val/|{DOMAIN})attention_entropy"),

@@ -5,17 +5,23 @@
     niah_single_2   the same between sentences of prose
 
 Every context has exactly so many tokens, so that it is whole blocks: what comes last is a sentence that is cut.
+
+    [begin][ context ................ ][ question ... answer ]     begin and question as ``around`` gives them
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from . import ruler
-from .documents import VALIDATION
-from .knowledge import Knowledge
+from .documents import TRAIN, VALIDATION
+from .knowledge import Knowledge, asked_ids, value_ids
+from .tokenizer import bos_id
 
 ENTITIES, FACTS = 4, 4
+TOKENS = "loss.questions.tokens"
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,8 @@ class Asked:
     answer: str
 
 
-def _fact(draw: random.Random, count: int, prose: Sequence[str]):
-    knowledge = Knowledge(ENTITIES, draw, VALIDATION, changed=0)
+def _fact(draw: random.Random, count: int, prose: Sequence[str], split: str):
+    knowledge = Knowledge(ENTITIES, draw, split, changed=0)
     (question,) = knowledge.questions(1, draw)
     (needed,) = question.needed
     alike = [fact for fact in knowledge.facts if fact.what == needed.what and fact.name != needed.name]
@@ -49,27 +55,47 @@ def _fact(draw: random.Random, count: int, prose: Sequence[str]):
     return units, [places[told.index(needed)]], [needed.value], asked
 
 
+def _of_ruler(task):
+    return lambda draw, count, prose, split: task(draw, count, prose)  # keys and numbers have no side
+
+
 NOISE = "niah_single_1"
-TASKS = {"fact": _fact, NOISE: ruler.niah_single_1, "niah_single_2": ruler.niah_single_2}
+TASKS = {"fact": _fact, NOISE: _of_ruler(ruler.niah_single_1), "niah_single_2": _of_ruler(ruler.niah_single_2)}
 
 
-def asked(task: str, number: int, tokens: int, tokenizer, prose: Sequence[str], seed: int = 0) -> Asked:
+def check_tasks(setting: str, tasks: Sequence[str]) -> None:
+    """Raises: ValueError: an unknown task; names the setting."""
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"{setting}={task} is not known, allowed are {', '.join(TASKS)}")
+
+
+def asked(
+    task: str,
+    number: int,
+    tokens: int,
+    tokenizer,
+    prose: Sequence[str],
+    seed: int = 0,
+    split: str = VALIDATION,
+    setting: str = "--tokens",
+) -> Asked:
     """The question of this number, behind a context of ``tokens`` tokens.
 
     Args:
         prose: sentences; each context begins at another one.
+        split: whose names people have; the questions of training are others, too.
+        setting: where a user says ``tokens``.
 
     Raises:
-        ValueError: an unknown task, a context too short for what is told, or too little prose.
+        ValueError: a context too short for what is told, or too little prose.
     """
-    if task not in TASKS:
-        raise ValueError(f"--tasks={task} is not known, allowed are {', '.join(TASKS)}")
-    key = f"{task}/{tokens}/{seed}/{number}"
+    key = f"{task}/{tokens}/{seed}/{number}" + f"/{split}" * (split != VALIDATION)
     at = random.Random(f"prose/{key}").randrange(len(prose)) if prose else 0
     prose = [*prose[at:], *prose[:at]]
 
     def built(count: int) -> tuple[str, dict, tuple[int, int], list[str]]:
-        units, (place,), answers, said = TASKS[task](random.Random(key), count, prose)
+        units, (place,), answers, said = TASKS[task](random.Random(key), count, prose, split)
         start = sum(len(unit) + 1 for unit in units[:place])
         return " ".join(units), said, (start, start + len(units[place])), answers
 
@@ -81,7 +107,7 @@ def asked(task: str, number: int, tokens: int, tokenizer, prose: Sequence[str], 
 
     most = tokens if task == NOISE else len(prose) - 2
     if not below(0):
-        raise ValueError(f"--tokens={tokens} is not allowed: too short for what {task} tells")
+        raise ValueError(f"{setting}={tokens} is not allowed: too short for what {task} tells")
     low, high = 0, 1
     while high < most and below(high):
         low, high = high, 2 * high
@@ -93,10 +119,88 @@ def asked(task: str, number: int, tokens: int, tokenizer, prose: Sequence[str], 
     more = [ruler.NOISE[n % len(ruler.NOISE)] for n in (low, low + 1)] if task == NOISE else prose[low : low + 2]
     found = encoded(" ".join([text, *more]))
     if len(found["input_ids"]) < tokens:
-        raise ValueError(f"--tokens={tokens} is not allowed: {task} finds too little prose; give more by --path")
+        raise ValueError(f"{setting}={tokens} is not allowed: {task} finds too little prose; give more texts")
     offsets = found["offset_mapping"][:tokens]
     needed = [n for n, (a, b) in enumerate(offsets) if a < end and b > start]
     about = {"ids": found["input_ids"][:tokens], "context": " ".join([text, *more])[: offsets[-1][1]]}
     about |= {"text": said["question"], "prefix": said["answer_prefix"], "answer": answer}
     values = tuple(said.get("values", (answer,)))
     return Asked(task, number, needed=range(needed[0], needed[-1] + 1), values=values, **about)
+
+
+def frame(tokenizer, plain: bool) -> tuple[str, str]:
+    """What stands before the context and between question and answer prefix."""
+    if plain or not tokenizer.chat_template:
+        return "", ""
+    mark = "CONTEXT"
+    said = [{"role": "user", "content": mark}]
+    before, _, behind = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True).partition(mark)
+    return before, behind
+
+
+def around(tokenizer, plain: bool) -> tuple[list[int], list[int]]:
+    """``frame`` as ids; without a template the token that opens a document stands before the context."""
+    before, behind = (
+        tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        for text in frame(tokenizer, plain)
+    )
+    return before or [bos_id(tokenizer)], behind
+
+
+class QuestionBatches:
+    """Batch ``i`` of questions behind contexts, for training: a function of (seed, i) alone.
+
+    Args:
+        prose: sentences of training texts.
+        tokenizer: a Hugging Face tokenizer.
+        block: K.
+        count: Q, questions of a batch.
+        tokens: T of a context, a multiple of K.
+        tasks: of ``TASKS``, one for all of a batch, in turn: its questions are then about equally long.
+        framed: share of the batches in which the chat template stands around context and question; 0 where the
+            tokenizer has none.
+        seed: of all draws.
+
+    Each batch is a dict of ``contexts`` int64 [Q, F + T], F tokens before the context; ``context_starts`` int64 [Q, N]
+    of its blocks; ``questions`` int64 [Q, R], question and answer, padded with 0; and ``answers`` int64 [Q, A], places
+    of the answer in it, padded with -1.
+
+    Raises:
+        ValueError: an unknown task, a context that is no whole blocks, too short for what is told, or too little prose.
+    """
+
+    def __init__(self, prose, tokenizer, block: int, count: int, tokens: int, tasks, framed: float, seed: int):
+        check_tasks("loss.questions.tasks", tasks)
+        if tokens % block:
+            raise ValueError(f"{TOKENS}={tokens} is not allowed: a multiple of block_size={block}")
+        self.prose, self.tokenizer, self.block, self.count = prose, tokenizer, block, count
+        self.tokens, self.tasks, self.framed, self.seed = tokens, list(tasks), framed, seed
+        for index in range(len(self.tasks)):  # what does not fit is said before the training
+            self[index]
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        plain = random.Random(f"framed/{self.seed}/{index}").random() >= self.framed
+        first, behind = around(self.tokenizer, plain)
+        task, (contexts, rows, places) = self.tasks[index % len(self.tasks)], ([], [], [])
+        for number in range(index * self.count, (index + 1) * self.count):
+            case = asked(task, number, self.tokens, self.tokenizer, self.prose, self.seed, TRAIN, TOKENS)
+            question, prefix = asked_ids(self.tokenizer, case)
+            (answer,) = value_ids(self.tokenizer, [case.answer])
+            before = [*question, *behind, *prefix]
+            contexts.append([*first, *case.ids])
+            rows.append([*before, *answer])
+            places.append([*range(len(before), len(before) + len(answer))])
+        starts = len(first) + np.arange(0, self.tokens, self.block)
+        return {
+            "contexts": np.asarray(contexts),
+            "context_starts": np.tile(starts, (self.count, 1)),
+            "questions": _padded(rows, 0),
+            "answers": _padded(places, -1),
+        }
+
+
+def _padded(rows: list[list[int]], value: int) -> np.ndarray:
+    out = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    for own, row in zip(out, rows, strict=True):
+        own[: len(row)] = row
+    return out

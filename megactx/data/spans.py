@@ -11,6 +11,7 @@ import numpy as np
 from megactx.framework.config.types import Count, declared
 
 from .documents import length_of
+from .questions import QuestionBatches
 from .resumable import Endless
 from .segments import draw_copied_blocks, eligible_segments
 
@@ -60,11 +61,13 @@ class SpanBatches(Endless):
         level2_spans: spans of K^2 tokens per document, in addition; 0 for none.
         history: ``segments`` per document for history mode, of ``segment`` tokens behind ``recency`` raw ones; ``None``
             for none.
+        questions: questions behind contexts of their own, a batch for each of these; ``None`` for none.
 
     Each item is a dict: ``ids`` int64 [B, T], padded with 0; ``lengths`` int64 [B]; ``block_starts`` int64 [B, N];
     ``domain``, a list of B strings; ``document`` int64 [B], the index of the source text; and, with ``level2_spans``,
     ``span_starts`` int64 [B, N2], on the grid of K^2; with ``history``, ``segments`` int64 [B, N3], starts of
-    segments, and ``copied_blocks``, of the same shape, an old block for each of them.
+    segments, and ``copied_blocks``, of the same shape, an old block for each of them; with ``questions``, the entries
+    of ``QuestionBatches``.
 
     Raises:
         ValueError: a weight above 0 for a domain without documents, or no weight above 0.
@@ -82,9 +85,10 @@ class SpanBatches(Endless):
         compose=None,
         level2_spans: int = 0,
         history: dict | None = None,
+        questions: QuestionBatches | None = None,
     ):
         self.batch, self.spans, self.block, self.horizon, self.seed = batch, spans, block, horizon, seed
-        self.compose, self.level2_spans, self.history = compose, level2_spans, history
+        self.compose, self.level2_spans, self.history, self.questions = compose, level2_spans, history, questions
         weights = check_weights(weights, documents)
         self.domains = list(weights)
         self.shares = np.asarray(list(weights.values()))
@@ -118,6 +122,8 @@ class SpanBatches(Endless):
         if self.history:
             item["segments"] = np.stack([self._segments(rng, length) for length in lengths])
             item["copied_blocks"] = draw_copied_blocks(rng, item["segments"], self.block, self.history["recency"])
+        if self.questions:
+            item |= self.questions[index]
         return item
 
     def _document(self, rng, near: float) -> dict:

@@ -12,6 +12,8 @@ from megactx.framework.config.types import Count, NonNegative, Seed, Share, Whol
 from .adversarial import Vocabulary
 from .composed import Composed
 from .documents import TRAIN, VALIDATION, cut, length_of, tokenised
+from .knowledge_module import prose
+from .questions import QuestionBatches
 from .resumable import Resumable
 from .segments import check_history, check_room
 from .spans import SpanBatches, check_weights, eligible_starts, evenly, single
@@ -48,6 +50,8 @@ class SpanData(Resumable):
             at least 2 K^2 + H.
         history: ``weight`` of history mode, and ``segments`` per training document, of ``segment`` tokens behind
             ``recency`` raw ones; with a ``weight`` and a ``recall`` of 0, or ``None``, there are none.
+        questions: ``weight`` of questions behind contexts of their own, and what ``QuestionBatches`` takes; with a
+            ``weight`` of 0, or ``None``, there are none.
 
     Raises:
         ValueError: a length that does not fit, or nothing left that is long enough; it names the setting.
@@ -72,6 +76,7 @@ class SpanData(Resumable):
         adversarial: Share = 0.0,
         level2_spans: Whole = 0,
         history: dict | None = None,
+        questions: dict | None = None,
     ):
         super().__init__()
         self.source, self.workers, self.seed = source, workers, seed
@@ -82,6 +87,7 @@ class SpanData(Resumable):
         self.asked_tokens = max_tokens
         self.interleave, self.adversarial, self.level2_spans = interleave, adversarial, level2_spans
         self.history = history if history and (history["weight"] or history.get("recall")) else None
+        self.questions = questions if questions and questions["weight"] else None
         if interleave + adversarial > 1:
             raise ValueError(
                 f"datamodule.interleave={interleave} and datamodule.adversarial={adversarial}: their sum is at most 1"
@@ -111,7 +117,8 @@ class SpanData(Resumable):
         make = self._composed(check_weights(self.weights, documents))
         sizes = (self.batch, self.spans, self.block, self.horizon, self.seed)
         compose = make and make(documents)
-        self.training = SpanBatches(documents, self.weights, *sizes, compose, self.level2_spans, self.history)
+        more = (compose, self.level2_spans, self.history, self._questions(rows))
+        self.training = SpanBatches(documents, self.weights, *sizes, *more)
         held = self._cut(rows, VALIDATION)
         self.held = held_in_turn(held, self.training.domains, self.weights)
         for domain in set(self.training.domains) - {document["domain"] for document in self.held}:
@@ -148,6 +155,13 @@ class SpanData(Resumable):
         vocabulary = Vocabulary(self.tokenizer) if self.adversarial else None
         shares = (self.interleave, self.adversarial)
         return lambda documents: Composed(documents, weights, *shares, self.block, vocabulary)
+
+    def _questions(self, rows) -> QuestionBatches | None:
+        if not self.questions:
+            return None
+        asked = {name: value for name, value in self.questions.items() if name != "weight"}
+        text = prose(rows, self.tokenizer, TRAIN)
+        return QuestionBatches(text, self.tokenizer, self.block, **asked, seed=self.seed)
 
     def _batches(self, documents, blocks) -> list[dict]:
         starts = [self._starts(document) for document in documents]

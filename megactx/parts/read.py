@@ -40,7 +40,11 @@ def gistnet_of(
         ValueError: there is none, it is of another compressor, or of another base, or makes several vectors.
     """
     place = find(path, "gistnet", setting)
-    net = load_gistnet(place, base) if (place / GISTNET).exists() else _of_run(path, place, base, setting, record)
+    net = (
+        load_gistnet(place, base, setting)
+        if (place / GISTNET).exists()
+        else _of_run(path, place, base, setting, record)
+    )
     if net.slots > 1 and not slots:
         raise ValueError(
             f"{setting}={path}: its gistnet.slots={net.slots} is not allowed here: a block of a tree has 1"
@@ -118,8 +122,10 @@ def take(net: nn.Module, weights: dict) -> bool:
     return fits
 
 
-def load_gistnet(folder: str | Path, base: BaseLM) -> GistNet:
+def load_gistnet(folder: str | Path, base: BaseLM, setting: str = "gistnet") -> GistNet:
     """Read the folder of ``save_gistnet`` for the base LM that it was trained with, in eval mode, fp32.
+
+    ``setting`` is what has named it, for messages.
 
     Raises:
         ValueError: there is none in the folder, its description is damaged, it is of another base LM, or its weights
@@ -131,7 +137,7 @@ def load_gistnet(folder: str | Path, base: BaseLM) -> GistNet:
         other = "layers"
     if other:
         raise ValueError(
-            f"gistnet={folder} was trained with another base LM (width {about['width']}); this one, of width"
+            f"{setting}={folder} was trained with another base LM (width {about['width']}); this one, of width"
             f" {base.width}, has other {other}"
         )
     return _filled(build(base, about["settings"], "gistnet"), folder, "gistnet")

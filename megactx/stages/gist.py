@@ -38,6 +38,8 @@ from .work import Work
 
 log = logging.getLogger(__name__)
 
+QUESTION = 32  # tokens of a question and its answer, about
+
 
 class Evaluate(TypedDict, total=False):
     """What the end-of-run report measures; 0 leaves a part out."""
@@ -82,7 +84,8 @@ class GistStage(FrozenBaseStage):
             ``dtype``; ``None``: none.
         keep_controls: controls that an earlier run has trained on the same blocks are taken from the cache and do not
             learn again, and those of this run go there; see ``kept_controls``.
-        init: checkpoint or run folder that ``start_from`` reads before a fresh run; ``None`` starts from nothing.
+        init: checkpoint, run folder or saved GistNet that ``start_from`` reads before a fresh run; ``None`` starts from
+            nothing.
     """
 
     monitor = "val/dnll"
@@ -153,12 +156,12 @@ class GistStage(FrozenBaseStage):
         """Take the weights of another run's compressor and of the controls that both have; -> what was taken.
 
         Args:
-            path: a checkpoint, or a run folder, of which the best one counts.
+            path: a checkpoint, or a run folder, of which the best one counts; or a saved GistNet, such as an asset.
 
         Raises:
             ValueError: there is none, or its compressor has another architecture.
         """
-        return take_weights(self.nets, Path(path).expanduser(), self.hparams.gistnet, self.base_record)
+        return take_weights(self.nets, path, self.hparams.gistnet, self.base_record, self.base)
 
     def prepare(self, datamodule) -> None:
         self.fit_data(datamodule, self.main.block_size)
@@ -234,6 +237,11 @@ class GistStage(FrozenBaseStage):
             mean["span_starts"] = starts[:, : data["level2_spans"]]
         if needed(self.losses) & {"segments"}:
             mean["segments"] = mean["copied_blocks"] = torch.full((batch, data["history"]["segments"]), tokens // 2)
+        if needed(self.losses) & {"contexts"}:
+            asked, block = data["questions"], self.main.block_size
+            blocks = torch.zeros(asked["count"], asked["tokens"] // block)
+            mean |= {"context_starts": blocks, "contexts": torch.zeros(asked["count"], asked["tokens"] + 1)}
+            mean |= {"questions": torch.zeros(asked["count"], QUESTION), "answers": torch.zeros(asked["count"], 1)}
         return float(self._work()(mean)) * preset["accumulate"] * self.hparams.max_steps
 
     def on_fit_start(self) -> None:

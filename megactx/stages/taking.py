@@ -5,14 +5,28 @@ from pathlib import Path
 from torch import nn
 
 from megactx.framework.run.resume import differences, with_weights
+from megactx.lm import BaseLM
 from megactx.lm.adapters import adapters_of
-from megactx.parts.find import other_base, read_best, under
-from megactx.parts.read import take
+from megactx.parts.find import GISTNET, find, other_base, read_best, under
+from megactx.parts.read import gistnet_of, gistnet_settings, take
 
 
-def take_weights(nets: nn.ModuleDict, path: Path, settings_of_gistnet: dict, base: dict) -> str:
-    """Load what another run has of these nets, see ``GistStage.start_from``; ``base`` is ``record_of`` this base LM."""
-    checkpoint = read_best(path, "stage.init")
+def take_weights(nets: nn.ModuleDict, path: str, settings_of_gistnet: dict, base: dict, own: BaseLM) -> str:
+    """Load what another run or a saved GistNet has of these nets, see ``GistStage.start_from``.
+
+    Args:
+        base: ``record_of`` this base LM, ``own``.
+    """
+    place = find(path, "gistnet", "stage.init")
+    if (place / GISTNET).is_file():
+        name, main = next(iter(nets.items()))
+        if not take(main, gistnet_of(path, own, "stage.init", base, slots=True).state_dict()):
+            changes = differences(gistnet_settings(path, "stage.init"), settings_of_gistnet, "gistnet")
+            raise ValueError(
+                f"stage.init={path}: its GistNet has another architecture: {'; '.join(changes) or 'see its tensors'}"
+            )
+        return f"Starting from {path}: {name}"
+    checkpoint = read_best(place, "stage.init")
     other = other_base(checkpoint, base)
     changes = differences(checkpoint["hyper_parameters"].get("gistnet") or {}, settings_of_gistnet, "gistnet")
     changes = [line for line in changes if not line.startswith("gistnet.dropout:")]

@@ -27,7 +27,8 @@ from megactx.data.documents import VALIDATION
 from megactx.data.embedded import Embedded
 from megactx.data.files import NARRATIVE, Files
 from megactx.data.knowledge import Fact, Knowledge, Question, asked_ids, blocks, encoded, sentences, tell, value_ids
-from megactx.data.tokenizer import bos_id, tokenizer_hash
+from megactx.data.questions import around
+from megactx.data.tokenizer import tokenizer_hash
 from megactx.evaluation import rivals
 from megactx.evaluation.bootstrap import mean_interval, wilson
 from megactx.evaluation.knowledge import ckri, value_nll
@@ -40,7 +41,6 @@ from megactx.lm.identity import of_weights
 from megactx.memory import MegaContextTree
 from megactx.parts.models import Models, load_models
 
-from .ruler import frame
 from .study import Options, at_least, command, usable
 
 TOLD, UPDATED, POISONED, TWO_HOPS = "as told", "updated", "poisoned", "two hops"
@@ -139,9 +139,7 @@ class Core:
         self.base, self.name, self.theirs = models.base, models.name, tokenizer
         own = self.base.tokenizer
         self.same = tokenizer_hash(own) == tokenizer_hash(tokenizer)
-        before, behind = frame(own, plain)
-        self.first = self._ids(before, template=True) or [bos_id(own)]
-        self.behind = self._ids(behind, template=True)
+        self.first, self.behind = around(own, plain)
 
     @functools.cached_property
     def identity(self) -> str:
@@ -149,8 +147,8 @@ class Core:
         about = [of_weights(self.base), tokenizer_hash(self.base.tokenizer), self.first, self.behind]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
-    def _ids(self, text: str, template: bool = False) -> list[int]:
-        return self.base.tokenizer(text, add_special_tokens=False, split_special_tokens=not template)["input_ids"]
+    def _ids(self, text: str) -> list[int]:
+        return self.base.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def window(self, kept: list[int], question: Question) -> list[int]:
         """Ids of what is kept of the tree -> those of the window, up to the answer."""

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from megactx.data.knowledge import value_ids
-from megactx.data.questions import TASKS, Asked, asked
+from megactx.data.questions import TASKS, Asked, asked, check_tasks
 from megactx.evaluation import rivals
 from megactx.evaluation.bootstrap import mean_interval, recovery_intervals, wilson
 from megactx.evaluation.knowledge import read_values
@@ -270,9 +270,7 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         ValueError: no GistNet, an unknown task or policy, sizes that do not go together; names the option.
     """
     stem = usable(args.out) / "qa"
-    for task in args.tasks:
-        if task not in TASKS:
-            raise ValueError(f"--tasks={task} is not known, allowed are {', '.join(TASKS)}")
+    check_tasks("--tasks", args.tasks)
     kinds = {name: find(rivals, name, "--policies") for name in args.policies}
     for budget in args.budgets or ():
         if not 0 < budget <= args.tokens:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from transformers import StoppingCriteria
 
+from megactx.data.questions import frame
 from megactx.data.ruler import PROSE, TASKS, WHOLE, case, score, sentences, settled
 from megactx.evaluation import rivals
 from megactx.evaluation.bootstrap import wilson
@@ -56,16 +57,6 @@ def options(given: Options) -> None:
     given.path("prose of niah_single_2 and qa1; without it the embedded text")
     given.add("--out", type=Path, default=Path("ruler"), help="folder of the tables")
     add_engine(given.parser.add_argument)
-
-
-def frame(tokenizer, plain: bool) -> tuple[str, str]:
-    """What stands before the context and between question and answer prefix."""
-    if plain or not tokenizer.chat_template:
-        return "", ""
-    mark = "CONTEXT"
-    said = [{"role": "user", "content": mark}]
-    before, _, behind = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True).partition(mark)
-    return before, behind
 
 
 def asked_of(row: dict, tokenizer, plain: bool = False) -> tuple[list[int], Asked, list[int]]:

@@ -13,6 +13,7 @@ from megactx.gist.loss import Context
 from megactx.gist.losses.block import Block
 from megactx.gist.losses.history import History
 from megactx.gist.losses.level2 import Level2
+from megactx.gist.losses.questions import Questions
 from megactx.gist.losses.recall import Recall
 from megactx.gist.losses.reconstruction import Reconstruction
 from megactx.gist.substitution import substituted
@@ -195,6 +196,7 @@ def test_the_formula_for_gists_is_what_the_passes_do_apart_from_attention(base):
         (Recall(1.0, recency=64), 0.05),
         (Reconstruction(1.0, spans=2), 0.1),  # its request's length is a guess
         (Level2(1.0), 0.02),
+        (Questions(1.0), 0.15),  # how long answers are is a guess
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -206,6 +208,8 @@ def test_every_loss_counts_the_rows_that_it_passes(base, tiny_tokenizer, loss, l
     batch = {"ids": torch.randint(512, (2, 256)), "lengths": torch.tensor([256, 256])}
     batch |= {"block_starts": torch.tensor([[32, 96, 160]]).expand(2, -1), "span_starts": torch.full((2, 1), 128)}
     batch |= {"segments": torch.tensor([[160], [160]]), "copied_blocks": torch.tensor([[16], [32]])}
+    batch |= {"contexts": torch.randint(512, (2, 65)), "context_starts": 1 + torch.arange(0, 64, k).expand(2, -1)}
+    batch |= {"questions": torch.randint(512, (2, 24)), "answers": torch.tensor([[20, 21, 22, 23]] * 2)}
     with Products() as counter:
         losses, _ = loss(Context(base, nets, prefill(base, batch["ids"]), batch, 32))
         losses.sum().backward()

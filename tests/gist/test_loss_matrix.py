@@ -18,6 +18,10 @@ BATCH = {
     "segments": [[160], [128]],
     "copied_blocks": [[48], [64]],
     "lengths": [LENGTH, LENGTH],
+    "contexts": [[2, *range(3, 27)], [2, *range(40, 64)]],  # a token that begins, and three blocks
+    "context_starts": [[1, 9, 17]] * 2,
+    "questions": [[70, 71, 72, 30, 0], [70, 71, 73, 74, 50]],
+    "answers": [[3, -1], [3, 4]],
 }
 
 

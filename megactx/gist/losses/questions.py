@@ -1,0 +1,97 @@
+"""Somebody asks for a fact of a text that is compressed whole: the gists must have kept it.
+
+    window     [begin] gist 1 gist 2 ... gist n [ question ... answer ]
+    scored                                                     answer
+
+What follows a block says most about how the text goes on; a fact that is asked for later must be carried by itself.
+Published compressors that answer questions were trained on them (Feldman & Artzi 2025, arXiv 2510.20797).
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megactx.data.questions import TASKS
+from megactx.framework.config.types import Count, NonNegative, Share, declared
+from megactx.gist.carrier import SoftTokens
+from megactx.gist.loss import Context, Loss
+from megactx.lm import BaseLM
+from megactx.lm.masks import CAUSAL
+from megactx.lm.prefill import prefill, unread
+
+ANSWER = 4  # tokens of an answer, about
+
+
+@declared("loss.questions")
+class Questions(Loss):
+    """NLL of answers behind the gists of a short context and a question: the mean over answers of that of a token.
+
+    Args:
+        weight: its share of the sum.
+        count: Q, questions of a step, each with a context of its own.
+        tokens: of a context, a multiple of K.
+        tasks: ``fact`` (one of four facts about people), ``niah_single_1`` and ``niah_single_2`` (a number in noise or
+            in prose), a step each, in turn.
+        framed: share of the steps in which the base's chat template stands around context and question.
+    """
+
+    needs = ("contexts", "context_starts", "questions", "answers")
+    all_vectors = True
+
+    def __init__(
+        self,
+        weight: NonNegative = 0.0,
+        count: Count = 12,
+        tokens: Count = 128,
+        tasks: list[Literal[tuple(TASKS)]] = ("fact", "niah_single_2"),
+        framed: Share = 0.5,
+    ):
+        super().__init__(weight)
+        self.count, self.tokens, self.tasks, self.framed = count, tokens, tasks, framed
+
+    def __call__(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        base, batch, nets = context.base, context.batch, context.nets
+        ids, starts = batch["contexts"], batch["context_starts"]
+        reads = any(net.needs_hidden for net in nets.values())
+        read = prefill(base, ids, with_states=True) if reads else unread(ids)
+        own = Context(base, nets, read, batch, context.horizon)
+        found = [answered(base, batch, carrier, context.block) for carrier in own.carriers(starts)]
+        losses, right = (torch.stack(values) for values in zip(*found, strict=True))
+        return losses, {
+            f"{self.name}/loss": losses[0].detach(),
+            **{f"{self.name}/{'' if n == 0 else f'{name}/'}right": right[n] for n, name in enumerate(nets)},
+        }
+
+    def flops(self, batch: dict, work) -> Tensor | float:
+        count, blocks = batch["context_starts"].shape
+        rows = batch["contexts"].shape[1] - blocks * work.block + work.slots * blocks + batch["questions"].shape[1]
+        return work.passed(count * rows, count * rows * (rows + 1) / 2) + 4 * work.head * work.carriers * count * ANSWER
+
+    def encoded(self, batch: dict, block: int) -> dict[str, int]:
+        return {"contexts": batch["context_starts"].numel()}
+
+
+def answered(base: BaseLM, batch: dict, carrier: SoftTokens, block: int) -> tuple[Tensor, Tensor]:
+    """-> (NLL of a token of an answer, mean over answers, with gradient; share of the answers whose tokens are all the
+    likeliest ones)."""
+    ids, asked, places = batch["contexts"], batch["questions"], batch["answers"]
+    vectors, between = carrier.in_a_row(batch["context_starts"])
+    begin = ids.shape[1] - block * batch["context_starts"].shape[1]
+    embedded = base.embed(torch.cat([ids[:, :begin], asked], dim=1))
+    rows = torch.cat([embedded[:, :begin], vectors.to(embedded.dtype), embedded[:, begin:]], dim=1)
+    there = torch.arange(begin, device=ids.device).expand(len(ids), -1)
+    behind = torch.arange(asked.shape[1], device=ids.device).expand(len(ids), -1) + ids.shape[1]
+    sigma = None
+    if carrier.sigma is not None:
+        sigma = torch.zeros(rows.shape[:2], device=ids.device)
+        sigma[:, begin : begin + vectors.shape[1]] = carrier.sigma
+    hidden = base(rows, torch.cat([there, between, behind], dim=1), CAUSAL, sigma=sigma)
+    # Place i of the question is predicted by the row before it. No row sees the padding, which is behind it.
+    at = (places.clamp(min=0) + begin + vectors.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[-1])
+    logits = base.logits(hidden.gather(1, at)).float()  # [Q, A, V]
+    targets, inside = asked.gather(1, places.clamp(min=0)), places >= 0
+    nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none") * inside
+    right = ((logits.argmax(dim=-1) == targets) | ~inside).all(dim=1)
+    return (nll.sum(dim=1) / inside.sum(dim=1)).mean(), right.float().mean()

@@ -1,0 +1,63 @@
+"""Questions in the loss of a gist stage, and a gist stage that begins with a saved GistNet."""
+
+import pytest
+import torch
+
+from megactx.assets import resolve
+from megactx.framework.app import run
+from megactx.parts.read import load_gistnet
+from tests.stages.test_compressors import built
+
+TINY = ["experiment=demo", "preset.batch=1", "preset.spans=2", "preset.min_tokens=200", "preset.max_tokens=256"]
+TINY += ["stage.controls.blockmean_linear=null"]
+ASKED = ["loss.questions.count=2", "loss.questions.tokens=96", "loss.questions.tasks=[fact]"]
+
+
+def test_questions_have_their_weight_in_the_loss_and_reach_the_gistnet():
+    parts = {}
+    for weight in (0.0, 0.5, 1.0):
+        torch.manual_seed(0)
+        stage, batch = built([*TINY, *ASKED, f"loss.questions.weight={weight}", f"loss.block.weight={1 - weight}"])
+        logged = {}
+        stage.log = lambda name, value, logged=logged, **kwargs: logged.update({name: value})
+        parts[weight] = stage.training_step(batch, 0)
+        assert ("contexts" in batch) == ("train/questions/right" in logged) == (weight > 0)
+    torch.testing.assert_close(parts[0.5], 0.5 * parts[0.0] + 0.5 * parts[1.0], rtol=1e-4, atol=1e-6)
+    parts[1.0].backward()
+    assert any(p.grad is not None and p.grad.any() for p in stage.main.parameters())
+
+
+def test_questions_leave_the_rest_of_a_batch_as_it_was_and_are_a_function_of_the_seed():
+    plain = built(TINY)[1]
+    one, two, other = (built([*TINY, *ASKED, "loss.questions.weight=0.5", f"seed={seed}"])[1] for seed in (0, 0, 1))
+    assert all(torch.equal(one[key], plain[key]) for key in ("ids", "block_starts"))
+    assert torch.equal(one["contexts"], two["contexts"]) and not torch.equal(one["contexts"], other["contexts"])
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("loss.questions.tokens=100", "loss.questions.tokens=100 is not allowed: a multiple of block_size=32"),
+        (
+            "loss.questions.tasks=[riddle]",
+            "loss.questions.tasks=['riddle']: allowed is a list, each fact or niah_single_1",
+        ),
+        ("loss.questions.framed=2", "loss.questions.framed=2"),
+        ("gistnet.slots=2", "loss.questions.weight=0.5 is not allowed with gistnet, which makes several vectors"),
+    ],
+)
+def test_questions_that_cannot_be_asked_end_a_run_with_one_message(given, message, tmp_path, capsys):
+    assert run([*TINY, *ASKED, "loss.questions.weight=0.5", given, f"folder={tmp_path / 'run'}", "trainer=cpu"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_stage_begins_with_a_saved_gistnet_and_refuses_one_of_another_shape():
+    stage = built(TINY)[0]
+    assert "asset:tiny-gistnet" in stage.start_from("asset:tiny-gistnet")
+    saved = load_gistnet(resolve("asset:tiny-gistnet", "stage.init"), stage.base).state_dict()
+    assert all(torch.equal(value, saved[key]) for key, value in stage.main.state_dict().items())
+    other = built([*TINY, "gistnet.head=linear", "depth=d1"])[0]
+    with pytest.raises(ValueError, match="stage.init=asset:tiny-gistnet: its GistNet has another architecture: "):
+        other.start_from("asset:tiny-gistnet")
+    with pytest.raises(ValueError, match="stage.init=.*smollm2-gistnet was trained with another base LM"):
+        stage.start_from("asset:smollm2-gistnet")
