@@ -46,9 +46,9 @@ TRAINING = {  # section -> (title, unit, names)
         (
             "Losses by name",
             "nats",
-            r"train/((block|contrastive|history|recall|level2|reconstruction)(/\w+)?|questions/loss)",
+            r"train/((block|contrastive|history|recall|level2|reconstruction)(/\w+)?|questions/loss)|val/questions/nll",
         ),
-        ("Answers behind gists that are right", "share", r"train/questions/(\w+/)?right"),
+        ("Answers behind gists that are right", "share", r"(train|val)/questions/(\w+/)?right"),
         ("Gist space", "", r"val/(adjacent_distance|contrastive_gap|cosine_std|diversity)"),
         ("Gist space, by domain", "", rf"{DOMAIN}(adjacent_distance|contrastive_gap|cosine_std|diversity)"),
         ("Entropy of the pooling's attention", "bits", rf"(val/|{DOMAIN})attention_entropy"),

@@ -148,10 +148,10 @@ def around(tokenizer, plain: bool) -> tuple[list[int], list[int]]:
 
 
 class QuestionBatches:
-    """Batch ``i`` of questions behind contexts, for training: a function of (seed, i) alone.
+    """Batch ``i`` of questions behind contexts: a function of (seed, i) alone.
 
     Args:
-        prose: sentences of training texts.
+        prose: sentences of the texts of that side.
         tokenizer: a Hugging Face tokenizer.
         block: K.
         count: Q, questions of a batch.
@@ -160,6 +160,7 @@ class QuestionBatches:
         framed: share of the batches in which the chat template stands around context and question; 0 where the
             tokenizer has none.
         seed: of all draws.
+        split: whose names people have, of training or of evaluation.
 
     Each batch is a dict of ``contexts`` int64 [Q, F + T], F tokens before the context; ``context_starts`` int64 [Q, N]
     of its blocks; ``questions`` int64 [Q, R], question and answer, padded with 0; and ``answers`` int64 [Q, A], places
@@ -169,12 +170,14 @@ class QuestionBatches:
         ValueError: an unknown task, a context that is no whole blocks, too short for what is told, or too little prose.
     """
 
-    def __init__(self, prose, tokenizer, block: int, count: int, tokens: int, tasks, framed: float, seed: int):
+    def __init__(
+        self, prose, tokenizer, block: int, count: int, tokens: int, tasks, framed: float, seed: int, split=TRAIN
+    ):
         check_tasks("loss.questions.tasks", tasks)
         if tokens % block:
             raise ValueError(f"{TOKENS}={tokens} is not allowed: a multiple of block_size={block}")
         self.prose, self.tokenizer, self.block, self.count = prose, tokenizer, block, count
-        self.tokens, self.tasks, self.framed, self.seed = tokens, list(tasks), framed, seed
+        self.tokens, self.tasks, self.framed, self.seed, self.split = tokens, list(tasks), framed, seed, split
         for index in range(len(self.tasks)):  # what does not fit is said before the training
             self[index]
 
@@ -183,7 +186,7 @@ class QuestionBatches:
         first, behind = around(self.tokenizer, plain)
         task, (contexts, rows, places) = self.tasks[index % len(self.tasks)], ([], [], [])
         for number in range(index * self.count, (index + 1) * self.count):
-            case = asked(task, number, self.tokens, self.tokenizer, self.prose, self.seed, TRAIN, TOKENS)
+            case = asked(task, number, self.tokens, self.tokenizer, self.prose, self.seed, self.split, TOKENS)
             question, prefix = asked_ids(self.tokenizer, case)
             (answer,) = value_ids(self.tokenizer, [case.answer])
             before = [*question, *behind, *prefix]

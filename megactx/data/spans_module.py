@@ -117,7 +117,8 @@ class SpanData(Resumable):
         make = self._composed(check_weights(self.weights, documents))
         sizes = (self.batch, self.spans, self.block, self.horizon, self.seed)
         compose = make and make(documents)
-        more = (compose, self.level2_spans, self.history, self._questions(rows))
+        questions, self.held_questions = (self._questions(rows, split) for split in (TRAIN, VALIDATION))
+        more = (compose, self.level2_spans, self.history, questions)
         self.training = SpanBatches(documents, self.weights, *sizes, *more)
         held = self._cut(rows, VALIDATION)
         self.held = held_in_turn(held, self.training.domains, self.weights)
@@ -156,12 +157,12 @@ class SpanData(Resumable):
         shares = (self.interleave, self.adversarial)
         return lambda documents: Composed(documents, weights, *shares, self.block, vocabulary)
 
-    def _questions(self, rows) -> QuestionBatches | None:
+    def _questions(self, rows, split: str) -> QuestionBatches | None:
         if not self.questions:
             return None
         asked = {name: value for name, value in self.questions.items() if name != "weight"}
-        text = prose(rows, self.tokenizer, TRAIN)
-        return QuestionBatches(text, self.tokenizer, self.block, **asked, seed=self.seed)
+        text = prose(rows, self.tokenizer, split)
+        return QuestionBatches(text, self.tokenizer, self.block, **asked, seed=self.seed, split=split)
 
     def _batches(self, documents, blocks) -> list[dict]:
         starts = [self._starts(document) for document in documents]

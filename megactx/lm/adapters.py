@@ -39,7 +39,7 @@ def adapt(base: BaseLM, rank: int, layers: str = "last_two", embeddings: bool = 
         ValueError: a setting that is not allowed, or the base LM has adapters already.
     """
     if not RANKS[0] <= rank <= RANKS[1]:
-        raise ValueError(f"lora.rank={rank} is not allowed: from {RANKS[0]} to {RANKS[1]}")
+        raise ValueError(f"stage.lora.rank={rank} is not allowed: from {RANKS[0]} to {RANKS[1]}")
     if layers not in LAYERS:
         raise ValueError(f"lora.layers={layers} is not known, allowed are {', '.join(LAYERS)}")
     if adapters_of(base):

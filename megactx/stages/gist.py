@@ -24,6 +24,7 @@ from megactx.framework.run.next_command import next_command
 from megactx.gist import GistNet
 from megactx.gist.carrier import Compressor
 from megactx.gist.loss import Context, build_losses, loss_kind, needed
+from megactx.gist.losses.questions import asked
 from megactx.gist.memory_estimate import in_words, memory_estimate
 from megactx.lm.prefill import prefill
 from megactx.lm.prefill_cache import KEPT, PrefillCache
@@ -39,6 +40,7 @@ from .work import Work
 log = logging.getLogger(__name__)
 
 QUESTION = 32  # tokens of a question and its answer, about
+HELD = 2  # batches of held-out questions of each task, per validation
 
 
 class Evaluate(TypedDict, total=False):
@@ -238,10 +240,10 @@ class GistStage(FrozenBaseStage):
         if needed(self.losses) & {"segments"}:
             mean["segments"] = mean["copied_blocks"] = torch.full((batch, data["history"]["segments"]), tokens // 2)
         if needed(self.losses) & {"contexts"}:
-            asked, block = data["questions"], self.main.block_size
-            blocks = torch.zeros(asked["count"], asked["tokens"] // block)
-            mean |= {"context_starts": blocks, "contexts": torch.zeros(asked["count"], asked["tokens"] + 1)}
-            mean |= {"questions": torch.zeros(asked["count"], QUESTION), "answers": torch.zeros(asked["count"], 1)}
+            count, length = (data["questions"][name] for name in ("count", "tokens"))
+            blocks = torch.zeros(count, length // self.main.block_size)
+            mean |= {"context_starts": blocks, "contexts": torch.zeros(count, length + 1)}
+            mean |= {"questions": torch.zeros(count, QUESTION), "answers": torch.zeros(count, 1)}
         return float(self._work()(mean)) * preset["accumulate"] * self.hparams.max_steps
 
     def on_fit_start(self) -> None:
@@ -289,6 +291,17 @@ class GistStage(FrozenBaseStage):
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
         self.metrics.update(self.base, self.main, batch)
+        held = self.trainer.datamodule.held_questions
+        if held is not None and batch_index == 0:  # the same ones in every validation and process
+            found = [self._held(held[index]) for index in range(HELD * len(held.tasks))]
+            for name, values in zip(("nll", "right"), zip(*found, strict=True), strict=True):
+                self.log(f"val/questions/{name}", torch.stack(values).mean(), batch_size=1)
+
+    def _held(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """NLL of an answer's token to held-out questions, and how many are right."""
+        batch = {name: torch.from_numpy(value).to(self.device) for name, value in batch.items()}
+        nll, right = asked(self.base, {"main": self.main}, batch)
+        return nll[0], right[0]
 
     def on_validation_epoch_end(self) -> None:
         values = loggable(self.metrics.compute())

@@ -87,7 +87,10 @@ def test_switching_off_leaves_who_trains_as_it_was():
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [((2, "all"), "lora.rank=2 is not allowed: from 4 to 16"), ((4, "middle"), "lora.layers=middle is not known")],
+    [
+        ((2, "all"), "stage.lora.rank=2 is not allowed: from 4 to 16"),
+        ((4, "middle"), "lora.layers=middle is not known"),
+    ],
 )
 def test_a_setting_that_is_not_allowed_is_refused(asked, message):
     with pytest.raises(ValueError, match=message):

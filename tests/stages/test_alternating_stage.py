@@ -218,7 +218,7 @@ def test_a_plateau_ends_it_before_its_last_cycle(settings, tmp_path, capsys):
         ("stage.steps.gist=-1", "stage.steps.gist=-1: allowed is a whole number from 0"),
         ("stage.cycles=0", "preset.steps=0"),
         ("stage.lora.rank=0", "stage.lora.rank=0 is not allowed with stage.train_base=lora: from 4 to 16"),
-        ("stage.lora.rank=32", "lora.rank=32 is not allowed: from 4 to 16"),
+        ("stage.lora.rank=32", "stage.lora.rank=32 is not allowed: from 4 to 16"),
         ("stage.lora.layers=middle", "lora.layers=middle is not known, allowed are first_two, last_two, all"),
         ("stage.objective=mse", "stage.objective=mse: allowed is kl or delta_nll"),
         ("stage.budgets=[1.5]", "allowed is a list, each a number above 0, up to 1"),

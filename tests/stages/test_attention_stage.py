@@ -114,7 +114,7 @@ def test_windows_with_gists_keep_the_sink_and_the_live_region_raw(whole):
     ("override", "message"),
     [
         ("attention.segment=60", "attention.segment=60 is not allowed"),
-        ("stage.lora.rank=0", "lora.rank=0 is not allowed"),
+        ("stage.lora.rank=0", "stage.lora.rank=0 is not allowed"),
         ("block_size=16", "block_size: the compressor has 8"),
     ],
 )

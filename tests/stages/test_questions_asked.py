@@ -1,5 +1,7 @@
 """Questions in the loss of a gist stage, and a gist stage that begins with a saved GistNet."""
 
+import csv
+
 import pytest
 import torch
 
@@ -32,6 +34,21 @@ def test_questions_leave_the_rest_of_a_batch_as_it_was_and_are_a_function_of_the
     one, two, other = (built([*TINY, *ASKED, "loss.questions.weight=0.5", f"seed={seed}"])[1] for seed in (0, 0, 1))
     assert all(torch.equal(one[key], plain[key]) for key in ("ids", "block_starts"))
     assert torch.equal(one["contexts"], two["contexts"]) and not torch.equal(one["contexts"], other["contexts"])
+
+
+def test_a_run_says_how_many_held_out_questions_are_right(tmp_path):
+    given = [*TINY, *ASKED, "loss.questions.weight=0.5", "preset.warmup=1", "preset.validate_every=2", "trainer=cpu"]
+    given += [
+        "preset.validation_documents=1",
+        "preset.report.blocks=4",
+        "preset.report.copies=0",
+        "preset.minutes=null",
+    ]
+    given += ["preset.report.level2=0", "stage.evaluate.controls=false"]
+    assert run([*given, "preset.steps=4", f"folder={tmp_path / 'one'}"]) == 0
+    rows = list(csv.DictReader((tmp_path / "one" / "metrics.csv").open()))
+    said = [(float(row["val/questions/nll"]), float(row["val/questions/right"])) for row in rows if row["val/dnll"]]
+    assert len(said) == 2 and all(nll > 0 and 0 <= right <= 1 for nll, right in said)
 
 
 @pytest.mark.parametrize(

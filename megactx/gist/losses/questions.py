@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megactx.data.questions import TASKS
 from megactx.framework.config.types import Count, NonNegative, Share, declared
-from megactx.gist.carrier import SoftTokens
+from megactx.gist.carrier import Compressor, SoftTokens
 from megactx.gist.loss import Context, Loss
 from megactx.lm import BaseLM
 from megactx.lm.masks import CAUSAL
@@ -52,13 +52,8 @@ class Questions(Loss):
         self.count, self.tokens, self.tasks, self.framed = count, tokens, tasks, framed
 
     def __call__(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        base, batch, nets = context.base, context.batch, context.nets
-        ids, starts = batch["contexts"], batch["context_starts"]
-        reads = any(net.needs_hidden for net in nets.values())
-        read = prefill(base, ids, with_states=True) if reads else unread(ids)
-        own = Context(base, nets, read, batch, context.horizon)
-        found = [answered(base, batch, carrier, context.block) for carrier in own.carriers(starts)]
-        losses, right = (torch.stack(values) for values in zip(*found, strict=True))
+        nets = context.nets
+        losses, right = asked(context.base, nets, context.batch)
         return losses, {
             f"{self.name}/loss": losses[0].detach(),
             **{f"{self.name}/{'' if n == 0 else f'{name}/'}right": right[n] for n, name in enumerate(nets)},
@@ -71,6 +66,16 @@ class Questions(Loss):
 
     def encoded(self, batch: dict, block: int) -> dict[str, int]:
         return {"contexts": batch["context_starts"].numel()}
+
+
+def asked(base: BaseLM, nets: dict[str, Compressor], batch: dict) -> tuple[Tensor, Tensor]:
+    """``answered`` for each net, of a batch of ``QuestionBatches``: [C] and [C]."""
+    ids, starts = batch["contexts"], batch["context_starts"]
+    reads = any(net.needs_hidden for net in nets.values())
+    read = prefill(base, ids, with_states=True) if reads else unread(ids)
+    found = [answered(base, batch, net.compress(base, read, starts), net.block_size) for net in nets.values()]
+    losses, right = zip(*found, strict=True)
+    return torch.stack(losses), torch.stack(right)
 
 
 def answered(base: BaseLM, batch: dict, carrier: SoftTokens, block: int) -> tuple[Tensor, Tensor]:
