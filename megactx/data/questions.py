@@ -1,6 +1,7 @@
 """Short contexts with a question, for readers that have all of the context, nothing of it, or gists in its place.
 
-    fact            four generated facts about people between sentences of prose; one of eight values is right
+    fact            generated facts about people between sentences of prose, four at most and one for each 32 tokens;
+                    one of eight values is right
     niah_single_1   RULER's single needle between sentences of noise
     niah_single_2   the same between sentences of prose
 
@@ -20,7 +21,7 @@ from .documents import TRAIN, VALIDATION
 from .knowledge import Knowledge, asked_ids, value_ids
 from .tokenizer import bos_id
 
-ENTITIES, FACTS = 4, 4
+ENTITIES, FACTS, EACH = 4, 4, 32  # at most so many facts, one for each so many tokens
 TOKENS = "loss.questions.tokens"
 
 
@@ -42,13 +43,13 @@ class Asked:
     answer: str
 
 
-def _fact(draw: random.Random, count: int, prose: Sequence[str], split: str):
+def _fact(draw: random.Random, count: int, prose: Sequence[str], split: str, tokens: int):
     knowledge = Knowledge(ENTITIES, draw, split, changed=0)
     (question,) = knowledge.questions(1, draw)
     (needed,) = question.needed
     alike = [fact for fact in knowledge.facts if fact.what == needed.what and fact.name != needed.name]
     others = [fact for fact in knowledge.facts if fact.what != needed.what]
-    told = [needed, draw.choice(alike), *draw.sample(others, FACTS - 2)]
+    told = [needed, draw.choice(alike), *draw.sample(others, FACTS - 2)][: max(1, tokens // EACH)]
     draw.shuffle(told)
     units, places = ruler.hidden(draw, prose[:count], [fact.sentence for fact in told])
     asked = {"question": question.text, "answer_prefix": question.prefix, "values": question.values}
@@ -56,7 +57,7 @@ def _fact(draw: random.Random, count: int, prose: Sequence[str], split: str):
 
 
 def _of_ruler(task):
-    return lambda draw, count, prose, split: task(draw, count, prose)  # keys and numbers have no side
+    return lambda draw, count, prose, split, tokens: task(draw, count, prose)  # keys and numbers have no side
 
 
 NOISE = "niah_single_1"
@@ -95,7 +96,7 @@ def asked(
     prose = [*prose[at:], *prose[:at]]
 
     def built(count: int) -> tuple[str, dict, tuple[int, int], list[str]]:
-        units, (place,), answers, said = TASKS[task](random.Random(key), count, prose, split)
+        units, (place,), answers, said = TASKS[task](random.Random(key), count, prose, split, tokens)
         start = sum(len(unit) + 1 for unit in units[:place])
         return " ".join(units), said, (start, start + len(units[place])), answers
 
@@ -155,7 +156,7 @@ class QuestionBatches:
         tokenizer: a Hugging Face tokenizer.
         block: K.
         count: Q, questions of a batch.
-        tokens: T of a context, a multiple of K.
+        tokens: T of a context, multiples of K; one for all of a batch, each with every task in turn.
         tasks: of ``TASKS``, one for all of a batch, in turn: its questions are then about equally long.
         framed: share of the batches in which the chat template stands around context and question; 0 where the
             tokenizer has none.
@@ -170,30 +171,38 @@ class QuestionBatches:
         ValueError: an unknown task, a context that is no whole blocks, too short for what is told, or too little prose.
     """
 
-    def __init__(
-        self, prose, tokenizer, block: int, count: int, tokens: int, tasks, framed: float, seed: int, split=TRAIN
-    ):
+    def __init__(self, prose, tokenizer, block: int, count: int, tokens, tasks, framed: float, seed: int, split=TRAIN):
         check_tasks("loss.questions.tasks", tasks)
-        if tokens % block:
-            raise ValueError(f"{TOKENS}={tokens} is not allowed: a multiple of block_size={block}")
+        if not tokens or not tasks:
+            raise ValueError(f"{TOKENS}={tokens}, loss.questions.tasks={tasks}: allowed is at least one of each")
+        for length in tokens:
+            if length % block:
+                raise ValueError(f"{TOKENS}={length} is not allowed: a multiple of block_size={block}")
         self.prose, self.tokenizer, self.block, self.count = prose, tokenizer, block, count
-        self.tokens, self.tasks, self.framed, self.seed, self.split = tokens, list(tasks), framed, seed, split
-        for index in range(len(self.tasks)):  # what does not fit is said before the training
+        self.tokens, self.tasks, self.framed, self.seed, self.split = list(tokens), list(tasks), framed, seed, split
+        for index in range(self.kinds):  # what does not fit is said before the training
             self[index]
+
+    @property
+    def kinds(self) -> int:
+        """Batches until each task was asked behind contexts of each length."""
+        return len(self.tasks) * len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         plain = random.Random(f"framed/{self.seed}/{index}").random() >= self.framed
         first, behind = around(self.tokenizer, plain)
-        task, (contexts, rows, places) = self.tasks[index % len(self.tasks)], ([], [], [])
+        task = self.tasks[index % len(self.tasks)]
+        tokens = self.tokens[index // len(self.tasks) % len(self.tokens)]
+        contexts, rows, places = [], [], []
         for number in range(index * self.count, (index + 1) * self.count):
-            case = asked(task, number, self.tokens, self.tokenizer, self.prose, self.seed, self.split, TOKENS)
+            case = asked(task, number, tokens, self.tokenizer, self.prose, self.seed, self.split, TOKENS)
             question, prefix = asked_ids(self.tokenizer, case)
             (answer,) = value_ids(self.tokenizer, [case.answer])
             before = [*question, *behind, *prefix]
             contexts.append([*first, *case.ids])
             rows.append([*before, *answer])
             places.append([*range(len(before), len(before) + len(answer))])
-        starts = len(first) + np.arange(0, self.tokens, self.block)
+        starts = len(first) + np.arange(0, tokens, self.block)
         return {
             "contexts": np.asarray(contexts),
             "context_starts": np.tile(starts, (self.count, 1)),

@@ -40,7 +40,7 @@ from .work import Work
 log = logging.getLogger(__name__)
 
 QUESTION = 32  # tokens of a question and its answer, about
-HELD = 2  # batches of held-out questions of each task, per validation
+HELD = 1  # batches of held-out questions of each task and length, per validation
 
 
 class Evaluate(TypedDict, total=False):
@@ -240,7 +240,8 @@ class GistStage(FrozenBaseStage):
         if needed(self.losses) & {"segments"}:
             mean["segments"] = mean["copied_blocks"] = torch.full((batch, data["history"]["segments"]), tokens // 2)
         if needed(self.losses) & {"contexts"}:
-            count, length = (data["questions"][name] for name in ("count", "tokens"))
+            count, lengths = (data["questions"][name] for name in ("count", "tokens"))
+            length = sum(lengths) // len(lengths)
             blocks = torch.zeros(count, length // self.main.block_size)
             mean |= {"context_starts": blocks, "contexts": torch.zeros(count, length + 1)}
             mean |= {"questions": torch.zeros(count, QUESTION), "answers": torch.zeros(count, 1)}
@@ -293,7 +294,7 @@ class GistStage(FrozenBaseStage):
         self.metrics.update(self.base, self.main, batch)
         held = self.trainer.datamodule.held_questions
         if held is not None and batch_index == 0:  # the same ones in every validation and process
-            found = [self._held(held[index]) for index in range(HELD * len(held.tasks))]
+            found = [self._held(held[index]) for index in range(HELD * held.kinds)]
             for name, values in zip(("nll", "right"), zip(*found, strict=True), strict=True):
                 self.log(f"val/questions/{name}", torch.stack(values).mean(), batch_size=1)
 

@@ -49,7 +49,7 @@ def test_an_unknown_task_is_refused():
 @pytest.mark.parametrize(
     ("task", "tokens", "prose", "said"),
     [
-        ("fact", 16, PROSE, "--tokens=16 is not allowed: too short for what fact tells"),
+        ("fact", 8, PROSE, "--tokens=8 is not allowed: too short for what fact tells"),
         ("niah_single_2", 512, PROSE[:8], "--tokens=512 is not allowed: niah_single_2 finds too little prose"),
     ],
 )
@@ -61,7 +61,7 @@ def test_what_makes_no_context_is_refused(task, tokens, prose, said, tokenizer):
 @pytest.fixture(scope="module")
 def batches(tokenizer):
     return QuestionBatches(
-        PROSE, tokenizer, block=32, count=6, tokens=128, tasks=["fact", "niah_single_2"], framed=0, seed=0
+        PROSE, tokenizer, block=32, count=6, tokens=[128], tasks=["fact", "niah_single_2"], framed=0, seed=0
     )
 
 
@@ -90,7 +90,7 @@ def test_a_batch_is_a_function_of_seed_and_number_and_asks_about_nobody_of_evalu
 def test_the_chat_template_stands_around_a_share_of_the_batches_and_only_where_there_is_one(tokenizer):
     framed = copy.deepcopy(tokenizer)
     framed.chat_template = "{% for m in messages %}User: {{ m.content }}{% endfor %}\nAnswer: "
-    given = dict(block=32, count=2, tokens=96, tasks=["fact"], seed=0)
+    given = dict(block=32, count=2, tokens=[96], tasks=["fact"], seed=0)
     every, some, none = (QuestionBatches(PROSE, framed, **given, framed=share) for share in (1, 0.5, 0))
     without = QuestionBatches(PROSE, tokenizer, **given, framed=1)
     assert framed.decode(every[0]["contexts"][0]).startswith("User: ") and "Answer: " in framed.decode(
@@ -103,13 +103,16 @@ def test_the_chat_template_stands_around_a_share_of_the_batches_and_only_where_t
 @pytest.mark.parametrize(
     "given, message",
     [
-        (dict(tokens=100), "loss.questions.tokens=100 is not allowed: a multiple of block_size=32"),
-        (dict(tokens=32), "loss.questions.tokens=32 is not allowed: too short for what fact tells"),
+        (dict(tokens=[32, 100]), "loss.questions.tokens=100 is not allowed: a multiple of block_size=32"),
+        (
+            dict(tokens=[32], tasks=["niah_single_2"]),
+            "loss.questions.tokens=32 is not allowed: too short for what niah_single_2 tells",
+        ),
         (dict(tasks=["riddle"]), "loss.questions.tasks=riddle is not known, allowed are fact, "),
         (dict(prose=PROSE[:3]), "loss.questions.tokens=128 is not allowed: fact finds too little prose"),
     ],
 )
 def test_questions_that_cannot_be_asked_are_refused_before_the_training(given, message, tokenizer):
-    settings = dict(prose=PROSE, block=32, count=2, tokens=128, tasks=["fact"], framed=0, seed=0) | given
+    settings = dict(prose=PROSE, block=32, count=2, tokens=[128], tasks=["fact"], framed=0, seed=0) | given
     with pytest.raises(ValueError, match=message):
         QuestionBatches(tokenizer=tokenizer, **settings)

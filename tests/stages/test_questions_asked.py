@@ -12,7 +12,7 @@ from tests.stages.test_compressors import built
 
 TINY = ["experiment=demo", "preset.batch=1", "preset.spans=2", "preset.min_tokens=200", "preset.max_tokens=256"]
 TINY += ["stage.controls.blockmean_linear=null"]
-ASKED = ["loss.questions.count=2", "loss.questions.tokens=96", "loss.questions.tasks=[fact]"]
+ASKED = ["loss.questions.count=2", "loss.questions.tokens=[96]", "loss.questions.tasks=[fact]"]
 
 
 def test_questions_have_their_weight_in_the_loss_and_reach_the_gistnet():
@@ -54,7 +54,7 @@ def test_a_run_says_how_many_held_out_questions_are_right(tmp_path):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ("loss.questions.tokens=100", "loss.questions.tokens=100 is not allowed: a multiple of block_size=32"),
+        ("loss.questions.tokens=[100]", "loss.questions.tokens=100 is not allowed: a multiple of block_size=32"),
         (
             "loss.questions.tasks=[riddle]",
             "loss.questions.tasks=['riddle']: allowed is a list, each fact or niah_single_1",

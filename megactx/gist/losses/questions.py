@@ -31,8 +31,8 @@ class Questions(Loss):
     Args:
         weight: its share of the sum.
         count: Q, questions of a step, each with a context of its own.
-        tokens: of a context, a multiple of K.
-        tasks: ``fact`` (one of four facts about people), ``niah_single_1`` and ``niah_single_2`` (a number in noise or
+        tokens: of a context, multiples of K, a step each, in turn. Short ones are learned first: they have one fact.
+        tasks: ``fact`` (one of some facts about people), ``niah_single_1`` and ``niah_single_2`` (a number in noise or
             in prose), a step each, in turn.
         framed: share of the steps in which the base's chat template stands around context and question.
     """
@@ -44,7 +44,7 @@ class Questions(Loss):
         self,
         weight: NonNegative = 0.0,
         count: Count = 12,
-        tokens: Count = 128,
+        tokens: list[Count] = (32, 64, 128),
         tasks: list[Literal[tuple(TASKS)]] = ("fact", "niah_single_2"),
         framed: Share = 0.5,
     ):
