@@ -105,8 +105,8 @@ def test_the_chat_template_stands_around_a_share_of_the_batches_and_only_where_t
     [
         (dict(tokens=[32, 100]), "loss.questions.tokens=100 is not allowed: a multiple of block_size=32"),
         (
-            dict(tokens=[32], tasks=["niah_single_2"]),
-            "loss.questions.tokens=32 is not allowed: too short for what niah_single_2 tells",
+            dict(tokens=[8], block=8),
+            "loss.questions.tokens=8 is not allowed: too short for what fact tells",
         ),
         (dict(tasks=["riddle"]), "loss.questions.tasks=riddle is not known, allowed are fact, "),
         (dict(prose=PROSE[:3]), "loss.questions.tokens=128 is not allowed: fact finds too little prose"),
