@@ -13,9 +13,11 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from megactx.data.documents import length_of
+from megactx.data.questions import QuestionBatches
 from megactx.data.segments import RECENCY, SEGMENT
 from megactx.data.spans_module import LONGEST_DOCUMENT
 from megactx.evaluation.curriculum import of_gists, write_curriculum
+from megactx.evaluation.measure import in_eval_mode
 from megactx.evaluation.summary import check_targets
 from megactx.evaluation.sums import loggable
 from megactx.evaluation.validation import ValidationMetrics
@@ -123,6 +125,8 @@ class GistStage(FrozenBaseStage):
         self.take_base(base)
         self.nets = build_nets(self.base, compressor or {}, gistnet, controls, keep_controls)
         self.losses = build_losses(losses, dict(self.nets))
+        if self.loss_settings("questions").get("weight"):
+            self.monitor = "val/loss"  # a net that answers better may be worse behind single blocks
         self.kept: PrefillCache | None = None
         self.controls: KeptControls | None = None
         self.taken: dict[str, list] = {}  # controls that an earlier run has trained -> what would learn of them
@@ -294,19 +298,29 @@ class GistStage(FrozenBaseStage):
         self.metrics.update(self.base, self.main, batch)
         held = self.trainer.datamodule.held_questions
         if held is not None and batch_index == 0:  # the same ones in every validation and process
-            found = [self._held(held[index]) for index in range(HELD * held.kinds)]
-            for name, values in zip(("nll", "right"), zip(*found, strict=True), strict=True):
-                self.log(f"val/questions/{name}", torch.stack(values).mean(), batch_size=1)
+            self.asked = self.answers(held)
 
-    def _held(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """NLL of an answer's token to held-out questions, and how many are right."""
-        batch = {name: torch.from_numpy(value).to(self.device) for name, value in batch.items()}
-        nll, right = asked(self.base, {"main": self.main}, batch)
-        return nll[0], right[0]
+    def answers(self, held: QuestionBatches, other: bool = False) -> dict[str, Tensor]:
+        """Held-out questions: ``nll`` of an answer's token and the share that is ``right``, behind the gists of their
+        contexts or, as the control, behind those of another one."""
+        found = []
+        for index in range(HELD * held.kinds):
+            batch = {name: torch.from_numpy(value).to(self.device) for name, value in held[index].items()}
+            if other:
+                batch["contexts"] = batch["contexts"].roll(1, dims=0)
+            with in_eval_mode(self.main):
+                found.append(asked(self.base, {"main": self.main}, batch))
+        nll, right = (torch.cat(values).mean() for values in zip(*found, strict=True))
+        return {"nll": nll, "right": right}
 
     def on_validation_epoch_end(self) -> None:
         values = loggable(self.metrics.compute())
         shown = {"dnll", "recovery"}
+        if self.trainer.datamodule.held_questions is not None:
+            values |= {f"questions/{name}": value for name, value in self.asked.items()}
+            shares = {name: self.loss_settings(name).get("weight", 0) for name in ("block", "questions")}
+            values["loss"] = shares["block"] * values["dnll"] + shares["questions"] * self.asked["nll"]
+            shown |= {"questions/right"}
         for name, value in values.items():
             self.log(f"val/{name}", value, prog_bar=name in shown)
 
@@ -348,6 +362,13 @@ class GistStage(FrozenBaseStage):
     def finish(self, folder: Path, datamodule) -> None:
         """Report on held-out documents and on ``evaluate.path``: tables, pictures, scores; then the next command."""
         report(self, folder, datamodule)
+        if (held := datamodule.held_questions) is not None:
+            own, other = self.answers(held), self.answers(held, other=True)
+            count = HELD * held.kinds * held.count
+            print(
+                f"Of {count} held-out questions {own['right']:.2f} are right behind the gists of their contexts (NLL of"
+                f" a token {own['nll']:.2f}), {other['right']:.2f} behind those of another one ({other['nll']:.2f})."
+            )
         print(f"Next: {next_command(folder, 'gist_stage2', {'stage.init': folder})}  (go on from here)")
         print(f"or:   {next_command(folder, 'curriculum', {})}  (all stages)")
         print(f"or:   {next_command(folder, None, {}, program='python -m megactx.studies.ladder')}  (rivals)")

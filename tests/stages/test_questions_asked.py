@@ -36,7 +36,7 @@ def test_questions_leave_the_rest_of_a_batch_as_it_was_and_are_a_function_of_the
     assert torch.equal(one["contexts"], two["contexts"]) and not torch.equal(one["contexts"], other["contexts"])
 
 
-def test_a_run_says_how_many_held_out_questions_are_right(tmp_path):
+def test_a_run_says_how_many_held_out_questions_are_right(tmp_path, capsys):
     given = [*TINY, *ASKED, "loss.questions.weight=0.5", "preset.warmup=1", "preset.validate_every=2", "trainer=cpu"]
     given += [
         "preset.validation_documents=1",
@@ -46,9 +46,18 @@ def test_a_run_says_how_many_held_out_questions_are_right(tmp_path):
     ]
     given += ["preset.report.level2=0", "stage.evaluate.controls=false"]
     assert run([*given, "preset.steps=4", f"folder={tmp_path / 'one'}"]) == 0
+    assert "Of 2 held-out questions " in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "one" / "metrics.csv").open()))
     said = [(float(row["val/questions/nll"]), float(row["val/questions/right"])) for row in rows if row["val/dnll"]]
     assert len(said) == 2 and all(nll > 0 and 0 <= right <= 1 for nll, right in said)
+    for row in rows:  # what the best checkpoint is chosen by
+        if row["val/dnll"]:
+            both = 1.0 * float(row["val/dnll"]) + 0.5 * float(row["val/questions/nll"])
+            assert float(row["val/loss"]) == pytest.approx(both, rel=1e-4)
+    best = torch.load(tmp_path / "one" / "checkpoints" / "best.ckpt", weights_only=True)
+    lowest = min(float(row["val/loss"]) for row in rows if row["val/loss"])
+    kept = next(state for name, state in best["callbacks"].items() if "best_model_score" in str(state))
+    assert float(kept["best_model_score"]) == pytest.approx(lowest, rel=1e-4)
 
 
 @pytest.mark.parametrize(
