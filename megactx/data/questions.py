@@ -173,8 +173,6 @@ class QuestionBatches:
 
     def __init__(self, prose, tokenizer, block: int, count: int, tokens, tasks, framed: float, seed: int, split=TRAIN):
         check_tasks("loss.questions.tasks", tasks)
-        if not tokens or not tasks:
-            raise ValueError(f"{TOKENS}={tokens}, loss.questions.tasks={tasks}: allowed is at least one of each")
         for length in tokens:
             if length % block:
                 raise ValueError(f"{TOKENS}={length} is not allowed: a multiple of block_size={block}")

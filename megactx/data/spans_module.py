@@ -161,7 +161,13 @@ class SpanData(Resumable):
         if not self.questions:
             return None
         asked = {name: value for name, value in self.questions.items() if name != "weight"}
-        text = prose(rows, self.tokenizer, split)
+        try:
+            text = prose(rows, self.tokenizer, split)
+        except ValueError as error:
+            weight = self.questions["weight"]
+            raise ValueError(
+                f"loss.questions.weight={weight} needs prose between the facts. {error}, or set it to 0"
+            ) from None
         return QuestionBatches(text, self.tokenizer, self.block, **asked, seed=self.seed, split=split)
 
     def _batches(self, documents, blocks) -> list[dict]:

@@ -183,6 +183,13 @@ class GistStage(FrozenBaseStage):
     def check_data(self, datamodule) -> None:
         for loss in self.losses:
             loss.check_data(datamodule, dict(self.nets))
+        if (held := datamodule.held_questions) is not None:
+            longest = max(sum(held[n][name].shape[1] for name in ("contexts", "questions")) for n in range(held.kinds))
+            if longest > self.base.max_positions:
+                raise ValueError(
+                    f"loss.questions.tokens={held.tokens} is not allowed: with its question a context has {longest}"
+                    f" tokens, and the base takes {self.base.max_positions}"
+                )
 
     def loss_settings(self, name: str) -> dict:
         """Those of a loss, with its defaults; empty where it is not in the list."""
@@ -363,15 +370,17 @@ class GistStage(FrozenBaseStage):
         """Report on held-out documents and on ``evaluate.path``: tables, pictures, scores; then the next command."""
         report(self, folder, datamodule)
         if (held := datamodule.held_questions) is not None:
-            own, other = self.answers(held), self.answers(held, other=True)
-            count = HELD * held.kinds * held.count
-            print(
-                f"Of {count} held-out questions {own['right']:.2f} are right behind the gists of their contexts (NLL of"
-                f" a token {own['nll']:.2f}), {other['right']:.2f} behind those of another one ({other['nll']:.2f})."
-            )
+            own, count = self.answers(held), HELD * held.kinds * held.count
+            told = f"Of {count} held-out questions {own['right']:.2f} are right behind the gists of their contexts"
+            told += f" (NLL of a token {own['nll']:.2f})"
+            if held.count > 1:
+                other = self.answers(held, other=True)
+                told += f", {other['right']:.2f} behind those of another one ({other['nll']:.2f})"
+            print(f"{told}.")
         print(f"Next: {next_command(folder, 'gist_stage2', {'stage.init': folder})}  (go on from here)")
         print(f"or:   {next_command(folder, 'curriculum', {})}  (all stages)")
-        print(f"or:   {next_command(folder, None, {}, program='python -m megactx.studies.ladder')}  (rivals)")
+        if datamodule.held_questions is None:  # rivals by keys and values are not asked any
+            print(f"or:   {next_command(folder, None, {}, program='python -m megactx.studies.ladder')}  (rivals)")
 
     @staticmethod
     def conclude(folder: Path, stages: list[str]) -> None:

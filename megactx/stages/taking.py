@@ -19,13 +19,14 @@ def take_weights(nets: nn.ModuleDict, path: str, settings_of_gistnet: dict, base
     """
     place = find(path, "gistnet", "stage.init")
     if (place / GISTNET).is_file():
+        changes = differences(gistnet_settings(path, "stage.init"), settings_of_gistnet, "gistnet")
         name, main = next(iter(nets.items()))
         if not take(main, gistnet_of(path, own, "stage.init", base, slots=True).state_dict()):
-            changes = differences(gistnet_settings(path, "stage.init"), settings_of_gistnet, "gistnet")
             raise ValueError(
                 f"stage.init={path}: its GistNet has another architecture: {'; '.join(changes) or 'see its tensors'}"
             )
-        return f"Starting from {path}: {name}"
+        changes = [line for line in changes if not line.startswith("gistnet.dropout:")]
+        return "\n".join([f"Starting from {path}: {name}", *(f"  {line}" for line in changes)])
     checkpoint = read_best(place, "stage.init")
     other = other_base(checkpoint, base)
     changes = differences(checkpoint["hyper_parameters"].get("gistnet") or {}, settings_of_gistnet, "gistnet")

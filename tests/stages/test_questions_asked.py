@@ -46,7 +46,10 @@ def test_a_run_says_how_many_held_out_questions_are_right(tmp_path, capsys):
     ]
     given += ["preset.report.level2=0", "stage.evaluate.controls=false"]
     assert run([*given, "preset.steps=4", f"folder={tmp_path / 'one'}"]) == 0
-    assert "Of 2 held-out questions " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (
+        "Of 2 held-out questions " in said and " behind those of another one " in said and "studies.ladder" not in said
+    )
     rows = list(csv.DictReader((tmp_path / "one" / "metrics.csv").open()))
     said = [(float(row["val/questions/nll"]), float(row["val/questions/right"])) for row in rows if row["val/dnll"]]
     assert len(said) == 2 and all(nll > 0 and 0 <= right <= 1 for nll, right in said)
@@ -69,6 +72,14 @@ def test_a_run_says_how_many_held_out_questions_are_right(tmp_path, capsys):
             "loss.questions.tasks=['riddle']: allowed is a list, each fact or niah_single_1",
         ),
         ("loss.questions.framed=2", "loss.questions.framed=2"),
+        (
+            "loss.questions.tokens=[]",
+            "loss.questions.tokens=[], loss.questions.tasks=['fact']: allowed is at least one",
+        ),
+        (
+            "loss.questions.tokens=[32,8192]",
+            "loss.questions.tokens=[32, 8192] is not allowed: with its question a context",
+        ),
         ("gistnet.slots=2", "loss.questions.weight=0.5 is not allowed with gistnet, which makes several vectors"),
     ],
 )
@@ -82,8 +93,19 @@ def test_a_stage_begins_with_a_saved_gistnet_and_refuses_one_of_another_shape():
     assert "asset:tiny-gistnet" in stage.start_from("asset:tiny-gistnet")
     saved = load_gistnet(resolve("asset:tiny-gistnet", "stage.init"), stage.base).state_dict()
     assert all(torch.equal(value, saved[key]) for key, value in stage.main.state_dict().items())
+    elsewhere = built([*TINY, "gistnet.position=centre"])[0]  # tensors say nothing of that
+    assert "gistnet.position: end -> centre" in elsewhere.start_from("asset:tiny-gistnet")
     other = built([*TINY, "gistnet.head=linear", "depth=d1"])[0]
     with pytest.raises(ValueError, match="stage.init=asset:tiny-gistnet: its GistNet has another architecture: "):
         other.start_from("asset:tiny-gistnet")
     with pytest.raises(ValueError, match="stage.init=.*smollm2-gistnet was trained with another base LM"):
         stage.start_from("asset:smollm2-gistnet")
+
+
+def test_texts_without_prose_name_the_loss_that_wants_it(tmp_path, capsys):
+    for number in range(60):
+        (tmp_path / f"code_{number}.py").write_text(f"x_{number} = [{number}]\n" * 300)
+    given = ["data=files", f"data.path={tmp_path}", "data.weights={narrative: 0, code: 1, structured: 0}"]
+    given += [*TINY, *ASKED, "loss.questions.weight=0.5", f"folder={tmp_path / 'run'}", "trainer=cpu"]
+    assert run(given) == 2
+    assert "loss.questions.weight=0.5 needs prose between the facts" in capsys.readouterr().err

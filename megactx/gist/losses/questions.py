@@ -35,6 +35,9 @@ class Questions(Loss):
         tasks: ``fact`` (one of some facts about people), ``niah_single_1`` and ``niah_single_2`` (a number in noise or
             in prose), a step each, in turn.
         framed: share of the steps in which the base's chat template stands around context and question.
+
+    Raises:
+        ValueError: no length, or no task.
     """
 
     needs = ("contexts", "context_starts", "questions", "answers")
@@ -49,6 +52,9 @@ class Questions(Loss):
         framed: Share = 0.5,
     ):
         super().__init__(weight)
+        if weight and not (tokens and tasks):
+            given = f"loss.questions.tokens={list(tokens)}, loss.questions.tasks={list(tasks)}"
+            raise ValueError(f"{given}: allowed is at least one of each")
         self.count, self.tokens, self.tasks, self.framed = count, tokens, tasks, framed
 
     def __call__(self, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
