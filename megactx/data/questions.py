@@ -178,8 +178,8 @@ class QuestionBatches:
                 raise ValueError(f"{TOKENS}={length} is not allowed: a multiple of block_size={block}")
         self.prose, self.tokenizer, self.block, self.count = prose, tokenizer, block, count
         self.tokens, self.tasks, self.framed, self.seed, self.split = list(tokens), list(tasks), framed, seed, split
-        for index in range(self.kinds):  # what does not fit is said before the training
-            self[index]
+        first = [self[index] for index in range(self.kinds)]  # what does not fit is said before the training
+        self.longest = max(batch["contexts"].shape[1] + batch["questions"].shape[1] for batch in first)
 
     @property
     def kinds(self) -> int:

@@ -100,7 +100,7 @@ class SpanData(Resumable):
         Raises:
             ValueError: ``max_tokens`` is longer.
         """
-        longest = min(LONGEST_DOCUMENT, tokens)
+        self.positions, longest = tokens, min(LONGEST_DOCUMENT, tokens)
         self.max_tokens = longest if self.asked_tokens is None else self.asked_tokens
         if self.max_tokens > longest:
             raise ValueError(
@@ -168,7 +168,13 @@ class SpanData(Resumable):
             raise ValueError(
                 f"loss.questions.weight={weight} needs prose between the facts. {error}, or set it to 0"
             ) from None
-        return QuestionBatches(text, self.tokenizer, self.block, **asked, seed=self.seed, split=split)
+        made = QuestionBatches(text, self.tokenizer, self.block, **asked, seed=self.seed, split=split)
+        if made.longest > self.positions:
+            raise ValueError(
+                f"loss.questions.tokens={made.tokens} is not allowed: with its question a context has {made.longest}"
+                f" tokens, and the base takes {self.positions}"
+            )
+        return made
 
     def _batches(self, documents, blocks) -> list[dict]:
         starts = [self._starts(document) for document in documents]

@@ -68,6 +68,7 @@ class Loss:
         needs         entries of the batch that it reads
         all_vectors   all nets must make vectors, not keys and values
         main_vectors  the first net must
+        judges        the best checkpoint is chosen by its ``held_out`` too, not by single blocks alone
 
     Args:
         weight: its share of the sum, 0 or more; 0 leaves it out.
@@ -77,7 +78,7 @@ class Loss:
     """
 
     needs: tuple[str, ...] = ()
-    all_vectors = main_vectors = False
+    all_vectors = main_vectors = judges = False
 
     def __init__(self, weight: NonNegative):
         self.weight = weight
@@ -124,6 +125,21 @@ class Loss:
         Those of the nets come from ``encoded``. A loss that makes no pass of its own has none.
         """
         return 0.0
+
+    def typical(self, data: dict, block: int) -> dict[str, Tensor]:
+        """Entries of a batch that data of these settings draws for this loss alone, as ``flops`` reads them.
+
+        For those that the stage does not know of itself.
+        """
+        return {}
+
+    def held_out(self, base: BaseLM, net: Compressor, datamodule) -> dict[str, Tensor]:
+        """What a validation logs of a net under ``val/NAME/``; ``nll`` is what ``judges`` says that it is judged by."""
+        return {}
+
+    def told(self, base: BaseLM, net: Compressor, datamodule) -> str:
+        """What the end of a run says of a net; empty for nothing."""
+        return ""
 
     def encoded(self, batch: dict, block: int) -> dict[str, int | Tensor]:
         """Blocks that each net encodes for it. Losses that share carriers call them by one name."""

@@ -13,11 +13,9 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from megactx.data.documents import length_of
-from megactx.data.questions import QuestionBatches
 from megactx.data.segments import RECENCY, SEGMENT
 from megactx.data.spans_module import LONGEST_DOCUMENT
 from megactx.evaluation.curriculum import of_gists, write_curriculum
-from megactx.evaluation.measure import in_eval_mode
 from megactx.evaluation.summary import check_targets
 from megactx.evaluation.sums import loggable
 from megactx.evaluation.validation import ValidationMetrics
@@ -26,7 +24,6 @@ from megactx.framework.run.next_command import next_command
 from megactx.gist import GistNet
 from megactx.gist.carrier import Compressor
 from megactx.gist.loss import Context, build_losses, loss_kind, needed
-from megactx.gist.losses.questions import asked
 from megactx.gist.memory_estimate import in_words, memory_estimate
 from megactx.lm.prefill import prefill
 from megactx.lm.prefill_cache import KEPT, PrefillCache
@@ -40,9 +37,6 @@ from .taking import take_weights
 from .work import Work
 
 log = logging.getLogger(__name__)
-
-QUESTION = 32  # tokens of a question and its answer, about
-HELD = 1  # batches of held-out questions of each task and length, per validation
 
 
 class Evaluate(TypedDict, total=False):
@@ -125,8 +119,9 @@ class GistStage(FrozenBaseStage):
         self.take_base(base)
         self.nets = build_nets(self.base, compressor or {}, gistnet, controls, keep_controls)
         self.losses = build_losses(losses, dict(self.nets))
-        if self.loss_settings("questions").get("weight"):
-            self.monitor = "val/loss"  # a net that answers better may be worse behind single blocks
+        self.weighted = [loss for loss in self.losses if loss.weight]
+        if any(loss.judges for loss in self.weighted):
+            self.monitor = "val/loss"  # a net that is better at it may be worse behind single blocks
         self.kept: PrefillCache | None = None
         self.controls: KeptControls | None = None
         self.taken: dict[str, list] = {}  # controls that an earlier run has trained -> what would learn of them
@@ -183,13 +178,6 @@ class GistStage(FrozenBaseStage):
     def check_data(self, datamodule) -> None:
         for loss in self.losses:
             loss.check_data(datamodule, dict(self.nets))
-        if (held := datamodule.held_questions) is not None:
-            longest = max(sum(held[n][name].shape[1] for name in ("contexts", "questions")) for n in range(held.kinds))
-            if longest > self.base.max_positions:
-                raise ValueError(
-                    f"loss.questions.tokens={held.tokens} is not allowed: with its question a context has {longest}"
-                    f" tokens, and the base takes {self.base.max_positions}"
-                )
 
     def loss_settings(self, name: str) -> dict:
         """Those of a loss, with its defaults; empty where it is not in the list."""
@@ -250,12 +238,8 @@ class GistStage(FrozenBaseStage):
             mean["span_starts"] = starts[:, : data["level2_spans"]]
         if needed(self.losses) & {"segments"}:
             mean["segments"] = mean["copied_blocks"] = torch.full((batch, data["history"]["segments"]), tokens // 2)
-        if needed(self.losses) & {"contexts"}:
-            count, lengths = (data["questions"][name] for name in ("count", "tokens"))
-            length = sum(lengths) // len(lengths)
-            blocks = torch.zeros(count, length // self.main.block_size)
-            mean |= {"context_starts": blocks, "contexts": torch.zeros(count, length + 1)}
-            mean |= {"questions": torch.zeros(count, QUESTION), "answers": torch.zeros(count, 1)}
+        for loss in self.weighted:
+            mean |= loss.typical(data, self.main.block_size)
         return float(self._work()(mean)) * preset["accumulate"] * self.hparams.max_steps
 
     def on_fit_start(self) -> None:
@@ -303,31 +287,18 @@ class GistStage(FrozenBaseStage):
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
         self.metrics.update(self.base, self.main, batch)
-        held = self.trainer.datamodule.held_questions
-        if held is not None and batch_index == 0:  # the same ones in every validation and process
-            self.asked = self.answers(held)
-
-    def answers(self, held: QuestionBatches, other: bool = False) -> dict[str, Tensor]:
-        """Held-out questions: ``nll`` of an answer's token and the share that is ``right``, behind the gists of their
-        contexts or, as the control, behind those of another one."""
-        found = []
-        for index in range(HELD * held.kinds):
-            batch = {name: torch.from_numpy(value).to(self.device) for name, value in held[index].items()}
-            if other:
-                batch["contexts"] = batch["contexts"].roll(1, dims=0)
-            with in_eval_mode(self.main):
-                found.append(asked(self.base, {"main": self.main}, batch))
-        nll, right = (torch.cat(values).mean() for values in zip(*found, strict=True))
-        return {"nll": nll, "right": right}
+        if batch_index == 0:  # in the step, where precision is that of a step
+            self.held = {loss: loss.held_out(self.base, self.main, self.trainer.datamodule) for loss in self.weighted}
 
     def on_validation_epoch_end(self) -> None:
         values = loggable(self.metrics.compute())
         shown = {"dnll", "recovery"}
-        if self.trainer.datamodule.held_questions is not None:
-            values |= {f"questions/{name}": value for name, value in self.asked.items()}
-            shares = {name: self.loss_settings(name).get("weight", 0) for name in ("block", "questions")}
-            values["loss"] = shares["block"] * values["dnll"] + shares["questions"] * self.asked["nll"]
-            shown |= {"questions/right"}
+        for loss, numbers in self.held.items():
+            values |= {f"{loss.name}/{name}": value for name, value in numbers.items()}
+        if self.monitor == "val/loss":
+            values["loss"] = self.loss_settings("block").get("weight", 0) * values["dnll"]
+            values["loss"] += sum(loss.weight * self.held[loss]["nll"] for loss in self.weighted if loss.judges)
+            shown |= {"loss"}
         for name, value in values.items():
             self.log(f"val/{name}", value, prog_bar=name in shown)
 
@@ -369,17 +340,12 @@ class GistStage(FrozenBaseStage):
     def finish(self, folder: Path, datamodule) -> None:
         """Report on held-out documents and on ``evaluate.path``: tables, pictures, scores; then the next command."""
         report(self, folder, datamodule)
-        if (held := datamodule.held_questions) is not None:
-            own, count = self.answers(held), HELD * held.kinds * held.count
-            told = f"Of {count} held-out questions {own['right']:.2f} are right behind the gists of their contexts"
-            told += f" (NLL of a token {own['nll']:.2f})"
-            if held.count > 1:
-                other = self.answers(held, other=True)
-                told += f", {other['right']:.2f} behind those of another one ({other['nll']:.2f})"
-            print(f"{told}.")
+        for loss in self.weighted:
+            if said := loss.told(self.base, self.main, datamodule):
+                print(said)
         print(f"Next: {next_command(folder, 'gist_stage2', {'stage.init': folder})}  (go on from here)")
         print(f"or:   {next_command(folder, 'curriculum', {})}  (all stages)")
-        if datamodule.held_questions is None:  # rivals by keys and values are not asked any
+        if not any(loss.all_vectors for loss in self.weighted):  # rivals by keys and values cannot learn from it
             print(f"or:   {next_command(folder, None, {}, program='python -m megactx.studies.ladder')}  (rivals)")
 
     @staticmethod

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megactx.data.questions import TASKS
+from megactx.evaluation.measure import in_eval_mode
 from megactx.framework.config.types import Count, NonNegative, Share, declared
 from megactx.gist.carrier import Compressor, SoftTokens
 from megactx.gist.loss import Context, Loss
@@ -21,7 +22,7 @@ from megactx.lm import BaseLM
 from megactx.lm.masks import CAUSAL
 from megactx.lm.prefill import prefill, unread
 
-ANSWER = 4  # tokens of an answer, about
+ANSWER, QUESTION = 4, 32  # tokens of an answer, and of a question with it, about
 
 
 @declared("loss.questions")
@@ -41,7 +42,7 @@ class Questions(Loss):
     """
 
     needs = ("contexts", "context_starts", "questions", "answers")
-    all_vectors = True
+    all_vectors = judges = True
 
     def __init__(
         self,
@@ -72,6 +73,38 @@ class Questions(Loss):
 
     def encoded(self, batch: dict, block: int) -> dict[str, int]:
         return {"contexts": batch["context_starts"].numel()}
+
+    def typical(self, data: dict, block: int) -> dict[str, Tensor]:
+        mean = sum(self.tokens) // len(self.tokens)
+        shapes = {"contexts": mean + 1, "context_starts": mean // block, "questions": QUESTION, "answers": ANSWER}
+        return {name: torch.zeros(self.count, width) for name, width in shapes.items()}
+
+    def held_out(self, base: BaseLM, net: Compressor, datamodule, other: bool = False) -> dict[str, Tensor]:
+        """``nll`` of an answer's token and the share that is ``right``, of a batch of each task and length.
+
+        Args:
+            other: each question has the gists of the next one's context: the control.
+        """
+        held, found = datamodule.held_questions, []
+        for index in range(held.kinds):  # the same ones in every validation and process
+            batch = {name: torch.from_numpy(value).to(base.model.device) for name, value in held[index].items()}
+            if other:
+                batch["contexts"] = batch["contexts"].roll(1, dims=0)
+            with in_eval_mode(net):
+                found.append(asked(base, {"net": net}, batch))
+        nll, right = (torch.cat(values).mean() for values in zip(*found, strict=True))
+        return {"nll": nll, "right": right}
+
+    def told(self, base: BaseLM, net: Compressor, datamodule) -> str:
+        own = self.held_out(base, net, datamodule)
+        told = (
+            f"Of {datamodule.held_questions.kinds * self.count} held-out questions {own['right']:.2f} are right behind"
+        )
+        told += f" the gists of their contexts (NLL of a token {own['nll']:.2f})"
+        if self.count > 1:
+            other = self.held_out(base, net, datamodule, other=True)
+            told += f", {other['right']:.2f} behind those of another one ({other['nll']:.2f})"
+        return f"{told}."
 
 
 def asked(base: BaseLM, nets: dict[str, Compressor], batch: dict) -> tuple[Tensor, Tensor]:
