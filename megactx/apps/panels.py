@@ -63,6 +63,7 @@ TRAINING = {  # section -> (title, unit, names)
         ("Cost of whole windows", "nats per token", r"(train|val)/cost|train/window"),
         ("NLL of a session", "nats per token", r"session/nll"),
     ),
+    "prediction": (("Mean reciprocal rank of the next gist", "", r"val/mrr(_map)?"),),
     "attention": (("Keys and values that were kept", "share", r"session/kv\.reuse"),),
     "time": (
         ("Model FLOPs utilisation", "share of a card's peak", r"speed/mfu"),

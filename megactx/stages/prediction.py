@@ -6,6 +6,7 @@ step, and learns its next tokens beside the next gist. Gists are always those of
 """
 
 import logging
+import math
 from collections import OrderedDict
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -14,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megactx.evaluation.prediction import Text, measure, report
+from megactx.evaluation.prediction import READOUT, Text, measure, report
+from megactx.evaluation.table import OVERALL
 from megactx.framework.bar import bar
 from megactx.framework.config.types import Count, NonNegative, Share, Whole
 from megactx.framework.optimizers import floor_of, warmup_cosine
 from megactx.lm import BaseLM
 from megactx.lm.adapters import adapt, adapters_of, switched_off
 from megactx.lm.prefill_cache import PrefillCache
-from megactx.memory.prediction import Example, Readout, example_of, info_nce
+from megactx.memory.prediction import CONTROL, Example, Readout, example_of, info_nce
 from megactx.parts.write import save_prediction
 
 from .gist import Prefills
@@ -185,10 +187,12 @@ class PredictionStage(GistReaderStage):
 
     def on_validation_epoch_start(self) -> None:
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # readout, control, NLL, documents
+        self.texts: list[Text] = []
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
         examples, cost = self.examples(batch)
         losses = self.losses(examples)
+        self.texts += [Text(*pair) for pair in zip(examples, batch["domain"], strict=True)]
         self.sums += torch.stack(
             [*losses, losses.new_zeros(()) if cost is None else cost, losses.new_ones(())]
         ).double()
@@ -199,6 +203,11 @@ class PredictionStage(GistReaderStage):
         self.log("val/control", control / count)
         if self.train_base != "frozen":
             self.log("val/nll", cost / count)
+        ranks = measure(self.readout, self.texts)
+        for name, carrier in (("mrr", READOUT), ("mrr_map", CONTROL)):
+            value = ranks.point(metric="mrr", carrier=carrier, domain=OVERALL, span="level 1")
+            if not math.isnan(value):  # no text of this process has two gists
+                self.log(f"val/{name}", value, sync_dist=True)
 
     def flops(self, batch: dict) -> Tensor | float:
         """The pass of the base LM over texts that were not kept is not told apart: as if all were read anew."""

@@ -43,7 +43,13 @@ def test_what_a_session_says_is_in_one_panel_each(controller):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "experiment", ["demo", "sft", *(pytest.param(name, marks=pytest.mark.long) for name in ("lens", "end_to_end"))]
+    "experiment",
+    [
+        "demo",
+        "sft",
+        "mega_prediction",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("lens", "end_to_end")),
+    ],
 )
 def test_what_a_run_logs_is_in_one_panel_each(experiment, tmp_path, capsys):
     settings = ["preset=smoke", "trainer=cpu", "trainer.max_steps=2", "preset.steps=2", "preset.validate_every=1"]

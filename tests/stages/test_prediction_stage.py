@@ -60,6 +60,9 @@ def test_the_readout_alone_learns_and_the_report_has_its_controls(whole):
     }
     header = (whole / "metrics.csv").read_text().split("\n")[0].split(",")
     assert {"train/loss", "train/control", "val/loss", "val/control"} <= set(header)
+    with (whole / "metrics.csv").open(newline="") as file:
+        ranks = [(float(row["val/mrr"]), float(row["val/mrr_map"])) for row in csv.DictReader(file) if row["val/mrr"]]
+    assert ranks and all(1 / 256 <= value <= 1 for pair in ranks for value in pair)
 
 
 def test_a_text_is_read_once(whole, monkeypatch):
