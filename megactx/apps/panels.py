@@ -46,7 +46,7 @@ TRAINING = {  # section -> (title, unit, names)
         (
             "Losses by name",
             "nats",
-            r"train/((block|contrastive|history|recall|level2|reconstruction)(/\w+)?|questions/loss)|val/questions/nll|val/loss_ema",
+            r"train/((block|contrastive|history|recall|level2|reconstruction)(/\w+)?|questions/loss)|val/questions/nll",
         ),
         ("Answers behind gists that are right", "share", r"(train|val)/questions/(\w+/)?right"),
         ("Gist space", "", r"val/(adjacent_distance|contrastive_gap|cosine_std|diversity)"),
