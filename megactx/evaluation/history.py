@@ -15,9 +15,10 @@ from megactx.data.segments import RECENCY, SEGMENT, eligible_segments
 from megactx.gist.history import check_segments, old_blocks, with_carriers, with_everything, with_nothing
 from megactx.lm import BaseLM
 from megactx.lm.chunked_head import score_exactly
+from megactx.lm.eval_mode import in_eval_mode
 from megactx.lm.prefill import blocks, prefill
 
-from .measure import in_eval_mode, scores_of
+from .measure import scores_of
 from .passages import documents_with
 from .scores import MORE_RAW, BlockScores
 

@@ -1,7 +1,6 @@
 """Measure carriers and every control on the same blocks, through the packed pass (method 5)."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -17,6 +16,7 @@ from megactx.gist.reading import read_carriers
 from megactx.gist.substitution import check_blocks, dropped
 from megactx.lm import BaseLM
 from megactx.lm.chunked_head import score_exactly
+from megactx.lm.eval_mode import in_eval_mode
 from megactx.lm.prefill import Prefill, blocks, prefill, rows_at, unread
 
 from .scores import DROP, BlockScores
@@ -100,19 +100,6 @@ def untrained(base: BaseLM, block: int, position: str, seed: int = 0) -> dict[st
         "untrained mean (raw)": MeanToken(block, position),
         "untrained mean (rescaled)": MeanToken(block, position, rms),
     }
-
-
-@contextmanager
-def in_eval_mode(*modules: torch.nn.Module) -> Iterator[None]:
-    """Without dropout inside, as they were afterwards."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.train()
 
 
 def _below(base, net: GistNet, prefill: Prefill, starts: Tensor, lod: int, seed: int) -> dict[str, SoftTokens]:

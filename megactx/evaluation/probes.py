@@ -14,9 +14,8 @@ from megactx.data.probes import Probe
 from megactx.gist.carrier import KVSlots, SoftTokens
 from megactx.gist.history import continued, read_stream, stream
 from megactx.lm import BaseLM
+from megactx.lm.eval_mode import in_eval_mode
 from megactx.lm.prefill import prefill, rows_at
-
-from .measure import in_eval_mode
 
 READERS = ("gists only", "block expanded", "full context")
 

@@ -14,9 +14,9 @@ from megactx.data.files import ALL_DOMAINS
 from megactx.gist import GistNet
 from megactx.gist.backbone import Backbone
 from megactx.lm import BaseLM
+from megactx.lm.eval_mode import in_eval_mode
 from megactx.lm.prefill import blocks, prefill, unread
 
-from .measure import in_eval_mode
 from .sums import DomainSums
 
 AT_ONCE = 64  # blocks whose logits [M, K, V] exist at once: 1 GiB at 128k entries and K = 32

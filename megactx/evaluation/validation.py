@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from megactx.data.files import ALL_DOMAINS
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
+from megactx.lm.eval_mode import in_eval_mode
 from megactx.lm.prefill import blocks, prefill, unread
 
 from .geometry import AttentionEntropy, GistGeometry
-from .measure import in_eval_mode, measure
+from .measure import measure
 from .metrics import GistMetrics
 from .passages import measure_level
 

@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 
 from megactx.evaluation.bootstrap import recovery_intervals
-from megactx.evaluation.measure import LAST_TOKEN, in_eval_mode, measure
+from megactx.evaluation.measure import LAST_TOKEN, measure
 from megactx.evaluation.table import Report, Table
 from megactx.framework.bar import bar
 from megactx.gist.carrier import Compressor
 from megactx.gist.carriers.avgpool import AvgPool
 from megactx.gist.carriers.last_token import LastToken
 from megactx.lm import BaseLM
+from megactx.lm.eval_mode import in_eval_mode
 from megactx.lm.prefill import prefill
 from megactx.parts.read import gistnet_of
 

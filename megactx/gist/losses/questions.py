@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megactx.data.questions import TASKS
-from megactx.evaluation.measure import in_eval_mode
 from megactx.framework.config.types import Count, NonNegative, Share, declared
 from megactx.gist.carrier import Compressor, SoftTokens
 from megactx.gist.loss import Context, Loss
 from megactx.lm import BaseLM
+from megactx.lm.eval_mode import in_eval_mode
 from megactx.lm.masks import CAUSAL
 from megactx.lm.prefill import prefill, unread
 
