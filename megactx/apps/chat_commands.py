@@ -48,7 +48,8 @@ def focus(chat, _: str) -> None:
     )
     times = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in event.seconds.items() if seconds)
     kept = "" if event.reuse is None else f"; {event.reuse:.0%} of keys and values kept"
-    chat.say(f"{times}{kept}")
+    drafts = f"; drafts: {event.drafts[0]} tokens taken, {event.drafts[1]} in vain" if event.drafts else ""
+    chat.say(f"{times}{kept}{drafts}")
     if event.scores is None:
         chat.say("no LensNet: the newest text has the detail")
         return

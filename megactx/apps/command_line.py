@@ -8,7 +8,7 @@ from megactx.framework.bar import quiet_libraries
 from megactx.memory.curation_settings import CurationSettings
 from megactx.runtime import Controller, Observer, Sampling, Session, Settings, Wanted, load_models
 from megactx.runtime.session_files import is_session
-from megactx.runtime.settings import KINDS, POSITIONS, READING, REUSE
+from megactx.runtime.settings import DRAFTS, KINDS, POSITIONS, READING, REUSE
 from megactx.runtime.text import from_bytes
 
 SIZES = {  # of --attention mega
@@ -38,6 +38,8 @@ def add_models(parser: argparse.ArgumentParser, budget: int = 2048) -> None:
     parser.add_argument(
         "--graphs", action="store_true", help="decode by a CUDA graph on a card (never tried on one yet)"
     )
+    told = "lookup: read what stood behind the newest words before along with them, for speed (default none)"
+    parser.add_argument("--drafts", choices=DRAFTS, default="none", help=told)
     kept = "approximate: behind an edit only new entries are read, which changes answers a little, see docs/runtime.md"
     parser.add_argument("--reuse", choices=REUSE, default="exact", help=f"{kept} (default exact)")
     reading = "mega: gists stand for far text, and most keys and values outlast an edit, see docs/attention.md"
@@ -99,7 +101,7 @@ def controller_of(args: argparse.Namespace, tree: bool = False) -> Controller:
     Raises:
         ValueError: models and settings do not fit, or make no tree.
     """
-    names = ("budget", "megacontext", "positions", "earn", "keys", "graphs", "reuse", "attention", *SIZES)
+    names = ("budget", "megacontext", "positions", "earn", "keys", "graphs", "drafts", "reuse", "attention", *SIZES)
     settings = Settings(**{name: getattr(args, name) for name in names})
     quiet_libraries()
     controller = Controller(load_models(args.model, setting="--model"), settings)

@@ -25,6 +25,7 @@ from .focusing import Focus
 from .plain_lm import LEAST, SINK, Dropping, PlainLM
 from .sampling import RECENT, Sampling
 from .settings import RESERVE, Settings, note_on
+from .speculative import LOOKED, Lookup
 from .stream import Stream
 
 
@@ -85,6 +86,8 @@ class Controller:
     def _check_dropping(self) -> None:
         if self.settings.attention == "mega":
             raise ValueError("attention=mega is not allowed without a GistNet, whose gists it reads")
+        if self.settings.drafts != "none":
+            raise ValueError(f"drafts={self.settings.drafts} is not allowed without a GistNet, allowed is none")
         if self.settings.megacontext == "focus":
             raise ValueError(
                 f"model: there is no GistNet in {self.models.name or 'these models'}; megacontext=recency drops old"
@@ -137,6 +140,8 @@ class Controller:
             if self.settings.megacontext == "none":
                 return PlainLM(self.models.base, rows)
             return Dropping(self.models.base, rows, self.settings.budget, self.settings.budget // RESERVE)
+        if rows > 1 and self.settings.drafts != "none":
+            raise ValueError(f"drafts={self.settings.drafts} is not allowed for {rows} texts at once, allowed is none")
         return Stream(self.models, self.settings, rows, tree, observers)
 
     def generate(
@@ -193,16 +198,27 @@ def decode(
         raise ValueError(f"max_tokens={max_tokens} is not allowed: at least 0")
     active = torch.ones(stream.rows, dtype=torch.bool)
     recent = stream.newest(RECENT) if sampling.repetition_penalty != 1 else None
-    for _ in range(max_tokens):
+    lookup, text = _lookup_of(stream)
+    for left in range(max_tokens, 0, -1):
+        if lookup is not None and not stream.ahead:
+            stream.foresee(lookup.draft(text)[: left - 1])
         logits = stream.logits()
         nothing = torch.zeros(stream.rows, 0, dtype=torch.long, device=logits.device)
         tokens = sampling.choose(logits, nothing if recent is None else recent, stream.lengths)
         stream.push(tokens, None if active.all() else active.to(tokens.device))
         if recent is not None:
             recent = torch.cat([recent, tokens[:, None]], dim=1)[:, -RECENT:]
+        text += tokens[:1].tolist() if lookup is not None else []
         found = [token if on else None for token, on in zip(tokens.tolist(), active.tolist(), strict=True)]
         if over is not None:
             active &= torch.tensor([t is not None and not over(row, t) for row, t in enumerate(found)])
         yield found
         if not active.any():
             return
+
+
+def _lookup_of(stream: Stream | PlainLM) -> tuple[Lookup | None, list[int]]:
+    """What drafts are looked up with, and in: the newest tokens; ``None`` and none where there are no drafts."""
+    if isinstance(stream, PlainLM) or stream.settings.drafts == "none":
+        return None, []
+    return Lookup(), stream.newest(min(LOOKED, int(stream.lengths[0])))[0].tolist()

@@ -40,6 +40,7 @@ class Refocused:
     read: Tensor | None  # [B] entries of the windows that were read; with attention=mega summaries and strips too
     pairs: Tensor | None = None  # [B] share of the pairs of plain attention that attention=mega sees; None: plain
     earned: Tensor | None = None  # [B] of them not the sink or the newest tokens; None: all of the window is read
+    drafts: tuple[int, int] | None = None  # tokens of drafts that were taken, and not; None: there are no drafts
     pages: tuple[News, ...] = ()  # of each tree of the window that is on disk, or elsewhere
 
     @property

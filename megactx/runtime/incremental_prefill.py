@@ -124,6 +124,14 @@ class IncrementalPrefill:
             raise
         return hidden
 
+    def cut(self, count: int, hidden: Tensor) -> None:
+        """Forget the newest ``count`` tokens of the last step; hidden [B, D] is the state of the newest that stays."""
+        newest = self.columns.pop()
+        if newest[1].shape[1] > count:
+            self.columns.append(tuple(part[:, :-count] for part in newest))
+        self.cache.keep(self.cache.get_seq_length() - count)
+        self.hidden = hidden
+
     @staticmethod
     @torch.no_grad()
     def step_each(readers: Sequence["IncrementalPrefill"], ids: Tensor, positions: Tensor) -> Tensor:

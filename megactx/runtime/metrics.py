@@ -28,6 +28,7 @@ SUBSYSTEMS = {
     "LensNet": ("lens",),
     "allocator": ("edits", "swap_rate", "residency"),
     "attention": ("kv", "attention"),
+    "prediction": ("drafts",),
     "time": ("decode", "refocus"),
     "storage": ("pages",),
 }
@@ -72,6 +73,7 @@ METRICS = {
         GAUGE, "1", "Share of the pages asked for ahead that were used, least of the trees"
     ),
     "megactx.kv.entries": Metric(COUNTER, "{entry}", "Keys and values of a window: kept, or computed anew", "state"),
+    "megactx.drafts": Metric(COUNTER, "{token}", "Tokens of drafts: taken, or read in vain", "state"),
     "megactx.attention.pairs": Metric(
         GAUGE, "1", "Pairs seen under attention=mega over those of plain attention, mean of rows"
     ),
@@ -120,6 +122,9 @@ def measured(event: Refocused) -> Iterator[Measured]:
         kept, read = int(event.reused.sum()), int(event.read.sum())
         yield Measured("megactx.kv.entries", kept, "kept")
         yield Measured("megactx.kv.entries", read - kept, "computed")
+    if event.drafts is not None:
+        for state, count in zip(("taken", "vain"), event.drafts, strict=True):
+            yield Measured("megactx.drafts", count, state)
     if event.pairs is not None:
         yield Measured("megactx.attention.pairs", float(event.pairs.mean()))
 

@@ -10,9 +10,9 @@ from megactx.framework.config.types import Count, Whole, declared
 from megactx.memory.pyramid import Attention
 
 KINDS, POSITIONS = ("focus", "recency", "none"), ("rebased", "absolute")
-READING, REUSE = ("plain", "mega"), ("exact", "approximate")
+READING, REUSE, DRAFTS = ("plain", "mega"), ("exact", "approximate"), ("none", "lookup")
 HISTORY = 2**20  # tokens of history whose coarsest view must fit any window
-HOW = ("graphs", "reuse", "attention", "segment", "mid", "live", "overlap")  # settings that change no window
+HOW = ("graphs", "drafts", "reuse", "attention", "segment", "mid", "live", "overlap")  # settings that change no window
 RESERVE = 8  # one part in so many of a window is room for new tokens
 
 
@@ -36,6 +36,8 @@ class Settings:
             at once, so that what stands behind them is read again once.
         graphs: read single new tokens at fixed shapes, on a card as one CUDA graph: a token is one launch. Off by
             default: it has not met a card yet.
+        drafts: ``lookup``: what stood behind the newest tokens where they stood before is read along with them, and
+            what of it comes is not read again, see ``Stream.foresee``. Of one text, to the same tokens.
         reuse: ``exact``: behind an edit all is read again; ``approximate``: only what is new is read, and the rest
             keeps the keys and values that it had, see ``ApproximatePrefill``: sessions then say a little else.
         attention: ``plain``: every entry sees all before it; ``mega``: see ``MegaMask``, most keys and values outlast
@@ -55,6 +57,7 @@ class Settings:
     keys: Whole = 0
     edit_every: Count = 1
     graphs: bool = False
+    drafts: Literal[DRAFTS] = "none"
     reuse: Literal[REUSE] = "exact"
     attention: Literal[READING] = "plain"
     segment: Count = 128
@@ -65,6 +68,11 @@ class Settings:
     def __post_init__(self):
         if self.keys and not self.earn:
             raise ValueError(f"keys={self.keys} is not allowed without earn=true, which reads what stands out")
+        if self.drafts != "none":
+            if self.graphs:
+                raise ValueError(f"graphs=true is not allowed with drafts={self.drafts}: it reads token by token")
+            if self.megacontext == "none":
+                raise ValueError(f"drafts={self.drafts} is not allowed with megacontext=none, allowed is none")
         if self.reuse == "approximate":
             for name, value in (("graphs", True), ("attention", "mega")):
                 if getattr(self, name) == value:

@@ -23,6 +23,7 @@ from megactx.parts.models import Models
 from .cache import KeyCache
 
 LONGEST, MATCH = 8, 3  # tokens of a draft, and newest tokens that are looked for
+LOOKED = 16_384  # newest tokens of a session in which they are looked for
 
 
 def behind_match(tokens: list[int], where: list[int], most: int = LONGEST) -> list[int]:
@@ -49,10 +50,24 @@ class Drafter:
 
 
 class Lookup(Drafter):
-    """Tokens behind the newest place where the newest tokens stood before (prompt lookup, Saxena 2023)."""
+    """Tokens behind the newest place where the newest tokens stood before (prompt lookup, Saxena 2023).
+
+    Every run of ``MATCH`` tokens and less is known by the place behind it, so a draft costs the new tokens only.
+    """
+
+    def __init__(self):
+        self.behind: dict[tuple[int, ...], int] = {}
+        self.known = 1  # places of which the runs before them are known
 
     def draft(self, tokens: list[int]) -> list[int]:
-        return behind_match(tokens, tokens[:-1])
+        for place in range(self.known, len(tokens)):
+            for length in range(1, min(MATCH, place) + 1):
+                self.behind[tuple(tokens[place - length : place])] = place
+        self.known = max(self.known, len(tokens))
+        for length in range(min(MATCH, len(tokens)), 0, -1):
+            if (place := self.behind.get(tuple(tokens[-length:]))) is not None:
+                return tokens[place : place + LONGEST]
+        return []
 
 
 class Gists(Drafter):

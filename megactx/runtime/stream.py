@@ -73,7 +73,10 @@ class Stream(ShownParts):
         self.turns = UserTurns.of(self.base.tokenizer) if settings.keys else UserTurns()
         self.waiting = torch.zeros(self.rows, self.block, dtype=torch.long, device=self.device)
         self.counts = torch.zeros(self.rows, dtype=torch.long)  # of waiting tokens
-        self.lazy = False  # a token that is pushed is read when somebody asks what follows it, see ``together``
+        # A token that is pushed is read when somebody asks what follows it: with others, or with a draft.
+        self.lazy = settings.drafts != "none"
+        self.ahead: list[tuple[int, Tensor, Tensor]] = []  # tokens of a draft that were read, their states and logits
+        self.drafts = [0, 0]  # tokens of drafts that were taken, and that were not, since the last refocus
         self.hidden: Tensor | None = None  # [B, D]; None: to be read
         self.refocuses = 0
         self.since = 0  # blocks since LensNet decided, see ``Settings.edit_every``
@@ -93,6 +96,10 @@ class Stream(ShownParts):
 
     @hidden.setter
     def hidden(self, hidden: Tensor | None) -> None:
+        if self.ahead:  # what follows is something else
+            self.prefill.cut(len(self.ahead), self._hidden)
+            self.drafts[1] += len(self.ahead)
+            self.ahead = []
         # ``unread``: so many of the waiting tokens are all that is to be read; 0 where the window may have changed.
         self._hidden, self.unread, self.told = hidden, 0, None
 
@@ -123,12 +130,52 @@ class Stream(ShownParts):
             active: bool [B], which rows take theirs; ``None``: all.
         """
         self._settle()
-        if self.lazy and active is None and (self.hidden is not None or self.unread):
+        if self.ahead and active is None and int(tokens[0]) == self.ahead[0][0]:
+            self._take_from_draft()
+        elif self.lazy and active is None and (self.hidden is not None or self.unread):
             self._put_off(tokens)
         else:
             self._follow(tokens[:, None], None if active is None else active[:, None])
         if int(self.counts.max()) == self.block:
             self._flush(read=True)
+
+    @torch.no_grad()
+    def foresee(self, draft: list[int]) -> None:
+        """Read what may follow together with what is unread of the one row: pushed, it costs no pass of its own.
+
+        What is not pushed is forgotten. So a draft changes nothing but the time, rounding aside.
+
+        Args:
+            draft: ids; what is beyond the end of the block is left out.
+
+        Raises:
+            ValueError: there is no token yet.
+        """
+        count = int(self.counts[0])
+        if self.ahead or not (draft := draft[: self.block - count]):
+            return
+        self._check_begun(torch.zeros_like(self.counts))
+        self._notice()
+        if self.hidden is None and not self.unread:
+            self._take_up()
+        began, known, unread = self._now(), self.hidden, self.unread
+        place = torch.arange(count - unread, count + len(draft), device=self.device)[None]
+        ids = torch.cat([self.waiting[:1, count - unread : count], torch.tensor([draft], device=self.device)], dim=1)
+        self.hidden = None  # a stop before the end: all is read again
+        following = 0 if self._following is None else self._following[:, None]
+        states = self.prefill.step(ids, following + place)[0]
+        states = states[unread - 1 :] if unread else torch.cat([known, states])  # [N + 1, D]
+        told = self.base.logits(states).float()
+        self.took_up(states[:1], told[:1], self._now() - began)
+        self.ahead = [(token, states[n : n + 1], told[n : n + 1]) for n, token in enumerate(draft, start=1)]
+
+    def _take_from_draft(self) -> None:
+        """Its next token becomes part of the history."""
+        (token, hidden, told), *ahead = self.ahead
+        self.waiting[0, self.counts[0]] = token
+        self.counts, self.drafts[0], self.ahead = self.counts + 1, self.drafts[0] + 1, []
+        self.took_up(hidden, told)
+        self.ahead = ahead
 
     @torch.no_grad()
     def append(
@@ -291,8 +338,8 @@ class Stream(ShownParts):
     def _notice(self) -> None:
         """What was read with other adapters than those that are on now is read again."""
         if not self.prefill.current():
-            self.prefill.forget()
             self.hidden = None
+            self.prefill.forget()
 
     def _settle(self) -> None:
         """Take up a whole block that waits still, because a stop came before the tree had it."""
@@ -354,6 +401,7 @@ class Stream(ShownParts):
             self._read()
             seconds["read"] = self._now() - began
         before, self._ends = self._ends, (ends := self._own_ends(self.context))
+        drafts, self.drafts = self.drafts, [0, 0]
         if self.observers:
             event = Refocused(
                 number=self.refocuses,
@@ -374,6 +422,7 @@ class Stream(ShownParts):
                 read=self.prefill.lengths if read else None,
                 pairs=self.prefill.pairs if read and isinstance(self.prefill, NodePrefill) else None,
                 earned=self.earned if read else None,
+                drafts=tuple(drafts) if self.settings.drafts != "none" else None,
                 pages=tuple(tree.cache.news() for tree in self._trees() if tree.cache is not None),
             )
             self._before = event.after

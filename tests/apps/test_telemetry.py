@@ -50,12 +50,14 @@ def scraped(learned, tmp_path_factory):
 
     prometheus, events, folder = Prometheus(0, learned), [], tmp_path_factory.mktemp("saved") / "session"
     mega = dict(attention="mega", segment=16, mid=16, live=16)
-    controller = Controller(learned, Settings(budget=96, allocator={"protected": 8}, **mega))
+    controller = Controller(learned, Settings(budget=96, allocator={"protected": 8}, drafts="lookup", **mega))
     with Session(controller) as session:
         session.append(TEXT)
         session.save(folder)
     session = Session.load(folder, controller, [prometheus.telemetry, events.append])
     session.append(TEXT, score=True)
+    for _ in session.generate(12):
+        pass
     with urllib.request.urlopen(prometheus.address, timeout=20) as answer:
         assert answer.headers["Content-Type"].startswith("text/plain")
         text = answer.read().decode()
@@ -145,6 +147,9 @@ def test_prometheus_fetches_every_metric_with_its_labels(scraped):
     reads = sum(tier.reads for own, tier in tiers if own == "disk")
     assert found['megactx_pages_read_duration_seconds_count{tier="disk"}'] == reads > 0
     assert found['megactx_pages_size_bytes{tier="memory"}'] == tiers[-2][1].bytes > 0
+    for place, state in enumerate(("taken", "vain")):
+        assert found[f'megactx_drafts_total{{state="{state}"}}'] == sum(event.drafts[place] for event in events)
+    assert sum(sum(event.drafts) for event in events) > 0
     for part in ("gist", "score", "allocate", "read"):
         count = found[f'megactx_refocus_duration_seconds_count{{part="{part}"}}']
         assert count == sum(part in event.seconds for event in events)

@@ -1,0 +1,162 @@
+"""Drafts of a session save passes, and never change what it says."""
+
+import pytest
+import torch
+
+from megactx.runtime import Sampling, Session, Settings
+from megactx.runtime.controller import decode
+from megactx.runtime.speculative import MATCH, Lookup
+
+K = 4
+READING = [
+    {},
+    {"megacontext": "recency"},
+    {"reuse": "approximate"},
+    {"attention": "mega", "segment": 8, "mid": 16, "live": 8},
+    {"attention": "mega", "segment": 8, "mid": 16, "live": 8, "overlap": 4},
+]
+DRAWN = Sampling(temperature=0.8, top_k=20, repetition_penalty=1.2)
+
+
+class Passes:
+    """Counts the passes of a base LM."""
+
+    def __init__(self, base, monkeypatch):
+        self.count, real = 0, base.forward
+
+        def counted(*args, **kwargs):
+            self.count += 1
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(base, "forward", counted)
+
+
+def begun(controller, ids, drafts, length=70, **settings):
+    """A stream behind text that comes back, so that there is something to look up."""
+    stream = controller(drafts=drafts, **settings).stream()
+    stream.append(ids(1, length // 2).repeat(1, 2))
+    return stream
+
+
+def said(stream, count, sampling=DRAWN):
+    return [token for (token,) in decode(stream, count, sampling)]
+
+
+@pytest.mark.parametrize("settings", READING, ids=str)
+@pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
+def test_a_session_with_drafts_says_what_it_says_without(controller, ids, settings, sampling):
+    plain, drafted = (begun(controller, ids, drafts, **settings) for drafts in ("none", "lookup"))
+    assert said(drafted, 20 * K, sampling) == said(plain, 20 * K, sampling)
+    torch.testing.assert_close(drafted.logits(), plain.logits(), atol=1e-4, rtol=0)
+    assert torch.equal(drafted.lengths, plain.lengths) and drafted.refocuses == plain.refocuses
+
+
+@pytest.mark.parametrize("settings", READING, ids=str)
+@pytest.mark.parametrize("right", range(K + 1))
+def test_what_of_a_draft_does_not_come_leaves_nothing_behind(controller, ids, settings, right):
+    """A draft whose first tokens come, behind each number of tokens of a block; then the next block, as without it."""
+    tokens = ids(1, 3 * K, seed=1)[0]
+    for first in range(K):
+        plain, drafted = (begun(controller, ids, drafts, **settings) for drafts in ("none", "lookup"))
+        for stream in (plain, drafted):
+            for token in tokens[:first]:
+                stream.push(token[None])
+        draft = [int(t) if n < right else (int(t) + 1) % 512 for n, t in enumerate(tokens[first : first + K])]
+        drafted.foresee(draft)
+        assert len(drafted.ahead) == K - first, "a draft ends with its block"
+        for token in tokens[first:]:
+            torch.testing.assert_close(drafted.logits(), plain.logits(), atol=1e-4, rtol=0)
+            for stream in (plain, drafted):
+                stream.push(token[None])
+        assert not drafted.ahead
+        torch.testing.assert_close(drafted.logits(), plain.logits(), atol=1e-4, rtol=0)
+
+
+def test_a_right_draft_saves_its_passes_and_is_counted(controller, ids, models, monkeypatch):
+    tokens, events = ids(1, 2 * K, seed=1)[0].tolist(), []
+    stream = begun(controller, ids, "lookup")
+    stream.observers.append(events.append)
+    stream.logits()
+    passes = Passes(models.base, monkeypatch)
+    stream.foresee(tokens[:K])
+    for token in tokens[:K]:
+        stream.logits()
+        stream.push(torch.tensor([token]))
+    assert passes.count <= 2 < K, "one for the draft, and one for the window where the refocus changes it"
+    stream.foresee([tokens[K], 5, 5])
+    for token in tokens[K:]:
+        stream.push(torch.tensor([token]))
+    assert [event.drafts for event in events[-2:]] == [(K, 0), (1, 2)]
+    plain = begun(controller, ids, "none")
+    plain.observers.append(events.append)
+    said(plain, K)
+    assert events[-1].drafts is None
+
+
+def test_who_stops_listening_finds_the_history_as_far_as_it_was_told(controller, ids):
+    plain, drafted = (begun(controller, ids, drafts) for drafts in ("none", "lookup"))
+    for stream in (plain, drafted):
+        listening = decode(stream, 30, Sampling())
+        told = [next(listening)[0] for _ in range(5)]
+        listening.close()
+        assert int(stream.lengths[0]) == 70 + 5 and stream.newest(5)[0].tolist() == told
+    more = [ids(1, 3, seed=2)] * 2
+    for stream, tokens in zip((plain, drafted), more, strict=True):
+        stream.append(tokens, score=True)
+    torch.testing.assert_close(drafted.logits(), plain.logits(), atol=1e-4, rtol=0)
+
+
+def test_a_session_is_saved_and_loaded_while_a_draft_is_read(controller, ids, tmp_path):
+    made = controller(drafts="lookup")
+    with Session(made) as session:
+        session.append(ids(35).repeat(2))
+        session.stream.logits()
+        session.stream.foresee([7, 8, 9])
+        session.stream.push(torch.tensor([7]))
+        assert session.stream.ahead
+        session.save(tmp_path / "session")
+        expected = said(session.stream, 12)
+    with Session.load(tmp_path / "session", made) as loaded:
+        assert said(loaded.stream, 12) == expected
+    with Session.load(tmp_path / "session", controller()) as plain:
+        assert said(plain.stream, 12) == expected
+
+
+def test_the_first_tokens_of_a_history_may_be_drafted_too(controller):
+    plain, drafted = (controller(drafts=drafts).stream() for drafts in ("none", "lookup"))
+    for stream in (plain, drafted):
+        stream.push(torch.tensor([3]))
+    drafted.foresee([4, 5, 6, 7, 8])
+    for token in (4, 9, 10, 11):
+        for stream in (plain, drafted):
+            stream.push(torch.tensor([token]))
+        torch.testing.assert_close(drafted.logits(), plain.logits(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"graphs": True}, "graphs=true is not allowed with drafts=lookup"),
+        ({"megacontext": "none"}, "drafts=lookup is not allowed with megacontext=none"),
+        ({"drafts": "gists"}, "drafts=gists is not"),
+    ],
+)
+def test_what_drafts_do_not_go_with_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**{"drafts": "lookup"} | settings)
+
+
+def test_drafts_are_of_one_text(controller):
+    with pytest.raises(ValueError, match="drafts=lookup is not allowed for 2 texts at once, allowed is none"):
+        controller(drafts="lookup").stream(2)
+
+
+def test_lookup_knows_every_run_by_its_newest_place():
+    lookup, tokens = Lookup(), torch.randint(0, 6, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    for end in range(1, len(tokens)):
+        found, best = lookup.draft(tokens[:end]), []
+        for length in range(min(MATCH, end), 0, -1):
+            places = [at for at in range(length, end) if tokens[at - length : at] == tokens[end - length : end]]
+            if places and not best:
+                best = tokens[places[-1] : min(end, places[-1] + 8)]
+        assert found == best
