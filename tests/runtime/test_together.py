@@ -46,6 +46,13 @@ def test_sessions_that_are_read_together_say_what_each_says_alone(controller, id
     assert together >= len(LENGTHS) * (count - count // K - 2)
 
 
+def test_sessions_with_drafts_are_read_together_too(controller, ids):
+    count = 11 * K
+    expected = [alone(stream, count, Sampling()) for stream in begun(controller, ids, False)]
+    said, together = in_turn(begun(controller, ids, True, drafts="lookup"), count, Sampling())
+    assert said == expected and together > 0
+
+
 @torch.no_grad()
 def test_a_pass_for_many_gives_each_its_own_hidden_state_and_keys(controller, ids):
     one, many = begun(controller, ids, False), begun(controller, ids, True)
