@@ -38,8 +38,8 @@ def add_models(parser: argparse.ArgumentParser, budget: int = 2048) -> None:
     parser.add_argument(
         "--graphs", action="store_true", help="decode by a CUDA graph on a card (never tried on one yet)"
     )
-    told = "lookup: read what stood behind the newest words before along with them, for speed (default none)"
-    parser.add_argument("--drafts", choices=DRAFTS, default="none", help=told)
+    told = "lookup: read what stood behind the newest words before along with them, for speed; see docs/runtime.md"
+    parser.add_argument("--drafts", choices=DRAFTS, default="none", help=f"{told} (default none)")
     kept = "approximate: behind an edit only new entries are read, which changes answers a little, see docs/runtime.md"
     parser.add_argument("--reuse", choices=REUSE, default="exact", help=f"{kept} (default exact)")
     reading = "mega: gists stand for far text, and most keys and values outlast an edit, see docs/attention.md"

@@ -20,12 +20,12 @@ from megactx.lm.mega_attention import check_sizes
 from megactx.memory import MegaContextTree, WorkingContext
 from megactx.parts.models import Models
 
+from .drafts import drafter_of
 from .events import Observer
 from .focusing import Focus
 from .plain_lm import LEAST, SINK, Dropping, PlainLM
 from .sampling import RECENT, Sampling
 from .settings import RESERVE, Settings, note_on
-from .speculative import LOOKED, Lookup
 from .stream import Stream
 
 
@@ -68,6 +68,11 @@ class Controller:
             )
         if self.settings.keys:
             models.keys.ready()
+        if self.settings.drafts == "foretold" and models.prediction is None:
+            raise ValueError(
+                f"drafts=foretold is not allowed: there is no readout in {models.name or 'these models'};"
+                " experiment=mega_prediction trains one"
+            )
         if self.settings.megacontext == "focus" and models.lensnet is None:
             self.notes.append("There is no LensNet here: the newest text has the detail (megacontext=recency).")
 
@@ -198,27 +203,21 @@ def decode(
         raise ValueError(f"max_tokens={max_tokens} is not allowed: at least 0")
     active = torch.ones(stream.rows, dtype=torch.bool)
     recent = stream.newest(RECENT) if sampling.repetition_penalty != 1 else None
-    lookup, text = _lookup_of(stream)
+    drafter = None if isinstance(stream, PlainLM) else drafter_of(stream)
     for left in range(max_tokens, 0, -1):
-        if lookup is not None and not stream.ahead:
-            stream.foresee(lookup.draft(text)[: left - 1])
+        if drafter is not None and not stream.ahead:
+            stream.foresee(drafter.draft()[: left - 1])
         logits = stream.logits()
         nothing = torch.zeros(stream.rows, 0, dtype=torch.long, device=logits.device)
         tokens = sampling.choose(logits, nothing if recent is None else recent, stream.lengths)
         stream.push(tokens, None if active.all() else active.to(tokens.device))
         if recent is not None:
             recent = torch.cat([recent, tokens[:, None]], dim=1)[:, -RECENT:]
-        text += tokens[:1].tolist() if lookup is not None else []
+        if drafter is not None:
+            drafter.took(int(tokens[0]))
         found = [token if on else None for token, on in zip(tokens.tolist(), active.tolist(), strict=True)]
         if over is not None:
             active &= torch.tensor([t is not None and not over(row, t) for row, t in enumerate(found)])
         yield found
         if not active.any():
             return
-
-
-def _lookup_of(stream: Stream | PlainLM) -> tuple[Lookup | None, list[int]]:
-    """What drafts are looked up with, and in: the newest tokens; ``None`` and none where there are no drafts."""
-    if isinstance(stream, PlainLM) or stream.settings.drafts == "none":
-        return None, []
-    return Lookup(), stream.newest(min(LOOKED, int(stream.lengths[0])))[0].tolist()

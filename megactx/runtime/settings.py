@@ -10,7 +10,7 @@ from megactx.framework.config.types import Count, Whole, declared
 from megactx.memory.pyramid import Attention
 
 KINDS, POSITIONS = ("focus", "recency", "none"), ("rebased", "absolute")
-READING, REUSE, DRAFTS = ("plain", "mega"), ("exact", "approximate"), ("none", "lookup")
+READING, REUSE, DRAFTS = ("plain", "mega"), ("exact", "approximate"), ("none", "lookup", "nearest", "foretold")
 HISTORY = 2**20  # tokens of history whose coarsest view must fit any window
 HOW = ("graphs", "drafts", "reuse", "attention", "segment", "mid", "live", "overlap")  # settings that change no window
 RESERVE = 8  # one part in so many of a window is room for new tokens
@@ -36,8 +36,8 @@ class Settings:
             at once, so that what stands behind them is read again once.
         graphs: read single new tokens at fixed shapes, on a card as one CUDA graph: a token is one launch. Off by
             default: it has not met a card yet.
-        drafts: ``lookup``: what stood behind the newest tokens where they stood before is read along with them, and
-            what of it comes is not read again, see ``Stream.foresee``. Of one text, to the same tokens.
+        drafts: what may come next is read along with the newest token, and what of it comes is not read again. Of one
+            text, to the same tokens. ``lookup``, ``nearest``, ``foretold``: where it comes from, see ``drafts``.
         reuse: ``exact``: behind an edit all is read again; ``approximate``: only what is new is read, and the rest
             keeps the keys and values that it had, see ``ApproximatePrefill``: sessions then say a little else.
         attention: ``plain``: every entry sees all before it; ``mega``: see ``MegaMask``, most keys and values outlast

@@ -1,4 +1,4 @@
-"""What drafts save: tokens per pass of the base LM, and time per token, of greedy answers behind texts.
+"""What drafts save: tokens per pass of the base LM, and time per token, of greedy answers of sessions behind texts.
 
     python -m megactx.studies.speculative                          the embedded models and text
     python -m megactx.studies.speculative smollm2 --path TEXTS
@@ -10,7 +10,9 @@ that a readout foretells. The tokens are the same for all, and that is checked.
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,24 +21,48 @@ from megactx.evaluation.bootstrap import mean_interval
 from megactx.evaluation.table import Report, Table, cell, pivot
 from megactx.framework.bar import bar
 from megactx.parts.models import Models
-from megactx.runtime.speculative import Drafter, Gists, Lookup, Speculative
+from megactx.runtime import Controller, Sampling, Settings
+from megactx.runtime.controller import decode
+from megactx.runtime.settings import DRAFTS
 
 from .prediction import models_of, stage_of
 from .study import Options, command, usable
 from .trained import held_out
 
-NONE = "no drafts"
 EVERY = 10**6
+NAMES = {
+    "none": "no drafts",
+    "lookup": "prompt lookup",
+    "nearest": "behind the nearest gist",
+    "foretold": "block of the foretold gist",
+}
 LEGEND = (
-    "Tokens per pass: 1 without drafts. Taken: share of drafted tokens that the base LM says too. Speed: time per token"
-    " without drafts over that with them, the time for gists counted in. Brackets: 95 %, bootstrap over texts."
+    "Tokens per pass: 1 without drafts, refocuses left out. Taken: share of drafted tokens that the base LM says too."
+    " Speed: time per token without drafts over that with them, refocuses counted in. Brackets: 95 %, bootstrap over"
+    " texts."
 )
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer, and what it took."""
+
+    tokens: list[int]
+    seconds: float
+    taken: int  # of drafts
+    vain: int
+
+    @property
+    def per_pass(self) -> float:
+        """Tokens per pass of the base LM; 1 without drafts."""
+        return len(self.tokens) / (len(self.tokens) - self.taken)
 
 
 def options(given: Options) -> None:
     about = "base, GistNet and readout: an asset, an export, a run of experiment=mega_prediction"
     given.add("model", nargs="?", metavar="MODEL", help=f"{about}; without it the embedded models")
     given.path()
+    given.number("budget", 2048, "entries of the working context")
     given.number("prompt", 1024, "tokens of a text that are read", least=64)
     given.number("answer", 128, "tokens that follow", least=8)
     given.number("documents", 12, "documents", least=2)
@@ -44,7 +70,7 @@ def options(given: Options) -> None:
 
 
 def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
-    """Decode every text with each kind of draft.
+    """Answer behind every text with each kind of draft, in turn, so that all see the same machine.
 
     Raises:
         ValueError: there is no GistNet, or no text that is long enough.
@@ -56,44 +82,48 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     models = models_of(args.model, stage)
     if models.gistnet is None:
         raise ValueError(f"MODEL={args.model}: there is no GistNet for it")
-    base = models.base
-    batches = held_out(base, args.path, models.gistnet.block_size, 1, args.prompt, EVERY)[: args.documents]
-    about = {"model": args.model, "path": args.path, "prompt": args.prompt, "answer": args.answer}
-    rows: list[dict[str, Speculative]] = []
+    kinds = [kind for kind in DRAFTS if kind != "foretold" or models.prediction is not None]
+    batches = held_out(models.base, args.path, models.gistnet.block_size, 1, args.prompt, EVERY)[: args.documents]
+    about = {name: getattr(args, name) for name in ("model", "path", "budget", "prompt", "answer")}
+    rows: list[dict[str, Said]] = []
     for batch in bar("documents")(batches):
-        prompt, done = batch["ids"][0].tolist(), {}
-        for name, drafter in drafters(models).items():
-            done[name] = Speculative(base, drafter)
-            done[name].generate(prompt, args.answer)
-        rows.append(done)
+        rows.append({kind: said(models, kind, batch["ids"], args.budget, args.answer) for kind in kinds})
         yield stem, report(rows, about)
 
 
-def drafters(models: Models) -> dict[str, Drafter]:
-    """A new one of each kind."""
-    found = {NONE: Drafter(), "prompt lookup": Lookup(), "behind the nearest gist": Gists(models)}
-    if models.prediction is not None:
-        found["block of the foretold gist"] = Gists(models, models.prediction)
-    return found
+def said(models: Models, drafts: str, ids: torch.Tensor, budget: int, answer: int) -> Said:
+    """What a session answers behind ids [1, T]."""
+    counts, settings = [], Settings(budget=budget, drafts=drafts)
+    controller = Controller(models, settings)
+    stream = controller.stream(observers=[lambda event: counts.append(event.drafts or (0, 0))])
+    stream.append(ids.to(stream.device))
+    stream.logits()
+    began = time.perf_counter()
+    tokens = [token for (token,) in decode(stream, answer, Sampling())]
+    seconds = time.perf_counter() - began
+    return Said(tokens, seconds, *(sum(own) for own in zip(*counts, stream.drafts, strict=True)))
 
 
-def report(rows: list[dict[str, Speculative]], about: dict) -> Report:
+def report(rows: list[dict[str, Said]], about: dict) -> Report:
     """As tables; texts on which an arm rounded a near tie otherwise are counted, and left out of its figures."""
     table = Table()
-    for name in rows[0]:
-        same = [(n, row) for n, row in enumerate(rows) if row[name].tokens == row[NONE].tokens]
-        kept = [(n, row[name].tally, row[NONE].tally) for n, row in same]
+    for kind in rows[0]:
+        name, none = NAMES[kind], DRAFTS[0]
+        kept = [(n, row[kind], row[none]) for n, row in enumerate(rows) if row[kind].tokens == row[none].tokens]
         table.add("same", len(kept), carrier=name, n=len(rows))
         if not kept:
             continue
         owner = torch.tensor([n for n, _, _ in kept])
-        speed = [(none.seconds / none.tokens) / (own.seconds / own.tokens) for _, own, none in kept]
-        figures = {"tokens_per_pass": [own.per_pass for _, own, _ in kept], "speed": speed}
+        figures = {
+            "tokens_per_pass": [own.per_pass for _, own, _ in kept],
+            "speed": [plain.seconds / own.seconds for _, own, plain in kept],
+        }
         for metric, values in figures.items():
             table.add(metric, mean_interval(owner, torch.tensor(values)), carrier=name, n=len(kept))
-        drafted = sum(own.drafted for _, own, _ in kept)
-        table.add("taken", sum(own.accepted for _, own, _ in kept) / drafted if drafted else None, carrier=name)
-        table.add("ms", 1e3 * sum(own.seconds / own.tokens for _, own, _ in kept) / len(kept), carrier=name)
+        taken, vain = (sum(getattr(own, part) for _, own, _ in kept) for part in ("taken", "vain"))
+        table.add("taken", taken / (taken + vain) if taken + vain else None, carrier=name)
+        each = sum(own.seconds / len(own.tokens) for _, own, _ in kept)
+        table.add("ms", 1e3 * each / len(kept), carrier=name)
     columns = [
         ("tokens per pass", "tokens_per_pass"),
         ("taken", "taken", _share),

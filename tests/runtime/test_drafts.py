@@ -1,11 +1,14 @@
 """Drafts of a session save passes, and never change what it says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from megactx.runtime import Sampling, Session, Settings
+from megactx.memory.prediction import Readout
+from megactx.runtime import Controller, Sampling, Session, Settings
 from megactx.runtime.controller import decode
-from megactx.runtime.speculative import MATCH, Lookup
+from megactx.runtime.drafts import MATCH, Lookup, behind_match, drafter_of
 
 K = 4
 READING = [
@@ -31,6 +34,18 @@ class Passes:
         monkeypatch.setattr(base, "forward", counted)
 
 
+@pytest.fixture
+def controller(models):
+    """kind -> a controller with a window of 96 entries; its models have a readout."""
+    torch.manual_seed(2)
+    known = replace(models, prediction=Readout(models.base.width).eval())
+
+    def make(megacontext="focus", **settings):
+        return Controller(known, Settings(budget=96, allocator={"protected": 8}, megacontext=megacontext, **settings))
+
+    return make
+
+
 def begun(controller, ids, drafts, length=70, **settings):
     """A stream behind text that comes back, so that there is something to look up."""
     stream = controller(drafts=drafts, **settings).stream()
@@ -44,8 +59,9 @@ def said(stream, count, sampling=DRAWN):
 
 @pytest.mark.parametrize("settings", READING, ids=str)
 @pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
-def test_a_session_with_drafts_says_what_it_says_without(controller, ids, settings, sampling):
-    plain, drafted = (begun(controller, ids, drafts, **settings) for drafts in ("none", "lookup"))
+@pytest.mark.parametrize("kind", ["lookup", "nearest", "foretold"])
+def test_a_session_with_drafts_says_what_it_says_without(controller, ids, settings, sampling, kind):
+    plain, drafted = (begun(controller, ids, drafts, **settings) for drafts in ("none", kind))
     assert said(drafted, 20 * K, sampling) == said(plain, 20 * K, sampling)
     torch.testing.assert_close(drafted.logits(), plain.logits(), atol=1e-4, rtol=0)
     assert torch.equal(drafted.lengths, plain.lengths) and drafted.refocuses == plain.refocuses
@@ -138,7 +154,7 @@ def test_the_first_tokens_of_a_history_may_be_drafted_too(controller):
     [
         ({"graphs": True}, "graphs=true is not allowed with drafts=lookup"),
         ({"megacontext": "none"}, "drafts=lookup is not allowed with megacontext=none"),
-        ({"drafts": "gists"}, "drafts=gists is not"),
+        ({"drafts": "any"}, "drafts=any is not"),
     ],
 )
 def test_what_drafts_do_not_go_with_is_refused(settings, message):
@@ -151,10 +167,64 @@ def test_drafts_are_of_one_text(controller):
         controller(drafts="lookup").stream(2)
 
 
-def test_lookup_knows_every_run_by_its_newest_place():
-    lookup, tokens = Lookup(), torch.randint(0, 6, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+def test_a_readout_that_is_not_there_cannot_foretell(models):
+    with pytest.raises(ValueError, match="drafts=foretold is not allowed: there is no readout in small"):
+        Controller(models, Settings(budget=96, allocator={"protected": 8}, drafts="foretold"))
+
+
+def test_drawn_tokens_are_distributed_as_the_base_says_by_chi_square(controller, ids):
+    """Behind a text, and behind a token of the draft that was taken; the draft is likely, unlikely, or in between."""
+    count, plain = 3000, begun(controller, ids, "none")
+    share = (plain.logits()[0].double() / 0.7).softmax(-1)
+    for place in (0, 200, -1):
+        stream = begun(controller, ids, "lookup")
+        first = int(share.argsort(descending=True)[place])
+        stream.foresee([first, 7])
+        assert chi_square(stream, share, count), "where the draft begins"
+        stream.push(torch.tensor([first]))
+        assert len(stream.ahead) == 1
+        alone = begun(controller, ids, "none")
+        alone.push(torch.tensor([first]))
+        assert chi_square(stream, (alone.logits()[0].double() / 0.7).softmax(-1), count), "behind its first token"
+
+
+def chi_square(stream, share, count) -> bool:
+    """Whether tokens that are drawn with many seeds are distributed so, but for about one case in 10,000."""
+    logits, nothing = stream.logits(), torch.zeros(1, 0, dtype=torch.long)
+    drawn = [int(Sampling(0.7, seed=seed).choose(logits, nothing, stream.lengths)[0]) for seed in range(count)]
+    found = torch.bincount(torch.tensor(drawn), minlength=len(share)).double()
+    large = share * count >= 5
+    seen, expected = (torch.cat([part[large], part[~large].sum()[None]]) for part in (found, share * count))
+    chi, free = float(((seen - expected) ** 2 / expected).sum()), len(expected) - 1
+    return chi < free + 4 * (2 * free) ** 0.5
+
+
+def test_gists_find_a_block_that_comes_back(controller, ids):
+    text = ids(13 * K, seed=5)
+    text[11 * K : 12 * K] = text[2 * K : 3 * K]
+    stream = controller(drafts="nearest").stream()
+    stream.append(text[None, : 12 * K])
+    stream.logits()
+    drafter = drafter_of(stream)
+    assert drafter.draft() == text[3 * K : 4 * K].tolist()
+    stream.push(text[None, 3 * K])
+    assert drafter.draft() == text[3 * K + 1 : 4 * K].tolist(), "in the middle of a block it is gone on with"
+
+
+def test_the_newest_place_of_the_longest_end_is_what_is_looked_up():
+    assert behind_match([7, 1, 2], [1, 2, 3, 9, 7, 1, 2, 4, 1, 2, 5], most=2) == [4, 1]
+    assert behind_match([8, 1, 2], [1, 2, 3, 9, 1, 2, 4], most=9) == [4]
+    assert behind_match([8], [1, 2, 8]) == [] and behind_match([], [1]) == []
+
+
+def test_lookup_knows_every_run_by_its_newest_place(controller):
+    tokens = torch.randint(0, 6, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    stream = controller().stream()
+    stream.append(torch.tensor([tokens[:1]]))
+    lookup = Lookup(stream)
     for end in range(1, len(tokens)):
-        found, best = lookup.draft(tokens[:end]), []
+        found, best = lookup.draft(), []
+        lookup.took(tokens[end])
         for length in range(min(MATCH, end), 0, -1):
             places = [at for at in range(length, end) if tokens[at - length : at] == tokens[end - length : end]]
             if places and not best:

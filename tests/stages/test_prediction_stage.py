@@ -123,7 +123,7 @@ def test_ranks_and_entries_on_other_texts_and_drafts_behind_them(whole, texts, t
     assert "map of the newest gist" in shown and "its own gist" in shown
     assert ranked([str(whole), *shared, "--tokens", "300", "--worth", "3"]) == 2
     assert "--worth=3, --entries=0: allowed is at most --documents=2" in capsys.readouterr().err
-    assert decoded([str(whole), *shared, "--prompt", "200", "--answer", "16"]) == 0
+    assert decoded([str(whole), *shared, "--prompt", "200", "--answer", "16", "--budget", "400"]) == 0
     shown = capsys.readouterr().out
     assert "block of the foretold gist" in shown and "2 of 2" in shown
 
@@ -157,7 +157,7 @@ def test_a_base_that_learns_too_foretells_gists_of_the_base_as_it_was_and_goes_o
     shared = ["--path", str(texts), "--documents", "2", "--tokens", "300", "--out", str(tmp_path / "out")]
     assert ranked([str(tmp_path / "run"), *shared]) == 0
     assert ranked([str(tmp_path / "run"), *shared, "--entries", "1"]) == (2 if kind == "scratch" else 0)
-    short = [*shared[:4], "--prompt", "200", "--answer", "8", "--out", str(tmp_path / "out")]
+    short = [*shared[:4], "--prompt", "200", "--answer", "8", "--budget", "400", "--out", str(tmp_path / "out")]
     assert decoded([str(tmp_path / "run"), *short]) == (2 if kind == "scratch" else 0)
 
 

@@ -1,0 +1,115 @@
+"""Drafts: what may come next, read along with the newest token (speculative decoding, Leviathan et al. 2023).
+
+    none       nothing: every token is a pass of the base LM
+    lookup     tokens behind the newest place where the newest tokens stood before (prompt lookup, Saxena 2023)
+    nearest    tokens of the block behind the one whose gist is nearest to the newest gist
+    foretold   tokens of the block whose gist is nearest to the one that a readout foretells
+
+A token of a draft counts where the very same one is chosen at its place, greedy or drawn. A draft says one token for
+each place, so that happens with the probability that the base LM gives it, and what is said is what would be said
+without drafts.
+
+T tokens, K of a block, D width.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from megactx.memory.prediction import Readout
+
+LONGEST, MATCH = 8, 3  # tokens of a draft, and newest tokens that are looked for
+LOOKED = 16_384  # newest tokens in which they are looked for
+NEAR = 32_768  # newest blocks whose gists are compared
+
+
+class Drafter:
+    """Says what may follow the one row of a stream; this one nothing.
+
+    Args:
+        stream: as far as it has come.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def draft(self) -> list[int]:
+        """Up to ``LONGEST`` tokens that may follow."""
+        return []
+
+    def took(self, token: int) -> None:
+        """A token is part of the history now."""
+
+
+class Lookup(Drafter):
+    """Every run of ``MATCH`` tokens and fewer is known by the newest place behind it, so a draft costs no search."""
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.tokens = stream.newest(min(LOOKED, int(stream.lengths[0])))[0].tolist()
+        self.behind: dict[tuple[int, ...], int] = {}
+        for place in range(1, len(self.tokens)):
+            self._note(place)
+
+    def draft(self) -> list[int]:
+        for length in range(min(MATCH, len(self.tokens)), 0, -1):
+            if (place := self.behind.get(tuple(self.tokens[-length:]))) is not None:
+                return self.tokens[place : place + LONGEST]
+        return []
+
+    def took(self, token: int) -> None:
+        self._note(len(self.tokens))
+        self.tokens.append(token)
+
+    def _note(self, place: int) -> None:
+        for length in range(1, min(MATCH, place) + 1):
+            self.behind[tuple(self.tokens[place - length : place])] = place
+
+
+class Gists(Drafter):
+    """Tokens of one past block, which gists point to.
+
+    Args:
+        stream: with a tree.
+        readout: of the next gist; ``None``: the newest gist is what is looked for, and what stood behind it the draft.
+    """
+
+    def __init__(self, stream, readout: Readout | None = None):
+        super().__init__(stream)
+        self.readout, self.found = readout, []  # the block and the tokens before it
+
+    def draft(self) -> list[int]:
+        if int(self.stream.counts[0]):
+            # Its first tokens may be those behind the end of the block before.
+            return behind_match(self.stream.newest(MATCH)[0].tolist(), self.found)
+        tree, block = self.stream.tree, self.stream.block
+        if (count := int(tree.counts(1)[0])) < 2:
+            return []
+        first = max(0, count - NEAR)
+        gists = F.normalize(tree.levels[1].span("gist", first, count)[0].float(), dim=-1)  # [N, D]
+        begin = (first + self._nearest(gists)) * block
+        self.found = tree.levels[0].span("token", max(0, begin - MATCH), begin + block)[0].tolist()
+        return self.found[-block:][:LONGEST]
+
+    def _nearest(self, gists: Tensor) -> int:
+        if self.readout is None:  # the newest block itself has nothing behind it
+            return int((gists[:-1] @ gists[-1]).argmax()) + 1
+        self.stream.logits()  # what waits is read
+        return int((gists @ self.readout(self.stream.hidden[0].float())).argmax())
+
+
+def behind_match(tokens: list[int], where: list[int], most: int = LONGEST) -> list[int]:
+    """What stands in ``where`` behind the newest place of the longest end of ``tokens``, ``MATCH`` tokens at most."""
+    for length in range(min(MATCH, len(tokens)), 0, -1):
+        end = tokens[-length:]
+        for at in range(len(where) - length - 1, -1, -1):
+            if where[at : at + length] == end:
+                return where[at + length : at + length + most]
+    return []
+
+
+def drafter_of(stream) -> Drafter:
+    """Of the kind that the stream's settings name."""
+    kind = stream.settings.drafts
+    if kind in ("nearest", "foretold"):
+        return Gists(stream, stream.models.prediction if kind == "foretold" else None)
+    return Lookup(stream) if kind == "lookup" else Drafter(stream)
