@@ -17,6 +17,8 @@ from megactx.focus.replay import Step, View
 from megactx.memory import WorkingContext
 from megactx.memory.page_cache import News
 
+from .foretelling import Foretold
+
 
 @dataclass(frozen=True)
 class Refocused:
@@ -41,6 +43,7 @@ class Refocused:
     pairs: Tensor | None = None  # [B] share of the pairs of plain attention that attention=mega sees; None: plain
     earned: Tensor | None = None  # [B] of them not the sink or the newest tokens; None: all of the window is read
     pages: tuple[News, ...] = ()  # of each tree of the window that is on disk, or elsewhere
+    foretold: Foretold | None = None  # what the readout of the next gist says; None: there is no readout
 
     @property
     def utilisation(self) -> list[float]:

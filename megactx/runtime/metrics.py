@@ -30,6 +30,7 @@ SUBSYSTEMS = {
     "attention": ("kv", "attention"),
     "time": ("decode", "refocus"),
     "storage": ("pages",),
+    "prediction": ("prediction",),
 }
 
 
@@ -74,6 +75,9 @@ METRICS = {
     "megactx.kv.entries": Metric(COUNTER, "{entry}", "Keys and values of a window: kept, or computed anew", "state"),
     "megactx.attention.pairs": Metric(
         GAUGE, "1", "Pairs seen under attention=mega over those of plain attention, mean of rows"
+    ),
+    "megactx.prediction.rank": Metric(
+        GAUGE, "1", "Mean reciprocal rank of the gist of the block that came, among the newest 256", "by"
     ),
 }
 
@@ -122,6 +126,10 @@ def measured(event: Refocused) -> Iterator[Measured]:
         yield Measured("megactx.kv.entries", read - kept, "computed")
     if event.pairs is not None:
         yield Measured("megactx.attention.pairs", float(event.pairs.mean()))
+    if event.foretold is not None:
+        for by, rank in zip(("readout", "map"), event.foretold.rank.nanmean(0).tolist(), strict=True):
+            if math.isfinite(rank):
+                yield Measured("megactx.prediction.rank", rank, by)
 
 
 def _paged(trees: tuple[News, ...]) -> Iterator[Measured]:
