@@ -65,12 +65,13 @@ def test_the_rank_of_each_block_that_came_is_that_of_a_loop_wherever_rows_end(
     assert told == 2 * 8
 
 
+@pytest.mark.parametrize("how", [{}, {"reuse": "approximate"}, dict(attention="mega", segment=16, mid=16, live=16)])
 @torch.no_grad()
 def test_the_newest_gists_alone_are_read_and_a_block_is_ranked_among_them(
-    foretelling, foretelling_models, ids, monkeypatch
+    foretelling, foretelling_models, ids, monkeypatch, how
 ):
     events = []
-    stream = foretelling().stream(observers=[events.append])
+    stream = foretelling(**how).stream(observers=[events.append])
     stream.append(ids(1, (AMONG + 20) * K))
     stream.logits()
     events.clear()
