@@ -14,12 +14,11 @@ from megactx.lm import BaseLM
 from megactx.lm.chunked_head import nll
 from megactx.lm.prefill import blocks, prefill, rows_at
 from megactx.memory.encoding import Encoder
-from megactx.memory.prediction import CONTROL, Example, Readout, example_of, ranks
+from megactx.memory.prediction import AMONG, CONTROL, Example, Readout, example_of, ranks
 
 from .bootstrap import mean_interval
 from .table import OVERALL, Report, Table, cell, pivot
 
-AMONG = 256  # candidates, the true gist is one of them
 READOUT, NEWEST, MEAN = "readout", "newest gist again", "mean gist"
 CONTROLS = (NEWEST, MEAN, CONTROL)
 NOTHING, TRUE = "no entry", "its own gist"

@@ -124,15 +124,19 @@ class Pages:
         for p in number.unique().tolist():
             yield p, (number == p).nonzero().squeeze(1)
 
-    def span(self, column: str, start: int, stop: int) -> Tensor:
-        """Entries start .. stop - 1 of all rows, [B, stop - start, ...]; 0 where a row is shorter."""
+    def span(self, column: str, start: int, stop: int, rows: slice = slice(None)) -> Tensor:
+        """Entries start .. stop - 1 of rows, of all where none are named, [B, stop - start, ...]; 0 where a row is
+        shorter."""
         shape, dtype = self.columns[column]
         first, last = start // self.size, min(-(-stop // self.size), len(self.pages))
         parts = [
-            self.column(p, column)[:, max(0, start - p * self.size) : stop - p * self.size] for p in range(first, last)
+            self.column(p, column)[rows, max(0, start - p * self.size) : stop - p * self.size]
+            for p in range(first, last)
         ]
         parts = [part for part in parts if part.shape[1]]
-        return torch.cat(parts, 1) if parts else torch.empty(self.rows, 0, *shape, dtype=dtype, device=self.device)
+        if parts:
+            return torch.cat(parts, 1)
+        return torch.empty(len(range(self.rows)[rows]), 0, *shape, dtype=dtype, device=self.device)
 
     def whole(self, column: str) -> Tensor:
         """[B, N, ...], N of the longest row; 0 where a row is shorter."""

@@ -24,6 +24,7 @@ from .encoding import Encoder
 from .tree import MegaContextTree
 
 CONTROL = "map of the newest gist"
+AMONG = 256  # gists that the true one is ranked among, itself one of them
 
 
 @declared("prediction")
@@ -135,18 +136,60 @@ def ranks(predicted: Tensor, gists: Tensor, others: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def expected(readout: Readout, tree: MegaContextTree, state: Tensor, count: int) -> list[tuple[int, float]]:
-    """The blocks of a tree's one row that are nearest to what comes next, and their cosines; the nearest first.
+def rank_of(readout: Readout, tree: MegaContextTree, row: int, block: int, state: Tensor) -> Tensor:
+    """Where the gist of a block that came stands among the ``AMONG`` gists of its row up to it, by cosine.
+
+    Args:
+        row, block: in the tree.
+        state: final hidden state of the last token before the block, [D].
+
+    Returns:
+        Reciprocal ranks by the readout and by its control, [2]; ties count against it. NaN where the gist of the block
+        or of the one before is not there.
+    """
+    index, gists = directions(tree, row, range(max(0, block + 1 - AMONG), block + 1))
+    if index[-2:].tolist() != [block - 1, block]:
+        return torch.full((2,), torch.nan, device=tree.device)
+    foretold = torch.stack([readout(state.float()), readout.from_newest(gists[-2])])  # [2, D]
+    near = gists @ foretold.T  # [N, 2]
+    return 1 / (near >= near[-1]).sum(0)
+
+
+@torch.no_grad()
+def expected(
+    readout: Readout, tree: MegaContextTree, state: Tensor, count: int, row: int = 0, among: range | None = None
+) -> list[tuple[int, float]]:
+    """The blocks of a row that are nearest to what comes next, and their cosines; the nearest first.
+
+    Blocks whose tokens were taken away are left out.
 
     Args:
         state: final hidden state of the newest token, [D].
         count: how many, at most.
+        row: of the tree.
+        among: blocks of the tree that are asked; ``None``: all.
     """
-    if not int(tree.counts(1)[0]):
+    among = range(int(tree.counts(1)[row])) if among is None else among
+    if not among:
         return []
-    near = F.normalize(tree.gists(1)[0].float(), dim=-1) @ readout(state.float())
-    best = near.topk(min(count, len(near)))
-    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    index, gists = directions(tree, row, among, 0)
+    best = (gists @ readout(state.float())).topk(min(count, len(index)))
+    return list(zip(index[best.indices].tolist(), best.values.tolist(), strict=True))
+
+
+def directions(tree: MegaContextTree, row: int, blocks: range, lod: int = 1) -> tuple[Tensor, Tensor]:
+    """Blocks that are there, [N], and unit vectors of their gists, [N, D].
+
+    Args:
+        row: of the tree.
+        lod: 0: their tokens must be there too.
+    """
+    index = torch.arange(blocks.start, blocks.stop, device=tree.device)
+    gists = tree.levels[1].span("gist", blocks.start, blocks.stop, slice(row, row + 1))[0]
+    if tree.compacted:
+        there = tree.floors(torch.full_like(index, row), torch.ones_like(index), index) <= lod
+        index, gists = index[there], gists[there]
+    return index, F.normalize(gists.float(), dim=-1)
 
 
 def _head(width: int, kind: str) -> nn.Module:

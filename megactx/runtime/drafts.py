@@ -9,17 +9,13 @@ A token of a draft counts where the very same one is chosen at its place, greedy
 each place, so that happens with the probability that the base LM gives it, and what is said is what would be said
 without drafts.
 
-T tokens, K of a block, D width.
+K tokens of a block.
 """
 
-import torch.nn.functional as F
-from torch import Tensor
-
-from megactx.memory.prediction import Readout
+from megactx.memory.prediction import Readout, directions, expected
 
 LONGEST, MATCH = 8, 3  # tokens of a draft, and newest tokens that are looked for
-LOOKED = 16_384  # newest tokens in which they are looked for
-NEAR = 32_768  # newest blocks whose gists are compared
+LOOKED, COMPARED = 16_384, 32_768  # newest tokens in which they are looked for, and newest blocks
 
 
 class Drafter:
@@ -75,26 +71,36 @@ class Gists(Drafter):
 
     def __init__(self, stream, readout: Readout | None = None):
         super().__init__(stream)
-        self.readout, self.found = readout, []  # the block and the tokens before it
+        self.readout = readout
+        self.end = -1  # token at which the block that is drafted begins
+        self.found: list[int] = []  # that block, and the tokens before it
 
     def draft(self) -> list[int]:
-        if int(self.stream.counts[0]):
-            # Its first tokens may be those behind the end of the block before.
-            return behind_match(self.stream.newest(MATCH)[0].tolist(), self.found)
-        tree, block = self.stream.tree, self.stream.block
-        if (count := int(tree.counts(1)[0])) < 2:
-            return []
-        first = max(0, count - NEAR)
-        gists = F.normalize(tree.levels[1].span("gist", first, count)[0].float(), dim=-1)  # [N, D]
-        begin = (first + self._nearest(gists)) * block
-        self.found = tree.levels[0].span("token", max(0, begin - MATCH), begin + block)[0].tolist()
-        return self.found[-block:][:LONGEST]
+        stream, block = self.stream, self.stream.block
+        length, count = int(stream.lengths[0]), int(stream.tree.counts(1)[0])
+        # A state is known where the base LM is, a gist where the tree is, which may be some tokens behind.
+        end = length // block * block if self.readout else count * block
+        if end != self.end and (self.readout is None or end == length):
+            self.end, self.found = end, self._look(range(max(0, count - COMPARED), count))
+        if length == self.end:
+            return self.found[-block:][:LONGEST]
+        # Its first tokens may be those behind the end of the block before.
+        return behind_match(stream.newest(MATCH)[0].tolist(), self.found)
 
-    def _nearest(self, gists: Tensor) -> int:
-        if self.readout is None:  # the newest block itself has nothing behind it
-            return int((gists[:-1] @ gists[-1]).argmax()) + 1
-        self.stream.logits()  # what waits is read
-        return int((gists @ self.readout(self.stream.hidden[0].float())).argmax())
+    def _look(self, among: range) -> list[int]:
+        tree, block = self.stream.tree, self.stream.block
+        if self.readout is not None:
+            self.stream.logits()  # what waits is read
+            near = [index for index, _ in expected(self.readout, tree, self.stream.hidden[0], 1, 0, among)]
+        else:
+            index, gists = directions(tree, 0, among, 0)
+            # The newest block itself has nothing behind it.
+            near = [int(index[1:][(gists[:-1] @ gists[-1]).argmax()])] if len(index) > 1 else []
+        return [
+            token
+            for begin in (place * block for place in near)
+            for token in tree.levels[0].span("token", max(0, begin - MATCH), begin + block)[0].tolist()
+        ]
 
 
 def behind_match(tokens: list[int], where: list[int], most: int = LONGEST) -> list[int]:

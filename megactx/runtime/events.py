@@ -17,6 +17,8 @@ from megactx.focus.replay import Step, View
 from megactx.memory import WorkingContext
 from megactx.memory.page_cache import News
 
+from .foretelling import Foretold
+
 
 @dataclass(frozen=True)
 class Refocused:
@@ -42,6 +44,7 @@ class Refocused:
     earned: Tensor | None = None  # [B] of them not the sink or the newest tokens; None: all of the window is read
     drafts: tuple[int, int] | None = None  # tokens of drafts that were taken, and not; None: there are no drafts
     pages: tuple[News, ...] = ()  # of each tree of the window that is on disk, or elsewhere
+    foretold: Foretold | None = None  # what the readout of the next gist says; None: there is no readout
 
     @property
     def utilisation(self) -> list[float]:

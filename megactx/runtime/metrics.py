@@ -28,9 +28,9 @@ SUBSYSTEMS = {
     "LensNet": ("lens",),
     "allocator": ("edits", "swap_rate", "residency"),
     "attention": ("kv", "attention"),
-    "prediction": ("drafts",),
     "time": ("decode", "refocus"),
     "storage": ("pages",),
+    "prediction": ("prediction", "drafts"),
 }
 
 
@@ -76,6 +76,9 @@ METRICS = {
     "megactx.drafts": Metric(COUNTER, "{token}", "Tokens of drafts: taken, or read in vain", "state"),
     "megactx.attention.pairs": Metric(
         GAUGE, "1", "Pairs seen under attention=mega over those of plain attention, mean of rows"
+    ),
+    "megactx.prediction.rank": Metric(
+        GAUGE, "1", "Mean reciprocal rank of the gist of the block that came, among the newest 256", "by"
     ),
 }
 
@@ -127,6 +130,10 @@ def measured(event: Refocused) -> Iterator[Measured]:
             yield Measured("megactx.drafts", count, state)
     if event.pairs is not None:
         yield Measured("megactx.attention.pairs", float(event.pairs.mean()))
+    if event.foretold is not None:
+        for by, rank in zip(("readout", "map"), event.foretold.rank.nanmean(0).tolist(), strict=True):
+            if math.isfinite(rank):
+                yield Measured("megactx.prediction.rank", rank, by)
 
 
 def _paged(trees: tuple[News, ...]) -> Iterator[Measured]:

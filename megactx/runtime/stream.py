@@ -26,6 +26,7 @@ from megactx.parts.models import Models
 from .approximate_prefill import ApproximatePrefill
 from .events import Observer, Refocused, views
 from .focusing import Focus
+from .foretelling import Foretelling
 from .incremental_prefill import IncrementalPrefill
 from .node_prefill import NodePrefill
 from .part_files import OpenPart
@@ -81,6 +82,7 @@ class Stream(ShownParts):
         self.refocuses = 0
         self.since = 0  # blocks since LensNet decided, see ``Settings.edit_every``
         self.keeper = None  # who takes away what nobody reads, see ``curation``
+        self.foretelling = None if models.prediction is None else Foretelling(models.prediction, self.tree)
         self.shown: WorkingContext | None = None  # what of the window was read last
         self.earned: Tensor | None = None  # [B], entries above the newest tokens at the last reading, see ``Focus``
         self._found: list[list[int]] = []  # of each row, blocks that keys brought at the last reading
@@ -299,7 +301,9 @@ class Stream(ShownParts):
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         row, column = mask.nonzero().unbind(1)
         self.waiting[row, start[row, column]] = tokens[row, column]
+        before = self.lengths
         self.counts, self.hidden = self.counts + mask.sum(1).cpu(), self.prefill.hidden
+        self._hear(hidden, before)
         self._decoded += self._now() - began
         return hidden
 
@@ -325,6 +329,12 @@ class Stream(ShownParts):
         """What was put off has been read: final hidden states [B, D], and logits of what follows, [B, V] in fp32."""
         self.hidden, self._decoded = hidden, self._decoded + seconds
         self.told = told
+        self._hear(hidden[:, None], self.lengths - 1)
+
+    def _hear(self, states: Tensor, before: Tensor) -> None:
+        """Final hidden states [B, N, D] of all tokens behind the first ``before`` [B] of each history."""
+        if self.foretelling is not None and self.observers:
+            self.foretelling.hear(states, before, self.lengths)
 
     def _take_up(self) -> None:
         """Read what was put off, or all where more has changed."""
@@ -424,6 +434,7 @@ class Stream(ShownParts):
                 earned=self.earned if read else None,
                 drafts=tuple(drafts) if self.settings.drafts != "none" else None,
                 pages=tuple(tree.cache.news() for tree in self._trees() if tree.cache is not None),
+                foretold=None if self.foretelling is None else self.foretelling.told(self.hidden),
             )
             self._before = event.after
             for observer in self.observers:
@@ -445,6 +456,7 @@ class Stream(ShownParts):
             mask = place < self.counts.to(self.device)[:, None]
             self.prefill.step(self.waiting[:, :count], following + place.expand(self.rows, -1), mask)
         self.hidden = self.prefill.hidden
+        self._hear(self.hidden[:, None], self.lengths - 1)
 
     def _read_window(self, shown: WorkingContext) -> None:
         try:

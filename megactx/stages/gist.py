@@ -151,7 +151,7 @@ class GistStage(FrozenBaseStage):
         return any(net.needs_hidden for net in self.learning.values())
 
     def session_parts(self):
-        return self.main, None
+        return {"gistnet": self.main}
 
     def start_from(self, path: str) -> str:
         """Take the weights of another run's compressor and of the controls that both have; -> what was taken.

@@ -187,7 +187,7 @@ class JointStage(FrozenBaseStage):
     check_lengths = staticmethod(check_windows)
 
     def session_parts(self):
-        return self.gistnet, self.lens
+        return {"gistnet": self.gistnet, "lensnet": self.lens}
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

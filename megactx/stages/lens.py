@@ -107,7 +107,7 @@ class LensStage(FrozenBaseStage):
     check_lengths = staticmethod(check_windows)
 
     def session_parts(self):
-        return self.gistnet, self.lens
+        return {"gistnet": self.gistnet, "lensnet": self.lens}
 
     def train(self, mode: bool = True) -> "LensStage":
         super().train(mode)

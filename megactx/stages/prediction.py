@@ -111,6 +111,10 @@ class PredictionStage(GistReaderStage):
         self.prefills: PrefillCache | None = None
         self.read: OrderedDict[bytes, Example] = OrderedDict()
 
+    def session_parts(self):
+        own = {} if self.reader else {"prediction": self.readout}  # which is of the reader's states
+        return {"gistnet": self.gistnet} | own
+
     def set_dtype(self, dtype: torch.dtype) -> None:
         super().set_dtype(dtype)
         for parameter in adapters_of(self.base).values():  # what learns stays in fp32

@@ -53,12 +53,13 @@ class Sessions(Callback):
             )
 
     def _controller(self, stage) -> Controller:
-        gistnet, lens = stage.session_parts()
-        if not isinstance(gistnet, GistNet):
+        parts = stage.session_parts()
+        if not isinstance(parts.get("gistnet"), GistNet):
             raise ValueError("callbacks=sessions: a session needs a GistNet, this stage has none")
-        settings = {"allocator": dict(stage.hparams.allocator)} if lens else {"megacontext": "recency"}
+        focus = parts.get("lensnet") is not None
+        settings = {"allocator": dict(stage.hparams.allocator)} if focus else {"megacontext": "recency"}
         try:
-            return Controller(Models(stage.base, gistnet, lens), Settings(self.budget, **settings))
+            return Controller(Models(stage.base, **parts), Settings(self.budget, **settings))
         except ValueError as error:
             raise ValueError(f"callbacks.sessions: {error}") from error
 

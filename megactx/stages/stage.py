@@ -153,9 +153,9 @@ class Stage(lightning.LightningModule):
         """Of a loss of this stage; empty where it has none of that name."""
         return {}
 
-    def session_parts(self) -> tuple[nn.Module | None, nn.Module | None]:
-        """The GistNet and the LensNet that a session with these models reads with, ``None`` where there is none."""
-        return None, None
+    def session_parts(self) -> dict[str, nn.Module | None]:
+        """What a session with these models reads with beside the base LM, by the names of ``Models``."""
+        return {}
 
     # What all of them do
 

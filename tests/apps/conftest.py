@@ -11,6 +11,8 @@ from small_sessions import (  # noqa: F401  fixtures
     byte_tokenizers,
     controller,
     exported,
+    foretelling,
+    foretelling_models,
     ids,
     make_models,
     models,

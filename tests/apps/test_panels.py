@@ -29,14 +29,14 @@ def test_every_metric_has_a_subsystem_and_a_panel_there():
     assert not [title for title, count in Counter(panel.title for panel in ALL).items() if count > 1]
 
 
-def test_what_a_session_says_is_in_one_panel_each(controller):
+def test_what_a_session_says_is_in_one_panel_each(foretelling):
     events = []
-    session = Session(controller(), [events.append])
+    session = Session(foretelling(), [events.append])
     session.append("def read(path):\n    return path.read_text()\n" * 10)
     for _ in session.generate(40):
         pass
     found, scores = summary(events)
-    assert sum(scores) and len(found) > 20
+    assert sum(scores) and len(found) > 20 and {"prediction.rank.readout", "prediction.rank.map"} <= {*found}
     for name in (*(f"session/{name}" for name in found), "session/nll", "session/rope.scale.1"):
         assert len(shown(name)) == 1, (name, shown(name))
 

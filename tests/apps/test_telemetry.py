@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megactx.apps import generate, serving
 from megactx.apps.prometheus import Prometheus
 from megactx.apps.telemetry import Telemetry
 from megactx.focus.allocator import RESIDENCY, SWAP_RATE, SWAP_RATE_ALARM, UTILISATION
+from megactx.memory.prediction import Readout
 from megactx.runtime import Models, Session
 from megactx.runtime.metrics import METRICS, bins, measured
 
@@ -28,8 +30,9 @@ NAME = re.compile(r"megactx_[a-z_]+")
 
 @pytest.fixture(scope="module")
 def learned(make_models):
-    """Models whose GistNet has learned how wide positions are: it says all that there is to say."""
-    return make_models(gaussian_rope="learned")
+    """Models that say all there is to say: with a readout, and a GistNet that has learned how wide positions are."""
+    models = make_models(gaussian_rope="learned")
+    return replace(models, prediction=Readout(models.base.width).requires_grad_(False))
 
 
 @pytest.fixture
@@ -140,6 +143,9 @@ def test_prometheus_fetches_every_metric_with_its_labels(scraped):
     assert found["megactx_window_utilisation"] == pytest.approx(events[-1].utilisation[0])
     assert found["megactx_swap_rate"] == pytest.approx(float(events[-1].telemetry.swap_rate[0]))
     assert found['megactx_rope_scale{lod="1"}'] == 1
+    ranks = [event.foretold.rank[0] for event in events if event.foretold.rank.isfinite().all()]
+    for place, by in enumerate(("readout", "map")):
+        assert found[f'megactx_prediction_rank{{by="{by}"}}'] == pytest.approx(float(ranks[-1][place]))
     tiers = [(name, event.pages[0].tiers[name]) for event in events for name in ("memory", "disk")]
     for name in ("memory", "disk"):
         uses = sum(tier.uses for own, tier in tiers if own == name)
@@ -212,6 +218,14 @@ def test_the_rules_watch_the_healthy_ranges_of_the_allocator():
     assert (limits["MegactxSwapRateAboveHealthy"], limits["MegactxSwapRateBelowHealthy"]) == SWAP_RATE[::-1]
     assert limits["MegactxResidencyShort"] == RESIDENCY
     assert (limits["MegactxUtilisationLow"], limits["MegactxOverBudget"]) == UTILISATION
+
+
+def test_a_rule_watches_whether_the_readout_is_above_its_control():
+    rules = {rule["alert"]: rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]}
+    rule = rules["MegactxPredictionSaysNothing"]
+    mean = 'avg_over_time(megactx_prediction_rank{{by="{}"}}[1h])'
+    assert f"{mean.format('readout')} - ignoring(by) {mean.format('map')} < 0" in rule["expr"]
+    assert rule["labels"] == {"severity": "info"}
 
 
 def test_the_page_names_every_metric_with_its_unit_and_its_name_in_prometheus(scraped):

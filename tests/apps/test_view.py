@@ -14,7 +14,8 @@ from megactx.apps.view import frames
 from megactx.apps.view.__main__ import main
 from megactx.apps.view.feed import KEPT, Feed
 from megactx.apps.view.player import Busy, Player
-from megactx.runtime import Sampling, Session
+from megactx.memory import MegaContextTree
+from megactx.runtime import Sampling, Session, Wanted
 
 TEXT = "def read(path):\n    return path.read_text()\n" * 12
 EVIL = "</script><script>alert(1)</script>\u202e\x1b[31m"
@@ -53,6 +54,33 @@ def test_a_frame_is_what_the_observer_was_told(controller):
         assert found["scores"] == pytest.approx(event.step().score.tolist(), abs=0.0051)
         kept = event.step().edits
         assert found["edits"] == [[int(e), n, i] for e, n, i in zip(kept.expand, kept.lod, kept.index, strict=True)]
+
+
+def test_a_frame_has_the_blocks_that_are_near_to_what_is_expected_where_there_is_a_readout(
+    foretelling, controller, tmp_path
+):
+    told = []
+    session = Session(
+        foretelling(budget=240), [lambda event: told.append((event.foretold.near(), frames.frame(event)))]
+    )
+    session.append(TEXT)
+    for _ in session.generate(12):
+        pass
+    assert frames.about(session)["expects"] and len(told[-1][0]) == 8
+    for near, frame in told:
+        assert json.loads(json.dumps(frame))["near"] == [[index, pytest.approx(c, abs=6e-4)] for index, c in near]
+    MegaContextTree.from_tokens(torch.arange(2, 302)[None], session.tree.encoder, session.tree.base).save(tmp_path)
+    session.use(Wanted("library", tmp_path, 0.3))
+    for _ in session.generate(12):
+        pass
+    near, frame = told[-1]
+    first = frame["lanes"][-1][1] // 4
+    assert first > 0 and [index for index, _ in frame["near"]] == [first + index for index, _ in near]
+    index = near[0][0]
+    assert frames.text(session, 1, first + index)["text"] == session.text(4 * index, 4 * index + 4)
+    plain = Session(controller(), [lambda event: told.append(frames.frame(event))])
+    plain.append(TEXT, score=True)
+    assert "near" not in told[-1] and not frames.about(plain)["expects"]
 
 
 def test_the_text_of_a_node_is_its_beginning_and_its_end_without_controls(controller):

@@ -37,7 +37,7 @@ def live(controller):
     """kind -> (player, address)."""
     opened = []
 
-    def make(kind="focus"):
+    def make(kind="focus", controller=controller):
         player = Player(Session(controller(kind)), Sampling()).start()
         server = Server(0)
         server.start(build(player, server.host, "secret", f"megactx-{server.port}"), ending=player.feed.close)
@@ -154,6 +154,39 @@ def test_a_saved_replay_needs_no_server_and_no_network(browser, exported, tmp_pa
     browser.until("!document.querySelector('#tip').hidden")
     assert browser.value("document.querySelector('#tip-text').textContent").startswith("<")
     assert browser.value("document.title") == "megactx view" and browser.errors == []
+
+
+def test_a_strip_shows_the_blocks_that_the_model_expects_live_and_in_a_replay(browser, live, foretelling, tmp_path):
+    player, address = live(controller=foretelling)
+    player.say(TEXT, 60)
+    player.wait()
+    (tmp_path / "replay.html").write_text(player.ask(lambda: page(player)).result())
+    session, index = player.session, player.feed.frames[-1]["near"][0][0]
+    for where in (address, (tmp_path / "replay.html").as_uri()):
+        browser.open(where)
+        browser.until("document.querySelector('#legend').children.length > 1 && timeline.known.marks.length === 8")
+        strip = browser.value("(({ strips, foot }) => [strips.at(-1).top + strips.at(-1).tall, foot])(timeline.known)")
+        size = browser.value(
+            "[document.querySelector('#timeline').clientWidth, document.querySelector('#timeline').clientHeight]"
+        )
+        mark = browser.value("timeline.known.marks[0]")
+        browser.point("#timeline", (mark["left"] + mark["right"]) / 2 / size[0], (strip[0] + strip[1] / 2) / size[1])
+        browser.until("!document.querySelector('#tip').hidden")
+        name = browser.value("document.querySelector('#tip-name').textContent")
+        assert f"tokens {4 * index} to {4 * index + 3} · cosine " in name
+        shown = browser.value("document.querySelector('#tip-text').textContent")
+        assert shown == session.text(4 * index, 4 * index + 4) and browser.errors == []
+    # The strongest mark is of the accent colour.
+    assert {(11, 99, 165), (109, 183, 242)} & colours(browser.screenshot(tmp_path / "expects.png"))
+
+
+def test_without_a_readout_there_is_no_strip_of_what_is_expected(browser, live):
+    player, address = live()
+    player.say(TEXT, 20)
+    player.wait()
+    browser.open(address)
+    browser.until("document.querySelector('#legend').children.length > 1")
+    assert browser.value("timeline.known.foot === 0 && timeline.known.marks.length === 0") and browser.errors == []
 
 
 def test_each_part_has_a_lane_and_its_entries_tell_their_part(browser, models, tmp_path):

@@ -1,6 +1,7 @@
 """A base LM with a tokenizer, a GistNet of blocks of 4 and a LensNet with opinions, all small and random."""
 
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from byte_fallback import KINDS, byte_fallback
 from megactx.focus import LensNet
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
+from megactx.memory.prediction import Readout
 from megactx.parts.write import save_gistnet, save_lensnet
 from megactx.runtime import Controller, Models, Settings
 
@@ -41,6 +43,13 @@ def models(make_models):
 
 
 @pytest.fixture(scope="session")
+def foretelling_models(models):
+    """The same with a readout that was never trained."""
+    torch.manual_seed(5)
+    return replace(models, prediction=Readout(models.base.width).eval().requires_grad_(False))
+
+
+@pytest.fixture(scope="session")
 def exported(models, tmp_path_factory):
     """A folder that the commands take."""
     folder = tmp_path_factory.mktemp("exported") / "models"
@@ -51,14 +60,25 @@ def exported(models, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def controller(models):
+def making(models):
     """kind -> a controller with a window of 96 entries."""
 
     def make(megacontext="focus", **settings):
         return Controller(models, Settings(**SMALL | {"megacontext": megacontext} | settings))
 
     return make
+
+
+@pytest.fixture
+def controller(models):
+    """``making`` of the small models."""
+    return making(models)
+
+
+@pytest.fixture
+def foretelling(foretelling_models):
+    """``making`` of those with a readout."""
+    return making(foretelling_models)
 
 
 @pytest.fixture(scope="session")

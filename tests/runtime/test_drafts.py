@@ -230,3 +230,20 @@ def test_lookup_knows_every_run_by_its_newest_place(controller):
             if places and not best:
                 best = tokens[places[-1] : min(end, places[-1] + 8)]
         assert found == best
+
+
+@pytest.mark.parametrize("kind", ["nearest", "foretold"])
+def test_blocks_are_drafted_where_refocuses_do_not_end_them(controller, ids, kind):
+    """Text of no whole blocks was appended, so a refocus comes in the middle of a block."""
+    text = ids(6 * K + 2, seed=3)
+    stream = controller(drafts=kind).stream()
+    stream.append(text[None])
+    drafter, drafted, whole = drafter_of(stream), [], torch.cat([text, text[: 3 * K]])
+    blocks = [whole[n : n + K].tolist() for n in range(0, len(whole), K)]
+    for token in text[: 3 * K]:
+        stream.logits()
+        if draft := drafter.draft():
+            drafted.append(draft)
+            assert any(draft == block[-len(draft) :] for block in blocks), "a block, from where it is gone on with"
+        stream.push(token[None])
+    assert drafted

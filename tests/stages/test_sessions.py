@@ -58,7 +58,9 @@ def test_a_run_logs_a_session_at_each_validation_and_ends_as_without(settings, t
         "score_histogram",
         "residency",
     }  # none without edits
-    assert documented - {"edits.room", "lens.price", "rope.scale"} <= {re.sub(r"\.\d+$", "", name) for name in found}
+    assert documented - {"edits.room", "lens.price", "rope.scale", "prediction.rank.readout"} <= {
+        re.sub(r"\.\d+$", "", name) for name in found
+    }
 
 
 def test_a_stage_or_a_text_that_is_no_good_for_a_session_is_told(settings, tmp_path, capsys):
@@ -77,3 +79,15 @@ def test_a_stage_without_a_lensnet_is_watched_by_recency_with_its_rope_scales(gi
     (row,) = logged(tmp_path / "run")
     assert row["session/rope.scale.1"] == pytest.approx(1, abs=0.05)  # two steps from where it started
     assert row["session/compression"] > 1 and not [name for name in row if name.startswith("session/lens")]
+
+
+@pytest.mark.slow
+def test_a_stage_with_a_readout_logs_where_the_blocks_that_came_stand(joint_settings, tmp_path):
+    left = ("stage.lens", "lensnet", "datamodule", "stage.budgets", "stage.evaluate", "horizon", "stage.lora")
+    shared = [setting for setting in joint_settings if not setting.startswith(left)]
+    own = ["preset.steps=2", "preset.batch=2", "preset.validate_every=1", "preset.validation_documents=4"]
+    own += ["data.min_tokens=300", "data.max_tokens=320", "stage.evaluate.documents=2", "preset.warmup=1"]
+    assert run(["experiment=mega_prediction", *shared, *own, *SMALL, f"folder={tmp_path / 'run'}"]) == 0
+    for row in logged(tmp_path / "run"):
+        for by in ("readout", "map"):
+            assert 1 / 256 <= row[f"session/prediction.rank.{by}"] <= 1

@@ -3,7 +3,8 @@
 A window is runs of entries of one LOD, [[lod, count], ...] from token 0 on: entries stand one behind the other, so
 where each begins follows. A node is [lod, index]. With parts there are ``lanes``, [[name, first, tokens,
 licence], ...] in the order of the window: tokens of a part are numbered from ``first`` on, so that a node is of one
-part; the history's lane is the last, and has no name.
+part; the history's lane is the last, and has no name. ``near`` are blocks that are like what is expected next,
+[[index, cosine], ...].
 """
 
 import math
@@ -37,6 +38,10 @@ def frame(event: Refocused, row: int = 0) -> dict:
         out["price"] = _number(float(scores.price[row]))
         out["swap"] = _number(float(told.swap_rate[row]))
         out["residency"] = _number(float(told.residency[row]))
+    if event.foretold is not None:
+        view = event.after[row]
+        first = view.parts[-1][1] // view.block_size if view.parts else 0
+        out["near"] = [[first + index, round(cosine, 3)] for index, cosine in event.foretold.near(row)]
     return out
 
 
@@ -54,6 +59,7 @@ def about(session: Session) -> dict:
         "block": session.stream.block,
         "budget": settings.budget,
         "kind": "focus" if session.stream.focus.lensnet is not None else "recency",
+        "expects": session.controller.models.prediction is not None,
         "colours": COLOURS,
     }
 

@@ -28,14 +28,14 @@ function triangle(pen, x, y, up) {
   pen.fill();
 }
 
-// Levels of the history's tree, the coarsest on top, then what the model sees of it, then the edits of this refocus; below
-// it a lane for each part.
+// Levels of the history's tree, the coarsest on top, then what the model sees of it, then, with a readout, the past blocks
+// that are like what it expects next, then the edits of this refocus; below it a lane for each part.
 const timeline = {
   draw(frame, about, hover) {
     const block = about.block, lanes = lanesOf(frame), own = lanes[lanes.length - 1], levels = [];
     const entries = entriesOf(frame.window, block, lanes), edits = [...frame.edits, ...frame.room];
     for (let lod = 1; block ** lod <= frame.tokens; lod++) levels.unshift(lod);
-    const row = 15, tall = 34, low = 20, top = levels.length * row, base = top + tall + 38;
+    const row = 15, tall = 34, low = 20, top = levels.length * row, foot = about.expects ? row : 0, base = top + tall + foot + 38;
     const { pen, width } = canvasOf("timeline", base + (lanes.length - 1) * (low + 18));
     const xOf = (lane, total) => (token) => LABEL + ((width - LABEL) * (token - lane.first)) / Math.max(total, 1);
     const total = Math.max(frame.tokens, 1), x = xOf(own, total);
@@ -52,8 +52,14 @@ const timeline = {
     });
     pen.fillStyle = css("--soft");
     pen.fillText("sees", 0, top + tall / 2);
-    const strips = lanes.slice(0, -1).map((lane, place) => ({ lane, x: xOf(lane, lane.tokens), top: base + place * (low + 18), tall: low }));
-    strips.push({ lane: own, x, top, tall });
+    const strips = lanes.slice(0, -1).map((lane, place) => ({ lane, x: xOf(lane, lane.tokens), top: base + place * (low + 18), tall: low, foot: 0 }));
+    strips.push({ lane: own, x, top, tall, foot });
+    const marks = (frame.near || []).map(([index, cosine]) => {
+      const start = index * block, left = x(start);
+      return { lod: 1, index, start, width: block, cosine, left, right: Math.max(left + 3, x(start + block) - 1) };
+    });
+    if (foot) pen.fillText("expects", 0, top + tall + row / 2 + 1);
+    this.marks(pen, marks, top + tall + 3, row - 4);
     for (const strip of strips) {
       pen.fillStyle = css("--soft");
       pen.textAlign = "left";
@@ -62,13 +68,13 @@ const timeline = {
       pen.fillStyle = css("--ink");
       for (const [expand, lod, index] of edits) {
         const centre = (index + 0.5) * block ** lod;
-        if (laneAt(lanes, centre) === strip.lane) triangle(pen, strip.x(centre), strip.top + strip.tall + 9, expand);
+        if (laneAt(lanes, centre) === strip.lane) triangle(pen, strip.x(centre), strip.top + strip.tall + strip.foot + 9, expand);
       }
       if (hover && laneAt(lanes, hover.start) === strip.lane) {
         const from = strip.lane === own ? 1 : strip.top, wide = strip.x(hover.start + hover.width) - strip.x(hover.start);
         pen.strokeStyle = css("--ink");
         pen.lineWidth = 2;
-        pen.strokeRect(strip.x(hover.start) - 1, from, Math.max(3, wide + 1), strip.top + strip.tall - from);
+        pen.strokeRect(strip.x(hover.start) - 1, from, Math.max(3, wide + 1), strip.top + strip.tall + strip.foot - from);
       }
     }
     pen.fillStyle = css("--soft");
@@ -77,7 +83,17 @@ const timeline = {
       pen.textAlign = i === 0 ? "left" : i === steps ? "right" : "center";
       pen.fillText(whole((total * i) / steps), LABEL + ((width - LABEL) * i) / steps, base - 8);
     }
-    this.known = { entries, total, width, strips, top, block, levels, row, own };
+    this.known = { entries, total, width, strips, top, block, levels, row, own, marks, foot };
+  },
+  marks(pen, marks, top, tall) {
+    // The stronger the nearer. All gists are alike, so a cosine is told from those beside it.
+    const cosines = marks.map((mark) => mark.cosine), least = Math.min(...cosines), most = Math.max(...cosines);
+    pen.fillStyle = css("--accent");
+    for (const mark of [...marks].reverse()) {
+      pen.globalAlpha = most > least ? 0.25 + (0.75 * (mark.cosine - least)) / (most - least) : 1;
+      pen.fillRect(mark.left, top, mark.right - mark.left, tall);
+    }
+    pen.globalAlpha = 1;
   },
   strip(pen, entries, about, { lane, x, top, tall }) {
     // Joined runs of one level, with a seam where entries are wide enough to be seen.
@@ -105,6 +121,8 @@ const timeline = {
       if (token >= strip.lane.tokens) return null;
       return nodeOf(k.entries, entryAt(k.entries, strip.lane.first + token), k.block);
     }
+    const under = py - k.strips.at(-1).top - k.strips.at(-1).tall;
+    if (under > 0 && under <= k.foot) return k.marks.find((mark) => px >= mark.left - 2 && px <= mark.right + 2) || null;
     if (py >= k.top) return null;
     const token = Math.min(k.total - 1, Math.floor(share * k.total));
     const lod = k.levels[Math.floor(py / k.row)], span = k.block ** lod, index = Math.floor(token / span);

@@ -133,8 +133,8 @@ async function tell(node, x, y) {
   const mine = ++steps, tip = $("tip"), lanes = lanesOf(frames.shown);
   hover = node;
   redraw();
-  const score = node.score === undefined ? "" : ` · score ${node.score.toFixed(2)}`;
-  $("tip-name").textContent = `${nameOf(node.lod, about.block)}${node.lod ? " tokens" : ""} · ${placeOf(node, lanes)}${score}`;
+  const told = ["score", "cosine"].filter((name) => node[name] !== undefined).map((name) => ` · ${name} ${node[name].toFixed(2)}`).join("");
+  $("tip-name").textContent = `${nameOf(node.lod, about.block)}${node.lod ? " tokens" : ""} · ${placeOf(node, lanes)}${told}`;
   const put = () => {
     tip.hidden = false;
     tip.style.left = `${Math.max(4, Math.min(x + 12, innerWidth - tip.offsetWidth - 8))}px`;
