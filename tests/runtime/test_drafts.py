@@ -238,12 +238,12 @@ def test_blocks_are_drafted_where_refocuses_do_not_end_them(controller, ids, kin
     text = ids(6 * K + 2, seed=3)
     stream = controller(drafts=kind).stream()
     stream.append(text[None])
-    drafter, drafted, whole = drafter_of(stream), [], torch.cat([text, text[: 3 * K]])
-    blocks = [whole[n : n + K].tolist() for n in range(0, len(whole), K)]
+    drafter, drafted, whole = drafter_of(stream), [], torch.cat([text, text[: 3 * K]]).tolist()
     for token in text[: 3 * K]:
         stream.logits()
         if draft := drafter.draft():
             drafted.append(draft)
-            assert any(draft == block[-len(draft) :] for block in blocks), "a block, from where it is gone on with"
+            ends = range(K, len(whole), K)
+            assert any(draft == whole[end - len(draft) : end] for end in ends), "text up to the end of a block"
         stream.push(token[None])
     assert drafted
