@@ -26,7 +26,7 @@ class Work:
         nets       3 FLOPs of a block            per block that becomes a gist: forward and backward
 
     Under MegaAttention the L A T^2 of a document whose first M tokens are settled is L A (T^2 - M^2 + M S), S being the
-    tokens of a segment. What summaries and strips take is not in it: they are few.
+    tokens of a segment. Left out are summaries and strips: to make them, to read them, and to see them.
 
     Each loss says which rows it passes and scores, and which blocks it encodes (``Loss.flops``, ``Loss.encoded``).
 

@@ -1,12 +1,14 @@
 """A gist stage under MegaAttention: it draws live blocks, trains, resumes and reports, and refuses what stays plain."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.strategies import FSDPStrategy
+from omegaconf import OmegaConf
 from torch.utils.data import default_convert
 
 from megactx.framework.app import run
@@ -107,7 +109,7 @@ def test_a_run_ends_with_its_report_and_one_that_stopped_goes_on_to_the_same_wei
         (["loss.level2.weight=1"], "attention.live=96 is not allowed: at least 2016, so that a block of 1024 tokens"),
         (["compressor={name: gisting}"], "compressor=gisting is not allowed with attention.kind=mega"),
         (["gistnet.slots=2"], "compressor=gistnet is not allowed with attention.kind=mega"),
-        (["gistnet.input=hidden"], "gistnet is not allowed with attention.kind=mega: it reads the base LM's states"),
+        (["gistnet.input=hidden"], "gistnet is not allowed with attention.kind=mega: it reads the base LM"),
         (["stage.prefills.gigabytes=1"], "stage.prefills.gigabytes=1 is not allowed with attention.kind=mega"),
         (["stage.keep_controls=true"], "stage.keep_controls=true is not allowed with attention.kind=mega"),
         (["stage.evaluate.history=4"], "stage.evaluate.history=4 is not allowed with attention.kind=mega"),
@@ -119,9 +121,18 @@ def test_what_would_be_read_plainly_or_not_at_all_is_refused_by_name(settings, o
     assert said in str(error.value.__cause__)
 
 
-def test_processes_that_cut_up_the_base_are_refused(settings):
-    from types import SimpleNamespace
+def test_a_ladder_is_refused_as_its_rungs_are_measured_plainly(settings):
+    ladder = {
+        "_target_": "megactx.studies.ladder.Ladder",
+        "ladder": {"oracle": 0, "history_oracle": 0, "oracle_steps": 1},
+    }
+    stage = OmegaConf.create(OmegaConf.to_container(compose(settings).stage, resolve=True))
+    with pytest.raises(InstantiationException) as error:
+        instantiate(OmegaConf.merge(stage, ladder), _convert_="all")
+    assert "attention.kind=mega is not allowed in a ladder" in str(error.value.__cause__)
 
+
+def test_processes_that_cut_up_the_base_are_refused(settings):
     stage, _ = parts_of(settings)
     stage._trainer = SimpleNamespace(strategy=FSDPStrategy(), world_size=1, precision="32-true")
     with pytest.raises(ValueError, match="attention.kind=mega is not allowed with trainer=fsdp"):
