@@ -5,6 +5,7 @@ Batch ``i`` is a function of (seed, i) alone: that is what makes resuming exact.
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,12 +19,14 @@ from .segments import draw_copied_blocks, eligible_segments
 log = logging.getLogger(__name__)
 
 
-def eligible_starts(length: int, block: int, horizon: int) -> np.ndarray:
+def eligible_starts(length: int, block: int, horizon: int, first: Callable[[int], int] | None = None) -> np.ndarray:
     """Starts s of the blocks that can be replaced and scored: block <= s, s % block = 0, s + block + horizon <= length.
 
-    Block 0 holds the attention sink and is never replaced. -> int64 [n], ascending; empty where nothing fits.
+    Block 0 holds the attention sink and is never replaced, nor is what begins before token ``first(length)``, where
+    that is given. -> int64 [n], ascending; empty where nothing fits.
     """
-    return np.arange(block, length - block - horizon + 1, block, dtype=np.int64)
+    starts = np.arange(block, length - block - horizon + 1, block, dtype=np.int64)
+    return starts if first is None else starts[starts >= first(length)]
 
 
 def evenly(starts: np.ndarray, count: int) -> np.ndarray:
@@ -62,6 +65,7 @@ class SpanBatches(Endless):
         history: ``segments`` per document for history mode, of ``segment`` tokens behind ``recency`` raw ones; ``None``
             for none.
         questions: questions behind contexts of their own, a batch for each of these; ``None`` for none.
+        first: tokens of a document -> the first of these at which a block or span may begin; ``None``: 0 always.
 
     Each item is a dict: ``ids`` int64 [B, T], padded with 0; ``lengths`` int64 [B]; ``block_starts`` int64 [B, N];
     ``domain``, a list of B strings; ``document`` int64 [B], the index of the source text; and, with ``level2_spans``,
@@ -86,9 +90,11 @@ class SpanBatches(Endless):
         level2_spans: int = 0,
         history: dict | None = None,
         questions: QuestionBatches | None = None,
+        first: Callable[[int], int] | None = None,
     ):
         self.batch, self.spans, self.block, self.horizon, self.seed = batch, spans, block, horizon, seed
         self.compose, self.level2_spans, self.history, self.questions = compose, level2_spans, history, questions
+        self.first = first
         weights = check_weights(weights, documents)
         self.domains = list(weights)
         self.shares = np.asarray(list(weights.values()))
@@ -98,7 +104,7 @@ class SpanBatches(Endless):
             if document["domain"] in self.pools:
                 self.pools[document["domain"]].append(document)
         kept = [document for pool in self.pools.values() for document in pool]
-        if few := sum(len(eligible_starts(length_of(document), block, horizon)) < spans for document in kept):
+        if few := sum(len(eligible_starts(length_of(d), block, horizon, first)) < spans for d in kept):
             log.info("%d documents have fewer than %d eligible blocks: they give some blocks twice", few, spans)
 
     def __getitem__(self, index: int) -> dict:
@@ -135,7 +141,7 @@ class SpanBatches(Endless):
         return self.compose(document, rng) if self.compose else document
 
     def _starts(self, rng, length: int, tokens: int, count: int) -> np.ndarray:
-        return _draw(rng, eligible_starts(length, tokens, self.horizon), count)
+        return _draw(rng, eligible_starts(length, tokens, self.horizon, self.first), count)
 
     def _segments(self, rng, length: int) -> np.ndarray:
         found = eligible_segments(length, self.block, self.history["segment"], self.history["recency"])

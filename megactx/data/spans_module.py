@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Callable
 from itertools import zip_longest
 
 import numpy as np
@@ -92,6 +93,7 @@ class SpanData(Resumable):
             raise ValueError(
                 f"datamodule.interleave={interleave} and datamodule.adversarial={adversarial}: their sum is at most 1"
             )
+        self.first: Callable[[int], int] | None = None
         self.limit_to(LONGEST_DOCUMENT)
 
     def limit_to(self, tokens: int) -> None:
@@ -109,6 +111,10 @@ class SpanData(Resumable):
             )
         self._check_lengths()
 
+    def begin_at(self, first: Callable[[int], int]) -> None:
+        """Say where the blocks of a document may begin: tokens of it -> the first of these; called before ``setup``."""
+        self.first = first
+
     def setup(self, stage=None):
         if hasattr(self, "training"):
             return
@@ -118,7 +124,7 @@ class SpanData(Resumable):
         sizes = (self.batch, self.spans, self.block, self.horizon, self.seed)
         compose = make and make(documents)
         questions, self.held_questions = (self._questions(rows, split) for split in (TRAIN, VALIDATION))
-        more = (compose, self.level2_spans, self.history, questions)
+        more = (compose, self.level2_spans, self.history, questions, self.first)
         self.training = SpanBatches(documents, self.weights, *sizes, *more)
         held = self._cut(rows, VALIDATION)
         self.held = held_in_turn(held, self.training.domains, self.weights)
@@ -190,7 +196,7 @@ class SpanData(Resumable):
         return [default_convert(single(document, s)) for document, s in zip(documents, starts, strict=True)]
 
     def _starts(self, document) -> np.ndarray:
-        return eligible_starts(length_of(document), self.block, self.horizon)
+        return eligible_starts(length_of(document), self.block, self.horizon, self.first)
 
     def _cut(self, rows, split) -> list[dict]:
         return documents_of(rows, split, self.tokenizer, self.min_tokens, self.max_tokens)

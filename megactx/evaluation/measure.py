@@ -18,6 +18,8 @@ from megactx.lm import BaseLM
 from megactx.lm.chunked_head import score_exactly
 from megactx.lm.eval_mode import in_eval_mode
 from megactx.lm.prefill import Prefill, blocks, prefill, rows_at, unread
+from megactx.memory.pyramid import PLAIN, Attention
+from megactx.memory.trunk import trunk
 
 from .scores import DROP, BlockScores
 
@@ -37,6 +39,7 @@ def measure(
     progress: Callable[[Iterable], Iterable] = iter,
     first: int = 0,
     lod: int = 1,
+    attention: Attention = PLAIN,
 ) -> BlockScores:
     """Score every block of the batches with each net and, on the same blocks, each untrained control.
 
@@ -52,6 +55,8 @@ def measure(
         progress: wraps the batches, to show a bar.
         first: only offsets h = first..H-1 are scored, where the rest of the horizon is not asked for.
         lod: what is replaced is a span of K^level tokens, by a gist of that level.
+        attention: how documents and branches are read; with MegaAttention the first net's gists are the summaries, and
+            all blocks are live.
 
     Returns:
         ``BlockScores`` with a row per block and a column per scored offset. With controls and Gaussian RoPE, the first
@@ -71,8 +76,9 @@ def measure(
             others = _other_documents(base, leader, batches, lod, seed)
         for index, batch in enumerate(progress(batches)):
             ids, starts = batch["ids"].to(device), batch["block_starts"].to(device)
-            check_blocks(starts, batch["lengths"].to(device), tokens, horizon)
-            read = prefill(base, ids, with_states)
+            lengths = batch["lengths"].to(device)
+            read = trunk(base, leader, ids, lengths, attention, with_states)
+            check_blocks(starts, lengths, tokens, horizon, read.first)
             carriers = {name: net.compress_level(base, read, starts, lod) for name, net in nets.items()}
             if with_controls:
                 at = {"offset": leader.offset_in(tokens), "sigma": leader.sigma(lod)}

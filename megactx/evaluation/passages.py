@@ -18,6 +18,7 @@ import torch
 from megactx.data.spans import eligible_starts, evenly
 from megactx.gist import GistNet
 from megactx.lm import BaseLM
+from megactx.memory.pyramid import PLAIN, Attention
 
 from .measure import measure
 from .scores import BlockScores
@@ -25,7 +26,9 @@ from .scores import BlockScores
 DISTANCES = (64, 256)  # tokens from the end of the first occurrence to the start of the second
 
 
-def copies(batches: Iterable[dict], block: int, distance: int, blocks: int | None = None) -> list[dict]:
+def copies(
+    batches: Iterable[dict], block: int, distance: int, blocks: int | None = None, attention: Attention = PLAIN
+) -> list[dict]:
     """Documents in which blocks come back, as batches of one document.
 
     The copy overwrites what stood there, so a document keeps its length. A passage, from the first token of a block
@@ -36,6 +39,7 @@ def copies(batches: Iterable[dict], block: int, distance: int, blocks: int | Non
         block: K.
         distance: tokens between the two occurrences.
         blocks: so many at most, evenly spaced, from as many documents as possible; ``None`` takes all that fit.
+        attention: how they will be read; with MegaAttention all of a passage is live.
 
     Raises:
         ValueError: a distance below 1.
@@ -46,7 +50,7 @@ def copies(batches: Iterable[dict], block: int, distance: int, blocks: int | Non
     stride = -(-passage // block) * block  # the next start on the grid
 
     def starts_of(length):
-        return np.arange(block, length - passage + 1, stride)
+        return np.arange(max(block, attention.live_from(length)), length - passage + 1, stride)
 
     out = documents_with(batches, starts_of, blocks)
     for document in out:
@@ -62,6 +66,7 @@ def measure_copies(
     batches: Iterable[dict],
     distances: Iterable[int] = DISTANCES,
     blocks: int | None = None,
+    attention: Attention = PLAIN,
     **settings,
 ) -> dict[int, BlockScores]:
     """How well the second occurrence of a block is read when the first one is a gist.
@@ -71,6 +76,7 @@ def measure_copies(
         batches: held-out documents, as ``measure`` takes them.
         distances: tokens between the two occurrences, one measurement each.
         blocks: so many per distance at most.
+        attention: as of ``measure``.
 
     Returns:
         Distance -> scores whose K columns are the tokens of the second occurrence; recovery over all of them is copy
@@ -79,9 +85,9 @@ def measure_copies(
     batches, block = list(batches), next(iter(nets.values())).block_size
     out = {}
     for distance in distances:
-        if documents := copies(batches, block, distance, blocks):
+        if documents := copies(batches, block, distance, blocks, attention):
             horizon = distance + block
-            out[distance] = measure(base, nets, documents, horizon, first=distance, **settings)
+            out[distance] = measure(base, nets, documents, horizon, first=distance, attention=attention, **settings)
     return out
 
 
@@ -92,6 +98,7 @@ def measure_level(
     horizon: int,
     lod: int = 2,
     blocks: int | None = None,
+    attention: Attention = PLAIN,
     **settings,
 ) -> BlockScores | None:
     """What it costs to replace spans of K^lod tokens by one gist of that LOD: hierarchical consistency.
@@ -104,13 +111,16 @@ def measure_level(
         batches: held-out documents; their ``block_starts`` are not used.
         horizon: H.
         blocks: so many spans at most.
+        attention: as of ``measure``.
 
     Returns:
         Scores [spans, H]; ``None``, undefined, where no document has 2 K^lod + H tokens.
     """
     tokens = next(iter(nets.values())).block_size ** lod
-    documents = documents_with(batches, lambda length: eligible_starts(length, tokens, horizon), blocks)
-    return measure(base, nets, documents, horizon, lod=lod, **settings) if documents else None
+    documents = documents_with(
+        batches, lambda length: eligible_starts(length, tokens, horizon, attention.live_from), blocks
+    )
+    return measure(base, nets, documents, horizon, lod=lod, attention=attention, **settings) if documents else None
 
 
 def documents_with(batches, starts_of, blocks: int | None) -> list[dict]:

@@ -10,6 +10,7 @@ from megactx.gist import GistNet
 from megactx.lm import BaseLM
 from megactx.lm.eval_mode import in_eval_mode
 from megactx.lm.prefill import blocks, prefill, unread
+from megactx.memory.pyramid import PLAIN, Attention
 
 from .geometry import AttentionEntropy, GistGeometry
 from .measure import measure
@@ -62,6 +63,7 @@ class ValidationMetrics(nn.Module):
         width: D.
         domains: every domain that can occur.
         level2: measure gists of gists too, behind every span of K^2 tokens that the documents have.
+        attention: how documents and branches are read, as of ``measure``.
 
     After ``update`` with each batch, ``compute`` gives ``name -> value`` and ``domain/name -> value``, float64 scalars
     but for the two by offset. Undefined values are NaN; ``sums.loggable`` leaves them and the vectors out.
@@ -75,8 +77,16 @@ class ValidationMetrics(nn.Module):
     - ``level2/...``: all but the last, of gists of gists.
     """
 
-    def __init__(self, horizon: int, width: int, domains: Iterable[str] = ALL_DOMAINS, level2: bool = False):
+    def __init__(
+        self,
+        horizon: int,
+        width: int,
+        domains: Iterable[str] = ALL_DOMAINS,
+        level2: bool = False,
+        attention: Attention = PLAIN,
+    ):
         super().__init__()
+        self.attention = attention
         self.substitution, self.space = GistMetrics(horizon, domains), SpaceMetrics(width, domains)
         self.level2 = GistMetrics(horizon, domains) if level2 else None
 
@@ -86,12 +96,13 @@ class ValidationMetrics(nn.Module):
         Raises:
             ValueError: a block that is not eligible, or a domain that was not announced.
         """
-        scores = measure(base, {"gistnet": net}, [batch], self.substitution.horizon, with_controls=False)
+        settings = {"horizon": self.substitution.horizon, "with_controls": False, "attention": self.attention}
+        scores = measure(base, {"gistnet": net}, [batch], **settings)
         self.substitution.update(scores)
         if net.makes_one_vector:
             self.space.update(base, net, batch)
         if self.level2 is not None:
-            scores = measure_level(base, {"gistnet": net}, [batch], self.substitution.horizon, with_controls=False)
+            scores = measure_level(base, {"gistnet": net}, [batch], **settings)
             if scores is not None:
                 self.level2.update(scores)
 

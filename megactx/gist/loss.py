@@ -69,6 +69,7 @@ class Loss:
         all_vectors   all nets must make vectors, not keys and values
         main_vectors  the first net must
         judges        the best checkpoint is chosen by its ``held_out`` too, not by single blocks alone
+        windows       it reads windows of its own, in which every entry sees all before it, whatever the run's attention
 
     Args:
         weight: its share of the sum, 0 or more; 0 leaves it out.
@@ -78,7 +79,7 @@ class Loss:
     """
 
     needs: tuple[str, ...] = ()
-    all_vectors = main_vectors = judges = False
+    all_vectors = main_vectors = judges = windows = False
 
     def __init__(self, weight: NonNegative):
         self.weight = weight

@@ -20,20 +20,24 @@ from megactx.lm import BaseLM
 from megactx.lm.prefill import Prefill, blocks, rows_at
 
 
-def check_blocks(starts: Tensor, lengths: Tensor, block: int, horizon: int) -> None:
+def check_blocks(starts: Tensor, lengths: Tensor, block: int, horizon: int, first: Tensor | int = 0) -> None:
     """See that every block lies on the grid, behind the sink, with its whole horizon inside its document (method 3).
+
+    Args:
+        first: of ``Prefill``.
 
     Raises:
         ValueError: a block that does not; the message names the first.
     """
     if horizon < 1:
         raise ValueError(f"horizon.tokens={horizon} is not allowed: at least 1")
-    bad = (starts % block != 0) | (starts < block) | (starts + block + horizon > lengths[:, None])
+    least = (torch.zeros_like(lengths)[:, None] + first).clamp(min=block)  # [B, 1]
+    bad = (starts % block != 0) | (starts < least) | (starts + block + horizon > lengths[:, None])
     if bad.any():
         b, n = bad.nonzero()[0].tolist()
         raise ValueError(
             f"block start {int(starts[b, n])} of document {b} is not eligible: starts are multiples of "
-            f"block_size={block}, at least {block}, and start + {block} + horizon.tokens={horizon} "
+            f"block_size={block}, at least {int(least[b])}, and start + {block} + horizon.tokens={horizon} "
             f"must not exceed the document's {int(lengths[b])} tokens"
         )
 

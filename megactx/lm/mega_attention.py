@@ -76,8 +76,7 @@ class MegaMask:
     @property
     def live_from(self) -> Tensor:
         """The first token of the live region of each row of the batch, [B]."""
-        tokens = torch.where(self.leaf, self.end, 0).amax(1)
-        return (tokens - self.live).clamp(min=0).div(self.segment, rounding_mode="floor") * self.segment
+        return live_from(torch.where(self.leaf, self.end, 0).amax(1), self.segment, self.live)
 
     @property
     def is_live(self) -> Tensor:
@@ -176,6 +175,12 @@ class MegaMask:
             own = sees.cumsum(1, dtype=torch.int32)[kind, at] + alone
             seen.append(own[there].sum())
         return torch.stack(seen) / (count * (count + 1) / 2)
+
+
+def live_from(tokens, segment: int, live: int):
+    """The first token of the live region of a text of so many tokens, a number or an array of any kind."""
+    border = (tokens - live) // segment * segment
+    return border * (border > 0)
 
 
 def check_sizes(block: int, segment: int, mid: int, live: int, overlap: int) -> None:

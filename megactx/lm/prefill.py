@@ -20,18 +20,23 @@ class Prefill:
     """One pass of the base LM over whole documents: final ``hidden`` [B, T, D], keys and values per layer.
 
     ``states``, where asked for: the input of each layer, and the last one's output before the final norm.
+    ``first``: the token of each document from which on its rows see every token before them, [B, 1]. Branches read the
+    keys and values of tokens, so they begin there or behind.
     """
 
     ids: Tensor  # [B, T]
     hidden: Tensor  # [B, T, D]
     cache: tuple[tuple[Tensor, Tensor], ...]  # per layer, each [B, key-value heads, T, head width]
     states: tuple[Tensor, ...] = ()  # L + 1, each [B, T, D]
+    first: Tensor | int = 0
 
     def document(self, index: int) -> "Prefill":
         """One document of the batch, as a batch of one."""
         one = slice(index, index + 1)
         cache = tuple((keys[one], values[one]) for keys, values in self.cache)
-        return Prefill(self.ids[one], self.hidden[one], cache, tuple(states[one] for states in self.states))
+        states = tuple(states[one] for states in self.states)
+        first = self.first[one] if isinstance(self.first, Tensor) else self.first
+        return Prefill(self.ids[one], self.hidden[one], cache, states, first)
 
 
 @torch.no_grad()

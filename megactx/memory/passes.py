@@ -31,8 +31,15 @@ KeysValues = list[tuple[Tensor, Tensor]]  # per layer, each [B, heads, columns, 
 
 
 @torch.no_grad()
-def by_segments(pyramid: "Pyramid", base: BaseLM, summaries: bool = True) -> Tensor:
-    """Final hidden states of the entries [B, W, D], 0 in the padding; as ``Pyramid.read`` gives them."""
+def by_segments(
+    pyramid: "Pyramid", base: BaseLM, summaries: bool = True, kept: list[KeysValues] | None = None
+) -> Tensor:
+    """Final hidden states of the entries [B, W, D], 0 in the padding; as ``Pyramid.read`` gives them.
+
+    Args:
+        summaries: whether they are seen.
+        kept: gets keys and values of the entries of each row of the batch, [1, heads, its entries, head width].
+    """
     context, columns = pyramid.context, pyramid.to_tensor()
     positions, sigma = pyramid.positions(), context.tree.encoder.spread(pyramid.lod)
     found = columns.new_zeros(columns.shape)
@@ -40,6 +47,8 @@ def by_segments(pyramid: "Pyramid", base: BaseLM, summaries: bool = True) -> Ten
         rows = _Rows(base, columns[row], positions[row], None if sigma is None else sigma[row])
         for at, hidden in _read(pyramid, row, rows, summaries):
             found[row, at] = hidden.to(found.dtype)
+        if kept is not None:
+            kept.append(rows.leaves)
     hidden = found.gather(1, pyramid.leaves[..., None].expand(-1, -1, found.shape[-1]))
     return torch.where(context.mask[..., None], hidden, 0.0)
 
@@ -67,10 +76,14 @@ def by_rows(context: "WorkingContext", base: BaseLM, window: int) -> Tensor:
 
 
 class _Rows:
-    """Columns of one row of a batch: embeddings [N, D], positions [N], spreads [N] or ``None``."""
+    """Columns of one row of a batch: embeddings [N, D], positions [N], spreads [N] or ``None``.
+
+    ``leaves``: keys and values of all entries, once they are read.
+    """
 
     def __init__(self, base: BaseLM, embeddings: Tensor, positions: Tensor, sigma: Tensor | None):
         self.base, self.embeddings, self.positions, self.sigma = base, embeddings, positions, sigma
+        self.leaves: KeysValues | None = None
 
     def read(self, at: Tensor, mask: Tensor | str, kept: KeysValues | None) -> tuple[Tensor, KeysValues]:
         """Columns at [G, R] behind others, mask bool [G, R, S + R] -> states [G, R, D], all keys and values."""
@@ -132,8 +145,9 @@ def _read(pyramid: "Pyramid", row: int, rows: _Rows, summaries: bool) -> Iterato
         new = fits & mask.leaf[row][at]
         hold(padded[new], [tuple(p[:, :, len(far) :].transpose(1, 2)[new].transpose(0, 1) for p in x) for x in made])
     if len(newest):
-        hidden, _ = rows.read(newest[None], masks.BEHIND if held else masks.CAUSAL, held)
+        hidden, held = rows.read(newest[None], masks.BEHIND if held else masks.CAUSAL, held)
         yield newest, hidden[0]
+    rows.leaves = held
 
 
 def _groups(own: Tensor, segment: Tensor, far: int) -> Iterator[list[Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from megactx.lm import BaseLM
-from megactx.lm.mega_attention import LEVELS, MegaMask, check_sizes, in_order
+from megactx.lm.mega_attention import LEVELS, MegaMask, check_sizes, in_order, live_from
 
 from .composite import Composite
 from .passes import by_rows, by_segments
@@ -223,6 +223,22 @@ class Attention:
             return by_rows(context, base, self.window)
         hidden = base(context.to_tensor(), context.positions(), self.near(context)[:, None], sigma=sigma)
         return torch.where(context.mask[..., None], hidden, 0.0)
+
+    def live_from(self, tokens):
+        """From which token of a text on a row sees every leaf before it and no summary.
+
+        Args:
+            tokens: of the text, a number or an array of any kind.
+
+        Raises:
+            ValueError: there is no such token, with ``window``.
+        """
+        if self.kind == "window":
+            raise ValueError(
+                "attention.kind=window is not allowed here: many branches behind one document are read in one pass, in"
+                " which each row would need a window of its own; allowed are plain and mega"
+            )
+        return tokens * 0 if self.kind == "plain" else live_from(tokens, self.segment, self.live)
 
     def pyramid(self, context: WorkingContext) -> Pyramid:
         return Pyramid.of(context, self.segment, self.mid, self.live, self.overlap)

@@ -20,15 +20,17 @@ from megactx.evaluation.summary import check_targets
 from megactx.evaluation.sums import loggable
 from megactx.evaluation.validation import ValidationMetrics
 from megactx.framework.config.types import ArgumentsOf, Count, NonNegative, Whole
-from megactx.framework.run.next_command import next_command
+from megactx.framework.run.next_command import ABOUT, NET, next_command
 from megactx.gist import GistNet
 from megactx.gist.carrier import Compressor
 from megactx.gist.loss import Context, build_losses, loss_kind, needed
 from megactx.gist.memory_estimate import in_words, memory_estimate
-from megactx.lm.prefill import prefill
 from megactx.lm.prefill_cache import KEPT, PrefillCache
+from megactx.memory.pyramid import Attention
+from megactx.memory.trunk import trunk
 
 from .chain_page import write_page
+from .gist_attention import check_attention
 from .gist_nets import build_nets, groups_of, reads_with_base, refuse_without_vectors
 from .gist_report import report
 from .kept_controls import KeptControls
@@ -84,6 +86,11 @@ class GistStage(FrozenBaseStage):
             learn again, and those of this run go there; see ``kept_controls``.
         init: checkpoint, run folder or saved GistNet that ``start_from`` reads before a fresh run; ``None`` starts from
             nothing.
+        attention: keyword arguments of ``Attention``, by which documents and branches are read, in training and in the
+            report; ``None``: plain.
+
+    Raises:
+        ValueError: a setting that is not allowed; the message names it.
     """
 
     monitor = "val/dnll"
@@ -110,6 +117,7 @@ class GistStage(FrozenBaseStage):
         compressor: dict | None = None,
         prefills: Prefills | None = None,
         keep_controls: bool = False,
+        attention: Annotated[dict, ArgumentsOf(Attention)] | None = None,
     ):
         super().__init__()
         base = base | {"name": portable(base["name"])}
@@ -131,6 +139,8 @@ class GistStage(FrozenBaseStage):
             )
         if not self.main.makes_one_vector:
             refuse_without_vectors(self.hparams)
+        self.attention = Attention(**attention or {}).check(self.main.block_size)
+        check_attention(self)
 
     @property
     def main(self) -> Compressor:
@@ -166,6 +176,7 @@ class GistStage(FrozenBaseStage):
 
     def prepare(self, datamodule) -> None:
         self.fit_data(datamodule, self.main.block_size)
+        datamodule.begin_at(self.attention.live_from)
         weight, spans = self.loss_settings("level2").get("weight", 0), datamodule.level2_spans
         levels = self.main.levels
         if bool(weight) != bool(spans) or levels > 1 and not weight:
@@ -190,6 +201,11 @@ class GistStage(FrozenBaseStage):
                 "gistnet.type=base is not allowed with trainer=fsdp, which cuts up the layers of the base LM that its"
                 " encoder reads with; take trainer=ddp"
             )
+        if isinstance(self.trainer.strategy, FSDPStrategy) and self.attention.kind != "plain":
+            raise ValueError(
+                f"attention.kind={self.attention.kind} is not allowed with trainer=fsdp: processes would wait for each"
+                " other, for each document is read in passes of its own; take trainer=ddp"
+            )
         if self.hparams.keep_controls:
             self.controls = KeptControls(self, self.trainer.datamodule, self.trainer)
             self._take(self.controls.take())
@@ -211,7 +227,7 @@ class GistStage(FrozenBaseStage):
         return [net.input_layer for net in self.learning.values() if net.needs_hidden]
 
     def _work(self) -> Work:
-        return Work.of_gists(self.base, self.learning, self.losses, self.hparams.horizon)
+        return Work.of_gists(self.base, self.learning, self.losses, self.hparams.horizon, self.attention)
 
     def flops(self, batch: dict) -> Tensor | float:
         return self.work(batch)
@@ -264,7 +280,7 @@ class GistStage(FrozenBaseStage):
     def context(self, batch: dict) -> Context:
         """A batch that the base LM has read."""
         if self.kept is None:
-            read = prefill(self.base, batch["ids"], self.with_states)
+            read = trunk(self.base, self.main, batch["ids"], batch["lengths"], self.attention, self.with_states)
         else:
             read = self.kept(batch["ids"], batch["lengths"])
         return Context(self.base, self.learning, read, batch, self.hparams.horizon)
@@ -283,7 +299,8 @@ class GistStage(FrozenBaseStage):
 
     def on_validation_epoch_start(self) -> None:
         level2 = self.loss_settings("level2").get("weight", 0) > 0
-        self.metrics = ValidationMetrics(self.hparams.horizon, self.base.width, level2=level2).to(self.device)
+        settings = {"level2": level2, "attention": self.attention}
+        self.metrics = ValidationMetrics(self.hparams.horizon, self.base.width, **settings).to(self.device)
 
     def validation_step(self, batch: dict, batch_index: int) -> None:
         self.metrics.update(self.base, self.main, batch)
@@ -343,7 +360,8 @@ class GistStage(FrozenBaseStage):
         for loss in self.weighted:
             if said := loss.told(self.base, self.main, datamodule):
                 print(said)
-        print(f"Next: {next_command(folder, 'gist_stage2', {'stage.init': folder})}  (go on from here)")
+        keep = (*ABOUT, "block_size", *NET, "attention")
+        print(f"Next: {next_command(folder, 'gist_stage2', {'stage.init': folder}, keep)}  (go on from here)")
         print(f"or:   {next_command(folder, 'curriculum', {})}  (all stages)")
         if not any(loss.all_vectors for loss in self.weighted):  # rivals by keys and values cannot learn from it
             print(f"or:   {next_command(folder, None, {}, program='python -m megactx.studies.ladder')}  (rivals)")

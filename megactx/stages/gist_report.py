@@ -48,6 +48,7 @@ def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, wei
         settings = {
             "with_controls": evaluate["controls"],
             "progress": bar(f"measuring {what}"),
+            "attention": stage.attention,
         }
         scores = measure(*nets, batches, horizon, **settings)
         if evaluate["copies"]:
@@ -69,6 +70,10 @@ def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, wei
     numbers = summarise(scores, next(iter(stage.nets)), targets=stage.hparams.targets, geometry=geometry, **extra)
     numbers["flops_per_block"] = {name: net.flops_per_block(stage.base) for name, net in stage.nets.items()}
     numbers["notes"] += _not_measured(numbers, stage.main)
+    if stage.attention.kind != "plain":
+        numbers["notes"].append(
+            f"read under {stage.attention}: blocks are live ones, those of the newest tokens of each document."
+        )
     if without := [name for name, net in stage.nets.items() if not net.makes_vectors]:
         numbers["notes"].append(
             f"{', '.join(without)}: keys and values have no output row, so at h = 0 they count as dropped; against"

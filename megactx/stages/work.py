@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megactx.gist.loss import Loss
 from megactx.lm import BaseLM
+from megactx.memory.pyramid import PLAIN, Attention
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class Work:
         scored     2 V D (1 + 2 C)               per scored row: the teacher, forward and backward of C students
         nets       3 FLOPs of a block            per block that becomes a gist: forward and backward
 
+    Under MegaAttention the L A T^2 of a document whose first M tokens are settled is L A (T^2 - M^2 + M S), S being the
+    tokens of a segment. Left out are summaries and strips: to make them, to read them, and to see them.
+
     Each loss says which rows it passes and scores, and which blocks it encodes (``Loss.flops``, ``Loss.encoded``).
 
     A stage that trains its base and has no nets: 6 (P + V D) T + 6 L A T^2 per window.
@@ -38,6 +42,7 @@ class Work:
     block: int = 0  # K
     losses: tuple[Loss, ...] = ()  # those with a weight
     slots: float = 1.0  # vectors of a block, mean over the nets
+    reading: Attention = PLAIN  # of the documents
 
     @classmethod
     def of_base(cls, base: BaseLM) -> "Work":
@@ -51,14 +56,16 @@ class Work:
         return cls(body, head, attention)
 
     @classmethod
-    def of_gists(cls, base: BaseLM, nets: nn.ModuleDict, losses: Iterable[Loss], horizon: int) -> "Work":
-        """Of nets that learn from these losses."""
+    def of_gists(
+        cls, base: BaseLM, nets: nn.ModuleDict, losses: Iterable[Loss], horizon: int, attention: Attention = PLAIN
+    ) -> "Work":
+        """Of nets that learn from these losses, from documents that are read so."""
         with torch.random.fork_rng():  # a net's dropout draws numbers
             flops = sum(net.flops_per_block(base) for net in nets.values())
         own, block = cls.of_base(base), next(iter(nets.values())).block_size
         learned = tuple(loss for loss in losses if loss.weight)
         slots = sum(net.slots for net in nets.values()) / len(nets)
-        return cls(own.body, own.head, own.attention, len(nets), horizon, flops, block, learned, slots)
+        return cls(own.body, own.head, own.attention, len(nets), horizon, flops, block, learned, slots, attention)
 
     @torch.no_grad()
     def __call__(self, batch: dict) -> Tensor | float:
@@ -67,7 +74,9 @@ class Work:
             b, t = batch["ids"].shape
             return float(6 * (self.body + self.head) * b * t + 6 * self.attention * b * t**2)
         lengths = batch["lengths"].double()
-        work = 2 * self.body * lengths.sum() + 2 * self.attention * lengths.square().sum()  # the teacher
+        settled = self.reading.live_from(lengths)
+        pairs = lengths.square() - settled.square() + settled * self.reading.segment
+        work = 2 * self.body * lengths.sum() + 2 * self.attention * pairs.sum()  # the teacher
         encoded = {}  # no carrier is made twice, whatever many losses read it
         for loss in self.losses:
             if {*loss.needs} <= batch.keys():

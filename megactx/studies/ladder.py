@@ -48,6 +48,9 @@ class Ladder(GistStage):
         ladder: ``oracle``: blocks that get a fitted vector each, 0 for none; ``history_oracle``: histories whose
             vectors are fitted together, 0 for none; ``oracle_steps``: of each fit.
         settings: of ``GistStage``; its ``evaluate.blocks`` and ``evaluate.history`` are the ladder's too.
+
+    Raises:
+        ValueError: another attention than the plain one.
     """
 
     # All rungs are measured behind their last step: a checkpoint that the subject's validation chose would favour it.
@@ -55,6 +58,11 @@ class Ladder(GistStage):
 
     def __init__(self, ladder: Oracles, **settings):
         super().__init__(**settings)  # which also saves what it does not know as hyperparameters
+        if self.attention.kind != "plain":
+            raise ValueError(
+                f"attention.kind={self.attention.kind} is not allowed in a ladder: its rungs are measured under plain"
+                " attention; set it to plain"
+            )
 
     @torch.inference_mode()
     def finish(self, folder: Path, datamodule) -> None:

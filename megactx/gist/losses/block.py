@@ -47,7 +47,7 @@ class Block(Loss):
         batch, prefill, horizon = context.batch, context.prefill, context.horizon
         starts, tokens = batch[self.starts], context.block**self.lod
         if not starts.is_cuda:  # the host would wait for a card in every step; ``SpanBatches`` draws no others
-            check_blocks(starts, batch["lengths"], tokens, horizon)
+            check_blocks(starts, batch["lengths"], tokens, horizon, prefill.first)
         carriers = context.carriers(starts, self.lod)
         hidden = read_carriers(context.base, prefill, starts, carriers, tokens, horizon)  # [C, B, N, H, D]
         loss, numbers = score(

@@ -28,6 +28,7 @@ class History(Loss):
     """
 
     needs = ("segments",)
+    windows = True
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ class Questions(Loss):
     """
 
     needs = ("contexts", "context_starts", "questions", "answers")
-    all_vectors = judges = True
+    all_vectors = judges = windows = True
 
     def __init__(
         self,

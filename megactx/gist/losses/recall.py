@@ -24,7 +24,7 @@ class Recall(Loss):
     """
 
     needs = ("segments", "copied_blocks")
-    all_vectors = True
+    all_vectors = windows = True
 
     def __init__(self, weight: NonNegative = 0.0, recency: Count = 256):
         super().__init__(weight)
