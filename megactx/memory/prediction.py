@@ -25,6 +25,7 @@ from .tree import MegaContextTree
 
 CONTROL = "map of the newest gist"
 AMONG = 256  # gists that the true one is ranked among, itself one of them
+NEWEST = 4096  # blocks of a history that are compared with what is expected, while a session goes on
 
 
 @declared("prediction")

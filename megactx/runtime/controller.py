@@ -145,8 +145,6 @@ class Controller:
             if self.settings.megacontext == "none":
                 return PlainLM(self.models.base, rows)
             return Dropping(self.models.base, rows, self.settings.budget, self.settings.budget // RESERVE)
-        if rows > 1 and self.settings.drafts != "none":
-            raise ValueError(f"drafts={self.settings.drafts} is not allowed for {rows} texts at once, allowed is none")
         return Stream(self.models, self.settings, rows, tree, observers)
 
     def generate(
@@ -203,7 +201,7 @@ def decode(
         raise ValueError(f"max_tokens={max_tokens} is not allowed: at least 0")
     active = torch.ones(stream.rows, dtype=torch.bool)
     recent = stream.newest(RECENT) if sampling.repetition_penalty != 1 else None
-    drafter = None if isinstance(stream, PlainLM) else drafter_of(stream)
+    drafter = drafter_of(stream) if isinstance(stream, Stream) and max_tokens > 1 else None
     for left in range(max_tokens, 0, -1):
         if drafter is not None and not stream.ahead:
             stream.foresee(drafter.draft()[: left - 1])

@@ -12,10 +12,13 @@ without drafts.
 K tokens of a block.
 """
 
-from megactx.memory.prediction import Readout, directions, expected
+from collections.abc import Callable
+
+from megactx.framework.errors import RunFailed
+from megactx.memory.prediction import NEWEST, Readout, directions, expected
 
 LONGEST, MATCH = 8, 3  # tokens of a draft, and newest tokens that are looked for
-LOOKED, COMPARED = 16_384, 32_768  # newest tokens in which they are looked for, and newest blocks
+LOOKED = 8192  # newest tokens in which they are looked for
 
 
 class Drafter:
@@ -41,7 +44,7 @@ class Lookup(Drafter):
 
     def __init__(self, stream):
         super().__init__(stream)
-        self.tokens = stream.newest(min(LOOKED, int(stream.lengths[0])))[0].tolist()
+        self.tokens = _where_read(lambda: stream.newest(min(LOOKED, int(stream.lengths[0])))[0].tolist())
         self.behind: dict[tuple[int, ...], int] = {}
         for place in range(1, len(self.tokens)):
             self._note(place)
@@ -81,7 +84,8 @@ class Gists(Drafter):
         # A state is known where the base LM is, a gist where the tree is, which may be some tokens behind.
         end = length // block * block if self.readout else count * block
         if end != self.end and (self.readout is None or end == length):
-            self.end, self.found = end, self._look(range(max(0, count - COMPARED), count))
+            among = range(max(0, count - NEWEST), count)
+            self.end, self.found = end, _where_read(lambda: self._look(among))
         if length == self.end:
             return self.found[-block:][:LONGEST]
         # Its first tokens may be those behind the end of the block before.
@@ -94,13 +98,22 @@ class Gists(Drafter):
             near = [index for index, _ in expected(self.readout, tree, self.stream.hidden[0], 1, 0, among)]
         else:
             index, gists = directions(tree, 0, among, 0)
-            # The newest block itself has nothing behind it.
-            near = [int(index[1:][(gists[:-1] @ gists[-1]).argmax()])] if len(index) > 1 else []
+            # The newest block has nothing behind it, nor has one whose next one was taken away.
+            followed = (index[1:] == index[:-1] + 1).nonzero()[:, 0]
+            near = [int(index[followed][(gists[followed] @ gists[-1]).argmax()]) + 1] if len(followed) else []
         return [
             token
             for begin in (place * block for place in near)
             for token in tree.levels[0].span("token", max(0, begin - MATCH), begin + block)[0].tolist()
         ]
+
+
+def _where_read(read: Callable[[], list[int]]) -> list[int]:
+    """What it reads; nothing where a page is damaged or far away: the window says so where it needs it."""
+    try:
+        return read()
+    except (ValueError, RunFailed):
+        return []
 
 
 def behind_match(tokens: list[int], where: list[int], most: int = LONGEST) -> list[int]:

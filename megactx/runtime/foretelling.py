@@ -14,9 +14,9 @@ from torch import Tensor
 
 from megactx.framework.errors import RunFailed
 from megactx.memory import MegaContextTree
-from megactx.memory.prediction import Readout, expected, rank_of
+from megactx.memory.prediction import NEWEST, Readout, expected, rank_of
 
-NEAR, NEWEST = 8, 32_768  # blocks that are told as near, and those that are asked
+NEAR = 8  # blocks that are told as near
 
 
 @dataclass(frozen=True)

@@ -126,11 +126,15 @@ class IncrementalPrefill:
 
     def cut(self, count: int, hidden: Tensor) -> None:
         """Forget the newest ``count`` tokens of the last step; hidden [B, D] is the state of the newest that stays."""
-        newest = self.columns.pop()
-        if newest[1].shape[1] > count:
-            self.columns.append(tuple(part[:, :-count] for part in newest))
-        self.cache.keep(self.cache.get_seq_length() - count)
-        self.hidden = hidden
+        try:
+            newest = self.columns.pop()
+            if newest[1].shape[1] > count:
+                self.columns.append(tuple(part[:, :-count] for part in newest))
+            self.cache.keep(self.cache.get_seq_length() - count)
+            self.hidden = hidden
+        except BaseException:
+            self.forget()
+            raise
 
     @staticmethod
     @torch.no_grad()

@@ -140,11 +140,11 @@ class NodePrefill:
             positions = pyramid.positions(bends)
             found = [self._read(pyramid, positions, row) for row in range(len(self.rows))]
             self._note(context, bends)
+            self.hidden = torch.stack([row.hidden for row in self.rows])
         except BaseException:
             self.forget()
             raise
         self.reused, self.lengths, self.pairs = (torch.tensor(part) for part in zip(*found, strict=True))
-        self.hidden = torch.stack([row.hidden for row in self.rows])
         return self.hidden
 
     def _grown(self, context: WorkingContext, bends: list[Bend | None] | None) -> bool:
@@ -206,8 +206,12 @@ class NodePrefill:
 
     def cut(self, count: int, hidden: Tensor) -> None:
         """Forget the newest ``count`` tokens of the last step of the one row; hidden [1, D]: the newest that stays."""
-        self.rows[0].cut(count, hidden[0])
-        self.hidden = hidden
+        try:
+            self.rows[0].cut(count, hidden[0])
+            self.hidden = hidden
+        except BaseException:
+            self.forget()
+            raise
 
     @staticmethod
     @torch.no_grad()

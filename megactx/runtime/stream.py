@@ -44,6 +44,9 @@ class Stream(ShownParts):
         rows: B.
         tree: a history that is there already, of B rows.
         observers: called with a ``Refocused`` after each refocus.
+
+    Raises:
+        ValueError: drafts of several rows.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class Stream(ShownParts):
         tree: MegaContextTree | None = None,
         observers: Iterable[Observer] = (),
     ):
+        if rows > 1 and settings.drafts != "none":
+            raise ValueError(f"drafts={settings.drafts} is not allowed for {rows} texts at once, allowed is none")
         self.models, self.settings, self.observers = models, settings, list(observers)
         self.base, self.device = models.base, models.base.model.device
         keys = models.keys if settings.keys else None
@@ -73,7 +78,8 @@ class Stream(ShownParts):
             self.prefill = NodePrefill(self.base, settings.mega)
         self.turns = UserTurns.of(self.base.tokenizer) if settings.keys else UserTurns()
         self.waiting = torch.zeros(self.rows, self.block, dtype=torch.long, device=self.device)
-        self.counts = torch.zeros(self.rows, dtype=torch.long)  # of waiting tokens
+        self._grown_from: Tensor | None = None  # [B], tokens of the tree before it took what waits
+        self.counts = torch.zeros(self.rows, dtype=torch.long)
         # A token that is pushed is read when somebody asks what follows it: with others, or with a draft.
         self.lazy = settings.drafts != "none"
         self.ahead: list[tuple[int, Tensor, Tensor]] = []  # tokens of a draft that were read, their states and logits
@@ -98,12 +104,23 @@ class Stream(ShownParts):
 
     @hidden.setter
     def hidden(self, hidden: Tensor | None) -> None:
-        if self.ahead:  # what follows is something else
-            self.prefill.cut(len(self.ahead), self._hidden)
-            self.drafts[1] += len(self.ahead)
-            self.ahead = []
+        if self.ahead:  # what follows is something else; a stop in the middle finds nothing read
+            count, newest = len(self.ahead), self._hidden
+            self._hidden, self.unread, self.told, self.ahead = None, 0, None, []
+            self.drafts[1] += count
+            self.prefill.cut(count, newest)
         # ``unread``: so many of the waiting tokens are all that is to be read; 0 where the window may have changed.
         self._hidden, self.unread, self.told = hidden, 0, None
+
+    @property
+    def counts(self) -> Tensor:
+        """Waiting tokens of each row, [B], on the CPU. What the tree has waits no more, wherever a stop came."""
+        self._drop_taken()
+        return self._counts
+
+    @counts.setter
+    def counts(self, counts: Tensor) -> None:
+        self._counts = counts
 
     @property
     def lengths(self) -> Tensor:
@@ -143,41 +160,40 @@ class Stream(ShownParts):
 
     @torch.no_grad()
     def foresee(self, draft: list[int]) -> None:
-        """Read what may follow together with what is unread of the one row: pushed, it costs no pass of its own.
+        """Read what may follow along with what is unread of the one row: pushed, it costs no pass of its own.
 
-        What is not pushed is forgotten. So a draft changes nothing but the time, rounding aside.
+        What is not pushed is forgotten. So a draft changes nothing but the time, rounding aside. Where nothing is
+        unread it would cost a pass, and is not read.
 
         Args:
             draft: ids; what is beyond the end of the block is left out.
-
-        Raises:
-            ValueError: there is no token yet.
         """
-        count = int(self.counts[0])
-        if self.ahead or not (draft := draft[: self.block - count]):
+        draft = draft[: self.block - int(self.counts[0])]
+        if not draft or (new := self.put_off()) is None:
             return
-        self._check_begun(torch.zeros_like(self.counts))
-        self._notice()
-        if self.hidden is None and not self.unread:
-            self._take_up()
-        began, known, unread = self._now(), self.hidden, self.unread
-        place = torch.arange(count - unread, count + len(draft), device=self.device)[None]
-        ids = torch.cat([self.waiting[:1, count - unread : count], torch.tensor([draft], device=self.device)], dim=1)
+        (ids, positions), began, unread = new, self._now(), self.unread
+        ids = torch.cat([ids, torch.tensor([draft], device=self.device)], dim=1)
+        more = torch.arange(1, len(draft) + 1, device=self.device)
+        positions = torch.cat([positions, positions[:, -1:] + more], dim=1)
         self.hidden = None  # a stop before the end: all is read again
-        following = 0 if self._following is None else self._following[:, None]
-        states = self.prefill.step(ids, following + place)[0]
-        states = states[unread - 1 :] if unread else torch.cat([known, states])  # [N + 1, D]
-        told = self.base.logits(states).float()
-        self.took_up(states[:1], told[:1], self._now() - began)
-        self.ahead = [(token, states[n : n + 1], told[n : n + 1]) for n, token in enumerate(draft, start=1)]
+        states = self.prefill.step(ids, positions)
+        newest = states[0, unread - 1 :]  # [N + 1, D], of the newest token and of the draft
+        told = self.base.logits(newest).float()
+        ahead = [(token, newest[n : n + 1], told[n : n + 1]) for n, token in enumerate(draft, start=1)]
+        first, logits = newest[:1], told[:1]
+        self._decoded += self._now() - began
+        # Nothing is called in between: a stop finds all of it, or nothing.
+        self._hidden, self.told, self.ahead = first, logits, ahead
+        self._hear(states[:, :unread], self.lengths - unread)
 
     def _take_from_draft(self) -> None:
         """Its next token becomes part of the history."""
         (token, hidden, told), *ahead = self.ahead
         self.waiting[0, self.counts[0]] = token
-        self.counts, self.drafts[0], self.ahead = self.counts + 1, self.drafts[0] + 1, []
-        self.took_up(hidden, told)
-        self.ahead = ahead
+        counts, drafts = self.counts + 1, [self.drafts[0] + 1, self.drafts[1]]
+        # As above.
+        self.counts, self.drafts, self._hidden, self.told, self.ahead = counts, drafts, hidden, told, ahead
+        self._hear(hidden[:, None], self.lengths - 1)
 
     @torch.no_grad()
     def append(
@@ -312,8 +328,8 @@ class Stream(ShownParts):
         self._notice()
         unread = self.unread + 1 if self.hidden is not None or self.unread else 0
         self.waiting[torch.arange(self.rows), self.counts] = tokens
-        self.counts, self.hidden = self.counts + 1, None
-        self.unread = unread
+        self.hidden = None
+        self.counts, self.unread = self.counts + 1, unread
 
     def put_off(self) -> tuple[Tensor, Tensor] | None:
         """Tokens [B, N] that were put off, if nothing else is to be read, and their positions [B, N]."""
@@ -325,11 +341,12 @@ class Stream(ShownParts):
         place = place.to(self.device)
         return self.waiting.gather(1, place), following + place
 
-    def took_up(self, hidden: Tensor, told: Tensor | None = None, seconds: float = 0.0) -> None:
-        """What was put off has been read: final hidden states [B, D], and logits of what follows, [B, V] in fp32."""
-        self.hidden, self._decoded = hidden, self._decoded + seconds
+    def took_up(self, states: Tensor, told: Tensor | None = None, seconds: float = 0.0) -> None:
+        """What was put off has been read: final hidden states of the N tokens [B, N, D], and logits of what follows the
+        last, [B, V] in fp32."""
+        self.hidden, self._decoded = states[:, -1], self._decoded + seconds
         self.told = told
-        self._hear(hidden[:, None], self.lengths - 1)
+        self._hear(states, self.lengths - states.shape[1])
 
     def _hear(self, states: Tensor, before: Tensor) -> None:
         """Final hidden states [B, N, D] of all tokens behind the first ``before`` [B] of each history."""
@@ -342,8 +359,7 @@ class Stream(ShownParts):
             self._read()
             return
         began, self.hidden = self._now(), None  # a stop before the end: all is read again
-        self.prefill.step(*new)
-        self.took_up(self.prefill.hidden, seconds=self._now() - began)
+        self.took_up(self.prefill.step(*new), seconds=self._now() - began)
 
     def _notice(self) -> None:
         """What was read with other adapters than those that are on now is read again."""
@@ -364,14 +380,15 @@ class Stream(ShownParts):
 
     def _grow(self, tokens: Tensor, lengths: Tensor, read: bool) -> None:
         """Take tokens into the tree, all or none, and then into the window."""
-        began = self._now()
-        before = self.tree.lengths
-        try:
-            self.tree.append(tokens, lengths)
-        finally:
-            if not torch.equal(self.tree.lengths, before):  # whatever happens, no token is there twice
-                self.counts, self.hidden = torch.zeros_like(self.counts), None
+        began, self._grown_from = self._now(), self.tree.lengths
+        self.tree.append(tokens, lengths)
+        self._drop_taken()
         self._catch_up({"gist": self._now() - began}, read)
+
+    def _drop_taken(self) -> None:
+        """Whatever happens, no token is there twice: in the tree, and waiting."""
+        if self._grown_from is not None and not torch.equal(self.tree.lengths, self._grown_from):
+            self._counts, self.hidden, self._grown_from = torch.zeros_like(self._counts), None, None
 
     def _ahead(self) -> Tensor:
         """Tokens of the tree that the window has not yet, [B]."""

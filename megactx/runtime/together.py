@@ -45,5 +45,5 @@ def read_together(streams: Iterable[Stream]) -> int:
     logits = ready[0].base.logits(hidden).float()
     seconds = (time.perf_counter() - began) / len(ready)
     for n, stream in enumerate(ready):
-        stream.took_up(hidden[n : n + 1], logits[n : n + 1], seconds)
+        stream.took_up(hidden[n : n + 1, None], logits[n : n + 1], seconds)
     return len(ready)

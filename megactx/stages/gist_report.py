@@ -9,7 +9,7 @@ from torch.utils.data import default_convert
 from megactx.data.files import Files
 from megactx.evaluation.history import measure_history, segments
 from megactx.evaluation.measure import measure, untrained
-from megactx.evaluation.passages import measure_copies, measure_level
+from megactx.evaluation.passages import DISTANCES, measure_copies, measure_level
 from megactx.evaluation.plots import plot_run
 from megactx.evaluation.reconstruction import reconstruction, train_decoder
 from megactx.evaluation.report import in_short, report_of
@@ -69,7 +69,7 @@ def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, wei
             extra[name].save(folder / f"scores_{name}")
     numbers = summarise(scores, next(iter(stage.nets)), targets=stage.hparams.targets, geometry=geometry, **extra)
     numbers["flops_per_block"] = {name: net.flops_per_block(stage.base) for name, net in stage.nets.items()}
-    numbers["notes"] += _not_measured(numbers, stage.main)
+    numbers["notes"] += _not_measured(numbers, stage)
     if stage.attention.kind != "plain":
         numbers["notes"].append(
             f"read under {stage.attention}: blocks are live ones, those of the newest tokens of each document."
@@ -91,13 +91,16 @@ def _report(stage, folder: Path, documents, what: str, curve: Path, decoder, wei
     print(f"In short, on {what} after {steps}: {in_short(numbers)}")
 
 
-def _not_measured(numbers: dict, main) -> list[str]:
+def _not_measured(numbers: dict, stage) -> list[str]:
     """What a reader may look for in vain, and the setting that brings it."""
-    notes = []
-    if not numbers["copies"]:
-        notes.append("copy recovery was not measured: evaluate.copies is 0, or no document has 3 K + distance tokens.")
+    notes, main = [], stage.main
+    tokens = "tokens" if stage.attention.kind == "plain" else f"live tokens (attention.live={stage.attention.live})"
+    missing = [str(distance) for distance in DISTANCES if str(distance) not in numbers["copies"]]
+    if missing:
+        why = f"evaluate.copies is 0, or no document has 3 K + distance {tokens}."
+        notes.append(f"copy recovery was not measured at {', '.join(missing)} tokens: {why}")
     if not numbers["level2"]:
-        why = "evaluate.level2 is 0, or no document has 2 K^2 + H tokens, 2,048 + H where K = 32."
+        why = f"evaluate.level2 is 0, or no document has 2 K^2 + H {tokens}, 2,048 + H where K = 32."
         why = why if main.slots == 1 else f"gistnet.slots is {main.slots}, and several vectors have no gist of gists."
         notes.append(f"hierarchical consistency (dNLL of a gist of gists) was not measured: {why}")
     return notes

@@ -1,5 +1,6 @@
 """Drafts of a session save passes, and never change what it says."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -68,13 +69,14 @@ def test_a_session_with_drafts_says_what_it_says_without(controller, ids, settin
 
 
 @pytest.mark.parametrize("settings", READING, ids=str)
-@pytest.mark.parametrize("right", range(K + 1))
+@pytest.mark.parametrize("right", range(K))
 def test_what_of_a_draft_does_not_come_leaves_nothing_behind(controller, ids, settings, right):
     """A draft whose first tokens come, behind each number of tokens of a block; then the next block, as without it."""
     tokens = ids(1, 3 * K, seed=1)[0]
-    for first in range(K):
+    for first in range(1, K):
         plain, drafted = (begun(controller, ids, drafts, **settings) for drafts in ("none", "lookup"))
         for stream in (plain, drafted):
+            stream.logits()
             for token in tokens[:first]:
                 stream.push(token[None])
         draft = [int(t) if n < right else (int(t) + 1) % 512 for n, t in enumerate(tokens[first : first + K])]
@@ -94,15 +96,19 @@ def test_a_right_draft_saves_its_passes_and_is_counted(controller, ids, models, 
     stream.observers.append(events.append)
     stream.logits()
     passes = Passes(models.base, monkeypatch)
-    stream.foresee(tokens[:K])
-    for token in tokens[:K]:
+    stream.push(torch.tensor([tokens[0]]))
+    stream.foresee(tokens[1:])
+    for token in tokens[1:K]:
         stream.logits()
         stream.push(torch.tensor([token]))
     assert passes.count <= 2 < K, "one for the draft, and one for the window where the refocus changes it"
-    stream.foresee([tokens[K], 5, 5])
-    for token in tokens[K:]:
+    stream.foresee([5, 5])
+    assert not stream.ahead, "a draft is read along with a token, and never by itself"
+    stream.push(torch.tensor([tokens[K]]))
+    stream.foresee([tokens[K + 1], 5, 5])
+    for token in tokens[K + 1 :]:
         stream.push(torch.tensor([token]))
-    assert [event.drafts for event in events[-2:]] == [(K, 0), (1, 2)]
+    assert [event.drafts for event in events[-2:]] == [(K - 1, 0), (1, 2)]
     plain = begun(controller, ids, "none")
     plain.observers.append(events.append)
     said(plain, K)
@@ -127,6 +133,7 @@ def test_a_session_is_saved_and_loaded_while_a_draft_is_read(controller, ids, tm
     with Session(made) as session:
         session.append(ids(35).repeat(2))
         session.stream.logits()
+        session.stream.push(torch.tensor([6]))
         session.stream.foresee([7, 8, 9])
         session.stream.push(torch.tensor([7]))
         assert session.stream.ahead
@@ -141,8 +148,10 @@ def test_a_session_is_saved_and_loaded_while_a_draft_is_read(controller, ids, tm
 def test_the_first_tokens_of_a_history_may_be_drafted_too(controller):
     plain, drafted = (controller(drafts=drafts).stream() for drafts in ("none", "lookup"))
     for stream in (plain, drafted):
-        stream.push(torch.tensor([3]))
+        for token in (2, 3):
+            stream.push(torch.tensor([token]))
     drafted.foresee([4, 5, 6, 7, 8])
+    assert len(drafted.ahead) == K - 2
     for token in (4, 9, 10, 11):
         for stream in (plain, drafted):
             stream.push(torch.tensor([token]))
@@ -174,17 +183,21 @@ def test_a_readout_that_is_not_there_cannot_foretell(models):
 
 def test_drawn_tokens_are_distributed_as_the_base_says_by_chi_square(controller, ids):
     """Behind a text, and behind a token of the draft that was taken; the draft is likely, unlikely, or in between."""
-    count, plain = 3000, begun(controller, ids, "none")
+    count, plain, token = 3000, begun(controller, ids, "none", length=72), torch.tensor([9])
+    plain.push(token)
     share = (plain.logits()[0].double() / 0.7).softmax(-1)
     for place in (0, 200, -1):
-        stream = begun(controller, ids, "lookup")
+        stream = begun(controller, ids, "lookup", length=72)
         first = int(share.argsort(descending=True)[place])
+        stream.logits()
+        stream.push(token)
         stream.foresee([first, 7])
         assert chi_square(stream, share, count), "where the draft begins"
         stream.push(torch.tensor([first]))
         assert len(stream.ahead) == 1
-        alone = begun(controller, ids, "none")
-        alone.push(torch.tensor([first]))
+        alone = begun(controller, ids, "none", length=72)
+        for pushed in (token, torch.tensor([first])):
+            alone.push(pushed)
         assert chi_square(stream, (alone.logits()[0].double() / 0.7).softmax(-1), count), "behind its first token"
 
 
@@ -247,3 +260,66 @@ def test_blocks_are_drafted_where_refocuses_do_not_end_them(controller, ids, kin
             assert any(draft == whole[end - len(draft) : end] for end in ends), "text up to the end of a block"
         stream.push(token[None])
     assert drafted
+
+
+@pytest.mark.parametrize("settings", [READING[1], READING[4]], ids=str)
+def test_a_stop_at_any_moment_leaves_a_session_that_goes_on_as_if_it_had_read_all(controller, ids, settings):
+    """A line of the runtime is where Ctrl-C comes, each in turn."""
+
+    class Stop:
+        def __init__(self, line: int):
+            self.left = line
+
+        def __call__(self, frame, event, _):
+            if "/megactx/runtime/" not in frame.f_code.co_filename:
+                return None
+            self.left -= event == "line"
+            if self.left == 0:
+                self.left, self.where = -1, (frame.f_code.co_filename, frame.f_lineno)
+                raise KeyboardInterrupt
+            return self
+
+    stopped, line, before = 0, 1, sys.gettrace()
+    while True:
+        stream = begun(controller, ids, "lookup", length=72, **settings)
+        stream.logits()
+        stop = Stop(line)
+        try:
+            sys.settrace(stop)
+            said(stream, 6, Sampling())
+        except KeyboardInterrupt:
+            stopped += 1
+        finally:
+            sys.settrace(before)
+        if stop.left > 0:
+            break
+        whole, count = begun(controller, ids, "none", length=72, **settings), int(stream.lengths[0]) - 72
+        for token in stream.newest(count)[0][:count]:
+            whole.logits()
+            whole.push(token[None])
+        for token in (5, 6):
+            torch.testing.assert_close(stream.logits(), whole.logits(), atol=1e-3, rtol=0, msg=str(stop.where))
+            for one in (stream, whole):
+                one.push(torch.tensor([token]))
+        torch.testing.assert_close(stream.logits(), whole.logits(), atol=1e-3, rtol=0, msg=str(stop.where))
+        line += 11
+    assert stopped > 20
+
+
+@pytest.mark.parametrize("kind", ["lookup", "nearest", "foretold"])
+def test_what_cannot_be_read_is_not_drafted_and_ends_no_answer(controller, ids, kind, monkeypatch):
+    expected = said(begun(controller, ids, "none"), 3 * K, Sampling())
+    stream = begun(controller, ids, kind)
+    stream.logits()
+
+    def damaged(*_, **__):
+        raise ValueError("page 2 of level 0 is damaged")
+
+    monkeypatch.setattr(stream, "newest", damaged)
+    monkeypatch.setattr(stream.tree.levels[1], "span", damaged)
+    if kind == "lookup":
+        assert drafter_of(stream).draft() == []
+    else:
+        monkeypatch.undo()
+        monkeypatch.setattr(stream.tree.levels[1], "span", damaged)
+    assert said(stream, 3 * K, Sampling()) == expected

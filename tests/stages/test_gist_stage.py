@@ -51,7 +51,10 @@ def test_a_run_ends_with_tables_a_picture_the_controls_and_the_next_command(gist
     assert "the nearest control: " in shown
     folder = tmp_path / "run"
     written = (folder / "report.md").read_text()
-    assert "gist of gists) was not measured: evaluate.level2 is 0" in written and "copy recovery was" not in written
+    assert (
+        "gist of gists) was not measured: evaluate.level2 is 0" in written
+        and "copy recovery was not measured at 256 tokens" in written
+    )
     for row in (
         "full",
         "dropped",
