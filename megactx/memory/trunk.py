@@ -84,6 +84,6 @@ def check_room(attention: Attention, tokens: int, horizon: int) -> None:
     needed = 2 * tokens - math.gcd(tokens, attention.segment) + horizon
     if attention.kind == "mega" and attention.live < needed:
         raise ValueError(
-            f"attention.live={attention.live} is not allowed: at least {needed}, so that a block of {tokens} tokens and"
-            f" horizon.tokens={horizon} behind it are live"
+            f"attention.live={attention.live} is not allowed: at least {needed}, so that {tokens} tokens that become a"
+            f" gist and horizon.tokens={horizon} behind them are live wherever borders of segments fall"
         )

@@ -29,8 +29,8 @@ def check_attention(stage) -> None:
     for name, net in stage.nets.items():
         if net.needs_hidden:
             raise ValueError(
-                f"attention.kind={attention.kind} is not allowed with {name}, which reads the base LM's states, of"
-                " which there is no plain pass; take one that reads embeddings, such as gistnet.input=embedding"
+                f"attention.kind={attention.kind} is not allowed with {name}, which reads states of the base LM under"
+                " plain attention; take one that reads embeddings, such as gistnet.input=embedding"
             )
     # What documents are read as follows from the GistNet that learns, so nothing made from it may outlive a step.
     if gigabytes := (h.prefills or {}).get("gigabytes"):

@@ -96,6 +96,7 @@ def said(models: Models, drafts: str, ids: torch.Tensor, budget: int, answer: in
     counting = models.base.register_forward_hook(lambda *_: passes.append(1))
     began = time.perf_counter()
     tokens = [token for (token,) in decode(stream, answer, Sampling())]
+    stream.logits()  # without drafts the last token is read, so with them too
     seconds = time.perf_counter() - began
     counting.remove()
     return Said(tokens, seconds, len(passes), *(sum(own) for own in zip(*counts, stream.drafts, strict=True)))
@@ -133,7 +134,7 @@ def report(rows: list[dict[str, Said]], about: dict) -> Report:
 
 
 def _share(row: dict | None) -> str:
-    return cell(row, ".0%") if row else "-"
+    return cell(row, ".0%") if row and row["point"] is not None else "-"
 
 
 main = command("speculative", __doc__, options, study)

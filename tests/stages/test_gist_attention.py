@@ -97,7 +97,10 @@ def test_a_run_ends_with_its_report_and_one_that_stopped_goes_on_to_the_same_wei
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["attention.live=63"], "attention.live=63 is not allowed: at least 64, so that a block of 32 tokens and"),
+        (
+            ["attention.live=63"],
+            "attention.live=63 is not allowed: at least 64, so that 32 tokens that become a gist and",
+        ),
         (["attention.segment=50"], "attention.segment=50 is not allowed"),
         (["attention=window"], "attention.kind=window is not allowed here: many branches"),
         (
@@ -106,10 +109,10 @@ def test_a_run_ends_with_its_report_and_one_that_stopped_goes_on_to_the_same_wei
         ),
         (["loss.recall.weight=0.1"], "loss.recall.weight=0.1 is not allowed with attention.kind=mega"),
         (["loss.questions.weight=1"], "loss.questions.weight=1 is not allowed with attention.kind=mega"),
-        (["loss.level2.weight=1"], "attention.live=96 is not allowed: at least 2016, so that a block of 1024 tokens"),
+        (["loss.level2.weight=1"], "attention.live=96 is not allowed: at least 2016, so that 1024 tokens that become"),
         (["compressor={name: gisting}"], "compressor=gisting is not allowed with attention.kind=mega"),
         (["gistnet.slots=2"], "compressor=gistnet is not allowed with attention.kind=mega"),
-        (["gistnet.input=hidden"], "attention.kind=mega is not allowed with gistnet, which reads the base LM"),
+        (["gistnet.input=hidden"], "attention.kind=mega is not allowed with gistnet, which reads states of the base LM"),
         (["stage.prefills.gigabytes=1"], "stage.prefills.gigabytes=1 is not allowed with attention.kind=mega"),
         (["stage.keep_controls=true"], "stage.keep_controls=true is not allowed with attention.kind=mega"),
         (["stage.evaluate.history=4"], "stage.evaluate.history=4 is not allowed with attention.kind=mega"),
