@@ -112,7 +112,7 @@ def test_a_run_ends_with_its_report_and_one_that_stopped_goes_on_to_the_same_wei
         (["loss.level2.weight=1"], "attention.live=96 is not allowed: at least 2016, so that 1024 tokens that become"),
         (["compressor={name: gisting}"], "compressor=gisting is not allowed with attention.kind=mega"),
         (["gistnet.slots=2"], "compressor=gistnet is not allowed with attention.kind=mega"),
-        (["gistnet.input=hidden"], "attention.kind=mega is not allowed with gistnet, which reads states of the base LM"),
+        (["gistnet.input=hidden"], "attention.kind=mega is not allowed with gistnet, which reads states"),
         (["stage.prefills.gigabytes=1"], "stage.prefills.gigabytes=1 is not allowed with attention.kind=mega"),
         (["stage.keep_controls=true"], "stage.keep_controls=true is not allowed with attention.kind=mega"),
         (["stage.evaluate.history=4"], "stage.evaluate.history=4 is not allowed with attention.kind=mega"),
