@@ -12,6 +12,7 @@ from megactx.framework.config.search_path import compose
 from megactx.framework.run.resume import check_fits
 from megactx.lm import BaseLM
 from megactx.memory.encoding import identity_of_base
+from megactx.memory.pyramid import PLAIN
 from megactx.parts.read import gistnet_of
 from megactx.stages.gist import GistStage
 from megactx.stages.joint import JointStage
@@ -149,9 +150,10 @@ def test_a_base_that_differs_in_its_layers_only_is_another_base(bases, trained, 
 def test_a_training_says_what_sessions_need_where_the_base_takes_few_positions(bases, caplog, kind):
     base = BaseLM.from_pretrained(bases["one"])
     net = SimpleNamespace(block_size=32, levels=1)
-    stage = SimpleNamespace(base=base, gistnet=net, main=net, hparams=SimpleNamespace(horizon=8))
+    stage = SimpleNamespace(base=base, gistnet=net, main=net, hparams=SimpleNamespace(horizon=8), attention=PLAIN)
     stage.fit_data, stage.loss_settings = partial(FrozenBaseStage.fit_data, stage), lambda name: {}
-    data = SimpleNamespace(limit_to=lambda tokens: None, block=32, horizon=8, level2_spans=0)
+    ignored = {name: lambda _: None for name in ("limit_to", "begin_at")}
+    data = SimpleNamespace(block=32, horizon=8, level2_spans=0, **ignored)
     for positions, said in ((512, "the newest 64 tokens stay"), (256, "need at least"), (2048, "")):
         base.config.max_position_embeddings = positions
         caplog.clear()
