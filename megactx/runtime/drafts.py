@@ -86,9 +86,6 @@ class Gists(Drafter):
         if end != self.end and (self.readout is None or end == length):
             among = range(max(0, count - NEWEST), count)
             self.end, self.found = end, _where_read(lambda: self._look(among))
-        if length == self.end:
-            return self.found[-block:][:LONGEST]
-        # Its first tokens may be those behind the end of the block before.
         return behind_match(stream.newest(MATCH)[0].tolist(), self.found)
 
     def _look(self, among: range) -> list[int]:
@@ -116,13 +113,13 @@ def _where_read(read: Callable[[], list[int]]) -> list[int]:
         return []
 
 
-def behind_match(tokens: list[int], where: list[int], most: int = LONGEST) -> list[int]:
+def behind_match(tokens: list[int], where: list[int]) -> list[int]:
     """What stands in ``where`` behind the newest place of the longest end of ``tokens``, ``MATCH`` tokens at most."""
     for length in range(min(MATCH, len(tokens)), 0, -1):
         end = tokens[-length:]
         for at in range(len(where) - length - 1, -1, -1):
             if where[at : at + length] == end:
-                return where[at + length : at + length + most]
+                return where[at + length : at + length + LONGEST]
     return []
 
 

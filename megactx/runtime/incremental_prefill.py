@@ -125,11 +125,10 @@ class IncrementalPrefill:
         return hidden
 
     def cut(self, count: int, hidden: Tensor) -> None:
-        """Forget the newest ``count`` tokens of the last step; hidden [B, D] is the state of the newest that stays."""
+        """Forget the newest ``count`` tokens of the last step, which had more; hidden [B, D] is the state of the newest
+        that stays."""
         try:
-            newest = self.columns.pop()
-            if newest[1].shape[1] > count:
-                self.columns.append(tuple(part[:, :-count] for part in newest))
+            self.columns[-1] = tuple(part[:, :-count] for part in self.columns[-1])
             self.cache.keep(self.cache.get_seq_length() - count)
             self.hidden = hidden
         except BaseException:

@@ -43,7 +43,6 @@ class _Read:
     leaves: Tensor | None = None  # signature of all leaves [2]
     new: list[tuple[Tensor, ...]] = field(default_factory=list)  # key, embeddings, positions, spreads, seen; as above
     last: int = -1  # name of the last leaf
-    before: int = -1  # the same, before the newest tokens came
     hidden: Tensor | None = None  # its final state [D]
     end: int = 0  # tokens
     entries: tuple[Tensor, ...] = ()  # LOD, index and embeddings [W, ..] of the window that was read
@@ -57,19 +56,12 @@ class _Read:
         key = _names(torch.zeros_like(at), at, torch.full_like(at, LEAF))
         seen = _hashes(key).T.cumsum(0) + (0 if self.leaves is None else self.leaves)
         self.new.append((key, embeddings, positions, torch.zeros_like(at, dtype=torch.float), seen))
-        self.before = self.last
         self.leaves, self.last, self.hidden, self.end = seen[-1], int(key[-1]), hidden, self.end + n
 
     def cut(self, count: int, hidden: Tensor) -> None:
-        """Forget the newest ``count`` new tokens, which came together; hidden [D] is the newest state that stays."""
-        newest = self.new.pop()
-        key, seen = newest[0], newest[-1]
-        first = len(key) - count
-        self.leaves = seen[first] - _hashes(key[first : first + 1])[:, 0]
-        self.end, self.hidden = self.end - count, hidden
-        if first:
-            self.new.append(tuple(part[:first] for part in newest))
-        self.last = int(key[first - 1]) if first else self.before
+        """Forget the newest ``count`` new tokens, which came with more; hidden [D] is the newest state that stays."""
+        self.new[-1] = key, *_, seen = tuple(part[:-count] for part in self.new[-1])
+        self.leaves, self.last, self.hidden, self.end = seen[-1], int(key[-1]), hidden, self.end - count
         columns = self.shown + self.cache.get_seq_length()
         self.cache.keep(columns - count)
         self.cache.show(self.shown)
@@ -205,7 +197,8 @@ class NodePrefill:
         return found
 
     def cut(self, count: int, hidden: Tensor) -> None:
-        """Forget the newest ``count`` tokens of the last step of the one row; hidden [1, D]: the newest that stays."""
+        """Forget the newest ``count`` tokens of the last step of the one row, which had more; hidden [1, D] is that
+        of the newest that stays."""
         try:
             self.rows[0].cut(count, hidden[0])
             self.hidden = hidden

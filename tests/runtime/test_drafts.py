@@ -225,8 +225,8 @@ def test_gists_find_a_block_that_comes_back(controller, ids):
 
 
 def test_the_newest_place_of_the_longest_end_is_what_is_looked_up():
-    assert behind_match([7, 1, 2], [1, 2, 3, 9, 7, 1, 2, 4, 1, 2, 5], most=2) == [4, 1]
-    assert behind_match([8, 1, 2], [1, 2, 3, 9, 1, 2, 4], most=9) == [4]
+    assert behind_match([7, 1, 2], [1, 2, 3, 9, 7, 1, 2, 4, 1, 2, 5]) == [4, 1, 2, 5]
+    assert behind_match([8, 1, 2], [1, 2, 3, 9, 1, 2, 4]) == [4]
     assert behind_match([8], [1, 2, 8]) == [] and behind_match([], [1]) == []
 
 
