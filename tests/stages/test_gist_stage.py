@@ -65,6 +65,7 @@ def test_a_run_ends_with_tables_a_picture_the_controls_and_the_next_command(gist
         "blockmean_linear",
     ):
         assert row in shown
+    assert "attention=" not in shown.partition("Next: ")[2], "a stage takes that by itself"
     assert "Next: python train.py" in shown and "MFLOP per block of 32 tokens" in shown and "block hash" in shown
     for part in (folder, folder / "other"):
         numbers = json.loads((part / "report.json").read_text())

@@ -58,11 +58,12 @@ def groups() -> dict[str, list[Option]]:
     return found
 
 
-def chosen() -> dict[str, list[str]]:
-    """group -> the options that ``config.yaml`` takes: one, none, or several."""
-    entries = yaml.load((root("configs") / "config.yaml").read_text(encoding="utf-8"), Loader)["defaults"]
+def chosen(name: str = "config") -> dict[str, list[str]]:
+    """group -> the options that a file of ``configs`` takes: one, none, or several; nothing where there is none."""
+    path = root("configs") / f"{name}.yaml"
+    entries = yaml.load(path.read_text(encoding="utf-8"), Loader).get("defaults", []) if path.is_file() else []
     found = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
-    return {group: [taken] if isinstance(taken, str) else taken or [] for group, taken in found}
+    return {group.lstrip("/"): [taken] if isinstance(taken, str) else taken or [] for group, taken in found}
 
 
 def read(path: Path, group: str = "") -> Option:

@@ -45,7 +45,8 @@ def next_command(
     """
     record = folder / "run.yaml"
     run = OmegaConf.to_container(OmegaConf.load(record)) if record.exists() else {}
-    default, choices = chosen(), run.get("choices") or {}
+    choices = run.get("choices") or {}
+    default = chosen() | chosen(f"stage/{choices.get('stage')}")  # a stage takes some groups itself
     first = [] if experiment is None else [f"experiment={experiment}"]
     kept = {key: setting(key, value) for key, value in changes.items()}
     for group in (*keep, *options):
