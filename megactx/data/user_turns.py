@@ -74,6 +74,10 @@ class UserTurns:
             return nothing
         return cls(tuple(opening), tuple(closing), tokenizer)
 
+    def asked(self, ids: list[int]) -> bool:
+        """Whether a user's turn ends among the newest ids of a history."""
+        return _last(ids, self.closing) is not None
+
     def said(self, ids: list[int]) -> list[int]:
         """What the user said last, of the newest ids of a history; all of them where that cannot be told."""
         end = _last(ids, self.closing)

@@ -3,8 +3,8 @@
     the newest tokens alone    [ sink ][ c0 ][ c1 ][ c2 ] ... [ newest ]     all of the budget, chunks of K tokens
     with two sets that earn    [ sink ][ set ][ set ][ c2 ] ... [ newest ]   each pays with the oldest chunk there is
 
-Blocks that the newest tokens find by their keys (``found_by_keys``) come before all sets, if a block stands out: no
-level of the window has to be opened for them.
+Blocks that a question finds by their keys (``found_by_keys``) come before all sets: no level of the window has to be
+opened for them. One that is among the newest tokens stays where these give way.
 
 A set is K siblings of the window, tokens or gists, and is worth their v_keep. A chunk is worth what LensNet says of its
 blocks: v_keep where they stand raw in the window, v_down where a gist stands for them. The best set takes the place of
@@ -20,7 +20,7 @@ from torch import Tensor
 from megactx.memory import Composite, MegaContextTree, Selection, WorkingContext
 
 from .edits import Moves
-from .keys import search
+from .keys import Question, beside, search
 from .lensnet import Scores
 
 
@@ -33,9 +33,10 @@ def earned(
     margin: float | Tensor,
     protected: int,
     found: list[list[int]] | None = None,
+    most: int | None = None,
 ) -> tuple[Selection, Tensor, list[list[int]]]:
     """What is read of a window, how many of its entries were earned against the newest tokens, [B], and which blocks of
-    ``found`` are among them, those of each row.
+    ``found`` are among these, those of each row.
 
     Args:
         budget: entries that are read, W; a multiple of nothing, but more than K.
@@ -44,20 +45,25 @@ def earned(
         margin: nats by which a set must be worth more.
         protected: newest tokens that no set takes the place of.
         found: of each row, blocks that are read in any case, the best first.
+        most: of these, at most, that take the place of newest tokens.
     """
     tree, k, sink = context.tree, context.tree.block_size, context.tree.sink
     ends, begin = context.stops().cpu(), newest_from(context, budget)  # [B], addresses like all that follow
     closed = _closed(context)  # presets are read in any case
     budget -= len(closed)
     chunks = ((ends - begin - protected) // k).clamp(min=0)  # that may be paid with
-    opened = [
-        [block for block in own if block != sink // k and (block + 1) * k <= start][:most]
-        for own, start, most in zip(found or [[]] * len(ends), begin.tolist(), chunks.tolist(), strict=True)
-    ]
+    found = [[block for block in own if block != sink // k] for own in found or [[]] * len(ends)]
     if isinstance(tree, Composite):
-        opened = [_first_of_each(tree, opened[0])]
-    begin, paid = begin + k * torch.tensor([len(own) for own in opened]), torch.tensor([len(own) for own in opened])
-    chunks, count = chunks - paid, torch.zeros_like(begin)
+        found = [_first_of_each(tree, found[0])]
+    limits = chunks if most is None else chunks.clamp(max=most)
+    chosen = [_chosen(*row, k) for row in zip(found, begin.tolist(), limits.tolist(), strict=True)]
+    opened, kept = [own for own, _ in chosen], [own for _, own in chosen]
+    paid = torch.tensor([len(own) for own in opened])
+    begin = begin + k * paid
+    stops = [
+        min([end - protected, *(block * k for block in own)]) for end, own in zip(ends.tolist(), kept, strict=True)
+    ]
+    chunks, count = ((torch.tensor(stops) - begin) // k).clamp(min=0), torch.zeros_like(begin)
     if scores is not None:
         starts, spans = context.starts(), context.widths() * k
         first = begin.to(starts.device)[:, None]
@@ -69,8 +75,8 @@ def earned(
         best, column = worth.sort(dim=1, descending=True, stable=True)  # among equals the oldest
         chunk = _chunks(context, scores, legal, first, int(chunks.max()))
         there = torch.arange(chunk.shape[1], device=chunk.device) < chunks.to(chunk.device)[:, None]
-        most = min(best.shape[1], chunk.shape[1])
-        wins = (best[:, :most] > chunk[:, :most].clamp(min=0) + margin) & there[:, :most]
+        both = min(best.shape[1], chunk.shape[1])
+        wins = (best[:, :both] > chunk[:, :both].clamp(min=0) + margin) & there[:, :both]
         count = wins.long().cumprod(1).sum(1).cpu()
     rows = []
     for row, (end, start, sets) in enumerate(zip(ends.tolist(), begin.tolist(), count.tolist(), strict=True)):
@@ -87,6 +93,26 @@ def earned(
     return Selection(tree, lod, index, lengths, budget + len(closed)), (count + paid) * k, opened
 
 
+def _chosen(found: list[int], begin: int, most: int, k: int) -> tuple[list[int], list[int]]:
+    """Of found blocks, the best first, as many as have room: those that stand before the newest tokens, and those among
+    them. Each of the former takes the place of the oldest K newest tokens, which may make a former of a latter.
+
+    Args:
+        begin: of the newest tokens where none is opened.
+        most: that may stand before them.
+    """
+    taken, paid = [], 0
+    for block in found:
+        more, before, count = [*taken, block], -1, paid
+        while count > before:
+            before, count = count, sum(at * k < begin + count * k for at in more)
+        if count > most:
+            break
+        taken, paid = more, count
+    first = begin + paid * k
+    return [at for at in taken if at * k < first], [at for at in taken if at * k >= first]
+
+
 def newest_from(context: WorkingContext, budget: int) -> Tensor:
     """Where the newest tokens begin that are read if nothing is earned: addresses [B]."""
     k, ends = context.tree.block_size, context.stops().cpu()
@@ -95,19 +121,20 @@ def newest_from(context: WorkingContext, budget: int) -> Tensor:
 
 
 def found_by_keys(
-    tree: MegaContextTree, question: Tensor, most: int, before: Tensor | None = None, mask: Tensor | None = None
+    context: WorkingContext, question: Question, most: int, budget: int, protected: int
 ) -> list[list[int]]:
-    """Of each row the blocks that stand out for a question, at most so many, the best first.
-
-    A fact often crosses a border, so each brings the block behind it, if there is room.
+    """Of each row the blocks that a question finds, the best first: of one that a user asked whatever is most like it,
+    of others what stands out. A fact often crosses a border, so each brings the blocks beside it.
 
     Args:
-        question: ids [B, Q].
-        before: addresses [B]; what ends behind them is read anyway. The newest blocks are most like the question, and
-            would take the places of all others.
-        mask: which tokens of the question are there, bool [B, Q].
+        most: blocks that may take the place of newest tokens.
+        budget, protected: see ``earned``. What is read however many are opened is not looked for; and of text that goes
+            on none of the newest blocks, which are most like its newest tokens and would take the places of all others.
     """
-    found = [_search(own, question, mask) for own in getattr(tree, "trees", [tree])]
+    tree, k = context.tree, context.tree.block_size
+    begin, stops = newest_from(context, budget), context.stops().cpu()
+    before = torch.where(question.asked.cpu(), torch.minimum(begin + most * k, stops - protected), begin)
+    found = [_search(own, question) for own in getattr(tree, "trees", [tree])]
     first = [base // tree.block_size for base in getattr(tree, "bases", [0])]  # block 0 of each tree
     like, out = torch.cat(found, dim=1), []
     block = torch.cat([torch.arange(part.shape[1]) + at for part, at in zip(found, first, strict=True)])
@@ -117,20 +144,19 @@ def found_by_keys(
         closed = ~tree.openable(torch.zeros_like(block), level.to(tree.device), block.to(tree.device))
         like, there = like.masked_fill(closed, -torch.inf), {*block[~closed.cpu()].tolist()}
     for number, row in enumerate(like):
-        if before is not None:
-            row = row.masked_fill(((block + 1) * tree.block_size > before[number]).to(row.device), -torch.inf)
-        best = row.argsort(descending=True, stable=True)[:most]
-        best = block[best[row[best] > tree.keys.null].cpu()].tolist()
-        near = [*dict.fromkeys(block for own in best for block in (own, own + 1) if block in there)]
+        row = row.masked_fill(((block + 1) * k > before[number]).to(row.device), -torch.inf)
+        best = row.argsort(descending=True, stable=True)[: 2 * most]  # half of them may be read anyway
+        best = block[best[row[best] > (-torch.inf if question.asked[number] else tree.keys.null)].cpu()].tolist()
+        near = [at for at in beside(best) if at in there]
         at = torch.tensor(near, dtype=torch.long, device=tree.device)
-        there_still = tree.openable(torch.zeros_like(at), torch.ones_like(at), at).tolist()  # the one behind, too
-        out.append([block for block, may in zip(near, there_still, strict=True) if may][:most])
+        there_still = tree.openable(torch.zeros_like(at), torch.ones_like(at), at).tolist()  # those beside it, too
+        out.append([block for block, may in zip(near, there_still, strict=True) if may])
     return out
 
 
-def _search(tree: MegaContextTree, question: Tensor, mask: Tensor | None) -> Tensor:
+def _search(tree: MegaContextTree, question: Question) -> Tensor:
     """``search``, without what was taken away: it cannot be read."""
-    like = search(tree, question, mask)
+    like = search(tree, question.ids, question.mask)
     return like.masked_fill(tree.levels[1].whole("floor") > 0, -torch.inf) if tree.compacted else like
 
 

@@ -9,7 +9,7 @@ base LM's own, frozen. So keys cost one look-up per token, and need no pass of a
 V vocabulary, D width, S numbers of a key, E blocks or questions, K tokens, N blocks of a tree.
 """
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,16 @@ from torch import Tensor, nn
 from megactx.data.user_turns import UserTurns
 from megactx.framework.config.types import declared
 from megactx.memory import MegaContextTree, WorkingContext
+
+
+class Question(NamedTuple):
+    """What keys are asked for each row: ids [B, Q]; which of them are there, bool; whether a user asked it, bool [B].
+    What nobody asked, as text that goes on, finds only what stands out."""
+
+    ids: Tensor
+    mask: Tensor
+    asked: Tensor
+
 
 QUESTION = 64  # newest tokens that are the question
 LINE = 8  # tokens of a question, at least, that stands in a line of its own
@@ -35,6 +45,11 @@ def question_of(newest: list[int], turns: UserTurns) -> list[int]:
     """
     said = turns.said(newest[-LOOK:])
     return said if len(said) <= QUESTION else turns.last_line(said[-QUESTION:], LINE)
+
+
+def beside(blocks: list[int]) -> list[int]:
+    """Each block with its neighbours, the next one first, none twice: a fact often crosses a border."""
+    return [*dict.fromkeys(at for block in blocks for at in (block, block + 1, block - 1))]
 
 
 def padded(questions: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from megactx.focus import Edits, FocusAllocator, LensNet, moves
 from megactx.focus.by_part import PartRows, of_window
-from megactx.focus.earned import earned, found_by_keys, newest_from
+from megactx.focus.earned import earned, found_by_keys
 from megactx.focus.edits import Moves
+from megactx.focus.keys import Question
 from megactx.focus.lensnet import Scores
 from megactx.memory import Composite, MegaContextTree, WorkingContext
 
@@ -236,14 +237,11 @@ class Focus:
         self.seconds = {"score": scored - began, "allocate": time.perf_counter() - scored}
         return scores, edits
 
-    def shown(
-        self, context: WorkingContext, question: Tensor | None = None, mask: Tensor | None = None
-    ) -> tuple[WorkingContext, Tensor | None]:
+    def shown(self, context: WorkingContext, question: Question | None = None) -> tuple[WorkingContext, Tensor | None]:
         """What is read of a window: all of it; with ``earn`` what LensNet puts above the newest tokens, and these.
 
         Args:
-            question: ids [B, Q], by which keys are searched; ``None`` where they are not.
-            mask: which of them are there, bool [B, Q].
+            question: by which keys are searched; ``None`` where they are not.
 
         Returns:
             Also the entries of each row that were earned, [B]; ``None``: nothing was compared.
@@ -253,10 +251,12 @@ class Focus:
         legal = moves(context, self.allocator.protected)
         scores = self.score(context, legal) if self.lensnet is not None and self.needed(context) else None
         margin = 0.0 if scores is None else self.allocator.margin(self.lensnet.tau)
-        found = None
+        protected, found = self.allocator.protected, None
         if self.keys and question is not None:
-            found = found_by_keys(context.tree, question, self.keys, newest_from(context, self.budget), mask)
-        shown, count, self.found = earned(context, self.budget, legal, scores, margin, self.allocator.protected, found)
+            found = found_by_keys(context, question, self.keys, self.budget, protected)
+        shown, count, self.found = earned(
+            context, self.budget, legal, scores, margin, protected, found, self.keys or None
+        )
         return shown, count
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megactx.data.user_turns import UserTurns
-from megactx.focus.keys import LOOK, padded, question_of
+from megactx.focus.keys import LOOK, Question, padded, question_of
 from megactx.framework.errors import RunFailed
 from megactx.lm.chunked_head import nll
 from megactx.memory import Composite, MegaContextTree, Selection, WorkingContext
@@ -260,11 +260,13 @@ class Stream(ShownParts):
         out[stored] = self.tree.levels[0].read("token", row[stored], place[stored]).long()
         return out
 
-    def question(self) -> tuple[Tensor, Tensor]:
-        """What keys are asked for each row, see ``focus.keys.question_of``: ids [B, Q], and which are there, bool."""
+    def question(self) -> Question:
+        """What keys are asked for each row, see ``focus.keys.question_of``."""
         newest, counts = self.newest(LOOK).tolist(), self.lengths.clamp(max=LOOK).tolist()
-        rows = [question_of(row[LOOK - count :], self.turns) for row, count in zip(newest, counts, strict=True)]
-        return tuple(part.to(self.device) for part in padded(rows))
+        rows = [row[LOOK - count :] for row, count in zip(newest, counts, strict=True)]
+        asked = torch.tensor([self.turns.asked(row) for row in rows])
+        ids, mask = padded([question_of(row, self.turns) for row in rows])
+        return Question(*(part.to(self.device) for part in (ids, mask, asked)))
 
     def restore(self, context: WorkingContext | None) -> None:
         """Go on with a window, and read it anew; ``None``: one is put together when it is needed."""
@@ -460,11 +462,10 @@ class Stream(ShownParts):
     def _read(self) -> None:
         """Read the window, as far as it has changed, and what waits behind it."""
         if self.window() is not None:
-            asked = self.question() if self.settings.keys else ()
-            shown, self.earned = self.focus.shown(self.context, *asked)
-            self.shown = shown
+            question = self.question() if self.settings.keys else None
+            self.shown, self.earned = self.focus.shown(self.context, question)
             self._note_found()
-            self._read_window(shown)
+            self._read_window(self.shown)
         else:
             self.prefill.forget()
         if (count := int(self.counts.max())) > 0:  # of a session that was resumed

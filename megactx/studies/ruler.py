@@ -22,7 +22,7 @@ from transformers import StoppingCriteria
 from megactx.data.questions import frame
 from megactx.data.ruler import PROSE, TASKS, WHOLE, case, score, sentences, settled
 from megactx.evaluation import rivals
-from megactx.evaluation.bootstrap import wilson
+from megactx.evaluation.bootstrap import mean_interval, wilson
 from megactx.evaluation.pictures import legend, line, panel, picture, powers
 from megactx.evaluation.rivals import BLOCK, SINK, Asked
 from megactx.evaluation.table import Report, Sheet, Table, cell
@@ -36,7 +36,7 @@ from .study import Options, command, usable
 
 LEGEND = (
     "Score: share of references found. Solved: cases with all of them found. Held: cases with all of the needles in the"
-    " window. Brackets: 95 % Wilson intervals."
+    " window. Brackets: 95 %; of shares Wilson's, of differences by paired bootstrap over cases."
 )
 
 
@@ -50,6 +50,12 @@ def options(given: Options) -> None:
     )
     given.number("budget", 1024, "tokens of the context that a policy keeps", least=2 * BLOCK)
     given.number("seed", 0, "of the first case", least=0)
+    given.add(
+        "--solvable",
+        action="store_true",
+        help="count only cases that the base solves with the needed blocks alone, and ask other policies no others",
+    )
+    given.add("--against", help="of the policies, the one with which each other is compared case by case")
     policies = "of " + ", ".join(names(rivals))
     given.add("--policies", nargs="+", default=["full", "newest", "needed"], help=policies)
     given.add("--keys", type=Path, help="folder of keys for the policy of that name (default: the model's own)")
@@ -130,9 +136,13 @@ class Cell:
             self.rows = found["rows"]
         self.about["made"] = made
 
-    def has(self, number: int, answers: int) -> bool:
+    def has(self, number: int, answers: int, solvable: bool) -> bool:
         """Whether a case is there, with its answer where that is asked for."""
-        return number < len(self.rows) and (number >= answers or self.rows[number]["score"] is not None)
+        if number >= len(self.rows):
+            return False
+        if (row := self.rows[number])["entries"] is None:  # it was not asked
+            return solvable
+        return number >= answers or row["score"] is not None
 
     def add(self, number: int, row: dict) -> None:
         self.rows[number : number + 1] = [row]
@@ -140,22 +150,29 @@ class Cell:
             part.write_text(json.dumps({"about": self.about, "rows": self.rows}))
 
 
+NEEDED = "needed"
 ABOUT = ("model", "budget", "seed", "plain", "path", "keys")
 PLACES = ("model", "path", "keys")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A case that some policies are asked about. ``model``, ``path`` and ``keys`` mean the same on all hosts."""
+    """A case that some policies are asked about. ``model``, ``path`` and ``keys`` mean the same on all hosts.
+
+    ``solved``: whether it is with the needed blocks alone, where that is known. Where only such cases count, the others
+    are asked nothing else.
+    """
 
     task: str
     length: int
     number: int
     policies: tuple[str, ...]
+    solved: bool | None
     answers: int
     budget: int
     seed: int
     plain: bool
+    solvable: bool
     model: str | None
     path: str | None
     keys: str | None
@@ -170,13 +187,16 @@ def policy(name: str, model: str | None, keys: str | None):
     return kind(models(model), keys and Path(keys)) if getattr(kind, "needs_models", False) else kind()
 
 
-def measured(about: Case) -> tuple[dict, list[dict]]:
+def measured(about: Case) -> tuple[dict, dict[str, dict]]:
     """The case itself, and of each policy what it keeps, and where it is asked for what the base says to that."""
     base, prose = models(about.model).base, sentences(about.path) if about.task in PROSE else []
     row = case(about.task, about.length, base.tokenizer, about.seed + about.number, prose)
     ids, told, needles = asked_of(row, base.tokenizer, about.plain)
-    found = []
-    for name in about.policies:
+    found, solved = {}, about.solved
+    for name in sorted(about.policies, key=lambda name: name != NEEDED):
+        if about.solvable and name != NEEDED and not solved:
+            found[name] = {"entries": None, "held": None, "answer": row["answer"], "said": None, "score": None}
+            continue
         own = policy(name, about.model, about.keys)
         kept = own.keep(told, about.budget)
         one = {"entries": len(kept), "held": {*kept}.issuperset(needles) if needles else None}
@@ -187,7 +207,8 @@ def measured(about: Case) -> tuple[dict, list[dict]]:
             else:
                 said = answer(base, row, told, kept)
             one |= {"said": said, "score": score(about.task, said, row["answer"])}
-        found.append(one)
+        found[name] = one
+        solved = one["score"] == 1 if name == NEEDED else solved
     return row, found
 
 
@@ -208,18 +229,24 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     for task in args.tasks:
         if task not in TASKS:
             raise ValueError(f"--tasks={task} is not known, allowed are {', '.join(TASKS)}")
-        if task in WHOLE and "needed" in args.policies:
+        if task in WHOLE and NEEDED in args.policies:
             raise ValueError(f"--policies=needed is not allowed for {task}, which needs all of its context")
     short = min(args.lengths)
     if args.budget >= short and set(args.policies) - {"full"}:
         raise ValueError(f"--budget={args.budget} is not allowed with --lengths={short}: it must be below every length")
     args.answers = args.cases if args.answers is None else min(args.answers, args.cases)
+    if args.solvable and (NEEDED not in args.policies or args.answers < args.cases):
+        raise ValueError(
+            "--solvable is not allowed without needed among --policies, or with fewer --answers than --cases"
+        )
+    if args.against not in (None, *args.policies):
+        raise ValueError(f"--against={args.against} is not allowed, allowed are those of --policies: {args.policies}")
     kinds = {name: find(rivals, name, "--policies") for name in args.policies}
     for folder in ("cells", "cases"):
         usable(args.out / folder)
     groups = [(task, length) for task in args.tasks for length in sorted(args.lengths)]
     places = {name: on_all_hosts(value and str(value)) for name, value in vars(args).items() if name in PLACES}
-    same = {name: getattr(args, name) for name in ("answers", "budget", "seed", "plain")} | places
+    same = {name: getattr(args, name) for name in ("answers", "budget", "seed", "plain", "solvable")} | places
     for kept in (models, sentences, policy):
         kept.cache_clear()  # of an earlier study in this process
     for name in kinds:
@@ -234,10 +261,10 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         for group in groups
     }
     missing = [
-        Case(*group, number, tuple(names), **same)
+        Case(*group, number, tuple(names), solved_alone(cells[group], number), **same)
         for group in groups
         for number in range(args.cases)
-        if (names := [own.name for own in cells[group] if not own.has(number, args.answers)])
+        if (names := [own.name for own in cells[group] if not own.has(number, args.answers, args.solvable)])
     ]
     table, told = Table(), []
     with workers(args.engine) as each:
@@ -250,18 +277,29 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
             keep_case(args.out, about, row)
             for own in cells[group]:
                 if own.name in about.policies:
-                    own.add(about.number, found[about.policies.index(own.name)])
+                    own.add(about.number, found[own.name])
     table = Table()
     for group in groups:
         tabled(table, cells, group, args)
     yield args.out / "ruler", report(table, args)
 
 
+def solved_alone(cells: list[Cell], number: int) -> bool | None:
+    """Whether a case is solved with the needed blocks alone; ``None``: that is not known."""
+    rows = next((own.rows for own in cells if own.name == NEEDED), [])
+    return rows[number]["score"] == 1 if number < len(rows) else None
+
+
 def tabled(table: Table, cells: dict, group: tuple[str, int], args: argparse.Namespace) -> Table:
     """The figures of a task and length, added to the table."""
     task, length = group
-    for found in cells[group]:
-        rows = found.rows[: args.cases]
+    counted = [n for n in range(args.cases) if not args.solvable or solved_alone(cells[group], n)]
+    against = next((found.rows for found in cells[group] if found.name == args.against), [])
+    if args.solvable:
+        share = wilson(len(counted), args.cases)
+        table.add("solvable", share._asdict(), n=args.cases, carrier=NEEDED, domain=task, span=length)
+    for found in cells[group] if counted else ():
+        rows = [found.rows[n] for n in counted if n < len(found.rows)]
         about = {"carrier": found.name, "span": length, "domain": task}
         answered = [row["score"] for row in rows if row["score"] is not None]
         held = [row["held"] for row in rows if row.get("held") is not None]
@@ -271,12 +309,22 @@ def tabled(table: Table, cells: dict, group: tuple[str, int], args: argparse.Nam
             table.add("solved", solved._asdict(), n=len(answered), **about)
         if held:
             table.add("held", wilson(sum(held), len(held))._asdict(), n=len(held), **about)
+        pairs = [
+            (found.rows[n]["score"], against[n]["score"]) for n in counted if n < min(map(len, (found.rows, against)))
+        ]
+        pairs = [(one == 1) - (other == 1) for one, other in pairs if None not in (one, other)]
+        if pairs and found.name != args.against:
+            less = mean_interval(torch.arange(len(pairs)), torch.tensor(pairs))
+            table.add("less", less._asdict(), n=len(pairs), control=args.against, **about)
         table.add("entries", sum(row["entries"] for row in rows) / len(rows), n=len(rows), **about)
     return table
 
 
 def report(table: Table, args: argparse.Namespace) -> Report:
     metrics = ("score", "solved", "held", "entries")
+    heads = {"less": f"solved, less {args.against}"}
+    if args.against:
+        metrics = (*metrics[:2], "less", *metrics[2:])
     sheets = []
     for task in table.names("domain"):
         own = table.pick(domain=task)
@@ -285,7 +333,15 @@ def report(table: Table, args: argparse.Namespace) -> Report:
             for length, name in own.names(("span", "carrier"))
         ]
         said = "" if args.answers == args.cases else f", {args.answers} of them answered"
-        sheets.append(Sheet(f"{task}: {args.cases} cases a cell{said}", ["policy", "length", *metrics], rows))
+        counted = [f"{round(r['point'] * r['n'])} at {r['span']:,}" for r in own.pick(metric="solvable")]
+        said += f"; counted, for solved with the needed blocks alone: {', '.join(counted)}" if counted else ""
+        sheets.append(
+            Sheet(
+                f"{task}: {args.cases} cases a cell{said}",
+                ["policy", "length", *(heads.get(m, m) for m in metrics)],
+                rows,
+            )
+        )
 
     def draw(path: Path) -> None:
         tasks = table.names("domain")

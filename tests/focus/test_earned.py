@@ -5,7 +5,7 @@ import torch
 from small_windows import NEWEST, K, tree, window
 
 from megactx.focus import moves
-from megactx.focus.earned import earned
+from megactx.focus.earned import earned, newest_from
 from megactx.focus.lensnet import Scores
 from megactx.memory import Selection
 
@@ -113,3 +113,32 @@ def test_found_blocks_are_read_in_place_of_the_oldest_of_the_newest_tokens_and_n
         assert all({*range(block * K, block * K + K)} <= raw for block in blocks)
         end = int(context.ends()[row])
         assert {*range(end - NEWEST, end)} <= raw
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_found_blocks_stay_where_the_newest_tokens_give_way_to_them(seed):
+    """By a slow reference: blocks are taken in their order as long as all of the taken and the newest tokens fit."""
+    context = window(tree((300,)), seed)
+    legal = moves(context, NEWEST)
+    scores = None if seed % 2 else scores_of(context, legal, seed)
+    draw = torch.Generator().manual_seed(seed)
+    found, most = torch.randperm(300 // K, generator=draw).tolist(), int(torch.randint(0, 9, (1,), generator=draw))
+    begin = int(newest_from(context, BUDGET))
+    shown, count, opened = earned(context, BUDGET, legal, scores, MARGIN, NEWEST, [found], most)
+    taken, start = [], begin
+    for block in found[:]:
+        if block == 0:
+            continue
+        for paid in range(len(taken) + 2):  # the fewest that pay for all that is left of what they leave
+            left = [at for at in [*taken, block] if at * K < begin + paid * K]
+            if len(left) == paid:
+                break
+        if paid > most or begin + paid * K > 300 - NEWEST:
+            break
+        taken, start = [*taken, block], begin + paid * K
+    old = [at for at in taken if at * K < start]
+    assert sorted(opened[0]) == sorted(old) and len(old) <= most
+    read = shown.index[0][shown.lod[0] == 0].tolist()
+    assert {at * K + n for at in taken for n in range(K)} <= {*read} and len(read) == len({*read})
+    assert shown.counts.tolist() == [BUDGET] and {*range(300 - NEWEST, 300)} <= {*read}
+    assert int(count) >= K * len(old)

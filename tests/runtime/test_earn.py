@@ -10,7 +10,7 @@ import torch
 from megactx.apps import command_line
 from megactx.data.user_turns import UserTurns
 from megactx.focus.earned import found_by_keys, newest_from
-from megactx.focus.keys import QUESTION, KeyNet, best_below, search
+from megactx.focus.keys import QUESTION, KeyNet, Question, best_below, search
 from megactx.memory import archive
 from megactx.memory.curation_settings import CurationSettings
 from megactx.runtime import Controller, Models, Session, Settings
@@ -92,6 +92,11 @@ def keyed(models):
     return replace(models, keys=keys, lensnet=None)
 
 
+def goes_on(ids):
+    """A question that nobody asked."""
+    return Question(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(len(ids), dtype=torch.bool))
+
+
 def test_a_refocus_opens_the_one_block_below_the_coarsest_gist_that_the_newest_tokens_ask_for(keyed, ids, tmp_path):
     history = ids(1500)
     history[-K:] = history[400 : 400 + K]  # the question; beside it the newest tokens of the question are others
@@ -103,11 +108,16 @@ def test_a_refocus_opens_the_one_block_below_the_coarsest_gist_that_the_newest_t
     assert int(found[0].argmax()) in (100, 374)  # K tokens in all: the block, and the question itself
     at = int((context.starts()[0] <= 400).nonzero().max())
     assert int(context.lod[0, at]) >= 2 and best_below(context, found)[0, at] > keyed.keys.null
-    shown, count = stream.focus.shown(context, history[None, -K:])
+    shown, count = stream.focus.shown(context, goes_on(history[None, -K:]))
     assert {400, 401, 402, 403} <= {*shown.index[0][shown.lod[0] == 0].tolist()} and int(count) >= K
     assert shown.counts.tolist() == [BUDGET] and shown.index[0, :K].tolist() == [*range(K)]
-    nothing, count = stream.focus.shown(context, ids(1, 64, seed=9))
+    nothing, count = stream.focus.shown(context, goes_on(ids(1, 64, seed=9)))
     assert int(count) == 0 and (nothing.lod == 0).all()
+    likest = search(stream.tree, ids(1, 64, seed=9))[0]
+    asked, count = stream.focus.shown(context, goes_on(ids(1, 64, seed=9))._replace(asked=torch.tensor([True])))
+    assert int(count) == 4 * K and likest.max() < keyed.keys.null  # of what a user asks the likest blocks are read
+    before = int(newest_from(context, BUDGET)) // K
+    assert {int(likest[1:before].argmax()) + 1} <= {*(asked.index[0] // K).tolist()}
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -119,7 +129,8 @@ def test_keys_are_asked_what_the_user_said_last_and_not_the_answer_so_far(keyed,
     asked = history[400 : 400 + K].repeat(2)
     stream.append(torch.cat([history, torch.tensor([1, 2]), asked, torch.tensor([3, 4]), ids(41, seed=7)])[None])
     stream.logits()
-    question, there = stream.question()
+    question, there, by_user = stream.question()
+    assert by_user.tolist() == [told]
     assert question[there].tolist() == (asked.tolist() if told else stream.newest(QUESTION)[0].tolist())
     shown = stream.shown.index[0][stream.shown.lod[0] == 0]
     assert ({400, 401, 402, 403} <= {*shown.tolist()}) == told
@@ -129,7 +140,7 @@ def test_a_question_of_a_history_that_is_shorter_is_all_of_it(keyed, ids):
     made = Controller(keyed, Settings(**SMALL, megacontext="recency", earn=True, keys=4))
     stream = made.stream(2)
     stream.append(ids(2, 20), torch.tensor([20, 7]))
-    question, there = stream.question()
+    question, there, _ = stream.question()
     assert there.sum(1).tolist() == [20, 7] and torch.equal(question[1, :7], ids(2, 20)[1, :7])
 
 
@@ -185,8 +196,8 @@ def test_blocks_that_are_read_anyway_take_no_place_of_those_that_keys_find(keyed
     like = search(session.tree, newest)[0]
     before = int(newest_from(context, BUDGET)) // K
     assert like[before:].sort(descending=True).values[1] > like[100] > keyed.keys.null
-    assert found_by_keys(session.tree, newest, 2)[0][0] >= before
-    assert 100 in found_by_keys(session.tree, newest, 2, newest_from(context, BUDGET))[0]
+    found = found_by_keys(context, goes_on(newest), 2, BUDGET, session.stream.focus.allocator.protected)[0]
+    assert 100 in found and max(found) <= before
     shown = session.stream.shown
     assert {*range(100 * K, 101 * K)} <= {*shown.index[0][shown.lod[0] == 0].tolist()}
     session.close()

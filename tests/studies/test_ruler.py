@@ -320,3 +320,54 @@ def test_a_session_answers_over_a_window_of_as_many_entries_in_which_is_what_its
 def test_a_session_without_keys_is_refused_by_its_setting():
     with pytest.raises(ValueError, match="--policies=session: these models have no keys"):
         find(rivals, "session", "--policies")(load_models(device="cpu"))
+
+
+def test_only_cases_that_the_base_solves_with_the_needed_blocks_are_asked_of_others(tmp_path, monkeypatch):
+    asked, right = [], (False, True, False, False, True, True, False, False)  # as it is asked: case 1 has two answers
+
+    def said(base, row, told, kept):
+        asked.append(row["answer"][0])
+        return row["answer"][0] if right[len(asked) - 1] else "nothing"
+
+    monkeypatch.setattr(study, "answer", said)
+    command = ["--lengths", "400", "--cases", "4", "--budget", "128", "--out", str(tmp_path), "--solvable"]
+    command += ["--policies", "newest", "needed", "--against", "needed"]
+    assert main(command) == 0 and len(asked) == 6  # four needed, and newest for two
+    assert main(command) == 0 and len(asked) == 6
+    table = json.loads((tmp_path / "ruler.json").read_text())["table"]
+    found = {(row["metric"], row["carrier"]): row for row in table}
+    assert found["solvable", "needed"]["point"] == 0.5 and found["solvable", "needed"]["n"] == 4
+    assert found["solved", "needed"]["point"] == 1 and found["solved", "needed"]["n"] == 2
+    less = found["less", "newest"]
+    assert less["point"] == found["solved", "newest"]["point"] - 1 == -0.5 and less["low"] < less["high"]
+    assert "counted, for solved with the needed blocks alone: 2 at 400" in (tmp_path / "ruler.md").read_text()
+    assert "solved, less needed" in (tmp_path / "ruler.md").read_text()
+    assert main([one for one in command if one != "--solvable"]) == 0 and len(asked) == 8  # the others are asked now
+    table = json.loads((tmp_path / "ruler.json").read_text())["table"]
+    assert {row["n"] for row in table if row["metric"] == "solved"} == {4}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--solvable", "--policies", "newest"], "--solvable is not allowed without needed among --policies"),
+        (["--solvable", "--policies", "needed", "--answers", "1"], "--solvable is not allowed without needed"),
+        (
+            ["--against", "full", "--policies", "newest"],
+            "--against=full is not allowed, allowed are those of --policies",
+        ),
+    ],
+)
+def test_what_cannot_be_counted_or_compared_is_refused(given, told, tmp_path, capsys):
+    assert main([*given, "--cases", "2", "--out", str(tmp_path)]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_task_of_which_the_base_solves_no_case_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "answer", lambda *given: "nothing")
+    command = ["--lengths", "400", "--cases", "1", "--budget", "128", "--out", str(tmp_path), "--solvable"]
+    assert main([*command, "--policies", "newest", "needed"]) == 0
+    assert (
+        "niah_single_1: 1 cases a cell; counted, for solved with the needed blocks alone: 0 at 400"
+        in (tmp_path / "ruler.md").read_text()
+    )

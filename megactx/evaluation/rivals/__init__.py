@@ -6,6 +6,8 @@ A policy with ``needs_models`` is built with the models of the study and the fol
 
 from dataclasses import dataclass, field
 
+from megactx.focus.keys import beside
+
 SINK, BLOCK = 4, 32
 
 
@@ -25,9 +27,8 @@ class Asked:
 
 
 def near(order: list[int], count: int) -> list[int]:
-    """Each block with its neighbours, the next one first, for a fact often crosses a border; of ``count`` blocks."""
-    beside = [at for block in order for at in (block, block + 1, block - 1) if 0 <= at < count]
-    return [*dict.fromkeys(beside)]
+    """``beside``, of ``count`` blocks."""
+    return [block for block in beside(order) if 0 <= block < count]
 
 
 def filled(asked: Asked, budget: int, chosen: list[int], newest: int) -> list[int]:
