@@ -20,7 +20,7 @@ from megactx.evaluation.summary import check_targets
 from megactx.evaluation.sums import loggable
 from megactx.evaluation.validation import ValidationMetrics
 from megactx.framework.config.types import ArgumentsOf, Count, NonNegative, Whole
-from megactx.framework.run.next_command import ABOUT, NET, next_command
+from megactx.framework.run.next_command import ABOUT, NET, experiment_of, next_command
 from megactx.gist import GistNet
 from megactx.gist.carrier import Compressor
 from megactx.gist.loss import Context, build_losses, loss_kind, needed
@@ -39,6 +39,15 @@ from .taking import take_weights
 from .work import Work
 
 log = logging.getLogger(__name__)
+AFTER = {"gist_stage2": "gist_stage3", "gist_stage3": "lens"}  # the curriculum, and what reads its gists
+
+
+def following(folder: Path) -> str:
+    """The command of the stage behind a run's; behind one that is not of the curriculum its second."""
+    experiment = AFTER.get(experiment_of(folder), "gist_stage2")
+    if experiment == "lens":
+        return next_command(folder, experiment, {"stage.gistnet": folder}, (*ABOUT, "block_size"))
+    return next_command(folder, experiment, {"stage.init": folder}, (*ABOUT, "block_size", *NET, "attention"))
 
 
 class Evaluate(TypedDict, total=False):
@@ -360,8 +369,7 @@ class GistStage(FrozenBaseStage):
         for loss in self.weighted:
             if said := loss.told(self.base, self.main, datamodule):
                 print(said)
-        keep = (*ABOUT, "block_size", *NET, "attention")
-        print(f"Next: {next_command(folder, 'gist_stage2', {'stage.init': folder}, keep)}  (go on from here)")
+        print(f"Next: {following(folder)}  (go on from here)")
         print(f"or:   {next_command(folder, 'curriculum', {})}  (all stages)")
         if not any(loss.all_vectors for loss in self.weighted):  # rivals by keys and values cannot learn from it
             print(f"or:   {next_command(folder, None, {}, program='python -m megactx.studies.ladder')}  (rivals)")

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from megactx.framework.config.search_path import compose
 from megactx.framework.run.next_command import next_command, setting
 from megactx.framework.run.resume import plain
+from megactx.stages.gist import following
 
 
 def left(folder, overrides: list[str], choices: dict, **more) -> None:
@@ -79,3 +80,21 @@ def test_a_secret_is_in_no_command_and_a_folder_without_a_record_gives_a_plain_o
 def test_a_setting_is_read_again_as_it_was(value):
     cfg = compose(["data=files", *shlex.split(shlex.join([setting("data.path", value)]))])
     assert cfg.data.path == value
+
+
+@pytest.mark.parametrize(
+    ("experiment", "behind", "takes"),
+    [
+        ("demo", "gist_stage2", "stage.init"),
+        ("gist_stage1", "gist_stage2", "stage.init"),
+        ("gist_stage2", "gist_stage3", "stage.init"),
+        ("gist_stage3", "lens", "stage.gistnet"),
+    ],
+)
+def test_behind_a_stage_of_the_curriculum_comes_the_next_one(experiment, behind, takes, tmp_path):
+    overrides = [f"experiment={experiment}", "preset=demo", "seed=3", "gistnet.num_heads=4"]
+    left(tmp_path, overrides, {"experiment": experiment, "preset": "demo", "stage": "gist"})
+    words = shlex.split(following(tmp_path))
+    assert words[2] == f"experiment={behind}" and f"{takes}={tmp_path}" in words
+    cfg = compose(words[2:])
+    assert cfg.seed == 3 and ("gistnet.num_heads=4" in words) == (takes == "stage.init")

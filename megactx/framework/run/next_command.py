@@ -27,6 +27,12 @@ def setting(key: str, value) -> str:
     return f"{key}={text if PLAIN.fullmatch(text) else QuotedString(text, Quote.single).with_quotes()}"
 
 
+def experiment_of(folder: Path) -> str | None:
+    """Which one a run is of; ``None`` where it does not say."""
+    record = folder / "run.yaml"
+    return OmegaConf.select(OmegaConf.load(record), "choices.experiment") if record.exists() else None
+
+
 def next_command(
     folder: Path,
     experiment: str | None,
