@@ -20,7 +20,7 @@ from torch import Tensor
 from megactx.memory import Composite, MegaContextTree, Selection, WorkingContext
 
 from .edits import Moves
-from .keys import Question, beside, search
+from .keys import Questions, beside, search
 from .lensnet import Scores
 
 
@@ -121,7 +121,7 @@ def newest_from(context: WorkingContext, budget: int) -> Tensor:
 
 
 def found_by_keys(
-    context: WorkingContext, question: Question, most: int, budget: int, protected: int
+    context: WorkingContext, questions: Questions, most: int, budget: int, protected: int
 ) -> list[list[int]]:
     """Of each row the blocks that a question finds, the best first: of one that a user asked whatever is most like it,
     of others what stands out. A fact often crosses a border, so each brings the blocks beside it.
@@ -133,8 +133,8 @@ def found_by_keys(
     """
     tree, k = context.tree, context.tree.block_size
     begin, stops = newest_from(context, budget), context.stops().cpu()
-    before = torch.where(question.asked.cpu(), torch.minimum(begin + most * k, stops - protected), begin)
-    found = [_search(own, question) for own in getattr(tree, "trees", [tree])]
+    before = torch.where(questions.asked.cpu(), torch.minimum(begin + most * k, stops - protected), begin)
+    found = [_search(own, questions) for own in getattr(tree, "trees", [tree])]
     first = [base // tree.block_size for base in getattr(tree, "bases", [0])]  # block 0 of each tree
     like, out = torch.cat(found, dim=1), []
     block = torch.cat([torch.arange(part.shape[1]) + at for part, at in zip(found, first, strict=True)])
@@ -146,7 +146,7 @@ def found_by_keys(
     for number, row in enumerate(like):
         row = row.masked_fill(((block + 1) * k > before[number]).to(row.device), -torch.inf)
         best = row.argsort(descending=True, stable=True)[: 2 * most]  # half of them may be read anyway
-        best = block[best[row[best] > (-torch.inf if question.asked[number] else tree.keys.null)].cpu()].tolist()
+        best = block[best[row[best] > (-torch.inf if questions.asked[number] else tree.keys.null)].cpu()].tolist()
         near = [at for at in beside(best) if at in there]
         at = torch.tensor(near, dtype=torch.long, device=tree.device)
         there_still = tree.openable(torch.zeros_like(at), torch.ones_like(at), at).tolist()  # those beside it, too
@@ -154,9 +154,9 @@ def found_by_keys(
     return out
 
 
-def _search(tree: MegaContextTree, question: Question) -> Tensor:
+def _search(tree: MegaContextTree, questions: Questions) -> Tensor:
     """``search``, without what was taken away: it cannot be read."""
-    like = search(tree, question.ids, question.mask)
+    like = search(tree, questions.ids, questions.mask, questions.row)
     return like.masked_fill(tree.levels[1].whole("floor") > 0, -torch.inf) if tree.compacted else like
 
 

@@ -21,30 +21,36 @@ from megactx.framework.config.types import declared
 from megactx.memory import MegaContextTree, WorkingContext
 
 
-class Question(NamedTuple):
-    """What keys are asked for each row: ids [B, Q]; which of them are there, bool; whether a user asked it, bool [B].
-    What nobody asked, as text that goes on, finds only what stands out."""
+class Questions(NamedTuple):
+    """What keys are asked: ids [A, Q]; which of them are there, bool [A, Q]; of which row each is, [A]; which rows a
+    user asked, bool [B]. What nobody asked, as text that goes on, finds only what stands out."""
 
     ids: Tensor
     mask: Tensor
+    row: Tensor
     asked: Tensor
 
 
-QUESTION = 64  # newest tokens that are the question
+QUESTION = 64  # tokens of a question, at most
+GOES_ON = (8, 16)  # newest tokens that are the questions where no user's turn tells one
 LINE = 8  # tokens of a question, at least, that stands in a line of its own
 LOOK = 4 * QUESTION  # newest tokens among which a user's turn is looked for; behind it stands the answer so far
 
 
-def question_of(newest: list[int], turns: UserTurns) -> list[int]:
+def questions_of(newest: list[int], turns: UserTurns) -> list[list[int]]:
     """What a session asks its keys: what the user said last, where the chat template tells that among the newest
-    ``LOOK`` tokens; else all of these. Of more than ``QUESTION`` tokens it is the last line: a question stands behind
-    the text that it is about; or the newest tokens, where that line is longer or there is none.
+    ``LOOK`` tokens. Of more than ``QUESTION`` tokens it is the last line: a question stands behind the text that it is
+    about; or the newest of them, where that line is longer or there is none. Text that goes on asks with few tokens,
+    for what it repeats begins with few: with ``GOES_ON`` of them.
 
     Args:
         newest: ids of a history, its newest; ``LOOK`` of them are looked at.
     """
-    said = turns.said(newest[-LOOK:])
-    return said if len(said) <= QUESTION else turns.last_line(said[-QUESTION:], LINE)
+    newest = newest[-LOOK:]
+    if not turns.asked(newest):
+        return [newest[-count:] for count in GOES_ON]
+    said = turns.said(newest)
+    return [said if len(said) <= QUESTION else turns.last_line(said[-QUESTION:], LINE)]
 
 
 def beside(blocks: list[int]) -> list[int]:
@@ -127,12 +133,13 @@ class KeyNet(Keys):
 
 
 @torch.no_grad()
-def search(tree: MegaContextTree, question: Tensor, mask: Tensor | None = None) -> Tensor:
+def search(tree: MegaContextTree, ids: Tensor, mask: Tensor | None = None, row: Tensor | None = None) -> Tensor:
     """How like every block of a tree is to a question, all of them compared: [B, N]; -inf where a row is shorter.
 
     Args:
-        question: ids [B, Q], the newest tokens.
-        mask: which of them are there, bool [B, Q].
+        ids: of the questions, [A, Q].
+        mask: which of these are there, bool [A, Q].
+        row: of which row each question is, [A]; of several it is the one that a block is most like. ``None``: one each.
 
     Raises:
         ValueError: the tree has no keys.
@@ -142,9 +149,10 @@ def search(tree: MegaContextTree, question: Tensor, mask: Tensor | None = None) 
     counts = tree.counts(1)
     if not counts.any():
         return torch.zeros(tree.rows, 0, device=tree.device)
-    asked = tree.keys(question.to(tree.device).long(), mask)  # [B, S]
+    asked = tree.keys(ids.to(tree.device).long(), mask)  # [A, S]
+    row = torch.arange(tree.rows, device=asked.device) if row is None else row.to(asked.device)
     keys = tree.levels[1].whole("key").float()  # [B, N, S]
-    found = tree.keys.scale * torch.einsum("bs,bns->bn", asked, keys)
+    found = torch.stack([(asked[row == at] @ keys[at].T).amax(0) for at in range(tree.rows)]) * tree.keys.scale
     there = torch.arange(keys.shape[1], device=found.device) < counts.to(found.device)[:, None]
     return torch.where(there, found, -torch.inf)
 

@@ -31,7 +31,7 @@ from megactx.focus import Edits, FocusAllocator, LensNet, moves
 from megactx.focus.by_part import PartRows, of_window
 from megactx.focus.earned import earned, found_by_keys
 from megactx.focus.edits import Moves
-from megactx.focus.keys import Question
+from megactx.focus.keys import Questions
 from megactx.focus.lensnet import Scores
 from megactx.memory import Composite, MegaContextTree, WorkingContext
 
@@ -237,11 +237,13 @@ class Focus:
         self.seconds = {"score": scored - began, "allocate": time.perf_counter() - scored}
         return scores, edits
 
-    def shown(self, context: WorkingContext, question: Question | None = None) -> tuple[WorkingContext, Tensor | None]:
+    def shown(
+        self, context: WorkingContext, questions: Questions | None = None
+    ) -> tuple[WorkingContext, Tensor | None]:
         """What is read of a window: all of it; with ``earn`` what LensNet puts above the newest tokens, and these.
 
         Args:
-            question: by which keys are searched; ``None`` where they are not.
+            questions: by which keys are searched; ``None`` where they are not.
 
         Returns:
             Also the entries of each row that were earned, [B]; ``None``: nothing was compared.
@@ -252,8 +254,8 @@ class Focus:
         scores = self.score(context, legal) if self.lensnet is not None and self.needed(context) else None
         margin = 0.0 if scores is None else self.allocator.margin(self.lensnet.tau)
         protected, found = self.allocator.protected, None
-        if self.keys and question is not None:
-            found = found_by_keys(context, question, self.keys, self.budget, protected)
+        if self.keys and questions is not None:
+            found = found_by_keys(context, questions, self.keys, self.budget, protected)
         shown, count, self.found = earned(
             context, self.budget, legal, scores, margin, protected, found, self.keys or None
         )

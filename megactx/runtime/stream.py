@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megactx.data.user_turns import UserTurns
-from megactx.focus.keys import LOOK, Question, padded, question_of
+from megactx.focus.keys import LOOK, Questions, padded, questions_of
 from megactx.framework.errors import RunFailed
 from megactx.lm.chunked_head import nll
 from megactx.memory import Composite, MegaContextTree, Selection, WorkingContext
@@ -260,13 +260,15 @@ class Stream(ShownParts):
         out[stored] = self.tree.levels[0].read("token", row[stored], place[stored]).long()
         return out
 
-    def question(self) -> Question:
-        """What keys are asked for each row, see ``focus.keys.question_of``."""
+    def questions(self) -> Questions:
+        """What keys are asked, see ``focus.keys.questions_of``."""
         newest, counts = self.newest(LOOK).tolist(), self.lengths.clamp(max=LOOK).tolist()
         rows = [row[LOOK - count :] for row, count in zip(newest, counts, strict=True)]
+        own = [questions_of(row, self.turns) for row in rows]
+        ids, mask = padded([ids for several in own for ids in several])
+        row = torch.tensor([at for at, several in enumerate(own) for _ in several])
         asked = torch.tensor([self.turns.asked(row) for row in rows])
-        ids, mask = padded([question_of(row, self.turns) for row in rows])
-        return Question(*(part.to(self.device) for part in (ids, mask, asked)))
+        return Questions(*(part.to(self.device) for part in (ids, mask, row, asked)))
 
     def restore(self, context: WorkingContext | None) -> None:
         """Go on with a window, and read it anew; ``None``: one is put together when it is needed."""
@@ -462,8 +464,8 @@ class Stream(ShownParts):
     def _read(self) -> None:
         """Read the window, as far as it has changed, and what waits behind it."""
         if self.window() is not None:
-            question = self.question() if self.settings.keys else None
-            self.shown, self.earned = self.focus.shown(self.context, question)
+            questions = self.questions() if self.settings.keys else None
+            self.shown, self.earned = self.focus.shown(self.context, questions)
             self._note_found()
             self._read_window(self.shown)
         else:

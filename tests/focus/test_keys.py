@@ -7,7 +7,7 @@ import torch
 from small_windows import K, Mean, window
 
 from megactx.data.user_turns import UserTurns
-from megactx.focus.keys import LOOK, QUESTION, KeyNet, best_below, question_of, search
+from megactx.focus.keys import GOES_ON, LOOK, QUESTION, KeyNet, best_below, questions_of, search
 from megactx.memory import MegaContextTree, WorkingContext
 
 SIZE, VOCABULARY = 16, 50
@@ -114,21 +114,32 @@ def test_keys_of_a_text_too_short_for_a_block_are_none(net):
     assert (best_below(context, search(tree, tokens_of(1, 3))) == -torch.inf).all()
 
 
-def test_a_question_is_the_newest_tokens_of_what_the_user_said_last_or_of_all_where_that_is_too_far_back():
+def test_questions_are_what_the_user_said_last_or_a_few_of_the_newest_tokens_where_that_is_too_far_back():
     turns, opening, closing = UserTurns((1, 2), (3, 4)), [1, 2], [3, 4]
     asked, answer, old = [*range(10, 30)], [*range(40, 60)], [9] * 100
-    assert question_of([*old, *opening, *asked, *closing, *answer], turns) == asked
+    assert questions_of([*old, *opening, *asked, *closing, *answer], turns) == [asked]
     long = [*range(100, 300)]
-    assert question_of([*old, *opening, *long, *closing], turns) == long[-QUESTION:]
-    assert question_of([*old, *opening, *asked, *closing, *[7] * LOOK], turns) == [7] * QUESTION
-    assert question_of([*old, *opening, *asked, *closing], UserTurns())[-24:] == [*opening, *asked, *closing]
+    assert questions_of([*old, *opening, *long, *closing], turns) == [long[-QUESTION:]]
+    gone = [*old, *opening, *asked, *closing, *[7] * (LOOK - 4), *range(60, 64)]
+    assert questions_of(gone, turns) == [gone[-count:] for count in GOES_ON]
+    assert questions_of([*old, *opening, *asked, *closing], UserTurns())[1][-6:] == [*asked[-4:], *closing]
+    assert questions_of([5, 6], UserTurns()) == [[5, 6]] * len(GOES_ON)
 
 
 def test_of_a_long_turn_the_question_is_the_last_line_where_that_is_long_enough():
     turns = UserTurns((1, 2), (3, 4), SimpleNamespace(decode=lambda ids: ".\n" if ids == [5] else "a"))
     old, asked = [*range(100, 200)], [*range(10, 30)]
-    assert question_of([1, 2, *old, 5, *asked, 5, 3, 4], turns) == [*asked, 5]
-    assert question_of([1, 2, *old, 5, *asked, 5, 11, 12, 3, 4], turns) == [*asked, 5, 11, 12]  # no line by itself
-    assert question_of([1, 2, *old, *asked, 3, 4], turns) == [*old, *asked][-QUESTION:]
+    assert questions_of([1, 2, *old, 5, *asked, 5, 3, 4], turns) == [[*asked, 5]]
+    assert questions_of([1, 2, *old, 5, *asked, 5, 11, 12, 3, 4], turns) == [[*asked, 5, 11, 12]]  # no line by itself
+    assert questions_of([1, 2, *old, *asked, 3, 4], turns) == [[*old, *asked][-QUESTION:]]
     short = [10, 11, 5, *range(12, 30)]
-    assert question_of([9, 9, 1, 2, *short, 3, 4], turns) == short  # all of it may be the question
+    assert questions_of([9, 9, 1, 2, *short, 3, 4], turns) == [short]  # all of it may be the question
+
+
+def test_of_several_questions_of_a_row_a_block_is_as_like_as_to_the_one_that_it_is_most_like(net):
+    tree = tree_with(net, tokens_of(2, 80))
+    ids, row = tokens_of(5, 8, seed=3), torch.tensor([0, 1, 0, 1, 1])
+    found = search(tree, ids, row=row)
+    for at in range(2):
+        own = torch.stack([search(tree, one[None].expand(2, -1))[at] for one in ids[row == at]])
+        torch.testing.assert_close(found[at], own.amax(0))

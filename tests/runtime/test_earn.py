@@ -10,7 +10,7 @@ import torch
 from megactx.apps import command_line
 from megactx.data.user_turns import UserTurns
 from megactx.focus.earned import found_by_keys, newest_from
-from megactx.focus.keys import QUESTION, KeyNet, Question, best_below, search
+from megactx.focus.keys import GOES_ON, KeyNet, Questions, best_below, search
 from megactx.memory import archive
 from megactx.memory.curation_settings import CurationSettings
 from megactx.runtime import Controller, Models, Session, Settings
@@ -93,8 +93,9 @@ def keyed(models):
 
 
 def goes_on(ids):
-    """A question that nobody asked."""
-    return Question(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(len(ids), dtype=torch.bool))
+    """Questions that nobody asked, one of each row."""
+    rows = torch.arange(len(ids))
+    return Questions(ids, torch.ones_like(ids, dtype=torch.bool), rows, torch.zeros(len(ids), dtype=torch.bool))
 
 
 def test_a_refocus_opens_the_one_block_below_the_coarsest_gist_that_the_newest_tokens_ask_for(keyed, ids, tmp_path):
@@ -129,9 +130,11 @@ def test_keys_are_asked_what_the_user_said_last_and_not_the_answer_so_far(keyed,
     asked = history[400 : 400 + K].repeat(2)
     stream.append(torch.cat([history, torch.tensor([1, 2]), asked, torch.tensor([3, 4]), ids(41, seed=7)])[None])
     stream.logits()
-    question, there, by_user = stream.question()
-    assert by_user.tolist() == [told]
-    assert question[there].tolist() == (asked.tolist() if told else stream.newest(QUESTION)[0].tolist())
+    question, there, row, by_user = stream.questions()
+    assert by_user.tolist() == [told] and not row.any()
+    newest = [stream.newest(count)[0].tolist() for count in GOES_ON]
+    said = [own[here].tolist() for own, here in zip(question, there, strict=True)]
+    assert said == ([asked.tolist()] if told else newest)
     shown = stream.shown.index[0][stream.shown.lod[0] == 0]
     assert ({400, 401, 402, 403} <= {*shown.tolist()}) == told
 
@@ -140,8 +143,9 @@ def test_a_question_of_a_history_that_is_shorter_is_all_of_it(keyed, ids):
     made = Controller(keyed, Settings(**SMALL, megacontext="recency", earn=True, keys=4))
     stream = made.stream(2)
     stream.append(ids(2, 20), torch.tensor([20, 7]))
-    question, there, _ = stream.question()
-    assert there.sum(1).tolist() == [20, 7] and torch.equal(question[1, :7], ids(2, 20)[1, :7])
+    question, there, row, _ = stream.questions()
+    assert row.tolist() == [0, 0, 1, 1] and there.sum(1).tolist() == [*GOES_ON, 7, 7]
+    assert torch.equal(question[2, :7], ids(2, 20)[1, :7])
 
 
 def test_a_session_without_keys_is_gone_on_with_keys_and_back(keyed, ids, tmp_path):

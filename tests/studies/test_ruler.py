@@ -274,9 +274,10 @@ def test_keys_are_asked_what_a_session_takes_for_the_question():
     row = {"context": "The mill is old. " * 60, "needles": []}
     row |= {"question": "Where does it stand, and who has it?\n", "answer_prefix": "It is"}
     ids, asked, _ = asked_of(row, tokenizer)
-    assert tokenizer.decode(policy.question(asked)) == "Where does it stand, and who has it?\n"
+    (question,) = policy.questions(asked)
+    assert tokenizer.decode(question) == "Where does it stand, and who has it?\n"
     asked = asked_of(row | {"question": "Where?"}, tokenizer)[1]  # the end of the turn and the prefix are no part of it
-    question = policy.question(asked)
+    (question,) = policy.questions(asked)
     assert len(question) == QUESTION and tokenizer.decode(question).endswith("The mill is old. \nWhere?")
 
 

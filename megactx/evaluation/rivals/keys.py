@@ -1,5 +1,7 @@
 import torch
 
+from megactx.focus.keys import padded
+
 from . import BLOCK, filled, near
 
 
@@ -28,10 +30,10 @@ class Keys:
         whole = len(asked.ids) // BLOCK
         if "keys" not in asked.shared:
             asked.shared["keys"] = self.net.encode(torch.tensor(asked.ids[: whole * BLOCK]).view(-1, BLOCK))
-        found = self.net.likeness(self.net(torch.tensor([self.question(asked)])), asked.shared["keys"])[0]
+        found = self.net.likeness(self.net(*padded(self.questions(asked))), asked.shared["keys"]).amax(0)
         order = found.argsort(descending=True, stable=True)[:budget].tolist()
         return filled(asked, budget, near(order, len(asked.blocks)), budget // 4)
 
-    def question(self, asked):
-        """Ids by which the keys are asked."""
-        return self.tokenizer(asked.question, add_special_tokens=False)["input_ids"]
+    def questions(self, asked):
+        """Ids by which the keys are asked, of one question or several."""
+        return [self.tokenizer(asked.question, add_special_tokens=False)["input_ids"]]

@@ -1,5 +1,5 @@
 from megactx.data.user_turns import UserTurns
-from megactx.focus.keys import question_of
+from megactx.focus.keys import questions_of
 
 from .keys import Keys
 
@@ -7,5 +7,5 @@ from .keys import Keys
 class KeysAsked(Keys):
     """As ``keys``, but asked by what a session takes for the question, of the turn in which the text stands too."""
 
-    def question(self, asked):
-        return question_of([*asked.ids, *asked.end], UserTurns.of(self.tokenizer))
+    def questions(self, asked):
+        return questions_of([*asked.ids, *asked.end], UserTurns.of(self.tokenizer))
