@@ -32,7 +32,7 @@ from megactx.parts.read import load_lensnet
 from megactx.runtime import Models, Settings, load_models
 
 from . import length_planted as planted
-from .length_policies import DROP, EARNED, FOCUS, FULL, RECENCY, Found, dropping, full_context, session
+from .length_policies import DROP, EARNED, FOCUS, FULL, KEYS, RECENCY, Found, dropping, full_context, session
 from .length_report import report_of, summarise
 from .length_text import Texts, gather, tree_of
 from .study import Options, command, multiple
@@ -47,12 +47,13 @@ class Study:
     def __init__(self, models: Models, texts: Texts, args: argparse.Namespace):
         self.models, self.texts, self.args = models, texts, args
         self.block, self.folder = models.gistnet.block_size, Path(args.out)
-        self.kinds = [RECENCY, *([] if models.lensnet is None else [FOCUS]), *([EARNED] if args.earn else [])]
+        there = {RECENCY: True, FOCUS: models.lensnet is not None, EARNED: args.earn, KEYS: args.keys}
+        self.kinds = [kind for kind, wanted in there.items() if wanted]
 
     def placements(self, length: int) -> list[str]:
         """How positions can be at a length of history, the usual one first."""
         fits = length + self.args.tokens <= self.models.base.max_positions
-        return ["absolute", "rebased"] if fits else ["rebased"]
+        return [kind for kind in ("absolute", "rebased") if kind == "rebased" or fits and not self.args.rebased]
 
     def document(self, target: dict, known: MegaContextTree | None) -> dict:
         """Score a target at every length under every policy."""
@@ -86,13 +87,13 @@ class Study:
         return {"kind": case["kind"], "domain": case["domain"], "gain": gain, "rows": rows}
 
     def _policies(self, ids, tree, scored, placements: list[str]) -> Iterator[tuple[str, int | None, str, Found]]:
-        if "absolute" in placements:
+        if len(ids) + len(scored) <= self.models.base.max_positions:
             yield FULL, None, "absolute", full_context(self.models, ids, scored)
         for budget in self.args.budgets:
             for positions in placements:
                 yield DROP, budget, positions, dropping(self.models.base, ids, scored, budget, self.block, positions)
                 for kind in self.kinds:
-                    settings = (kind, budget, positions, self.args.limit, self.args.refocuses)
+                    settings = (kind, budget, positions, self.args.limit, self.args.refocuses, self.args.keys)
                     yield kind, budget, positions, session(self.models, tree, scored, *settings)
 
     def measure(self) -> None:
@@ -128,6 +129,8 @@ class Study:
             "text": self.texts.fingerprint,
             "block_size": self.block,
             **({"earn": True} if self.args.earn else {}),
+            **({"rebased": True} if self.args.rebased else {}),
+            **({"keys": self.args.keys, "keys_of": of_net(models.keys)} if self.args.keys else {}),
         }
 
     def claim(self) -> None:
@@ -162,6 +165,8 @@ def options(given: Options) -> None:
     given.add("--limit", type=int, help="positions of rebased histories stay below it (default: half of the base's)")
     given.number("refocuses", 0, "more ones at a cold start than a session makes", least=0)
     given.add("--earn", action="store_true", help="measure sessions that read the newest tokens unless more is earned")
+    given.number("keys", 0, "measure sessions that read so many blocks too which their keys find, at most", least=0)
+    given.add("--rebased", action="store_true", help="measure no absolute positions, where the base takes them")
     given.number("seed", 0, "of the filler's order and the planted facts", least=0)
     given.add("--out", default="runs/length", help="folder of the results, gone on with")
 
@@ -179,6 +184,11 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     if args.lensnet:
         lensnet = load_lensnet(resolve(args.lensnet, "--lensnet"), models.gistnet)
         models = replace(models, lensnet=lensnet.to(models.base.model.device))
+    if args.keys and models.keys is None:
+        raise ValueError(
+            f"--keys={args.keys} is not allowed: these models have no keys; megactx.studies.keys trains some"
+        )
+    models = replace(models, keys=models.keys.ready() if args.keys else None)
     check(args, models)
     near, longest = args.lengths[0], args.lengths[-1]
     sizes = (near, args.tokens, longest, args.documents, args.domains, args.seed)

@@ -5,6 +5,7 @@
     recency        [ sink ][ gists, coarser the older ][ newest tokens ]
     focus          the same budget, detail where LensNet wants it
     earned         the sink, the newest tokens, and what LensNet's estimate puts above them
+    keys           the same, and before it blocks that the newest tokens find by their keys
 
 Every policy is at the same place at the same time: what it shows is chosen anew every K scored tokens, within W
 entries, and up to K - 1 tokens that came since are read behind them.
@@ -24,7 +25,7 @@ from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree, WorkingContext
 from megactx.runtime import Controller, Models, Refocused, Settings
 
-FULL, DROP, RECENCY, FOCUS, EARNED = "full context", "dropping", "recency", "focus", "earned"
+FULL, DROP, RECENCY, FOCUS, EARNED, KEYS = "full context", "dropping", "recency", "focus", "earned", "keys"
 ROWS = 4  # windows of dropping that are read at once
 
 
@@ -85,25 +86,34 @@ def dropping(base: BaseLM, ids: Tensor, scored: Tensor, budget: int, block: int,
 
 
 def session(
-    models: Models, tree: MegaContextTree, scored: Tensor, kind: str, budget: int, positions: str, limit: int, more: int
+    models: Models,
+    tree: MegaContextTree,
+    scored: Tensor,
+    kind: str,
+    budget: int,
+    positions: str,
+    limit: int,
+    more: int,
+    keys: int = 0,
 ) -> Found:
     """A session that has taken up a history and now reads scored [S].
 
     Args:
         tree: of the history; it is not changed.
-        kind: ``recency``, ``focus`` or ``earned``.
+        kind: ``recency``, ``focus``, ``earned`` or ``keys``.
         positions: ``absolute`` or ``rebased``, the latter below ``limit``.
         more: refocuses at the cold start, behind those that a session makes.
+        keys: blocks, at most, that are found by them.
     """
     device, events = models.base.model.device, []
-    earn = kind == EARNED
+    earn, keys = kind in (EARNED, KEYS), keys if kind == KEYS else 0
     limit = limit if positions == "rebased" else None
-    settings = Settings(budget, FOCUS if earn else kind, positions, limit, earn=earn)
+    settings = Settings(budget, FOCUS if earn else kind, positions, limit, earn=earn, keys=keys)
     stream = Controller(models, settings).stream(tree=tree.slice(0), observers=[events.append])
     context = stream.window()
     for _ in range(more):
         stream.focus.refocus(context)
-    before = stream.focus.shown(context.copy())[0]
+    before = stream.focus.shown(context.copy(), stream.questions() if keys else None)[0]
     stream.logits()
     began = clock(device)
     found = stream.append(scored[None], score=True)[0]

@@ -16,10 +16,10 @@ from megactx.evaluation.table import OVERALL, Report, Sheet, Table, cell, pivot
 from megactx.focus.allocator import RESIDENCY, SWAP_RATE, UTILISATION
 
 from .length_planted import usable
-from .length_policies import DROP, EARNED, FOCUS, FULL, RECENCY
+from .length_policies import DROP, EARNED, FOCUS, FULL, KEYS, RECENCY
 
 TELEMETRY = ("swap_rate", "residency", "utilisation", "reuse", "rooms")
-COLOURS = {FOCUS: "#009E73", EARNED: "#CC79A7", RECENCY: "#0072B2", DROP: "black", FULL: "#D55E00"}
+COLOURS = {FOCUS: "#009E73", EARNED: "#CC79A7", KEYS: "#E69F00", RECENCY: "#0072B2", DROP: "black", FULL: "#D55E00"}
 STYLES = {"absolute": "--", "rebased": "-"}
 ABSOLUTE = "- absolute"  # the run of full context
 LINE, HEADING = ("carrier", "run"), ["policy", "budget", "positions"]  # what a line of a sheet is of, and says
@@ -163,8 +163,9 @@ def notes_on(table: Table, about: dict) -> list[str]:
 
 
 def _whole(table: Table, about: dict, length: int, budget: int) -> str:
-    parts, own = [], table.pick(span=length, run=f"{budget} absolute")
-    for policy in (FOCUS, RECENCY, DROP):
+    own = table.pick(span=length)
+    parts, own = [], own.pick(run=f"{budget} absolute") or own.pick(run=f"{budget} rebased")
+    for policy in (FOCUS, KEYS, RECENCY, DROP):
         if row := own.one(carrier=policy, metric="vs_full"):
             swaps = own.one(carrier=policy, metric="swap_rate")
             parts.append(f"{policy} {cell(row, '+.3f')}" + (f" at {swaps['point']:.3f} swaps" if swaps else ""))

@@ -107,7 +107,7 @@ def tree_of(models: Models, ids: Tensor, known: MegaContextTree | None) -> MegaC
     """
     device = models.base.model.device
     ids = ids.to(device)
-    new = MegaContextTree(models.gistnet, models.base, device=device)
+    new = MegaContextTree(models.gistnet, models.base, device=device, keys=models.keys)
     start = 0
     if known is not None:
         piece = new.block_size**2

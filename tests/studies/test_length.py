@@ -1,17 +1,20 @@
 """Evaluation at length: histories are what they say, policies see what they may, and the study in miniature."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from megactx.evaluation.planted import in_detail
 from megactx.evaluation.table import Table
+from megactx.focus.keys import KeyNet
 from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree
 from megactx.studies import length_planted as planted
 from megactx.studies.length import main
-from megactx.studies.length_policies import DROP, FOCUS, FULL, RECENCY, dropping, full_context, session
-from megactx.studies.length_report import report_of, summarise
+from megactx.studies.length_policies import DROP, EARNED, FOCUS, FULL, KEYS, RECENCY, dropping, full_context, session
+from megactx.studies.length_report import notes_on, report_of, summarise
 from megactx.studies.length_text import Texts, gather, tree_of
 
 K, NEAR, SCORED, BUDGET, LIMIT = 4, 256, 32, 232, 256
@@ -124,6 +127,19 @@ def test_a_planted_fact_stands_at_the_same_share_of_every_history_and_is_asked_f
             assert changed <= sum(len(part) for _, part in case["told"]) + case["cue"]
 
 
+def test_a_session_by_keys_reads_the_old_block_whose_words_come_again(models, ids):
+    keys = KeyNet(models.base.model.get_input_embeddings().weight, 32).eval().requires_grad_(False)
+    with torch.no_grad():
+        keys.null.fill_(12.0)  # of 15: only what is nearly the same stands out
+    keyed, history, scored = replace(models, keys=keys, lensnet=None), ids(1200), ids(SCORED, seed=1)
+    history[-8:] = history[400 : 400 + K].repeat(2)
+    tree = tree_of(keyed, history, None)
+    for kind, found in ((EARNED, False), (KEYS, True)):
+        own = session(keyed, tree, scored, kind, BUDGET, "rebased", LIMIT, 0, 3 * K)
+        assert in_detail(own.context, [400 // K]) == found and int(own.context.counts[0]) == BUDGET
+    assert tree_of(replace(keyed, keys=None), history, None).keys is None  # who has no use for them does not make them
+
+
 def row(length, policy, nll, budget=512, positions="absolute", **more):
     blocks = {"nll": [nll], "mean": nll, "seconds": 0.001, "tree_bytes": 38 * length}
     return {"length": length, "policy": policy, "budget": budget, "positions": positions} | blocks | more
@@ -162,6 +178,8 @@ def test_costs_are_paired_with_full_context_and_dropping_of_the_same_document():
     assert near.one(carrier=FULL, metric="vs_dropping") is None
     assert near.point(carrier=FOCUS, metric="tree_bytes_per_token") == 38
     assert any("focus +0.100 [+0.100, +0.100] at 0.100 swaps, dropping +0.400" in note for note in found.notes)
+    table = Table(own | {"run": own["run"].replace("absolute", "rebased")} for own in found.table)
+    assert any("focus +0.100 [+0.100, +0.100] at 0.100 swaps, dr" in note for note in notes_on(table, found.about))
 
 
 def test_only_cases_that_the_base_can_use_count():
@@ -213,6 +231,7 @@ def test_the_study_in_miniature_goes_on_where_it_was_stopped(exported, texts, tm
         (["--limit", "513"], "--limit=513"),
         (["--limit", "10"], "--limit=10"),
         (["--documents", "0"], "--documents=0"),
+        (["--keys", "4"], "--keys=4 is not allowed: these models have no keys"),
         (["--lensnet", "/nowhere"], "--lensnet=/nowhere: there is no such folder"),
     ],
 )
