@@ -44,7 +44,7 @@ def earned(
         scores: of ``context``; ``None``: there is no estimate, so nothing is earned.
         margin: nats by which a set must be worth more.
         protected: newest tokens that no set takes the place of.
-        found: of each row, blocks that are read in any case, the best first.
+        found: of each row, blocks that are read in any case, the best first, if they can be read.
         most: of these, at most, that take the place of newest tokens.
     """
     tree, k, sink = context.tree, context.tree.block_size, context.tree.sink
@@ -52,7 +52,7 @@ def earned(
     closed = _closed(context)  # presets are read in any case
     budget -= len(closed)
     chunks = ((ends - begin - protected) // k).clamp(min=0)  # that may be paid with
-    found = [[block for block in own if block != sink // k] for own in found or [[]] * len(ends)]
+    found = [_readable(tree, row, own) for row, own in enumerate(found or [[]] * len(ends))]
     if isinstance(tree, Composite):
         found = [_first_of_each(tree, found[0])]
     limits = chunks if most is None else chunks.clamp(max=most)
@@ -93,6 +93,15 @@ def earned(
     return Selection(tree, lod, index, lengths, budget + len(closed)), (count + paid) * k, opened
 
 
+def _readable(tree: MegaContextTree | Composite, row: int, blocks: list[int]) -> list[int]:
+    """Those that have not been taken away, without block 0, which is read anyway."""
+    at = torch.tensor(blocks, dtype=torch.long, device=tree.device)
+    may = tree.openable(torch.full_like(at, row), torch.ones_like(at), at).tolist()
+    return [
+        block for block, readable in zip(blocks, may, strict=True) if readable and block != tree.sink // tree.block_size
+    ]
+
+
 def _chosen(found: list[int], begin: int, most: int, k: int) -> tuple[list[int], list[int]]:
     """Of found blocks, the best first, as many as have room: those that stand before the newest tokens, and those among
     them. Each of the former takes the place of the oldest K newest tokens, which may make a former of a latter.
@@ -124,7 +133,7 @@ def found_by_keys(
     context: WorkingContext, questions: Questions, most: int, budget: int, protected: int
 ) -> list[list[int]]:
     """Of each row the blocks that a question finds, the best first: of one that a user asked whatever is most like it,
-    of others what stands out. A fact often crosses a border, so each brings the blocks beside it.
+    of others the most like one if it stands out. A fact often crosses a border, so each brings the blocks beside it.
 
     Args:
         most: blocks that may take the place of newest tokens.
@@ -145,12 +154,11 @@ def found_by_keys(
         like, there = like.masked_fill(closed, -torch.inf), {*block[~closed.cpu()].tolist()}
     for number, row in enumerate(like):
         row = row.masked_fill(((block + 1) * k > before[number]).to(row.device), -torch.inf)
-        best = row.argsort(descending=True, stable=True)[: 2 * most]  # half of them may be read anyway
-        best = block[best[row[best] > (-torch.inf if questions.asked[number] else tree.keys.null)].cpu()].tolist()
-        near = [at for at in beside(best) if at in there]
-        at = torch.tensor(near, dtype=torch.long, device=tree.device)
-        there_still = tree.openable(torch.zeros_like(at), torch.ones_like(at), at).tolist()  # those beside it, too
-        out.append([block for block, may in zip(near, there_still, strict=True) if may])
+        # Of what a user asked half may be read anyway; in text that goes on more than one costs more than they give.
+        count, least = (2 * most, -torch.inf) if questions.asked[number] else (1, tree.keys.null)
+        best = row.argsort(descending=True, stable=True)[:count]
+        best = block[best[row[best] > least].cpu()].tolist()
+        out.append([at for at in beside(best) if at in there])
     return out
 
 

@@ -23,16 +23,18 @@ from megactx.memory import MegaContextTree, WorkingContext
 
 class Questions(NamedTuple):
     """What keys are asked: ids [A, Q]; which of them are there, bool [A, Q]; of which row each is, [A]; which rows a
-    user asked, bool [B]. What nobody asked, as text that goes on, finds only what stands out."""
+    user asked, bool [B]. What nobody asked, as text that goes on, finds only the one block that stands out most; of
+    such rows also the blocks where their end stood before."""
 
     ids: Tensor
     mask: Tensor
     row: Tensor
     asked: Tensor
+    repeated: list[list[int]]
 
 
 QUESTION = 64  # tokens of a question, at most
-GOES_ON = (8, 16)  # newest tokens that are the questions where no user's turn tells one
+GOES_ON = (8, 16)  # newest tokens that are the questions where no chat template tells one
 LINE = 8  # tokens of a question, at least, that stands in a line of its own
 LOOK = 4 * QUESTION  # newest tokens among which a user's turn is looked for; behind it stands the answer so far
 
@@ -40,15 +42,16 @@ LOOK = 4 * QUESTION  # newest tokens among which a user's turn is looked for; be
 def questions_of(newest: list[int], turns: UserTurns) -> list[list[int]]:
     """What a session asks its keys: what the user said last, where the chat template tells that among the newest
     ``LOOK`` tokens. Of more than ``QUESTION`` tokens it is the last line: a question stands behind the text that it is
-    about; or the newest of them, where that line is longer or there is none. Text that goes on asks with few tokens,
-    for what it repeats begins with few: with ``GOES_ON`` of them.
+    about; or the newest of them, where that line is longer or there is none. Where a template would tell and does not
+    nobody asks. Without one the newest tokens are the questions, ``GOES_ON`` of them: a question at the end of a text
+    is among few, and what a text repeats begins with few.
 
     Args:
         newest: ids of a history, its newest; ``LOOK`` of them are looked at.
     """
     newest = newest[-LOOK:]
     if not turns.asked(newest):
-        return [newest[-count:] for count in GOES_ON]
+        return [] if turns.opening else [newest[-count:] for count in GOES_ON]
     said = turns.said(newest)
     return [said if len(said) <= QUESTION else turns.last_line(said[-QUESTION:], LINE)]
 
@@ -62,6 +65,8 @@ def padded(questions: list[list[int]]) -> tuple[Tensor, Tensor]:
     """-> ids [Q, most] and which are there, bool [Q, most]."""
     ids = [torch.tensor(own[-QUESTION:]) for own in questions]
     mask = [torch.ones(len(own), dtype=torch.bool) for own in ids]
+    if not ids:
+        return torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0, dtype=torch.bool)
     together = nn.utils.rnn.pad_sequence
     return together(ids, batch_first=True), together(mask, batch_first=True)
 
@@ -149,10 +154,14 @@ def search(tree: MegaContextTree, ids: Tensor, mask: Tensor | None = None, row: 
     counts = tree.counts(1)
     if not counts.any():
         return torch.zeros(tree.rows, 0, device=tree.device)
+    if not len(ids):
+        return torch.full((tree.rows, int(counts.max())), -torch.inf, device=tree.device)
     asked = tree.keys(ids.to(tree.device).long(), mask)  # [A, S]
     row = torch.arange(tree.rows, device=asked.device) if row is None else row.to(asked.device)
     keys = tree.levels[1].whole("key").float()  # [B, N, S]
-    found = torch.stack([(asked[row == at] @ keys[at].T).amax(0) for at in range(tree.rows)]) * tree.keys.scale
+    found = keys.new_full(keys.shape[:2], -torch.inf)
+    for at in row.unique().tolist():
+        found[at] = (asked[row == at] @ keys[at].T).amax(0) * tree.keys.scale
     there = torch.arange(keys.shape[1], device=found.device) < counts.to(found.device)[:, None]
     return torch.where(there, found, -torch.inf)
 

@@ -36,6 +36,7 @@ from megactx.focus.lensnet import Scores
 from megactx.memory import Composite, MegaContextTree, WorkingContext
 
 from .mean_embedding_cache import MeanEmbeddingCache
+from .repeats import REPEATED
 from .settings import Settings
 
 SETTLE = 8  # refocuses of a cold start, at most
@@ -243,7 +244,7 @@ class Focus:
         """What is read of a window: all of it; with ``earn`` what LensNet puts above the newest tokens, and these.
 
         Args:
-            questions: by which keys are searched; ``None`` where they are not.
+            questions: by which keys are searched, and what else is to be read; ``None``: nothing.
 
         Returns:
             Also the entries of each row that were earned, [B]; ``None``: nothing was compared.
@@ -254,11 +255,13 @@ class Focus:
         scores = self.score(context, legal) if self.lensnet is not None and self.needed(context) else None
         margin = 0.0 if scores is None else self.allocator.margin(self.lensnet.tau)
         protected, found = self.allocator.protected, None
-        if self.keys and questions is not None:
-            found = found_by_keys(context, questions, self.keys, self.budget, protected)
-        shown, count, self.found = earned(
-            context, self.budget, legal, scores, margin, protected, found, self.keys or None
-        )
+        if questions is not None:
+            found = questions.repeated
+            if self.keys:
+                by_keys = found_by_keys(context, questions, self.keys, self.budget, protected)
+                found = [[*dict.fromkeys(first + more)] for first, more in zip(found, by_keys, strict=True)]
+        most = max(self.keys, REPEATED)
+        shown, count, self.found = earned(context, self.budget, legal, scores, margin, protected, found, most)
         return shown, count
 
 

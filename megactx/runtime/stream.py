@@ -31,6 +31,7 @@ from .incremental_prefill import IncrementalPrefill
 from .node_prefill import NodePrefill
 from .part_files import OpenPart
 from .position_rebase import PositionRebase
+from .repeats import LONGEST, Repeats
 from .settings import Settings
 from .shown_parts import ShownParts
 
@@ -76,7 +77,8 @@ class Stream(ShownParts):
         self.prefill: IncrementalPrefill | NodePrefill = kind(self.base, settings.graphs)
         if settings.attention == "mega":
             self.prefill = NodePrefill(self.base, settings.mega)
-        self.turns = UserTurns.of(self.base.tokenizer) if settings.keys else UserTurns()
+        self.turns = UserTurns.of(self.base.tokenizer) if settings.earn else UserTurns()
+        self.repeats = Repeats(self.tree)
         self.waiting = torch.zeros(self.rows, self.block, dtype=torch.long, device=self.device)
         self._grown_from: Tensor | None = None  # [B], tokens of the tree before it took what waits
         self.counts = torch.zeros(self.rows, dtype=torch.long)
@@ -261,14 +263,19 @@ class Stream(ShownParts):
         return out
 
     def questions(self) -> Questions:
-        """What keys are asked, see ``focus.keys.questions_of``."""
+        """What keys are asked, see ``focus.keys.questions_of``, and where what nobody asked stood before."""
         newest, counts = self.newest(LOOK).tolist(), self.lengths.clamp(max=LOOK).tolist()
         rows = [row[LOOK - count :] for row, count in zip(newest, counts, strict=True)]
         own = [questions_of(row, self.turns) for row in rows]
         ids, mask = padded([ids for several in own for ids in several])
         row = torch.tensor([at for at, several in enumerate(own) for _ in several])
-        asked = torch.tensor([self.turns.asked(row) for row in rows])
-        return Questions(*(part.to(self.device) for part in (ids, mask, row, asked)))
+        asked = [self.turns.asked(newest) for newest in rows]
+        first = self.seen.sink // self.block  # block 0 of the text among those of all parts
+        repeated = [
+            [] if told else [first + at for at in self.repeats.blocks(at, torch.tensor(newest[-LONGEST:]))]
+            for at, (newest, told) in enumerate(zip(rows, asked, strict=True))
+        ]
+        return Questions(*(part.to(self.device) for part in (ids, mask, row, torch.tensor(asked))), repeated)
 
     def restore(self, context: WorkingContext | None) -> None:
         """Go on with a window, and read it anew; ``None``: one is put together when it is needed."""
@@ -464,7 +471,7 @@ class Stream(ShownParts):
     def _read(self) -> None:
         """Read the window, as far as it has changed, and what waits behind it."""
         if self.window() is not None:
-            questions = self.questions() if self.settings.keys else None
+            questions = self.questions() if self.settings.earn else None
             self.shown, self.earned = self.focus.shown(self.context, questions)
             self._note_found()
             self._read_window(self.shown)

@@ -121,7 +121,8 @@ def test_questions_are_what_the_user_said_last_or_a_few_of_the_newest_tokens_whe
     long = [*range(100, 300)]
     assert questions_of([*old, *opening, *long, *closing], turns) == [long[-QUESTION:]]
     gone = [*old, *opening, *asked, *closing, *[7] * (LOOK - 4), *range(60, 64)]
-    assert questions_of(gone, turns) == [gone[-count:] for count in GOES_ON]
+    assert questions_of(gone, turns) == []  # nobody asks
+    assert questions_of(gone, UserTurns()) == [gone[-count:] for count in GOES_ON]
     assert questions_of([*old, *opening, *asked, *closing], UserTurns())[1][-6:] == [*asked[-4:], *closing]
     assert questions_of([5, 6], UserTurns()) == [[5, 6]] * len(GOES_ON)
 
@@ -140,6 +141,11 @@ def test_of_several_questions_of_a_row_a_block_is_as_like_as_to_the_one_that_it_
     tree = tree_with(net, tokens_of(2, 80))
     ids, row = tokens_of(5, 8, seed=3), torch.tensor([0, 1, 0, 1, 1])
     found = search(tree, ids, row=row)
+    assert (search(tree, ids[:0], row=row[:0]) == -torch.inf).all() and search(tree, ids[:0], row=row[:0]).shape == (
+        2,
+        20,
+    )
+    assert (search(tree, ids[:1], row=row[:1])[1] == -torch.inf).all()
     for at in range(2):
         own = torch.stack([search(tree, one[None].expand(2, -1))[at] for one in ids[row == at]])
         torch.testing.assert_close(found[at], own.amax(0))

@@ -245,7 +245,7 @@ def test_what_earns_its_entries_in_parts_is_read_within_their_shares_beside_the_
 
     def check(event):
         stream = session.stream
-        shown, count = stream.focus.shown(stream.context, stream.newest(8))
+        shown, count = stream.focus.shown(stream.context, stream.questions())
         numbers = stream.seen.part_of(shown.starts()[0])
         sizes = torch.bincount(numbers, minlength=3)
         assert int(sizes[0]) <= 24 and int(sizes[1]) <= 48 and int(shown.counts[0]) <= BUDGET
