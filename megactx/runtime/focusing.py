@@ -110,7 +110,7 @@ class Focus:
         self.mean_embeddings = MeanEmbeddingCache()
         self.seconds: dict[str, float] = {}  # of the last refocus
         self.known: Known | None = None  # what LensNet said when room was made, for the refocus behind it
-        self.found: list[list[int]] = []  # of each row, blocks that keys brought at the last reading
+        self.found: list[list[int]] = []  # of each row, blocks that were found and opened at the last reading
 
     def start(self, tree: MegaContextTree) -> WorkingContext:
         """The cold start of a whole tree: recency, then refocused until LensNet rests; the reserve is free.

@@ -28,11 +28,11 @@ class Settings:
         positions: ``rebased`` keeps them below ``limit`` however long the history is, ``absolute`` lets them grow.
         limit: positions that the base was trained on; ``None``: what its config says.
         allocator: keyword arguments of ``FocusAllocator``.
-        earn: read the sink and the newest tokens, and of what is older only what LensNet's own estimate puts above
-            them, see ``focus.earned``; else all of the window, gists included.
-        keys: blocks, at most, that a question finds among all blocks of the history by their keys, and that are read
-            besides, however coarse the window is there; with ``earn`` alone. So many are read of what a user asks; of
-            the newest tokens of other text those that stand out. 0: none.
+        earn: read the sink and the newest tokens, and of what is older only what stands where the end of the text stood
+            before, and what LensNet's own estimate puts above them, see ``repeats`` and ``focus.earned``; else all of
+            the window, gists included.
+        keys: blocks, at most, that what a user asks finds among all blocks of the history by their keys, and that are
+            read besides, however coarse the window is there; with ``earn`` alone. 0: none.
         edit_every: blocks of new tokens between two refocuses by LensNet. Above 1 the edits of so many blocks are made
             at once, so that what stands behind them is read again once.
         graphs: read single new tokens at fixed shapes, on a card as one CUDA graph: a token is one launch. Off by

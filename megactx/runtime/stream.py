@@ -93,7 +93,7 @@ class Stream(ShownParts):
         self.foretelling = None if models.prediction is None else Foretelling(models.prediction, self.tree)
         self.shown: WorkingContext | None = None  # what of the window was read last
         self.earned: Tensor | None = None  # [B], entries above the newest tokens at the last reading, see ``Focus``
-        self._found: list[list[int]] = []  # of each row, blocks that keys brought at the last reading
+        self._found: list[list[int]] = []  # of each row, blocks that were found at the last reading
         self._following: Tensor | None = None  # [B], position of the first token behind the window
         self._decoded = 0.0  # seconds, of the waiting tokens
         self._before = ()  # windows as the last refocus left them, for observers
@@ -500,7 +500,7 @@ class Stream(ShownParts):
             raise
 
     def _note_found(self) -> None:
-        """Blocks that keys brought, and had not at the reading before, count as opened."""
+        """Blocks that were found, and had not been at the reading before, count as opened."""
         before, self._found = self._found, self.focus.found
         fresh = [
             (row, block)

@@ -4,8 +4,8 @@
     dropping       [ sink ][ newest W - K tokens ]     (Xiao et al. 2023: the sink keeps attention in order)
     recency        [ sink ][ gists, coarser the older ][ newest tokens ]
     focus          the same budget, detail where LensNet wants it
-    earned         the sink, the newest tokens, and what LensNet's estimate puts above them
-    keys           the same, and before it blocks that the newest tokens find by their keys
+    earned         the sink, the newest tokens, what comes again, and what LensNet's estimate puts above them
+    keys           the same, and before it blocks that the newest tokens find by their keys, without a chat template
 
 Every policy is at the same place at the same time: what it shows is chosen anew every K scored tokens, within W
 entries, and up to K - 1 tokens that came since are read behind them.
