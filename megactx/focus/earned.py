@@ -23,6 +23,8 @@ from .edits import Moves
 from .keys import Questions, beside, search
 from .lensnet import Scores
 
+SURE = 0.95  # what the keys make of the blocks that are opened for a question, together
+
 
 @torch.no_grad()
 def earned(
@@ -132,8 +134,11 @@ def newest_from(context: WorkingContext, budget: int) -> Tensor:
 def found_by_keys(
     context: WorkingContext, questions: Questions, most: int, budget: int, protected: int
 ) -> list[list[int]]:
-    """Of each row the blocks that a question finds, the best first: of one that a user asked whatever is most like it,
-    of others the most like one if it stands out. A fact often crosses a border, so each brings the blocks beside it.
+    """Of each row the blocks that a question finds, the best first.
+
+    Of what a user asked as many as are ``SURE`` to hold the answer, and not all that there is room for: what is alike
+    confuses a base LM. Of other text the most like one, if it stands out. A fact often crosses a border, so each brings
+    the blocks beside it.
 
     Args:
         most: blocks that may take the place of newest tokens.
@@ -154,11 +159,15 @@ def found_by_keys(
         like, there = like.masked_fill(closed, -torch.inf), {*block[~closed.cpu()].tolist()}
     for number, row in enumerate(like):
         row = row.masked_fill(((block + 1) * k > before[number]).to(row.device), -torch.inf)
-        # Of what a user asked half may be read anyway; in text that goes on more than one costs more than they give.
-        count, least = (2 * most, -torch.inf) if questions.asked[number] else (1, tree.keys.null)
-        best = row.argsort(descending=True, stable=True)[:count]
-        best = block[best[row[best] > least].cpu()].tolist()
-        out.append([at for at in beside(best) if at in there])
+        order = row.argsort(descending=True, stable=True)
+        if questions.asked[number]:
+            # Keys learn by a softmax over blocks, so it says how sure the best of them are together.
+            count = 1 + int((row[order].softmax(0).cumsum(0) < SURE).sum())
+            best = order[: min(count, 2 * most)]  # half of them may be read anyway
+            best = best[row[best].isfinite()]
+        else:  # more than one costs text that goes on more than they give
+            best = order[:1][row[order[:1]] > tree.keys.null]
+        out.append([at for at in beside(block[best.cpu()].tolist()) if at in there])
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 
 from megactx.apps import command_line
 from megactx.data.user_turns import UserTurns
-from megactx.focus.earned import found_by_keys, newest_from
+from megactx.focus.earned import SURE, found_by_keys, newest_from
 from megactx.focus.keys import GOES_ON, KeyNet, Questions, best_below, search
 from megactx.memory import archive
 from megactx.memory.curation_settings import CurationSettings
@@ -264,3 +264,20 @@ def test_commands_ask_for_earned_windows_and_keys(keyed, monkeypatch):
             patch.setattr(command_line, "quiet_libraries", lambda: None)
             settings = command_line.controller_of(args).settings
         assert (settings.earn, settings.keys) == (earn, keys)
+
+
+def test_a_user_who_asks_for_what_stands_out_is_shown_that_alone_and_else_more(keyed, ids):
+    """What is alike confuses a base: no more blocks are opened than hold the answer with 0.95, by the keys."""
+    session = asking(keyed, ids, keys=24)
+    context, protected = session.context, session.stream.focus.allocator.protected
+    for question in (session.ids(400, 404), ids(16, seed=9)):
+        asked = goes_on(question[None])._replace(asked=torch.tensor([True]))
+        (found,) = found_by_keys(context, asked, 24, BUDGET, protected)
+        before = min(int(newest_from(context, BUDGET)) + 24 * K, 1501 // K * K - protected) // K
+        like = search(session.tree, question[None])[0][:before].double()
+        sure = like.softmax(0).sort(descending=True)
+        count = next(n for n in range(1, before + 1) if n == 48 or float(sure.values[:n].sum()) >= SURE)
+        expected = {at for block in sure.indices[:count].tolist() for at in (block - 1, block, block + 1)}
+        assert {*found} == {at for at in expected if at >= 0}
+        assert found[0] == int(like.argmax()) and (len(found) <= 3) == (question.numel() == 4)
+    session.close()
