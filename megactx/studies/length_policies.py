@@ -113,7 +113,7 @@ def session(
     context = stream.window()
     for _ in range(more):
         stream.focus.refocus(context)
-    before = stream.focus.shown(context.copy(), stream.questions() if keys else None)[0]
+    before = stream.focus.shown(context.copy(), stream.questions())[0]
     stream.logits()
     began = clock(device)
     found = stream.append(scored[None], score=True)[0]
