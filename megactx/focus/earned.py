@@ -35,7 +35,7 @@ def earned(
     margin: float | Tensor,
     protected: int,
     found: list[list[int]] | None = None,
-    most: int | None = None,
+    most: list[int] | None = None,
 ) -> tuple[Selection, Tensor, list[list[int]]]:
     """What is read of a window, how many of its entries were earned against the newest tokens, [B], and which blocks of
     ``found`` are among these, those of each row.
@@ -47,7 +47,7 @@ def earned(
         margin: nats by which a set must be worth more.
         protected: newest tokens that no set takes the place of.
         found: of each row, blocks that are read in any case, the best first, if they can be read.
-        most: of these, at most, that take the place of newest tokens.
+        most: of these, at most, that take the place of newest tokens, of each row.
     """
     tree, k, sink = context.tree, context.tree.block_size, context.tree.sink
     ends, begin = context.stops().cpu(), newest_from(context, budget)  # [B], addresses like all that follow
@@ -57,7 +57,7 @@ def earned(
     found = [_readable(tree, row, own) for row, own in enumerate(found or [[]] * len(ends))]
     if isinstance(tree, Composite):
         found = [_first_of_each(tree, found[0])]
-    limits = chunks if most is None else chunks.clamp(max=most)
+    limits = chunks if most is None else torch.minimum(chunks, torch.tensor(most))
     chosen = [_chosen(*row, k) for row in zip(found, begin.tolist(), limits.tolist(), strict=True)]
     opened, kept = [own for own, _ in chosen], [own for _, own in chosen]
     paid = torch.tensor([len(own) for own in opened])
@@ -117,9 +117,8 @@ def _chosen(found: list[int], begin: int, most: int, k: int) -> tuple[list[int],
         more, before, count = [*taken, block], -1, paid
         while count > before:
             before, count = count, sum(at * k < begin + count * k for at in more)
-        if count > most:
-            break
-        taken, paid = more, count
+        if count <= most:
+            taken, paid = more, count
     first = begin + paid * k
     return [at for at in taken if at * k < first], [at for at in taken if at * k >= first]
 

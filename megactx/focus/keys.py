@@ -63,7 +63,7 @@ def beside(blocks: list[int]) -> list[int]:
 
 def padded(questions: list[list[int]]) -> tuple[Tensor, Tensor]:
     """-> ids [Q, most] and which are there, bool [Q, most]."""
-    ids = [torch.tensor(own[-QUESTION:]) for own in questions]
+    ids = [torch.tensor(own) for own in questions]
     mask = [torch.ones(len(own), dtype=torch.bool) for own in ids]
     if not ids:
         return torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0, dtype=torch.bool)

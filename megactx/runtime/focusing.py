@@ -36,7 +36,6 @@ from megactx.focus.lensnet import Scores
 from megactx.memory import Composite, MegaContextTree, WorkingContext
 
 from .mean_embedding_cache import MeanEmbeddingCache
-from .repeats import REPEATED
 from .settings import Settings
 
 SETTLE = 8  # refocuses of a cold start, at most
@@ -254,13 +253,13 @@ class Focus:
         legal = moves(context, self.allocator.protected)
         scores = self.score(context, legal) if self.lensnet is not None and self.needed(context) else None
         margin = 0.0 if scores is None else self.allocator.margin(self.lensnet.tau)
-        protected, found = self.allocator.protected, None
+        protected, found, most = self.allocator.protected, None, None
         if questions is not None:
             found = questions.repeated
+            most = [self.keys + len(own) for own in found]
             if self.keys:
                 by_keys = found_by_keys(context, questions, self.keys, self.budget, protected)
                 found = [[*dict.fromkeys(first + more)] for first, more in zip(found, by_keys, strict=True)]
-        most = max(self.keys, REPEATED)
         shown, count, self.found = earned(context, self.budget, legal, scores, margin, protected, found, most)
         return shown, count
 

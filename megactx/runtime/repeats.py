@@ -4,17 +4,22 @@ al. 2024, and prompt lookup, Saxena 2023).
     ... [ The port of Alder is 4821. ] ...  far back  ... The port of Alder is |
                               ^ the newest place of the longest end
 
-B rows, K tokens of a block.
+The text is what the tree has of it: tokens that wait for their block do not count, so a session that goes on somewhere
+else finds the same.
+
+K tokens of a block.
 """
 
 import torch
 from torch import Tensor
 
+from megactx.framework.errors import RunFailed
 from megactx.memory import MegaContextTree
 
 LEAST, LONGEST = 4, 32  # tokens of an end that stood before: fewer say nothing, more need not be counted
-REPEATED = 2  # blocks that are read for it, at most
 LOOKED = 2**20  # newest tokens of a text in which it is looked for
+PIECE = 2**14  # of these that are searched at a time, the newest first
+NOTHING = -1  # in place of a token that was taken away, or cannot be read
 
 
 class Repeats:
@@ -25,50 +30,60 @@ class Repeats:
 
     def __init__(self, tree: MegaContextTree):
         self.tree = tree
-        self.known = [torch.zeros(0, dtype=torch.int32)] * tree.rows  # the tree's newest tokens of each row
-        self.lengths = [0] * tree.rows  # tokens of the tree up to which they are known
+        # Of each row the newest tokens, up to which token of the tree they go, and how much of it was taken away.
+        self.known = [(torch.zeros(0, dtype=torch.int32), 0, 0)] * tree.rows
 
-    def blocks(self, row: int, newest: Tensor) -> list[int]:
-        """The block with the next token, and that beside it to which this token is nearer; none where it has no place.
-
-        Args:
-            newest: ids of the row's end, ``LONGEST`` or all that there are; those that the tree has not yet, too.
-        """
-        text, first = self._text(row)
-        length, place = longest_end(text, newest.to(text))
+    def blocks(self, row: int) -> list[int]:
+        """The block with the next token, and the one beside it to which that token is nearer; none without a place."""
+        text, end = self._text(row)
+        length, place = longest_end(text)
         if length < LEAST:
             return []
-        block, within = divmod(first + place, self.tree.block_size)
+        block, within = divmod(end - len(text) + place, self.tree.block_size)
         other = block + 1 if 2 * within >= self.tree.block_size else block - 1
         return [at for at in (block, other) if 0 <= at < int(self.tree.counts(1)[row])]
 
     def _text(self, row: int) -> tuple[Tensor, int]:
-        """Newest tokens of the tree, and the place of the first of them."""
-        known, before, now = self.known[row], self.lengths[row], int(self.tree.lengths[row])
-        last = known[-2 * LONGEST :]  # of a tree that was shortened and went on otherwise
-        if now < before or not torch.equal(last, self._read(row, before - len(last), before)):
-            known, before = known[:0], max(0, now - LOOKED)
-        text = torch.cat([known, self._read(row, before, now)])[-LOOKED:]
-        self.known[row], self.lengths[row] = text, now
-        return text, now - len(text)
+        """Newest tokens of the tree, and where they end."""
+        (known, before, gone), end, compacted = self.known[row], int(self.tree.lengths[row]), self.tree.compacted
+        if end < before or gone != compacted:
+            known, before = known[:0], max(0, end - LOOKED)
+        if end > before:
+            known = torch.cat([known, self._read(row, before, end)])[-LOOKED:]
+        self.known[row] = known, end, compacted  # in one store: a stop finds all of it, or nothing
+        return known, end
 
-    def _read(self, row: int, first: int, stop: int) -> Tensor:
-        return self.tree.levels[0].span("token", first, stop, slice(row, row + 1))[0].to("cpu", torch.int32)
+    def _read(self, row: int, first: int, end: int) -> Tensor:
+        level, k = self.tree.levels[0], self.tree.block_size
+        parts = []
+        for start in range(first, end, level.size):
+            stop = min(end, start + level.size)
+            try:
+                part = level.span("token", start, stop, slice(row, row + 1))[0].to("cpu", torch.int32)
+            except (ValueError, RunFailed):  # a page is damaged or far away: a window that needs it says so
+                part = torch.full((stop - start,), NOTHING, dtype=torch.int32)
+            if self.tree.compacted:
+                floor = self.tree.levels[1].span("floor", start // k, -(-stop // k), slice(row, row + 1))[0].cpu()
+                own = torch.arange(start, stop) // k - start // k  # the newest tokens may have no block yet
+                part[torch.nn.functional.pad(floor, (0, int(own[-1]) + 1 - len(floor)))[own] > 0] = NOTHING
+            parts.append(part)
+        return torch.cat(parts)
 
 
-def longest_end(text: Tensor, newest: Tensor) -> tuple[int, int]:
-    """How many of the newest tokens stood in a text before, ``LONGEST`` at most, and where the newest such place ends.
-
-    Args:
-        text: ids [T]; its own end, where it is what is looked for, is no place.
-        newest: ids [N], the end of the text and what has come since.
-    """
-    ends = torch.arange(1, max(1, len(text)))  # places behind a token that has another behind it
+def longest_end(text: Tensor) -> tuple[int, int]:
+    """How many of the last tokens of a text [T] stood in it before, ``LONGEST`` at most, and where the newest place
+    ends at which so many did."""
     count = place = 0
-    for back in range(min(LONGEST, len(newest))):
-        ends = ends[ends > back]
-        ends = ends[text[ends - 1 - back] == newest[-1 - back]]
-        if not len(ends):
-            break
-        count, place = back + 1, int(ends[-1])
+    stop = len(text)  # places lie before it: each has a token behind it
+    while stop > 1 and count < LONGEST:
+        first = max(1, stop - PIECE)
+        ends = (text[first - 1 : stop - 1] == text[-1]).nonzero()[:, 0] + first
+        for length in range(1, min(LONGEST, len(text) - 1) + 1):
+            ends = ends[ends >= length]
+            ends = ends[text[ends - length] == text[-length]]
+            if not len(ends) or text[-length] == NOTHING:
+                break
+            if length > count:
+                count, place = length, int(ends[-1])
+        stop = first
     return count, place

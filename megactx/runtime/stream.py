@@ -31,7 +31,7 @@ from .incremental_prefill import IncrementalPrefill
 from .node_prefill import NodePrefill
 from .part_files import OpenPart
 from .position_rebase import PositionRebase
-from .repeats import LONGEST, Repeats
+from .repeats import Repeats
 from .settings import Settings
 from .shown_parts import ShownParts
 
@@ -268,14 +268,13 @@ class Stream(ShownParts):
         rows = [row[LOOK - count :] for row, count in zip(newest, counts, strict=True)]
         own = [questions_of(row, self.turns) for row in rows]
         ids, mask = padded([ids for several in own for ids in several])
-        row = torch.tensor([at for at, several in enumerate(own) for _ in several])
+        which = torch.tensor([row for row, several in enumerate(own) for _ in several], dtype=torch.long)
         asked = [self.turns.asked(newest) for newest in rows]
         first = self.seen.sink // self.block  # block 0 of the text among those of all parts
         repeated = [
-            [] if told else [first + at for at in self.repeats.blocks(at, torch.tensor(newest[-LONGEST:]))]
-            for at, (newest, told) in enumerate(zip(rows, asked, strict=True))
+            [] if told else [first + block for block in self.repeats.blocks(row)] for row, told in enumerate(asked)
         ]
-        return Questions(*(part.to(self.device) for part in (ids, mask, row, torch.tensor(asked))), repeated)
+        return Questions(*(part.to(self.device) for part in (ids, mask, which, torch.tensor(asked))), repeated)
 
     def restore(self, context: WorkingContext | None) -> None:
         """Go on with a window, and read it anew; ``None``: one is put together when it is needed."""

@@ -128,7 +128,7 @@ class Study:
             "lensnet": None if models.lensnet is None else of_net(models.lensnet),
             "text": self.texts.fingerprint,
             "block_size": self.block,
-            **({"earn": True} if self.args.earn else {}),
+            **({"earn": "what comes again, too"} if self.args.earn else {}),
             **({"rebased": True} if self.args.rebased else {}),
             **({"keys": self.args.keys, "keys_of": of_net(models.keys)} if self.args.keys else {}),
         }

@@ -165,7 +165,7 @@ def notes_on(table: Table, about: dict) -> list[str]:
 def _whole(table: Table, about: dict, length: int, budget: int) -> str:
     own = table.pick(span=length)
     parts, own = [], own.pick(run=f"{budget} absolute") or own.pick(run=f"{budget} rebased")
-    for policy in (FOCUS, KEYS, RECENCY, DROP):
+    for policy in (FOCUS, EARNED, KEYS, RECENCY, DROP):
         if row := own.one(carrier=policy, metric="vs_full"):
             swaps = own.one(carrier=policy, metric="swap_rate")
             parts.append(f"{policy} {cell(row, '+.3f')}" + (f" at {swaps['point']:.3f} swaps" if swaps else ""))

@@ -124,7 +124,7 @@ def test_found_blocks_stay_where_the_newest_tokens_give_way_to_them(seed):
     draw = torch.Generator().manual_seed(seed)
     found, most = torch.randperm(300 // K, generator=draw).tolist(), int(torch.randint(0, 9, (1,), generator=draw))
     begin = int(newest_from(context, BUDGET))
-    shown, count, opened = earned(context, BUDGET, legal, scores, MARGIN, NEWEST, [found], most)
+    shown, count, opened = earned(context, BUDGET, legal, scores, MARGIN, NEWEST, [found], [most])
     taken, start = [], begin
     for block in found[:]:
         if block == 0:
@@ -133,9 +133,8 @@ def test_found_blocks_stay_where_the_newest_tokens_give_way_to_them(seed):
             left = [at for at in [*taken, block] if at * K < begin + paid * K]
             if len(left) == paid:
                 break
-        if paid > most or begin + paid * K > 300 - NEWEST:
-            break
-        taken, start = [*taken, block], begin + paid * K
+        if paid <= most and begin + paid * K <= 300 - NEWEST:
+            taken, start = [*taken, block], begin + paid * K
     old = [at for at in taken if at * K < start]
     assert sorted(opened[0]) == sorted(old) and len(old) <= most
     read = shown.index[0][shown.lod[0] == 0].tolist()

@@ -6,20 +6,20 @@ import pytest
 import torch
 
 from megactx.data.user_turns import UserTurns
-from megactx.memory import MegaContextTree, storage
-from megactx.runtime import Controller, Settings
-from megactx.runtime.repeats import LEAST, LONGEST, Repeats, longest_end
+from megactx.memory import MegaContextTree, archive, storage
+from megactx.runtime import Controller, Session, Settings
+from megactx.runtime.repeats import LEAST, LONGEST, NOTHING, Repeats, longest_end
 
 K, BUDGET = 4, 96
 SMALL = dict(budget=BUDGET, limit=256, allocator={"protected": 8}, megacontext="recency", earn=True)
 
 
-def slowly(text, newest):
+def slowly(text):
     """The longest end, and the newest place behind it, token by token."""
     best = (0, 0)
     for place in range(1, len(text)):
         count = 0
-        while count < min(LONGEST, len(newest), place) and text[place - 1 - count] == newest[-1 - count]:
+        while count < min(LONGEST, place) and text[place - 1 - count] == text[-1 - count] != NOTHING:
             count += 1
         if count and count >= best[0]:
             best = (count, place)
@@ -27,16 +27,18 @@ def slowly(text, newest):
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_the_longest_end_is_found_at_its_newest_place(seed):
-    draw = torch.Generator().manual_seed(seed)
-    text = torch.randint(0, 3 + seed % 4, (200,), generator=draw)
-    newest = torch.cat([text, torch.randint(0, 3, (seed % 3,), generator=draw)])[-LONGEST:]
-    assert longest_end(text, newest) == slowly(text.tolist(), newest.tolist())
+def test_the_longest_end_is_found_at_its_newest_place(seed, monkeypatch):
+    monkeypatch.setattr("megactx.runtime.repeats.PIECE", 1 + 7 * seed)
+    text = torch.randint(0, 2 + seed % 5, (200,), generator=torch.Generator().manual_seed(seed))
+    if seed % 3 == 0:
+        text[torch.arange(200) % 9 == 0] = NOTHING
+    assert longest_end(text) == slowly(text.tolist())
+    assert longest_end(torch.ones(100, dtype=torch.long)) == (LONGEST, 99)
 
 
 @pytest.mark.parametrize("size", [0, 1, 2])
 def test_a_text_that_has_hardly_begun_repeats_nothing(size):
-    assert longest_end(torch.arange(size), torch.arange(size)) == (0, 0)
+    assert longest_end(torch.arange(size)) == (0, 0)
 
 
 @pytest.fixture
@@ -50,8 +52,8 @@ def read(stream):
     return {*stream.shown.index[0][stream.shown.lod[0] == 0].tolist()}
 
 
-def repeating(ids, length=LEAST, tokens=1201):
-    """A text whose end stood at 400 before; some of it waits for its block."""
+def repeating(ids, length=LEAST, tokens=1200):
+    """A text whose end stood at 400 before."""
     text = ids(tokens)
     text[-length:] = text[400 - length : 400]
     if length < LONGEST:
@@ -91,37 +93,80 @@ def test_what_a_user_has_asked_is_not_taken_for_text_that_comes_again(models, id
 
 def test_rows_have_texts_of_their_own(models, ids):
     stream = Controller(replace(models, lensnet=None), Settings(**SMALL)).stream(2)
-    text = torch.stack([repeating(ids), ids(1201, seed=5)])
-    stream.append(text, torch.tensor([1201, 700]))
+    text = torch.stack([repeating(ids), ids(1200, seed=5)])
+    stream.append(text, torch.tensor([1200, 700]))
     first, second = stream.questions().repeated
     assert first[0] == 100 and not second
 
 
-def test_a_tree_that_was_shortened_and_went_on_otherwise_is_read_anew(models, ids):
-    tree = MegaContextTree(models.gistnet, models.base)
-    text, other = repeating(ids, 12, 1200), ids(1200, seed=7)
+def test_places_lie_beside_the_block_to_which_the_next_token_is_nearer(models, ids):
+    for end in (532, 533, 534, 535):
+        text = ids(1200)
+        text[-LONGEST:] = text[end - LONGEST : end].clone()
+        tree = MegaContextTree.from_tokens(text[None], models.gistnet, models.base)
+        assert Repeats(tree).blocks(0) == [133, 132 if end < 534 else 134]
+
+
+def test_a_tree_that_was_shortened_is_read_anew(models, ids):
+    tree, text = MegaContextTree(models.gistnet, models.base), repeating(ids, 12)
     tree.append(text[None])
     repeats = Repeats(tree)
-    assert repeats.blocks(0, text[-LONGEST:])[0] == 100
+    assert repeats.blocks(0)[0] == 100
     storage.shorten(tree, 300)
-    tree.append(other[None, :900])
-    assert repeats.blocks(0, text[-LONGEST:]) == []
-    again = torch.cat([text[:300], other[:900]])
-    assert torch.equal(repeats._text(0)[0], again.int())
-    for end in (532, 533, 534, 535):  # the next token is nearer to the block before or to the one behind
-        assert repeats.blocks(0, again[end - LONGEST : end]) == [133, 132 if end < 534 else 134]
+    assert repeats.blocks(0) == []
+    tree.append(ids(900, seed=7)[None])
+    assert torch.equal(repeats._text(0)[0], torch.cat([text[:300], ids(900, seed=7)]).int())
 
 
-def test_a_session_that_was_saved_repeats_as_one_that_was_not(models, ids, tmp_path):
-    from megactx.runtime import Session
-
+def test_what_was_taken_away_stands_nowhere_and_comes_back_with_what_is_restored(models, ids, tmp_path, monkeypatch):
+    """A session that goes on from a folder finds what one does that has been there all the time."""
+    monkeypatch.setattr(archive, "RECENT", 200)
     made = Controller(replace(models, lensnet=None), Settings(**SMALL))
     text = repeating(ids, 12)
-    here = Session(made)
-    here.append(text)
-    expected = here.stream.logits()
-    here.save(tmp_path / "talk")
-    here.close()
+    text[700 - 12 : 700] = text[400 - 12 : 400]  # the newest place
+    with Session(made) as here:
+        here.append(text)
+        assert here.stream.questions().repeated == [[175, 174]]
+        here.save(tmp_path / "talk")
+        action = {"start": 600, "stop": 800, "action": "compact", "floor": 1, "reason": "a test", "bytes": 0}
+        here.stream.keeper.do([action])
+        assert here.stream.questions().repeated == [[100, 99]]
+        here.save(tmp_path / "talk")
     with Session.load(tmp_path / "talk", made) as there:
-        torch.testing.assert_close(there.stream.logits(), expected)
-        assert {400, 401, 402, 403} <= {*there.stream.shown.index[0].tolist()}
+        assert there.stream.questions().repeated == [[100, 99]]
+        there.stream.keeper.restore(600, 800)
+        assert there.stream.questions().repeated == [[175, 174]]
+
+
+def test_a_damaged_page_is_a_place_where_nothing_stood(stream, ids, monkeypatch):
+    stream.append(repeating(ids)[None])
+    level = stream.tree.levels[0]
+    read = type(level).span
+
+    def damaged(self, column, start, stop, rows=slice(None)):
+        if self is level and start < 20 < stop:
+            raise ValueError("page 0 of level 0 is damaged")
+        return read(self, column, start, stop, rows)
+
+    monkeypatch.setattr(type(level), "size", 64, raising=False)
+    monkeypatch.setattr(level, "size", 64)
+    monkeypatch.setattr(type(level), "span", damaged)
+    text, _ = stream.repeats._text(0)
+    assert (text[:64] == NOTHING).all() and (text[64:] != NOTHING).all()
+    assert stream.repeats.blocks(0)[0] == 100
+
+
+def test_a_session_that_goes_on_in_the_middle_of_a_block_reads_the_same_as_one_that_was_never_saved(
+    models, ids, tmp_path
+):
+    made = Controller(replace(models, lensnet=None), Settings(**SMALL))
+    text = repeating(ids, 12)
+    more = text[400:403]  # what waits goes on as it did before
+    with Session(made) as here:
+        here.append(text)
+        here.append(more, score=True)
+        expected, shown = here.stream.logits(), here.stream.shown.index
+        here.save(tmp_path / "talk")
+    with Session.load(tmp_path / "talk", made) as there:
+        torch.testing.assert_close(there.stream.logits(), expected, atol=1e-4, rtol=1e-4)
+        assert torch.equal(there.stream.shown.index, shown) and {400, 401, 402, 403} <= {*shown[0].tolist()}

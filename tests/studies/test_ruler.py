@@ -9,6 +9,7 @@ import torch
 
 from megactx.data import ruler
 from megactx.data.tokenizer import load_chat_tokenizer
+from megactx.data.user_turns import UserTurns
 from megactx.evaluation import rivals
 from megactx.evaluation.rivals import BLOCK, Asked, near
 from megactx.evaluation.rivals.keys import Keys
@@ -372,3 +373,13 @@ def test_a_task_of_which_the_base_solves_no_case_is_named(tmp_path, monkeypatch)
         "niah_single_1: 1 cases a cell; counted, for solved with the needed blocks alone: 0 at 400"
         in (tmp_path / "ruler.md").read_text()
     )
+
+
+def test_where_nobody_asks_keys_keep_the_newest_tokens(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(
+        "megactx.evaluation.rivals.keys_asked.UserTurns.of", lambda tokenizer: UserTurns((1, 2), (3, 4))
+    )
+    net = KeyNet(torch.randn(len(tiny_tokenizer), 32), 32).eval()
+    policy = KeysAsked(SimpleNamespace(base=SimpleNamespace(tokenizer=tiny_tokenizer), keys=net))
+    kept = policy.keep(Asked([""] * 20, 20 * BLOCK, [], "", [9] * 20 * BLOCK), 192)
+    assert kept == [*range(4), *range(20 * BLOCK - 188, 20 * BLOCK)]

@@ -30,10 +30,12 @@ class Keys:
         whole = len(asked.ids) // BLOCK
         if "keys" not in asked.shared:
             asked.shared["keys"] = self.net.encode(torch.tensor(asked.ids[: whole * BLOCK]).view(-1, BLOCK))
-        found = self.net.likeness(self.net(*padded(self.questions(asked))), asked.shared["keys"]).amax(0)
+        if not (questions := self.questions(asked)):
+            return filled(asked, budget, [], 0)
+        found = self.net.likeness(self.net(*padded(questions)), asked.shared["keys"]).amax(0)
         order = found.argsort(descending=True, stable=True)[:budget].tolist()
         return filled(asked, budget, near(order, len(asked.blocks)), budget // 4)
 
     def questions(self, asked):
-        """Ids by which the keys are asked, of one question or several."""
+        """Ids by which the keys are asked, of one question or several; none: nobody asks."""
         return [self.tokenizer(asked.question, add_special_tokens=False)["input_ids"]]
