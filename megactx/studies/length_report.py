@@ -31,7 +31,8 @@ def summarise(documents: list[dict], cases: list[dict]) -> Table:
     """Measured documents and cases, of ``Study.document`` and ``Study.case``, -> the long table.
 
     Of text ``nll``, also by block as a domain, ``vs_full``: than full context at the longest history that it reads,
-    ``vs_dropping``, ``ms`` per token and more; of planted facts ``found`` and ``answer``, by kind as a domain.
+    ``vs_dropping``, ``regret``: than the best policy of each text at this budget, ``ms`` per token and more; of planted
+    facts ``found`` and ``answer``, by kind as a domain.
     """
     table, values = Table(), _measured(documents)
     longest = max((length for length, policy, _ in values if policy == FULL), default=None)
@@ -43,6 +44,13 @@ def summarise(documents: list[dict], cases: list[dict]) -> Table:
         for metric, key in (("vs_full", (longest, FULL, ABSOLUTE)), ("vs_dropping", (length, DROP, run))):
             if key in values:
                 table.add(metric, mean_interval(text, nll - _column(values[key], "mean")), **about)
+        if policy != FULL:
+            rivals = [
+                _column(own, "mean")
+                for (own_length, name, own_run), own in values.items()
+                if name != FULL and (own_length, own_run) == (length, run)
+            ]
+            table.add("regret", mean_interval(text, nll - torch.stack(rivals).amin(0)), **about)
         for name in TELEMETRY:
             if known := [own[name] for own in found if own.get(name) is not None]:
                 table.add(name, sum(known) / len(known), **about)
@@ -98,6 +106,7 @@ def _sheet(own: Table, about: dict, length: int) -> Sheet:
 
     columns = [("perplexity", "perplexity"), ("NLL", "nll", lambda row: f"{row['point']:.3f}")]
     columns += [("dNLL vs full", "vs_full", partial(but, FULL)), ("vs dropping", "vs_dropping", partial(but, DROP))]
+    columns += [("regret", "regret", "+.3f")]
     columns += [("swaps", "swap_rate", ".3f"), ("residency", "residency", ".1f"), ("in use", "utilisation", ".0%")]
     columns += [("KV reuse", "reuse", ".0%"), ("ms / token", "ms")]
     text = Table(row for row in own if "domain" not in row)
@@ -129,7 +138,7 @@ def notes_on(table: Table, about: dict) -> list[str]:
     where = f" at T = {longest:,}, the same scored tokens" if longest else "; it fits at no length here"
     out.append(
         f"vs full: than full context{where}. vs dropping: than the sink and the newest tokens alone, same budget and"
-        " positions."
+        " positions. Regret: than what is best for each text, of all policies at that budget."
     )
     out.append(
         f"Healthy: swaps {SWAP_RATE[0]:.2f}-{SWAP_RATE[1]:.2f} of the window per refocus, residency at least"

@@ -181,7 +181,9 @@ def test_costs_are_paired_with_full_context_and_dropping_of_the_same_document():
     assert row["low"] == pytest.approx(0.1) and row["high"] == pytest.approx(0.1)
     assert far.point(carrier=FOCUS, metric="vs_full") == pytest.approx(0.2), "at the longest that it reads"
     assert far.one(carrier=FOCUS, metric="vs_dropping")["high"] == pytest.approx(-0.2)
-    assert near.one(carrier=FULL, metric="vs_dropping") is None
+    assert near.one(carrier=FULL, metric="vs_dropping") is None and near.one(carrier=FULL, metric="regret") is None
+    assert near.point(carrier=FOCUS, metric="regret") == 0
+    assert near.point(carrier=DROP, metric="regret") == pytest.approx(0.3)
     assert near.point(carrier=FOCUS, metric="tree_bytes_per_token") == 38
     assert any("focus +0.100 [+0.100, +0.100] at 0.100 swaps, dropping +0.400" in note for note in found.notes)
     table = Table(own | {"run": own["run"].replace("absolute", "rebased")} for own in found.table)
