@@ -138,22 +138,24 @@ def test_what_was_taken_away_stands_nowhere_and_comes_back_with_what_is_restored
         assert there.stream.questions().repeated == [[175, 174]]
 
 
-def test_a_damaged_page_is_a_place_where_nothing_stood(stream, ids, monkeypatch):
-    stream.append(repeating(ids)[None])
-    level = stream.tree.levels[0]
-    read = type(level).span
+def test_a_damaged_page_is_a_place_where_nothing_stood(models, ids, monkeypatch):
+    tree = MegaContextTree(models.gistnet, models.base)
+    level = tree.levels[0]
+    size, read = level.size, type(level).span
+    text = ids(2 * size)
+    text[-12:] = text[size + 100 - 12 : size + 100] = ids(12, seed=3)
+    tree.append(text[None])
 
     def damaged(self, column, start, stop, rows=slice(None)):
-        if self is level and start < 20 < stop:
+        if self is level and start < size:
             raise ValueError("page 0 of level 0 is damaged")
         return read(self, column, start, stop, rows)
 
-    monkeypatch.setattr(type(level), "size", 64, raising=False)
-    monkeypatch.setattr(level, "size", 64)
     monkeypatch.setattr(type(level), "span", damaged)
-    text, _ = stream.repeats._text(0)
-    assert (text[:64] == NOTHING).all() and (text[64:] != NOTHING).all()
-    assert stream.repeats.blocks(0)[0] == 100
+    repeats = Repeats(tree)
+    assert repeats.blocks(0)[0] == (size + 100) // K
+    known, end = repeats._text(0)
+    assert (known[:size] == NOTHING).all() and torch.equal(known[size:], text[size:].int()) and end == 2 * size
 
 
 def test_a_session_that_goes_on_in_the_middle_of_a_block_reads_the_same_as_one_that_was_never_saved(
