@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import dying
@@ -67,7 +68,10 @@ def own(exported):  # noqa: F811
 def test_what_a_worker_raises_is_raised_here_and_one_that_is_always_lost_ends_the_run(cluster, capfd):
     with workers("ray") as each:
         assert [*each(dying.square, range(20), "numbers")] == [n * n for n in range(20)]
-        assert {*each(dying.host, range(6), "numbers")} == {*HOSTS}
+        seen, began = set(), time.monotonic()
+        while seen != {*HOSTS} and time.monotonic() - began < 60:  # a busy machine starts the second one later
+            seen |= {*each(dying.host, range(6), "numbers")}
+        assert seen == {*HOSTS}
         with pytest.raises(ValueError, match="^shard=-1 is not allowed$"):
             [*each(dying.square, [1, -1], "numbers")]
         found = each(dying.never, range(3), "numbers")
