@@ -35,6 +35,8 @@ def add_models(parser: argparse.ArgumentParser, budget: int = 2048) -> None:
         "--earn", action="store_true", help="read the newest tokens, and what is older only where it is worth more"
     )
     parser.add_argument("--keys", type=int, default=0, help="with --earn: old blocks found by their keys (default 0)")
+    few = "newest tokens read beside what a question finds by keys; small models answer better from 128 (default: all)"
+    parser.add_argument("--newest", type=int, metavar="TOKENS", help=few)
     parser.add_argument(
         "--graphs", action="store_true", help="decode by a CUDA graph on a card (never tried on one yet)"
     )
@@ -101,7 +103,19 @@ def controller_of(args: argparse.Namespace, tree: bool = False) -> Controller:
     Raises:
         ValueError: models and settings do not fit, or make no tree.
     """
-    names = ("budget", "megacontext", "positions", "earn", "keys", "graphs", "drafts", "reuse", "attention", *SIZES)
+    names = (
+        "budget",
+        "megacontext",
+        "positions",
+        "earn",
+        "keys",
+        "newest",
+        "graphs",
+        "drafts",
+        "reuse",
+        "attention",
+        *SIZES,
+    )
     settings = Settings(**{name: getattr(args, name) for name in names})
     quiet_libraries()
     controller = Controller(load_models(args.model, setting="--model"), settings)

@@ -6,6 +6,8 @@ Where is the person now? Only the last walk of that person counts, and it is the
 import random
 import re
 
+from .facts import Fact
+
 PERSONS = ("Anna", "Boris", "Clara", "David")
 PLACES = ("garden", "kitchen", "office", "bedroom", "hallway", "bathroom")
 WALKS = ("{} walked to the {}.", "{} went to the {}.", "{} moved to the {}.")
@@ -20,7 +22,7 @@ def qa1(draw: random.Random, count: int, prose) -> tuple[list[str], list[int], l
     depths = sorted(int(draw.random() * (count + 1)) for _ in walks)
     units = [*prose[:count]]
     for shift, (depth, (who, place, said)) in enumerate(zip(depths, walks, strict=True)):
-        units.insert(depth + shift, said.format(who, place))
+        units.insert(depth + shift, Fact(said.format(who, place)))
     question = f"Where is {person} now? Answer with one place.\n"
     return (
         units,

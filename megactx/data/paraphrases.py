@@ -9,6 +9,8 @@ training keys, the others for measuring alone.
 
 import random
 
+from .facts import Fact
+
 PAIRS = (  # (told, asked), either way round
     ("physician", "doctor"),
     ("attorney", "lawyer"),
@@ -106,6 +108,6 @@ def scattered(draw: random.Random, filler, facts: list[str]) -> tuple[list[str],
     depths = sorted((int(draw.random() * (len(filler) + 1)), n) for n in range(len(facts)))
     units, places = list(filler), [0] * len(facts)
     for shift, (depth, n) in enumerate(depths):
-        units.insert(depth + shift, facts[n])
+        units.insert(depth + shift, Fact(facts[n]))
         places[n] = depth + shift
     return units, places

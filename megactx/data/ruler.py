@@ -8,10 +8,12 @@ import functools
 import random
 import re
 import uuid
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 
 from . import babilong, paraphrases
 from .embedded import Embedded
+from .facts import Fact, begun, in_place
 from .files import NARRATIVE, Files
 
 NOISE = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
@@ -62,7 +64,7 @@ def hidden(draw: random.Random, filler, told: list[str]) -> tuple[list[str], lis
     depths = sorted(draw.choice(range(DEPTHS + 1)) * len(filler) // DEPTHS for _ in told)
     units, places = list(filler), []
     for shift, (depth, needle) in enumerate(zip(depths, told, strict=True)):
-        units.insert(depth + shift, needle)
+        units.insert(depth + shift, Fact(needle))
         places.append(depth + shift)
     return units, places
 
@@ -87,19 +89,19 @@ def niah_single_2(draw, count, essay):
     return _single(draw, essay[:count])
 
 
-def _multikey(draw, count, value, key, kind):
+def _multikey(draw, count, value, key, kind, stack):
     at = draw.randrange(10**9)
-    told, keys, values = _needles(draw, max(1, count), key, value, kind)
+    told, keys, values = _needles(stack or draw, max(1, count), key, value, kind)
     at %= len(told)
     return told, [at], [values[at]], _asked(keys[at], kind)
 
 
-def niah_multikey_2(draw, count, essay):
-    return _multikey(draw, count, _number, _key, "number")
+def niah_multikey_2(draw, count, essay, stack=None):
+    return _multikey(draw, count, _number, _key, "number", stack)
 
 
-def niah_multikey_3(draw, count, essay):
-    return _multikey(draw, count, _uuid, _uuid, "uuid")
+def niah_multikey_3(draw, count, essay, stack=None):
+    return _multikey(draw, count, _uuid, _uuid, "uuid", stack)
 
 
 def vt(draw, count, essay):
@@ -141,6 +143,9 @@ GENERATORS += (paraphrases.niah_paraphrase, paraphrases.niah_changed)  # not of 
 TASKS = {generator.__name__: generator for generator in GENERATORS}
 PROSE = ("niah_single_2", "qa1", "niah_paraphrase", "niah_changed")  # stand between the sentences of a prose
 WHOLE = ("cwe", "fwe")  # need all of the context
+STACKS = ("niah_multikey_2", "niah_multikey_3")  # all of the context is facts
+LETTERS = 8  # of a token, at most, on average
+OUTSIDE = 128  # tokens, at most, of question and prefix behind a history that cases share
 
 
 @functools.cache
@@ -151,24 +156,25 @@ def sentences(path: str | None) -> list[str]:
     return re.split(r"(?<=[.!?])\s+", text)
 
 
-def case(task: str, length: int, tokenizer, seed: int, essay: list[str] = ()) -> dict:
+def case(task: str, length: int, tokenizer, seed: int, essay: list[str] = (), shared: bool = False) -> dict:
     """A row: as long as may be, with question, prefix and the tokens to write within ``length`` tokens.
 
+    Args:
+        shared: all seeds have one history: what a case tells takes the place of as many tokens of it, see ``facts``; of
+            a task that has nothing else they ask for one or another of its facts.
+
     Raises:
-        ValueError: an unknown task, a length that holds no case, or too little prose.
+        ValueError: an unknown task, a length that holds no case, too little prose, or a task whose cases share nothing.
     """
     if task not in TASKS:
         raise ValueError(f"--tasks={task} is not known, allowed are {', '.join(TASKS)}")
+    if shared:
+        return _sharing(task, length, tokenizer, seed, essay)
     room = TOKENS[task.split("_")[0]]
 
     def built(count: int) -> tuple[dict, int]:
         units, places, answers, asked = TASKS[task](random.Random(f"{task}/{length}/{seed}"), count, essay)
-        starts, at = [], 0
-        for unit in units:
-            starts.append(at)
-            at += len(unit) + 1
-        row = {"context": " ".join(units), **asked, "answer": answers, "max_new_tokens": room, "task": task}
-        row |= {"length": length, "needles": [[starts[n], starts[n] + len(units[n])] for n in places]}
+        row = _row(task, length, " ".join(units), _spans(units, places), answers, asked)
         text = f"{row['context']}\n{row['question']}{row['answer_prefix']}"
         return row, len(tokenizer(text, add_special_tokens=False)["input_ids"]) + room
 
@@ -196,6 +202,50 @@ def case(task: str, length: int, tokenizer, seed: int, essay: list[str] = ()) ->
         else:
             high, above = middle, tokens
     return row
+
+
+def _spans(units: list[str], places: list[int]) -> list[list[int]]:
+    starts, at = [], 0
+    for unit in units:
+        starts.append(at)
+        at += len(unit) + 1
+    return [[starts[n], starts[n] + len(units[n])] for n in places]
+
+
+def _row(task, length, context, needles, answers, asked) -> dict:
+    room = TOKENS[task.split("_")[0]]
+    about = {"answer": answers, "max_new_tokens": room, "task": task, "length": length, "needles": needles}
+    return {"context": context, **asked, **about}
+
+
+def _some(sentences: Iterable[str], letters: int) -> Iterator[str]:
+    """The first of them, of so many letters in all."""
+    for sentence in sentences:
+        if letters <= 0:
+            return
+        yield sentence
+        letters -= len(sentence) + 1
+
+
+def _sharing(task: str, length: int, tokenizer, seed: int, essay: list[str]) -> dict:
+    if task in WHOLE:
+        raise ValueError(f"--shared is not allowed with {task}: its cases have nothing in common")
+    most, draw = length - OUTSIDE - TOKENS[task.split("_")[0]], random.Random(f"{task}/{length}/{seed}")
+    if task in STACKS:
+        units, *_ = TASKS[task](random.Random(0), max(1, most // 16), (), random.Random(f"{task}/{length}"))
+        count = bisect_right(begun(units, tokenizer)[1], most) - 1
+        stack = random.Random(f"{task}/{length}")
+        units, places, answers, asked = TASKS[task](draw, count, (), stack)
+        return _row(task, length, " ".join(units), _spans(units, places), answers, asked)
+    filler = list(_some(essay, LETTERS * length)) if task in PROSE else _noise(length // 3)
+    ids, starts = begun(filler, tokenizer)
+    if len(ids) < 0.9 * most:
+        raise ValueError(f"--lengths={length} is not allowed: the prose has {len(ids)} tokens; give more by --path")
+    count = bisect_right(starts, most) - 1 if len(ids) > most else len(filler)
+    units, places, answers, asked = TASKS[task](draw, count, essay)
+    context, spans = in_place(units, tokenizer)
+    which = [n for n, unit in enumerate(units) if isinstance(unit, Fact)]
+    return _row(task, length, context, [[*spans[which.index(n)]] for n in places], answers, asked)
 
 
 def score(task: str, answer: str, references: list[str]) -> float:

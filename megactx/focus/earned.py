@@ -4,7 +4,10 @@
     with two sets that earn    [ sink ][ set ][ set ][ c2 ] ... [ newest ]   each pays with the oldest chunk there is
 
 Blocks that a question finds by their keys (``found_by_keys``) come before all sets: no level of the window has to be
-opened for them. One that is among the newest tokens stays where these give way.
+opened for them. One that is among the newest tokens stays where these give way. Where few of the newest tokens are to
+be read beside them (``Found.newest``) there is room for all, and nothing else earns any:
+
+    with found blocks, and few of the newest    [ sink ][ block ][ block ] ... [ newest ]
 
 A set is K siblings of the window, tokens or gists, and is worth their v_keep. A chunk is worth what LensNet says of its
 blocks: v_keep where they stand raw in the window, v_down where a gist stands for them. The best set takes the place of
@@ -14,16 +17,28 @@ is read is never worse than the newest tokens. A gist that belongs to no whole s
 B rows, W entries, K of a block, C chunks.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from megactx.memory import Composite, MegaContextTree, Selection, WorkingContext
 
 from .edits import Moves
-from .keys import Questions, beside, search
+from .keys import Questions, beside, places, search
 from .lensnet import Scores
 
-SURE = 0.95  # what the keys make of the blocks that are opened for a question, together
+FINDS = 2  # places that are opened for a question, each a block and those beside it
+
+
+class Found(NamedTuple):
+    """Of each row what is read in any case: blocks, the best first, if they can be read; how many of them, at most,
+    take the place of newest tokens; how many of the newest tokens are read beside them, ``None``: all that have room.
+    """
+
+    blocks: list[list[int]]
+    most: list[int]
+    newest: list[int | None]
 
 
 @torch.no_grad()
@@ -34,8 +49,7 @@ def earned(
     scores: Scores | None,
     margin: float | Tensor,
     protected: int,
-    found: list[list[int]] | None = None,
-    most: list[int] | None = None,
+    found: Found | None = None,
 ) -> tuple[Selection, Tensor, list[list[int]]]:
     """What is read of a window, how many of its entries were earned against the newest tokens, [B], and which blocks of
     ``found`` are among these, those of each row.
@@ -46,30 +60,33 @@ def earned(
         scores: of ``context``; ``None``: there is no estimate, so nothing is earned.
         margin: nats by which a set must be worth more.
         protected: newest tokens that no set takes the place of.
-        found: of each row, blocks that are read in any case, the best first, if they can be read.
-        most: of these, at most, that take the place of newest tokens, of each row.
     """
     tree, k, sink = context.tree, context.tree.block_size, context.tree.sink
-    ends, begin = context.stops().cpu(), newest_from(context, budget)  # [B], addresses like all that follow
+    ends, wide = context.stops().cpu(), newest_from(context, budget)  # [B], addresses like all that follow
     closed = _closed(context)  # presets are read in any case
     budget -= len(closed)
-    chunks = ((ends - begin - protected) // k).clamp(min=0)  # that may be paid with
-    found = [_readable(tree, row, own) for row, own in enumerate(found or [[]] * len(ends))]
+    if found is None:
+        found = Found([[]] * len(ends), [0] * len(ends), [None] * len(ends))
+    blocks = [_readable(tree, row, own) for row, own in enumerate(found.blocks)]
     if isinstance(tree, Composite):
-        found = [_first_of_each(tree, found[0])]
-    limits = chunks if most is None else torch.minimum(chunks, torch.tensor(most))
-    chosen = [_chosen(*row, k) for row in zip(found, begin.tolist(), limits.tolist(), strict=True)]
+        blocks = [_first_of_each(tree, blocks[0])]
+    few = few_from(context, found.newest)
+    few = torch.where((few > wide) & torch.tensor([bool(own) for own in blocks]), few, 0)
+    chunks = ((ends - wide - protected) // k).clamp(min=0)  # that may be paid with
+    limits = torch.minimum(chunks, torch.tensor(found.most))
+    chosen = [_chosen(*row, k) for row in zip(blocks, wide.tolist(), few.tolist(), limits.tolist(), strict=True)]
     opened, kept = [own for own, _ in chosen], [own for _, own in chosen]
     paid = torch.tensor([len(own) for own in opened])
-    begin = begin + k * paid
+    begin = torch.maximum(wide + k * paid, few)
     stops = [
         min([end - protected, *(block * k for block in own)]) for end, own in zip(ends.tolist(), kept, strict=True)
     ]
     chunks, count = ((torch.tensor(stops) - begin) // k).clamp(min=0), torch.zeros_like(begin)
+    chunks[few > 0] = 0
     if scores is not None:
         starts, spans = context.starts(), context.widths() * k
         first = begin.to(starts.device)[:, None]
-        candidate = legal.leads & (starts != sink) & (starts + spans <= first - k * paid.to(first.device)[:, None])
+        candidate = legal.leads & (starts != sink) & (starts + spans <= wide.to(starts.device)[:, None])
         for row, own in enumerate(opened):  # what is read already, and what stands above it
             for block in own:
                 candidate[row] &= (starts[row] + spans[row] <= block * k) | (starts[row] >= (block + 1) * k)
@@ -104,22 +121,23 @@ def _readable(tree: MegaContextTree | Composite, row: int, blocks: list[int]) ->
     ]
 
 
-def _chosen(found: list[int], begin: int, most: int, k: int) -> tuple[list[int], list[int]]:
+def _chosen(found: list[int], begin: int, few: int, most: int, k: int) -> tuple[list[int], list[int]]:
     """Of found blocks, the best first, as many as have room: those that stand before the newest tokens, and those among
     them. Each of the former takes the place of the oldest K newest tokens, which may make a former of a latter.
 
     Args:
         begin: of the newest tokens where none is opened.
+        few: from where on they are read at most.
         most: that may stand before them.
     """
     taken, paid = [], 0
     for block in found:
         more, before, count = [*taken, block], -1, paid
         while count > before:
-            before, count = count, sum(at * k < begin + count * k for at in more)
+            before, count = count, sum(at * k < max(begin + count * k, few) for at in more)
         if count <= most:
             taken, paid = more, count
-    first = begin + paid * k
+    first = max(begin + paid * k, few)
     return [at for at in taken if at * k < first], [at for at in taken if at * k >= first]
 
 
@@ -130,14 +148,22 @@ def newest_from(context: WorkingContext, budget: int) -> Tensor:
     return torch.minimum((ends - room).clamp(min=context.tree.sink + k), ends)
 
 
+def few_from(context: WorkingContext, newest: list[int | None]) -> Tensor:
+    """Where so many newest tokens begin, with the rest of their block: addresses [B]; 0 where nobody said how many."""
+    ends, k = context.stops().cpu(), context.tree.block_size
+    few = torch.tensor([0 if count is None else count for count in newest])
+    there = torch.tensor([count is not None for count in newest])
+    return torch.where(there, ((ends - few) // k * k).clamp(min=context.tree.sink + k), 0)
+
+
 def found_by_keys(
     context: WorkingContext, questions: Questions, most: int, budget: int, protected: int
 ) -> list[list[int]]:
     """Of each row the blocks that a question finds, the best first.
 
-    Of what a user asked as many as are ``SURE`` to hold the answer, and not all that there is room for: what is alike
-    confuses a base LM. Of other text the most like one, if it stands out. A fact often crosses a border, so each brings
-    the blocks beside it.
+    Of what a user asked the ``FINDS`` most like ones, and not all that there is room for: what is alike confuses a base
+    LM. Of other text the most like one, if it stands out. A fact often crosses a border, so each brings the blocks
+    beside it.
 
     Args:
         most: blocks that may take the place of newest tokens.
@@ -147,6 +173,7 @@ def found_by_keys(
     tree, k = context.tree, context.tree.block_size
     begin, stops = newest_from(context, budget), context.stops().cpu()
     before = torch.where(questions.asked.cpu(), torch.minimum(begin + most * k, stops - protected), begin)
+    before = torch.maximum(before, few_from(context, questions.newest))
     found = [_search(own, questions) for own in getattr(tree, "trees", [tree])]
     first = [base // tree.block_size for base in getattr(tree, "bases", [0])]  # block 0 of each tree
     like, out = torch.cat(found, dim=1), []
@@ -160,13 +187,10 @@ def found_by_keys(
         row = row.masked_fill(((block + 1) * k > before[number]).to(row.device), -torch.inf)
         order = row.argsort(descending=True, stable=True)
         if questions.asked[number]:
-            # Keys learn by a softmax over blocks, so it says how sure the best of them are together.
-            count = 1 + int((row[order].softmax(0).cumsum(0) < SURE).sum())
-            best = order[: min(count, 2 * most)]  # half of them may be read anyway
-            best = best[row[best].isfinite()]
+            best = order[row[order].isfinite()][: 3 * FINDS]  # of which three may be beside each other
         else:  # more than one costs text that goes on more than they give
             best = order[:1][row[order[:1]] > tree.keys.null]
-        out.append([at for at in beside(block[best.cpu()].tolist()) if at in there])
+        out.append([at for at in beside(places(block[best.cpu()].tolist(), FINDS)) if at in there])
     return out
 
 

@@ -24,13 +24,15 @@ from megactx.memory import MegaContextTree, WorkingContext
 class Questions(NamedTuple):
     """What keys are asked: ids [A, Q]; which of them are there, bool [A, Q]; of which row each is, [A]; which rows a
     user asked, bool [B]. What nobody asked, as text that goes on, finds only the one block that stands out most; of
-    such rows also the blocks where their end stood before."""
+    such rows also the blocks where their end stood before. ``newest``: of what a window stands for, so many tokens at
+    its end are read, at most, beside what a user's question finds; ``None``: as many as have room."""
 
     ids: Tensor
     mask: Tensor
     row: Tensor
     asked: Tensor
     repeated: list[list[int]]
+    newest: list[int | None]
 
 
 QUESTION = 64  # tokens of a question, at most
@@ -50,7 +52,7 @@ def questions_of(newest: list[int], turns: UserTurns) -> list[list[int]]:
         newest: ids of a history, its newest; ``LOOK`` of them are looked at.
     """
     newest = newest[-LOOK:]
-    if not turns.asked(newest):
+    if turns.place(newest) is None:
         return [] if turns.opening else [newest[-count:] for count in GOES_ON]
     said = turns.said(newest)
     return [said if len(said) <= QUESTION else turns.last_line(said[-QUESTION:], LINE)]
@@ -59,6 +61,17 @@ def questions_of(newest: list[int], turns: UserTurns) -> list[list[int]]:
 def beside(blocks: list[int]) -> list[int]:
     """Each block with its neighbours, the next one first, none twice: a fact often crosses a border."""
     return [*dict.fromkeys(at for block in blocks for at in (block, block + 1, block - 1))]
+
+
+def places(order: list[int], count: int) -> list[int]:
+    """The first ``count`` blocks of an order of which none is beside another."""
+    out: list[int] = []
+    for block in order:
+        if len(out) == count:
+            break
+        if all(abs(block - other) > 1 for other in out):
+            out.append(block)
+    return out
 
 
 def padded(questions: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -55,15 +55,15 @@ def fill(tree, known=None) -> None:
             if found.any():
                 store(tree, lod, row[found], index[found], **values)
             missing = ~found
-        everything, row, index = (row, index), row[missing], index[missing]
+        without_key, row, index = (row, index), row[missing], index[missing]
+        if known is not None and "key" in values:
+            without_key = row, index
         if len(row):
             encode(tree, lod, row, index)
-            facts = {"access": torch.zeros_like(row), "protected": protected_below(tree, lod, row, index)}
-            if lod == 1:
-                facts |= {"floor": torch.zeros_like(row), "opened": torch.zeros_like(row)}
+            facts = untouched(lod, row) | {"protected": protected_below(tree, lod, row, index)}
             store(tree, lod, row, index, **facts)
         if lod == 1 and tree.keys is not None:
-            make_keys(tree, *everything)
+            make_keys(tree, *without_key)
         tree.levels[lod].lengths = new
         lod += 1
 
@@ -96,6 +96,12 @@ def encode(tree, lod: int, row: Tensor, index: Tensor) -> None:
             version = torch.where(fresh, tree.version, STALE)
         gists = encoding.encode(tree.encoder, lod, children, left, seen.to(device))[slot]
         store(tree, lod, rows, nodes, gist=gists, version=version, time=torch.full_like(slot, int(time.time())))
+
+
+def untouched(lod: int, like: Tensor) -> dict[str, Tensor]:
+    """What is said of nodes that nobody has read, opened, protected or taken anything from, each [M]."""
+    names = ("access", "floor", "opened") if lod == 1 else ("access",)
+    return {name: torch.zeros_like(like) for name in names} | {"protected": torch.zeros_like(like, dtype=torch.bool)}
 
 
 def make_keys(tree, row: Tensor, index: Tensor) -> None:

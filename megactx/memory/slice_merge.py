@@ -1,4 +1,4 @@
-"""Cutting and merging trees. Nodes that are known already need no encoding: ready gists, and nodes of another tree.
+"""Cutting, merging and editing trees. Nodes that are known need no encoding: ready gists, those of another tree.
 
 ``find(lod, row [M], index [M])``, on the CPU, says which nodes are known, bool [M], and gives their columns.
 """
@@ -6,6 +6,7 @@
 import time
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import build, encoding
@@ -33,11 +34,7 @@ class Ready:
             "gist": gists,
             "version": version,
             "time": torch.full_like(version, int(time.time())),
-            "access": torch.zeros_like(version),
-            "protected": torch.zeros_like(version, dtype=torch.bool),
-            "floor": torch.zeros_like(version),
-            "opened": torch.zeros_like(version),
-        }
+        } | build.untouched(lod, at)
 
 
 class Shifted:
@@ -74,6 +71,51 @@ class Shifted:
         for n in range(1, lod + 1):
             first = -(-(first + encoding.left_of(self.source.encoder, n)) // k)
         return first
+
+
+class Unchanged:
+    """Those nodes of another tree below which, and in whose left context, a text has the same tokens.
+
+    Args:
+        source: the other tree.
+        tokens: of the text, [B, T].
+        lengths: how many of them count, [B].
+    """
+
+    def __init__(self, source, tokens: Tensor, lengths: Tensor):
+        self.source, k = source, source.block_size
+        both = torch.minimum(source.lengths, lengths)
+        old, new = source.levels[0].span("token", 0, int(both.max())).cpu(), tokens[:, : int(both.max())].cpu()
+        same = (old == new) & (torch.arange(old.shape[1]) < both[:, None])
+        self.same = [same]  # of each level, bool [B, N]
+        for lod in range(1, len(source.levels)):
+            left, whole = encoding.left_of(source.encoder, lod), same.shape[1] // k * k
+            # What stands before the start of a text is the same in all texts.
+            around = F.pad(same[:, :whole], (left, 0), value=True)
+            same = around.unfold(1, left + k, k).all(2) if whole else same[:, :0]
+            self.same.append(same)
+
+    def find(self, lod: int, row: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if lod >= len(self.same) or not self.same[lod].shape[1]:
+            return torch.zeros_like(row, dtype=torch.bool), {}
+        same = self.same[lod]
+        found = (index < same.shape[1]) & same[row, index.clamp(max=same.shape[1] - 1)]
+        at = row[found].to(self.source.device), index[found].to(self.source.device)
+        level = self.source.levels[lod]
+        made = {name: level.read(name, *at) for name in ("gist", "version", "time", "key") if name in level.columns}
+        return found, made | build.untouched(lod, at[0])
+
+
+def edited(tree, tokens: Tensor, lengths: Tensor):
+    """The tree of another text; see ``MegaContextTree.edited``."""
+    if tree.compacted:
+        raise ValueError("edited: something was taken away from this tree; restore it first")
+    if tree.hidden:
+        raise ValueError("edited: the encoder needs hidden states, and those depend on all that came before")
+    new = type(tree)(tree.encoder, tree.base, tree.rows, tree.max_level, tree.dtype, tree.device, keys=tree.keys)
+    new.versions, new.version, new.stamp = list(tree.versions), tree.version, tree.stamp
+    build.extend(new, tokens, lengths, Unchanged(tree, tokens, lengths))
+    return new
 
 
 def cut(tree, start: int, stop: int):

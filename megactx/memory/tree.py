@@ -176,6 +176,23 @@ class MegaContextTree:
         """
         return slice_merge.cut(self, start, int(self.lengths.max()) if stop is None else stop)
 
+    def edited(self, tokens: Tensor, lengths: Tensor | None = None) -> "MegaContextTree":
+        """The tree of another text: nodes of this one are kept where all tokens below them, and in their left context,
+        are the same and at the same place; the rest is encoded. It has the bits of a tree that was made from nothing.
+
+        Args:
+            tokens: [B, T] ids.
+            lengths: how many tokens of each row count, [B]; ``None``: all.
+
+        Raises:
+            ValueError: shapes, ids that the base cannot embed; something was taken away from this tree, or its encoder
+                needs hidden states.
+        """
+        _expect(tokens, "tokens", f"[{self.rows}, T]", tokens.ndim == 2 and len(tokens) == self.rows)
+        self.check_ids(tokens)
+        lengths = torch.full((self.rows,), tokens.shape[1]) if lengths is None else lengths.cpu().long()
+        return slice_merge.edited(self, tokens, lengths)
+
     def merge(self, other: "MegaContextTree") -> None:
         """Append another tree. Its nodes that lie on this tree's grid are kept; the rest is encoded.
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from megactx.focus import Edits, FocusAllocator, LensNet, moves
 from megactx.focus.by_part import PartRows, of_window
-from megactx.focus.earned import earned, found_by_keys
+from megactx.focus.earned import Found, earned, found_by_keys
 from megactx.focus.edits import Moves
 from megactx.focus.keys import Questions
 from megactx.focus.lensnet import Scores
@@ -253,14 +253,15 @@ class Focus:
         legal = moves(context, self.allocator.protected)
         scores = self.score(context, legal) if self.lensnet is not None and self.needed(context) else None
         margin = 0.0 if scores is None else self.allocator.margin(self.lensnet.tau)
-        protected, found, most = self.allocator.protected, None, None
+        protected, found = self.allocator.protected, None
         if questions is not None:
-            found = questions.repeated
-            most = [self.keys + len(own) for own in found]
+            blocks = questions.repeated
+            most = [self.keys + len(own) for own in blocks]
             if self.keys:
                 by_keys = found_by_keys(context, questions, self.keys, self.budget, protected)
-                found = [[*dict.fromkeys(first + more)] for first, more in zip(found, by_keys, strict=True)]
-        shown, count, self.found = earned(context, self.budget, legal, scores, margin, protected, found, most)
+                blocks = [[*dict.fromkeys(first + more)] for first, more in zip(blocks, by_keys, strict=True)]
+            found = Found(blocks, most, questions.newest)
+        shown, count, self.found = earned(context, self.budget, legal, scores, margin, protected, found)
         return shown, count
 
 

@@ -263,18 +263,28 @@ class Stream(ShownParts):
         return out
 
     def questions(self) -> Questions:
-        """What keys are asked, see ``focus.keys.questions_of``, and where what nobody asked stood before."""
+        """What keys are asked, see ``focus.keys.questions_of``; where what nobody asked stood before; how many of the
+        newest tokens are read beside what is found."""
         newest, counts = self.newest(LOOK).tolist(), self.lengths.clamp(max=LOOK).tolist()
         rows = [row[LOOK - count :] for row, count in zip(newest, counts, strict=True)]
         own = [questions_of(row, self.turns) for row in rows]
         ids, mask = padded([ids for several in own for ids in several])
         which = torch.tensor([row for row, several in enumerate(own) for _ in several], dtype=torch.long)
-        asked = [self.turns.asked(newest) for newest in rows]
+        turns = [self.turns.place(newest) for newest in rows]
+        asked = [turn is not None for turn in turns]
         first = self.seen.sink // self.block  # block 0 of the text among those of all parts
         repeated = [
             [] if told else [first + block for block in self.repeats.blocks(row)] for row, told in enumerate(asked)
         ]
-        return Questions(*(part.to(self.device) for part in (ids, mask, which, torch.tensor(asked))), repeated)
+        beside = [None] * self.rows
+        if self.settings.newest is not None:  # all of the question, the answer so far, but what waits stands outside
+            for row, turn in enumerate(turns):
+                if turn is not None:
+                    begin, end = turn
+                    said = max(self.settings.newest, end - begin if begin else 0)
+                    beside[row] = max(0, said + len(rows[row]) - end - int(self.counts[row]))
+        tensors = (part.to(self.device) for part in (ids, mask, which, torch.tensor(asked)))
+        return Questions(*tensors, repeated, beside)
 
     def restore(self, context: WorkingContext | None) -> None:
         """Go on with a window, and read it anew; ``None``: one is put together when it is needed."""

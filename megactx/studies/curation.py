@@ -32,7 +32,7 @@ from megactx.evaluation.bootstrap import mean_interval, wilson
 from megactx.evaluation.planted import USABLE
 from megactx.evaluation.table import Report, Table, pivot
 from megactx.focus import moves
-from megactx.focus.earned import earned
+from megactx.focus.earned import Found, earned
 from megactx.framework.bar import bar
 from megactx.memory import MegaContextTree, WorkingContext, storage
 from megactx.memory.archive import RECENT
@@ -251,10 +251,10 @@ class History:
         stream.restore(context)
         blocks = torch.tensor(needed, dtype=torch.long)
         found = blocks[tree.openable(torch.zeros_like(blocks), torch.ones_like(blocks), blocks)].tolist()
-        protected = self.recency.settings.protected
+        protected, held = self.recency.settings.protected, Found([found], [len(found)], [None])
 
         def shown(context: WorkingContext, *_question):
-            return earned(context, self.args.budget, moves(context, protected), None, 0.0, protected, [found])[:2]
+            return earned(context, self.args.budget, moves(context, protected), None, 0.0, protected, held)[:2]
 
         stream.focus.shown = shown
         nll = stream.append(ids[None], score=True)[0]

@@ -52,8 +52,22 @@ def options(given: Options) -> None:
     given.number("seed", 0, "of the first case", least=0)
     given.add(
         "--solvable",
+        nargs="?",
+        const=NEEDED,
+        metavar="POLICY",
+        help="count only cases that the base solves by this policy, needed or alone, and ask others no other ones",
+    )
+    given.add("--tokens", type=int, help="of an answer, at most (default: as many as the task allows, 128 of a number)")
+    given.add(
+        "--shared",
         action="store_true",
-        help="count only cases that the base solves with the needed blocks alone, and ask other policies no others",
+        help="one history for all cases of a task and length: what a case tells takes the place of other tokens of it",
+    )
+    given.add(
+        "--newest",
+        type=int,
+        metavar="TOKENS",
+        help="that a session reads beside what it finds, and bm25_few and dense_few (default: all, and 128)",
     )
     given.add("--against", help="of the policies, the one with which each other is compared case by case")
     policies = "of " + ", ".join(names(rivals))
@@ -65,7 +79,9 @@ def options(given: Options) -> None:
     add_engine(given.parser.add_argument)
 
 
-def asked_of(row: dict, tokenizer, plain: bool = False) -> tuple[list[int], Asked, list[int]]:
+def asked_of(
+    row: dict, tokenizer, plain: bool = False, newest: int | None = None
+) -> tuple[list[int], Asked, list[int]]:
     """Context's tokens, what a policy is told of them, and which of them are of needles."""
     found = tokenizer(row["context"], add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = found["input_ids"], found["offset_mapping"]
@@ -78,7 +94,7 @@ def asked_of(row: dict, tokenizer, plain: bool = False) -> tuple[list[int], Aske
 
     end = [*tokens(f"\n{row['question']}"), *tokens(behind, template=True), *tokens(row["answer_prefix"])]
     begin, needed = tokens(before, template=True), sorted({n // BLOCK for n in over})
-    return ids, Asked(blocks, len(ids), needed, row["question"], ids, begin, end), over
+    return ids, Asked(blocks, len(ids), needed, row["question"], ids, begin, end, newest), over
 
 
 class Settled(StoppingCriteria):
@@ -123,10 +139,8 @@ class Cell:
         self.rows = []
         if self.path.exists():
             found = json.loads(self.path.read_text())
-            wrong = [f"{key}={found['about'].get(key)}, not {now}" for key, now in self.about.items()]
-            wrong = [
-                said for said, key in zip(wrong, self.about, strict=True) if found["about"].get(key) != self.about[key]
-            ]
+            there = {"shared": False} | found["about"]  # a file of earlier days does not say
+            wrong = [f"{key}={there.get(key)}, not {now}" for key, now in self.about.items() if there.get(key) != now]
             then = found["about"].get("made", made)
             wrong += [f"the {what} have changed" for what in made if then.get(what) != made[what]]
             if wrong:
@@ -136,12 +150,12 @@ class Cell:
             self.rows = found["rows"]
         self.about["made"] = made
 
-    def has(self, number: int, answers: int, solvable: bool) -> bool:
+    def has(self, number: int, answers: int, solvable: str | None) -> bool:
         """Whether a case is there, with its answer where that is asked for."""
         if number >= len(self.rows):
             return False
         if (row := self.rows[number])["entries"] is None:  # it was not asked
-            return solvable
+            return bool(solvable)
         return number >= answers or row["score"] is not None
 
     def add(self, number: int, row: dict) -> None:
@@ -150,8 +164,8 @@ class Cell:
             part.write_text(json.dumps({"about": self.about, "rows": self.rows}))
 
 
-NEEDED = "needed"
-ABOUT = ("model", "budget", "seed", "plain", "path", "keys")
+NEEDED, *_ = ORACLES = ("needed", "alone")
+ABOUT = ("model", "budget", "seed", "plain", "path", "keys", "shared", "newest", "tokens")
 PLACES = ("model", "path", "keys")
 
 
@@ -159,8 +173,8 @@ PLACES = ("model", "path", "keys")
 class Case:
     """A case that some policies are asked about. ``model``, ``path`` and ``keys`` mean the same on all hosts.
 
-    ``solved``: whether it is with the needed blocks alone, where that is known. Where only such cases count, the others
-    are asked nothing else.
+    ``solvable``: by which policy a case must be solved to count; ``None``: all count. ``solved``: whether it is, where
+    that is known; what is not is asked nothing else.
     """
 
     task: str
@@ -172,7 +186,10 @@ class Case:
     budget: int
     seed: int
     plain: bool
-    solvable: bool
+    solvable: str | None
+    shared: bool
+    newest: int | None
+    tokens: int | None
     model: str | None
     path: str | None
     keys: str | None
@@ -190,11 +207,12 @@ def policy(name: str, model: str | None, keys: str | None):
 def measured(about: Case) -> tuple[dict, dict[str, dict]]:
     """The case itself, and of each policy what it keeps, and where it is asked for what the base says to that."""
     base, prose = models(about.model).base, sentences(about.path) if about.task in PROSE else []
-    row = case(about.task, about.length, base.tokenizer, about.seed + about.number, prose)
-    ids, told, needles = asked_of(row, base.tokenizer, about.plain)
+    row = case(about.task, about.length, base.tokenizer, about.seed + about.number, prose, about.shared)
+    row["max_new_tokens"] = min(row["max_new_tokens"], about.tokens or row["max_new_tokens"])
+    ids, told, needles = asked_of(row, base.tokenizer, about.plain, about.newest)
     found, solved = {}, about.solved
-    for name in sorted(about.policies, key=lambda name: name != NEEDED):
-        if about.solvable and name != NEEDED and not solved:
+    for name in sorted(about.policies, key=lambda name: name != about.solvable):
+        if about.solvable not in (None, name) and not solved:
             found[name] = {"entries": None, "held": None, "answer": row["answer"], "said": None, "score": None}
             continue
         own = policy(name, about.model, about.keys)
@@ -208,7 +226,7 @@ def measured(about: Case) -> tuple[dict, dict[str, dict]]:
                 said = answer(base, row, told, kept)
             one |= {"said": said, "score": score(about.task, said, row["answer"])}
         found[name] = one
-        solved = one["score"] == 1 if name == NEEDED else solved
+        solved = one["score"] == 1 if name == about.solvable else solved
     return row, found
 
 
@@ -229,16 +247,21 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     for task in args.tasks:
         if task not in TASKS:
             raise ValueError(f"--tasks={task} is not known, allowed are {', '.join(TASKS)}")
-        if task in WHOLE and NEEDED in args.policies:
-            raise ValueError(f"--policies=needed is not allowed for {task}, which needs all of its context")
+        if task in WHOLE and (named := {*ORACLES} & {*args.policies}):
+            raise ValueError(f"--policies={min(named)} is not allowed for {task}, which needs all of its context")
     short = min(args.lengths)
     if args.budget >= short and set(args.policies) - {"full"}:
         raise ValueError(f"--budget={args.budget} is not allowed with --lengths={short}: it must be below every length")
     args.answers = args.cases if args.answers is None else min(args.answers, args.cases)
-    if args.solvable and (NEEDED not in args.policies or args.answers < args.cases):
+    if args.solvable not in (None, *ORACLES):
+        raise ValueError(f"--solvable={args.solvable} is not allowed, allowed are {', '.join(ORACLES)}")
+    if args.solvable and (args.solvable not in args.policies or args.answers < args.cases):
         raise ValueError(
-            "--solvable is not allowed without needed among --policies, or with fewer --answers than --cases"
+            f"--solvable is not allowed without {args.solvable} among --policies, or with fewer --answers than --cases"
         )
+    for name in ("newest", "tokens"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name}={value} is not allowed, allowed are numbers from 1 on")
     if args.against not in (None, *args.policies):
         raise ValueError(f"--against={args.against} is not allowed, allowed are those of --policies: {args.policies}")
     kinds = {name: find(rivals, name, "--policies") for name in args.policies}
@@ -246,7 +269,10 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         usable(args.out / folder)
     groups = [(task, length) for task in args.tasks for length in sorted(args.lengths)]
     places = {name: on_all_hosts(value and str(value)) for name, value in vars(args).items() if name in PLACES}
-    same = {name: getattr(args, name) for name in ("answers", "budget", "seed", "plain", "solvable")} | places
+    same = {
+        name: getattr(args, name)
+        for name in ("answers", "budget", "seed", "plain", "solvable", "shared", "newest", "tokens")
+    } | places
     for kept in (models, sentences, policy):
         kept.cache_clear()  # of an earlier study in this process
     for name in kinds:
@@ -261,7 +287,7 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         for group in groups
     }
     missing = [
-        Case(*group, number, tuple(names), solved_alone(cells[group], number), **same)
+        Case(*group, number, tuple(names), solved_alone(cells[group], number, args.solvable), **same)
         for group in groups
         for number in range(args.cases)
         if (names := [own.name for own in cells[group] if not own.has(number, args.answers, args.solvable)])
@@ -284,20 +310,20 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     yield args.out / "ruler", report(table, args)
 
 
-def solved_alone(cells: list[Cell], number: int) -> bool | None:
-    """Whether a case is solved with the needed blocks alone; ``None``: that is not known."""
-    rows = next((own.rows for own in cells if own.name == NEEDED), [])
+def solved_alone(cells: list[Cell], number: int, by: str | None) -> bool | None:
+    """Whether a case is solved by the policy that ``--solvable`` names; ``None``: that is not known."""
+    rows = next((own.rows for own in cells if own.name == by), [])
     return rows[number]["score"] == 1 if number < len(rows) else None
 
 
 def tabled(table: Table, cells: dict, group: tuple[str, int], args: argparse.Namespace) -> Table:
     """The figures of a task and length, added to the table."""
     task, length = group
-    counted = [n for n in range(args.cases) if not args.solvable or solved_alone(cells[group], n)]
+    counted = [n for n in range(args.cases) if not args.solvable or solved_alone(cells[group], n, args.solvable)]
     against = next((found.rows for found in cells[group] if found.name == args.against), [])
     if args.solvable:
         share = wilson(len(counted), args.cases)
-        table.add("solvable", share._asdict(), n=args.cases, carrier=NEEDED, domain=task, span=length)
+        table.add("solvable", share._asdict(), n=args.cases, carrier=args.solvable, domain=task, span=length)
     for found in cells[group] if counted else ():
         rows = [found.rows[n] for n in counted if n < len(found.rows)]
         about = {"carrier": found.name, "span": length, "domain": task}
@@ -334,7 +360,7 @@ def report(table: Table, args: argparse.Namespace) -> Report:
         ]
         said = "" if args.answers == args.cases else f", {args.answers} of them answered"
         counted = [f"{round(r['point'] * r['n'])} at {r['span']:,}" for r in own.pick(metric="solvable")]
-        said += f"; counted, for solved with the needed blocks alone: {', '.join(counted)}" if counted else ""
+        said += f"; counted, for solved by {args.solvable}: {', '.join(counted)}" if counted else ""
         sheets.append(
             Sheet(
                 f"{task}: {args.cases} cases a cell{said}",
@@ -356,6 +382,7 @@ def report(table: Table, args: argparse.Namespace) -> Report:
                 legend(axis)
 
     about = {"model": args.model, "budget": args.budget, "sink": SINK, "seed": args.seed, "plain": args.plain}
+    about |= {"shared": args.shared, "newest": args.newest, "tokens": args.tokens}
     return Report(
         f"Questions that need the past: {args.model or 'the embedded models'}", table, sheets, LEGEND, [], about, draw
     )

@@ -42,6 +42,41 @@ def test_a_prose_that_is_too_short_for_a_length_is_told(task, said, tokenizer):
         ruler.case(task, 4096, tokenizer, 0, ["The river ran past the mill."] * 20)
 
 
+SHARING = [name for name in ruler.TASKS if name not in ruler.WHOLE]
+
+
+@pytest.mark.parametrize("task", SHARING)
+def test_cases_of_one_history_differ_in_what_they_tell_alone(task, tokenizer):
+    rows = [ruler.case(task, 4096, tokenizer, seed, PROSE, shared=True) for seed in range(4)]
+    ids = [tokenizer(row["context"], add_special_tokens=False)["input_ids"] for row in rows]
+    assert len({len(own) for own in ids}) == 1 and 3800 < len(ids[0]) <= 4096
+    assert len({row["question"] for row in rows}) > 1
+    for row, own in zip(rows, ids, strict=True):
+        told = " ".join(row["context"][start:end] for start, end in row["needles"])
+        assert all(answer in told for answer in row["answer"])
+        text = f"{row['context']}\n{row['question']}{row['answer_prefix']}"
+        assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) + row["max_new_tokens"] <= 4096
+        same = sum(a == b for a, b in zip(ids[0], own, strict=True)) / len(own)
+        assert same > (0.5 if "paraphrase" in task or "changed" in task else 0.85)
+    assert rows[1] == ruler.case(task, 4096, tokenizer, 1, PROSE, shared=True)
+    if task in ("niah_paraphrase", "niah_changed"):
+        counts = [row["context"].count("secret number") for row in rows]
+        assert counts == [24 + (task == "niah_changed")] * 4
+
+
+@pytest.mark.parametrize("task", ruler.WHOLE)
+def test_tasks_whose_cases_have_nothing_in_common_share_no_history(task, tokenizer):
+    with pytest.raises(ValueError, match=f"--shared is not allowed with {task}"):
+        ruler.case(task, 4096, tokenizer, 0, shared=True)
+
+
+def test_more_facts_than_there_is_room_for_are_told(tokenizer):
+    with pytest.raises(ValueError, match="--lengths: .* tokens have no room for 25 facts in place of others"):
+        ruler.case("niah_changed", 700, tokenizer, 0, PROSE, shared=True)
+    with pytest.raises(ValueError, match="--lengths=4096 is not allowed: the prose has .* tokens; give more by --path"):
+        ruler.case("niah_changed", 4096, tokenizer, 0, PROSE[:40], shared=True)
+
+
 PROSE = [f"The river ran past mill {n} and on to the sea." for n in range(400)]
 
 

@@ -5,7 +5,7 @@ import torch
 from small_windows import NEWEST, K, tree, window
 
 from megactx.focus import moves
-from megactx.focus.earned import earned, newest_from
+from megactx.focus.earned import Found, earned, newest_from
 from megactx.focus.lensnet import Scores
 from megactx.memory import Selection
 
@@ -105,7 +105,9 @@ def test_a_selection_refuses_entries_that_overlap():
 def test_found_blocks_are_read_in_place_of_the_oldest_of_the_newest_tokens_and_nothing_is_read_twice(seed):
     context = window(tree((300, 211)), seed)
     legal = moves(context, NEWEST)
-    found = [[9, 3, 4, 70, 0], [20]]  # of row 0 block 70 is among the newest tokens, and block 0 is the sink
+    found = Found(
+        [[9, 3, 4, 70, 0], [20]], [9, 9], [None, None]
+    )  # of row 0 block 70 is among the newest tokens, and block 0 is the sink
     shown, count, _ = earned(context, BUDGET, legal, scores_of(context, legal, seed), MARGIN, NEWEST, found)
     assert (count >= torch.tensor([3 * K, K])).all() and shown.counts.tolist() == [BUDGET] * 2
     for row, blocks in ((0, (9, 3, 4)), (1, (20,))):
@@ -115,29 +117,37 @@ def test_found_blocks_are_read_in_place_of_the_oldest_of_the_newest_tokens_and_n
         assert {*range(end - NEWEST, end)} <= raw
 
 
+@pytest.mark.parametrize("newest", [None, 0, 5, 2 * K, 30])
 @pytest.mark.parametrize("seed", range(40))
-def test_found_blocks_stay_where_the_newest_tokens_give_way_to_them(seed):
-    """By a slow reference: blocks are taken in their order as long as all of the taken and the newest tokens fit."""
+def test_found_blocks_stay_where_the_newest_tokens_give_way_to_them(seed, newest):
+    """By a slow reference: blocks are taken in their order as long as all of the taken and the newest tokens fit. Where
+    few of the newest are to be read these begin with their block, and nothing else is earned."""
     context = window(tree((300,)), seed)
     legal = moves(context, NEWEST)
     scores = None if seed % 2 else scores_of(context, legal, seed)
     draw = torch.Generator().manual_seed(seed)
     found, most = torch.randperm(300 // K, generator=draw).tolist(), int(torch.randint(0, 9, (1,), generator=draw))
     begin = int(newest_from(context, BUDGET))
-    shown, count, opened = earned(context, BUDGET, legal, scores, MARGIN, NEWEST, [found], [most])
-    taken, start = [], begin
+    few = 0 if newest is None else (300 - newest) // K * K
+    held = Found([found], [most], [newest])
+    shown, count, opened = earned(context, BUDGET, legal, scores, MARGIN, NEWEST, held)
+    taken, start = [], max(begin, few)
     for block in found[:]:
         if block == 0:
             continue
         for paid in range(len(taken) + 2):  # the fewest that pay for all that is left of what they leave
-            left = [at for at in [*taken, block] if at * K < begin + paid * K]
+            left = [at for at in [*taken, block] if at * K < max(begin + paid * K, few)]
             if len(left) == paid:
                 break
         if paid <= most and begin + paid * K <= 300 - NEWEST:
-            taken, start = [*taken, block], begin + paid * K
+            taken, start = [*taken, block], max(begin + paid * K, few)
     old = [at for at in taken if at * K < start]
     assert sorted(opened[0]) == sorted(old) and len(old) <= most
     read = shown.index[0][shown.lod[0] == 0].tolist()
     assert {at * K + n for at in taken for n in range(K)} <= {*read} and len(read) == len({*read})
-    assert shown.counts.tolist() == [BUDGET] and {*range(300 - NEWEST, 300)} <= {*read}
-    assert int(count) >= K * len(old)
+    assert {*range(start if newest is not None else 300 - NEWEST, 300)} <= {*read} and shown.counts.tolist() <= [BUDGET]
+    if few <= begin:
+        assert shown.counts.tolist() == [BUDGET] and int(count) >= K * len(old)
+    else:
+        assert sorted(read) == sorted({*range(K), *range(start, 300), *(at * K + n for at in old for n in range(K))})
+        assert int(count) == K * len(old) and (shown.lod[0, : int(shown.counts)] == 0).all()

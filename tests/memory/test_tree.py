@@ -250,6 +250,48 @@ def test_a_tree_refuses_to_go_on_with_what_does_not_fit_and_is_left_as_it_was(en
     assert_same(tree, MegaContextTree.from_tokens(ids(1, 60), encoder(4), table))
 
 
+@pytest.mark.parametrize("left", [0, 6])
+@pytest.mark.parametrize("length", [1_000, 700, 1_300])
+def test_the_tree_of_an_edited_text_has_the_bits_of_a_new_one_and_encodes_only_what_changed(
+    encoder, table, left, length
+):
+    """The encoder's gists show a block's place in its batch, and so does nothing that is kept."""
+    net, before = encoder(4, places=True, left_context=left), ids(2, 1_000)
+    tree = MegaContextTree.from_tokens(before, net, table, lengths=torch.tensor([1_000, 810]))
+    tree.protect(1, torch.tensor([[3], [3]]))
+    text = torch.cat([before, ids(2, 300, seed=1)], dim=1)[:, :length].clone()
+    text[0, [5, 401, 402]] = 7
+    text[1, 640] = 9
+    lengths = torch.tensor([length, length - 3])
+    encoded = net.blocks
+    edited = tree.edited(text, lengths)
+    encoded = net.blocks - encoded
+    assert_same(edited, MegaContextTree.from_tokens(text, net, table, lengths))
+    assert not edited.about(1, "protected").any() and edited.about(1, "access").sum() == 0
+    if length <= 1_000:
+        assert encoded <= 16 * (6 + 3 * edited.depth + 2 * bool(left)), "changed blocks, and what stands above them"
+
+
+def test_keys_of_an_edited_text_are_those_of_a_new_tree_and_made_for_changed_blocks_alone(encoder, table):
+    asked = []
+
+    class Count(torch.nn.Module):
+        size = 16
+
+        def encode(self, ids):
+            asked.append(len(ids))
+            return torch.nn.functional.one_hot(ids.long() % 16, 16).sum(1).half()
+
+    net, tokens, keys = encoder(4), ids(1, 400), Count()
+    tree = MegaContextTree.from_tokens(tokens, net, table, keys=keys)
+    text = tokens.clone()
+    text[0, 41] += 1
+    asked.clear()
+    edited = tree.edited(text)
+    assert sum(asked) == 1
+    assert torch.equal(edited.about(1, "key"), MegaContextTree.from_tokens(text, net, table, keys=keys).about(1, "key"))
+
+
 def test_refresh_encodes_only_what_another_gistnet_made_bottom_up(encoder, table):
     old, new = encoder(4), encoder(4, factor=2.0)
     tokens = ids(1, 64)

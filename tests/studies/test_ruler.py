@@ -196,11 +196,14 @@ def test_help_names_every_policy(capsys):
     assert all(
         name in told
         for name in (
+            "alone",
             "bm25",
+            "bm25_few",
             "bm25_near",
             "bm25_pairs",
             "bridge",
             "dense",
+            "dense_few",
             "dense_near",
             "full",
             "keys",
@@ -342,16 +345,80 @@ def test_only_cases_that_the_base_solves_with_the_needed_blocks_are_asked_of_oth
     assert found["solved", "needed"]["point"] == 1 and found["solved", "needed"]["n"] == 2
     less = found["less", "newest"]
     assert less["point"] == found["solved", "newest"]["point"] - 1 == -0.5 and less["low"] < less["high"]
-    assert "counted, for solved with the needed blocks alone: 2 at 400" in (tmp_path / "ruler.md").read_text()
+    assert "counted, for solved by needed: 2 at 400" in (tmp_path / "ruler.md").read_text()
     assert "solved, less needed" in (tmp_path / "ruler.md").read_text()
     assert main([one for one in command if one != "--solvable"]) == 0 and len(asked) == 8  # the others are asked now
     table = json.loads((tmp_path / "ruler.json").read_text())["table"]
     assert {row["n"] for row in table if row["metric"] == "solved"} == {4}
 
 
+def test_a_session_keeps_the_gists_of_a_history_that_its_cases_share_to_the_same_answers(keyed, monkeypatch):
+    models, folder = keyed
+    made = []
+    real = type(models.gistnet).encode_block
+    monkeypatch.setattr(type(models.gistnet), "encode_block", lambda net, *given: made.append(1) or real(net, *given))
+    rows = [ruler.case("niah_single_1", 3000, models.base.tokenizer, seed, shared=True) for seed in range(2)]
+    said = []
+    for rows_of in (rows, rows[1:]):
+        policy = find(rivals, "session", "--policies")(models, folder)
+        for row in rows_of:
+            made.clear()
+            asked = asked_of(row, models.base.tokenizer, newest=128)[1]
+            kept = policy.keep(asked, 512)
+            one = len(made), kept, policy.say(6, lambda text: False), policy.stream.tree.gists(1)
+            said.append(one)
+    (_, *again), (alone, *fresh) = said[1], said[2]
+    assert again[:2] == fresh[:2] and torch.equal(again[2], fresh[2])
+    assert said[1][0] <= alone / 2, (said[1][0], alone)
+
+
+@pytest.mark.parametrize("name", ["bm25_few", "dense_few"])
+def test_policies_of_few_keep_two_places_and_few_of_the_newest_tokens(name, minilm):
+    blocks = [f"word{n} stands here" for n in range(40)]
+    blocks[5] = "the lighthouse keeper is Anna"
+    policy = find(rivals, name, "--policies")()
+    for newest, last in ((64, 64), (None, 128)):
+        kept = policy.keep(Asked(blocks, 40 * BLOCK, [5], "Who keeps the lighthouse?", newest=newest), 1024)
+        assert {*range(4 * BLOCK, 7 * BLOCK)} <= {*kept} and {*range(40 * BLOCK - last, 40 * BLOCK)} <= {*kept}
+        assert 4 + 5 * BLOCK + last <= len(kept) <= 4 + 6 * BLOCK + last
+    assert len(policy.keep(Asked(blocks, 40 * BLOCK, [5], "Where stands word5?"), 96)) == 96
+
+
+def test_an_answer_has_no_more_tokens_than_were_asked_for(tmp_path):
+    command = ["--lengths", "400", "--cases", "1", "--budget", "128", "--policies", "newest", "--tokens", "3"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    (row,) = json.loads((tmp_path / "cells" / "niah_single_1-400-newest.json").read_text())["rows"]
+    assert 1 <= len(load_models().base.tokenizer(row["said"], add_special_tokens=False)["input_ids"]) <= 3
+
+
+def test_the_needed_blocks_alone_are_nothing_else_and_decide_what_counts(tmp_path, monkeypatch):
+    policy = find(rivals, "alone", "--policies")()
+    assert policy.keep(Asked([""] * 4, 100, [1, 3], ""), 96) == [*range(32, 64), *range(96, 100)]
+    with pytest.raises(ValueError, match="--budget=31: the blocks that hold the needles take 32 tokens"):
+        policy.keep(Asked([""] * 4, 128, [1], ""), 31)
+    asked = []
+
+    def said(base, row, told, kept):
+        asked.append(len(kept))
+        return row["answer"][0] if len(kept) < 128 else "nothing"
+
+    monkeypatch.setattr(study, "answer", said)
+    command = ["--lengths", "400", "--cases", "2", "--budget", "128", "--out", str(tmp_path), "--shared"]
+    assert main([*command, "--solvable", "alone", "--policies", "newest", "alone"]) == 0
+    assert [count < 128 for count in asked] == [True, False] * 2
+    assert "counted, for solved by alone: 2 at 400" in (tmp_path / "ruler.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
+        (
+            ["--solvable", "newest", "--policies", "newest"],
+            "--solvable=newest is not allowed, allowed are needed, alone",
+        ),
+        (["--newest", "0", "--policies", "newest"], "--newest=0 is not allowed"),
+        (["--tokens", "0", "--policies", "newest"], "--tokens=0 is not allowed"),
+        (["--shared", "--tasks", "cwe", "--policies", "newest"], "--shared is not allowed with cwe"),
         (["--solvable", "--policies", "newest"], "--solvable is not allowed without needed among --policies"),
         (["--solvable", "--policies", "needed", "--answers", "1"], "--solvable is not allowed without needed"),
         (
@@ -370,8 +437,7 @@ def test_a_task_of_which_the_base_solves_no_case_is_named(tmp_path, monkeypatch)
     command = ["--lengths", "400", "--cases", "1", "--budget", "128", "--out", str(tmp_path), "--solvable"]
     assert main([*command, "--policies", "newest", "needed"]) == 0
     assert (
-        "niah_single_1: 1 cases a cell; counted, for solved with the needed blocks alone: 0 at 400"
-        in (tmp_path / "ruler.md").read_text()
+        "niah_single_1: 1 cases a cell; counted, for solved by needed: 0 at 400" in (tmp_path / "ruler.md").read_text()
     )
 
 

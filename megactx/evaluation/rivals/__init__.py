@@ -6,15 +6,17 @@ A policy with ``needs_models`` is built with the models of the study and the fol
 
 from dataclasses import dataclass, field
 
-from megactx.focus.keys import beside
+from megactx.focus.earned import FINDS
+from megactx.focus.keys import beside, places
 
-SINK, BLOCK = 4, 32
+SINK, BLOCK, NEWEST = 4, 32, 128
 
 
 @dataclass
 class Asked:
     """Blocks' texts, number of tokens, the blocks that hold needles, the question, and the ids of the text; ids of what
-    the base reads before it and behind it, the question among them; what policies have found and others need too."""
+    the base reads before it and behind it, the question among them; how many of the newest tokens those policies read
+    that read few; what policies have found and others need too."""
 
     blocks: list[str]
     tokens: int
@@ -23,12 +25,20 @@ class Asked:
     ids: list[int] | None = None
     begin: list[int] = field(default_factory=list)
     end: list[int] = field(default_factory=list)
+    newest: int | None = None
     shared: dict = field(default_factory=dict)
 
 
 def near(order: list[int], count: int) -> list[int]:
     """``beside``, of ``count`` blocks."""
     return [block for block in beside(order) if 0 <= block < count]
+
+
+def few(asked: Asked, budget: int, order: list[int]) -> list[int]:
+    """Sink, the first places of an order of blocks, and few of the newest tokens: no more than budget."""
+    chosen = near(places(order, FINDS), len(asked.blocks))
+    room = SINK + BLOCK * len(chosen) + (NEWEST if asked.newest is None else asked.newest)
+    return filled(asked, min(budget, room), chosen, 0)
 
 
 def filled(asked: Asked, budget: int, chosen: list[int], newest: int) -> list[int]:

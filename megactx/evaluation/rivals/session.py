@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import torch
 
+from megactx.memory import MegaContextTree
 from megactx.runtime import Controller, Settings
 from megactx.runtime.controller import decode
 from megactx.runtime.sampling import Sampling
@@ -15,7 +16,8 @@ class Session:
     """A real session with keys: it has taken up the text, reads the newest and what its keys and LensNet find, answers.
 
     Its window has as many entries as those of the others: ``budget`` and what stands around the text. At most three
-    quarters of them are blocks that keys find. What it keeps are tokens; gists that it reads are not among them.
+    quarters of them are blocks that keys find. What it keeps are tokens; gists that it reads are not among them. Of a
+    text that is like the one before, the gists of what has not changed are kept.
 
     Raises:
         ValueError: there is no GistNet, or no net of keys, for these models.
@@ -31,13 +33,19 @@ class Session:
             if getattr(self.models, part) is None:
                 raise ValueError(f"--policies=session: these models have no {part}; allowed are models with both")
         self.models.keys.ready()
-        self.stream = None
+        self.stream = self.tree = None
 
     def keep(self, asked, budget):
         entries = budget + len(asked.begin) + len(asked.end)
-        settings = Settings(entries, earn=True, keys=budget * 3 // 4 // BLOCK)
-        self.stream = Controller(self.models, settings).stream()
-        self.stream.append(torch.tensor([[*asked.begin, *asked.ids]]), follow=False)
+        settings = Settings(entries, earn=True, keys=budget * 3 // 4 // BLOCK, newest=asked.newest)
+        text = torch.tensor([[*asked.begin, *asked.ids]])
+        if self.tree is None:
+            base, net = self.models.base, self.models.gistnet
+            text = text.to(base.model.device)
+            self.tree = MegaContextTree.from_tokens(text, net, base, keys=self.models.keys)
+        else:
+            self.tree = self.tree.edited(text)
+        self.stream = Controller(self.models, settings).stream(tree=self.tree)
         self.stream.append(torch.tensor([asked.end]))
         self.stream.logits()
         shown, first = self.stream.shown, len(asked.begin)
