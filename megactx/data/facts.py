@@ -44,7 +44,8 @@ def nearest(places: Sequence[int], wanted: int, first: int, last: int) -> Iterat
 
 def in_place(units: list[str], tokenizer) -> tuple[str, list[tuple[int, int]]]:
     """A text of sentences with ``Fact`` among them, each of which takes the place of as many tokens, from the beginning
-    of the nearest sentence on where the tokenizer reads that as it is meant, else of a word. Facts keep their order.
+    of the nearest sentence on where that cuts no word and the tokenizer reads it as it is meant, else of a word. What
+    follows begins within a sentence. Facts keep their order.
 
     Args:
         units: sentences and facts.
@@ -53,7 +54,7 @@ def in_place(units: list[str], tokenizer) -> tuple[str, list[tuple[int, int]]]:
         The text, and the span of each fact, of characters.
 
     Raises:
-        ValueError: there is no room for all of the facts.
+        ValueError: there is no room for all of the facts; says how many tokens there are.
     """
     sentences, facts = [], []  # of a fact: how many sentences stand before it, its tokens, its text
     for unit in units:
@@ -70,10 +71,12 @@ def in_place(units: list[str], tokenizer) -> tuple[str, list[tuple[int, int]]]:
         for place in (place for where in (starts, range(len(ids))) for place in nearest(where, wanted, at, last)):
             one = own if place else tokens_of(tokenizer, text)
             piece = [*ids[max(at, place - AROUND) : place], *one, *ids[place + len(one) :][:AROUND]]
-            if tokens_of(tokenizer, tokenizer.decode(piece)) == piece:
+            said = tokenizer.decode(piece)
+            apart = (f" {text}" if place else text) + " " * (place + len(one) < len(ids))  # no word is cut in two
+            if apart in said and tokens_of(tokenizer, said) == piece:
                 break
         else:
-            raise ValueError(f"--lengths: {len(ids)} tokens have no room for {len(facts)} facts in place of others")
+            raise ValueError(f"there is no room for {len(facts)} facts in place of others among {len(ids)} tokens")
         out += [*ids[at:place], *one]
         at = place + len(one)
     out += ids[at:]

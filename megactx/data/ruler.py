@@ -89,19 +89,19 @@ def niah_single_2(draw, count, essay):
     return _single(draw, essay[:count])
 
 
-def _multikey(draw, count, value, key, kind, stack):
-    at = draw.randrange(10**9)
-    told, keys, values = _needles(stack or draw, max(1, count), key, value, kind)
+def _multikey(draw, count, task, stack=None):
+    at, of = draw.randrange(10**9), STACKS[task]
+    told, keys, values = stack or _needles(draw, max(1, count), *of)
     at %= len(told)
-    return told, [at], [values[at]], _asked(keys[at], kind)
+    return told, [at], [values[at]], _asked(keys[at], of[-1])
 
 
-def niah_multikey_2(draw, count, essay, stack=None):
-    return _multikey(draw, count, _number, _key, "number", stack)
+def niah_multikey_2(draw, count, essay):
+    return _multikey(draw, count, "niah_multikey_2")
 
 
-def niah_multikey_3(draw, count, essay, stack=None):
-    return _multikey(draw, count, _uuid, _uuid, "uuid", stack)
+def niah_multikey_3(draw, count, essay):
+    return _multikey(draw, count, "niah_multikey_3")
 
 
 def vt(draw, count, essay):
@@ -143,7 +143,7 @@ GENERATORS += (paraphrases.niah_paraphrase, paraphrases.niah_changed)  # not of 
 TASKS = {generator.__name__: generator for generator in GENERATORS}
 PROSE = ("niah_single_2", "qa1", "niah_paraphrase", "niah_changed")  # stand between the sentences of a prose
 WHOLE = ("cwe", "fwe")  # need all of the context
-STACKS = ("niah_multikey_2", "niah_multikey_3")  # all of the context is facts
+STACKS = {"niah_multikey_2": (_key, _number, "number"), "niah_multikey_3": (_uuid, _uuid, "uuid")}  # facts alone
 LETTERS = 8  # of a token, at most, on average
 OUTSIDE = 128  # tokens, at most, of question and prefix behind a history that cases share
 
@@ -227,23 +227,32 @@ def _some(sentences: Iterable[str], letters: int) -> Iterator[str]:
         letters -= len(sentence) + 1
 
 
+def _enough(task: str, length: int, count: int) -> None:
+    if count < 1:
+        raise ValueError(f"--lengths={length} is not allowed: too short for {task} with --shared")
+
+
 def _sharing(task: str, length: int, tokenizer, seed: int, essay: list[str]) -> dict:
     if task in WHOLE:
         raise ValueError(f"--shared is not allowed with {task}: its cases have nothing in common")
     most, draw = length - OUTSIDE - TOKENS[task.split("_")[0]], random.Random(f"{task}/{length}/{seed}")
     if task in STACKS:
-        units, *_ = TASKS[task](random.Random(0), max(1, most // 16), (), random.Random(f"{task}/{length}"))
-        count = bisect_right(begun(units, tokenizer)[1], most) - 1
-        stack = random.Random(f"{task}/{length}")
-        units, places, answers, asked = TASKS[task](draw, count, (), stack)
+        stack = _needles(random.Random(f"{task}/{length}"), max(1, most // 8), *STACKS[task])
+        count = bisect_right(begun(stack[0], tokenizer)[1], most) - 1
+        _enough(task, length, count)
+        units, places, answers, asked = _multikey(draw, count, task, [part[:count] for part in stack])
         return _row(task, length, " ".join(units), _spans(units, places), answers, asked)
     filler = list(_some(essay, LETTERS * length)) if task in PROSE else _noise(length // 3)
     ids, starts = begun(filler, tokenizer)
     if len(ids) < 0.9 * most:
         raise ValueError(f"--lengths={length} is not allowed: the prose has {len(ids)} tokens; give more by --path")
     count = bisect_right(starts, most) - 1 if len(ids) > most else len(filler)
+    _enough(task, length, count)
     units, places, answers, asked = TASKS[task](draw, count, essay)
-    context, spans = in_place(units, tokenizer)
+    try:
+        context, spans = in_place(units, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"--lengths={length} is not allowed for {task} with --shared: {error}") from error
     which = [n for n, unit in enumerate(units) if isinstance(unit, Fact)]
     return _row(task, length, context, [[*spans[which.index(n)]] for n in places], answers, asked)
 

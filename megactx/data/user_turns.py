@@ -77,17 +77,10 @@ class UserTurns:
     def place(self, ids: list[int]) -> tuple[int, int] | None:
         """Where what the user said last begins among the newest ids of a history, 0 if before them, and where it ends;
         ``None``: no user's turn ends there."""
-        end = _last(ids, self.closing)
-        return None if end is None else (self._begin(ids[:end]), end)
-
-    def said(self, ids: list[int]) -> list[int]:
-        """What the user said last, of the newest ids of a history; all of them where that cannot be told."""
-        return ids[slice(*(self.place(ids) or (self._begin(ids), len(ids))))] or ids
-
-    def _begin(self, ids: list[int]) -> int:
-        """Behind what opens a user's turn last; 0: before all of them."""
-        begin = _last(ids, self.opening)
-        return 0 if begin is None else begin + len(self.opening)
+        if (end := _last(ids, self.closing)) is None:
+            return None
+        begin = _last(ids[:end], self.opening)
+        return 0 if begin is None else begin + len(self.opening), end
 
     def last_line(self, ids: list[int], least: int) -> list[int]:
         """What stands behind the last end of a line that has at least so many tokens behind it; all without one."""

@@ -62,22 +62,26 @@ def earned(
         protected: newest tokens that no set takes the place of.
     """
     tree, k, sink = context.tree, context.tree.block_size, context.tree.sink
-    ends, wide = context.stops().cpu(), newest_from(context, budget)  # [B], addresses like all that follow
+    ends = context.stops().cpu()  # [B], addresses like all that follow
     closed = _closed(context)  # presets are read in any case
     budget -= len(closed)
+    # Where as many newest tokens would begin as have room: of a short text before its first, and that room costs none.
+    wide, first_own = ends - (budget - k), torch.full_like(ends, sink + k)
     if found is None:
         found = Found([[]] * len(ends), [0] * len(ends), [None] * len(ends))
     blocks = [_readable(tree, row, own) for row, own in enumerate(found.blocks)]
     if isinstance(tree, Composite):
         blocks = [_first_of_each(tree, blocks[0])]
     few = few_from(context, found.newest)
-    few = torch.where((few > wide) & torch.tensor([bool(own) for own in blocks]), few, 0)
-    chunks = ((ends - wide - protected) // k).clamp(min=0)  # that may be paid with
+    few = torch.where((few > wide) & torch.tensor([bool(these) for these in blocks]), few, 0)
+    least = torch.maximum(first_own, few)
+    chunks = ((torch.maximum(ends - protected, least) - wide) // k).clamp(min=0)  # that have room, or may be paid with
     limits = torch.minimum(chunks, torch.tensor(found.most))
-    chosen = [_chosen(*row, k) for row in zip(blocks, wide.tolist(), few.tolist(), limits.tolist(), strict=True)]
+    chosen = [_chosen(*row, k) for row in zip(blocks, wide.tolist(), least.tolist(), limits.tolist(), strict=True)]
     opened, kept = [own for own, _ in chosen], [own for _, own in chosen]
     paid = torch.tensor([len(own) for own in opened])
-    begin = torch.maximum(wide + k * paid, few)
+    few[torch.tensor([not (old or new) for old, new in chosen])] = 0  # there is nothing beside which they would be read
+    begin = torch.maximum(wide + k * paid, torch.maximum(first_own, few)).minimum(ends)
     stops = [
         min([end - protected, *(block * k for block in own)]) for end, own in zip(ends.tolist(), kept, strict=True)
     ]
@@ -86,7 +90,8 @@ def earned(
     if scores is not None:
         starts, spans = context.starts(), context.widths() * k
         first = begin.to(starts.device)[:, None]
-        candidate = legal.leads & (starts != sink) & (starts + spans <= wide.to(starts.device)[:, None])
+        oldest = torch.maximum(wide, first_own).minimum(ends).to(starts.device)[:, None]
+        candidate = legal.leads & (starts != sink) & (starts + spans <= oldest)
         for row, own in enumerate(opened):  # what is read already, and what stands above it
             for block in own:
                 candidate[row] &= (starts[row] + spans[row] <= block * k) | (starts[row] >= (block + 1) * k)
@@ -121,23 +126,24 @@ def _readable(tree: MegaContextTree | Composite, row: int, blocks: list[int]) ->
     ]
 
 
-def _chosen(found: list[int], begin: int, few: int, most: int, k: int) -> tuple[list[int], list[int]]:
+def _chosen(found: list[int], begin: int, least: int, most: int, k: int) -> tuple[list[int], list[int]]:
     """Of found blocks, the best first, as many as have room: those that stand before the newest tokens, and those among
-    them. Each of the former takes the place of the oldest K newest tokens, which may make a former of a latter.
+    them. Each of the former takes the room of K newest tokens, the oldest ones if any are there, which may make a
+    former of a latter.
 
     Args:
-        begin: of the newest tokens where none is opened.
-        few: from where on they are read at most.
+        begin: of as many newest tokens as have room where none is opened.
+        least: from where on they are read at most.
         most: that may stand before them.
     """
     taken, paid = [], 0
     for block in found:
         more, before, count = [*taken, block], -1, paid
         while count > before:
-            before, count = count, sum(at * k < max(begin + count * k, few) for at in more)
+            before, count = count, sum(at * k < max(begin + count * k, least) for at in more)
         if count <= most:
             taken, paid = more, count
-    first = max(begin + paid * k, few)
+    first = max(begin + paid * k, least)
     return [at for at in taken if at * k < first], [at for at in taken if at * k >= first]
 
 

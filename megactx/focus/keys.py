@@ -41,7 +41,7 @@ LINE = 8  # tokens of a question, at least, that stands in a line of its own
 LOOK = 4 * QUESTION  # newest tokens among which a user's turn is looked for; behind it stands the answer so far
 
 
-def questions_of(newest: list[int], turns: UserTurns) -> list[list[int]]:
+def questions_of(newest: list[int], turns: UserTurns) -> tuple[list[list[int]], int | None]:
     """What a session asks its keys: what the user said last, where the chat template tells that among the newest
     ``LOOK`` tokens. Of more than ``QUESTION`` tokens it is the last line: a question stands behind the text that it is
     about; or the newest of them, where that line is longer or there is none. Where a template would tell and does not
@@ -50,12 +50,15 @@ def questions_of(newest: list[int], turns: UserTurns) -> list[list[int]]:
 
     Args:
         newest: ids of a history, its newest; ``LOOK`` of them are looked at.
+
+    Returns:
+        Also how many tokens stand behind what the user said; ``None``: nobody asked.
     """
     newest = newest[-LOOK:]
-    if turns.place(newest) is None:
-        return [] if turns.opening else [newest[-count:] for count in GOES_ON]
-    said = turns.said(newest)
-    return [said if len(said) <= QUESTION else turns.last_line(said[-QUESTION:], LINE)]
+    if (place := turns.place(newest)) is None:
+        return [] if turns.opening else [newest[-count:] for count in GOES_ON], None
+    said = newest[slice(*place)] or newest
+    return [said if len(said) <= QUESTION else turns.last_line(said[-QUESTION:], LINE)], len(newest) - place[1]
 
 
 def beside(blocks: list[int]) -> list[int]:

@@ -98,10 +98,11 @@ class Unchanged:
     def find(self, lod: int, row: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if lod >= len(self.same) or not self.same[lod].shape[1]:
             return torch.zeros_like(row, dtype=torch.bool), {}
-        same = self.same[lod]
+        same, level = self.same[lod], self.source.levels[lod]
         found = (index < same.shape[1]) & same[row, index.clamp(max=same.shape[1] - 1)]
         at = row[found].to(self.source.device), index[found].to(self.source.device)
-        level = self.source.levels[lod]
+        found[found.clone()] = (level.read("version", *at) == self.source.version).cpu()
+        at = row[found].to(self.source.device), index[found].to(self.source.device)
         made = {name: level.read(name, *at) for name in ("gist", "version", "time", "key") if name in level.columns}
         return found, made | build.untouched(lod, at[0])
 
@@ -112,7 +113,8 @@ def edited(tree, tokens: Tensor, lengths: Tensor):
         raise ValueError("edited: something was taken away from this tree; restore it first")
     if tree.hidden:
         raise ValueError("edited: the encoder needs hidden states, and those depend on all that came before")
-    new = type(tree)(tree.encoder, tree.base, tree.rows, tree.max_level, tree.dtype, tree.device, keys=tree.keys)
+    name, _ = tree.parts[0]
+    new = type(tree)(tree.encoder, tree.base, tree.rows, tree.max_level, tree.dtype, tree.device, name, tree.keys)
     new.versions, new.version, new.stamp = list(tree.versions), tree.version, tree.stamp
     build.extend(new, tokens, lengths, Unchanged(tree, tokens, lengths))
     return new

@@ -148,17 +148,7 @@ class MegaContextTree:
                 Nothing was taken up.
         """
         self._check_writable()
-        _expect(tokens, "tokens", f"[{self.rows}, T]", tokens.ndim == 2 and len(tokens) == self.rows)
-        b, t = tokens.shape
-        if tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise ValueError(f"tokens have dtype {tokens.dtype}, expected whole numbers")
-        lengths = torch.full((b,), t) if lengths is None else lengths.cpu().long()
-        if lengths.shape != (b,) or lengths.min() < 0 or lengths.max() > t:
-            raise ValueError(f"lengths={lengths.tolist()} are not allowed: {b} numbers from 0 to {t}")
-        if (lengths == t).all():
-            self.check_ids(tokens)
-        else:
-            self.check_ids(tokens[torch.arange(t, device=tokens.device) < lengths.to(tokens.device)[:, None]])
+        lengths, b = self._checked(tokens, lengths), self.rows
         completed = (self.lengths + lengths) // self.block_size - self.counts(1)  # [B]
         wanted = [b, int(completed.max()), self.width]
         if gists is not None and list(gists.shape) != wanted:
@@ -177,8 +167,9 @@ class MegaContextTree:
         return slice_merge.cut(self, start, int(self.lengths.max()) if stop is None else stop)
 
     def edited(self, tokens: Tensor, lengths: Tensor | None = None) -> "MegaContextTree":
-        """The tree of another text: nodes of this one are kept where all tokens below them, and in their left context,
-        are the same and at the same place; the rest is encoded. It has the bits of a tree that was made from nothing.
+        """The tree of another text: nodes of this one that the GistNet in use has made are kept where all tokens below
+        them, and in their left context, are the same and at the same place; the rest is encoded. Where this tree was
+        appended to, with no gists ready made, it has the bits of a tree that was made from nothing.
 
         Args:
             tokens: [B, T] ids.
@@ -188,10 +179,7 @@ class MegaContextTree:
             ValueError: shapes, ids that the base cannot embed; something was taken away from this tree, or its encoder
                 needs hidden states.
         """
-        _expect(tokens, "tokens", f"[{self.rows}, T]", tokens.ndim == 2 and len(tokens) == self.rows)
-        self.check_ids(tokens)
-        lengths = torch.full((self.rows,), tokens.shape[1]) if lengths is None else lengths.cpu().long()
-        return slice_merge.edited(self, tokens, lengths)
+        return slice_merge.edited(self, tokens, self._checked(tokens, lengths))
 
     def merge(self, other: "MegaContextTree") -> None:
         """Append another tree. Its nodes that lie on this tree's grid are kept; the rest is encoded.
@@ -430,6 +418,21 @@ class MegaContextTree:
         if low < 0 or high >= (rows or 2**31):
             wrong = low if low < 0 else high
             raise ValueError(f"tokens: id {wrong} is not allowed, the base LM embeds 0 to {(rows or 2**31) - 1}")
+
+    def _checked(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+        """How many of tokens [B, T] count in each row, [B]; raises ValueError where they are not what a tree takes."""
+        _expect(tokens, "tokens", f"[{self.rows}, T]", tokens.ndim == 2 and len(tokens) == self.rows)
+        b, t = tokens.shape
+        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise ValueError(f"tokens have dtype {tokens.dtype}, expected whole numbers")
+        lengths = torch.full((b,), t) if lengths is None else lengths.cpu().long()
+        if lengths.shape != (b,) or lengths.min() < 0 or lengths.max() > t:
+            raise ValueError(f"lengths={lengths.tolist()} are not allowed: {b} numbers from 0 to {t}")
+        if (lengths == t).all():
+            self.check_ids(tokens)
+        else:
+            self.check_ids(tokens[torch.arange(t, device=tokens.device) < lengths.to(tokens.device)[:, None]])
+        return lengths
 
     def _check_writable(self) -> None:
         if self.read_only:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from megactx.focus.allocator import FocusAllocator
 from megactx.focus.edits import PROTECTED
+from megactx.focus.keys import QUESTION
 from megactx.framework.config.types import Count, Whole, declared
 from megactx.memory.pyramid import Attention
 
@@ -33,9 +34,9 @@ class Settings:
             the window, gists included.
         keys: blocks, at most, that what a user asks finds among all blocks of the history by their keys, and that are
             read besides, however coarse the window is there; with ``earn`` alone. 0: none.
-        newest: tokens up to the end of what a user asked, at most, that are read beside the blocks which that finds;
-            more only where the question itself has more. ``None``: as many as have room. A small base LM answers better
-            from few.
+        newest: tokens up to the end of what a user asked, at most, that are read beside the blocks which that finds; 64
+            at least, as a question has. Of a longer turn the rest is found by keys, like all that is older. ``None``:
+            as many as have room. A small base LM answers better from few.
         edit_every: blocks of new tokens between two refocuses by LensNet. Above 1 the edits of so many blocks are made
             at once, so that what stands behind them is read again once.
         graphs: read single new tokens at fixed shapes, on a card as one CUDA graph: a token is one launch. Off by
@@ -75,6 +76,8 @@ class Settings:
             raise ValueError(f"keys={self.keys} is not allowed without earn=true, which reads what stands out")
         if self.newest is not None and not self.keys:
             raise ValueError(f"newest={self.newest} is not allowed without keys, which find what it stands beside")
+        if self.newest is not None and self.newest < QUESTION:
+            raise ValueError(f"newest={self.newest} is not allowed: at least {QUESTION}, as many as a question has")
         if self.drafts != "none":
             if self.graphs:
                 raise ValueError(f"graphs=true is not allowed with drafts={self.drafts}: it reads token by token")

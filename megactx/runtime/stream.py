@@ -264,25 +264,24 @@ class Stream(ShownParts):
 
     def questions(self) -> Questions:
         """What keys are asked, see ``focus.keys.questions_of``; where what nobody asked stood before; how many of the
-        newest tokens are read beside what is found."""
-        newest, counts = self.newest(LOOK).tolist(), self.lengths.clamp(max=LOOK).tolist()
-        rows = [row[LOOK - count :] for row, count in zip(newest, counts, strict=True)]
-        own = [questions_of(row, self.turns) for row in rows]
+        newest tokens are read beside what is found.
+
+        What waits says nothing: a session that goes on in the middle of a block then asks what it had asked."""
+        counts = self.tree.lengths.clamp(max=LOOK)
+        place = (self.tree.lengths[:, None] - counts[:, None] + torch.arange(LOOK)).to(self.device)
+        there = torch.arange(LOOK) < counts[:, None]
+        row = torch.arange(self.rows, device=self.device)[:, None].expand_as(place)[there]
+        newest = self.tree.levels[0].read("token", row, place[there]).split(counts.tolist())
+        own, behind = zip(*(questions_of(ids.tolist(), self.turns) for ids in newest), strict=True)
         ids, mask = padded([ids for several in own for ids in several])
         which = torch.tensor([row for row, several in enumerate(own) for _ in several], dtype=torch.long)
-        turns = [self.turns.place(newest) for newest in rows]
-        asked = [turn is not None for turn in turns]
+        asked = [count is not None for count in behind]
         first = self.seen.sink // self.block  # block 0 of the text among those of all parts
         repeated = [
             [] if told else [first + block for block in self.repeats.blocks(row)] for row, told in enumerate(asked)
         ]
-        beside = [None] * self.rows
-        if self.settings.newest is not None:  # all of the question, the answer so far, but what waits stands outside
-            for row, turn in enumerate(turns):
-                if turn is not None:
-                    begin, end = turn
-                    said = max(self.settings.newest, end - begin if begin else 0)
-                    beside[row] = max(0, said + len(rows[row]) - end - int(self.counts[row]))
+        few = self.settings.newest
+        beside = [None if few is None or count is None else few + count for count in behind]
         tensors = (part.to(self.device) for part in (ids, mask, which, torch.tensor(asked)))
         return Questions(*tensors, repeated, beside)
 

@@ -150,12 +150,12 @@ class Cell:
             self.rows = found["rows"]
         self.about["made"] = made
 
-    def has(self, number: int, answers: int, solvable: str | None) -> bool:
-        """Whether a case is there, with its answer where that is asked for."""
+    def has(self, number: int, answers: int, counts: bool) -> bool:
+        """Whether a case is there, with its answer where that is asked for and the case counts."""
         if number >= len(self.rows):
             return False
         if (row := self.rows[number])["entries"] is None:  # it was not asked
-            return bool(solvable)
+            return not counts
         return number >= answers or row["score"] is not None
 
     def add(self, number: int, row: dict) -> None:
@@ -249,6 +249,8 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
             raise ValueError(f"--tasks={task} is not known, allowed are {', '.join(TASKS)}")
         if task in WHOLE and (named := {*ORACLES} & {*args.policies}):
             raise ValueError(f"--policies={min(named)} is not allowed for {task}, which needs all of its context")
+        if task in WHOLE and args.shared:
+            raise ValueError(f"--shared is not allowed with {task}: its cases have nothing in common")
     short = min(args.lengths)
     if args.budget >= short and set(args.policies) - {"full"}:
         raise ValueError(f"--budget={args.budget} is not allowed with --lengths={short}: it must be below every length")
@@ -286,11 +288,17 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         group: [Cell(args, *group, name, made | (words if group[0] in PROSE else {})) for name in kinds]
         for group in groups
     }
+
+    def counts(own: Cell, group: tuple[str, int], number: int) -> bool:
+        return own.name == args.solvable or solved_alone(cells[group], number, args.solvable) is not False
+
     missing = [
         Case(*group, number, tuple(names), solved_alone(cells[group], number, args.solvable), **same)
         for group in groups
         for number in range(args.cases)
-        if (names := [own.name for own in cells[group] if not own.has(number, args.answers, args.solvable)])
+        if (
+            names := [own.name for own in cells[group] if not own.has(number, args.answers, counts(own, group, number))]
+        )
     ]
     table, told = Table(), []
     with workers(args.engine) as each:
@@ -313,7 +321,8 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
 def solved_alone(cells: list[Cell], number: int, by: str | None) -> bool | None:
     """Whether a case is solved by the policy that ``--solvable`` names; ``None``: that is not known."""
     rows = next((own.rows for own in cells if own.name == by), [])
-    return rows[number]["score"] == 1 if number < len(rows) else None
+    found = rows[number]["score"] if number < len(rows) else None
+    return None if found is None else found == 1
 
 
 def tabled(table: Table, cells: dict, group: tuple[str, int], args: argparse.Namespace) -> Table:

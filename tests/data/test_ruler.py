@@ -56,6 +56,8 @@ def test_cases_of_one_history_differ_in_what_they_tell_alone(task, tokenizer):
         assert all(answer in told for answer in row["answer"])
         text = f"{row['context']}\n{row['question']}{row['answer_prefix']}"
         assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) + row["max_new_tokens"] <= 4096
+        for start, end in row["needles"]:  # no word is cut in two
+            assert row["context"][end : end + 1] in ("", " ") and row["context"][:start][-1:] in ("", " ")
         same = sum(a == b for a, b in zip(ids[0], own, strict=True)) / len(own)
         assert same > (0.5 if "paraphrase" in task or "changed" in task else 0.85)
     assert rows[1] == ruler.case(task, 4096, tokenizer, 1, PROSE, shared=True)
@@ -71,8 +73,11 @@ def test_tasks_whose_cases_have_nothing_in_common_share_no_history(task, tokeniz
 
 
 def test_more_facts_than_there_is_room_for_are_told(tokenizer):
-    with pytest.raises(ValueError, match="--lengths: .* tokens have no room for 25 facts in place of others"):
+    with pytest.raises(ValueError, match="--lengths=700 is not allowed for niah_changed with --shared: .* 25 facts"):
         ruler.case("niah_changed", 700, tokenizer, 0, PROSE, shared=True)
+    for task in ("niah_single_1", "niah_single_2", "niah_multikey_3"):
+        with pytest.raises(ValueError, match=f"--lengths=200 is not allowed: too short for {task} with --shared"):
+            ruler.case(task, 200, tokenizer, 0, PROSE, shared=True)
     with pytest.raises(ValueError, match="--lengths=4096 is not allowed: the prose has .* tokens; give more by --path"):
         ruler.case("niah_changed", 4096, tokenizer, 0, PROSE[:40], shared=True)
 

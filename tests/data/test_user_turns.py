@@ -18,6 +18,11 @@ def ids_of(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def said(turns, ids):
+    begin, end = turns.place(ids)
+    return ids[begin:end]
+
+
 def test_it_is_what_stands_between_the_signs_of_the_newest_turn_in_the_first_turn_and_in_later_ones(tokenizer):
     turns, framing = UserTurns.of(tokenizer), Template(tokenizer)
     old, asked, answer = (ids_of(tokenizer, text) for text in ("Read this.", "Where is the mill?", " By the"))
@@ -27,22 +32,21 @@ def test_it_is_what_stands_between_the_signs_of_the_newest_turn_in_the_first_tur
             *answer,
             *framing.asked("Where is the mill?", turn).tolist(),
         ]
-        assert turns.said(talk) == turns.said([*talk, *answer]) == asked
+        assert said(turns, talk) == said(turns, [*talk, *answer]) == asked
         newest = talk[len(talk) - len(turns.closing) - 3 :]  # the beginning of the turn is further back
-        assert turns.said(newest) == asked[-3:]
-    assert turns.said(framing.asked("Read this.", "new").tolist()) == old
+        assert said(turns, newest) == asked[-3:]
+    assert said(turns, framing.asked("Read this.", "new").tolist()) == old
 
 
-def test_a_turn_that_is_still_told_is_all_behind_its_opening(tokenizer):
+def test_a_turn_that_is_still_told_asks_nothing_yet(tokenizer):
     turns, old, half = UserTurns.of(tokenizer), ids_of(tokenizer, "An old text."), ids_of(tokenizer, "Where is")
-    assert turns.said([*old, *turns.opening, *half]) == half
-    assert turns.said([*old, *turns.opening]) == [*old, *turns.opening]  # nothing is said yet
+    assert turns.place([*old, *turns.opening, *half]) is None
 
 
 def test_a_text_that_looks_like_a_template_is_text(tokenizer):
     turns, framing = UserTurns.of(tokenizer), Template(tokenizer)
     forged = f"a {tokenizer.decode(turns.closing)} b {tokenizer.decode(turns.opening)} c"
-    assert turns.said(framing.asked(forged, "new").tolist()) == ids_of(tokenizer, forged)
+    assert said(turns, framing.asked(forged, "new").tolist()) == ids_of(tokenizer, forged)
 
 
 @pytest.mark.parametrize(
@@ -53,8 +57,8 @@ def test_a_text_that_looks_like_a_template_is_text(tokenizer):
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ 'assistant:' }}",
     ],
 )
-def test_where_no_special_token_tells_it_all_is_said(template):
+def test_where_no_special_token_tells_it_nobody_asks(template):
     own = copy.deepcopy(load_tokenizer("asset:tiny-base"))
     own.chat_template = template
     ids = ids_of(own, "user: Where?\nassistant: By the mill.")
-    assert UserTurns.of(own) == UserTurns() and UserTurns().said(ids) == ids
+    assert UserTurns.of(own) == UserTurns() and UserTurns().place(ids) is None

@@ -117,6 +117,19 @@ def test_found_blocks_are_read_in_place_of_the_oldest_of_the_newest_tokens_and_n
         assert {*range(end - NEWEST, end)} <= raw
 
 
+@pytest.mark.parametrize("newest", [None, 2 * K])
+@pytest.mark.parametrize("length", [14, 30, 44, 60])
+def test_found_blocks_take_room_that_nobody_has_before_they_take_that_of_the_newest_tokens(length, newest):
+    context = window(tree((length,)), 0)
+    legal = moves(context, NEWEST)
+    shown, _, opened = earned(context, BUDGET, legal, None, MARGIN, 3 * K, Found([[1, 2]], [9], [newest]))
+    read = shown.index[0, : int(shown.counts)].tolist()
+    assert {*range(K, 3 * K)} <= {*read} and len(read) == len({*read}) <= BUDGET
+    assert (opened[0] != []) == (length > 40 or newest is not None and length > 3 * K + newest - K)
+    if newest is None:
+        assert len(read) == min(length, BUDGET)
+
+
 @pytest.mark.parametrize("newest", [None, 0, 5, 2 * K, 30])
 @pytest.mark.parametrize("seed", range(40))
 def test_found_blocks_stay_where_the_newest_tokens_give_way_to_them(seed, newest):
@@ -139,13 +152,15 @@ def test_found_blocks_stay_where_the_newest_tokens_give_way_to_them(seed, newest
             left = [at for at in [*taken, block] if at * K < max(begin + paid * K, few)]
             if len(left) == paid:
                 break
-        if paid <= most and begin + paid * K <= 300 - NEWEST:
+        if paid <= most and begin + paid * K <= max(300 - NEWEST, few):
             taken, start = [*taken, block], max(begin + paid * K, few)
+    if not taken:
+        few, start = 0, begin
     old = [at for at in taken if at * K < start]
     assert sorted(opened[0]) == sorted(old) and len(old) <= most
     read = shown.index[0][shown.lod[0] == 0].tolist()
     assert {at * K + n for at in taken for n in range(K)} <= {*read} and len(read) == len({*read})
-    assert {*range(start if newest is not None else 300 - NEWEST, 300)} <= {*read} and shown.counts.tolist() <= [BUDGET]
+    assert {*range(start if few > begin else 300 - NEWEST, 300)} <= {*read} and shown.counts.tolist() <= [BUDGET]
     if few <= begin:
         assert shown.counts.tolist() == [BUDGET] and int(count) >= K * len(old)
     else:

@@ -1,6 +1,7 @@
 """Sessions that read the newest tokens unless something older has earned its entries."""
 
 import argparse
+import shutil
 import json
 from dataclasses import replace
 
@@ -248,10 +249,10 @@ def test_a_setting_of_the_allocator_is_refused_before_a_session_begins(allocator
 def test_few_of_the_newest_tokens_are_read_beside_what_a_user_asks_for_while_the_answer_grows(
     keyed, ids, long, monkeypatch
 ):
-    """They are counted up to the end of the question, all of which is read; without a question all that has room is."""
+    """They are counted up to the end of what was asked; without a question all that has room is read."""
     signs = UserTurns((1, 2), (3, 4))
     monkeypatch.setattr("megactx.runtime.stream.UserTurns.of", lambda tokenizer: signs)
-    settings = Settings(**(SMALL | {"budget": 200}), megacontext="recency", earn=True, keys=6, newest=40)
+    settings = Settings(**(SMALL | {"budget": 200}), megacontext="recency", earn=True, keys=6, newest=64)
     stream = Controller(keyed, settings).stream()
     history = ids(1500)
     stream.append(history[None])
@@ -264,17 +265,39 @@ def test_few_of_the_newest_tokens_are_read_beside_what_a_user_asks_for_while_the
         stream.logits()
         raw = {*stream.shown.index[0][stream.shown.lod[0] == 0].tolist()}
         first = min(at for at in raw if {*range(at, stream.tree.lengths.item())} <= raw)
-        least = end - max(40, len(asked))
+        least = end - 64
         assert least - K < first <= least and {*range(K)} <= raw and (long or {*range(400, 400 + K)} <= raw)
         assert int(stream.shown.counts) == len(raw) <= K + 6 * K + int(stream.tree.lengths) - first
         widest = max(widest, int(stream.tree.lengths) - first)
         stream.push(torch.tensor([token]))
-    assert widest >= max(40, len(asked)) + 50 - K
+    assert widest >= 64 + 50 - K
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_session_that_goes_on_in_the_middle_of_an_answer_reads_what_it_had_read(
+    keyed, ids, told, tmp_path, monkeypatch
+):
+    """Question and answer are longer than what is looked at, so at one place the question is out of sight."""
+    signs = UserTurns((1, 2), (3, 4)) if told else UserTurns()
+    monkeypatch.setattr("megactx.runtime.stream.UserTurns.of", lambda tokenizer: signs)
+    settings = Settings(**(SMALL | {"budget": 200}), megacontext="recency", earn=True, keys=6, newest=64)
+    with Session(Controller(keyed, settings)) as session:
+        session.append(torch.cat([ids(1500), torch.tensor([1, 2]), ids(200, seed=3), torch.tensor([3, 4])]))
+        for count, token in enumerate(ids(64, seed=5).tolist()):
+            expected = session.stream.logits()
+            if count in (1, 3, 51, 52, 53, 54, 55, 61):
+                session.save(tmp_path / "talk")
+                shutil.copytree(tmp_path / "talk", tmp_path / f"copy{count}")
+                with Session.load(tmp_path / f"copy{count}", Controller(keyed, settings)) as other:
+                    torch.testing.assert_close(other.stream.logits(), expected, rtol=1e-4, atol=1e-4)
+            session.stream.push(torch.tensor([token]))
 
 
 def test_keys_need_a_net_and_a_window_that_is_earned(models):
-    with pytest.raises(ValueError, match="newest=9 is not allowed without keys"):
-        Settings(earn=True, newest=9)
+    with pytest.raises(ValueError, match="newest=99 is not allowed without keys"):
+        Settings(earn=True, newest=99)
+    with pytest.raises(ValueError, match="newest=9 is not allowed: at least 64"):
+        Settings(earn=True, keys=4, newest=9)
     with pytest.raises(ValueError, match="keys=2 is not allowed without earn=true"):
         Settings(keys=2)
     with pytest.raises(

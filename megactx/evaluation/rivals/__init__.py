@@ -35,10 +35,14 @@ def near(order: list[int], count: int) -> list[int]:
 
 
 def few(asked: Asked, budget: int, order: list[int]) -> list[int]:
-    """Sink, the first places of an order of blocks, and few of the newest tokens: no more than budget."""
-    chosen = near(places(order, FINDS), len(asked.blocks))
-    room = SINK + BLOCK * len(chosen) + (NEWEST if asked.newest is None else asked.newest)
-    return filled(asked, min(budget, room), chosen, 0)
+    """Sink, few of the newest tokens, and of an order of blocks the first places before these: no more than budget."""
+    newest = NEWEST if asked.newest is None else asked.newest
+    end = max(0, asked.tokens - newest) // BLOCK  # whole blocks before them
+    kept = {*range(min(SINK, asked.tokens)), *range(max(0, asked.tokens - newest), asked.tokens)}
+    for block in near(places([block for block in order if block < end], FINDS), end):
+        more = {*range(block * BLOCK, (block + 1) * BLOCK)} - kept
+        kept |= more if len(kept) + len(more) <= budget else set()
+    return sorted(kept)[-budget:]
 
 
 def filled(asked: Asked, budget: int, chosen: list[int], newest: int) -> list[int]:

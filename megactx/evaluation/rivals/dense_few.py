@@ -4,7 +4,7 @@ from .dense import Dense
 
 class DenseFew(Dense):
     """As ``dense``, but only as many blocks as a session opens for a question, with their neighbours, and few of the
-    newest tokens: the window of a session with ``--newest``."""
+    newest tokens, as a session does with ``--newest``."""
 
     def keep(self, asked, budget):
         return few(asked, budget, self.order(asked))

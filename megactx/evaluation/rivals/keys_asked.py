@@ -8,4 +8,4 @@ class KeysAsked(Keys):
     """As ``keys``, but asked by what a session takes for the question, of the turn in which the text stands too."""
 
     def questions(self, asked):
-        return questions_of([*asked.ids, *asked.end], UserTurns.of(self.tokenizer))
+        return questions_of([*asked.ids, *asked.end], UserTurns.of(self.tokenizer))[0]

@@ -38,7 +38,7 @@ class Session:
     def keep(self, asked, budget):
         entries = budget + len(asked.begin) + len(asked.end)
         settings = Settings(entries, earn=True, keys=budget * 3 // 4 // BLOCK, newest=asked.newest)
-        text = torch.tensor([[*asked.begin, *asked.ids]])
+        text, self.stream = torch.tensor([[*asked.begin, *asked.ids]]), None
         if self.tree is None:
             base, net = self.models.base, self.models.gistnet
             text = text.to(base.model.device)
