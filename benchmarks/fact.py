@@ -59,7 +59,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     facts = {colour: str(draw.randrange(1000, 10_000)) for colour in draw.sample(COLOURS, arguments.facts)}
     told = BEGINS + "".join(TOLD.format(colour=colour, number=number) for colour, number in facts.items())
     models = load_models(arguments.model)
-    settings = Settings(budget=arguments.budget, earn=arguments.keys > 0, keys=arguments.keys)
+    settings = Settings(budget=arguments.budget, earn=arguments.keys > 0, keys=arguments.keys, newest=arguments.newest)
     positions = models.base.max_positions
     with tempfile.TemporaryDirectory() as place:
         folder, path = Path(place) / "memories", Path(place) / "keys.json"
@@ -74,6 +74,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
             str(arguments.budget),
         ]
         command += ["--earn", "--keys", str(arguments.keys)] if arguments.keys else []
+        command += ["--newest", str(arguments.newest)] if arguments.newest else []
         command += [] if arguments.model is None else ["--model", arguments.model]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
@@ -133,6 +134,7 @@ def main() -> int:
     parser.add_argument("--past", type=float, default=1.1, help="tokens, as a multiple of the base's positions")
     parser.add_argument("--budget", type=int, default=1024, help="entries of the window")
     parser.add_argument("--keys", type=int, default=0, help="blocks that are found by keys, with --earn")
+    parser.add_argument("--newest", type=int, help="newest tokens that are read beside them (default: all)")
     parser.add_argument("--texts", default="docs/*.md", help="what is read in between")
     parser.add_argument("--least", type=int, default=1, help="facts that must be found")
     parser.add_argument("--seed", type=int, default=0)

@@ -10,7 +10,8 @@ be read beside them (``Found.newest``) there is room for all, and nothing else e
     with found blocks, and few of the newest    [ sink ][ block ][ block ] ... [ newest ]
 
 A set is K siblings of the window, tokens or gists, and is worth their v_keep. A chunk is worth what LensNet says of its
-blocks: v_keep where they stand raw in the window, v_down where a gist stands for them. The best set takes the place of
+blocks: v_keep where they stand raw in the window, v_down where a gist stands for them. Room that a short text leaves
+beside parts is worth nothing, and is taken first. The best set takes the place of
 the oldest chunk if it is worth more by a margin, then the second best that of the next. So by LensNet's estimate what
 is read is never worse than the newest tokens. A gist that belongs to no whole set has no estimate, and earns nothing.
 
@@ -85,7 +86,8 @@ def earned(
     stops = [
         min([end - protected, *(block * k for block in own)]) for end, own in zip(ends.tolist(), kept, strict=True)
     ]
-    chunks, count = ((torch.tensor(stops) - begin) // k).clamp(min=0), torch.zeros_like(begin)
+    free = ((begin - wide) // k - paid).clamp(min=0)  # chunks that nobody has to pay with
+    chunks, count = free + ((torch.tensor(stops) - begin) // k).clamp(min=0), torch.zeros_like(begin)
     chunks[few > 0] = 0
     if scores is not None:
         starts, spans = context.starts(), context.widths() * k
@@ -97,19 +99,21 @@ def earned(
                 candidate[row] &= (starts[row] + spans[row] <= block * k) | (starts[row] >= (block + 1) * k)
         worth = _within_shares(context, torch.where(candidate, scores.v_keep, -torch.inf), opened[0])
         best, column = worth.sort(dim=1, descending=True, stable=True)  # among equals the oldest
-        chunk = _chunks(context, scores, legal, first, int(chunks.max()))
+        chunk = _chunks(context, scores, legal, first - k * free.to(first.device)[:, None], int(chunks.max()))
+        chunk[torch.arange(chunk.shape[1], device=chunk.device) < free.to(chunk.device)[:, None]] = 0.0
         there = torch.arange(chunk.shape[1], device=chunk.device) < chunks.to(chunk.device)[:, None]
         both = min(best.shape[1], chunk.shape[1])
         wins = (best[:, :both] > chunk[:, :both].clamp(min=0) + margin) & there[:, :both]
         count = wins.long().cumprod(1).sum(1).cpu()
     rows = []
-    for row, (end, start, sets) in enumerate(zip(ends.tolist(), begin.tolist(), count.tolist(), strict=True)):
+    starts = begin + k * (count - free).clamp(min=0)
+    for row, (end, start, sets) in enumerate(zip(ends.tolist(), starts.tolist(), count.tolist(), strict=True)):
         old = [(0, block * k) for block in opened[row]]
         old += [(int(context.lod[row, at]), int(context.index[row, at])) for at in (column[row, :sets] if sets else [])]
         pieces = [(index * k**level, (torch.full((k,), level), torch.arange(index, index + k))) for level, index in old]
         pieces += [(index * k**level, (torch.tensor([level]), torch.tensor([index]))) for level, index in closed]
         pieces.append((sink, _tokens(sink, min(sink + k, end))))
-        pieces.append((start + sets * k, _tokens(start + sets * k, end)))
+        pieces.append((start, _tokens(start, end)))
         pieces = [piece for _, piece in sorted(pieces, key=lambda piece: piece[0])]
         rows.append([torch.cat(piece) for piece in zip(*pieces, strict=True)])
     lengths = torch.tensor([len(lod) for lod, _ in rows])

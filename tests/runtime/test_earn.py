@@ -1,8 +1,8 @@
 """Sessions that read the newest tokens unless something older has earned its entries."""
 
 import argparse
-import shutil
 import json
+import shutil
 from dataclasses import replace
 
 import pytest

@@ -258,6 +258,22 @@ def test_what_earns_its_entries_in_parts_is_read_within_their_shares_beside_the_
     assert max(seen) > 0
 
 
+@torch.no_grad()
+def test_a_talk_that_has_just_begun_reads_of_a_part_what_earns_its_entries_and_all_of_itself(controller, saved, ids):
+    """There is room, so nothing has to give way."""
+    session = Session(controller(earn=True, **ROOM), parts=[wanted("library", saved("library", 900, 3), 0.4)])
+    session.append(ids(5 * K))
+    stream, read = session.stream, []
+    for seed in range(8):
+        stream.logits()
+        shown, _ = stream.focus.shown(stream.context, stream.questions())
+        numbers = stream.seen.part_of(shown.starts()[0])
+        assert int(shown.counts[0]) <= BUDGET and int((numbers == 1).sum()) == int(stream.tree.lengths)
+        read.append(int((numbers == 0).sum()))
+        session.append(ids(K, seed=seed))
+    assert max(read) > 0
+
+
 def test_a_part_that_is_curated_under_a_running_session_shows_what_is_left(controller, saved, ids, monkeypatch):
     monkeypatch.setattr(archive, "RECENT", 0)
     place = saved("library", 300, 3)
