@@ -12,9 +12,9 @@ from megactx.apps import command_line
 from megactx.data.user_turns import UserTurns
 from megactx.focus.earned import FINDS, found_by_keys, newest_from
 from megactx.focus.keys import GOES_ON, KeyNet, Questions, best_below, search
-from megactx.memory import archive
+from megactx.memory import MegaContextTree, archive
 from megactx.memory.curation_settings import CurationSettings
-from megactx.runtime import Controller, Models, Session, Settings
+from megactx.runtime import Controller, Models, Session, Settings, Wanted
 from megactx.studies.length_policies import dropping
 
 K, BUDGET, LIMIT = 4, 96, 512
@@ -271,6 +271,24 @@ def test_few_of_the_newest_tokens_are_read_beside_what_a_user_asks_for_while_the
         widest = max(widest, int(stream.tree.lengths) - first)
         stream.push(torch.tensor([token]))
     assert widest >= 64 + 50 - K
+
+
+@pytest.mark.parametrize("newest", [None, 64])
+def test_the_first_question_of_a_talk_opens_a_block_of_a_part(keyed, ids, newest, tmp_path, monkeypatch):
+    """There is room for it, though the talk has no tokens yet that could give way."""
+    monkeypatch.setattr("megactx.runtime.stream.UserTurns.of", lambda tokenizer: UserTurns((1, 2), (3, 4)))
+    told = ids(1, 900, seed=3)
+    MegaContextTree.from_tokens(told, keyed.gistnet, keyed.base, keys=keyed.keys).save(tmp_path / "library")
+    settings = Settings(**(SMALL | {"budget": 240}), megacontext="recency", earn=True, keys=6, newest=newest)
+    parts = [Wanted("library", tmp_path / "library", 0.4)]
+    with Session(Controller(keyed, settings), parts=parts) as session:
+        session.append(torch.cat([torch.tensor([1, 2]), told[0, 400 : 400 + K], torch.tensor([3, 4])]))
+        session.stream.logits()
+        shown, seen = session.stream.shown, session.stream.seen
+        raw = shown.index[0][shown.lod[0] == 0]
+        own = raw[seen.part_of(raw) == 1]
+        assert {*range(400, 400 + K)} <= {*raw[seen.part_of(raw) == 0].tolist()}
+        assert (own - seen.sink).tolist() == [*range(session.length)] and int(shown.counts) == len(raw)
 
 
 @pytest.mark.parametrize("told", [True, False])
