@@ -103,20 +103,8 @@ def controller_of(args: argparse.Namespace, tree: bool = False) -> Controller:
     Raises:
         ValueError: models and settings do not fit, or make no tree.
     """
-    names = (
-        "budget",
-        "megacontext",
-        "positions",
-        "earn",
-        "keys",
-        "newest",
-        "graphs",
-        "drafts",
-        "reuse",
-        "attention",
-        *SIZES,
-    )
-    settings = Settings(**{name: getattr(args, name) for name in names})
+    names = ("budget", "megacontext", "positions", "earn", "keys", "newest", "graphs", "drafts", "reuse", "attention")
+    settings = Settings(**{name: getattr(args, name) for name in (*names, *SIZES)})
     quiet_libraries()
     controller = Controller(load_models(args.model, setting="--model"), settings)
     if tree and controller.plain:

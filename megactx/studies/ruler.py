@@ -55,7 +55,7 @@ def options(given: Options) -> None:
         nargs="?",
         const=NEEDED,
         metavar="POLICY",
-        help="count only cases that the base solves by this policy, needed or alone, and ask others no other ones",
+        help="count only cases that the base solves by this policy, needed or alone; no other policy is asked the rest",
     )
     given.add("--tokens", type=int, help="of an answer, at most (default: as many as the task allows, 128 of a number)")
     given.add(
