@@ -3,7 +3,7 @@
     the newest tokens alone    [ sink ][ c0 ][ c1 ][ c2 ] ... [ newest ]     all of the budget, chunks of K tokens
     with two sets that earn    [ sink ][ set ][ set ][ c2 ] ... [ newest ]   each pays with the oldest chunk there is
 
-Blocks that a question finds by their keys (``found_by_keys``) come before all sets: no level of the window has to be
+Blocks that a question finds by their keys (see ``finding``) come before all sets: no level of the window has to be
 opened for them. One that is among the newest tokens stays where these give way. Where few of the newest tokens are to
 be read beside them (``Found.newest``) there is room for all, and nothing else earns any:
 
@@ -26,10 +26,7 @@ from torch import Tensor
 from megactx.memory import Composite, MegaContextTree, Selection, WorkingContext
 
 from .edits import Moves
-from .keys import Questions, beside, places, search
 from .lensnet import Scores
-
-FINDS = 2  # places that are opened for a question, each a block and those beside it
 
 
 class Found(NamedTuple):
@@ -164,50 +161,6 @@ def few_from(context: WorkingContext, newest: list[int | None]) -> Tensor:
     few = torch.tensor([0 if count is None else count for count in newest])
     there = torch.tensor([count is not None for count in newest])
     return torch.where(there, ((ends - few) // k * k).clamp(min=context.tree.sink + k), 0)
-
-
-def found_by_keys(
-    context: WorkingContext, questions: Questions, most: int, budget: int, protected: int
-) -> list[list[int]]:
-    """Of each row the blocks that a question finds, the best first.
-
-    Of what a user asked the ``FINDS`` most like ones, and not all that there is room for: what is alike confuses a base
-    LM. Of other text the most like one, if it stands out. A fact often crosses a border, so each brings the blocks
-    beside it.
-
-    Args:
-        most: blocks that may take the place of newest tokens.
-        budget, protected: see ``earned``. What is read however many are opened is not looked for; and of text that goes
-            on none of the newest blocks, which are most like its newest tokens and would take the places of all others.
-    """
-    tree, k = context.tree, context.tree.block_size
-    begin, stops = newest_from(context, budget), context.stops().cpu()
-    before = torch.where(questions.asked.cpu(), torch.minimum(begin + most * k, stops - protected), begin)
-    before = torch.maximum(before, few_from(context, questions.newest))
-    found = [_search(own, questions) for own in getattr(tree, "trees", [tree])]
-    first = [base // tree.block_size for base in getattr(tree, "bases", [0])]  # block 0 of each tree
-    like, out = torch.cat(found, dim=1), []
-    block = torch.cat([torch.arange(part.shape[1]) + at for part, at in zip(found, first, strict=True)])
-    there = range(len(block) + 1)
-    if isinstance(tree, Composite):  # what may not be opened is not found either
-        level = torch.ones_like(block)
-        closed = ~tree.openable(torch.zeros_like(block), level.to(tree.device), block.to(tree.device))
-        like, there = like.masked_fill(closed, -torch.inf), {*block[~closed.cpu()].tolist()}
-    for number, row in enumerate(like):
-        row = row.masked_fill(((block + 1) * k > before[number]).to(row.device), -torch.inf)
-        order = row.argsort(descending=True, stable=True)
-        if questions.asked[number]:
-            best = order[row[order].isfinite()][: 3 * FINDS]  # of which three may be beside each other
-        else:  # more than one costs text that goes on more than they give
-            best = order[:1][row[order[:1]] > tree.keys.null]
-        out.append([at for at in beside(places(block[best.cpu()].tolist(), FINDS)) if at in there])
-    return out
-
-
-def _search(tree: MegaContextTree, questions: Questions) -> Tensor:
-    """``search``, without what was taken away: it cannot be read."""
-    like = search(tree, questions.ids, questions.mask, questions.row)
-    return like.masked_fill(tree.levels[1].whole("floor") > 0, -torch.inf) if tree.compacted else like
 
 
 def _closed(context: WorkingContext) -> list[tuple[int, int]]:

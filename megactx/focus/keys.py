@@ -34,6 +34,10 @@ class Questions(NamedTuple):
     repeated: list[list[int]]
     newest: list[int | None]
 
+    def of(self, row: int) -> list[Tensor]:
+        """Ids [Q] of each question of a row."""
+        return [self.ids[at][self.mask[at]] for at in (self.row == row).nonzero()[:, 0].tolist()]
+
 
 QUESTION = 64  # tokens of a question, at most
 GOES_ON = (8, 16)  # newest tokens that are the questions where no chat template tells one
@@ -93,6 +97,7 @@ class Keys(nn.Module):
     """
 
     piece = 4096  # blocks that are encoded at a time
+    looks_again = False  # whether it has more to say of a text than its key, by ``alike``
 
     def ready(self) -> "Keys":
         """Read what it reads by, where that is not read yet.

@@ -37,6 +37,7 @@ class SentenceKeys(Keys):
     """
 
     reads, piece = "sentences", 1024
+    looks_again = True
 
     def __init__(
         self,
@@ -72,6 +73,13 @@ class SentenceKeys(Keys):
         mixed = torch.einsum("et,etd->ed", score.softmax(-1), states)
         x = F.normalize(self.project(mixed), dim=-1)
         return self.unit(x)
+
+    def alike(self, texts: Tensor, questions: list[Tensor]) -> Tensor:
+        """How like texts, ids [E, T], are to the likest of the questions, ids [Q] each: [E], the cosine of the
+        encoder's own means."""
+        several = [self.tokenizer.batch_decode([ids.tolist() for ids in part]) for part in (texts, questions)]
+        found, asked = (self.encoder.embed(part) for part in several)
+        return (found @ asked.T).amax(1)
 
     def _states(self, rows: list[list[int]]) -> list[Tensor]:
         if self.known is None:

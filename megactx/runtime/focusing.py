@@ -29,8 +29,9 @@ from torch import Tensor
 
 from megactx.focus import Edits, FocusAllocator, LensNet, moves
 from megactx.focus.by_part import PartRows, of_window
-from megactx.focus.earned import Found, earned, found_by_keys
+from megactx.focus.earned import Found, earned
 from megactx.focus.edits import Moves
+from megactx.focus.finding import found_by_keys
 from megactx.focus.keys import Questions
 from megactx.focus.lensnet import Scores
 from megactx.memory import Composite, MegaContextTree, WorkingContext

@@ -59,6 +59,21 @@ def test_a_tree_keeps_them_and_a_question_finds_its_own_block(net, models):
     assert search(tree, ids[3:4]).argmax().item() == 3
 
 
+@torch.no_grad()
+def test_a_second_look_compares_the_means_of_all_states_with_the_likest_of_the_questions(net, models, monkeypatch):
+    texts, questions = blocks_of(models.base.tokenizer, 4, 24), [*blocks_of(models.base.tokenizer, 9, 7)[6:]]
+
+    def mean(ids):
+        given = net.encoder.tokenizer(models.base.tokenizer.decode(ids), return_tensors="pt")
+        return F.normalize(net.encoder.model(**given).last_hidden_state[0].mean(0), dim=0)
+
+    slow = torch.stack([max(mean(ids) @ mean(question) for question in questions) for ids in texts])
+    net.ready()
+    torch.testing.assert_close(net.alike(texts, questions), slow, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(net.encoder, "states", lambda texts: [] if not texts else pytest.fail("it had read them"))
+    torch.testing.assert_close(net.alike(texts, questions), slow, rtol=1e-4, atol=1e-5)
+
+
 def test_they_learn_and_are_read_again(net, models, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "BLOCKS", 12)
     monkeypatch.setattr(stage, "TOLD", 3)

@@ -10,7 +10,8 @@ import torch
 
 from megactx.apps import command_line
 from megactx.data.user_turns import UserTurns
-from megactx.focus.earned import FINDS, found_by_keys, newest_from
+from megactx.focus.earned import newest_from
+from megactx.focus.finding import FINDS, found_by_keys
 from megactx.focus.keys import GOES_ON, KeyNet, Questions, best_below, search
 from megactx.memory import MegaContextTree, archive
 from megactx.memory.curation_settings import CurationSettings

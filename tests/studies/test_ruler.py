@@ -93,7 +93,7 @@ def test_without_a_readout_nothing_is_expected():
 def test_embeddings_of_blocks_are_means_of_last_states_and_choose_what_is_kept(minilm, name):
     dense = find(rivals, name, "--policies")()
     blocks = [" ".join(f"{c}{n % 4}" for c in "abcdefghij"[: 1 + n % 10]) for n in range(300)]
-    found = dense.embed(blocks)
+    found = dense.encoder.embed(blocks)
     for n in (0, 9, 299):  # one alone has no padding
         given = dense.encoder.tokenizer(blocks[n], return_tensors="pt")
         mean = dense.encoder.model(**given).last_hidden_state[0].mean(0)

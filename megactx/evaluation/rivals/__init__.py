@@ -6,7 +6,7 @@ A policy with ``needs_models`` is built with the models of the study and the fol
 
 from dataclasses import dataclass, field
 
-from megactx.focus.earned import FINDS
+from megactx.focus.finding import FINDS
 from megactx.focus.keys import beside, places
 
 SINK, BLOCK, NEWEST = 4, 32, 128

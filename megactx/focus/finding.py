@@ -1,0 +1,96 @@
+"""What a question finds in a tree: places, each a block and those beside it.
+
+    all blocks  -- keys -->  LOOKS likest places  -- second look -->  FINDS places, which are opened
+
+Keys of 64 numbers find the right place among the first few of thousands, but not which of these it is. Where they read
+the states of a sentence encoder, that reads the few places again and its states are compared as they are. It reads
+pieces of three quarters of a block: in a whole one a fact stands beside other text, which says something else.
+
+B rows, K of a block, Q tokens of a question.
+"""
+
+import torch
+from torch import Tensor
+
+from megactx.memory import Composite, MegaContextTree, WorkingContext
+
+from .earned import few_from, newest_from
+from .keys import Questions, beside, places, search
+
+LOOKS = 8  # places that keys find
+FINDS = 2  # of them that are opened
+
+
+def found_by_keys(
+    context: WorkingContext, questions: Questions, most: int, budget: int, protected: int
+) -> list[list[int]]:
+    """Of each row the blocks that a question finds, the best first.
+
+    Of what a user asked ``FINDS`` places, and not all that there is room for: what is alike confuses a base LM. Of
+    other text the most like block, if it stands out. A fact often crosses a border, so each brings the blocks beside
+    it.
+
+    Args:
+        most: blocks that may take the place of newest tokens.
+        budget, protected: see ``earned``. What is read however many are opened is not looked for; and of text that goes
+            on none of the newest blocks, which are most like its newest tokens and would take the places of all others.
+    """
+    tree, k = context.tree, context.tree.block_size
+    begin, stops = newest_from(context, budget), context.stops().cpu()
+    before = torch.where(questions.asked.cpu(), torch.minimum(begin + most * k, stops - protected), begin)
+    before = torch.maximum(before, few_from(context, questions.newest))
+    found = [_search(own, questions) for own in getattr(tree, "trees", [tree])]
+    first = [base // tree.block_size for base in getattr(tree, "bases", [0])]  # block 0 of each tree
+    like, out = torch.cat(found, dim=1), []
+    block = torch.cat([torch.arange(part.shape[1]) + at for part, at in zip(found, first, strict=True)])
+    there = range(len(block) + 1)
+    if isinstance(tree, Composite):  # what may not be opened is not found either
+        level = torch.ones_like(block)
+        closed = ~tree.openable(torch.zeros_like(block), level.to(tree.device), block.to(tree.device))
+        like, there = like.masked_fill(closed, -torch.inf), {*block[~closed.cpu()].tolist()}
+    for number, row in enumerate(like):
+        row = row.masked_fill(((block + 1) * k > before[number]).to(row.device), -torch.inf)
+        order = row.argsort(descending=True, stable=True)
+        if questions.asked[number]:
+            best = order[row[order].isfinite()][: 3 * LOOKS]  # of which three may be beside each other
+            likest = places(block[best.cpu()].tolist(), LOOKS)
+            readable = {*block[row.isfinite().cpu()].tolist()}
+            likest = second_look(tree, number, likest, readable, questions.of(number)) or likest
+        else:  # more than one costs text that goes on more than they give
+            likest = block[order[:1][row[order[:1]] > tree.keys.null].cpu()].tolist()
+        out.append([at for at in beside(places(likest, FINDS)) if at in there])
+    return out
+
+
+def second_look(
+    tree: MegaContextTree | Composite, row: int, blocks: list[int], readable: set[int], asked: list[Tensor]
+) -> list[int]:
+    """Blocks and those beside them, the likest first by what the keys' own encoder says of their pieces; nothing where
+    the keys have no encoder, or there is nothing to choose.
+
+    Args:
+        blocks: of which none is beside another.
+        readable: blocks that may be looked at.
+        asked: ids of the questions, [Q] each.
+    """
+    k = tree.block_size
+    size, step = 3 * k // 4, max(1, k // 4)
+    if len(blocks) <= FINDS or not tree.keys.looks_again:
+        return []
+    around = readable.intersection(beside(blocks))
+    starts = [start for block in sorted(around) for start in range(block * k, (block + 1) * k, step)]
+    pieces = [range(start, start + size) for start in starts if (start + size - 1) // k in around]
+    place = torch.tensor([at for piece in pieces for at in piece], device=tree.device)
+    ids = tree.levels[0].read("token", torch.full_like(place, row), place).view(len(pieces), size)
+    like = tree.keys.alike(ids, asked)
+    best: dict[int, float] = {}
+    for piece, value in zip(pieces, like.tolist(), strict=True):
+        block = piece[size // 2] // k
+        best[block] = max(value, best.get(block, value))
+    return sorted(best, key=best.get, reverse=True)
+
+
+def _search(tree: MegaContextTree, questions: Questions) -> Tensor:
+    """``search``, without what was taken away: it cannot be read."""
+    like = search(tree, questions.ids, questions.mask, questions.row)
+    return like.masked_fill(tree.levels[1].whole("floor") > 0, -torch.inf) if tree.compacted else like

@@ -1,0 +1,122 @@
+"""Keys find the few places where the answer may stand; what reads them again says which are opened."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megactx.data.user_turns import UserTurns
+from megactx.focus.earned import newest_from
+from megactx.focus.finding import FINDS, LOOKS, found_by_keys
+from megactx.focus.keys import KeyNet, Questions, search
+from megactx.memory import MegaContextTree
+from megactx.runtime import Controller, Session, Settings, Wanted
+
+K, BUDGET = 4, 240
+SMALL = dict(budget=BUDGET, allocator={"protected": 8}, megacontext="recency", earn=True, keys=6)
+ASKS, ENDS = torch.tensor([1, 2]), torch.tensor([3, 4])
+
+
+class Reads(KeyNet):
+    """A text is as like a question as many of its tokens stand in it, in their order from any place."""
+
+    looks_again = True
+
+    def alike(self, texts, questions):
+        return torch.tensor([max(_common(text, question) for question in questions) for text in texts.tolist()])
+
+
+def _common(text, question):
+    question = question.tolist()
+    shifted = ((at, question[max(0, at) :]) for at in range(-len(text) + 1, len(question)))
+    return float(max(sum(a == b for a, b in zip(text[max(0, -at) :], rest, strict=False)) for at, rest in shifted))
+
+
+@pytest.fixture
+def reading(models):
+    torch.manual_seed(0)
+    keys = Reads(models.base.model.get_input_embeddings().weight, 32).eval().requires_grad_(False)
+    return replace(models, keys=keys, lensnet=None)
+
+
+def asked(*questions):
+    """Of each row one, by its user."""
+    ids = torch.stack(questions)
+    rows, there = torch.arange(len(ids)), torch.ones_like(ids, dtype=torch.bool)
+    return Questions(ids, there, rows, torch.ones(len(ids), dtype=torch.bool), [[] for _ in ids], [None for _ in ids])
+
+
+@torch.no_grad()
+def test_of_the_places_that_keys_find_those_are_opened_of_which_a_piece_is_likest(reading, ids):
+    stream = Controller(reading, Settings(**SMALL)).stream(2)
+    stream.append(ids(2, 1501))
+    stream.logits()
+    context, protected = stream.context, stream.focus.allocator.protected
+    other = 0
+    for seed in range(10):
+        questions = ids(2, 16, seed=seed)
+        found = found_by_keys(context, asked(*questions), 6, BUDGET, protected)
+        before = min(int(newest_from(context, BUDGET)[0]) + 6 * K, 1501 // K * K - protected) // K
+        for row, question in enumerate(questions):
+            like = search(stream.tree, questions)[row, :before]
+            places, opened = [], []
+            for block in like.argsort(descending=True).tolist():
+                if len(places) < LOOKS and all(abs(block - one) > 1 for one in places):
+                    places.append(block)
+            around = {at for block in places for at in (block - 1, block, block + 1) if 0 <= at < before}
+            best = {}
+            for block in sorted(around):
+                for start in range(block * K, block * K + K):
+                    if (start + 2) // K in around:
+                        middle = (start + 1) // K
+                        value = _common(stream.tree.tokens[row, start : start + 3].tolist(), question)
+                        best[middle] = max(value, best.get(middle, 0.0))
+            for block in sorted(best, key=best.get, reverse=True):
+                if len(opened) < FINDS and all(abs(block - one) > 1 for one in opened):
+                    opened.append(block)
+            assert {*found[row]} == {at for block in opened for at in (block - 1, block, block + 1) if at >= 0}
+            assert found[row][0] == opened[0]
+            other += {*opened} != {*places[:FINDS]}
+    assert other > 10  # or the keys alone would have said it
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_a_session_opens_the_place_that_its_keys_had_put_fifth(reading, ids, part, tmp_path, monkeypatch):
+    monkeypatch.setattr("megactx.runtime.stream.UserTurns.of", lambda tokenizer: UserTurns((1, 2), (3, 4)))
+    told = ids(1, 900, seed=3)
+    question = told[0, 402:405]
+    likest = [20, 40, 60, 80, 101, 120, 140, 160]  # blocks 100 and 101 hold it, or with BOS before them block 101
+
+    def find(tree, *question):
+        like = torch.full((1, int(tree.counts(1))), -9.0)
+        if like.shape[1] > 160:
+            like[0, likest] = torch.linspace(9, 2, len(likest))
+        return like
+
+    monkeypatch.setattr("megactx.focus.finding.search", find)
+    parts = []
+    if part:
+        MegaContextTree.from_tokens(told, reading.gistnet, reading.base, keys=reading.keys).save(tmp_path / "library")
+        parts = [Wanted("library", tmp_path / "library", 0.4)]
+    with Session(Controller(reading, Settings(**SMALL)), parts=parts) as session:
+        if not part:
+            session.append(told[0])
+        session.append(torch.cat([ASKS, question, ENDS]))
+        session.stream.logits()
+        shown, seen = session.stream.shown, session.stream.seen
+        raw = shown.index[0][shown.lod[0] == 0]
+        old = raw[seen.part_of(raw) == 0] if part else raw[raw < 900]
+        first = 402 if part else 403
+        assert {*range(first, first + 3)} <= {*old.tolist()} and (part or session.ids(403, 406).equal(question))
+
+
+def test_keys_that_read_nothing_again_keep_their_own_order(reading, ids):
+    keys = KeyNet(reading.base.model.get_input_embeddings().weight, 32).eval().requires_grad_(False)
+    stream = Controller(replace(reading, keys=keys), Settings(**SMALL)).stream()
+    stream.append(ids(1, 1501))
+    stream.logits()
+    question = ids(16, seed=7)
+    found = found_by_keys(stream.context, asked(question), 6, BUDGET, 8)[0]
+    like = search(stream.tree, question[None])[0]
+    before = min(int(newest_from(stream.context, BUDGET)[0]) + 6 * K, 1501 // K * K - 8) // K
+    assert found[0] == int(like[:before].argmax())
