@@ -16,14 +16,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from megactx.data.user_turns import UserTurns
-from megactx.focus.keys import LOOK, Questions, padded, questions_of
+from megactx.focus.keys import Questions
 from megactx.framework.errors import RunFailed
 from megactx.lm.chunked_head import nll
 from megactx.memory import Composite, MegaContextTree, Selection, WorkingContext
 from megactx.parts.models import Models
 
 from .approximate_prefill import ApproximatePrefill
+from .asking import Asking
 from .events import Observer, Refocused, views
 from .focusing import Focus
 from .foretelling import Foretelling
@@ -31,7 +31,6 @@ from .incremental_prefill import IncrementalPrefill
 from .node_prefill import NodePrefill
 from .part_files import OpenPart
 from .position_rebase import PositionRebase
-from .repeats import Repeats
 from .settings import Settings
 from .shown_parts import ShownParts
 
@@ -77,8 +76,7 @@ class Stream(ShownParts):
         self.prefill: IncrementalPrefill | NodePrefill = kind(self.base, settings.graphs)
         if settings.attention == "mega":
             self.prefill = NodePrefill(self.base, settings.mega)
-        self.turns = UserTurns.of(self.base.tokenizer) if settings.earn else UserTurns()
-        self.repeats = Repeats(self.tree)
+        self.asking = Asking(self.tree, settings, self.base.tokenizer) if settings.earn else None
         self.waiting = torch.zeros(self.rows, self.block, dtype=torch.long, device=self.device)
         self._grown_from: Tensor | None = None  # [B], tokens of the tree before it took what waits
         self.counts = torch.zeros(self.rows, dtype=torch.long)
@@ -262,28 +260,9 @@ class Stream(ShownParts):
         out[stored] = self.tree.levels[0].read("token", row[stored], place[stored]).long()
         return out
 
-    def questions(self) -> Questions:
-        """What keys are asked, see ``focus.keys.questions_of``; where what nobody asked stood before; how many of the
-        newest tokens are read beside what is found.
-
-        What waits says nothing: a session that goes on in the middle of a block then asks what it had asked."""
-        counts = self.tree.lengths.clamp(max=LOOK)
-        place = (self.tree.lengths[:, None] - counts[:, None] + torch.arange(LOOK)).to(self.device)
-        there = torch.arange(LOOK) < counts[:, None]
-        row = torch.arange(self.rows, device=self.device)[:, None].expand_as(place)[there]
-        newest = self.tree.levels[0].read("token", row, place[there]).split(counts.tolist())
-        own, behind = zip(*(questions_of(ids.tolist(), self.turns) for ids in newest), strict=True)
-        ids, mask = padded([ids for several in own for ids in several])
-        which = torch.tensor([row for row, several in enumerate(own) for _ in several], dtype=torch.long)
-        asked = [count is not None for count in behind]
-        first = self.seen.sink // self.block  # block 0 of the text among those of all parts
-        repeated = [
-            [] if told else [first + block for block in self.repeats.blocks(row)] for row, told in enumerate(asked)
-        ]
-        few = self.settings.newest
-        beside = [None if few is None or count is None else few + count for count in behind]
-        tensors = (part.to(self.device) for part in (ids, mask, which, torch.tensor(asked)))
-        return Questions(*tensors, repeated, beside)
+    def questions(self) -> Questions | None:
+        """What a reading asks of the past; ``None``: nothing, where no window is earned."""
+        return self.asking and self.asking.questions(self.seen.sink // self.block)
 
     def restore(self, context: WorkingContext | None) -> None:
         """Go on with a window, and read it anew; ``None``: one is put together when it is needed."""
@@ -479,8 +458,7 @@ class Stream(ShownParts):
     def _read(self) -> None:
         """Read the window, as far as it has changed, and what waits behind it."""
         if self.window() is not None:
-            questions = self.questions() if self.settings.earn else None
-            self.shown, self.earned = self.focus.shown(self.context, questions)
+            self.shown, self.earned = self.focus.shown(self.context, self.questions())
             self._note_found()
             self._read_window(self.shown)
         else:

@@ -127,7 +127,7 @@ def test_a_refocus_opens_the_one_block_below_the_coarsest_gist_that_the_newest_t
 @pytest.mark.parametrize("told", [True, False])
 def test_keys_are_asked_what_the_user_said_last_and_not_the_answer_so_far(keyed, ids, told, monkeypatch):
     signs = UserTurns((1, 2), (3, 4)) if told else UserTurns()
-    monkeypatch.setattr("megactx.runtime.stream.UserTurns.of", lambda tokenizer: signs)
+    monkeypatch.setattr("megactx.data.user_turns.UserTurns.of", lambda tokenizer: signs)
     made = Controller(keyed, Settings(**SMALL, megacontext="recency", earn=True, keys=4))
     stream, history = made.stream(), ids(1500)
     asked = history[400 : 400 + K].repeat(2)
@@ -252,7 +252,7 @@ def test_few_of_the_newest_tokens_are_read_beside_what_a_user_asks_for_while_the
 ):
     """They are counted up to the end of what was asked; without a question all that has room is read."""
     signs = UserTurns((1, 2), (3, 4))
-    monkeypatch.setattr("megactx.runtime.stream.UserTurns.of", lambda tokenizer: signs)
+    monkeypatch.setattr("megactx.data.user_turns.UserTurns.of", lambda tokenizer: signs)
     settings = Settings(**(SMALL | {"budget": 200}), megacontext="recency", earn=True, keys=6, newest=64)
     stream = Controller(keyed, settings).stream()
     history = ids(1500)
@@ -277,7 +277,7 @@ def test_few_of_the_newest_tokens_are_read_beside_what_a_user_asks_for_while_the
 @pytest.mark.parametrize("newest", [None, 64])
 def test_the_first_question_of_a_talk_opens_a_block_of_a_part(keyed, ids, newest, tmp_path, monkeypatch):
     """There is room for it, though the talk has no tokens yet that could give way."""
-    monkeypatch.setattr("megactx.runtime.stream.UserTurns.of", lambda tokenizer: UserTurns((1, 2), (3, 4)))
+    monkeypatch.setattr("megactx.data.user_turns.UserTurns.of", lambda tokenizer: UserTurns((1, 2), (3, 4)))
     told = ids(1, 900, seed=3)
     MegaContextTree.from_tokens(told, keyed.gistnet, keyed.base, keys=keyed.keys).save(tmp_path / "library")
     settings = Settings(**(SMALL | {"budget": 240}), megacontext="recency", earn=True, keys=6, newest=newest)
@@ -298,7 +298,7 @@ def test_a_session_that_goes_on_in_the_middle_of_an_answer_reads_what_it_had_rea
 ):
     """Question and answer are longer than what is looked at, so at one place the question is out of sight."""
     signs = UserTurns((1, 2), (3, 4)) if told else UserTurns()
-    monkeypatch.setattr("megactx.runtime.stream.UserTurns.of", lambda tokenizer: signs)
+    monkeypatch.setattr("megactx.data.user_turns.UserTurns.of", lambda tokenizer: signs)
     settings = Settings(**(SMALL | {"budget": 200}), megacontext="recency", earn=True, keys=6, newest=64)
     with Session(Controller(keyed, settings)) as session:
         session.append(torch.cat([ids(1500), torch.tensor([1, 2]), ids(200, seed=3), torch.tensor([3, 4])]))

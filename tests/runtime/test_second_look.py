@@ -82,7 +82,7 @@ def test_of_the_places_that_keys_find_those_are_opened_of_which_a_piece_is_likes
 
 @pytest.mark.parametrize("part", [False, True])
 def test_a_session_opens_the_place_that_its_keys_had_put_fifth(reading, ids, part, tmp_path, monkeypatch):
-    monkeypatch.setattr("megactx.runtime.stream.UserTurns.of", lambda tokenizer: UserTurns((1, 2), (3, 4)))
+    monkeypatch.setattr("megactx.data.user_turns.UserTurns.of", lambda tokenizer: UserTurns((1, 2), (3, 4)))
     told = ids(1, 900, seed=3)
     question = told[0, 402:405]
     likest = [20, 40, 60, 80, 101, 120, 140, 160]  # blocks 100 and 101 hold it, or with BOS before them block 101

@@ -1,0 +1,52 @@
+"""What a session asks of its past where windows are earned: what the user said last, by the keys of blocks; of text
+that goes on, where its end stood before.
+
+B rows, Q tokens of a question.
+"""
+
+import torch
+
+from megactx.data.user_turns import UserTurns
+from megactx.focus.keys import LOOK, Questions, padded, questions_of
+from megactx.memory import MegaContextTree
+
+from .repeats import Repeats
+from .settings import Settings
+
+
+class Asking:
+    """Asks for each row of a tree. What waits to become part of it says nothing: a session that goes on in the middle
+    of a block then asks what it had asked.
+
+    Args:
+        tokenizer: of the base LM, whose chat template tells what a user said.
+    """
+
+    def __init__(self, tree: MegaContextTree, settings: Settings, tokenizer):
+        self.tree, self.newest = tree, settings.newest
+        self.turns, self.repeats = UserTurns.of(tokenizer), Repeats(tree)
+
+    def questions(self, first: int) -> Questions:
+        """What keys are asked, see ``focus.keys.questions_of``; where what nobody asked stood before; how many of the
+        newest tokens are read beside what is found.
+
+        Args:
+            first: block 0 of the text among those of all parts.
+        """
+        tree = self.tree
+        counts = tree.lengths.clamp(max=LOOK)
+        place = (tree.lengths[:, None] - counts[:, None] + torch.arange(LOOK)).to(tree.device)
+        there = torch.arange(LOOK) < counts[:, None]
+        row = torch.arange(tree.rows, device=tree.device)[:, None].expand_as(place)[there]
+        newest = tree.levels[0].read("token", row, place[there]).split(counts.tolist())
+        own, behind = zip(*(questions_of(ids.tolist(), self.turns) for ids in newest), strict=True)
+        ids, mask = padded([ids for several in own for ids in several])
+        which = torch.tensor([row for row, several in enumerate(own) for _ in several], dtype=torch.long)
+        asked = [count is not None for count in behind]
+        repeated = [
+            [] if told else [first + block for block in self.repeats.blocks(row)] for row, told in enumerate(asked)
+        ]
+        few = self.newest
+        beside = [None if few is None or count is None else few + count for count in behind]
+        tensors = (part.to(tree.device) for part in (ids, mask, which, torch.tensor(asked)))
+        return Questions(*tensors, repeated, beside)
