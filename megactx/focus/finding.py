@@ -54,32 +54,27 @@ def found_by_keys(
         if questions.asked[number]:
             best = order[row[order].isfinite()][: 3 * LOOKS]  # of which three may be beside each other
             likest = places(block[best.cpu()].tolist(), LOOKS)
-            readable = {*block[row.isfinite().cpu()].tolist()}
-            likest = second_look(tree, number, likest, readable, questions.of(number)) or likest
+            around = torch.tensor(beside(likest), dtype=torch.long)
+            around = around[torch.isin(around, block[row.isfinite().cpu()])].sort().values.tolist()
+            if tree.keys.looks_again and len(likest) > FINDS:
+                likest = second_look(tree, number, around, questions.of(number))
         else:  # more than one costs text that goes on more than they give
             likest = block[order[:1][row[order[:1]] > tree.keys.null].cpu()].tolist()
         out.append([at for at in beside(places(likest, FINDS)) if at in there])
     return out
 
 
-def second_look(
-    tree: MegaContextTree | Composite, row: int, blocks: list[int], readable: set[int], asked: list[Tensor]
-) -> list[int]:
-    """Blocks and those beside them, the likest first by what the keys' own encoder says of their pieces; nothing where
-    the keys have no encoder, or there is nothing to choose.
+def second_look(tree: MegaContextTree | Composite, row: int, blocks: list[int], asked: list[Tensor]) -> list[int]:
+    """Blocks, the likest first by what the keys' own encoder says of pieces of which they hold the middle.
 
     Args:
-        blocks: of which none is beside another.
-        readable: blocks that may be looked at.
+        blocks: in their order; a piece lies in one of them, or in two that are beside each other.
         asked: ids of the questions, [Q] each.
     """
     k = tree.block_size
     size, step = 3 * k // 4, max(1, k // 4)
-    if len(blocks) <= FINDS or not tree.keys.looks_again:
-        return []
-    around = readable.intersection(beside(blocks))
-    starts = [start for block in sorted(around) for start in range(block * k, (block + 1) * k, step)]
-    pieces = [range(start, start + size) for start in starts if (start + size - 1) // k in around]
+    starts = [start for block in blocks for start in range(block * k, (block + 1) * k, step)]
+    pieces = [range(start, start + size) for start in starts if (start + size - 1) // k in blocks]
     place = torch.tensor([at for piece in pieces for at in piece], device=tree.device)
     ids = tree.levels[0].read("token", torch.full_like(place, row), place).view(len(pieces), size)
     like = tree.keys.alike(ids, asked)
