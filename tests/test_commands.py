@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -66,17 +67,23 @@ def test_the_readme_shows_commands():
 
 @pytest.mark.parametrize(("source", "command"), FOUND, ids=[" ".join(pair) for pair in FOUND])
 def test_a_command_composes_and_is_valid(source, command):
-    seen: set[str] = set()
-    for overrides in jobs(shlex.split(command, comments=True)):
-        if seen and seen >= {*overrides}:
-            continue  # every value of a sweep once, not every pair
+    found, seen = jobs(shlex.split(command, comments=True)), set()
+    while True:
+        overrides = max(found, key=lambda job: len({*job} - seen))
+        composes(*overrides)
         seen |= {*overrides}
-        cfg = compose(overrides, with_hydra=True)
-        choices = cfg.hydra.runtime.choices
-        OmegaConf.set_struct(cfg, False)
-        del cfg["hydra"]
-        cfg.name, cfg.folder = "run", "runs/run"
-        validate(cfg, reference(choices, cfg))
+        if all(seen >= {*job} for job in found):
+            break  # every value of a sweep once, not every pair
+
+
+@cache
+def composes(*overrides):
+    cfg = compose(overrides, with_hydra=True)
+    choices = cfg.hydra.runtime.choices
+    OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]
+    cfg.name, cfg.folder = "run", "runs/run"
+    validate(cfg, reference(choices, cfg))
 
 
 def test_a_sweep_over_all_experiments_finds_them_from_any_folder(tmp_path, monkeypatch):

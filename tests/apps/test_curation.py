@@ -3,6 +3,7 @@
 import io
 import json
 import resource
+import shutil
 
 import pytest
 import torch
@@ -17,13 +18,20 @@ from megactx.runtime import Controller, Session, Settings, load_models
 SMALL = dict(budget=96, allocator={"protected": 8})
 
 
-@pytest.fixture
-def talk(exported, ids, tmp_path):
+@pytest.fixture(scope="module")
+def saved(exported, ids, tmp_path_factory):
     """A saved session of 400 tokens with focus."""
+    folder = tmp_path_factory.mktemp("saved") / "talk"
     with Session(Controller(load_models(str(exported)), Settings(**SMALL))) as session:
         session.append(ids(400), score=True)
-        session.save(tmp_path / "talk")
-    return tmp_path / "talk"
+        session.save(folder)
+    return folder
+
+
+@pytest.fixture
+def talk(saved, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(saved, tmp_path / "talk")
 
 
 def test_measure_goes_on_and_report_says_what_is_known(talk, exported, capsys):

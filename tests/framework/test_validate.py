@@ -1,4 +1,5 @@
 import os
+from functools import cache
 
 import pytest
 from omegaconf import OmegaConf
@@ -7,12 +8,17 @@ from megactx.framework.config.search_path import compose
 from megactx.framework.config.validate import _special, locate, validate
 
 
+@cache
+def parts(groups):
+    return compose(["data=files", *groups])
+
+
 def problems(*overrides: str, groups: tuple[str, ...] = ()) -> list[str]:
     start = ["data=files", "data.path=x", *groups]
     cfg = compose([*start, *overrides])
     OmegaConf.set_struct(cfg, False)
     try:
-        validate(cfg, compose(["data=files", *groups]))
+        validate(cfg, parts(groups))
     except ValueError as error:
         return str(error).splitlines()
     return []

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ class Passes:
         monkeypatch.setattr(base, "forward", counted)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def controller(models):
     """kind -> a controller with a window of 96 entries; its models have a readout."""
     torch.manual_seed(2)
@@ -58,36 +59,62 @@ def said(stream, count, sampling=DRAWN):
     return [token for (token,) in decode(stream, count, sampling)]
 
 
-@pytest.mark.parametrize("settings", READING, ids=str)
+@pytest.fixture(scope="module")
+def without(controller, ids):
+    """A reading's number, sampling -> what is said without drafts, and the stream behind it."""
+
+    @cache
+    def told(reading, sampling):
+        stream = begun(controller, ids, "none", length=86, **READING[reading])
+        return said(stream, 14 * K, sampling), stream
+
+    return told
+
+
+@pytest.mark.parametrize("reading", range(len(READING)), ids=lambda reading: str(READING[reading]))
 @pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("kind", ["lookup", "nearest", "foretold"])
-def test_a_session_with_drafts_says_what_it_says_without(controller, ids, settings, sampling, kind):
-    plain, drafted = (begun(controller, ids, drafts, **settings) for drafts in ("none", kind))
-    assert said(drafted, 20 * K, sampling) == said(plain, 20 * K, sampling)
+def test_a_session_with_drafts_says_what_it_says_without(controller, ids, without, reading, sampling, kind):
+    expected, plain = without(reading, sampling)
+    drafted = begun(controller, ids, kind, length=86, **READING[reading])
+    assert said(drafted, 14 * K, sampling) == expected
     torch.testing.assert_close(drafted.logits(), plain.logits(), atol=1e-4, rtol=0)
     assert torch.equal(drafted.lengths, plain.lengths) and drafted.refocuses == plain.refocuses
 
 
-@pytest.mark.parametrize("settings", READING, ids=str)
+@pytest.fixture(scope="module")
+def along(controller, ids):
+    """A reading's number -> the logits without drafts in front of each token of three blocks, and behind them."""
+
+    @cache
+    def found(reading):
+        stream, logits = begun(controller, ids, "none", **READING[reading]), []
+        for token in ids(1, 3 * K, seed=1)[0]:
+            logits.append(stream.logits())
+            stream.push(token[None])
+        return [*logits, stream.logits()]
+
+    return found
+
+
+@pytest.mark.parametrize("reading", range(len(READING)), ids=lambda reading: str(READING[reading]))
 @pytest.mark.parametrize("right", range(K))
-def test_what_of_a_draft_does_not_come_leaves_nothing_behind(controller, ids, settings, right):
+def test_what_of_a_draft_does_not_come_leaves_nothing_behind(controller, ids, along, reading, right):
     """A draft whose first tokens come, behind each number of tokens of a block; then the next block, as without it."""
-    tokens = ids(1, 3 * K, seed=1)[0]
+    tokens, expected = ids(1, 3 * K, seed=1)[0], along(reading)
     for first in range(1, K):
-        plain, drafted = (begun(controller, ids, drafts, **settings) for drafts in ("none", "lookup"))
-        for stream in (plain, drafted):
-            stream.logits()
-            for token in tokens[:first]:
-                stream.push(token[None])
+        drafted = begun(controller, ids, "lookup", **READING[reading])
+        drafted.logits()
+        for token in tokens[:first]:
+            drafted.push(token[None])
         draft = [int(t) if n < right else (int(t) + 1) % 512 for n, t in enumerate(tokens[first : first + K])]
         drafted.foresee(draft)
         assert len(drafted.ahead) == K - first, "a draft ends with its block"
-        for token in tokens[first:]:
-            torch.testing.assert_close(drafted.logits(), plain.logits(), atol=1e-4, rtol=0)
-            for stream in (plain, drafted):
-                stream.push(token[None])
+        for place, token in enumerate(tokens[first:], first):
+            torch.testing.assert_close(drafted.logits(), expected[place], atol=1e-4, rtol=0)
+            drafted.push(token[None])
         assert not drafted.ahead
-        torch.testing.assert_close(drafted.logits(), plain.logits(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(drafted.logits(), expected[-1], atol=1e-4, rtol=0)
 
 
 def test_a_right_draft_saves_its_passes_and_is_counted(controller, ids, models, monkeypatch):
@@ -203,9 +230,10 @@ def test_drawn_tokens_are_distributed_as_the_base_says_by_chi_square(controller,
 
 def chi_square(stream, share, count) -> bool:
     """Whether tokens that are drawn with many seeds are distributed so, but for about one case in 10,000."""
-    logits, nothing = stream.logits(), torch.zeros(1, 0, dtype=torch.long)
-    drawn = [int(Sampling(0.7, seed=seed).choose(logits, nothing, stream.lengths)[0]) for seed in range(count)]
-    found = torch.bincount(torch.tensor(drawn), minlength=len(share)).double()
+    rows = 100  # of one seed
+    drawing = stream.logits().expand(rows, -1), torch.zeros(rows, 0, dtype=torch.long), stream.lengths.expand(rows)
+    drawn = [Sampling(0.7, seed=seed).choose(*drawing) for seed in range(count // rows)]
+    found = torch.bincount(torch.cat(drawn), minlength=len(share)).double()
     large = share * count >= 5
     seen, expected = (torch.cat([part[large], part[~large].sum()[None]]) for part in (found, share * count))
     chi, free = float(((seen - expected) ** 2 / expected).sum()), len(expected) - 1
@@ -262,9 +290,19 @@ def test_blocks_are_drafted_where_refocuses_do_not_end_them(controller, ids, kin
     assert drafted
 
 
+@pytest.mark.parametrize("step", [41, pytest.param(11, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("settings", [READING[1], READING[4]], ids=str)
-def test_a_stop_at_any_moment_leaves_a_session_that_goes_on_as_if_it_had_read_all(controller, ids, settings):
+def test_a_stop_at_any_moment_leaves_a_session_that_goes_on_as_if_it_had_read_all(controller, ids, settings, step):
     """A line of the runtime is where Ctrl-C comes, each in turn."""
+
+    @cache
+    def read(*tokens):
+        """The logits behind text and tokens, and behind each of two more."""
+        stream, logits = begun(controller, ids, "none", length=72, **settings), []
+        for token in (*tokens, 5, 6):
+            logits.append(stream.logits())
+            stream.push(torch.tensor([token]))
+        return [*logits, stream.logits()][-3:]
 
     class Stop:
         def __init__(self, line: int):
@@ -293,16 +331,13 @@ def test_a_stop_at_any_moment_leaves_a_session_that_goes_on_as_if_it_had_read_al
             sys.settrace(before)
         if stop.left > 0:
             break
-        whole, count = begun(controller, ids, "none", length=72, **settings), int(stream.lengths[0]) - 72
-        for token in stream.newest(count)[0][:count]:
-            whole.logits()
-            whole.push(token[None])
-        for token in (5, 6):
-            torch.testing.assert_close(stream.logits(), whole.logits(), atol=1e-3, rtol=0, msg=str(stop.where))
-            for one in (stream, whole):
-                one.push(torch.tensor([token]))
-        torch.testing.assert_close(stream.logits(), whole.logits(), atol=1e-3, rtol=0, msg=str(stop.where))
-        line += 11
+        count = int(stream.lengths[0]) - 72
+        first, second, third = read(*stream.newest(count)[0][:count].tolist())
+        for token, whole in ((5, first), (6, second)):
+            torch.testing.assert_close(stream.logits(), whole, atol=1e-3, rtol=0, msg=str(stop.where))
+            stream.push(torch.tensor([token]))
+        torch.testing.assert_close(stream.logits(), third, atol=1e-3, rtol=0, msg=str(stop.where))
+        line += step
     assert stopped > 20
 
 

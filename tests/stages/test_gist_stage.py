@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -17,17 +18,24 @@ from megactx.framework.config.search_path import compose
 from megactx.lm.prefill_cache import PrefillCache
 from megactx.stages.gist import GistStage
 
+composed = cache(lambda *overrides: compose(overrides))
+
+
+def config_of(overrides: list[str]):
+    """Without the folder, which is another one for each test."""
+    return composed(*(o for o in overrides if not o.startswith("folder=")))
+
 
 def stage_of(overrides: list[str]) -> GistStage:
     from hydra.utils import instantiate
 
-    return instantiate(compose([o for o in overrides if not o.startswith("folder=")]).stage, _convert_="all")
+    return instantiate(config_of(overrides).stage, _convert_="all")
 
 
 def data_of(overrides: list[str], stage: GistStage):
     from hydra.utils import instantiate
 
-    module = instantiate(compose([o for o in overrides if not o.startswith("folder=")]).datamodule, _convert_="all")
+    module = instantiate(config_of(overrides).datamodule, _convert_="all")
     stage.prepare(module)
     module.setup()
     return module
