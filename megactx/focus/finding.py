@@ -1,10 +1,13 @@
 """What a question finds in a tree: places, each a block and those beside it.
 
-    all blocks  -- keys -->  LOOKS likest places  -- second look -->  FINDS places, which are opened
+    all blocks  -- keys -->  LOOKS likest places  -- second look -->  the likest, and what was told later of the same
 
 Keys of 64 numbers find the right place among the first few of thousands, but not which of these it is. Where they read
 the states of a sentence encoder, that reads the few places again and its states are compared as they are. It reads
 pieces of three quarters of a block: in a whole one a fact stands beside other text, which says something else.
+
+What is alike confuses a base LM: each place more has another number, name or date. So one is opened; and a second where
+it stands later and is nearly as like, for what is told again counts as it was told last.
 
 B rows, K of a block, Q tokens of a question.
 """
@@ -18,7 +21,8 @@ from .earned import few_from, newest_from
 from .keys import Questions, beside, places, search
 
 LOOKS = 8  # places that keys find
-FINDS = 2  # of them that are opened
+NEARLY = 0.1  # of a cosine: what is told again, in other words, is by so much less like the question
+FINDS = 2  # places that are opened at most, and by those keys that read nothing again
 
 
 def found_by_keys(
@@ -26,9 +30,8 @@ def found_by_keys(
 ) -> list[list[int]]:
     """Of each row the blocks that a question finds, the best first.
 
-    Of what a user asked ``FINDS`` places, and not all that there is room for: what is alike confuses a base LM. Of
-    other text the most like block, if it stands out. A fact often crosses a border, so each brings the blocks beside
-    it.
+    Of what a user asked ``FINDS`` places at most, and not all that there is room for. Of other text the most like
+    block, if it stands out. A fact often crosses a border, so each brings the blocks beside it.
 
     Args:
         most: blocks that may take the place of newest tokens.
@@ -57,15 +60,26 @@ def found_by_keys(
             around = torch.tensor(beside(likest), dtype=torch.long)
             around = around[torch.isin(around, block[row.isfinite().cpu()])].sort().values.tolist()
             if tree.keys.looks_again and len(likest) > FINDS:
-                likest = second_look(tree, number, around, questions.of(number))
+                likest = told_last(second_look(tree, number, around, questions.of(number)))
         else:  # more than one costs text that goes on more than they give
             likest = block[order[:1][row[order[:1]] > tree.keys.null].cpu()].tolist()
         out.append([at for at in beside(places(likest, FINDS)) if at in there])
     return out
 
 
-def second_look(tree: MegaContextTree | Composite, row: int, blocks: list[int], asked: list[Tensor]) -> list[int]:
-    """Blocks, the likest first by what the keys' own encoder says of pieces of which they hold the middle.
+def told_last(like: dict[int, float]) -> list[int]:
+    """The likest block, and the likest of those behind its place that are nearly as like, if there is one."""
+    order = sorted(like, key=like.get, reverse=True)
+    first = order[0]
+    later = [block for block in order if block > first + 1 and like[block] >= like[first] - NEARLY]
+    return [first, *later[:1]]
+
+
+def second_look(
+    tree: MegaContextTree | Composite, row: int, blocks: list[int], asked: list[Tensor]
+) -> dict[int, float]:
+    """How like blocks are to the likest of some questions, by what the keys' own encoder says of pieces of which they
+    hold the middle.
 
     Args:
         blocks: in their order; a piece lies in one of them, or in two that are beside each other.
@@ -82,7 +96,7 @@ def second_look(tree: MegaContextTree | Composite, row: int, blocks: list[int], 
     for piece, value in zip(pieces, like.tolist(), strict=True):
         block = piece[size // 2] // k
         best[block] = max(value, best.get(block, value))
-    return sorted(best, key=best.get, reverse=True)
+    return best
 
 
 def _search(tree: MegaContextTree, questions: Questions) -> Tensor:

@@ -209,6 +209,7 @@ def test_help_names_every_policy(capsys):
             "keys",
             "keys_asked",
             "needed",
+            "needed_few",
             "newest",
             "session",
         )
@@ -386,6 +387,14 @@ def test_policies_of_few_keep_two_places_and_few_of_the_newest_tokens(name, mini
         assert len(kept) <= 4 + 6 * BLOCK + last and len([n for n in kept if n >= 40 * BLOCK - last]) == last
         blocks[38], blocks[5] = blocks[5], blocks[38]
     assert len(policy.keep(Asked(blocks, 40 * BLOCK, [5], "Where stands word5?"), 96)) <= 96
+
+
+def test_the_oracle_of_few_keeps_all_needed_places_and_few_of_the_newest_tokens():
+    policy = find(rivals, "needed_few", "--policies")()
+    for needed, held in (([5], [4, 5, 6]), ([3, 8, 20, 21], [2, 3, 4, 7, 8, 9, 19, 20, 21]), ([38], [])):
+        kept = policy.keep(Asked([""] * 40, 40 * BLOCK, needed, "", newest=64), 1024)
+        places = {at for block in held for at in range(block * BLOCK, (block + 1) * BLOCK)}
+        assert {*kept} == {*range(4), *range(38 * BLOCK, 40 * BLOCK)} | places
 
 
 def test_an_answer_has_no_more_tokens_than_were_asked_for(tmp_path):

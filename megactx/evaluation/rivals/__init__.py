@@ -34,12 +34,13 @@ def near(order: list[int], count: int) -> list[int]:
     return [block for block in beside(order) if 0 <= block < count]
 
 
-def few(asked: Asked, budget: int, order: list[int]) -> list[int]:
-    """Sink, few of the newest tokens, and of an order of blocks the first places before these: no more than budget."""
+def few(asked: Asked, budget: int, order: list[int], count: int = FINDS) -> list[int]:
+    """Sink, few of the newest tokens, and of an order of blocks the first ``count`` places before these: no more than
+    budget."""
     newest = NEWEST if asked.newest is None else asked.newest
     end = max(0, asked.tokens - newest) // BLOCK  # whole blocks before them
     kept = {*range(min(SINK, asked.tokens)), *range(max(0, asked.tokens - newest), asked.tokens)}
-    for block in near(places([block for block in order if block < end], FINDS), end):
+    for block in near(places([block for block in order if block < end], count), end):
         more = {*range(block * BLOCK, (block + 1) * BLOCK)} - kept
         kept |= more if len(kept) + len(more) <= budget else set()
     return sorted(kept)[-budget:]
