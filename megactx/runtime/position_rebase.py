@@ -50,12 +50,17 @@ class PositionRebase:
         )
         return positions, ends.minimum(largest.to(ends.device))
 
-    def close(self, shown: Selection) -> tuple[Tensor, Tensor]:
-        """The same for entries with gaps: in a row that goes past the limit they follow on each other."""
+    def close(self, shown: Selection, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for entries with gaps: they follow on each other in a row that goes past the limit, and in one of
+        which a user asks. A base LM that is trained on thousands of positions may still find less the farther it is.
+
+        Args:
+            asked: bool [B].
+        """
         ends = shown.ends()
-        far = (ends + self.step > self.limit) & (self.kind != "absolute")
+        near = ((ends + self.step > self.limit) | asked) & (self.kind != "absolute")
         column = torch.arange(shown.lod.shape[1], device=ends.device)
-        return torch.where(far[:, None], column, shown.positions()), torch.where(far, shown.lengths, ends)
+        return torch.where(near[:, None], column, shown.positions()), torch.where(near, shown.lengths, ends)
 
     def bends(self, shown: WorkingContext) -> tuple[list[Bend | None], Tensor]:
         """Where no edit may move a position -> of each row, ``None``: absolute; and the first behind it, [B]."""

@@ -458,9 +458,9 @@ class Stream(ShownParts):
     def _read(self) -> None:
         """Read the window, as far as it has changed, and what waits behind it."""
         if self.window() is not None:
-            self.shown, self.earned = self.focus.shown(self.context, self.questions())
+            self.shown, self.earned = self.focus.shown(self.context, questions := self.questions())
             self._note_found()
-            self._read_window(self.shown)
+            self._read_window(self.shown, questions)
         else:
             self.prefill.forget()
         if (count := int(self.counts.max())) > 0:  # of a session that was resumed
@@ -471,14 +471,16 @@ class Stream(ShownParts):
         self.hidden = self.prefill.hidden
         self._hear(self.hidden[:, None], self.lengths - 1)
 
-    def _read_window(self, shown: WorkingContext) -> None:
+    def _read_window(self, shown: WorkingContext, questions: Questions | None) -> None:
         try:
             if isinstance(self.prefill, NodePrefill):
                 bends, self._following = self.rebase.bends(shown)
                 self.prefill.read(shown, bends)
             else:
-                place = self.rebase.close if isinstance(shown, Selection) else self.rebase.place
-                positions, self._following = place(shown)
+                if isinstance(shown, Selection):
+                    positions, self._following = self.rebase.close(shown, questions.asked)
+                else:
+                    positions, self._following = self.rebase.place(shown)
                 entries, spread = shown.to_tensor(), self.models.gistnet.spread(shown.lods())
                 self.prefill.read(entries, positions, shown.lengths, spread)
         except (ValueError, RunFailed):  # a damaged page, named once, is not opened again; or a server is away

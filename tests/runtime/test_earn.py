@@ -13,6 +13,7 @@ from megactx.data.user_turns import UserTurns
 from megactx.focus.earned import newest_from
 from megactx.focus.finding import FINDS, found_by_keys
 from megactx.focus.keys import GOES_ON, KeyNet, Questions, best_below, search
+from megactx.lm.masks import CAUSAL
 from megactx.memory import MegaContextTree, archive
 from megactx.memory.curation_settings import CurationSettings
 from megactx.runtime import Controller, Models, Session, Settings, Wanted
@@ -48,8 +49,9 @@ def test_what_is_read_stays_within_the_budget_and_the_base_and_the_map_keeps_all
     stream.observers.append(seen)
     assert stream.append(ids(2, 600), score=True)[:, 1:].isfinite().all()
     assert any(int(event.earned.max()) > 0 for event in events)
-    shown, _ = stream.focus.shown(stream.context, stream.questions())
-    places, behind = stream.rebase.close(shown)
+    questions = stream.questions()
+    shown, _ = stream.focus.shown(stream.context, questions)
+    places, behind = stream.rebase.close(shown, questions.asked)
     assert (places[:, 1:] > places[:, :-1]).all() and (behind + K <= LIMIT).all()
 
 
@@ -272,6 +274,33 @@ def test_few_of_the_newest_tokens_are_read_beside_what_a_user_asks_for_while_the
         widest = max(widest, int(stream.tree.lengths) - first)
         stream.push(torch.tensor([token]))
     assert widest >= 64 + 50 - K
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["rebased", "absolute"])
+def test_a_question_is_answered_from_tokens_that_are_read_as_one_text(keyed, ids, positions, monkeypatch):
+    """What is found stands right before the newest tokens, however far back it was told, but for absolute positions."""
+    monkeypatch.setattr("megactx.data.user_turns.UserTurns.of", lambda tokenizer: UserTurns((1, 2), (3, 4)))
+    settings = Settings(**(SMALL | {"budget": 200}), megacontext="recency", earn=True, keys=6, positions=positions)
+    stream = Controller(keyed, settings).stream()
+    history, base = ids(300), keyed.base
+    stream.append(history[None])
+    nobody = stream.logits(), stream.shown
+    stream.append(torch.cat([torch.tensor([1, 2]), history[40 : 40 + K], torch.tensor([3, 4])])[None])
+    for token in (7, 8, 9, 10, 11):
+        told = stream.logits(), stream.shown
+        kept = told[1].index[0][told[1].lod[0] == 0]
+        assert {*range(40, 40 + K)} <= {*kept.tolist()} and 300 <= kept.max() and len(kept) < 210
+        waits = stream.newest(int(stream.lengths))[0, int(stream.tree.lengths) :]
+        text = torch.cat([stream.tree.tokens[0][kept].long(), waits])
+        place = torch.cat([kept, kept.max() + 1 + torch.arange(len(waits))])
+        place = torch.arange(len(text)) if positions == "rebased" else place
+        expected = base.logits(base(base.embed(text)[None], place[None], CAUSAL)[:, -1])
+        torch.testing.assert_close(told[0], expected.float(), atol=1e-4, rtol=1e-4)
+        stream.push(torch.tensor([token]))
+    kept = nobody[1].index[0]  # of text that goes on each token stays where it is
+    expected = base.logits(base(base.embed(history[kept])[None], kept[None], CAUSAL)[:, -1])
+    torch.testing.assert_close(nobody[0], expected.float(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("newest", [None, 64])
