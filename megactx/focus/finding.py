@@ -21,7 +21,7 @@ from .earned import few_from, newest_from
 from .keys import Questions, beside, places, search
 
 LOOKS = 8  # places that keys find
-NEARLY = 0.1  # of a cosine: what is told again, in other words, is by so much less like the question
+NEARLY = 0.15  # of a cosine: what is told again, in other words, is by so much less like the question
 FINDS = 2  # places that are opened at most, and by those keys that read nothing again
 
 

@@ -72,7 +72,8 @@ def test_of_the_places_that_keys_find_those_are_opened_of_which_a_piece_is_likes
                         value = _common(stream.tree.tokens[row, start : start + 3].tolist(), question)
                         best[middle] = max(value, best.get(middle, 0.0))
             for block in sorted(best, key=best.get, reverse=True):
-                if not opened or (len(opened) == 1 and block > opened[0] + 1 and best[block] >= best[opened[0]] - 0.1):
+                nearly = opened and block > opened[0] + 1 and best[block] >= best[opened[0]] - NEARLY
+                if not opened or (len(opened) == 1 and nearly):
                     opened.append(block)
             assert {*found[row]} == {at for block in opened for at in (block - 1, block, block + 1) if at >= 0}
             assert found[row][0] == opened[0]
