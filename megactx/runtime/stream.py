@@ -478,7 +478,9 @@ class Stream(ShownParts):
                 self.prefill.read(shown, bends)
             else:
                 if isinstance(shown, Selection):
-                    positions, self._following = self.rebase.close(shown, questions.asked)
+                    nobody = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
+                    asked = nobody if questions is None else questions.asked
+                    positions, self._following = self.rebase.close(shown, asked)
                 else:
                     positions, self._following = self.rebase.place(shown)
                 entries, spread = shown.to_tensor(), self.models.gistnet.spread(shown.lods())
