@@ -57,9 +57,9 @@ def found_by_keys(
         if questions.asked[number]:
             best = order[row[order].isfinite()][: 3 * LOOKS]  # of which three may be beside each other
             likest = places(block[best.cpu()].tolist(), LOOKS)
-            around = torch.tensor(beside(likest), dtype=torch.long)
-            around = around[torch.isin(around, block[row.isfinite().cpu()])].sort().values.tolist()
-            if tree.keys.looks_again and len(likest) > FINDS:
+            if tree.keys.looks_again and likest:
+                around = torch.tensor(beside(likest))
+                around = around[torch.isin(around, block[row.isfinite().cpu()])].sort().values.tolist()
                 likest = told_last(second_look(tree, number, around, questions.of(number)))
         else:  # more than one costs text that goes on more than they give
             likest = block[order[:1][row[order[:1]] > tree.keys.null].cpu()].tolist()

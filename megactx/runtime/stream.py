@@ -458,7 +458,8 @@ class Stream(ShownParts):
     def _read(self) -> None:
         """Read the window, as far as it has changed, and what waits behind it."""
         if self.window() is not None:
-            self.shown, self.earned = self.focus.shown(self.context, questions := self.questions())
+            questions = self.questions()
+            self.shown, self.earned = self.focus.shown(self.context, questions)
             self._note_found()
             self._read_window(self.shown, questions)
         else:

@@ -119,6 +119,14 @@ def test_what_is_told_again_counts_as_it_was_told_last():
     assert told_last({9: 0.7, 20: 0.7 - NEARLY - 1e-9}) == [9] and told_last({3: 0.2}) == [3]
 
 
+def test_where_there_are_two_places_the_less_like_one_is_not_opened_either(reading, ids):
+    stream = Controller(reading, Settings(**(SMALL | {"budget": 96}))).stream()
+    stream.append(ids(1, 100))
+    stream.logits()
+    question = stream.tree.tokens[0, :K].long()
+    assert found_by_keys(stream.context, asked(question), 1, 96, 8) == [[0, 1]]  # of blocks 0, 1, 2
+
+
 def test_keys_that_read_nothing_again_keep_their_own_order(reading, ids):
     keys = KeyNet(reading.base.model.get_input_embeddings().weight, 32).eval().requires_grad_(False)
     stream = Controller(replace(reading, keys=keys), Settings(**SMALL)).stream()
