@@ -14,8 +14,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from megactx.data.spans import evenly
 from megactx.evaluation.history import measure_history, segments
 from megactx.evaluation.measure import measure, untrained
 from megactx.evaluation.report import report_of
@@ -26,8 +28,9 @@ from megactx.gist.carriers.oracle import Oracle
 from megactx.parts.models import load_models
 from megactx.parts.read import gistnet_of
 
+from .kept import identity, kept
 from .ladder import ORACLES, first_blocks
-from .study import Options, command, multiple, usable
+from .study import Options, at_least, chosen, command, multiple, usable
 from .trained import held_out
 
 EVERY = 10**6  # blocks: of all documents
@@ -44,8 +47,10 @@ def options(given: Options) -> None:
     given.number("horizon", 32, "H, tokens that are scored behind a block")
     given.number("tokens", 1024, "tokens of each document", least=128)
     given.number("segments", 0, "segments of history mode; 0: none", least=0)
+    given.add("--documents", type=int, help="that they are of: fewer are faster (default: all)")
     given.number("segment", 64, "S, scored tokens of a segment")
     given.number("recency", 128, "R, raw tokens before it")
+    given.controls()
     given.number("oracle", 0, "blocks that get a fitted vector each; 0: none", least=0)
     given.number("oracle-steps", 100, "steps of each fit")
     given.add("--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="of products (default 32-true)")
@@ -68,6 +73,9 @@ def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     block = net.block_size
     for name in ("segment", "recency"):
         multiple(name, getattr(asked, name), block)
+    if asked.documents is not None:
+        at_least("documents", asked.documents, 1)
+    nets = {"gistnet": net} | chosen(untrained(base, block, net.position), asked.controls)
     about = {"model": models.name, "gistnet": asked.gistnet, "text": asked.path}
     text = (base, asked.path, block, asked.horizon, asked.tokens)
     autocast = torch.autocast(base.model.device.type, torch.bfloat16, enabled=asked.precision == "bf16-mixed")
@@ -83,14 +91,18 @@ def study(asked: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     yield stem, report()
     if asked.segments:
         sizes = {"segment": asked.segment, "recency": asked.recency}
-        histories = segments(held_out(*text, EVERY), block, asked.segments, **sizes)
+        texts = held_out(*text, EVERY)
+        some = evenly(np.arange(len(texts)), asked.documents or len(texts))
+        histories = segments([texts[index] for index in some], block, asked.segments, **sizes)
         if not histories:
             raise ValueError(
                 f"--tokens={asked.tokens}: there is no room for a segment behind --recency={asked.recency}"
             )
-        nets = {"gistnet": net} | untrained(base, block, net.position)
+        of = identity(base, nets, **sizes, precision=asked.precision)
         with autocast:
-            history = measure_history(base, nets, histories, **sizes, progress=bar("histories"))
+            history = kept(
+                asked.out / "histories", of, histories, lambda some: measure_history(base, nets, some, **sizes)
+            )
         yield stem, report(history=history)
     if asked.oracle:
         settings = {"position": net.position, "steps": asked.oracle_steps}

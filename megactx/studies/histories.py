@@ -21,10 +21,10 @@ from megactx.evaluation.history import measure_history, segments
 from megactx.evaluation.measure import untrained
 from megactx.evaluation.scores import MORE_RAW, BlockScores
 from megactx.evaluation.table import BLOCKS, Report, Sheet, Table, cell, pivot
-from megactx.framework.bar import bar
 from megactx.gist.carriers.avgpool import AvgPool
 
-from .study import Options, at_least, command, multiple
+from .kept import identity, kept
+from .study import Options, at_least, chosen, command, multiple
 from .trained import Trained, held_out, load, same
 
 LEGEND = (
@@ -102,6 +102,7 @@ def options(given: Options) -> None:
     given.number("tokens", 1024, "of a document")
     given.number("count", 2000, "histories at most")
     given.add("--only", nargs="+", metavar="NAME", help="of the runs' compressors (default: all)")
+    given.controls()
 
 
 def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
@@ -120,13 +121,15 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     batches = held_out(base, args.path, block, 1, args.tokens, args.count)
     nets = {_key(run.name, name): net.to(base.model.device) for run in runs for name, net in run.nets.items()}
     controls = {"avgpool": AvgPool(block)} | untrained(base, block, runs[0].main.position)
-    found = segments(batches, block, args.count, **sizes)
-    scores = measure_history(base, nets | controls, found, **sizes, progress=bar("histories"))
+    nets |= chosen(controls, args.controls)
+    found, of = segments(batches, block, args.count, **sizes), identity(base, nets, **sizes)
+    folder = runs[0].folder / "histories"
+    scores = kept(folder, of, found, lambda some: measure_history(base, nets, some, **sizes))
     table, subject = summarise(scores, {run.name: list(run.nets) for run in runs}), next(iter(runs[0].nets))
     about = {"base": runs[0].base_name, "runs": [run.name for run in runs], "text": args.path, "tokens": args.tokens}
     about |= sizes | {"subject": subject, "hash": scores.block_hash(), "histories": len(scores)}
     tables = sheets(table, scores, sizes, subject)
-    yield runs[0].folder / "histories", Report("Histories", table, tables, LEGEND, about=about)
+    yield folder, Report("Histories", table, tables, LEGEND, about=about)
 
 
 main = command("histories", __doc__, options, study)

@@ -43,6 +43,10 @@ class Options:
         """Text of one's own."""
         self.add("--path", help=help)
 
+    def controls(self) -> None:
+        """Which untrained controls stand beside histories, see ``chosen``."""
+        self.add("--controls", nargs="*", metavar="NAME", help="untrained controls of the histories (default: all)")
+
     def shorter(self) -> str:
         """The options that make the study short, in words; of one without numbers, none."""
         names = [f"--{name}" for name in self.least if name != "seed"]
@@ -65,6 +69,18 @@ def multiple(name: str, value: int, block: int, least: int = 1) -> None:
     if value % block or value < least * block:
         more = ", at least twice it" if least == 2 else ""
         raise ValueError(f"--{name}={value} is not allowed: a multiple of block_size={block}{more}")
+
+
+def chosen(controls: dict, names: list[str] | None) -> dict:
+    """The controls of these names; ``None``: all.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    for name in names or []:
+        if name not in controls:
+            raise ValueError(f"--controls={name} is not known, allowed are {', '.join(controls)}")
+    return controls if names is None else {name: controls[name] for name in names}
 
 
 def command(

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from megactx.evaluation.history import measure_history
 from megactx.gist.compressors import build
 from megactx.lm import BaseLM
 from megactx.parts.write import save_gistnet
@@ -39,6 +40,31 @@ def test_a_card_has_blocks_and_histories_beside_every_control_and_is_the_same_ag
     assert "12 blocks" in capsys.readouterr().out
 
 
+def test_histories_that_were_measured_are_read_again_and_what_is_new_is_measured(
+    base_folder, gistnet, texts, tmp_path, monkeypatch
+):
+    given = [str(base_folder), "--gistnet", str(gistnet), "--path", str(texts), *SIZES, "--out", str(tmp_path)]
+    given += ["--segments", "4", "--segment", "16", "--recency", "32", "--controls", "last token"]
+    asked = []
+    monkeypatch.setattr(
+        "megactx.studies.gist_card.measure_history",
+        lambda base, nets, batches, **sizes: asked.append(list(nets)) or measure_history(base, nets, batches, **sizes),
+    )
+    kept, table = tmp_path / "histories", tmp_path / "gist_card.csv"
+    assert main(given) == 0
+    first, documents, files = table.read_text(), len(asked), sorted(kept.iterdir())
+    assert asked == [["gistnet", "last token"]] * documents and documents > 1
+    assert main(given) == 0 and len(asked) == documents and table.read_text() == first
+    files[0].unlink()  # as after a stop: a document's numbers are not all there
+    files[1].unlink()
+    assert main(given) == 0 and len(asked) == documents + 1 and table.read_text() == first
+    assert sorted(kept.iterdir()) == files
+    assert main([*given, "--documents", "1"]) == 0 and len(sorted(kept.iterdir())) == len(files) + 2
+    assert main([*given, "--recency", "16"]) == 0 and len(asked) > 2 * documents  # other histories
+    files[0].write_bytes(b"no scores")
+    assert main(given) == 2
+
+
 def test_a_vector_that_is_fitted_to_each_block_stands_beside_the_gist_on_the_same_blocks(
     base_folder, gistnet, texts, tmp_path
 ):
@@ -55,6 +81,10 @@ def test_a_vector_that_is_fitted_to_each_block_stands_beside_the_gist_on_the_sam
         ([], "there is no GistNet for it, give one: --gistnet PATH"),
         (["--gistnet", "nowhere"], "--gistnet=nowhere: there is no such folder"),
         (["--gistnet", "GISTNET", "--recency", "12"], "--recency=12 is not allowed: a multiple of block_size=8"),
+        (
+            ["--gistnet", "GISTNET", "--controls", "mean"],
+            "--controls=mean is not known, allowed are last token, random",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_told_by_its_option(base_folder, gistnet, options, said, tmp_path, capsys):
