@@ -6,6 +6,8 @@ Every figure is a mean over held-out documents with a 95 % bootstrap interval ov
 B batch, T tokens, W window, H horizon, K block.
 """
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,16 +33,22 @@ SEGMENTS_PER_DOCUMENT = 8
 TOKENS_PER_PASS = 16384  # upper bound of B x T
 
 
-@torch.inference_mode()
 def context_use(base: BaseLM, documents: list[dict], length: int = 4096, seed: int = 0) -> Table:
-    """All four measures.
+    """All four measures, see ``each_use``."""
+    *_, table = each_use(base, documents, length, seed)
+    return table
+
+
+@torch.inference_mode()
+def each_use(base: BaseLM, documents: list[dict], length: int = 4096, seed: int = 0) -> Iterator[Table]:
+    """The four measures one after another: after each span a table of all so far.
 
     Args:
         documents: dicts with ``input_ids`` [T] that open with BOS, ``domain``, and ``text`` (the source text: the unit
             of the bootstrap), as ``megactx.data.documents.cut`` gives them. A measure uses those that are long enough.
         length: the longest window, in tokens.
 
-    Returns:
+    Yields:
         The long table: ``length``; and of each measure, ``loss_by_position``, ``copy_gain``, ``drop_cost``,
         ``cut_cost``, what was asked as a span, by domain and ``overall``, over n documents, with their ``std``.
 
@@ -52,12 +60,18 @@ def context_use(base: BaseLM, documents: list[dict], length: int = 4096, seed: i
         raise ValueError(f"context use: length={length}, but the longest document has {longest} tokens")
     distances = [d for d in DISTANCES if BEFORE + 2 * PASSAGE + d <= length]
     windows = [w for w in WINDOWS if BLOCK + w + SEGMENT <= length // 2]
-    measured = {
-        "loss_by_position": loss_by_position(base, documents, length),
-        "copy_gain": {str(d): copy_gain(base, documents, d, PASSAGE, seed) for d in distances},
-        "drop_cost": drop_cost(base, documents, min(length, DROP_LENGTH), seed),
-        "cut_cost": {str(w): cut_cost(base, documents, w, length, seed) for w in windows},
-    }
+    measured = {"loss_by_position": loss_by_position(base, documents, length), "copy_gain": {}}
+    yield _table(documents, length, measured)
+    for distance in distances:
+        measured["copy_gain"][str(distance)] = copy_gain(base, documents, distance, PASSAGE, seed)
+        yield _table(documents, length, measured)
+    measured["drop_cost"] = drop_cost(base, documents, min(length, DROP_LENGTH), seed)
+    yield _table(documents, length, measured)
+    measured["cut_cost"] = cut_cost(base, documents, windows, length, seed)
+    yield _table(documents, length, measured)
+
+
+def _table(documents: list[dict], length: int, measured: dict[str, dict[str, dict[int, float]]]) -> Table:
     table = Table()
     table.add("length", length)
     for domain in (OVERALL, *dict.fromkeys(document["domain"] for document in documents)):
@@ -135,33 +149,40 @@ def drop_cost(base: BaseLM, documents: list[dict], length: int, seed: int = 0) -
     return out
 
 
-def cut_cost(base: BaseLM, documents: list[dict], window: int, length: int, seed: int = 0) -> dict:
-    """{document index: NLL with only the sink block and the last ``window`` tokens minus NLL with everything}.
+def cut_cost(base: BaseLM, documents: list[dict], windows: Sequence[int], length: int, seed: int = 0) -> dict:
+    """Window -> {document index: NLL with only the sink block and that many last tokens minus NLL with everything}.
 
     A fresh pass over ``[sink, window, segment]`` at the original positions. A sliding mask in one pass would not do:
     through L layers text from L windows back still reaches the row.
     """
-    device, out = base.model.device, {}
-    tail = torch.arange(-window, SEGMENT - 1, device=device)  # input rows, relative to the segment
-    for rows, ids in _batches(base, documents, length, seed):
+    device, out = base.model.device, {str(window): {} for window in windows}
+    for rows, ids in _batches(base, documents, length, seed) if windows else ():
         loss = nll(base, ids)
         rng = np.random.default_rng([seed, *rows])
         # From the second half, so that much is cut whatever the window.
         starts = rng.integers(length // 2, length - SEGMENT + 1, size=(len(rows), SEGMENTS_PER_DOCUMENT))
         starts = torch.from_numpy(starts).to(device)  # [B, N]
-        kept = starts[..., None] + tail  # [B, N, W + S - 1]
-        sink = torch.arange(BLOCK, device=device).expand(*kept.shape[:2], -1)
-        positions = torch.cat([sink, kept], dim=2)
         targets = starts[..., None] + torch.arange(SEGMENT, device=device)
         full = loss.gather(1, targets.flatten(1) - 1).view_as(targets)
-        inputs, wanted = _take(ids, positions).flatten(0, 1), _take(ids, targets).flatten(0, 1)
-        costs, size = [], max(1, TOKENS_PER_PASS // positions.shape[2])
-        for part in range(0, len(inputs), size):
-            some = slice(part, part + size)
-            hidden = base(base.embed(inputs[some]), positions.flatten(0, 1)[some], CAUSAL)
-            costs.append(_scored(base, hidden[:, -SEGMENT:], wanted[some]))
-        _put(out, rows, torch.cat(costs).view_as(full).sub(full).mean((1, 2)))
+        for window in windows:
+            _put(out[str(window)], rows, (_cut(base, ids, starts, window) - full).mean((1, 2)))
     return out
+
+
+def _cut(base: BaseLM, ids: Tensor, starts: Tensor, window: int) -> Tensor:
+    """NLL of the segments at starts [B, N] behind the sink block and ``window`` tokens, [B, N, S]."""
+    tail = torch.arange(-window, SEGMENT - 1, device=ids.device)  # input rows, relative to the segment
+    kept = starts[..., None] + tail  # [B, N, W + S - 1]
+    sink = torch.arange(BLOCK, device=ids.device).expand(*kept.shape[:2], -1)
+    positions = torch.cat([sink, kept], dim=2)
+    targets = starts[..., None] + torch.arange(SEGMENT, device=ids.device)
+    inputs, wanted = _take(ids, positions).flatten(0, 1), _take(ids, targets).flatten(0, 1)
+    costs, size = [], max(1, TOKENS_PER_PASS // positions.shape[2])
+    for part in range(0, len(inputs), size):
+        some = slice(part, part + size)
+        hidden = base(base.embed(inputs[some]), positions.flatten(0, 1)[some], CAUSAL)
+        costs.append(_scored(base, hidden[:, -SEGMENT:], wanted[some]))
+    return torch.cat(costs).view_as(targets)
 
 
 def nll(base: BaseLM, ids: Tensor) -> Tensor:

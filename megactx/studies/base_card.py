@@ -23,9 +23,10 @@ from megactx.data.spans_module import in_turn
 from megactx.data.tokenizer import bos_id
 from megactx.evaluation.bootstrap import mean_interval
 from megactx.evaluation.capacity import capacity
-from megactx.evaluation.context_use import context_use
+from megactx.evaluation.context_use import each_use
 from megactx.evaluation.model_card import card_sheets
 from megactx.evaluation.table import OVERALL, Report, Sheet, Table, cell
+from megactx.framework.bar import bar
 from megactx.parts.models import load_models
 
 from .study import Options, command, usable
@@ -88,9 +89,9 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
     about = {"model": args.model, "text": args.path, "length": args.length, "documents": len(documents)}
     if not documents:
         raise ValueError(f"--length={args.length}: no text has so many tokens; give longer ones or lower it")
-    table = context_use(base, documents, args.length)
-    sheets = card_sheets(table)
-    yield stem, Report(f"Base card of {args.model}", table, sheets, LEGEND, [], about)
+    for table in bar("measures")(each_use(base, documents, args.length)):
+        sheets = card_sheets(table)
+        yield stem, Report(f"Base card of {args.model}", table, sheets, LEGEND, [], about)
     if args.passages:
         size = min(LONGEST, args.length // 2)
         middle = slice(args.length // 2, args.length // 2 + size)

@@ -149,19 +149,22 @@ def test_drop_cost_equals_a_fresh_pass_without_the_block(base, documents):
 
 
 def test_cut_cost_equals_a_fresh_pass_over_sink_and_window(base, documents, monkeypatch):
-    length, keep, seed = 400, 64, 2
+    length, windows, seed = 400, (64, 32), 2
     monkeypatch.setattr(module, "TOKENS_PER_PASS", 1000)
-    got = cut_cost(base, documents[:2], keep, length, seed)
+    got = cut_cost(base, documents[:2], windows, length, seed)
+    assert list(got) == ["64", "32"] and cut_cost(base, documents[:2], (), length, seed) == {}
     segment = module.SEGMENT
     rng = np.random.default_rng([seed, 0, 1])
     starts = rng.integers(length // 2, length - segment + 1, size=(2, module.SEGMENTS_PER_DOCUMENT))
     for row in range(2):
         ids = window(documents[row], length, seed, row)
-        full, costs = plain_nll(base, ids), []
-        for p in starts[row]:
-            kept = np.r_[0 : module.BLOCK, p - keep : p + segment]
-            costs.append((plain_nll(base, ids[kept], kept)[-segment:] - full[p - 1 : p + segment - 1]).mean())
-        assert got[row] == pytest.approx(torch.stack(costs).mean().item(), abs=1e-4)
+        full = plain_nll(base, ids)
+        for keep in windows:
+            costs = []
+            for p in starts[row]:
+                kept = np.r_[0 : module.BLOCK, p - keep : p + segment]
+                costs.append((plain_nll(base, ids[kept], kept)[-segment:] - full[p - 1 : p + segment - 1]).mean())
+            assert got[str(keep)][row] == pytest.approx(torch.stack(costs).mean().item(), abs=1e-4)
 
 
 def test_batch_size_changes_nothing_in_the_losses(base, documents, monkeypatch):

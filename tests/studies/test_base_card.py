@@ -23,6 +23,18 @@ def test_a_card_holds_the_four_measures_and_what_a_vector_holds(base_folder, tex
     assert {"loss_by_position", "drop_cost", "capacity", "capacity_block"} <= metrics
 
 
+def test_each_measure_is_in_the_tables_before_the_next_one_begins(base_folder, texts, tmp_path, monkeypatch):
+    sizes = ["--length", "256", "--documents", "2", "--passages", "0"]
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megactx.evaluation.context_use.drop_cost", stopped)
+    main([str(base_folder), "--path", str(texts), *sizes, "--out", str(tmp_path)])
+    table = json.loads((tmp_path / "base_card.json").read_text())["table"]
+    assert {row["metric"] for row in table} == {"length", "loss_by_position"}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
