@@ -39,29 +39,41 @@ class Drafter:
         """A token is part of the history now."""
 
 
-class Lookup(Drafter):
-    """Every run of ``MATCH`` tokens and fewer is known by the newest place behind it, so a draft costs no search."""
+class Runs:
+    """Tokens of which every run of ``MATCH`` and fewer is known by the newest place behind it: no draft is a search."""
 
-    def __init__(self, stream):
-        super().__init__(stream)
-        self.tokens = _where_read(lambda: stream.newest(min(LOOKED, int(stream.lengths[0])))[0].tolist())
-        self.behind: dict[tuple[int, ...], int] = {}
-        for place in range(1, len(self.tokens)):
-            self._note(place)
+    def __init__(self, tokens: list[int]):
+        self.tokens: list[int] = []
+        self.place: dict[tuple[int, ...], int] = {}
+        for token in tokens:
+            self.add(token)
 
-    def draft(self) -> list[int]:
-        for length in range(min(MATCH, len(self.tokens)), 0, -1):
-            if (place := self.behind.get(tuple(self.tokens[-length:]))) is not None:
+    def add(self, token: int) -> None:
+        place = len(self.tokens)
+        for length in range(1, min(MATCH, place) + 1):
+            self.place[tuple(self.tokens[place - length : place])] = place
+        self.tokens.append(token)
+
+    def behind(self, end: list[int]) -> list[int]:
+        """Tokens behind the newest place where the longest end of these stood, ``MATCH`` of them at most."""
+        for length in range(min(MATCH, len(end)), 0, -1):
+            if place := self.place.get(tuple(end[-length:])):
                 return self.tokens[place : place + LONGEST]
         return []
 
-    def took(self, token: int) -> None:
-        self._note(len(self.tokens))
-        self.tokens.append(token)
 
-    def _note(self, place: int) -> None:
-        for length in range(1, min(MATCH, place) + 1):
-            self.behind[tuple(self.tokens[place - length : place])] = place
+class Lookup(Drafter):
+    """Looks for the newest tokens in those before them."""
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.runs = Runs(_where_read(lambda: stream.newest(min(LOOKED, int(stream.lengths[0])))[0].tolist()))
+
+    def draft(self) -> list[int]:
+        return self.runs.behind(self.runs.tokens[-MATCH:])
+
+    def took(self, token: int) -> None:
+        self.runs.add(token)
 
 
 class Gists(Drafter):
@@ -76,7 +88,7 @@ class Gists(Drafter):
         super().__init__(stream)
         self.readout = readout
         self.end = -1  # token at which the block that is drafted begins
-        self.found: list[int] = []  # that block, and the tokens before it
+        self.found = Runs([])  # that block, and the tokens before it
 
     def draft(self) -> list[int]:
         stream, block = self.stream, self.stream.block
@@ -85,8 +97,8 @@ class Gists(Drafter):
         end = length // block * block if self.readout else count * block
         if end != self.end and (self.readout is None or end == length):
             among = range(max(0, count - NEWEST), count)
-            self.end, self.found = end, _where_read(lambda: self._look(among))
-        return behind_match(stream.newest(MATCH)[0].tolist(), self.found)
+            self.end, self.found = end, Runs(_where_read(lambda: self._look(among)))
+        return self.found.behind(stream.newest(MATCH)[0].tolist())
 
     def _look(self, among: range) -> list[int]:
         tree, block = self.stream.tree, self.stream.block
@@ -111,16 +123,6 @@ def _where_read(read: Callable[[], list[int]]) -> list[int]:
         return read()
     except (ValueError, RunFailed):
         return []
-
-
-def behind_match(tokens: list[int], where: list[int]) -> list[int]:
-    """What stands in ``where`` behind the newest place of the longest end of ``tokens``, ``MATCH`` tokens at most."""
-    for length in range(min(MATCH, len(tokens)), 0, -1):
-        end = tokens[-length:]
-        for at in range(len(where) - length - 1, -1, -1):
-            if where[at : at + length] == end:
-                return where[at + length : at + length + LONGEST]
-    return []
 
 
 def drafter_of(stream) -> Drafter:

@@ -10,7 +10,7 @@ import torch
 from megactx.memory.prediction import Readout
 from megactx.runtime import Controller, Sampling, Session, Settings
 from megactx.runtime.controller import decode
-from megactx.runtime.drafts import MATCH, Lookup, behind_match, drafter_of
+from megactx.runtime.drafts import MATCH, Lookup, Runs, drafter_of
 
 K = 4
 READING = [
@@ -253,9 +253,9 @@ def test_gists_find_a_block_that_comes_back(controller, ids):
 
 
 def test_the_newest_place_of_the_longest_end_is_what_is_looked_up():
-    assert behind_match([7, 1, 2], [1, 2, 3, 9, 7, 1, 2, 4, 1, 2, 5]) == [4, 1, 2, 5]
-    assert behind_match([8, 1, 2], [1, 2, 3, 9, 1, 2, 4]) == [4]
-    assert behind_match([8], [1, 2, 8]) == [] and behind_match([], [1]) == []
+    assert Runs([1, 2, 3, 9, 7, 1, 2, 4, 1, 2, 5]).behind([7, 1, 2]) == [4, 1, 2, 5]
+    assert Runs([1, 2, 3, 9, 1, 2, 4]).behind([8, 1, 2]) == [4]
+    assert Runs([1, 2, 8]).behind([8]) == [] and Runs([1]).behind([]) == []
 
 
 def test_lookup_knows_every_run_by_its_newest_place(controller):
