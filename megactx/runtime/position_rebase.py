@@ -50,17 +50,15 @@ class PositionRebase:
         )
         return positions, ends.minimum(largest.to(ends.device))
 
-    def close(self, shown: Selection, asked: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for entries with gaps: they follow on each other in a row that goes past the limit, and in one of
-        which a user asks. A base LM that is trained on thousands of positions may still find less the farther it is.
-
-        Args:
-            asked: bool [B].
+    def close(self, shown: Selection) -> tuple[Tensor, Tensor]:
+        """The same for entries with gaps: but for absolute positions they follow on each other, however short the
+        history is. A base LM that takes thousands of positions finds less the farther it is, and copies nothing from
+        where it stood some thousand tokens ago.
         """
-        ends = shown.ends()
-        near = ((ends + self.step > self.limit) | asked) & (self.kind != "absolute")
-        column = torch.arange(shown.lod.shape[1], device=ends.device)
-        return torch.where(near[:, None], column, shown.positions()), torch.where(near, shown.lengths, ends)
+        if self.kind == "absolute":
+            return shown.positions(), shown.ends()
+        column = torch.arange(shown.lod.shape[1], device=shown.lod.device)
+        return column.expand_as(shown.lod), shown.lengths
 
     def bends(self, shown: WorkingContext) -> tuple[list[Bend | None], Tensor]:
         """Where no edit may move a position -> of each row, ``None``: absolute; and the first behind it, [B]."""

@@ -461,7 +461,7 @@ class Stream(ShownParts):
             questions = self.questions()
             self.shown, self.earned = self.focus.shown(self.context, questions)
             self._note_found()
-            self._read_window(self.shown, questions)
+            self._read_window(self.shown)
         else:
             self.prefill.forget()
         if (count := int(self.counts.max())) > 0:  # of a session that was resumed
@@ -472,16 +472,14 @@ class Stream(ShownParts):
         self.hidden = self.prefill.hidden
         self._hear(self.hidden[:, None], self.lengths - 1)
 
-    def _read_window(self, shown: WorkingContext, questions: Questions | None) -> None:
+    def _read_window(self, shown: WorkingContext) -> None:
         try:
             if isinstance(self.prefill, NodePrefill):
                 bends, self._following = self.rebase.bends(shown)
                 self.prefill.read(shown, bends)
             else:
                 if isinstance(shown, Selection):
-                    nobody = torch.zeros(self.rows, dtype=torch.bool, device=self.device)
-                    asked = nobody if questions is None else questions.asked
-                    positions, self._following = self.rebase.close(shown, asked)
+                    positions, self._following = self.rebase.close(shown)
                 else:
                     positions, self._following = self.rebase.place(shown)
                 entries, spread = shown.to_tensor(), self.models.gistnet.spread(shown.lods())

@@ -26,8 +26,8 @@ SMALL = dict(budget=BUDGET, allocator={"protected": 8})
 @torch.no_grad()
 def test_without_an_estimate_a_session_costs_exactly_what_the_newest_tokens_cost(models, ids):
     blind = Models(models.base, models.gistnet, None, "blind")
-    for positions in ("rebased", "absolute"):
-        history, scored = ids(700 if positions == "rebased" else 300), ids(32, seed=1)
+    for positions, length in (("rebased", 300), ("rebased", 700), ("absolute", 300)):  # 700: past the limit
+        history, scored = ids(length), ids(32, seed=1)
         stream = Controller(blind, Settings(BUDGET, "recency", positions, LIMIT, {"protected": 8}, True)).stream()
         stream.append(history[None])
         found = stream.append(scored[None], score=True)[0]
@@ -51,7 +51,7 @@ def test_what_is_read_stays_within_the_budget_and_the_base_and_the_map_keeps_all
     assert any(int(event.earned.max()) > 0 for event in events)
     questions = stream.questions()
     shown, _ = stream.focus.shown(stream.context, questions)
-    places, behind = stream.rebase.close(shown, questions.asked)
+    places, behind = stream.rebase.close(shown)
     assert (places[:, 1:] > places[:, :-1]).all() and (behind + K <= LIMIT).all()
 
 
@@ -278,12 +278,17 @@ def test_few_of_the_newest_tokens_are_read_beside_what_a_user_asks_for_while_the
 
 @torch.no_grad()
 @pytest.mark.parametrize("positions", ["rebased", "absolute"])
-def test_a_question_is_answered_from_tokens_that_are_read_as_one_text(keyed, ids, positions, monkeypatch):
-    """What is found stands right before the newest tokens, however far back it was told, but for absolute positions."""
+def test_tokens_with_gaps_are_read_as_one_text(keyed, ids, positions, monkeypatch):
+    """What is found stands right before the newest tokens, however far back it was, but for absolute positions."""
     monkeypatch.setattr("megactx.data.user_turns.UserTurns.of", lambda tokenizer: UserTurns((1, 2), (3, 4)))
     settings = Settings(**(SMALL | {"budget": 200}), megacontext="recency", earn=True, keys=6, positions=positions)
     stream = Controller(keyed, settings).stream()
     history, base = ids(300), keyed.base
+
+    def read(text, place):
+        place = torch.arange(len(text)) if positions == "rebased" else place
+        return base.logits(base(base.embed(text)[None], place[None], CAUSAL)[:, -1]).float()
+
     stream.append(history[None])
     nobody = stream.logits(), stream.shown
     stream.append(torch.cat([torch.tensor([1, 2]), history[40 : 40 + K], torch.tensor([3, 4])])[None])
@@ -294,13 +299,11 @@ def test_a_question_is_answered_from_tokens_that_are_read_as_one_text(keyed, ids
         waits = stream.newest(int(stream.lengths))[0, int(stream.tree.lengths) :]
         text = torch.cat([stream.tree.tokens[0][kept].long(), waits])
         place = torch.cat([kept, kept.max() + 1 + torch.arange(len(waits))])
-        place = torch.arange(len(text)) if positions == "rebased" else place
-        expected = base.logits(base(base.embed(text)[None], place[None], CAUSAL)[:, -1])
-        torch.testing.assert_close(told[0], expected.float(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(told[0], read(text, place), atol=1e-4, rtol=1e-4)
         stream.push(torch.tensor([token]))
-    kept = nobody[1].index[0]  # of text that goes on each token stays where it is
-    expected = base.logits(base(base.embed(history[kept])[None], kept[None], CAUSAL)[:, -1])
-    torch.testing.assert_close(nobody[0], expected.float(), atol=1e-4, rtol=1e-4)
+    kept = nobody[1].index[0]  # of text that goes on, too
+    assert int(kept[-1]) == 299 > len(kept)
+    torch.testing.assert_close(nobody[0], read(history[kept], kept), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("newest", [None, 64])
