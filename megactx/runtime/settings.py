@@ -26,8 +26,8 @@ class Settings:
         budget: entries of a working context, W_max.
         megacontext: ``focus`` (LensNet decides where detail is), ``recency`` (the newest text has it) or ``none`` (the
             plain base LM, no working context at all).
-        positions: ``rebased`` keeps them below ``limit`` however long the history is, and leaves no gaps between entries
-            that ``earn`` has chosen; ``absolute`` lets them grow.
+        positions: ``rebased`` keeps them below ``limit`` however long the history is, without gaps between entries that
+            ``earn`` has chosen; ``absolute`` lets them grow.
         limit: positions that the base was trained on; ``None``: what its config says.
         allocator: keyword arguments of ``FocusAllocator``.
         earn: read the sink and the newest tokens, and of what is older only what stands where the end of the text stood
