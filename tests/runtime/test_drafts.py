@@ -20,7 +20,7 @@ READING = [
     {"attention": "mega", "segment": 8, "mid": 16, "live": 8},
     {"attention": "mega", "segment": 8, "mid": 16, "live": 8, "overlap": 4},
 ]
-DRAWN = Sampling(temperature=0.8, top_k=20, repetition_penalty=1.2)
+DRAWN = Sampling(temperature=0.8, top_k=20, repetition_penalty=0.6)
 
 
 class Passes:
@@ -76,8 +76,10 @@ def without(controller, ids):
 @pytest.mark.parametrize("kind", ["lookup", "nearest", "foretold"])
 def test_a_session_with_drafts_says_what_it_says_without(controller, ids, without, reading, sampling, kind):
     expected, plain = without(reading, sampling)
-    drafted = begun(controller, ids, kind, length=86, **READING[reading])
+    drafted, events = begun(controller, ids, kind, length=86, **READING[reading]), []
+    drafted.observers.append(events.append)
     assert said(drafted, 14 * K, sampling) == expected
+    assert sum(map(sum, [drafted.drafts, *(event.drafts for event in events)])), "there were drafts"
     torch.testing.assert_close(drafted.logits(), plain.logits(), atol=1e-4, rtol=0)
     assert torch.equal(drafted.lengths, plain.lengths) and drafted.refocuses == plain.refocuses
 
