@@ -1,5 +1,5 @@
 """What a session asks of its past where windows are earned: what the user said last, by the keys of blocks; of text
-that goes on, where its end stood before.
+that goes on, where its end and its rare tokens stood before.
 
 B rows, Q tokens of a question.
 """
@@ -25,6 +25,7 @@ class Asking:
     def __init__(self, tree: MegaContextTree, settings: Settings, tokenizer):
         self.tree, self.newest = tree, settings.newest
         self.turns, self.repeats = UserTurns.of(tokenizer), Repeats(tree)
+        self.anyway = settings.budget - tree.block_size  # newest tokens that are read where nothing is found
 
     def questions(self, first: int) -> Questions:
         """What keys are asked, see ``focus.keys.questions_of``; where what nobody asked stood before; how many of the
@@ -43,10 +44,12 @@ class Asking:
         ids, mask = padded([ids for several in own for ids in several])
         which = torch.tensor([row for row, several in enumerate(own) for _ in several], dtype=torch.long)
         asked = [count is not None for count in behind]
-        repeated = [
-            [] if told else [first + block for block in self.repeats.blocks(row)] for row, told in enumerate(asked)
-        ]
+        repeated = [[] if told else [first + block for block in self._before(row)] for row, told in enumerate(asked)]
         few = self.newest
         beside = [None if few is None or count is None else few + count for count in behind]
         tensors = (part.to(tree.device) for part in (ids, mask, which, torch.tensor(asked)))
         return Questions(*tensors, repeated, beside)
+
+    def _before(self, row: int) -> list[int]:
+        """Blocks where the end of a row's text, or what is rare in it, stood before."""
+        return [*dict.fromkeys(self.repeats.blocks(row) + self.repeats.sharing(row, self.anyway))]

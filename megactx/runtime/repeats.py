@@ -1,5 +1,5 @@
 """Where the end of a text stood before: what came then may come again, so a window shows it (as in infini-gram, Liu et
-al. 2024, and prompt lookup, Saxena 2023).
+al. 2024, and prompt lookup, Saxena 2023). And where its rare tokens stood, see ``rare_tokens``.
 
     ... [ The port of Alder is 4821. ] ...  far back  ... The port of Alder is |
                               ^ the newest place of the longest end
@@ -16,14 +16,16 @@ from torch import Tensor
 from megactx.framework.errors import RunFailed
 from megactx.memory import MegaContextTree
 
+from . import rare_tokens
+from .rare_tokens import NOTHING
+
 LEAST, LONGEST = 4, 32  # tokens of an end that stood before: fewer say nothing, more need not be counted
 LOOKED = 2**20  # newest tokens of a text in which it is looked for
 PIECE = 2**14  # of these that are searched at a time, the newest first
-NOTHING = -1  # in place of a token that was taken away, or cannot be read
 
 
 class Repeats:
-    """Of each row of a tree the blocks where its end stood before.
+    """Of each row of a tree the blocks where its end, and where its rare tokens stood before.
 
     Tokens are kept, 4 bytes each, for the tree may have them on a disk.
     """
@@ -42,6 +44,17 @@ class Repeats:
         block, within = divmod(end - len(text) + place, self.tree.block_size)
         other = block + 1 if 2 * within >= self.tree.block_size else block - 1
         return [at for at in (block, other) if 0 <= at < int(self.tree.counts(1)[row])]
+
+    def sharing(self, row: int, newest: int) -> list[int]:
+        """Blocks before that many newest tokens that share rare ones with the end, each with those beside it."""
+        text, end = self._text(row)
+        k = self.tree.block_size
+        first = max(1, -((len(text) - end) // k))  # whole blocks that are known; block 0 is read anyway
+        stop = max(first, min((end - newest) // k, int(self.tree.counts(1)[row])))
+        blocks = text[first * k - end + len(text) :][: (stop - first) * k].view(stop - first, k)
+        near = [first + at for at in rare_tokens.places(blocks, text[-rare_tokens.ASKS :])]
+        beside = dict.fromkeys(block for at in near for block in (at, at + 1, at - 1))
+        return [block for block in beside if 0 < block < int(self.tree.counts(1)[row])]
 
     def _text(self, row: int) -> tuple[Tensor, int]:
         """Newest tokens of the tree, and where they end."""

@@ -14,6 +14,12 @@ K, BUDGET = 4, 96
 SMALL = dict(budget=BUDGET, limit=256, allocator={"protected": 8}, megacontext="recency", earn=True)
 
 
+@pytest.fixture(autouse=True)
+def nothing_rare(monkeypatch):
+    """Tests of rare tokens are elsewhere."""
+    monkeypatch.setattr("megactx.runtime.rare_tokens.LEAST", ())
+
+
 def slowly(text):
     """The longest end, and the newest place behind it, token by token."""
     best = (0, 0)
