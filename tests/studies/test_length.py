@@ -127,20 +127,23 @@ def test_a_planted_fact_stands_at_the_same_share_of_every_history_and_is_asked_f
             assert changed <= sum(len(part) for _, part in case["told"]) + case["cue"]
 
 
-def test_sessions_read_the_old_block_whose_words_come_again(models, ids):
+def test_sessions_read_the_old_block_whose_words_come_again(models, ids, monkeypatch):
     keys = KeyNet(models.base.model.get_input_embeddings().weight, 32).eval().requires_grad_(False)
     with torch.no_grad():
         keys.null.fill_(12.0)  # of 15: only what is nearly the same stands out
     keyed, history, scored = replace(models, keys=keys, lensnet=None), ids(1200), ids(SCORED, seed=1)
     once, twice = history.clone(), history.clone()
     once[-K:], twice[-2 * K :] = history[400 : 400 + K], history[400 : 400 + K].repeat(2)
-    # What stands twice at the end has come again right there; keys are asked for all of it.
-    for text, kind, found in (
-        (once, RECENCY, False),
-        (once, EARNED, True),
-        (twice, EARNED, False),
-        (twice, KEYS, True),
+    # What stands twice at the end has come again right there; keys are asked for all of it, and rare tokens are few.
+    for text, kind, rare, found in (
+        (once, RECENCY, False, False),
+        (once, EARNED, False, True),
+        (twice, EARNED, False, False),
+        (twice, KEYS, False, True),
+        (twice, RECENCY, True, False),
+        (twice, EARNED, True, True),
     ):
+        monkeypatch.setattr("megactx.runtime.rare_tokens.LEAST", (3.0, 6.0) if rare else ())
         own = session(keyed, tree_of(keyed, text, None), scored, kind, BUDGET, "rebased", LIMIT, 0, 3 * K)
         assert in_detail(own.context, [400 // K]) == found and int(own.context.counts[0]) <= BUDGET
     assert tree_of(replace(keyed, keys=None), history, None).keys is None  # who has no use for them does not make them
