@@ -22,7 +22,7 @@ def identity(base: BaseLM, nets: dict[str, torch.nn.Module], **settings) -> dict
 def kept(folder: Path, of: dict, batches: Iterable[dict], measured: Callable[[list[dict]], BlockScores]) -> BlockScores:
     """Scores of batches: read where they are, measured and written where they are not.
 
-    A file is named by all that its scores depend on, so other settings, nets or texts never meet in one.
+    A file is named by all that its scores depend on but the code, so other settings, nets or texts never meet in one.
 
     Args:
         folder: of the files; made if need be. Its name is that of the progress bar.

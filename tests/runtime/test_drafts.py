@@ -20,6 +20,7 @@ READING = [
     {"attention": "mega", "segment": 8, "mid": 16, "live": 8},
     {"attention": "mega", "segment": 8, "mid": 16, "live": 8, "overlap": 4},
 ]
+# A penalty below 1: what was said is said again, so that kinds that look for it find a draft.
 DRAWN = Sampling(temperature=0.8, top_k=20, repetition_penalty=0.6)
 
 
