@@ -13,6 +13,9 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from megactx.framework.command_line import Ended
+from megactx.framework.errors import DONE
+
 from .command_line import HOST
 
 PORTS = range(0, 2**16)
@@ -48,7 +51,7 @@ class Server:
         return f"http://{f'[{name}]' if ':' in name else name}:{self.port}"
 
     def run(self, app, ending: Callable[[], None] = lambda: None, connections: int = CONNECTIONS) -> None:
-        """Answer until Ctrl-C, which is raised as KeyboardInterrupt behind the last answer.
+        """Answer until Ctrl-C or SIGTERM, raised as KeyboardInterrupt or ``Ended`` behind the last answer.
 
         Args:
             ending: called when the end begins, to end answers that would go on for ever.
@@ -95,8 +98,10 @@ class Server:
     def __enter__(self) -> "Server":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error, trace) -> None:
         self.close()
+        if isinstance(error, Ended):  # a server that was told to end has done all that it is there for
+            raise SystemExit(DONE)
 
 
 class _InTime(H11Protocol):

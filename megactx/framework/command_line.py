@@ -1,11 +1,27 @@
-"""How every command ends: 0 done, 2 a mistake, 3 failed on its own, 130 interrupted; one message, no traceback."""
+"""How every command ends: 0 done, 2 a mistake, 3 failed on its own, 130 interrupted; one message, no traceback.
+
+A system that ends a command (SIGTERM), or a terminal that is closed (SIGHUP), is obeyed at once, as Ctrl-C is: what is
+to be saved is saved. Such a command ends with 128 and the signal's number, as shells count, a server with 0.
+"""
 
 import argparse
+import contextlib
 import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 from .errors import DONE, INTERRUPTED, verdict
+
+ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # not all systems have both
+
+
+class Ended(SystemExit):
+    """By a signal."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
 
 
 def run(command: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser, arguments) -> int:
@@ -15,7 +31,8 @@ def run(command: Callable[[argparse.Namespace], int | None], parser: argparse.Ar
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
-        return command(args) or DONE
+        with _ended_in_order():
+            return command(args) or DONE
     except KeyboardInterrupt:
         print("\nmegactx: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -26,6 +43,24 @@ def run(command: Callable[[argparse.Namespace], int | None], parser: argparse.Ar
         code, message = verdict(error)
         print(f"megactx: {_by_option(message, parser)}", file=sys.stderr)
         return code
+
+
+@contextlib.contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """A signal that would end the process raises ``Ended``; one that somebody handles, or ignores, stays as it is."""
+    here = threading.current_thread() is threading.main_thread()
+    own = [number for number in ENDS if here and signal.getsignal(number) is signal.SIG_DFL]
+    for number in own:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in own:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end(number: int, frame) -> None:
+    raise Ended(number)
 
 
 def _by_option(message: str, parser: argparse.ArgumentParser) -> str:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,48 @@ def test_mistakes_at_the_prompt_do_not_end_a_talk(own, typed, capsys):
     out = capsys.readouterr().out
     for part in ("not UTF-8", "no such command", "name a folder", "there is no session", "a number of tokens"):
         assert part in out, part
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_who_ends_a_talk_or_closes_its_terminal_finds_it_saved(name, own, typed, tmp_path, monkeypatch):
+    number, calls, generated = getattr(signal, name), [], Session.generate
+
+    def ended(self, *arguments):
+        for count, piece in enumerate(generated(self, *arguments)):
+            calls.append(piece)
+            if count == 3:
+                signal.raise_signal(number)
+            yield piece
+
+    typed("one\ntwo\n")
+    monkeypatch.setattr(Session, "generate", ended)
+    with pytest.raises(SystemExit) as end:
+        chat.main(["--tokens", "6", "--session", str(tmp_path / "talk"), *own])
+    assert end.value.code == 128 + number and len(calls) == 4
+    assert signal.getsignal(number) is signal.SIG_DFL  # as it was
+    with Session.load(tmp_path / "talk", Controller(load_models(own[1], "cpu"), Settings(budget=400))) as session:
+        assert "User: one" in session.text() and "two" not in session.text()
+
+
+def test_a_signal_that_the_caller_ignores_or_handles_ends_nothing(own, typed, monkeypatch, capsys):
+    heard, before = [], {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    line = chat._line
+
+    def signalled():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)
+        return line()
+
+    typed("one\n")
+    monkeypatch.setattr(chat, "_line", signalled)
+    try:
+        assert chat.main(["--tokens", "2", *own]) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert len(heard) == 2 and capsys.readouterr().out.strip()
 
 
 def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_talk_which_is_saved(own, typed, tmp_path, monkeypatch, capsys):

@@ -161,7 +161,8 @@ def test_the_page_is_package_data_and_loads_nothing_from_elsewhere():
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_the_session_and_ends_with_130(exported, tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_ctrl_c_and_sigterm_save_the_session(number, code, exported, tmp_path):
     arguments = ["--model", str(exported), "--budget", "400", "--port", "0", "--session", str(tmp_path / "kept")]
     running = subprocess.Popen(
         [sys.executable, "-m", "megactx.apps.view", TEXT, "--tokens", "20", *arguments],
@@ -183,9 +184,9 @@ def test_ctrl_c_saves_the_session_and_ends_with_130(exported, tmp_path):
     answer = connection.getresponse()
     while "idle" not in (found := answer.readline().decode()) or '"out"' not in found:
         pass
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     _, errors = running.communicate(timeout=60)
-    assert running.returncode == 130 and "Traceback" not in errors and status == 200
+    assert running.returncode == code and "Traceback" not in errors and status == 200
     assert json.loads((tmp_path / "kept" / "session.json").read_text())["tokens"] > 200
 
 

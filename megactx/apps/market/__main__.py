@@ -19,7 +19,6 @@ docs/market.md tells the rest.
 import argparse
 import os
 import re
-import signal
 import sys
 import tempfile
 from contextlib import closing
@@ -57,7 +56,6 @@ def serve(args: argparse.Namespace) -> None:
     secret = secret_of(_path(args.billing_secret)) if args.billing_secret else None
     store = Store(_path(args.data), args.database)
     metrics = Metrics(store)
-    signal.signal(signal.SIGTERM, _ends)
     with Server(args.port, args.host) as server:
         watched = metrics.serve(args.metrics) if args.metrics is not None else None
         sender = Sender(store, args.billing, secret).start() if secret else None
@@ -80,7 +78,6 @@ def receiver(args: argparse.Namespace) -> None:
     from ..serving import Server
     from .billing import Receiver, secret_of
 
-    signal.signal(signal.SIGTERM, _ends)
     with Server(args.port) as server:
         found = Receiver(args.at.rstrip("/"), secret_of(_path(args.billing_secret)), _path(args.file))
         print(f"{server.address}   (Ctrl-C ends)", flush=True)
@@ -267,10 +264,6 @@ def _name(name: str) -> str:
 
 def _path(text: str) -> Path:
     return Path(text).expanduser()
-
-
-def _ends(*_) -> None:
-    raise SystemExit(0)
 
 
 def _with_packages(command):

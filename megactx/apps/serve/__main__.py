@@ -10,7 +10,6 @@ before the last word of each answer is sent. The server is bound to 127.0.0.1; d
 
 import argparse
 import ctypes
-import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -51,7 +50,6 @@ def serve(args: argparse.Namespace) -> None:
     if args.tokens > MOST:
         raise ValueError(f"--tokens={args.tokens} is not allowed: at most {MOST:,}")
     steady_memory()
-    signal.signal(signal.SIGTERM, _ends)  # behind the last answer, which uvicorn waits for
     with Server(args.port, args.host) as server:
         controller = controller_of(args, tree=True)
         observers = observers_of(args, controller)
@@ -83,10 +81,6 @@ def steady_memory() -> bool:
 def model_name(model: str | None) -> str:
     """What clients call it."""
     return Path(model).expanduser().resolve().name if model else "megactx"
-
-
-def _ends(*_) -> None:
-    raise SystemExit(0)
 
 
 def main(arguments: list[str] | None = None) -> int:

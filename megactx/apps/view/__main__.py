@@ -12,6 +12,7 @@ machine: ssh -L 8765:127.0.0.1:8765 HOST.
 import argparse
 import secrets
 import sys
+from contextlib import nullcontext
 
 from megactx.framework.command_line import run
 from megactx.framework.extra import extra
@@ -38,13 +39,11 @@ def view(args: argparse.Namespace) -> None:
     sampling, text = sampling_of(args), prompt_file_of(args)
     prompt = encodable(args.prompt) if text is None else text
     write = writer(args.export) if args.export else None
-    server = None
     if not write:
         with extra("view"):
             from ..serving import Server
             from .app import build
-        server = Server(args.port, args.host)
-    try:
+    with nullcontext() if write else Server(args.port, args.host) as server:
         controller = controller_of(args, tree=True)
         with talk_of(args, controller, observers_of(args, controller)) as session:
             player = Player(session, sampling).start()
@@ -62,9 +61,6 @@ def view(args: argparse.Namespace) -> None:
                 player.close()
                 if args.session:
                     session.save()
-    finally:
-        if server is not None:
-            server.close()
 
 
 def _export(player: Player, prompt: str, args: argparse.Namespace, write) -> None:
