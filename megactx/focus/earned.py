@@ -107,7 +107,10 @@ def earned(
     for row, (end, start, sets) in enumerate(zip(ends.tolist(), starts.tolist(), count.tolist(), strict=True)):
         old = [(0, block * k) for block in opened[row]]
         old += [(int(context.lod[row, at]), int(context.index[row, at])) for at in (column[row, :sets] if sets else [])]
-        pieces = [(index * k**level, (torch.full((k,), level), torch.arange(index, index + k))) for level, index in old]
+        sets = [(level, torch.arange(index, index + k)) for level, index in old]
+        # A block that was found may reach into the newest tokens.
+        sets = [(level, index if level else index[index < start]) for level, index in sets]
+        pieces = [(int(index[0]) * k**level, (torch.full_like(index, level), index)) for level, index in sets]
         pieces += [(index * k**level, (torch.tensor([level]), torch.tensor([index]))) for level, index in closed]
         pieces.append((sink, _tokens(sink, min(sink + k, end))))
         pieces.append((start, _tokens(start, end)))
@@ -156,11 +159,11 @@ def newest_from(context: WorkingContext, budget: int) -> Tensor:
 
 
 def few_from(context: WorkingContext, newest: list[int | None]) -> Tensor:
-    """Where so many newest tokens begin, with the rest of their block: addresses [B]; 0 where nobody said how many."""
-    ends, k = context.stops().cpu(), context.tree.block_size
+    """Where so many newest tokens begin: addresses [B]; 0 where nobody said how many."""
+    ends, first = context.stops().cpu(), context.tree.sink + context.tree.block_size
     few = torch.tensor([0 if count is None else count for count in newest])
     there = torch.tensor([count is not None for count in newest])
-    return torch.where(there, ((ends - few) // k * k).clamp(min=context.tree.sink + k), 0)
+    return torch.where(there, (ends - few).clamp(min=first), 0)
 
 
 def _closed(context: WorkingContext) -> list[tuple[int, int]]:

@@ -4,7 +4,8 @@
 
 Keys of 64 numbers find the right place among the first few of thousands, but not which of these it is. Where they read
 the states of a sentence encoder, that reads the few places again and its states are compared as they are. It reads
-pieces of three quarters of a block: in a whole one a fact stands beside other text, which says something else.
+pieces of three quarters of a block: in a whole one a fact stands beside other text, which says something else. Then a
+place is the blocks that the likest piece reaches, and no more.
 
 What is alike confuses a base LM: each place more has another number, name or date. So one is opened; and a second where
 it stands later and is nearly as like, for what is told again counts as it was told last.
@@ -21,6 +22,7 @@ from .earned import few_from, newest_from
 from .keys import Questions, beside, places, search
 
 LOOKS = 8  # places that keys find
+MARGIN = 8  # of a block: so much of it may belong to a fact that the likest piece has not whole
 NEARLY = 0.15  # of a cosine: what is told again, in other words, is by so much less like the question
 FINDS = 2  # places that are opened at most, and by those keys that read nothing again
 
@@ -31,7 +33,8 @@ def found_by_keys(
     """Of each row the blocks that a question finds, the best first.
 
     Of what a user asked ``FINDS`` places at most, and not all that there is room for. Of other text the most like
-    block, if it stands out. A fact often crosses a border, so each brings the blocks beside it.
+    block, if it stands out. A fact often crosses a border, so each brings the blocks beside it, or those that its
+    likest piece reaches.
 
     Args:
         most: blocks that may take the place of newest tokens.
@@ -44,26 +47,29 @@ def found_by_keys(
     before = torch.maximum(before, few_from(context, questions.newest))
     found = [_search(own, questions) for own in getattr(tree, "trees", [tree])]
     first = [base // tree.block_size for base in getattr(tree, "bases", [0])]  # block 0 of each tree
-    like, out = torch.cat(found, dim=1), []
+    likes, out = torch.cat(found, dim=1), []
     block = torch.cat([torch.arange(part.shape[1]) + at for part, at in zip(found, first, strict=True)])
     there = range(len(block) + 1)
     if isinstance(tree, Composite):  # what may not be opened is not found either
         level = torch.ones_like(block)
         closed = ~tree.openable(torch.zeros_like(block), level.to(tree.device), block.to(tree.device))
-        like, there = like.masked_fill(closed, -torch.inf), {*block[~closed.cpu()].tolist()}
-    for number, row in enumerate(like):
+        likes, there = likes.masked_fill(closed, -torch.inf), {*block[~closed.cpu()].tolist()}
+    for number, row in enumerate(likes):
         row = row.masked_fill(((block + 1) * k > before[number]).to(row.device), -torch.inf)
         order = row.argsort(descending=True, stable=True)
         if questions.asked[number]:
             best = order[row[order].isfinite()][: 3 * LOOKS]  # of which three may be beside each other
             likest = places(block[best.cpu()].tolist(), LOOKS)
-            if tree.keys.looks_again and likest:
-                around = torch.tensor(beside(likest))
-                around = around[torch.isin(around, block[row.isfinite().cpu()])].sort().values.tolist()
-                likest = told_last(second_look(tree, number, around, questions.of(number)))
         else:  # more than one costs text that goes on more than they give
             likest = block[order[:1][row[order[:1]] > tree.keys.null].cpu()].tolist()
-        out.append([at for at in beside(places(likest, FINDS)) if at in there])
+        if questions.asked[number] and tree.keys.looks_again and likest:
+            around = torch.tensor(beside(likest))
+            around = around[torch.isin(around, block[row.isfinite().cpu()])].sort().values.tolist()
+            like, starts = second_look(tree, number, around, questions.of(number))
+            opened = [at for place in told_last(like) for at in [place, *reached(starts[place], k)]]
+        else:
+            opened = beside(places(likest, FINDS))
+        out.append([at for at in dict.fromkeys(opened) if at in there])
     return out
 
 
@@ -77,9 +83,9 @@ def told_last(like: dict[int, float]) -> list[int]:
 
 def second_look(
     tree: MegaContextTree | Composite, row: int, blocks: list[int], asked: list[Tensor]
-) -> dict[int, float]:
+) -> tuple[dict[int, float], dict[int, int]]:
     """How like blocks are to the likest of some questions, by what the keys' own encoder says of pieces of which they
-    hold the middle.
+    hold the middle, and where the likest piece of each begins.
 
     Args:
         blocks: in their order; a piece lies in one of them, or in two that are beside each other.
@@ -93,10 +99,17 @@ def second_look(
     ids = tree.levels[0].read("token", torch.full_like(place, row), place).view(len(pieces), size)
     like = tree.keys.alike(ids, asked)
     best: dict[int, float] = {}
+    begins: dict[int, int] = {}
     for piece, value in zip(pieces, like.tolist(), strict=True):
-        block = piece[size // 2] // k
-        best[block] = max(value, best.get(block, value))
-    return best
+        if value > best.get(block := piece[size // 2] // k, -torch.inf):
+            best[block], begins[block] = value, piece[0]
+    return best, begins
+
+
+def reached(start: int, k: int) -> range:
+    """Blocks that a piece reaches, and a little around it."""
+    size, around = 3 * k // 4, k // MARGIN
+    return range(max(0, start - around) // k, (start + size - 1 + around) // k + 1)
 
 
 def _search(tree: MegaContextTree, questions: Questions) -> Tensor:

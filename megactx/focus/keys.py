@@ -45,7 +45,7 @@ LINE = 8  # tokens of a question, at least, that stands in a line of its own
 LOOK = 4 * QUESTION  # newest tokens among which a user's turn is looked for; behind it stands the answer so far
 
 
-def questions_of(newest: list[int], turns: UserTurns) -> tuple[list[list[int]], int | None]:
+def questions_of(newest: list[int], turns: UserTurns) -> tuple[list[list[int]], int | None, int | None]:
     """What a session asks its keys: what the user said last, where the chat template tells that among the newest
     ``LOOK`` tokens. Of more than ``QUESTION`` tokens it is the last line: a question stands behind the text that it is
     about; or the newest of them, where that line is longer or there is none. Where a template would tell and does not
@@ -56,13 +56,17 @@ def questions_of(newest: list[int], turns: UserTurns) -> tuple[list[list[int]], 
         newest: ids of a history, its newest; ``LOOK`` of them are looked at.
 
     Returns:
-        Also how many tokens stand behind what the user said; ``None``: nobody asked.
+        Also how many tokens stand behind what the user said, and how many from the question on, or from the beginning
+        of its turn where that is the whole question; ``None``: nobody asked.
     """
     newest = newest[-LOOK:]
     if (place := turns.place(newest)) is None:
-        return [] if turns.opening else [newest[-count:] for count in GOES_ON], None
-    said = newest[slice(*place)] or newest
-    return [said if len(said) <= QUESTION else turns.last_line(said[-QUESTION:], LINE)], len(newest) - place[1]
+        return [] if turns.opening else [newest[-count:] for count in GOES_ON], None, None
+    said, behind = newest[slice(*place)] or newest, len(newest) - place[1]
+    if len(said) <= QUESTION:
+        return [said], behind, len(newest) - max(0, place[0] - len(turns.opening))
+    question = turns.last_line(said[-QUESTION:], LINE)
+    return [question], behind, behind + len(question)
 
 
 def beside(blocks: list[int]) -> list[int]:

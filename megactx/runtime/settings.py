@@ -35,9 +35,9 @@ class Settings:
             the window, gists included.
         keys: blocks, at most, that what a user asks finds among all blocks of the history by their keys, and that are
             read besides, however coarse the window is there; with ``earn`` alone. 0: none.
-        newest: tokens up to the end of what a user asked, at most, that are read beside the blocks which that finds; 64
-            at least, as a question has. Of a longer turn the rest is found by keys, like all that is older. ``None``:
-            as many as have room. A small base LM answers better from few.
+        newest: tokens up to the end of what a user asked, at most, that are read beside the blocks which that finds; 0,
+            the question alone, or 64 at least, as a question has. Of a longer turn the rest is found by keys, like all
+            that is older. ``None``: as many as have room. A small base LM answers better from few.
         edit_every: blocks of new tokens between two refocuses by LensNet. Above 1 the edits of so many blocks are made
             at once, so that what stands behind them is read again once.
         graphs: read single new tokens at fixed shapes, on a card as one CUDA graph: a token is one launch. Off by
@@ -61,7 +61,7 @@ class Settings:
     allocator: dict = field(default_factory=dict)
     earn: bool = False
     keys: Whole = 0
-    newest: Count | None = None
+    newest: Whole | None = None
     edit_every: Count = 1
     graphs: bool = False
     drafts: Literal[DRAFTS] = "none"
@@ -77,8 +77,9 @@ class Settings:
             raise ValueError(f"keys={self.keys} is not allowed without earn=true, which reads what stands out")
         if self.newest is not None and not self.keys:
             raise ValueError(f"newest={self.newest} is not allowed without keys, which find what it stands beside")
-        if self.newest is not None and self.newest < QUESTION:
-            raise ValueError(f"newest={self.newest} is not allowed: at least {QUESTION}, as many as a question has")
+        if self.newest and self.newest < QUESTION:
+            told = f"0, the question alone, or at least {QUESTION}, as many as a question has"
+            raise ValueError(f"newest={self.newest} is not allowed: {told}")
         if self.drafts != "none":
             if self.graphs:
                 raise ValueError(f"graphs=true is not allowed with drafts={self.drafts}: it reads token by token")

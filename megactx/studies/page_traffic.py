@@ -134,9 +134,8 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         RunFailed: libcachesim is not installed.
     """
     controller, out = controller_of(args, tree=True), usable(Path(args.out))
-    ids = text_of(controller.models.base.tokenizer, args.path, args.tokens, args.seed)
     with Session.load(args.session, controller, observers_of(args, controller)) as session:
-        before = session.length
+        ids, before = text_of(controller.models.base.tokenizer, args.path, args.tokens, args.seed), session.length
         uses, sizes = recorded(session, ids)
     if not uses:
         raise ValueError(f"--tokens={args.tokens}: the session did not use its tree yet; let it read more")

@@ -67,7 +67,8 @@ def options(given: Options) -> None:
         "--newest",
         type=int,
         metavar="TOKENS",
-        help="that a session reads beside what it finds, and bm25_few and dense_few (default: all, and 128)",
+        help="that a session reads beside what it finds, the question among them, and that bm25_few, dense_few and"
+        " needed_few read beside the question; 0: the question alone (default: all, and 128)",
     )
     given.add("--against", help="of the policies, the one with which each other is compared case by case")
     policies = "of " + ", ".join(names(rivals))
@@ -261,9 +262,9 @@ def study(args: argparse.Namespace) -> Iterator[tuple[Path, Report]]:
         raise ValueError(
             f"--solvable is not allowed without {args.solvable} among --policies, or with fewer --answers than --cases"
         )
-    for name in ("newest", "tokens"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name}={value} is not allowed, allowed are numbers from 1 on")
+    for name, least in (("newest", 0), ("tokens", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ValueError(f"--{name}={value} is not allowed, allowed are numbers from {least} on")
     if args.against not in (None, *args.policies):
         raise ValueError(f"--against={args.against} is not allowed, allowed are those of --policies: {args.policies}")
     kinds = {name: find(rivals, name, "--policies") for name in args.policies}

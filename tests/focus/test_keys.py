@@ -117,11 +117,11 @@ def test_keys_of_a_text_too_short_for_a_block_are_none(net):
 def test_questions_are_what_the_user_said_last_or_a_few_of_the_newest_tokens_where_that_is_too_far_back():
     turns, opening, closing = UserTurns((1, 2), (3, 4)), [1, 2], [3, 4]
     asked, answer, old = [*range(10, 30)], [*range(40, 60)], [9] * 100
-    assert questions_of([*old, *opening, *asked, *closing, *answer], turns) == ([asked], len(closing) + len(answer))
+    assert questions_of([*old, *opening, *asked, *closing, *answer], turns) == ([asked], 22, 2 + 20 + 22)
     long = [*range(100, 300)]
-    assert questions_of([*old, *opening, *long, *closing], turns)[0] == [long[-QUESTION:]]
+    assert questions_of([*old, *opening, *long, *closing], turns) == ([long[-QUESTION:]], 2, QUESTION + 2)
     gone = [*old, *opening, *asked, *closing, *[7] * (LOOK - 4), *range(60, 64)]
-    assert questions_of(gone, turns) == ([], None)  # nobody asks
+    assert questions_of(gone, turns) == ([], None, None)  # nobody asks
     assert questions_of(gone, UserTurns())[0] == [gone[-count:] for count in GOES_ON]
     assert questions_of([*old, *opening, *asked, *closing], UserTurns())[0][1][-6:] == [*asked[-4:], *closing]
     assert questions_of([5, 6], UserTurns())[0] == [[5, 6]] * len(GOES_ON)
@@ -130,7 +130,7 @@ def test_questions_are_what_the_user_said_last_or_a_few_of_the_newest_tokens_whe
 def test_of_a_long_turn_the_question_is_the_last_line_where_that_is_long_enough():
     turns = UserTurns((1, 2), (3, 4), SimpleNamespace(decode=lambda ids: ".\n" if ids == [5] else "a"))
     old, asked = [*range(100, 200)], [*range(10, 30)]
-    assert questions_of([1, 2, *old, 5, *asked, 5, 3, 4], turns)[0] == [[*asked, 5]]
+    assert questions_of([1, 2, *old, 5, *asked, 5, 3, 4], turns) == ([[*asked, 5]], 2, 21 + 2)
     assert questions_of([1, 2, *old, 5, *asked, 5, 11, 12, 3, 4], turns)[0] == [
         [*asked, 5, 11, 12]
     ]  # no line by itself

@@ -34,6 +34,7 @@ def net_of(base, scale: float):
     return GistNet(base.width, scale, block_size=32, num_heads=4).eval().requires_grad_(False)
 
 
+@pytest.mark.slow
 def test_the_name_of_a_gistnet_does_not_depend_on_the_number_of_threads():
     said = []
     for threads in ("1", "2"):

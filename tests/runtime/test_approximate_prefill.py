@@ -93,8 +93,9 @@ def test_new_tokens_behind_a_mended_window_see_all_of_it():
         torch.testing.assert_close(alone[0, 0], after[row], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("count", [400, 700])  # the base takes 512 positions, behind which an edit moves others
+@pytest.mark.parametrize("count", [400, pytest.param(700, marks=pytest.mark.slow)])
 def test_a_session_keeps_nearly_all_and_says_nearly_what_an_exact_one_says(controller, ids, count):
+    """The base takes 512 positions, behind which an edit moves others."""
     texts = ids(count)
 
     def said(reuse: str):

@@ -207,6 +207,7 @@ def test_what_is_not_saved_may_be_forgotten_so_it_is_not_archived(controller, id
     again.close()
 
 
+@pytest.mark.slow
 def test_a_plan_of_another_process_is_done_by_the_one_that_has_the_session(controller, ids, tmp_path, small):
     session = Session(controller())
     session.append(ids(800), score=True)

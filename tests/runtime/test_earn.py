@@ -248,32 +248,44 @@ def test_a_setting_of_the_allocator_is_refused_before_a_session_begins(allocator
         Settings(allocator=allocator)
 
 
-@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize(
+    "newest, long, first", [(64, 0, 1442), (64, 60, 1502), (0, 0, 1500), (0, 60, 1500), (0, 61, 1503)]
+)
 def test_few_of_the_newest_tokens_are_read_beside_what_a_user_asks_for_while_the_answer_grows(
-    keyed, ids, long, monkeypatch
+    newest, long, first, keyed, ids, monkeypatch
 ):
-    """They are counted up to the end of what was asked; without a question all that has room is read."""
+    """They are counted up to the end of what was asked, or from its beginning; without a question all that has room is
+    read."""
     signs = UserTurns((1, 2), (3, 4))
     monkeypatch.setattr("megactx.data.user_turns.UserTurns.of", lambda tokenizer: signs)
-    settings = Settings(**(SMALL | {"budget": 200}), megacontext="recency", earn=True, keys=6, newest=64)
+    settings = Settings(**(SMALL | {"budget": 200}), megacontext="recency", earn=True, keys=6, newest=newest)
     stream = Controller(keyed, settings).stream()
     history = ids(1500)
     stream.append(history[None])
     stream.logits()
     assert int(stream.shown.counts) > 190
-    asked = torch.cat([ids(60, seed=3), history[400 : 400 + K]]) if long else history[400 : 400 + K]
+    asked = torch.cat([ids(long, seed=3), history[400 : 400 + K]])
     stream.append(torch.cat([torch.tensor([1, 2]), asked, torch.tensor([3, 4])])[None])
-    end, widest = 1500 + 2 + len(asked), 0
+    widest = 0
     for token in ids(50, seed=5).tolist():
         stream.logits()
         raw = {*stream.shown.index[0][stream.shown.lod[0] == 0].tolist()}
-        first = min(at for at in raw if {*range(at, stream.tree.lengths.item())} <= raw)
-        least = end - 64
-        assert least - K < first <= least and {*range(K)} <= raw and (long or {*range(400, 400 + K)} <= raw)
+        assert first == min(at for at in raw if {*range(at, stream.tree.lengths.item())} <= raw)
+        assert {*range(K)} <= raw and (long or {*range(400, 400 + K)} <= raw)
         assert int(stream.shown.counts) == len(raw) <= K + 6 * K + int(stream.tree.lengths) - first
         widest = max(widest, int(stream.tree.lengths) - first)
         stream.push(torch.tensor([token]))
-    assert widest >= 64 + 50 - K
+    assert widest >= newest + 50 - K
+
+
+def test_a_found_block_that_reaches_into_the_question_is_read_once(keyed, ids, monkeypatch):
+    monkeypatch.setattr("megactx.data.user_turns.UserTurns.of", lambda tokenizer: UserTurns((1, 2), (3, 4)))
+    monkeypatch.setattr("megactx.runtime.focusing.found_by_keys", lambda *given: [[375, 100]])
+    settings = Settings(**(SMALL | {"budget": 200}), megacontext="recency", earn=True, keys=6, newest=0)
+    stream = Controller(keyed, settings).stream()
+    stream.append(torch.cat([ids(1501), torch.tensor([1, 2]), ids(9, seed=3), torch.tensor([3, 4])])[None])
+    stream.logits()
+    assert stream.shown.index[0].tolist() == [*range(K), *range(400, 404), 1500, *range(1501, 1514)]
 
 
 @torch.no_grad()
@@ -306,7 +318,7 @@ def test_tokens_with_gaps_are_read_as_one_text(keyed, ids, positions, monkeypatc
     torch.testing.assert_close(nobody[0], read(history[kept], kept), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("newest", [None, 64])
+@pytest.mark.parametrize("newest", [None, 64, 0])
 def test_the_first_question_of_a_talk_opens_a_block_of_a_part(keyed, ids, newest, tmp_path, monkeypatch):
     """There is room for it, though the talk has no tokens yet that could give way."""
     monkeypatch.setattr("megactx.data.user_turns.UserTurns.of", lambda tokenizer: UserTurns((1, 2), (3, 4)))
@@ -347,7 +359,7 @@ def test_a_session_that_goes_on_in_the_middle_of_an_answer_reads_what_it_had_rea
 def test_keys_need_a_net_and_a_window_that_is_earned(models):
     with pytest.raises(ValueError, match="newest=99 is not allowed without keys"):
         Settings(earn=True, newest=99)
-    with pytest.raises(ValueError, match="newest=9 is not allowed: at least 64"):
+    with pytest.raises(ValueError, match="newest=9 is not allowed: 0, the question alone, or at least 64"):
         Settings(earn=True, keys=4, newest=9)
     with pytest.raises(ValueError, match="keys=2 is not allowed without earn=true"):
         Settings(keys=2)

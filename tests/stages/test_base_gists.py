@@ -100,6 +100,7 @@ def test_a_window_must_have_room_for_gists_and_for_what_they_are_for(tiny_tokeni
         stage().prepare(data)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_same_weights_and_a_gist_stage_goes_on_with_its_gistnet(
     base_folder, texts, tmp_path, dies_at, capsys
 ):

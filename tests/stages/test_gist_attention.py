@@ -71,6 +71,7 @@ def test_where_everything_is_live_a_step_is_that_of_plain_attention_bit_for_bit(
     assert torch.equal(*losses)
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_report_and_one_that_stopped_goes_on_to_the_same_weights(
     settings, tmp_path, dies_at, capsys
 ):

@@ -48,6 +48,7 @@ def test_a_second_run_takes_the_control_of_the_first_and_its_own_net_is_what_it_
         torch.testing.assert_close(tensor, weights(tmp_path / "first", "gistnet")[key], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other", ["seed=7", "preset.steps=8", "base.lr=0.0004", "preset.spans=4", "loss.block.seam_weight=0.5"]
 )
@@ -59,6 +60,7 @@ def test_another_recipe_trains_its_own(kept, tmp_path, other):
     assert not equal(weights(tmp_path / "first", "blockmean_linear"), weights(tmp_path / "other", "blockmean_linear"))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_goes_on_with_what_it_began_with(kept, tmp_path, monkeypatch):
     settings, cache = kept
     whole = [*settings, f"folder={tmp_path}/whole"]
@@ -95,6 +97,7 @@ def test_a_run_that_is_resumed_goes_on_with_what_it_began_with(kept, tmp_path, m
             aside = control.rename(tmp_path / "aside")
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_trained_anew(kept, tmp_path):
     settings, cache = kept
     assert run([*settings, f"folder={tmp_path}/first"]) == 0
@@ -106,6 +109,7 @@ def test_a_damaged_file_is_trained_anew(kept, tmp_path):
     assert equal(weights(tmp_path / "first", "blockmean_linear"), weights(tmp_path / "second", "blockmean_linear"))
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_another_keeps_no_controls(kept, tmp_path, capsys):
     settings, _ = kept
     assert run([*settings, f"folder={tmp_path}/first"]) == 0
@@ -113,6 +117,7 @@ def test_a_run_that_starts_from_another_keeps_no_controls(kept, tmp_path, capsys
     assert "stage.keep_controls=true is not allowed with stage.init" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_with_other_steps_is_refused_and_leaves_the_cache_as_it_was(kept, tmp_path, capsys):
     settings, cache = kept
     whole = [*settings, f"folder={tmp_path}/first"]

@@ -444,7 +444,7 @@ def test_a_study_goes_on_by_another_policy_that_decides_what_counts(tmp_path, mo
             ["--solvable", "newest", "--policies", "newest"],
             "--solvable=newest is not allowed, allowed are needed, alone",
         ),
-        (["--newest", "0", "--policies", "newest"], "--newest=0 is not allowed"),
+        (["--newest", "-1", "--policies", "newest"], "--newest=-1 is not allowed"),
         (["--tokens", "0", "--policies", "newest"], "--tokens=0 is not allowed"),
         (["--shared", "--tasks", "vt", "cwe", "--policies", "newest"], "--shared is not allowed with cwe"),
         (["--solvable", "--policies", "newest"], "--solvable is not allowed without needed among --policies"),
