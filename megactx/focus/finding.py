@@ -8,7 +8,7 @@ pieces of three quarters of a block: in a whole one a fact stands beside other t
 place is the blocks that the likest piece reaches, and no more.
 
 What is alike confuses a base LM: each place more has another number, name or date. So one is opened; and a second where
-it stands later and is nearly as like, for what is told again counts as it was told last.
+it stands later and is about the same too, for what is told again counts as it was told last.
 
 B rows, K of a block, Q tokens of a question.
 """
@@ -23,7 +23,7 @@ from .keys import Questions, beside, places, search
 
 LOOKS = 8  # places that keys find
 MARGIN = 8  # of a block: so much of it may belong to a fact that the likest piece has not whole
-NEARLY = 0.15  # of a cosine: what is told again, in other words, is by so much less like the question
+ALIKE = 0.57  # cosine from which on a text is about what was asked, in whatever words
 FINDS = 2  # places that are opened at most, and by those keys that read nothing again
 
 
@@ -74,10 +74,10 @@ def found_by_keys(
 
 
 def told_last(like: dict[int, float]) -> list[int]:
-    """The likest block, and the likest of those behind its place that are nearly as like, if there is one."""
+    """The likest block, and the likest of those behind its place that are about what was asked, if there is one."""
     order = sorted(like, key=like.get, reverse=True)
     first = order[0]
-    later = [block for block in order if block > first + 1 and like[block] >= like[first] - NEARLY]
+    later = [block for block in order if block > first + 1 and like[block] >= ALIKE]
     return [first, *later[:1]]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from megactx.data.user_turns import UserTurns
 from megactx.focus.earned import newest_from
-from megactx.focus.finding import LOOKS, NEARLY, found_by_keys, told_last
+from megactx.focus.finding import ALIKE, LOOKS, found_by_keys, told_last
 from megactx.focus.keys import KeyNet, Questions, search
 from megactx.memory import MegaContextTree
 from megactx.runtime import Controller, Session, Settings, Wanted
@@ -73,8 +73,8 @@ def test_of_the_places_that_keys_find_those_are_opened_of_which_a_piece_is_likes
                         if value > best.get(middle, -1.0):
                             best[middle], begins[middle] = value, start
             for block in sorted(best, key=best.get, reverse=True):
-                nearly = opened and block > opened[0] + 1 and best[block] >= best[opened[0]] - NEARLY
-                if not opened or (len(opened) == 1 and nearly):
+                again = opened and block > opened[0] + 1 and best[block] >= ALIKE
+                if not opened or (len(opened) == 1 and again):
                     opened.append(block)
             reach = {token // K for block in opened for token in range(begins[block], begins[block] + 3)}
             assert {*found[row]} == reach and len(found[row]) == len(reach)
@@ -115,10 +115,10 @@ def test_a_session_opens_the_place_that_its_keys_had_put_fifth(reading, ids, par
 
 def test_what_is_told_again_counts_as_it_was_told_last():
     """What was told before, or right beside the likest, opens no second place."""
-    assert told_last({5: 0.4, 9: 0.7, 20: 0.65, 30: 0.5}) == [9, 20]
+    assert told_last({5: 0.4, 9: 0.9, 20: 0.6, 30: 0.59}) == [9, 20]
     assert told_last({5: 0.69, 9: 0.7, 10: 0.69, 20: 0.5}) == [9]
-    assert told_last({9: 0.7, 20: 0.7 - NEARLY + 1e-9, 30: 0.65}) == [9, 30]
-    assert told_last({9: 0.7, 20: 0.7 - NEARLY - 1e-9}) == [9] and told_last({3: 0.2}) == [3]
+    assert told_last({9: 0.7, 20: ALIKE, 30: ALIKE - 0.1}) == [9, 20]
+    assert told_last({9: 0.58, 20: ALIKE - 1e-9}) == [9] and told_last({3: 0.2}) == [3]
 
 
 def test_where_there_are_two_places_the_less_like_one_is_not_opened_either(reading, ids):
