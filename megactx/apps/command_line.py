@@ -35,7 +35,7 @@ def add_models(parser: argparse.ArgumentParser, budget: int = 2048) -> None:
         "--earn", action="store_true", help="read the newest tokens, and what is older only where it is worth more"
     )
     parser.add_argument("--keys", type=int, default=0, help="with --earn: old blocks found by their keys (default 0)")
-    few = "newest tokens read beside what a question finds by keys, 0: the question alone; small models answer better"
+    few = "newest tokens read beside what a question finds by keys; small models answer best from 0, the question alone"
     parser.add_argument("--newest", type=int, metavar="TOKENS", help=f"{few} (default: all)")
     parser.add_argument(
         "--graphs", action="store_true", help="decode by a CUDA graph on a card (never tried on one yet)"
