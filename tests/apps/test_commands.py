@@ -162,6 +162,7 @@ def test_mistakes_at_the_prompt_do_not_end_a_talk(own, typed, capsys):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_who_ends_a_talk_or_closes_its_terminal_finds_it_saved(name, own, typed, tmp_path, monkeypatch):
     number, calls, generated = getattr(signal, name), [], Session.generate
+    before = signal.signal(number, signal.SIG_DFL)  # these tests may be run by something that ignores it
 
     def ended(self, *arguments):
         for count, piece in enumerate(generated(self, *arguments)):
@@ -172,10 +173,13 @@ def test_who_ends_a_talk_or_closes_its_terminal_finds_it_saved(name, own, typed,
 
     typed("one\ntwo\n")
     monkeypatch.setattr(Session, "generate", ended)
-    with pytest.raises(SystemExit) as end:
-        chat.main(["--tokens", "6", "--session", str(tmp_path / "talk"), *own])
+    try:
+        with pytest.raises(SystemExit) as end:
+            chat.main(["--tokens", "6", "--session", str(tmp_path / "talk"), *own])
+        assert signal.getsignal(number) is signal.SIG_DFL  # as it was
+    finally:
+        signal.signal(number, before)
     assert end.value.code == 128 + number and len(calls) == 4
-    assert signal.getsignal(number) is signal.SIG_DFL  # as it was
     with Session.load(tmp_path / "talk", Controller(load_models(own[1], "cpu"), Settings(budget=400))) as session:
         assert "User: one" in session.text() and "two" not in session.text()
 
