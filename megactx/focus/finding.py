@@ -22,7 +22,7 @@ from .earned import few_from, newest_from
 from .keys import Questions, beside, places, search
 
 LOOKS = 8  # places that keys find
-MARGIN = 8  # of a block: so much of it may belong to a fact that the likest piece has not whole
+MARGIN = 4  # of a block: so much of it may belong to a fact that the likest piece has not whole
 ALIKE = 0.57  # cosine from which on a text is about what was asked, in whatever words
 FINDS = 2  # places that are opened at most, and by those keys that read nothing again
 
@@ -44,7 +44,10 @@ def found_by_keys(
     tree, k = context.tree, context.tree.block_size
     begin, stops = newest_from(context, budget), context.stops().cpu()
     before = torch.where(questions.asked.cpu(), torch.minimum(begin + most * k, stops - protected), begin)
-    before = torch.maximum(before, few_from(context, questions.newest))
+    few = few_from(context, questions.newest)
+    before = torch.maximum(before, few)
+    # What stands in one block with the beginning of a question is found too, by keys that read again what is before it.
+    after = torch.where((few > 0) & (before == few) & tree.keys.looks_again, before + k - 1, before)
     found = [_search(own, questions) for own in getattr(tree, "trees", [tree])]
     first = [base // tree.block_size for base in getattr(tree, "bases", [0])]  # block 0 of each tree
     likes, out = torch.cat(found, dim=1), []
@@ -55,7 +58,7 @@ def found_by_keys(
         closed = ~tree.openable(torch.zeros_like(block), level.to(tree.device), block.to(tree.device))
         likes, there = likes.masked_fill(closed, -torch.inf), {*block[~closed.cpu()].tolist()}
     for number, row in enumerate(likes):
-        row = row.masked_fill(((block + 1) * k > before[number]).to(row.device), -torch.inf)
+        row = row.masked_fill(((block + 1) * k > after[number]).to(row.device), -torch.inf)
         order = row.argsort(descending=True, stable=True)
         if questions.asked[number]:
             best = order[row[order].isfinite()][: 3 * LOOKS]  # of which three may be beside each other
@@ -65,7 +68,7 @@ def found_by_keys(
         if questions.asked[number] and tree.keys.looks_again and likest:
             around = torch.tensor(beside(likest))
             around = around[torch.isin(around, block[row.isfinite().cpu()])].sort().values.tolist()
-            like, starts = second_look(tree, number, around, questions.of(number))
+            like, starts = second_look(tree, number, around, questions.of(number), int(before[number]))
             opened = [at for place in told_last(like) for at in [place, *reached(starts[place], k)]]
         else:
             opened = beside(places(likest, FINDS))
@@ -75,6 +78,8 @@ def found_by_keys(
 
 def told_last(like: dict[int, float]) -> list[int]:
     """The likest block, and the likest of those behind its place that are about what was asked, if there is one."""
+    if not like:
+        return []
     order = sorted(like, key=like.get, reverse=True)
     first = order[0]
     later = [block for block in order if block > first + 1 and like[block] >= ALIKE]
@@ -82,7 +87,7 @@ def told_last(like: dict[int, float]) -> list[int]:
 
 
 def second_look(
-    tree: MegaContextTree | Composite, row: int, blocks: list[int], asked: list[Tensor]
+    tree: MegaContextTree | Composite, row: int, blocks: list[int], asked: list[Tensor], end: int
 ) -> tuple[dict[int, float], dict[int, int]]:
     """How like blocks are to the likest of some questions, by what the keys' own encoder says of pieces of which they
     hold the middle, and where the likest piece of each begins.
@@ -90,11 +95,16 @@ def second_look(
     Args:
         blocks: in their order; a piece lies in one of them, or in two that are beside each other.
         asked: ids of the questions, [Q] each.
+        end: of the text that is asked for; no piece reaches beyond it.
     """
     k = tree.block_size
     size, step = 3 * k // 4, max(1, k // 4)
     starts = [start for block in blocks for start in range(block * k, (block + 1) * k, step)]
-    pieces = [range(start, start + size) for start in starts if (start + size - 1) // k in blocks]
+    pieces = [
+        range(start, start + size) for start in starts if (start + size - 1) // k in blocks and start + size <= end
+    ]
+    if not pieces:
+        return {}, {}
     place = torch.tensor([at for piece in pieces for at in piece], device=tree.device)
     ids = tree.levels[0].read("token", torch.full_like(place, row), place).view(len(pieces), size)
     like = tree.keys.alike(ids, asked)

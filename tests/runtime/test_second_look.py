@@ -9,6 +9,7 @@ from megactx.data.user_turns import UserTurns
 from megactx.focus.earned import newest_from
 from megactx.focus.finding import ALIKE, LOOKS, found_by_keys, told_last
 from megactx.focus.keys import KeyNet, Questions, search
+from megactx.focus.sentence_keys import SentenceKeys
 from megactx.memory import MegaContextTree
 from megactx.runtime import Controller, Session, Settings, Wanted
 
@@ -76,7 +77,8 @@ def test_of_the_places_that_keys_find_those_are_opened_of_which_a_piece_is_likes
                 again = opened and block > opened[0] + 1 and best[block] >= ALIKE
                 if not opened or (len(opened) == 1 and again):
                     opened.append(block)
-            reach = {token // K for block in opened for token in range(begins[block], begins[block] + 3)}
+            around = ((max(0, begins[block] - 1), begins[block] + 4) for block in opened)  # a token on either side
+            reach = {token // K for first, stop in around for token in range(first, stop)}
             assert {*found[row]} == reach and len(found[row]) == len(reach)
             assert found[row][0] == opened[0]
             other += opened[0] != places[0]
@@ -139,3 +141,25 @@ def test_keys_that_read_nothing_again_keep_their_own_order(reading, ids):
     like = search(stream.tree, question[None])[0]
     before = min(int(newest_from(stream.context, BUDGET)[0]) + 6 * K, 1501 // K * K - 8) // K
     assert found[0] == int(like[:before].argmax())
+
+
+def test_a_fact_in_the_block_in_which_the_question_begins_is_found_too(reading, ids, monkeypatch):
+    monkeypatch.setattr("megactx.data.user_turns.UserTurns.of", lambda tokenizer: UserTurns((1, 2), (3, 4)))
+    monkeypatch.setattr("megactx.focus.finding.search", lambda tree, *question: _likest(tree, 150))
+    told = ids(603)
+    stream = Controller(reading, Settings(**SMALL, newest=0)).stream()
+    stream.append(torch.cat([told, ASKS, told[600:603], ENDS])[None])
+    stream.logits()
+    raw = stream.shown.index[0][stream.shown.lod[0] == 0].tolist()
+    assert raw == [*range(K), *range(raw[K], 610)] and raw[K] in (596, 600)
+
+
+def _likest(tree, block):
+    like = torch.full((1, int(tree.counts(1))), -9.0)
+    like[0, block] = 9.0
+    return like
+
+
+def test_keys_of_no_blocks_are_none():
+    keys = SentenceKeys(None, None, 16, width=8)
+    assert keys.encode(torch.zeros(0, K, dtype=torch.long)).shape == (0, 16)
