@@ -107,10 +107,9 @@ def earned(
     for row, (end, start, sets) in enumerate(zip(ends.tolist(), starts.tolist(), count.tolist(), strict=True)):
         old = [(0, block * k) for block in opened[row]]
         old += [(int(context.lod[row, at]), int(context.index[row, at])) for at in (column[row, :sets] if sets else [])]
-        sets = [(level, torch.arange(index, index + k)) for level, index in old]
-        # A block that was found may reach into the newest tokens.
-        sets = [(level, index if level else index[index < start]) for level, index in sets]
-        pieces = [(int(index[0]) * k**level, (torch.full_like(index, level), index)) for level, index in sets]
+        # A block that was found may reach into the newest tokens, which are there anyway.
+        runs = [(level, torch.arange(index, index + k if level else min(index + k, start))) for level, index in old]
+        pieces = [(int(index[0]) * k**level, (torch.full_like(index, level), index)) for level, index in runs]
         pieces += [(index * k**level, (torch.tensor([level]), torch.tensor([index]))) for level, index in closed]
         pieces.append((sink, _tokens(sink, min(sink + k, end))))
         pieces.append((start, _tokens(start, end)))

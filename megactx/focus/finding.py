@@ -44,10 +44,10 @@ def found_by_keys(
     tree, k = context.tree, context.tree.block_size
     begin, stops = newest_from(context, budget), context.stops().cpu()
     before = torch.where(questions.asked.cpu(), torch.minimum(begin + most * k, stops - protected), begin)
-    few = few_from(context, questions.newest)
-    before = torch.maximum(before, few)
-    # What stands in one block with the beginning of a question is found too, by keys that read again what is before it.
-    after = torch.where((few > 0) & (before == few) & tree.keys.looks_again, before + k - 1, before)
+    before = torch.maximum(before, few_from(context, questions.newest))
+    # Of a block that goes on behind this, as one in which a question begins, keys that look again read what is before.
+    looks = questions.asked.cpu() & tree.keys.looks_again
+    after = before + (k - 1) * looks
     found = [_search(own, questions) for own in getattr(tree, "trees", [tree])]
     first = [base // tree.block_size for base in getattr(tree, "bases", [0])]  # block 0 of each tree
     likes, out = torch.cat(found, dim=1), []
@@ -65,7 +65,7 @@ def found_by_keys(
             likest = places(block[best.cpu()].tolist(), LOOKS)
         else:  # more than one costs text that goes on more than they give
             likest = block[order[:1][row[order[:1]] > tree.keys.null].cpu()].tolist()
-        if questions.asked[number] and tree.keys.looks_again and likest:
+        if looks[number] and likest:
             around = torch.tensor(beside(likest))
             around = around[torch.isin(around, block[row.isfinite().cpu()])].sort().values.tolist()
             like, starts = second_look(tree, number, around, questions.of(number), int(before[number]))

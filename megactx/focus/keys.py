@@ -118,8 +118,9 @@ class Keys(nn.Module):
     @torch.no_grad()
     def encode(self, ids: Tensor) -> Tensor:
         """ids [E, K] -> keys [E, S] in fp16, as a tree keeps them."""
-        parts = [self(part.long()) for part in ids.split(self.piece)]
-        return torch.cat(parts).half() if parts else torch.zeros(0, self.size, dtype=torch.half)
+        if not len(ids):
+            return torch.zeros(0, self.size, dtype=torch.half, device=ids.device)
+        return torch.cat([self(part.long()) for part in ids.split(self.piece)]).half()
 
     def likeness(self, questions: Tensor, keys: Tensor) -> Tensor:
         """Keys of questions [E, S] and of blocks [N, S] -> [E, N]; compare it with ``null``."""

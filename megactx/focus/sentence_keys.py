@@ -66,8 +66,6 @@ class SentenceKeys(Keys):
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """ids [E, K], mask bool [E, K] of the tokens that are there -> unit keys [E, S]."""
         device = self.project.weight.device
-        if not len(ids):  # of a text that is what it was
-            return self.project.weight.new_zeros(0, self.size)
         rows = ids.tolist() if mask is None else [row[there].tolist() for row, there in zip(ids, mask, strict=True)]
         states = nn.utils.rnn.pad_sequence(self._states(rows), batch_first=True).to(device)  # [E, T, width]
         there = states.abs().amax(-1) > 0

@@ -31,7 +31,7 @@ def run(command: Callable[[argparse.Namespace], int | None], parser: argparse.Ar
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
-        with _ended_in_order():
+        with ended_in_order():
             return command(args) or DONE
     except KeyboardInterrupt:
         print("\nmegactx: interrupted", file=sys.stderr)
@@ -46,17 +46,20 @@ def run(command: Callable[[argparse.Namespace], int | None], parser: argparse.Ar
 
 
 @contextlib.contextmanager
-def _ended_in_order() -> Iterator[None]:
+def ended_in_order() -> Iterator[None]:
     """A signal that would end the process raises ``Ended``; one that somebody handles, or ignores, stays as it is."""
     here = threading.current_thread() is threading.main_thread()
-    own = [number for number in ENDS if here and signal.getsignal(number) is signal.SIG_DFL]
-    for number in own:
-        signal.signal(number, _end)
+    before = {number: signal.signal(number, _end) for number in unclaimed() if here}
     try:
         yield
     finally:
-        for number in own:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def unclaimed() -> list[int]:
+    """Signals that would end this process, or the command that it is, and that nobody else handles or ignores."""
+    return [number for number in ENDS if signal.getsignal(number) in (signal.SIG_DFL, _end)]
 
 
 def _end(number: int, frame) -> None:

@@ -40,15 +40,15 @@ class Asking:
         there = torch.arange(LOOK) < counts[:, None]
         row = torch.arange(tree.rows, device=tree.device)[:, None].expand_as(place)[there]
         newest = tree.levels[0].read("token", row, place[there]).split(counts.tolist())
-        own, behind, since = zip(*(questions_of(ids.tolist(), self.turns) for ids in newest), strict=True)
+        own, behind, began = zip(*(questions_of(ids.tolist(), self.turns) for ids in newest), strict=True)
         ids, mask = padded([ids for several in own for ids in several])
         which = torch.tensor([row for row, several in enumerate(own) for _ in several], dtype=torch.long)
         asked = [count is not None for count in behind]
         repeated = [[] if told else [first + block for block in self._before(row)] for row, told in enumerate(asked)]
         few = self.newest
-        ends = since if few == 0 else [None if few is None or count is None else few + count for count in behind]
+        beside = [None if few is None or count is None else few + count for count in behind]
         tensors = (part.to(tree.device) for part in (ids, mask, which, torch.tensor(asked)))
-        return Questions(*tensors, repeated, [*ends])
+        return Questions(*tensors, repeated, [*began] if few == 0 else beside)
 
     def _before(self, row: int) -> list[int]:
         """Blocks where the end of a row's text, or what is rare in it, stood before."""

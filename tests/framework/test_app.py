@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -215,12 +216,14 @@ def test_a_reader_that_leaves_early_is_no_error(asked):
     assert process.returncode == 0 and not said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.slow
-def test_ctrl_c_and_sigterm_save_say_how_to_go_on_and_exit_130(tiny_run, tmp_path, number):
+def test_ctrl_c_sigterm_and_a_closed_terminal_save_say_how_to_go_on_and_exit_130(tiny_run, tmp_path, number):
     command = [sys.executable, str(REPOSITORY / "train.py"), *tiny_run, "preset.steps=100000", "folder=a"]
     command += ["callbacks.checkpoint.every_n_train_steps=3"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    given = dict(cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    default = partial(signal.signal, number, signal.SIG_DFL)  # whoever runs these tests may ignore it
+    with subprocess.Popen(command, preexec_fn=default, **given) as process:
         until = time.monotonic() + 90
         while not (tmp_path / "a" / "checkpoints" / "last.ckpt").exists() and process.poll() is None:
             assert time.monotonic() < until

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from megactx.framework.callbacks.checkpoints import AtomicCheckpointIO, Best, Newest, RandomState, Record
 from megactx.framework.callbacks.progress import Progress
 from megactx.framework.callbacks.stopping import StopOnBadLoss, StopOnInterrupt
+from megactx.framework.command_line import ended_in_order
 from megactx.framework.errors import FAILED, Interrupted, RunFailed, verdict
 
 
@@ -41,16 +42,16 @@ class Net(lightning.LightningModule):
 class PressCtrlC(lightning.Callback):
     """At the start of a training batch, or of the validation behind a step."""
 
-    def __init__(self, batch: int | None = None, validation: int | None = None):
-        self.batch, self.validation = batch, validation
+    def __init__(self, batch: int | None = None, validation: int | None = None, number: int = signal.SIGINT):
+        self.batch, self.validation, self.number = batch, validation, number
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == self.batch:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if trainer.global_step == self.validation and batch_idx == 0:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
 
 
 class StopAt(lightning.Callback):
@@ -148,6 +149,18 @@ def test_ctrl_c_saves_after_the_whole_step_and_the_run_goes_on_to_the_same_weigh
     fit(tmp_path / "b", second, resume=last, accumulate_grad_batches=2)
     assert second.losses == straight.losses[6:]
     assert torch.equal(second.layer.weight, straight.layer.weight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_inside_a_command_is_saved_where_the_command_is_ended(number, tmp_path):
+    before = signal.signal(number, signal.SIG_DFL)  # these tests may be run by something that ignores it
+    try:
+        with pytest.raises(Interrupted, match="step 3"), ended_in_order():
+            fit(tmp_path, Net(), PressCtrlC(batch=2, number=number))
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert load(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 3
 
 
 @pytest.mark.parametrize("when", [{"validation": 4}, {"batch": 7}], ids=["while validating", "in the step before"])

@@ -67,5 +67,6 @@ def test_the_pages_of_a_session_are_written_down_and_replayed_and_the_session_st
 
 
 def test_what_is_not_a_session_is_refused(tmp_path, capsys):
-    assert main([str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]) == 2
+    nowhere = ["--path", str(tmp_path / "nowhere")]  # text is looked for later: of much it takes long
+    assert main([str(tmp_path / "nothing"), *nowhere, "--out", str(tmp_path / "out")]) == 2
     assert "nothing" in capsys.readouterr().err

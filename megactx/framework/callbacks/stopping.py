@@ -1,4 +1,4 @@
-"""What stops a run: a loss that is no number, Ctrl-C, and SIGTERM, with which systems end a process."""
+"""What stops a run: a loss that is no number, Ctrl-C, SIGTERM, with which systems end a process, a closed terminal."""
 
 import contextlib
 import logging
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from ..command_line import unclaimed
 from ..errors import Interrupted, RunFailed
 from .checkpoints import validation_is_due
 
@@ -40,7 +41,8 @@ class StopOnBadLoss(Callback):
 
 
 class StopOnInterrupt(Callback):
-    """Ctrl-C or SIGTERM ends a run after the step that is under way, with a checkpoint from which it goes on exactly.
+    """Ctrl-C, SIGTERM or SIGHUP ends a run after the step that is under way, with a checkpoint from which it goes on
+    exactly.
 
     Where that step's validation is due or under way, it is finished first. A second one stops at once. It stands behind
     the callbacks whose conclusions the checkpoint must hold.
@@ -50,9 +52,8 @@ class StopOnInterrupt(Callback):
         self.path = Path(folder) / "checkpoints" / "last.ckpt"
         self.asked = self.saved = False
         self._before: dict = {}
-        # A launcher that has a handler of its own does with SIGTERM what its queue wants.
-        default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        self._signals = (signal.SIGINT, signal.SIGTERM) if default else (signal.SIGINT,)
+        # A launcher that has a handler of its own does with SIGTERM what its queue wants; nohup ignores SIGHUP.
+        self._signals = (signal.SIGINT, *unclaimed())
 
     def on_train_start(self, trainer, pl_module) -> None:  # by then Lightning has noted the handlers that it restores
         with contextlib.suppress(ValueError):  # not in the main thread: then there are no signals either
