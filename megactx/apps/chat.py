@@ -14,7 +14,7 @@ import sys
 
 from rich.console import Console
 
-from megactx.framework.command_line import run
+from megactx.framework.command_line import Ended, run
 from megactx.framework.errors import RunFailed
 from megactx.runtime import Refocused
 from megactx.runtime.text import encodable, from_bytes, printable
@@ -65,6 +65,11 @@ class Chat:
         print(flush=True)
         self.session.tidy()
 
+    def save(self) -> None:
+        """Where the session has a folder."""
+        if self.session.folder is not None:
+            self.session.save()
+
     def say(self, line: str) -> None:
         """A line of the program's own."""
         print(printable(line), flush=True)
@@ -88,9 +93,13 @@ def chat(args: argparse.Namespace) -> None:
             except (ValueError, RunFailed) as error:  # a mistake or a full disk at the prompt does not end the talk
                 talk.say(f"({error})")
     finally:
-        with talk.session as session:
-            if session.folder is not None:
-                session.save()
+        try:
+            talk.save()
+        except Ended:  # of a closed terminal the input ends first, and the signal comes now, once
+            talk.save()
+            raise
+        finally:
+            talk.session.close()
 
 
 def _line() -> str | bytes | None:

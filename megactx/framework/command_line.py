@@ -6,6 +6,8 @@ to be saved is saved. Such a command ends with 128 and the signal's number, as s
 
 import argparse
 import contextlib
+import errno
+import os
 import re
 import signal
 import sys
@@ -63,7 +65,22 @@ def unclaimed() -> list[int]:
 
 
 def _end(number: int, frame) -> None:
+    for other in unclaimed():  # readline passes on what it has heard of: a second one would cut short what saves
+        signal.signal(other, signal.SIG_IGN)
+    leave_terminal()
     raise Ended(number)
+
+
+def leave_terminal() -> None:
+    """What is printed on a terminal that was closed goes nowhere from now on; it would be an error."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError as error:
+            if error.errno == errno.EIO:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)
 
 
 def _by_option(message: str, parser: argparse.ArgumentParser) -> str:

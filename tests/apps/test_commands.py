@@ -1,13 +1,16 @@
 """generate, chat and ingest as a person calls them: what they print, keep, refuse, and end with."""
 
+import fcntl
 import gzip
 import io
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -182,6 +185,31 @@ def test_who_ends_a_talk_or_closes_its_terminal_finds_it_saved(name, own, typed,
     assert end.value.code == 128 + number and len(calls) == 4
     with Session.load(tmp_path / "talk", Controller(load_models(own[1], "cpu"), Settings(budget=400))) as session:
         assert "User: one" in session.text() and "two" not in session.text()
+
+
+@pytest.mark.slow
+def test_a_chat_whose_terminal_is_closed_is_saved(own, tmp_path):
+    """Its input ends, and the signal comes while it saves; readline passes on a second one."""
+    master, terminal = pty.openpty()
+
+    def leader():
+        os.setsid()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    command = [sys.executable, "-m", "megactx.apps.chat", "--session", str(tmp_path / "talk"), "--tokens", "6", *own]
+    given = dict(stdin=terminal, stdout=terminal, stderr=terminal, preexec_fn=leader)
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, **given) as process:
+        os.close(terminal)
+        told = b""
+        while told.count(b"> ") < 2:
+            told += os.read(master, 1024)
+            if told.endswith(b"> ") and told.count(b"> ") == 1:
+                os.write(master, b"one\n")
+        os.close(master)
+        assert process.wait(60) == 128 + signal.SIGHUP
+    with Session.load(tmp_path / "talk", Controller(load_models(own[1], "cpu"), Settings(budget=400))) as session:
+        assert "User: one" in session.text()
 
 
 def test_a_signal_that_the_caller_ignores_or_handles_ends_nothing(own, typed, monkeypatch, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from ..command_line import unclaimed
+from ..command_line import leave_terminal, unclaimed
 from ..errors import Interrupted, RunFailed
 from .checkpoints import validation_is_due
 
@@ -62,6 +62,7 @@ class StopOnInterrupt(Callback):
 
     def _ask(self, number, frame) -> None:
         self.asked = True
+        leave_terminal()
         log.info("Stopping after this step. Ctrl-C again stops at once.")
         self._restore()
 
