@@ -395,6 +395,10 @@ def test_the_oracle_of_few_keeps_all_needed_places_and_few_of_the_newest_tokens(
         kept = policy.keep(Asked([""] * 40, 40 * BLOCK, needed, "", newest=64), 1024)
         places = {at for block in held for at in range(block * BLOCK, (block + 1) * BLOCK)}
         assert {*kept} == {*range(4), *range(38 * BLOCK, 40 * BLOCK)} | places
+    text = 40 * BLOCK - 9  # the last block is not whole, and may be needed too
+    for newest, first in ((0, 38 * BLOCK), (40, 37 * BLOCK)):
+        kept = policy.keep(Asked([""] * 40, text, [39 if newest == 0 else 38], "", newest=newest), 1024)
+        assert {*kept} == {*range(4), *range(first, text)}
 
 
 def test_an_answer_has_no_more_tokens_than_were_asked_for(tmp_path):

@@ -38,10 +38,10 @@ def few(asked: Asked, budget: int, order: list[int], count: int = FINDS) -> list
     """Sink, few of the newest tokens, and of an order of blocks the first ``count`` places before these: no more than
     budget."""
     newest = NEWEST if asked.newest is None else asked.newest
-    end = max(0, asked.tokens - newest) // BLOCK  # whole blocks before them
+    end = -(-max(0, asked.tokens - newest) // BLOCK)  # blocks that begin before them
     kept = {*range(min(SINK, asked.tokens)), *range(max(0, asked.tokens - newest), asked.tokens)}
     for block in near(places([block for block in order if block < end], count), end):
-        more = {*range(block * BLOCK, (block + 1) * BLOCK)} - kept
+        more = {*range(block * BLOCK, min(asked.tokens, (block + 1) * BLOCK))} - kept
         kept |= more if len(kept) + len(more) <= budget else set()
     return sorted(kept)[-budget:]
 
