@@ -61,8 +61,10 @@ def found_by_keys(
         row = row.masked_fill(((block + 1) * k > after[number]).to(row.device), -torch.inf)
         order = row.argsort(descending=True, stable=True)
         if questions.asked[number]:
-            best = order[row[order].isfinite()][: 3 * LOOKS]  # of which three may be beside each other
-            likest = places(block[best.cpu()].tolist(), LOOKS)
+            best = block[order[row[order].isfinite()][: 3 * LOOKS + 1].cpu()]  # of which three may be beside each other
+            # The block in which the question begins is like it by that, and no less a place; but the place of none.
+            partly = (best + 1) * k > before[number]
+            likest = places(best[~partly].tolist(), LOOKS) + best[partly].tolist()
         else:  # more than one costs text that goes on more than they give
             likest = block[order[:1][row[order[:1]] > tree.keys.null].cpu()].tolist()
         if looks[number] and likest:

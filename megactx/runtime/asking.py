@@ -8,10 +8,12 @@ import torch
 
 from megactx.data.user_turns import UserTurns
 from megactx.focus.keys import LOOK, Questions, padded, questions_of
+from megactx.lm import BaseLM
 from megactx.memory import MegaContextTree
 
 from .repeats import Repeats
 from .settings import Settings
+from .trial import Trial
 
 
 class Asking:
@@ -19,12 +21,12 @@ class Asking:
     of a block then asks what it had asked.
 
     Args:
-        tokenizer: of the base LM, whose chat template tells what a user said.
+        base: its chat template tells what a user said, and it tries places of rare tokens.
     """
 
-    def __init__(self, tree: MegaContextTree, settings: Settings, tokenizer):
+    def __init__(self, tree: MegaContextTree, settings: Settings, base: BaseLM):
         self.tree, self.newest = tree, settings.newest
-        self.turns, self.repeats = UserTurns.of(tokenizer), Repeats(tree)
+        self.turns, self.repeats, self.trial = UserTurns.of(base.tokenizer), Repeats(tree), Trial(base)
         self.anyway = settings.budget - tree.block_size  # newest tokens that are read where nothing is found
 
     def questions(self, first: int) -> Questions:
@@ -51,5 +53,11 @@ class Asking:
         return Questions(*tensors, repeated, [*began] if few == 0 else beside)
 
     def _before(self, row: int) -> list[int]:
-        """Blocks where the end of a row's text, or what is rare in it, stood before."""
-        return [*dict.fromkeys(self.repeats.blocks(row) + self.repeats.sharing(row, self.anyway))]
+        """Blocks where the end of a row's text stood before, or what is rare in it, if these paid already."""
+        places = self.repeats.sharing(row, self.anyway)
+        texts = [self.repeats.tokens(row, sorted(place)) for place in places]
+        # What is tried has to fit the window, and so the base: a place is three blocks at most.
+        newest = self.repeats.newest(row, self.anyway - 3 * self.tree.block_size)
+        pays = self.trial.paying(self.repeats.tokens(row, [0]), texts, newest)
+        paying = [block for place, does in zip(places, pays, strict=True) if does for block in place]
+        return [*dict.fromkeys(self.repeats.blocks(row) + paying)]

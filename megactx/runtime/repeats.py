@@ -45,16 +45,28 @@ class Repeats:
         other = block + 1 if 2 * within >= self.tree.block_size else block - 1
         return [at for at in (block, other) if 0 <= at < int(self.tree.counts(1)[row])]
 
-    def sharing(self, row: int, newest: int) -> list[int]:
-        """Blocks before that many newest tokens that share rare ones with the end, each with those beside it."""
+    def sharing(self, row: int, newest: int) -> list[list[int]]:
+        """Places before that many newest tokens that share rare ones with the end: a block with those beside it."""
         text, end = self._text(row)
         k = self.tree.block_size
         first = max(1, -((len(text) - end) // k))  # whole blocks that are known; block 0 is read anyway
         stop = max(first, min((end - newest) // k, int(self.tree.counts(1)[row])))
         blocks = text[first * k - end + len(text) :][: (stop - first) * k].view(stop - first, k)
         near = [first + at for at in rare_tokens.places(blocks, text[-rare_tokens.ASKS :])]
-        beside = dict.fromkeys(block for at in near for block in (at, at + 1, at - 1))
-        return [block for block in beside if 0 < block < int(self.tree.counts(1)[row])]
+        stop = int(self.tree.counts(1)[row])
+        return [[block for block in (at, at + 1, at - 1) if 0 < block < stop] for at in near]
+
+    def tokens(self, row: int, blocks: list[int]) -> Tensor:
+        """Ids of blocks, as far as they are there and were not taken away."""
+        k, end = self.tree.block_size, int(self.tree.lengths[row])
+        ids = torch.cat([self._read(row, block * k, min(end, (block + 1) * k)) for block in blocks])
+        return ids[ids != NOTHING]
+
+    def newest(self, row: int, count: int) -> Tensor:
+        """Ids of the newest tokens of the tree, as far as they are there."""
+        text, _ = self._text(row)
+        text = text[-count:]
+        return text[text != NOTHING]
 
     def _text(self, row: int) -> tuple[Tensor, int]:
         """Newest tokens of the tree, and where they end."""

@@ -76,7 +76,7 @@ class Stream(ShownParts):
         self.prefill: IncrementalPrefill | NodePrefill = kind(self.base, settings.graphs)
         if settings.attention == "mega":
             self.prefill = NodePrefill(self.base, settings.mega)
-        self.asking = Asking(self.tree, settings, self.base.tokenizer) if settings.earn else None
+        self.asking = Asking(self.tree, settings, self.base) if settings.earn else None
         self.waiting = torch.zeros(self.rows, self.block, dtype=torch.long, device=self.device)
         self._grown_from: Tensor | None = None  # [B], tokens of the tree before it took what waits
         self.counts = torch.zeros(self.rows, dtype=torch.long)

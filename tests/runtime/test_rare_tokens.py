@@ -12,6 +12,7 @@ from megactx.memory import MegaContextTree
 from megactx.runtime import Controller, Session, Settings, Wanted
 from megactx.runtime.rare_tokens import ASKS, NOTHING, places, shares
 from megactx.runtime.repeats import Repeats
+from megactx.runtime.trial import BEFORE, TRIED, Trial
 
 K, BUDGET = 4, 96
 SMALL = dict(budget=BUDGET, limit=256, allocator={"protected": 8}, megacontext="recency", earn=True)
@@ -66,6 +67,11 @@ def sharing(ids):
     return text
 
 
+@pytest.fixture(autouse=True)
+def every_place_pays(monkeypatch):
+    monkeypatch.setattr("megactx.runtime.trial.PAYS", -math.inf)
+
+
 def raw(stream):
     stream.logits()
     return {*stream.shown.index[0][stream.shown.lod[0] == 0].tolist()}
@@ -90,16 +96,49 @@ def test_what_a_user_asks_is_looked_for_by_keys_and_not_by_its_tokens(models, sh
     assert stream.questions().repeated == [[]]
 
 
+def nll(models, ids):
+    logits = models.base.model(ids.long()[None]).logits[0, -TRIED - 1 : -1].log_softmax(-1)
+    return -logits.gather(1, ids[-TRIED:, None].long()).mean().item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("budget", [96, 400])
+def test_a_place_is_read_if_it_makes_what_came_last_likelier(models, sharing, budget, monkeypatch):
+    """As the base itself says of the same ids. In a small window there are fewer tokens before these."""
+    newest = sharing[-min(budget - 4 * K, BEFORE + TRIED) :]
+    alone, place = (torch.cat([sharing[:K], old, newest]) for old in (sharing[:0], sharing[396:408]))
+    gain = nll(models, alone) - nll(models, place)
+    assert abs(gain) > 1e-4
+    for least, read in ((gain - 1e-5, [[100, 101, 99]]), (gain + 1e-5, [[]])):
+        monkeypatch.setattr("megactx.runtime.trial.PAYS", least)
+        settings = Settings(**SMALL | {"budget": budget, "limit": 512})
+        stream = Controller(replace(models, lensnet=None), settings).stream()
+        stream.append(sharing[None])
+        assert stream.questions().repeated == read
+
+
+@torch.no_grad()
+def test_each_place_is_tried_by_itself(models, sharing):
+    sink, newest, places = sharing[:K], sharing[-300:], sharing[400:480].split(8)
+    own = [nll(models, torch.cat([sink, place, newest[-BEFORE - TRIED :]])) for place in places]
+    gains = [nll(models, torch.cat([sink, newest[-BEFORE - TRIED :]])) - value for value in own]
+    trial, middle = Trial(models.base), sorted(gains)[4:6]
+    assert trial.paying(sink, [], newest) == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megactx.runtime.trial.PAYS", sum(middle) / 2)
+        assert trial.paying(sink, places, newest) == [gain > sum(middle) / 2 for gain in gains]
+
+
 @pytest.mark.parametrize("looked", [400, 403, 799])
 def test_only_known_whole_blocks_before_the_newest_tokens_are_places(models, sharing, looked, monkeypatch):
     tree = MegaContextTree.from_tokens(sharing[None], models.gistnet, models.base)
-    assert Repeats(tree).sharing(0, 92) == [100, 101, 99]
-    assert Repeats(tree).sharing(0, 1200 - 404) == [100, 101, 99]
+    assert Repeats(tree).sharing(0, 92) == [[100, 101, 99]]
+    assert Repeats(tree).sharing(0, 1200 - 404) == [[100, 101, 99]]
     assert Repeats(tree).sharing(0, 1200 - 403) == Repeats(tree).sharing(0, 5000) == []
     monkeypatch.setattr("megactx.runtime.repeats.LOOKED", looked)
     assert Repeats(tree).sharing(0, 92) == []
     monkeypatch.setattr("megactx.runtime.repeats.LOOKED", 800)
-    assert Repeats(tree).sharing(0, 92) == [100, 101, 99]
+    assert Repeats(tree).sharing(0, 92) == [[100, 101, 99]]
 
 
 def test_of_a_text_behind_a_part_its_own_blocks_are_read(models, ids, sharing, tmp_path):

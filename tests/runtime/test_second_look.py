@@ -154,9 +154,21 @@ def test_a_fact_in_the_block_in_which_the_question_begins_is_found_too(reading, 
     assert stream.shown.index[0].tolist() == [*range(K), *range(596, 610)]  # the piece begins at 600, and reaches back
 
 
-def _likest(tree, block):
+def test_the_block_in_which_the_question_begins_takes_the_place_of_no_other(reading, ids, monkeypatch):
+    monkeypatch.setattr("megactx.data.user_turns.UserTurns.of", lambda tokenizer: UserTurns((1, 2), (3, 4)))
+    likest = [150, 20, 40, 60, 80, 100, 120, 130, 140]
+    assert len(likest) == LOOKS + 1
+    monkeypatch.setattr("megactx.focus.finding.search", lambda tree, *question: _likest(tree, *likest))
+    told = ids(603)
+    stream = Controller(reading, Settings(**SMALL, newest=0)).stream()
+    stream.append(torch.cat([told, ASKS, told[561:564], ENDS])[None])
+    stream.logits()
+    assert stream.shown.index[0].tolist() == [*range(K), *range(560, 568), *range(603, 610)]
+
+
+def _likest(tree, *blocks):
     like = torch.full((1, int(tree.counts(1))), -9.0)
-    like[0, block] = 9.0
+    like[0, blocks] = torch.arange(9.0, 9.0 - len(blocks), -1)
     return like
 
 
