@@ -3,9 +3,9 @@
     all blocks  -- keys -->  LOOKS likest places  -- second look -->  the likest, and what was told later of the same
 
 Keys of 64 numbers find the right place among the first few of thousands, but not which of these it is. Where they read
-the states of a sentence encoder, that reads the few places again and its states are compared as they are. It reads
-pieces of three quarters of a block: in a whole one a fact stands beside other text, which says something else. Then a
-place is the blocks that the likest piece reaches, and no more.
+the states of a sentence encoder, that reads the few places again and its states are compared as they are, token by
+token: what else stands in a piece says nothing against it. It reads pieces of three quarters of a block. Then a place
+is the blocks that the likest piece reaches, and no more.
 
 What is alike confuses a base LM: each place more has another number, name or date. So one is opened; and a second where
 it stands later and is about the same too, for what is told again counts as it was told last.
@@ -23,7 +23,7 @@ from .keys import Questions, beside, places, search
 
 LOOKS = 8  # places that keys find
 MARGIN = 4  # of a block: so much of it may belong to a fact that the likest piece has not whole
-ALIKE = 0.57  # cosine from which on a text is about what was asked, in whatever words
+ALIKE = 0.53  # mean of its tokens' cosines from which on a question is about a text, in whatever words
 FINDS = 2  # places that are opened at most, and by those keys that read nothing again
 
 

@@ -15,11 +15,12 @@ from annotated_types import Ge, Le
 from torch import Tensor, nn
 
 from megactx.framework.config.types import declared
-from megactx.lm.sentences import SentenceEncoder
+from megactx.lm.sentences import SentenceEncoder, remembered
 
 from .keys import Keys
 
 KNOWN = 2**15  # blocks whose states are remembered while keys are trained
+LOOKED = 2**9  # texts, and questions, that a second look remembers: an answer's asks the same again, 20 MB
 
 
 @declared("keys")
@@ -50,6 +51,7 @@ class SentenceKeys(Keys):
         width = encoder.width if width is None else width
         self.size, self.tokenizer, self.encoder = size, tokenizer, encoder
         self.known: dict[tuple[int, ...], Tensor] | None = None  # states by ids; a dict remembers them
+        self.looked: dict[str, Tensor] = {}  # unit states by text
         self.project = nn.Linear(width, size, bias=False)
         nn.init.orthogonal_(self.project.weight)
         self.weight = nn.Linear(width, 1)
@@ -75,18 +77,24 @@ class SentenceKeys(Keys):
         return self.unit(x)
 
     def alike(self, texts: Tensor, questions: list[Tensor]) -> Tensor:
-        """How like texts, ids [E, T], are to the likest of the questions, ids [Q] each: [E], the cosine of the
-        encoder's own means."""
+        """How like texts, ids [E, T], are to the likest of the questions, ids [Q] each: [E]. A token of a question is
+        compared with the token of the text that is likest to it, by the encoder's own states, and the mean of these
+        cosines counts (late interaction: Khattab and Zaharia 2020)."""
         several = [self.tokenizer.batch_decode([ids.tolist() for ids in part]) for part in (texts, questions)]
-        found, asked = (self.encoder.embed(part) for part in several)
-        return (found @ asked.T).amax(1)
+        found, asked = (remembered(self.looked, part, self._unit, LOOKED) for part in several)
+        found = nn.utils.rnn.pad_sequence(found, batch_first=True)  # [E, T, width]
+        there = found.abs().amax(-1) > 0
+        each = [torch.einsum("qw,etw->eqt", own, found).masked_fill(~there[:, None], -torch.inf) for own in asked]
+        return torch.stack([like.amax(-1).mean(-1) for like in each]).amax(0)
+
+    def _unit(self, texts: list[str]) -> list[Tensor]:
+        return [F.normalize(states, dim=-1) for states in self.encoder.states(texts)]
 
     def _states(self, rows: list[list[int]]) -> list[Tensor]:
         if self.known is None:
             return self.encoder.states([self.tokenizer.decode(row) for row in rows])
-        if len(self.known) > KNOWN:
-            self.known.clear()
-        new = [row for row in {tuple(row): row for row in rows}.values() if tuple(row) not in self.known]
-        states = self.encoder.states([self.tokenizer.decode(row) for row in new])
-        self.known |= {tuple(row): own.half() for row, own in zip(new, states, strict=True)}
-        return [self.known[tuple(row)].float() for row in rows]
+
+        def half(new: list[tuple[int, ...]]) -> list[Tensor]:
+            return [states.half() for states in self.encoder.states([self.tokenizer.decode(row) for row in new])]
+
+        return [states.float() for states in remembered(self.known, [tuple(row) for row in rows], half, KNOWN)]

@@ -3,6 +3,7 @@
 Its weights come with a package of the index. Only the package's files are read, none of its code.
 """
 
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +23,16 @@ def fastest() -> torch.dtype:
     """What an encoder computes in where its states need not be exact: bf16 on a CPU with units for it, where that takes
     a third of the time; states are alike to 0.9999 (cosine)."""
     return torch.bfloat16 if cpu_bf16_units() else torch.float32
+
+
+def remembered(known: dict, keys: list, find: Callable[[list], Iterable], most: int) -> list:
+    """What is known of keys; ``find`` is asked what is not. Where that is more than ``most``, all else is forgotten."""
+    new = [key for key in dict.fromkeys(keys) if key not in known]
+    if len(known) + len(new) > most:
+        known.clear()
+        new = [*dict.fromkeys(keys)]
+    known |= zip(new, find(new), strict=True)
+    return [known[key] for key in keys]
 
 
 class SentenceEncoder:
@@ -64,13 +75,11 @@ class SentenceEncoder:
 
     def embed(self, texts: list[str]) -> Tensor:
         """-> [number of texts, width], what its model card says: the mean of the last hidden states, normalised."""
-        new = [*{text: None for text in texts if text not in self.known}]
-        if len(self.known) + len(new) > KNOWN:
-            self.known.clear()
-            new = [*dict.fromkeys(texts)]
-        means = [torch.nn.functional.normalize(states.mean(0), dim=0) for states in self.states(new)]
-        self.known |= zip(new, means, strict=True)
-        return torch.stack([self.known[text] for text in texts])
+
+        def means(new: list[str]) -> list[Tensor]:
+            return [torch.nn.functional.normalize(states.mean(0), dim=0) for states in self.states(new)]
+
+        return torch.stack(remembered(self.known, texts, means, KNOWN))
 
     @torch.no_grad()
     def states(self, texts: list[str]) -> list[Tensor]:

@@ -60,15 +60,18 @@ def test_a_tree_keeps_them_and_a_question_finds_its_own_block(net, models):
 
 
 @torch.no_grad()
-def test_a_second_look_compares_the_means_of_all_states_with_the_likest_of_the_questions(net, models, monkeypatch):
+def test_a_second_look_compares_each_token_of_the_likest_question_with_the_likest_of_a_text(net, models, monkeypatch):
     texts, questions = blocks_of(models.base.tokenizer, 4, 24), [*blocks_of(models.base.tokenizer, 9, 7)[6:]]
 
-    def mean(ids):
+    def states(ids):
         given = net.encoder.tokenizer(models.base.tokenizer.decode(ids), return_tensors="pt")
-        return F.normalize(net.encoder.model(**given).last_hidden_state[0].mean(0), dim=0)
+        return F.normalize(net.encoder.model(**given).last_hidden_state[0], dim=-1)
 
-    slow = torch.stack([max(mean(ids) @ mean(question) for question in questions) for ids in texts])
+    def like(ids, question):
+        return sum(max(token @ other for other in states(ids)) for token in states(question)) / len(states(question))
+
     net.ready()
+    slow = torch.stack([max(like(ids, question) for question in questions) for ids in texts])
     torch.testing.assert_close(net.alike(texts, questions), slow, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(net.encoder, "states", lambda texts: [] if not texts else pytest.fail("it had read them"))
     torch.testing.assert_close(net.alike(texts, questions), slow, rtol=1e-4, atol=1e-5)
