@@ -1,6 +1,7 @@
 """Questions in the loss of a gist stage, and a gist stage that begins with a saved GistNet."""
 
 import csv
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -12,14 +13,25 @@ from tests.stages.test_compressors import built
 
 TINY = ["experiment=demo", "preset.batch=1", "preset.spans=2", "preset.min_tokens=200", "preset.max_tokens=256"]
 TINY += ["stage.controls.blockmean_linear=null"]
+TINY += ["data=files", "data.weights={narrative: 1, code: 0, structured: 0}"]
 ASKED = ["loss.questions.count=2", "loss.questions.tokens=[96]", "loss.questions.tasks=[fact]"]
 
 
-def test_questions_have_their_weight_in_the_loss_and_reach_the_gistnet():
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The same on prose that Python brings: the embedded text takes half a minute to make."""
+    folder = tmp_path_factory.mktemp("prose")
+    for name, text in topics.items():
+        if len(text) > 1500:
+            (folder / f"{name}.md").write_text(text)
+    return [*TINY, f"data.path={folder}"]
+
+
+def test_questions_have_their_weight_in_the_loss_and_reach_the_gistnet(tiny):
     parts = {}
     for weight in (0.0, 0.5, 1.0):
         torch.manual_seed(0)
-        stage, batch = built([*TINY, *ASKED, f"loss.questions.weight={weight}", f"loss.block.weight={1 - weight}"])
+        stage, batch = built([*tiny, *ASKED, f"loss.questions.weight={weight}", f"loss.block.weight={1 - weight}"])
         logged = {}
         stage.log = lambda name, value, logged=logged, **kwargs: logged.update({name: value})
         parts[weight] = stage.training_step(batch, 0)
@@ -29,15 +41,15 @@ def test_questions_have_their_weight_in_the_loss_and_reach_the_gistnet():
     assert any(p.grad is not None and p.grad.any() for p in stage.main.parameters())
 
 
-def test_questions_leave_the_rest_of_a_batch_as_it_was_and_are_a_function_of_the_seed():
-    plain = built(TINY)[1]
-    one, two, other = (built([*TINY, *ASKED, "loss.questions.weight=0.5", f"seed={seed}"])[1] for seed in (0, 0, 1))
+def test_questions_leave_the_rest_of_a_batch_as_it_was_and_are_a_function_of_the_seed(tiny):
+    plain = built(tiny)[1]
+    one, two, other = (built([*tiny, *ASKED, "loss.questions.weight=0.5", f"seed={seed}"])[1] for seed in (0, 0, 1))
     assert all(torch.equal(one[key], plain[key]) for key in ("ids", "block_starts"))
     assert torch.equal(one["contexts"], two["contexts"]) and not torch.equal(one["contexts"], other["contexts"])
 
 
-def test_a_run_says_how_many_held_out_questions_are_right(tmp_path, capsys):
-    given = [*TINY, *ASKED, "loss.questions.weight=0.5", "preset.warmup=1", "preset.validate_every=2", "trainer=cpu"]
+def test_a_run_says_how_many_held_out_questions_are_right(tiny, tmp_path, capsys):
+    given = [*tiny, *ASKED, "loss.questions.weight=0.5", "preset.warmup=1", "preset.validate_every=2", "trainer=cpu"]
     given += [
         "preset.validation_documents=1",
         "preset.report.blocks=4",
@@ -83,29 +95,29 @@ def test_a_run_says_how_many_held_out_questions_are_right(tmp_path, capsys):
         ("gistnet.slots=2", "loss.questions.weight=0.5 is not allowed with gistnet, which makes several vectors"),
     ],
 )
-def test_questions_that_cannot_be_asked_end_a_run_with_one_message(given, message, tmp_path, capsys):
-    assert run([*TINY, *ASKED, "loss.questions.weight=0.5", given, f"folder={tmp_path / 'run'}", "trainer=cpu"]) == 2
+def test_questions_that_cannot_be_asked_end_a_run_with_one_message(given, message, tiny, tmp_path, capsys):
+    assert run([*tiny, *ASKED, "loss.questions.weight=0.5", given, f"folder={tmp_path / 'run'}", "trainer=cpu"]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_stage_begins_with_a_saved_gistnet_and_refuses_one_of_another_shape():
-    stage = built(TINY)[0]
+def test_a_stage_begins_with_a_saved_gistnet_and_refuses_one_of_another_shape(tiny):
+    stage = built(tiny)[0]
     assert "asset:tiny-gistnet" in stage.start_from("asset:tiny-gistnet")
     saved = load_gistnet(resolve("asset:tiny-gistnet", "stage.init"), stage.base).state_dict()
     assert all(torch.equal(value, saved[key]) for key, value in stage.main.state_dict().items())
-    elsewhere = built([*TINY, "gistnet.position=centre"])[0]  # tensors say nothing of that
+    elsewhere = built([*tiny, "gistnet.position=centre"])[0]  # tensors say nothing of that
     assert "gistnet.position: end -> centre" in elsewhere.start_from("asset:tiny-gistnet")
-    other = built([*TINY, "gistnet.head=linear", "depth=d1"])[0]
+    other = built([*tiny, "gistnet.head=linear", "depth=d1"])[0]
     with pytest.raises(ValueError, match="stage.init=asset:tiny-gistnet: its GistNet has another architecture: "):
         other.start_from("asset:tiny-gistnet")
     with pytest.raises(ValueError, match="stage.init=.*smollm2-gistnet was trained with another base LM"):
         stage.start_from("asset:smollm2-gistnet")
 
 
-def test_texts_without_prose_name_the_loss_that_wants_it(tmp_path, capsys):
+def test_texts_without_prose_name_the_loss_that_wants_it(tiny, tmp_path, capsys):
     for number in range(60):
         (tmp_path / f"code_{number}.py").write_text(f"x_{number} = [{number}]\n" * 300)
-    given = ["data=files", f"data.path={tmp_path}", "data.weights={narrative: 0, code: 1, structured: 0}"]
-    given += [*TINY, *ASKED, "loss.questions.weight=0.5", f"folder={tmp_path / 'run'}", "trainer=cpu"]
+    given = [*tiny, f"data.path={tmp_path}", "data.weights={narrative: 0, code: 1, structured: 0}"]
+    given += [*ASKED, "loss.questions.weight=0.5", f"folder={tmp_path / 'run'}", "trainer=cpu"]
     assert run(given) == 2
     assert "loss.questions.weight=0.5 needs prose between the facts" in capsys.readouterr().err
