@@ -92,17 +92,22 @@ def test_every_figure_of_a_model_stands_in_the_long_table(models):
 
 
 def test_a_needle_and_a_story_are_asked_for_by_every_way_of_reading(models, monkeypatch):
+    # The embedded text takes half a minute to make.
+    prose = [
+        f"The {n}th traveller went on, for the road was {n} miles long and the evening was near." for n in range(90)
+    ]
+    monkeypatch.setattr("megactx.data.ruler.sentences", lambda path: prose)
     one, (row,) = Chatting(models, 4), memory_cases("niah_single_1", 1, 300, models.base.tokenizer)
     session, end = one.session(192, DROPPING), f" {row['answer_prefix']}"
     asked = []
-    monkeypatch.setattr(Session, "append", lambda self, ids: asked.extend(ids))
-    monkeypatch.setattr(Session, "generate", lambda self, most, stop: iter([SimpleNamespace(text=row["answer"][0])]))
-    assert one.found(session, row) == 1
-    text = models.base.tokenizer.decode(asked, skip_special_tokens=False)
-    assert text.startswith("<|user|>") and text.endswith(f"<|end|><|assistant|>{end}") and row["question"] in text
-    monkeypatch.setattr(Session, "generate", lambda self, most, stop: iter([SimpleNamespace(text="nothing.\n")]))
-    assert one.found(session, row) == 0
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "append", lambda self, ids: asked.extend(ids))
+        patch.setattr(Session, "generate", lambda self, most, stop: iter([SimpleNamespace(text=row["answer"][0])]))
+        assert one.found(session, row) == 1
+        text = models.base.tokenizer.decode(asked, skip_special_tokens=False)
+        assert text.startswith("<|user|>") and text.endswith(f"<|end|><|assistant|>{end}") and row["question"] in text
+        patch.setattr(Session, "generate", lambda self, most, stop: iter([SimpleNamespace(text="nothing.\n")]))
+        assert one.found(session, row) == 0
     table = measure(models, "random", held_out(None, 1, embedded=False), [], 192, 4, (1, 330))
     for task in MEMORY:
         own = table.pick(domain=task, metric="right")
