@@ -7,8 +7,9 @@ the states of a sentence encoder, that reads the few places again and its states
 token: what else stands in a piece says nothing against it. It reads pieces of three quarters of a block. Then a place
 is the blocks that the likest piece reaches, and no more.
 
-What is alike confuses a base LM: each place more has another number, name or date. So one is opened; and a second where
-it stands later and is about the same too, for what is told again counts as it was told last.
+What is alike confuses a base LM: each place more has another number, name or date, and it tells the last. So one is
+opened. Where that one says it in the question's own words, and what is likest of all others stands later, that is
+opened too: it may be told again there, in other words, and what is told again counts as it was told last.
 
 B rows, K of a block, Q tokens of a question.
 """
@@ -23,7 +24,9 @@ from .keys import Questions, beside, places, search
 
 LOOKS = 8  # places that keys find
 MARGIN = 4  # of a block: so much of it may belong to a fact that the likest piece has not whole
-ALIKE = 0.53  # mean of its tokens' cosines from which on a question is about a text, in whatever words
+# How like a text is to a question, as the mean of its tokens' cosines: from where on it says it in the question's own
+# words, and from where on it is about the same, in whatever words.
+OWN, ALIKE = 0.67, 0.5
 FINDS = 2  # places that are opened at most, and by those keys that read nothing again
 
 
@@ -79,13 +82,14 @@ def found_by_keys(
 
 
 def told_last(like: dict[int, float]) -> list[int]:
-    """The likest block, and the likest of those behind its place that are about what was asked, if there is one."""
+    """The likest block, and the likest of those not beside it, if the first is told again there."""
     if not like:
         return []
     order = sorted(like, key=like.get, reverse=True)
     first = order[0]
-    later = [block for block in order if block > first + 1 and like[block] >= ALIKE]
-    return [first, *later[:1]]
+    second = next((block for block in order if abs(block - first) > 1), first)
+    again = second > first and like[first] >= OWN and like[second] >= ALIKE
+    return [first, second] if again else [first]
 
 
 def second_look(

@@ -7,7 +7,7 @@ import torch
 
 from megactx.data.user_turns import UserTurns
 from megactx.focus.earned import newest_from
-from megactx.focus.finding import ALIKE, LOOKS, found_by_keys, told_last
+from megactx.focus.finding import ALIKE, LOOKS, OWN, found_by_keys, told_last
 from megactx.focus.keys import KeyNet, Questions, search
 from megactx.focus.sentence_keys import SentenceKeys
 from megactx.memory import MegaContextTree
@@ -60,7 +60,7 @@ def test_of_the_places_that_keys_find_those_are_opened_of_which_a_piece_is_likes
         before = min(int(newest_from(context, BUDGET)[0]) + 6 * K, 1501 // K * K - protected) // K
         for row, question in enumerate(questions):
             like = search(stream.tree, questions)[row, :before]
-            places, opened = [], []
+            places = []
             for block in like.argsort(descending=True).tolist():
                 if len(places) < LOOKS and all(abs(block - one) > 1 for one in places):
                     places.append(block)
@@ -73,10 +73,9 @@ def test_of_the_places_that_keys_find_those_are_opened_of_which_a_piece_is_likes
                         value = _common(stream.tree.tokens[row, start : start + 3].tolist(), question)
                         if value > best.get(middle, -1.0):
                             best[middle], begins[middle] = value, start
-            for block in sorted(best, key=best.get, reverse=True):
-                again = opened and block > opened[0] + 1 and best[block] >= ALIKE
-                if not opened or (len(opened) == 1 and again):
-                    opened.append(block)
+            first, *rest = sorted(best, key=best.get, reverse=True)
+            second = next(block for block in rest if not first - 1 <= block <= first + 1)
+            opened = [first, second] if second > first and best[first] >= OWN and best[second] >= ALIKE else [first]
             around = ((max(0, begins[block] - 1), begins[block] + 4) for block in opened)  # a token on either side
             reach = {token // K for first, stop in around for token in range(first, stop)}
             assert {*found[row]} == reach and len(found[row]) == len(reach)
@@ -118,10 +117,15 @@ def test_a_session_opens_the_place_that_its_keys_had_put_fifth(reading, ids, par
 def test_what_is_told_again_counts_as_it_was_told_last():
     """What was told before, or right beside the likest, opens no second place."""
     assert told_last({5: 0.4, 9: 0.9, 20: 0.6, 30: 0.59}) == [9, 20]
-    assert told_last({5: 0.69, 9: 0.7, 10: 0.69, 20: 0.5}) == [9]
-    assert told_last({9: 0.7, 20: ALIKE, 30: ALIKE - 0.1}) == [9, 20]
-    assert told_last({9: 0.58, 20: ALIKE - 1e-9}) == [9]
+    assert told_last({5: 0.4, 9: OWN, 10: 0.66, 20: ALIKE, 30: 0.45}) == [9, 20]
+    assert told_last({5: 0.61, 9: 0.9, 20: 0.6}) == told_last({9: 0.9, 10: 0.8}) == [9]
+    assert told_last({9: 0.7, 20: ALIKE - 1e-9}) == [9]
     assert told_last({3: 0.2}) == [3] and told_last({}) == []
+
+
+def test_what_is_not_said_in_the_questions_own_words_is_not_told_again():
+    """What is nearly as like is something else then, and a base would tell that."""
+    assert told_last({9: OWN - 1e-9, 20: 0.66}) == [9]
 
 
 def test_where_there_are_two_places_the_less_like_one_is_not_opened_either(reading, ids):
