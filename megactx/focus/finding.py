@@ -8,11 +8,14 @@ token: what else stands in a piece says nothing against it. It reads pieces of t
 is the blocks that the likest piece reaches, and no more.
 
 What is alike confuses a base LM: each place more has another number, name or date, and it tells the last. So one is
-opened. Where that one says it in the question's own words, and what is likest of all others stands later, that is
-opened too: it may be told again there, in other words, and what is told again counts as it was told last.
+opened. Where that one has a word of the question that no other place has, and what is likest of all others stands
+later, that is opened too: it may be told again there, in other words, and what is told again counts as it was told
+last.
 
 B rows, K of a block, Q tokens of a question.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +27,7 @@ from .keys import Questions, beside, places, search
 
 LOOKS = 8  # places that keys find
 MARGIN = 4  # of a block: so much of it may belong to a fact that the likest piece has not whole
-# How like a text is to a question, as the mean of its tokens' cosines: from where on it says it in the question's own
-# words, and from where on it is about the same, in whatever words.
-OWN, ALIKE = 0.67, 0.5
+ALIKE = 0.5  # mean of its tokens' cosines from which on a question is about a text, in whatever words
 FINDS = 2  # places that are opened at most, and by those keys that read nothing again
 
 
@@ -73,30 +74,44 @@ def found_by_keys(
         if looks[number] and likest:
             around = torch.tensor(beside(likest))
             around = around[torch.isin(around, block[row.isfinite().cpu()])].sort().values.tolist()
-            like, starts = second_look(tree, number, around, questions.of(number), int(before[number]))
-            opened = [at for place in told_last(like) for at in [place, *reached(starts[place], k)]]
+            asked = questions.of(number)
+            seen = second_look(tree, number, around, asked, int(before[number]))
+            words = set().union(*(tree.keys.words(ids.tolist()) for ids in asked))
+            opened = [at for block in told_last(seen, words) for at in [block, *reached(seen[block].start, k)]]
         else:
             opened = beside(places(likest, FINDS))
         out.append([at for at in dict.fromkeys(opened) if at in there])
     return out
 
 
-def told_last(like: dict[int, float]) -> list[int]:
-    """The likest block, and the likest of those not beside it, if the first is told again there."""
-    if not like:
-        return []
-    order = sorted(like, key=like.get, reverse=True)
-    first = order[0]
-    second = next((block for block in order if abs(block - first) > 1), first)
-    again = second > first and like[first] >= OWN and like[second] >= ALIKE
-    return [first, second] if again else [first]
+class Seen(NamedTuple):
+    """The likest piece of a block: how like, where it begins, its words."""
+
+    like: float
+    start: int
+    words: set
+
+
+def told_last(seen: dict[int, Seen], asked: set) -> list[int]:
+    """The likest block, and the next likest place, if what the first says may be told again there.
+
+    Args:
+        seen: by block.
+        asked: words of the question.
+    """
+    order = places(sorted(seen, key=lambda block: seen[block].like, reverse=True), len(seen))
+    if len(order) < 2:
+        return order
+    first, second, *others = order
+    own = (asked & seen[first].words).difference(*(seen[block].words for block in others))
+    return [first, second] if own and second > first and seen[second].like >= ALIKE else [first]
 
 
 def second_look(
     tree: MegaContextTree | Composite, row: int, blocks: list[int], asked: list[Tensor], end: int
-) -> tuple[dict[int, float], dict[int, int]]:
-    """How like blocks are to the likest of some questions, by what the keys' own encoder says of pieces of which they
-    hold the middle, and where the likest piece of each begins.
+) -> dict[int, Seen]:
+    """The piece of each block that is likest to the likest of some questions, by what the keys' own encoder says of
+    those of which it holds the middle.
 
     Args:
         blocks: in their order; a piece lies in one of them, or in two that are beside each other.
@@ -110,16 +125,18 @@ def second_look(
         range(start, start + size) for start in starts if (start + size - 1) // k in blocks and start + size <= end
     ]
     if not pieces:
-        return {}, {}
+        return {}
     place = torch.tensor([at for piece in pieces for at in piece], device=tree.device)
     ids = tree.levels[0].read("token", torch.full_like(place, row), place).view(len(pieces), size)
-    like = tree.keys.alike(ids, asked)
-    best: dict[int, float] = {}
-    begins: dict[int, int] = {}
-    for piece, value in zip(pieces, like.tolist(), strict=True):
-        if value > best.get(block := piece[size // 2] // k, -torch.inf):
-            best[block], begins[block] = value, piece[0]
-    return best, begins
+    best: dict[int, tuple[float, int]] = {}
+    for number, value in enumerate(tree.keys.alike(ids, asked).tolist()):
+        block = pieces[number][size // 2] // k
+        if block not in best or value > best[block][0]:
+            best[block] = value, number
+    return {
+        block: Seen(value, pieces[number][0], tree.keys.words(ids[number].tolist()))
+        for block, (value, number) in best.items()
+    }
 
 
 def reached(start: int, k: int) -> range:

@@ -101,7 +101,7 @@ class Keys(nn.Module):
     """
 
     piece = 4096  # blocks that are encoded at a time
-    looks_again = False  # whether it has more to say of a text than its key, by ``alike``
+    looks_again = False  # whether it has more to say of a text than its key, by ``alike`` and ``words``
 
     def ready(self) -> "Keys":
         """Read what it reads by, where that is not read yet.

