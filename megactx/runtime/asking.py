@@ -54,10 +54,11 @@ class Asking:
 
     def _before(self, row: int) -> list[int]:
         """Blocks where the end of a row's text stood before, or what is rare in it, if these paid already."""
-        places = self.repeats.sharing(row, self.anyway)
-        texts = [self.repeats.tokens(row, sorted(place)) for place in places]
-        # What is tried has to fit the window, and so the base: a place is three blocks at most.
-        newest = self.repeats.newest(row, self.anyway - 3 * self.tree.block_size)
-        pays = self.trial.paying(self.repeats.tokens(row, [0]), texts, newest)
-        paying = [block for place, does in zip(places, pays, strict=True) if does for block in place]
-        return [*dict.fromkeys(self.repeats.blocks(row) + paying)]
+        blocks = self.repeats.blocks(row)
+        if places := self.repeats.sharing(row, self.anyway):
+            sink, *texts = (self.repeats.tokens(row, sorted(place)) for place in [[0], *places])
+            # What is tried has to fit the window, and so the base: a place is three blocks at most.
+            newest = self.repeats.newest(row, self.anyway - 3 * self.tree.block_size)
+            pays = self.trial.paying(sink, texts, newest)
+            blocks += [block for place, does in zip(places, pays, strict=True) if does for block in place]
+        return [*dict.fromkeys(blocks)]
