@@ -17,9 +17,8 @@ from megactx.lm.chunked_head import nll
 from megactx.lm.masks import CAUSAL
 
 TRIED, BEFORE = 64, 224  # newest tokens that a place must make likelier, and tokens that are read before these
-PAYS = (
-    0.1  # nats a token: what a place must have won. Half of it lets in what prose loses by, 0.15 loses what code wins
-)
+# Nats a token that a place must win: half of it lets in what prose loses by, 0.15 loses what code wins.
+PAYS = 0.1
 
 
 class Trial:
