@@ -5,8 +5,6 @@
 
 Text that shares its rare tokens with an old place is most often about the same and no more: prose loses by reading it
 in place of its newest tokens. Where the place is what the text builds on, it says so of the newest 64 tokens too.
-
-B rows, T tokens.
 """
 
 import torch
