@@ -23,9 +23,10 @@ from megactx.memory import MegaContextTree, WorkingContext
 
 class Questions(NamedTuple):
     """What keys are asked: ids [A, Q]; which of them are there, bool [A, Q]; of which row each is, [A]; which rows a
-    user asked, bool [B]. What nobody asked, as text that goes on, finds only the one block that stands out most; of
-    such rows also the blocks where their end stood before. ``newest``: of what a window stands for, so many tokens at
-    its end are read, at most, beside what a user's question finds; ``None``: as many as have room."""
+    user asked, bool [B]. What nobody asked, as text that goes on, finds only the one block that stands out most.
+    ``repeated``: of each row blocks that are read in any case, where its end or what it quotes stood before.
+    ``newest``: of what a window stands for, so many tokens at its end are read, at most, beside what a user's question
+    finds; ``None``: as many as have room."""
 
     ids: Tensor
     mask: Tensor

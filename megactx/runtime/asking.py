@@ -1,5 +1,5 @@
-"""What a session asks of its past where windows are earned: what the user said last, by the keys of blocks; of text
-that goes on, where its end and its rare tokens stood before.
+"""What a session asks of its past where windows are earned: what the user said last, by its own words where it quotes
+some, else by the keys of blocks; of text that goes on, where its end and its rare tokens stood before.
 
 B rows, Q tokens of a question.
 """
@@ -30,8 +30,8 @@ class Asking:
         self.anyway = settings.budget - tree.block_size  # newest tokens that are read where nothing is found
 
     def questions(self, first: int) -> Questions:
-        """What keys are asked, see ``focus.keys.questions_of``; where what nobody asked stood before; how many of the
-        newest tokens are read beside what is found.
+        """What keys are asked, see ``focus.keys.questions_of``; where what a question quotes, or what nobody asked,
+        stood before; how many of the newest tokens are read beside what is found.
 
         Args:
             first: block 0 of the text among those of all parts.
@@ -43,10 +43,18 @@ class Asking:
         row = torch.arange(tree.rows, device=tree.device)[:, None].expand_as(place)[there]
         newest = tree.levels[0].read("token", row, place[there]).split(counts.tolist())
         own, behind, began = zip(*(questions_of(ids.tolist(), self.turns) for ids in newest), strict=True)
+        asked = [count is not None for count in behind]
+        before = [
+            [block for ids in own[row] for block in self.repeats.quoted(row, ids, began[row])]
+            if told
+            else self._before(row)
+            for row, told in enumerate(asked)
+        ]
+        # Beside what a question quotes, what keys find is about something like it, and takes its place in an answer.
+        own = [[] if told and found else ids for told, found, ids in zip(asked, before, own, strict=True)]
         ids, mask = padded([ids for several in own for ids in several])
         which = torch.tensor([row for row, several in enumerate(own) for _ in several], dtype=torch.long)
-        asked = [count is not None for count in behind]
-        repeated = [[] if told else [first + block for block in self._before(row)] for row, told in enumerate(asked)]
+        repeated = [[first + block for block in blocks] for blocks in before]
         few = self.newest
         beside = [None if few is None or count is None else few + count for count in behind]
         tensors = (part.to(tree.device) for part in (ids, mask, which, torch.tensor(asked)))

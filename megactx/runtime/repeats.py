@@ -1,5 +1,6 @@
 """Where the end of a text stood before: what came then may come again, so a window shows it (as in infini-gram, Liu et
-al. 2024, and prompt lookup, Saxena 2023). And where its rare tokens stood, see ``rare_tokens``.
+al. 2024, and prompt lookup, Saxena 2023). And where its rare tokens stood, see ``rare_tokens``, or what a question
+quotes, see ``quotes``.
 
     ... [ The port of Alder is 4821. ] ...  far back  ... The port of Alder is |
                               ^ the newest place of the longest end
@@ -17,6 +18,7 @@ from megactx.framework.errors import RunFailed
 from megactx.memory import MegaContextTree
 
 from . import rare_tokens
+from .quotes import longest_quote
 from .rare_tokens import NOTHING
 
 LEAST, LONGEST = 4, 32  # tokens of an end that stood before: fewer say nothing, more need not be counted
@@ -55,6 +57,26 @@ class Repeats:
         near = [first + at for at in rare_tokens.places(blocks, text[-rare_tokens.ASKS :])]
         stop = int(self.tree.counts(1)[row])
         return [[block for block in (at, at + 1, at - 1) if 0 < block < stop] for at in near]
+
+    def quoted(self, row: int, asked: list[int], began: int) -> list[int]:
+        """Blocks that hold what a question quotes, what stands behind it, as long again, and a little around; of the
+        newest place first.
+
+        Args:
+            asked: ids of the question.
+            began: how many tokens of the tree stand behind where it, or its turn, begins.
+        """
+        text, end = self._text(row)
+        text, k = text[: max(0, len(text) - began)], self.tree.block_size
+        quote = longest_quote(text, torch.tensor(asked, dtype=torch.int32))
+        if quote is None:
+            return []
+        first, around = end - began - len(text), k // 4
+        found: list[int] = []
+        for start in reversed(quote.starts):
+            stop = min(len(text), start + 2 * quote.length + around)
+            found += range((first + max(0, start - around)) // k, (first + stop - 1) // k + 1)
+        return [*dict.fromkeys(found)]
 
     def tokens(self, row: int, blocks: list[int]) -> Tensor:
         """Ids of blocks, as far as they are there and were not taken away."""

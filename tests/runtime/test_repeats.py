@@ -87,7 +87,7 @@ def test_what_is_read_anyway_is_not_opened_and_no_place_is_lost(stream, ids):
 def test_what_a_user_has_asked_is_not_taken_for_text_that_comes_again(models, ids, monkeypatch):
     monkeypatch.setattr("megactx.data.user_turns.UserTurns.of", lambda tokenizer: UserTurns((1, 2), (3, 4)))
     stream = Controller(replace(models, lensnet=None), Settings(**SMALL)).stream()
-    text = repeating(ids, 12)
+    text = repeating(ids, LEAST + 2)  # shorter than a quote
     text[600:602], text[602:604] = torch.tensor([1, 2]), torch.tensor([3, 4])
     stream.append(text[None])
     assert stream.questions().repeated[0][:1] == [400 // K]  # the turn is too far back: the text goes on
