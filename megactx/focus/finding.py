@@ -1,6 +1,6 @@
 """What a question finds in a tree: places, each a block and those beside it.
 
-    all blocks  -- keys -->  LOOKS likest places  -- second look -->  the likest, and what was told later of the same
+    all blocks  -- keys -->  a few likest places  -- second look -->  the likest, and what was told later of the same
 
 Keys of 64 numbers find the right place among the first few of thousands, but not which of these it is. Where they read
 the states of a sentence encoder, that reads the few places again and its states are compared as they are, token by
@@ -25,7 +25,7 @@ from megactx.memory import Composite, MegaContextTree, WorkingContext
 from .earned import few_from, newest_from
 from .keys import Questions, beside, places, search
 
-LOOKS = 8  # places that keys find
+LOOKS, AMONG = 8, 128  # places that keys find, among so many blocks; among more the root of that as many
 MARGIN = 4  # of a block: so much of it may belong to a fact that the likest piece has not whole
 ALIKE = 0.5  # mean of its tokens' cosines from which on a question is about a text, in whatever words
 FINDS = 2  # places that are opened at most, and by those keys that read nothing again
@@ -64,11 +64,12 @@ def found_by_keys(
     for number, row in enumerate(likes):
         row = row.masked_fill(((block + 1) * k > after[number]).to(row.device), -torch.inf)
         order = row.argsort(descending=True, stable=True)
+        count = looked_at(int(row.isfinite().sum()))
         if questions.asked[number]:
-            best = block[order[row[order].isfinite()][: 3 * LOOKS + 1].cpu()]  # of which three may be beside each other
+            best = block[order[row[order].isfinite()][: 3 * count + 1].cpu()]  # of which three may be beside each other
             # The block in which the question begins is like it by that, and no less a place; but the place of none.
             partly = (best + 1) * k > before[number]
-            likest = places(best[~partly].tolist(), LOOKS) + best[partly].tolist()
+            likest = places(best[~partly].tolist(), count) + best[partly].tolist()
         else:  # more than one costs text that goes on more than they give
             likest = block[order[:1][row[order[:1]] > tree.keys.null].cpu()].tolist()
         if looks[number] and likest:
@@ -82,6 +83,11 @@ def found_by_keys(
             opened = beside(places(likest, FINDS))
         out.append([at for at in dict.fromkeys(opened) if at in there])
     return out
+
+
+def looked_at(blocks: int) -> int:
+    """Places that keys find among so many blocks: the more there are, the more stand above the right one by chance."""
+    return int(LOOKS * max(1.0, blocks / AMONG) ** 0.5)
 
 
 class Seen(NamedTuple):

@@ -21,7 +21,7 @@ from megactx.lm.sentences import SentenceEncoder, remembered
 from .keys import Keys
 
 KNOWN = 2**15  # blocks whose states are remembered while keys are trained
-LOOKED = 2**9  # texts, and questions, that a second look remembers: an answer's asks the same again, 20 MB
+LOOKED = 2**11  # texts, and questions, that a second look remembers: an answer's asks the same again, 80 MB
 
 
 @declared("keys")

@@ -7,7 +7,7 @@ import torch
 
 from megactx.data.user_turns import UserTurns
 from megactx.focus.earned import newest_from
-from megactx.focus.finding import ALIKE, LOOKS, Seen, found_by_keys, told_last
+from megactx.focus.finding import ALIKE, LOOKS, Seen, found_by_keys, looked_at, told_last
 from megactx.focus.keys import KeyNet, Questions, search
 from megactx.focus.sentence_keys import SentenceKeys
 from megactx.memory import MegaContextTree
@@ -65,7 +65,7 @@ def test_of_the_places_that_keys_find_those_are_opened_of_which_a_piece_is_likes
             like = search(stream.tree, questions)[row, :before]
             places = []
             for block in like.argsort(descending=True).tolist():
-                if len(places) < LOOKS and all(abs(block - one) > 1 for one in places):
+                if len(places) < looked_at(before) and all(abs(block - one) > 1 for one in places):
                     places.append(block)
             around = {at for block in places for at in (block - 1, block, block + 1) if 0 <= at < before}
             best, begins = {}, {}
@@ -124,6 +124,11 @@ def test_a_session_opens_the_place_that_its_keys_had_put_fifth(reading, ids, par
         old = raw[seen.part_of(raw) == 0] if part else raw[raw < 900]
         first = 402 if part else 403
         assert {*range(first, first + 3)} <= {*old.tolist()} and (part or session.ids(403, 406).equal(question))
+
+
+def test_the_more_blocks_there_are_the_more_places_are_read_again():
+    """Of four thousand tokens eight, of a million sixteen times as many."""
+    assert [looked_at(count) for count in (1, 128, 130, 512, 2048, 2**15)] == [8, 8, 8, 16, 32, 128]
 
 
 def seen(**likeness):
