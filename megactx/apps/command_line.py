@@ -37,6 +37,8 @@ def add_models(parser: argparse.ArgumentParser, budget: int = 2048) -> None:
     parser.add_argument("--keys", type=int, default=0, help="with --earn: old blocks found by their keys (default 0)")
     few = "newest tokens read beside what a question finds by keys; small models answer best from 0, the question alone"
     parser.add_argument("--newest", type=int, metavar="TOKENS", help=f"{few} (default: all)")
+    again = "with --earn: what stood behind the end of the text before is mixed into what the base says comes next"
+    parser.add_argument("--recall", action="store_true", help=again)
     parser.add_argument(
         "--graphs", action="store_true", help="decode by a CUDA graph on a card (never tried on one yet)"
     )
@@ -103,7 +105,8 @@ def controller_of(args: argparse.Namespace, tree: bool = False) -> Controller:
     Raises:
         ValueError: models and settings do not fit, or make no tree.
     """
-    names = ("budget", "megacontext", "positions", "earn", "keys", "newest", "graphs", "drafts", "reuse", "attention")
+    names = ("budget", "megacontext", "positions", "earn", "keys", "newest", "recall")
+    names += ("graphs", "drafts", "reuse", "attention")
     settings = Settings(**{name: getattr(args, name) for name in (*names, *SIZES)})
     quiet_libraries()
     controller = Controller(load_models(args.model, setting="--model"), settings)

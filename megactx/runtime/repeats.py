@@ -90,6 +90,10 @@ class Repeats:
         text = text[-count:]
         return text[text != NOTHING]
 
+    def text(self, row: int) -> Tensor:
+        """Ids of the newest ``LOOKED`` tokens of the tree, as far as they are there; ``NOTHING`` where one is not."""
+        return self._text(row)[0]
+
     def _text(self, row: int) -> tuple[Tensor, int]:
         """Newest tokens of the tree, and where they end."""
         (known, before, gone), end, compacted = self.known[row], int(self.tree.lengths[row]), self.tree.compacted
@@ -118,19 +122,27 @@ class Repeats:
 
 
 def longest_end(text: Tensor) -> tuple[int, int]:
-    """How many of the last tokens of a text [T] stood in it before, ``LONGEST`` at most, and where the newest place
-    ends at which so many did."""
-    count = place = 0
+    """How many of the last tokens of a text [T] stood in it before, and where the newest place ends at which so many
+    did: see ``ends``."""
+    count, places = ends(text)
+    return count, int(places[-1]) if count else 0
+
+
+def ends(text: Tensor) -> tuple[int, Tensor]:
+    """How many of the last tokens of a text [T] stood in it before, ``LONGEST`` at most, and where each place ends at
+    which so many did, the oldest first."""
+    count, places = 0, [torch.zeros(0, dtype=torch.long)]
     stop = len(text)  # places lie before it: each has a token behind it
-    while stop > 1 and count < LONGEST:
+    while stop > 1:
         first = max(1, stop - PIECE)
-        ends = (text[first - 1 : stop - 1] == text[-1]).nonzero()[:, 0] + first
+        found = (text[first - 1 : stop - 1] == text[-1]).nonzero()[:, 0] + first
         for length in range(1, min(LONGEST, len(text) - 1) + 1):
-            ends = ends[ends >= length]
-            ends = ends[text[ends - length] == text[-length]]
-            if not len(ends) or text[-length] == NOTHING:
+            found = found[found >= length]
+            found = found[text[found - length] == text[-length]]
+            if not len(found) or text[-length] == NOTHING:
                 break
-            if length > count:
-                count, place = length, int(ends[-1])
+            if length >= count:
+                places = [found, *(places if length == count else [])]
+                count = length
         stop = first
-    return count, place
+    return count, torch.cat(places)

@@ -13,7 +13,8 @@ from megactx.memory.pyramid import Attention
 KINDS, POSITIONS = ("focus", "recency", "none"), ("rebased", "absolute")
 READING, REUSE, DRAFTS = ("plain", "mega"), ("exact", "approximate"), ("none", "lookup", "nearest", "foretold")
 HISTORY = 2**20  # tokens of history whose coarsest view must fit any window
-HOW = ("graphs", "drafts", "reuse", "attention", "segment", "mid", "live", "overlap")  # settings that change no window
+# Settings that change no window.
+HOW = ("recall", "graphs", "drafts", "reuse", "attention", "segment", "mid", "live", "overlap")
 RESERVE = 8  # one part in so many of a window is room for new tokens
 
 
@@ -38,6 +39,8 @@ class Settings:
         newest: tokens up to the end of what a user asked, at most, that are read beside the blocks which that finds; 0,
             the question alone, or 64 at least, as a question has. Of a longer turn the rest is found by keys, like all
             that is older. ``None``: as many as have room. A small base LM answers better from few.
+        recall: what stood behind the end of the text wherever it stood before is mixed into what the base says of the
+            next token, see ``recall``; with ``earn`` alone. It takes no room of the window.
         edit_every: blocks of new tokens between two refocuses by LensNet. Above 1 the edits of so many blocks are made
             at once, so that what stands behind them is read again once.
         graphs: read single new tokens at fixed shapes, on a card as one CUDA graph: a token is one launch. Off by
@@ -62,6 +65,7 @@ class Settings:
     earn: bool = False
     keys: Whole = 0
     newest: Whole | None = None
+    recall: bool = False
     edit_every: Count = 1
     graphs: bool = False
     drafts: Literal[DRAFTS] = "none"
@@ -73,6 +77,8 @@ class Settings:
     overlap: Whole = 0
 
     def __post_init__(self):
+        if self.recall and not self.earn:
+            raise ValueError("recall=true is not allowed without earn=true, which looks for what comes again")
         if self.keys and not self.earn:
             raise ValueError(f"keys={self.keys} is not allowed without earn=true, which reads what stands out")
         if self.newest is not None and not self.keys:

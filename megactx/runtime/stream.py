@@ -31,6 +31,7 @@ from .incremental_prefill import IncrementalPrefill
 from .node_prefill import NodePrefill
 from .part_files import OpenPart
 from .position_rebase import PositionRebase
+from .recall import Recall
 from .settings import Settings
 from .shown_parts import ShownParts
 
@@ -77,6 +78,7 @@ class Stream(ShownParts):
         if settings.attention == "mega":
             self.prefill = NodePrefill(self.base, settings.mega)
         self.asking = Asking(self.tree, settings, self.base) if settings.earn else None
+        self.recall = Recall(self.asking.repeats) if settings.recall else None
         self.waiting = torch.zeros(self.rows, self.block, dtype=torch.long, device=self.device)
         self._grown_from: Tensor | None = None  # [B], tokens of the tree before it took what waits
         self.counts = torch.zeros(self.rows, dtype=torch.long)
@@ -138,7 +140,8 @@ class Stream(ShownParts):
         self._notice()
         if self.hidden is None:
             self._take_up()
-        return self.base.logits(self.hidden).float() if self.told is None else self.told
+        told = self.base.logits(self.hidden).float() if self.told is None else self.told
+        return told if self.recall is None else self.recall.logits(told, self.waiting, self.counts)
 
     @torch.no_grad()
     def push(self, tokens: Tensor, active: Tensor | None = None) -> None:
@@ -289,11 +292,14 @@ class Stream(ShownParts):
             piece = tokens[:, first : first + self.block - int(self.counts.max())]
             n = piece.shape[1]
             mask = torch.arange(n) < (lengths - first)[:, None]
-            before = self.hidden
+            before, waited = self.hidden, self.counts
             hidden = self._follow(piece, None if mask.all() else mask.to(self.device))
             begins = hidden[:, :1] if before is None else before[:, None]
             found = nll(self.base, torch.cat([begins, hidden[:, :-1]], dim=1).flatten(0, 1), piece.flatten())
-            out[:, first : first + n] = torch.where(mask, found.view(piece.shape).cpu(), torch.nan)
+            found = found.view(piece.shape).cpu()
+            if self.recall is not None:
+                found = self.recall.nll(found, self.waiting, waited, self.counts - waited)
+            out[:, first : first + n] = torch.where(mask, found, torch.nan)
             if before is None:
                 out[:, 0] = torch.nan
             first += n

@@ -32,7 +32,20 @@ from megactx.parts.read import load_lensnet
 from megactx.runtime import Models, Settings, load_models
 
 from . import length_planted as planted
-from .length_policies import DROP, EARNED, FOCUS, FULL, KEYS, RECENCY, Found, dropping, full_context, session
+from .length_policies import (
+    DROP,
+    EARNED,
+    FOCUS,
+    FULL,
+    KEYS,
+    RECALLS,
+    RECENCY,
+    Found,
+    dropping,
+    full_context,
+    recalled,
+    session,
+)
 from .length_report import report_of, summarise
 from .length_text import Texts, gather, tree_of
 from .study import Options, command, multiple
@@ -87,6 +100,13 @@ class Study:
         return {"kind": case["kind"], "domain": case["domain"], "gain": gain, "rows": rows}
 
     def _policies(self, ids, tree, scored, placements: list[str]) -> Iterator[tuple[str, int | None, str, Found]]:
+        for policy, budget, positions, found in self._shown(ids, tree, scored, placements):
+            yield policy, budget, positions, found
+            if self.args.recall and policy in RECALLS:
+                within = budget if policy == DROP else None
+                yield RECALLS[policy], budget, positions, recalled(found, ids, scored, within)
+
+    def _shown(self, ids, tree, scored, placements: list[str]) -> Iterator[tuple[str, int | None, str, Found]]:
         if len(ids) + len(scored) <= self.models.base.max_positions:
             yield FULL, None, "absolute", full_context(self.models, ids, scored)
         for budget in self.args.budgets:
@@ -129,6 +149,7 @@ class Study:
             "text": self.texts.fingerprint,
             "block_size": self.block,
             **({"earn": "what comes again, too"} if self.args.earn else {}),
+            **({"recall": True} if self.args.recall else {}),
             **({"rebased": True} if self.args.rebased else {}),
             **({"keys": self.args.keys, "keys_of": of_net(models.keys)} if self.args.keys else {}),
         }
@@ -165,6 +186,8 @@ def options(given: Options) -> None:
     given.add("--limit", type=int, help="positions of rebased histories stay below it (default: half of the base's)")
     given.number("refocuses", 0, "more ones at a cold start than a session makes", least=0)
     given.add("--earn", action="store_true", help="measure sessions that read the newest tokens unless more is earned")
+    again = "measure each of full context, dropping and --earn also where what came before tells what comes next"
+    given.add("--recall", action="store_true", help=again)
     given.number("keys", 0, "measure sessions that read so many blocks too which their keys find, at most", least=0)
     given.add("--rebased", action="store_true", help="measure no absolute positions, where the base takes them")
     given.number("seed", 0, "of the filler's order and the planted facts", least=0)

@@ -6,6 +6,7 @@
     focus          the same budget, detail where LensNet wants it
     earned         the sink, the newest tokens, what comes again, and what LensNet's estimate puts above them
     keys           the same, and before it blocks that the newest tokens find by their keys, without a chat template
+    ..., recall    the same, and what is shown or remembered tells what stood behind the end of the text before
 
 Every policy is at the same place at the same time: what it shows is chosen anew every K scored tokens, within W
 entries, and up to K - 1 tokens that came since are read behind them.
@@ -14,7 +15,7 @@ T tokens of a history, S scored tokens, W entries, K of a block.
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 import torch
@@ -24,8 +25,10 @@ from megactx.lm import BaseLM, masks
 from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree, WorkingContext
 from megactx.runtime import Controller, Models, Refocused, Settings
+from megactx.runtime.recall import mixed_nll
 
 FULL, DROP, RECENCY, FOCUS, EARNED, KEYS = "full context", "dropping", "recency", "focus", "earned", "keys"
+RECALLS = {policy: f"{policy}, recall" for policy in (FULL, DROP, EARNED)}
 ROWS = 4  # windows of dropping that are read at once
 
 
@@ -119,6 +122,18 @@ def session(
     found = stream.append(scored[None], score=True)[0]
     seconds, events = clock(device) - began, [event for event in events if event.read is not None]
     return Found(found, seconds, before, telemetry(events))
+
+
+def recalled(found: Found, ids: Tensor, scored: Tensor, within: int | None = None) -> Found:
+    """The same policy where what came before tells, too: as a session with ``recall`` says, for it changes no window.
+
+    Args:
+        ids: of the history, [T].
+        within: newest tokens that tell; ``None``: all that a session remembers. Dropping has no more than its window.
+    """
+    began, how = time.process_time(), {} if within is None else {"within": within}
+    nll = mixed_nll(found.nll, torch.cat([ids, scored]).to("cpu", torch.int32), **how)
+    return replace(found, nll=nll, seconds=found.seconds + time.process_time() - began)
 
 
 def telemetry(events: list[Refocused]) -> dict[str, float]:

@@ -16,10 +16,11 @@ from megactx.evaluation.table import OVERALL, Report, Sheet, Table, cell, pivot
 from megactx.focus.allocator import RESIDENCY, SWAP_RATE, UTILISATION
 
 from .length_planted import usable
-from .length_policies import DROP, EARNED, FOCUS, FULL, KEYS, RECENCY
+from .length_policies import DROP, EARNED, FOCUS, FULL, KEYS, RECALLS, RECENCY
 
 TELEMETRY = ("swap_rate", "residency", "utilisation", "reuse", "rooms")
 COLOURS = {FOCUS: "#009E73", EARNED: "#CC79A7", KEYS: "#E69F00", RECENCY: "#0072B2", DROP: "black", FULL: "#D55E00"}
+COLOURS |= {RECALLS[EARNED]: "#882255", RECALLS[DROP]: "#999999", RECALLS[FULL]: "#F0A080"}
 STYLES = {"absolute": "--", "rebased": "-"}
 ABSOLUTE = "- absolute"  # the run of full context
 LINE, HEADING = ("carrier", "run"), ["policy", "budget", "positions"]  # what a line of a sheet is of, and says
@@ -44,11 +45,11 @@ def summarise(documents: list[dict], cases: list[dict]) -> Table:
         for metric, key in (("vs_full", (longest, FULL, ABSOLUTE)), ("vs_dropping", (length, DROP, run))):
             if key in values:
                 table.add(metric, mean_interval(text, nll - _column(values[key], "mean")), **about)
-        if policy != FULL:
+        if run != ABSOLUTE:
             rivals = [
                 _column(own, "mean")
-                for (own_length, name, own_run), own in values.items()
-                if name != FULL and (own_length, own_run) == (length, run)
+                for (own_length, _, own_run), own in values.items()
+                if (own_length, own_run) == (length, run)
             ]
             table.add("regret", mean_interval(text, nll - torch.stack(rivals).amin(0)), **about)
         for name in TELEMETRY:
@@ -174,7 +175,7 @@ def notes_on(table: Table, about: dict) -> list[str]:
 def _whole(table: Table, about: dict, length: int, budget: int) -> str:
     own = table.pick(span=length)
     parts, own = [], own.pick(run=f"{budget} absolute") or own.pick(run=f"{budget} rebased")
-    for policy in (FOCUS, EARNED, KEYS, RECENCY, DROP):
+    for policy in (FOCUS, EARNED, RECALLS[EARNED], KEYS, RECENCY, DROP, RECALLS[DROP]):
         if row := own.one(carrier=policy, metric="vs_full"):
             swaps = own.one(carrier=policy, metric="swap_rate")
             parts.append(f"{policy} {cell(row, '+.3f')}" + (f" at {swaps['point']:.3f} swaps" if swaps else ""))

@@ -12,9 +12,21 @@ from megactx.evaluation.table import Table
 from megactx.focus.keys import KeyNet
 from megactx.lm.chunked_head import nll
 from megactx.memory import MegaContextTree
+from megactx.runtime import Controller, Settings
 from megactx.studies import length_planted as planted
 from megactx.studies.length import main
-from megactx.studies.length_policies import DROP, EARNED, FOCUS, FULL, KEYS, RECENCY, dropping, full_context, session
+from megactx.studies.length_policies import (
+    DROP,
+    EARNED,
+    FOCUS,
+    FULL,
+    KEYS,
+    RECENCY,
+    dropping,
+    full_context,
+    recalled,
+    session,
+)
 from megactx.studies.length_report import notes_on, report_of, summarise
 from megactx.studies.length_text import Texts, gather, tree_of
 
@@ -149,6 +161,19 @@ def test_sessions_read_the_old_block_whose_words_come_again(models, ids, monkeyp
         own = session(keyed, tree_of(keyed, text, None), scored, kind, BUDGET, "rebased", LIMIT, 0, 3 * K)
         assert in_detail(own.context, [400 // K]) == found and int(own.context.counts[0]) <= BUDGET
     assert tree_of(replace(keyed, keys=None), history, None).keys is None  # who has no use for them does not make them
+
+
+def test_what_is_recalled_is_what_a_session_says_that_recalls(models, ids):
+    models, history, scored = replace(models, lensnet=None), ids(1200), ids(80, seed=1)
+    scored[20:60] = history[400:440]
+    found = session(models, tree_of(models, history, None), scored, EARNED, BUDGET, "rebased", LIMIT, 0)
+    again = recalled(found, history, scored)
+    settings = Settings(BUDGET, FOCUS, "rebased", LIMIT, earn=True, recall=True)
+    stream = Controller(models, settings).stream(tree=tree_of(models, history, None))
+    assert torch.allclose(again.nll, stream.append(scored[None], score=True)[0], atol=2e-4)
+    assert again.nll[36:60].mean() < 0.5 < found.nll[36:60].mean()  # behind 16 tokens that came again
+    near = recalled(found, history, scored, BUDGET)  # dropping has not what stood there
+    assert near.nll[20:60].mean() > found.nll[20:60].mean() - 0.1
 
 
 def row(length, policy, nll, budget=512, positions="absolute", **more):
