@@ -46,10 +46,11 @@ def test_sessions_that_are_read_together_say_what_each_says_alone(controller, id
     assert together >= len(LENGTHS) * (count - count // K - 2)
 
 
-def test_sessions_with_drafts_are_read_together_too(controller, ids):
+@pytest.mark.parametrize("settings", [{}, {"megacontext": "recency", "earn": True, "recall": True}])
+def test_sessions_with_drafts_are_read_together_too(controller, ids, settings):
     count = 11 * K
-    expected = [alone(stream, count, Sampling()) for stream in begun(controller, ids, False)]
-    said, together = in_turn(begun(controller, ids, True, drafts="lookup"), count, Sampling())
+    expected = [alone(stream, count, Sampling()) for stream in begun(controller, ids, False, **settings)]
+    said, together = in_turn(begun(controller, ids, True, drafts="lookup", **settings), count, Sampling())
     assert said == expected and together > 0
 
 
