@@ -1,34 +1,43 @@
 """What a history's own tokens say comes next, mixed into what the base LM says: a memory that needs no room.
 
     ... [ the port of Alder is 48 ] ...  far back  ...  the port of Alder is |
-                                ^ stood behind the longest end: p_history
+                                ^ stood behind its last token, its last two, ..., its last five
 
-    p = (1 - share) x p_base + share x p_history
+    p = base's;  for n = 1, 2, ..., LONGEST:  p = (1 - share(n)) x p + share(n) x p(n)
 
-What followed each place where the end of the text stood before counts alike (infini-gram, Liu et al. 2024; the mixture
-as of a cache, Grave et al. 2017). How much of it counts is told by the length of that end alone: chosen on texts that
-no ledger measures, by the likelihood of their tokens.
+p(n) is how often each token stood behind the last n tokens of the text, wherever they stood before; orders of which
+there is no place leave p as it is (interpolated n-grams: Jelinek and Mercer 1980; of a text's own past: Kuhn and
+De Mori 1990, Grave et al. 2017; of any length: Liu et al. 2024).
 
 T tokens of a text, N of its last ones, B rows, V vocabulary.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .rare_tokens import NOTHING
-from .repeats import LOOKED, Repeats, ends
+from .repeats import LONGEST, LOOKED, Repeats, matches
 
-# Of each length of an end, from so many tokens on: the share of what followed it.
-SHARES = ((16, 0.8), (6, 0.25), (4, 0.2), (2, 0.06), (1, 0.02))
+# From so many last tokens on, the share of what followed them, chosen on texts of the tuning pack. So an end of two
+# tokens counts 0.08 in all, one of eight 0.36, and a copy nearly all.
+SHARES = ((LONGEST, 0.6), (2, 0.06), (1, 0.02))
 
 
-def continuations(text: Tensor) -> tuple[float, Tensor]:
-    """The tokens [P] that stood behind each place where the end of a text [T] stood before, and their share."""
-    length, places = ends(text)
-    tokens = text[places]
-    return next((share for least, share in SHARES if length >= least), 0.0), tokens[tokens != NOTHING]
+def share(length: int) -> float:
+    return next(value for least, value in SHARES if length >= least)
+
+
+def continuations(text: Tensor) -> Iterator[tuple[float, Tensor]]:
+    """For each number of last tokens of a text [T] that stood in it before, the fewest first: their share, and the
+    tokens [P] that stood behind each place."""
+    places, counts = matches(text)
+    for length in range(1, 1 + (int(counts.max()) if len(counts) else 0)):
+        tokens = text[places[counts >= length]]
+        if len(tokens := tokens[tokens != NOTHING]):
+            yield share(length), tokens
 
 
 def mixed_nll(nll: Tensor, text: Tensor, within: int = LOOKED) -> Tensor:
@@ -39,13 +48,11 @@ def mixed_nll(nll: Tensor, text: Tensor, within: int = LOOKED) -> Tensor:
         text: ids [T], which end with these N.
         within: newest tokens before each that tell.
     """
-    out, first = nll.double(), len(text) - len(nll)
-    for n in range(len(nll)):
-        share, tokens = continuations(text[max(0, first + n - within) : first + n])
-        if len(tokens):
-            told = share * (tokens == text[first + n]).double().mean()
-            out[n] = -torch.log((1 - share) * torch.exp(-out[n]) + told)
-    return out.to(nll.dtype)
+    p, first = torch.exp(-nll.double()), len(text) - len(nll)
+    for n, target in enumerate(text[first:]):
+        for part, tokens in continuations(text[max(0, first + n - within) : first + n]):
+            p[n] = (1 - part) * p[n] + part * (tokens == target).double().mean()
+    return -torch.log(p).to(nll.dtype)
 
 
 class Recall:
@@ -78,11 +85,10 @@ class Recall:
         """
         out = logits.log_softmax(-1)
         for row, count in enumerate(counts.tolist()):
-            share, tokens = continuations(self._text(row, behind[row, :count]))
-            if len(tokens):
-                token, count = tokens.long().to(out.device).unique(return_counts=True)
-                out[row] += math.log1p(-share)
-                out[row, token] = torch.logaddexp(out[row, token], torch.log(share * count / len(tokens)))
+            for part, tokens in continuations(self._text(row, behind[row, :count])):
+                token, often = tokens.long().to(out.device).unique(return_counts=True)
+                out[row] += math.log1p(-part)
+                out[row, token] = torch.logaddexp(out[row, token], torch.log(part * often / len(tokens)))
         return out
 
     def _text(self, row: int, behind: Tensor) -> Tensor:

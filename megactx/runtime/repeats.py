@@ -122,27 +122,30 @@ class Repeats:
 
 
 def longest_end(text: Tensor) -> tuple[int, int]:
-    """How many of the last tokens of a text [T] stood in it before, and where the newest place ends at which so many
-    did: see ``ends``."""
-    count, places = ends(text)
-    return count, int(places[-1]) if count else 0
+    """How many of the last tokens of a text [T] stood in it before, ``LONGEST`` at most, and where the newest place
+    ends at which so many did."""
+    places, counts = matches(text)
+    if not len(places):
+        return 0, 0
+    most = int(counts.max())
+    return most, int(places[counts == most][-1])
 
 
-def ends(text: Tensor) -> tuple[int, Tensor]:
-    """How many of the last tokens of a text [T] stood in it before, ``LONGEST`` at most, and where each place ends at
-    which so many did, the oldest first."""
-    count, places = 0, [torch.zeros(0, dtype=torch.long)]
-    stop = len(text)  # places lie before it: each has a token behind it
-    while stop > 1:
+def matches(text: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the last token of a text [T] stood in it before: the end of each place, [P], the oldest first, and how many
+    of the last tokens stood there, [P], ``LONGEST`` at most."""
+    found, stop = [(torch.zeros(0, dtype=torch.long),) * 2], len(text)  # places lie before it: each has a token behind
+    while stop > 1 and text[-1] != NOTHING:
         first = max(1, stop - PIECE)
-        found = (text[first - 1 : stop - 1] == text[-1]).nonzero()[:, 0] + first
-        for length in range(1, min(LONGEST, len(text) - 1) + 1):
-            found = found[found >= length]
-            found = found[text[found - length] == text[-length]]
-            if not len(found) or text[-length] == NOTHING:
+        places = (text[first - 1 : stop - 1] == text[-1]).nonzero()[:, 0] + first
+        counts, own = torch.ones_like(places), torch.arange(len(places))  # own: that go on
+        for length in range(2, LONGEST + 1):
+            own = own[places[own] >= length]
+            if not len(own) or text[-length] == NOTHING:
                 break
-            if length >= count:
-                places = [found, *(places if length == count else [])]
-                count = length
+            own = own[text[places[own] - length] == text[-length]]
+            counts[own] = length
+        found.append((places, counts))
         stop = first
-    return count, torch.cat(places)
+    places, counts = zip(*reversed(found), strict=True)
+    return torch.cat(places), torch.cat(counts)

@@ -9,62 +9,61 @@ import torch
 from megactx.memory import MegaContextTree
 from megactx.runtime import Controller, Session, Settings
 from megactx.runtime.rare_tokens import NOTHING
-from megactx.runtime.recall import SHARES, continuations, mixed_nll
+from megactx.runtime.recall import continuations, mixed_nll, share
 from megactx.runtime.repeats import LONGEST
 
 SMALL = dict(budget=96, limit=256, allocator={"protected": 8}, megacontext="recency", earn=True)
 
 
 def slowly(text):
-    """The share and the tokens behind each longest end, token by token."""
-    most, found = 0, []
-    for place in range(1, len(text)):
-        count = 0
-        while count < min(LONGEST, place) and text[place - 1 - count] == text[-1 - count] != NOTHING:
-            count += 1
-        if count >= max(1, most):
-            found = [*(found if count == most else []), text[place]]
-            most = count
-    share = [share for least, share in SHARES if least <= most]
-    return (share[0] if share else 0.0), [token for token in found if token != NOTHING]
+    """The share and the tokens behind the last 1, 2, ... tokens wherever they stood, token by token."""
+    out = []
+    for length in range(1, LONGEST + 1):
+        end = text[len(text) - length :]
+        places = [place for place in range(length, len(text)) if text[place - length : place] == end]
+        tokens = [text[place] for place in places if text[place] != NOTHING]
+        if len(end) == length and NOTHING not in end and tokens:
+            out.append((share(length), tokens))
+    return out
 
 
 def distribution(logits, text):
     """Of the next token, [V]."""
-    out, (share, found) = logits.double().softmax(-1), slowly(text.tolist())
-    if not found:
-        return out
-    told = torch.bincount(torch.tensor(found), minlength=len(out)) / len(found)
-    return (1 - share) * out + share * told
+    out = logits.double().softmax(-1)
+    for part, found in slowly(text.tolist()):
+        out = (1 - part) * out + part * torch.bincount(torch.tensor(found), minlength=len(out)) / len(found)
+    return out
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_what_followed_the_longest_end_counts_wherever_it_stood(seed, monkeypatch):
+def test_what_followed_each_number_of_last_tokens_counts_wherever_they_stood(seed, monkeypatch):
     monkeypatch.setattr("megactx.runtime.repeats.PIECE", 1 + 7 * seed)
     text = torch.randint(0, 2 + seed % 5, (200,), generator=torch.Generator().manual_seed(seed))
     if seed % 3 == 0:
         text[torch.arange(200) % 9 == 0] = NOTHING
     if seed % 2:
-        text[-20:] = text[50:70].clone()
-    share, tokens = continuations(text)
-    assert (share, tokens.tolist()) == slowly(text.tolist())
+        text[-40:] = text[50:90].clone()
+    assert [(part, tokens.tolist()) for part, tokens in continuations(text)] == slowly(text.tolist())
 
 
 def test_the_longer_an_end_the_more_counts_what_followed_it():
-    least, shares = zip(*SHARES, strict=True)
-    assert [*least] == sorted(least, reverse=True) and [*shares] == sorted(shares, reverse=True)
-    text = torch.arange(100)
-    for length, share in ((1, 0.02), (2, 0.06), (5, 0.2), (6, 0.25), (15, 0.25), (16, 0.8), (40, 0.8)):
-        assert continuations(torch.cat([text, text[50 - length : 50]])) == (share, torch.tensor([50]))
-    assert continuations(text)[0] == 0 and not len(continuations(text)[1])
-    assert not len(continuations(text[:1])[1]) and not len(continuations(text[:0])[1])
+    assert [share(length) for length in (1, 2, 8, LONGEST - 1, LONGEST)] == [0.02, 0.06, 0.06, 0.06, 0.6]
+    text, before = torch.arange(100), 0.0
+    for length in (1, 2, 8, LONGEST, LONGEST + 8):
+        found = [*continuations(torch.cat([text, text[50 - length : 50]]))]
+        assert len(found) == min(length, LONGEST) and all(tokens.tolist() == [50] for _, tokens in found)
+        whole = 1 - math.prod(1 - part for part, _ in found)
+        assert whole > before or length > LONGEST
+        before = whole
+    assert not [*continuations(text)] and not [*continuations(text[:1])] and not [*continuations(text[:0])]
 
 
 def test_a_token_that_the_base_had_not_expected_costs_what_its_share_says():
     text = torch.tensor([5, 6, 7, 8, 9, 5, 6, 7, 8])
     nll = torch.tensor([20.0])
-    assert mixed_nll(nll, text).item() == pytest.approx(-math.log(0.06), abs=1e-5)  # 5 6 7 stood there, then 8
-    assert mixed_nll(nll, torch.cat([text[:-1], torch.tensor([1])])).item() == pytest.approx(20 - math.log(0.94))
+    left = 0.98 * 0.94**2  # 7, 6 7 and 5 6 7 stood there, then 8
+    assert mixed_nll(nll, text).item() == pytest.approx(-math.log(1 - left), abs=1e-5)
+    assert mixed_nll(nll, torch.cat([text[:-1], torch.tensor([1])])).item() == pytest.approx(20 - math.log(left))
     assert mixed_nll(nll, text, within=3).item() == 20  # what tells is too far back
     assert mixed_nll(torch.tensor([torch.nan, 20.0]), text)[0].isnan()
 
